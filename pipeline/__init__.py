@@ -1,0 +1,1 @@
+"""The command line and the machinery that runs stages: units, receipts, the store, progress."""

@@ -1,0 +1,1 @@
+"""File formats and settings: the contracts between stages and with strangers. Imports nothing of ours."""

@@ -1,0 +1,47 @@
+"""Errors a user can act on: each names the thing, the value, the limit and the remedy in one line.
+
+Exit codes are part of the command line's contract, so that a batch scheduler can tell a mistake (do not
+retry) from an interruption (retry the same command).
+"""
+
+
+class BytecacheError(Exception):
+    """A refusal with a remedy; printed as one line, never as a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(BytecacheError):
+    """A setting that cannot be honoured."""
+
+    exit_code = 2
+
+
+class InputError(BytecacheError):
+    """A corpus, model, tokenizer or file that cannot be used."""
+
+    exit_code = 3
+
+
+class IntegrityError(BytecacheError):
+    """Bytes on disk that do not match their receipt, manifest or schema."""
+
+    exit_code = 4
+
+
+class EngineError(BytecacheError):
+    """The teacher's engine failed or gave numbers that fail its self-test."""
+
+    exit_code = 5
+
+
+class StorageError(BytecacheError):
+    """The disk or object store refused a write or read (full, read-only, gone)."""
+
+    exit_code = 6
+
+
+class Interrupted(BytecacheError):
+    """SIGTERM or SIGINT: whole units are on disk; rerun the same command to continue."""
+
+    exit_code = 75

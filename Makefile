@@ -1,0 +1,36 @@
+# bytecache: `make run` sets up and runs the whole pipeline on its embedded default; `make test` sets up and runs all tests.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: run test fast check lock clean
+.DEFAULT_GOAL := run
+
+$(STAMP): lock/cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps -r lock/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: $(STAMP)  ## the main job: teacher, targets, student and control, table
+	$(BIN)/bytecache run
+
+test: $(STAMP) check  ## everything CI runs: lint, types, fast and full tiers
+	$(BIN)/python -m pytest
+
+fast: $(STAMP)  ## the tier to run at every save, under three minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(STAMP)  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+lock:  ## refresh the lock files (needs uv)
+	uv pip compile -q pyproject.toml --extra cpu --extra default-models --group dev --python-version 3.11 \
+		--no-header --no-annotate --no-emit-index-url --no-emit-find-links -o lock/cpu.txt > /dev/null
+	sed -i 's/^torch==\([0-9.]*\)+cpu$$/torch==\1/' lock/cpu.txt
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,249 @@
+"""Token dump, version 1: what the teacher said, reduced to path masses. One Parquet part per unit of work.
+
+One Parquet row is one *window*: a run of text with every evaluated history of it, self-contained, so that a part
+can be converted with nothing but this file. A long document is several windows; the bytes before `score_start`
+are context and belong to an earlier window. Inside a window, *rows* are histories: the canonical tokens first,
+in order, then branches (histories through a token that is not canonical). All list columns are flat and ragged;
+SPEC.md gives the sums that delimit them.
+
+Masses are float32 rounded to `MASS_BITS` bits of mantissa (relative error below 2^-14) and byte-stream-split
+before zstd: the entries are most of a part and their low bits are noise.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import IntegrityError
+
+FORMAT = "bytecache.token-dump"
+VERSION = 1
+MASS_BITS = 13
+_META = b"bytecache"
+
+
+@dataclass
+class Window:
+    """A run of text and its R evaluated rows; L levels, E entries, S stops (see stages.paths for the terms)."""
+
+    doc_id: str
+    doc_index: int
+    """Index of the document within the unit."""
+    text: np.ndarray
+    """uint8 [n]; the window's bytes, context included."""
+    score_start: int
+    """First position of `text` whose targets this window gives; the bytes before it are context."""
+    is_last: bool
+    """Whether the document ends with this window, so that its END target is given too."""
+    row_start: np.ndarray
+    """int32 [R]; byte position in `text` where the row's history ends."""
+    row_parent: np.ndarray
+    """int32 [R]; row whose history this one extends by one token; -1 for the first."""
+    row_token: np.ndarray
+    """int32 [R]; last token of the history; the start or last context token for the first row."""
+    row_logp: np.ndarray
+    """float32 [R]; log p(row_token | parent), nats; 0 for the first row."""
+    row_depth: np.ndarray
+    """uint8 [R]; 0 on the canonical tokens, else how many tokens ago the history left them."""
+    log_norm: np.ndarray
+    """float32 [R]; log of the sum of exp(logits), nats."""
+    end: np.ndarray
+    """float32 [R]; mass of END."""
+    control: np.ndarray
+    """float32 [R]; mass of ids without bytes that are not END."""
+    n_levels: np.ndarray
+    """int32 [R]"""
+    fanout: np.ndarray
+    """uint16 [L]"""
+    entry_byte: np.ndarray
+    """uint8 [E]"""
+    entry_mass: np.ndarray
+    """float32 [E]"""
+    n_stops: np.ndarray
+    """int32 [R]"""
+    stop_depth: np.ndarray
+    """uint16 [S]"""
+    stop_token: np.ndarray
+    """int32 [S]"""
+    stop_mass: np.ndarray
+    """float32 [S]"""
+    topk_id: np.ndarray
+    """int32 [R * K]"""
+    topk_logp: np.ndarray
+    """float32 [R * K]; nats"""
+
+    @property
+    def canonical_nll(self) -> float:
+        """Negative log-likelihood of the scored canonical tokens, nats (END not included)."""
+        on_path = (self.row_depth == 0) & (self.row_start > self.score_start)
+        return float(-self.row_logp[on_path].astype(np.float64).sum())
+
+
+_ARROW = {"int32": pa.int32(), "uint16": pa.uint16(), "uint8": pa.uint8(), "float32": pa.float32()}
+_LISTS: dict[str, str] = {
+    "row_start": "int32", "row_parent": "int32", "row_token": "int32", "row_logp": "float32", "row_depth": "uint8",
+    "log_norm": "float32", "end": "float32", "control": "float32", "n_levels": "int32", "fanout": "uint16",
+    "entry_byte": "uint8", "entry_mass": "float32", "n_stops": "int32", "stop_depth": "uint16",
+    "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
+}  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("doc_index", pa.int32(), nullable=False),
+        pa.field("text", pa.binary(), nullable=False),
+        pa.field("score_start", pa.int32(), nullable=False),
+        pa.field("is_last", pa.bool_(), nullable=False),
+        *(pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False) for n, t in _LISTS.items()),
+    ]
+)
+_SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32"]
+
+
+def round_masses(mass: np.ndarray) -> np.ndarray:
+    """Round float32 to MASS_BITS of mantissa, to nearest: the precision a dump keeps."""
+    drop = 23 - MASS_BITS
+    bits = mass.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
+
+
+class DumpWriter:
+    """Writes one part; equal windows give equal bytes. Use `close()`; an unclosed file is not a Parquet file."""
+
+    def __init__(self, path: Path, meta: dict[str, Any], *, windows_per_group: int = 32):
+        text = json.dumps({"format": FORMAT, "version": VERSION, **meta}, sort_keys=True)
+        self._schema = SCHEMA.with_metadata({_META: text.encode()})
+        self._group = windows_per_group
+        self._pending: list[Window] = []
+        names = [n for n in SCHEMA.names if f"{n}.list.element" not in _SPLIT]
+        self._writer = pq.ParquetWriter(
+            path,
+            self._schema,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=[f"{n}.list.element" if n in _LISTS else n for n in names if n in ("doc_id", "fanout")],
+            column_encoding={column: "BYTE_STREAM_SPLIT" for column in _SPLIT},
+            write_statistics=False,
+            store_schema=False,
+        )
+
+    def append(self, window: Window) -> None:
+        """Add a window; masses are rounded here."""
+        self._pending.append(window)
+        if len(self._pending) >= self._group:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        columns: dict[str, pa.Array] = {
+            "doc_id": pa.array([w.doc_id for w in self._pending], pa.string()),
+            "doc_index": pa.array([w.doc_index for w in self._pending], pa.int32()),
+            "text": pa.array([w.text.tobytes() for w in self._pending], pa.binary()),
+            "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
+            "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
+        }
+        for name, kind in _LISTS.items():
+            values = [np.asarray(getattr(w, name), kind) for w in self._pending]
+            offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+            flat = np.concatenate(values)
+            if name in ("entry_mass", "stop_mass"):
+                flat = round_masses(flat)
+            columns[name] = pa.ListArray.from_arrays(
+                pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type
+            )
+        arrays = [columns[name] for name in SCHEMA.names]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._pending = []
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+
+def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path}: the dump part is missing; rerun `bytecache teacher`") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise IntegrityError(f"{path}: not a whole Parquet file ({error}); delete it and rerun `bytecache teacher`") from error
+    raw = (file.schema_arrow.metadata or {}).get(_META)
+    meta = json.loads(raw) if raw else {}
+    if meta.get("format") != FORMAT:
+        raise IntegrityError(f"{path}: not a bytecache token dump (format {meta.get('format')!r}, expected {FORMAT!r})")
+    if meta.get("version") != VERSION:
+        raise IntegrityError(
+            f"{path}: token dump version {meta.get('version')}, this software reads {VERSION}; "
+            "convert it with the release that wrote it or rerun `bytecache teacher`"
+        )
+    if file.schema_arrow.names != SCHEMA.names:
+        raise IntegrityError(f"{path}: columns {file.schema_arrow.names} are not those of version {VERSION}; dump it again")
+    return file, meta
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Format, version and provenance of a part. Raises IntegrityError."""
+    file, meta = _open(path)
+    file.close()
+    return meta
+
+
+def read_windows(path: Path) -> Iterator[Window]:
+    """The windows of a part, one row group in memory at a time. Raises IntegrityError, also for inconsistent lengths."""
+    file, _ = _open(path)
+    with file:
+        for group in range(file.num_row_groups):
+            try:
+                table = file.read_row_group(group)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise IntegrityError(
+                    f"{path}: row group {group} cannot be read ({error}); delete the part and rerun `bytecache teacher`"
+                ) from error
+            columns = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
+            for i in range(table.num_rows):
+                values: dict[str, Any] = {}
+                for field in fields(Window):
+                    column = columns[field.name]
+                    if field.name in _LISTS:
+                        a, b = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
+                        values[field.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
+                    elif field.name == "text":
+                        values["text"] = np.frombuffer(column[i].as_py(), np.uint8)
+                    else:
+                        values[field.name] = column[i].as_py()
+                window = Window(**values)
+                _check(path, window)
+                yield window
+
+
+def _check(path: Path, w: Window) -> None:
+    rows, n = len(w.row_start), len(w.text)
+
+    def ok() -> bool:
+        per_row = ("row_parent", "row_token", "row_logp", "row_depth", "log_norm", "end", "control", "n_levels", "n_stops")
+        return (
+            rows > 0
+            and all(len(getattr(w, name)) == rows for name in per_row)
+            and 0 <= w.score_start <= n
+            and bool((w.row_start >= 0).all() and (w.row_start <= n).all())
+            and bool((w.row_parent[1:] >= 0).all() and (w.row_parent < np.arange(rows)).all())
+            and bool((w.n_levels >= 1).all() and (w.n_levels <= n - w.row_start + 1).all() and (w.n_stops >= 0).all())
+            and len(w.fanout) == int(w.n_levels.sum())
+            and len(w.entry_byte) == len(w.entry_mass) == int(w.fanout.sum())
+            and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass) == int(w.n_stops.sum())
+            and bool((w.stop_depth >= 1).all())
+            and len(w.topk_id) == len(w.topk_logp)
+            and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
+        )
+
+    if not ok():
+        raise IntegrityError(
+            f"{path}: the window at byte {w.score_start} of document {w.doc_id!r} is inconsistent; "
+            "delete the part and rerun `bytecache teacher`"
+        )

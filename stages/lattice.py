@@ -1,0 +1,239 @@
+"""The lattice: rows of path masses to next-byte distributions, by a forward sum over covers.
+
+A *cell* (row, d) at position i = start(row) + d is a history that ended at start(row) and a next token that begins
+with x[start : i] and does not end there. Its weight is p(history) times the mass of such tokens. With K_i the sum
+of the weights of all cells at i, and U_i the weight of histories that nobody evaluated,
+
+    P(x[:i])        = K_i + U_i
+    P(b | x[:i])    = sum over cells of p(history) * mass(row, x[start:i] + b) / P(x[:i])     b a byte
+    P(END | x[:i])  = sum over rows that end at i of p(history) * mass(row, END) / P(x[:i])
+
+(Vieira et al., arXiv 2412.03719). One byte on, a cell moves down its row's path; tokens that end there (*stops*)
+hand their weight to the row of the longer history if that was evaluated. If not, the weight is *unaccounted*: it
+is kept in U, follows the text at the rate of the known cells, and joins the canonical row at the next byte where
+the canonical tokens break (the same text cut differently predicts nearly the same continuation). What is unlisted
+or unaccounted at a position is that position's tail; nothing is renormalised. With every history evaluated U is
+empty and the sums are exact.
+
+One pass, float64, weights rescaled at every byte so that P(x[:i]) never underflows; time is linear in the bytes
+and in the listed entries, memory is one window.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from schemas.token_dump import Window
+
+END = 256
+"""Symbol of the end of a document; 0..255 are bytes."""
+
+
+class Targets(NamedTuple):
+    """Next-symbol distributions of a window's scored positions; m of them."""
+
+    probs: np.ndarray
+    """float32 [m, 257]; column 256 is END. A row and its tail sum to 1."""
+    tail: np.ndarray
+    """float32 [m]; mass that no symbol could be given: unlisted entries, control tokens, unevaluated histories."""
+    logp: np.ndarray
+    """float64 [m]; log P(x[:i]) of each position relative to the window's first row, nats."""
+    unaccounted: np.ndarray
+    """float32 [m]; the part of the tail that belongs to unevaluated histories."""
+
+
+class Deviations(NamedTuple):
+    """Unevaluated histories worth a teacher call: row `row` extended by `token`, ending at byte `position`."""
+
+    row: np.ndarray
+    """int32 [D]"""
+    token: np.ndarray
+    """int32 [D]"""
+    position: np.ndarray
+    """int32 [D]"""
+    logp: np.ndarray
+    """float32 [D]; log p(token | row), nats."""
+    share: np.ndarray
+    """float32 [D]; weight of the history over P(x[:position])."""
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    out = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=out[1:])
+    return out
+
+
+@njit(cache=True)
+def _children(row_parent, row_token, stop_offset, stop_token):
+    """Row that continues each stop, or -1."""
+    child = np.full(len(stop_token), -1, np.int32)
+    for r in range(1, len(row_parent)):
+        p = row_parent[r]
+        for s in range(stop_offset[p], stop_offset[p + 1]):
+            if stop_token[s] == row_token[r]:
+                child[s] = r
+                break
+    return child
+
+
+@njit(cache=True)
+def _forward(text, first, last, row_start, by_start, at, canonical, end, control, level_offset, entry_offset,
+             entry_byte, entry_mass, stop_offset, stop_depth, stop_mass, child,
+             probs, tail, logp, unaccounted, share):  # fmt: skip
+    """Run over positions 0..last; write targets of positions first..last; `share` of every stop."""
+    rows = len(row_start)
+    weight = np.zeros(rows)
+    next_stop = stop_offset[:-1].copy()
+    active = np.zeros(rows, np.int64)
+    prefix = np.zeros(rows)
+    n_active = 0
+    acc = np.zeros(257)
+    unknown = 0.0
+    log_total = 0.0
+    pending = np.zeros(len(stop_depth), np.int64)
+    n_pending = 0
+    weight[by_start[0]] = 1.0
+    for i in range(last + 1):
+        for k in range(at[i], at[i + 1]):
+            active[n_active] = by_start[k]
+            prefix[n_active] = 1.0
+            n_active += 1
+        acc[:] = 0.0
+        known = 0.0
+        listed = 0.0
+        for a in range(n_active):
+            r = active[a]
+            depth = i - row_start[r]
+            level = level_offset[r] + depth
+            w = weight[r]
+            here = 0.0
+            if depth == 0:
+                here = end[r] + control[r]
+                acc[END] += w * end[r]
+                listed += w * end[r]
+            for e in range(entry_offset[level], entry_offset[level + 1]):
+                m = np.float64(entry_mass[e])
+                acc[entry_byte[e]] += w * m
+                here += m
+                listed += w * m
+            # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
+            known += w * max(prefix[a], here)
+        total = known + unknown
+        if total <= 0.0:
+            # The text has probability zero for every known history: all is tail until the canonical tokens break.
+            unknown = 1.0
+            total = 1.0
+            log_total = -np.inf
+        for k in range(n_pending):
+            share[pending[k]] /= total
+        n_pending = 0
+        log_total += np.log(total)
+        if i >= first:
+            out = i - first
+            logp[out] = log_total
+            unaccounted[out] = unknown / total
+            for b in range(257):
+                probs[out, b] = acc[b] / total
+            tail[out] = max(0.0, 1.0 - listed / total)
+        if i == last or i >= len(text):
+            break
+        byte = text[i]
+        rate = acc[byte] / known if known > 0.0 else 1.0
+        unknown = unknown / total * rate
+        kept = 0
+        for a in range(n_active):
+            r = active[a]
+            depth = i - row_start[r]
+            level = level_offset[r] + depth
+            if level + 1 >= level_offset[r + 1]:
+                continue
+            mass = 0.0
+            for e in range(entry_offset[level], entry_offset[level + 1]):
+                if entry_byte[e] == byte:
+                    mass = entry_mass[e]
+                    break
+            weight[r] /= total
+            w = weight[r]
+            s = next_stop[r]
+            while s < stop_offset[r + 1] and stop_depth[s] == depth + 1:
+                m = np.float64(stop_mass[s])
+                mass -= m
+                c = child[s]
+                share[s] = w * m
+                pending[n_pending] = s
+                n_pending += 1
+                if c >= 0:
+                    weight[c] += w * m
+                else:
+                    unknown += w * m
+                s += 1
+            next_stop[r] = s
+            active[kept] = r
+            prefix[kept] = max(mass, 0.0)
+            kept += 1
+        n_active = kept
+        if unknown > 0.0 and canonical[i + 1] >= 0:
+            weight[canonical[i + 1]] += unknown
+            unknown = 0.0
+
+
+class Lattice:
+    """The forward sum of one window; `targets()` for the distributions, `deviations()` for what to evaluate next.
+
+    `marginal_nll` is -log P(scored bytes | bytes before them), nats, END not included: at most the canonical tokens'.
+    """
+
+    def __init__(self, window: Window):
+        self.window = window
+        n = len(window.text)
+        level_offset = _offsets(window.n_levels)
+        stop_offset = _offsets(window.n_stops)
+        order = np.argsort(window.row_start, kind="stable").astype(np.int32)
+        at = np.searchsorted(window.row_start[order], np.arange(n + 2)).astype(np.int64)
+        canonical = np.full(n + 2, -1, np.int32)
+        on_path = np.flatnonzero(window.row_depth == 0)
+        canonical[window.row_start[on_path]] = on_path
+        child = _children(window.row_parent, window.row_token, stop_offset, window.stop_token)
+        count = n + 1 - window.score_start
+        probs = np.zeros((count, 257), np.float32)
+        tail = np.zeros(count, np.float32)
+        logp = np.zeros(count)
+        unaccounted = np.zeros(count, np.float32)
+        share = np.zeros(len(window.stop_mass))
+        _forward(
+            window.text, window.score_start, n, window.row_start, order, at, canonical, window.end, window.control,
+            level_offset, _offsets(window.fanout), window.entry_byte, window.entry_mass, stop_offset,
+            window.stop_depth, window.stop_mass, child, probs, tail, logp, unaccounted, share,
+        )  # fmt: skip
+        # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
+        kept = count if window.is_last else count - 1
+        self.marginal_nll = float(logp[0] - logp[-1])
+        self._targets = Targets(probs[:kept], tail[:kept], logp[:kept], unaccounted[:kept])
+        self._share, self._child, self._canonical = share, child, canonical
+
+    def targets(self) -> Targets:
+        """Distributions of positions score_start..n-1, and of n (where END is due) in a document's last window."""
+        return self._targets
+
+    def deviations(self, *, tau: float, depth: int) -> Deviations:
+        """Stops with no row of their own whose share exceeds `tau`, at most `depth` tokens off the canonical path.
+
+        Histories that end where the canonical tokens break join that row unasked, except at tau = 0 (exact).
+        """
+        w = self.window
+        row = np.repeat(np.arange(len(w.row_start), dtype=np.int32), w.n_stops)
+        position = w.row_start[row] + w.stop_depth
+        wanted = (self._child < 0) & (self._share > tau) & (w.row_depth[row] < depth)
+        if tau > 0:
+            wanted &= self._canonical[position] < 0
+        if not w.is_last:
+            wanted &= position < len(w.text)
+        picked = np.flatnonzero(wanted)
+        return Deviations(
+            row[picked],
+            w.stop_token[picked],
+            position[picked].astype(np.int32),
+            np.log(w.stop_mass[picked]),
+            self._share[picked].astype(np.float32),
+        )

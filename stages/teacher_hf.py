@@ -1,0 +1,127 @@
+"""The teacher through transformers: the reference engine. The same rows as vLLM's, one window at a time.
+
+Canonical rows come from one forward pass over a window. Branches are packed: one forward pass over the cached
+window with a tree attention mask, so a branch costs one token of compute (DESIGN section 2, rule 2).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from schemas import settings as st
+from schemas.errors import InputError
+from stages.paths import PathReducer, RowMasses, concatenate, plan_paths
+from stages.teacher import Branch, Engine, Prompt
+
+
+class HfEngine(Engine):
+    """Rows from `AutoModelForCausalLM` on whatever device torch offers."""
+
+    branch_chunk = 256
+    """Branches in one packed pass: bounds the mask (chunk x context) and the logits (chunk x vocabulary)."""
+
+    def __init__(self, model_path: str, reducer: PathReducer, settings: st.Teacher):
+        from transformers import AutoModelForCausalLM
+
+        self.reducer = reducer
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                model_path,
+                dtype=getattr(torch, settings.dtype),
+                trust_remote_code=settings.trust_remote_code,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                **({"revision": settings.revision} if settings.revision else {}),
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"teacher.model = {settings.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.model.to(self.device).eval()
+        # Two adjacent float16 logits of a large vocabulary tie; the head is float32 in every engine here.
+        head = self.model.get_output_embeddings()
+        if head.weight.dtype != torch.float32:
+            self.model.set_output_embeddings(_Float32Head(head))
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
+        for prompt in prompts:
+            yield self._canonical(prompt, use_cache=False)[0]
+
+    def _canonical(self, prompt: Prompt, *, use_cache: bool) -> tuple[RowMasses, Any]:
+        tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None].to(self.device)
+        keep = len(prompt.tokens) - prompt.first_row
+        out = self.model(input_ids=tokens, use_cache=use_cache, logits_to_keep=keep)
+        plan = plan_paths(self.reducer.vocabulary, prompt.text, prompt.starts)
+        following = np.append(prompt.tokens[prompt.first_row + 1 :], -1).astype(np.int64)
+        return self.reducer.reduce(out.logits[0], plan, following, where=prompt.name), out.past_key_values
+
+    @torch.inference_mode()
+    def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
+        for prompt, branches in jobs:
+            tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None].to(self.device)
+            cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+            parts = []
+            for a in range(0, len(branches), self.branch_chunk):
+                parts.append(self._packed(prompt, branches[a : a + self.branch_chunk], cache))
+                cache.crop(len(prompt.tokens))
+            yield concatenate(parts)
+
+    def _packed(self, prompt: Prompt, branches: Sequence[Branch], cache: Any) -> RowMasses:
+        """One pass over the branches of one window; a branch sees its canonical prefix and its own chain."""
+        slot: dict[tuple[int, tuple[int, ...]], int] = {}
+        for branch in branches:
+            for length in range(1, len(branch.chain) + 1):
+                slot.setdefault((branch.anchor, branch.chain[:length]), len(slot))
+        past, width = len(prompt.tokens), len(slot)
+        visible = torch.zeros(width, past + width, dtype=torch.bool)
+        tokens = torch.zeros(width, dtype=torch.int64)
+        position = torch.zeros(width, dtype=torch.int64)
+        for (anchor, chain), index in slot.items():
+            visible[index, : anchor + 1] = True
+            for length in range(1, len(chain) + 1):
+                visible[index, past + slot[anchor, chain[:length]]] = True
+            tokens[index] = chain[-1]
+            position[index] = anchor + len(chain)
+        # Masked entries take the lowest finite value: -inf would turn fully masked padding into NaN.
+        dtype = self.model.dtype
+        mask = torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)[None, None]
+        logits = self.model(
+            input_ids=tokens[None].to(self.device),
+            position_ids=position[None].to(self.device),
+            past_key_values=cache,
+            attention_mask=self._masks(mask.to(self.device), position, past),
+            use_cache=True,
+        ).logits[0]
+        wanted = [slot[branch.anchor, branch.chain] for branch in branches]
+        starts = np.array([branch.start for branch in branches], np.int64)
+        plan = plan_paths(self.reducer.vocabulary, prompt.text, starts)
+        none = np.full(len(branches), -1, np.int64)
+        return self.reducer.reduce(logits[wanted], plan, none, where=f"{prompt.name}, branches")
+
+    def _masks(self, mask: torch.Tensor, position: torch.Tensor, past: int) -> Any:
+        """The mask per attention type, for models that mix full and sliding-window layers."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if kinds <= {"full_attention"}:
+            return mask
+        window = config.sliding_window
+        width = len(position)
+        key_position = torch.cat([torch.arange(past), position])
+        far = (position[:, None] - key_position[None, :]) >= window
+        sliding = mask.masked_fill(far.view(1, 1, width, past + width).to(mask.device), torch.finfo(mask.dtype).min)
+        return {"full_attention": mask, "sliding_attention": sliding}
+
+
+class _Float32Head(torch.nn.Module):
+    """The output embedding computed in float32."""
+
+    def __init__(self, head: torch.nn.Module):
+        super().__init__()
+        self.weight = head.weight.detach().float()  # type: ignore[operator]
+        bias = getattr(head, "bias", None)
+        self.bias = None if bias is None else bias.detach().float()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)

@@ -1,0 +1,88 @@
+"""The mathematics against its definition: every cover enumerated, on tiny models and short texts."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import exact_distributions
+
+from schemas import settings as st
+from stages.lattice import Lattice
+from stages.probe import probe_with
+from stages.teacher import Teacher, open_teacher
+
+
+def reference(teacher: Teacher):
+    """p(. | history) in float64 from the same weights, a whole forward pass per history."""
+    model = teacher.engine.model.double()  # type: ignore[attr-defined]
+    cache: dict[tuple[int, ...], np.ndarray] = {}
+
+    def next_token(history: tuple[int, ...]) -> np.ndarray:
+        if history not in cache:
+            with torch.inference_mode():
+                logits = model(torch.tensor([history])).logits[0, -1]
+            cache[history] = torch.softmax(logits, -1).numpy()
+        return cache[history]
+
+    return next_token
+
+
+def settings_for(folder, **changes) -> st.Teacher:
+    base = {"model": str(folder), "backend": "hf", "context": 128, "overlap": 16, "floor": 0.0, "top_k": 4}
+    return st.Teacher(**{**base, **changes})
+
+
+@pytest.mark.parametrize("family", ["bytelevel", "sentencepiece"])
+@pytest.mark.parametrize("text", ["the cache", "e", "", "notes né", "the the"])
+def test_every_cover_evaluated_equals_brute_force(tiny_checkpoint, family, text):
+    teacher = open_teacher(settings_for(tiny_checkpoint(family), tau=0.0, depth=64))
+    probs, tail, data = probe_with(teacher, text)
+    (encoded,) = teacher.vocabulary.encode_batch([text])
+    exact = exact_distributions(teacher.vocabulary, reference(teacher), encoded.data, encoded.synthetic)
+    assert data.tobytes() == text.encode()
+    np.testing.assert_allclose(probs, exact, atol=1e-6)
+    np.testing.assert_allclose(tail, 1 - exact.sum(1), atol=2e-6)  # control tokens and the padded head
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_rows_and_tails_sum_to_one(tiny_checkpoint, depth):
+    teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), tau=0.01, depth=depth, floor=1e-4))
+    probs, tail, _ = probe_with(teacher, "A cache is a promise kept in advance; naïve façade.")
+    np.testing.assert_allclose(probs.sum(1) + tail, 1, atol=1e-5)
+    assert (probs >= 0).all() and (tail >= 0).all()
+
+
+def test_chain_rule_telescopes_and_marginal_is_below_canonical(tiny_checkpoint):
+    teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), tau=0.001, depth=2))
+    text = "The teacher reads the text once, and what it said is written down."
+    (window,) = teacher.windows([("d", 0, teacher.vocabulary.encode(text))])
+    lattice = Lattice(window)
+    targets = lattice.targets()
+    n = len(window.text)
+    given = targets.probs[np.arange(n), window.text].astype(np.float64)
+    # P(x[:i+1]) = P(x[:i]) P(x_i | x[:i]) plus what the unevaluated histories carried on.
+    assert (np.exp(np.diff(targets.logp)) >= given - 1e-6).all()
+    carried = targets.unaccounted[:-1].astype(np.float64)
+    assert (np.exp(np.diff(targets.logp)) <= given + carried + 1e-6).all()
+    assert lattice.marginal_nll <= window.canonical_nll + 1e-6
+
+
+def test_causality(tiny_checkpoint):
+    """With every cover evaluated, what follows byte i does not change the target at i."""
+    teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), tau=0.0, depth=64))
+    one, _, _ = probe_with(teacher, "the the")
+    other, _, _ = probe_with(teacher, "the tee")
+    np.testing.assert_allclose(one[:6], other[:6], atol=1e-6)
+    assert np.abs(one[6] - other[6]).max() > 1e-4  # the test can fail: here the prefixes differ
+
+
+def test_windows_agree_with_one_pass_over_the_document(tiny_checkpoint):
+    """Cutting a document changes only how much context a byte sees; with all of it in the overlap, nothing."""
+    text = "A cache is a promise kept in advance. " * 2
+    whole = open_teacher(settings_for(tiny_checkpoint("bytelevel"), context=200, overlap=8))
+    probs, tail, _ = probe_with(whole, text)
+    cut = open_teacher(settings_for(tiny_checkpoint("bytelevel"), context=60, overlap=20))
+    probs_cut, tail_cut, data = probe_with(cut, text)
+    assert len(cut.windows([("d", 0, cut.vocabulary.encode(text))])) > 1
+    assert probs_cut.shape == probs.shape == (len(data) + 1, 257)
+    np.testing.assert_allclose(probs_cut[:40], probs[:40], atol=1e-6)
+    np.testing.assert_allclose(probs_cut.sum(1) + tail_cut, 1, atol=1e-5)

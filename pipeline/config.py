@@ -1,0 +1,221 @@
+"""`pipeline.toml` and `--set section.key=value` to one frozen `Settings`, and back to commented TOML.
+
+Order: defaults, then the file, then the command line. Values are typed as TOML types them and validated
+strictly (`"8"` is not 8), so that the same file always means the same run. Every refusal is one line that
+names the key, the value, the limit and where it came from; an unknown key also names its nearest neighbour.
+"""
+
+import difflib
+import math
+import os
+import textwrap
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from schemas.errors import ConfigError
+from schemas.settings import Section, Settings
+
+DEFAULT_FILE = "pipeline.toml"
+RESOLVED_FILE = "config.toml"
+
+_TITLES = {
+    "run": "Where a run lives",
+    "corpus": "The text (stage: plan)",
+    "teacher": "The large model and its engine (stage: teacher)",
+    "convert": "Token dump to byte targets (stage: convert)",
+    "student": "The small model (stage: train)",
+    "train": "Training (stage: train)",
+}
+_LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def sections() -> dict[str, type[Section]]:
+    """Tables of `pipeline.toml` by name, in file order."""
+    found: dict[str, type[Section]] = {}
+    for name, field in Settings.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        found[name] = field.annotation
+    return found
+
+
+def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
+    """Resolve the configuration.
+
+    `path`: a TOML file; None = `pipeline.toml` of the working directory where there is one, else defaults.
+    `overrides`: `section.key=value` strings; the last one for a key wins.
+    Raises ConfigError (unreadable file, unknown key, wrong type, value outside its limit).
+    """
+    origin: dict[tuple[str, str], str] = {}
+    data: dict[str, Any] = {}
+    source = path if path is not None else Path(DEFAULT_FILE)
+    if path is not None or source.is_file():
+        data = _read_toml(source)
+        for section, table in data.items():
+            _check_section(section, f"in {source}")
+            if not isinstance(table, dict):
+                raise ConfigError(
+                    f"{source}: {section} = {table!r}: expected a table; write [{section}] and keys below it"
+                )
+            for key in table:
+                _check_key(section, key, f"in {source}")
+                origin[section, key] = f"in {source}"
+    for text in overrides:
+        section, key, value = _parse_override(text)
+        data.setdefault(section, {})[key] = value
+        origin[section, key] = f"from --set {text}"
+    try:
+        settings = Settings.model_validate(data, strict=True)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origin)) from None
+    _refuse_non_finite(settings, origin)
+    return settings
+
+
+def render_template(settings: Settings) -> str:
+    """`settings` as a complete `pipeline.toml`: every key, with its documentation, limits and default above it."""
+    lines = [
+        "# bytecache: every key, its unit, its limits and its default. Any of them can be overridden on the",
+        "# command line: bytecache run --set teacher.top_k=8 --set run.dir=runs/small",
+    ]
+    for name, kind in sections().items():
+        lines += ["", f"# {_TITLES.get(name, name)}", f"[{name}]"]
+        table = getattr(settings, name)
+        for key, field in kind.model_fields.items():
+            limits = describe_limits(field)
+            note = f"{field.description or ''} Default: {_toml_value(field.default)}{'; ' + limits if limits else ''}."
+            lines += textwrap.wrap(note, 116, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
+            lines.append(f"{key} = {_toml_value(getattr(table, key))}")
+    return "\n".join(lines) + "\n"
+
+
+def describe_limits(field: FieldInfo) -> str:
+    """The limits of one key for a person, e.g. `>= 0 and < 1` or `one of "vllm", "hf"`; empty where there are none."""
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(_toml_value(choice) for choice in get_args(field.annotation))
+    signs = [
+        f"{sign} {getattr(limit, name):g}"
+        for limit in field.metadata
+        for name, sign in _LIMIT_SIGNS.items()
+        if getattr(limit, name, None) is not None
+    ]
+    return " and ".join(signs)
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """`key: old -> new` for each key whose value differs between two flat dictionaries."""
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"configuration {path} does not exist; name an existing file, or write one: bytecache config > {path}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"configuration {path} cannot be read: {os.strerror(error.errno or 0)}") from None
+    try:
+        return tomllib.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configuration {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"configuration {path} is not TOML: {error}; correct that line") from None
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _check_section(section: str, where: str) -> None:
+    known = sections()
+    if section in known:
+        return
+    # A key written above the first [table] is the commonest way to get here.
+    holders = [name for name, kind in known.items() if section in kind.model_fields]
+    hint = f"; did you mean {holders[0]}.{section}?" if holders else _nearest(section, list(known))
+    raise ConfigError(f"unknown section {section} {where}; sections: {', '.join(known)}{hint}")
+
+
+def _check_key(section: str, key: str, where: str) -> None:
+    known = sections()
+    own = list(known[section].model_fields)
+    if key in own:
+        return
+    hint = _nearest(key, own)
+    holders = [name for name, kind in known.items() if key in kind.model_fields]
+    if holders:
+        hint = f"; did you mean {holders[0]}.{key}?"
+    raise ConfigError(f"unknown key {section}.{key} {where}{hint or '; keys: ' + ', '.join(own)}")
+
+
+def _parse_override(text: str) -> tuple[str, str, Any]:
+    name, equals, raw = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot or not key:
+        raise ConfigError(f"--set {text}: expected section.key=value, for example --set teacher.top_k=8")
+    where = f"from --set {text}"
+    _check_section(section, where)
+    _check_key(section, key, where)
+    raw = raw.strip()
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError, KeyError):
+        value = raw
+    # A shell strips quotes, so a bare word for a text key is text even where TOML would read 2048 or true.
+    if not isinstance(value, str) and isinstance(sections()[section].model_fields[key].default, str):
+        value = raw
+    return section, key, value
+
+
+def _explain(error: ValidationError, origin: dict[tuple[str, str], str]) -> str:
+    problem = error.errors(include_url=False)[0]
+    section, key = (str(part) for part in problem["loc"][:2])
+    field = sections()[section].model_fields[key]
+    limits = describe_limits(field)
+    wanted = _type_name(field) + (f" {limits}" if limits else "")
+    where = origin.get((section, key), "")
+    default = _toml_value(field.default)
+    return f"{section}.{key} = {_show(problem['input'])} {where}: expected {wanted} (default {default})"
+
+
+def _refuse_non_finite(settings: Settings, origin: dict[tuple[str, str], str]) -> None:
+    for section in sections():
+        for key, value in getattr(settings, section):
+            if isinstance(value, float) and not math.isfinite(value):
+                where = origin.get((section, key), "")
+                raise ConfigError(f"{section}.{key} = {value} {where}: expected a finite number")
+
+
+def _type_name(field: FieldInfo) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    return names.get(type(field.default), "a value") if get_origin(field.annotation) is not Literal else "text,"
+
+
+def _show(value: Any) -> str:
+    try:
+        return _toml_value(value)
+    except TypeError:
+        return repr(value)[:80]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        escaped = "".join(_TOML_ESCAPES.get(char, char) for char in value)
+        return f'"{escaped}"'
+    raise TypeError(f"no TOML form for {type(value).__name__}")
+
+
+_TOML_ESCAPES = {chr(code): f"\\u{code:04x}" for code in (*range(32), 127)} | {'"': '\\"', "\\": "\\\\"}

@@ -1,0 +1,291 @@
+"""Documents from files: JSONL, gzipped JSONL, Parquet, plain text, folders of them, or Python's own documentation.
+
+One streaming pass in a fixed order (folders: by path, recursively; files: as they lie), never more than one
+document and one Parquet batch in memory. A document is kept to the byte: no newline or Unicode normalisation.
+Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; repeated ids get `#2`, `#3`, ...
+in order of appearance, at a price of about 100 bytes of memory per document.
+"""
+
+import difflib
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from schemas.errors import ConfigError, InputError
+from schemas.settings import Corpus
+
+BUILTIN = "builtin:pydoc-topics"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+ID_FIELDS = ("id", "doc_id")
+MAX_DOCUMENT = 1 << 30
+PARAGRAPH_BYTES = 4096
+_BOM = b"\xef\xbb\xbf"
+
+
+class Document(NamedTuple):
+    """`text` always encodes to UTF-8 and is never empty; `doc_id` is unique within a corpus."""
+
+    doc_id: str
+    text: str
+
+
+class CorpusReader:
+    """Iterates the documents of `corpus.source`; the counters describe the latest iteration.
+
+    Iterating raises InputError, naming file, line or row, byte offset and remedy, on: a missing file, no text
+    at all, bytes that are not UTF-8, malformed JSON, a missing text field, unpaired surrogates, truncated
+    gzip or Parquet, a document above 1 GiB.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.n_documents = 0
+        self.n_bytes = 0
+        self.n_empty = 0
+        self.n_renamed = 0
+        self.n_ignored_files = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        self.n_documents = self.n_bytes = self.n_empty = self.n_renamed = self.n_ignored_files = 0
+        seen: dict[bytes, int] = {}
+        limit = self.corpus.max_bytes
+        for where, doc_id, text in self._raw():
+            if not text:
+                self.n_empty += 1
+                continue
+            size = len(_encode(text, where))
+            # Whole documents up to the border nearest the limit; one document at least.
+            if limit and self.n_documents and abs(self.n_bytes + size - limit) > abs(limit - self.n_bytes):
+                break
+            self.n_documents += 1
+            self.n_bytes += size
+            yield Document(self._unique(doc_id, seen), text)
+            if limit and self.n_bytes >= limit:
+                break
+        if not self.n_documents:
+            raise InputError(
+                f"corpus {self.corpus.source} holds no text ({self.n_empty} empty documents); "
+                "name a source with text in corpus.source"
+            )
+
+    def _unique(self, doc_id: str, seen: dict[bytes, int]) -> str:
+        # Digests instead of the ids themselves: a fixed price however long the ids are.
+        def digest(name: str) -> bytes:
+            return hashlib.blake2b(name.encode("utf-8"), digest_size=12).digest()
+
+        first = digest(doc_id)
+        if first not in seen:
+            seen[first] = 1
+            return doc_id
+        self.n_renamed += 1
+        while True:
+            seen[first] += 1
+            name = f"{doc_id}#{seen[first]}"
+            if digest(name) not in seen:
+                seen[digest(name)] = 1
+                return name
+
+    def _raw(self) -> Iterator[tuple[str, str, str]]:
+        """(place for messages, id, text) of every document, empty ones included."""
+        source = self.corpus.source
+        if source.startswith("builtin:"):
+            if source != BUILTIN:
+                raise ConfigError(f"corpus.source = {source!r}: the only built-in corpus is {BUILTIN}")
+            yield from _pydoc_topics()
+            return
+        root = Path(source).expanduser()
+        if not root.exists():
+            raise InputError(f"corpus.source = {source!r} does not exist; name a file, a folder or {BUILTIN}")
+        if root.is_dir():
+            files = sorted(_walk(root), key=lambda pair: pair[1].encode("utf-8", "surrogateescape"))
+            known = [pair for pair in files if pair[1].endswith(SUFFIXES)]
+            self.n_ignored_files = len(files) - len(known)
+            if not known:
+                raise InputError(
+                    f"folder {source} holds none of {', '.join(SUFFIXES)} ({len(files)} other files); "
+                    "convert the text to one of them"
+                )
+        else:
+            known = [(root, root.name)]
+        for path, name in known:
+            try:
+                name.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InputError(f"file name {name!r} is not UTF-8; rename it") from None
+            try:
+                yield from self._read_file(path, name)
+            except OSError as error:
+                raise InputError(
+                    f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"
+                ) from error
+
+    def _read_file(self, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
+        if name.endswith(".jsonl"):
+            with path.open("rb") as stream:
+                yield from self._jsonl(stream, path, name)
+        elif name.endswith(".jsonl.gz"):
+            with gzip.open(path, "rb") as stream:
+                yield from self._jsonl(stream, path, name)
+        elif name.endswith(".parquet"):
+            yield from self._parquet(path, name)
+        elif name.endswith(".txt"):
+            yield from self._txt(path, name)
+        else:
+            raise InputError(f"{path}: unknown kind of corpus file; known: {', '.join(SUFFIXES)}")
+
+    def _jsonl(self, stream: BinaryIO | gzip.GzipFile, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
+        field = self.corpus.text_field
+        offset, number = 0, 0
+        while True:
+            try:
+                line = stream.readline(MAX_DOCUMENT + 1)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise InputError(
+                    f"{path}: truncated or damaged gzip after line {number} (byte {offset} of the text): {error}; "
+                    "fetch the file again"
+                ) from None
+            if not line:
+                return
+            number += 1
+            where = f"{path}, line {number} (byte {offset})"
+            if len(line) > MAX_DOCUMENT:
+                raise InputError(f"{where}: line longer than {MAX_DOCUMENT} bytes; split the document")
+            raw = line.removeprefix(_BOM) if number == 1 else line
+            offset += len(line)
+            if not raw.strip():
+                continue
+            text = _decode(raw, path, number, offset - len(raw))
+            try:
+                record: Any = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object per line is expected"
+                ) from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
+            if field not in record:
+                raise InputError(f"{where}: no field {field!r}; {_offer(field, list(record))}")
+            value = record[field]
+            if value is not None and not isinstance(value, str):
+                raise InputError(
+                    f"{where}: field {field!r} is {type(value).__name__}, expected text; name another corpus.text_field"
+                )
+            yield where, _record_id(record, f"{name}:{number}", where), value or ""
+
+    def _parquet(self, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        field = self.corpus.text_field
+        row = 0
+        try:
+            with pq.ParquetFile(path) as file:
+                columns = file.schema_arrow.names
+                if field not in columns:
+                    raise InputError(f"{path}: no column {field!r}; {_offer(field, columns)}")
+                kind = file.schema_arrow.field(field).type
+                kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+                    raise InputError(
+                        f"{path}: column {field!r} is {kind}, expected text; name another corpus.text_field"
+                    )
+                wanted = [field, *(column for column in ID_FIELDS if column in columns and column != field)]
+                for batch in file.iter_batches(batch_size=64, columns=wanted):
+                    for record in batch.to_pylist():
+                        where = f"{path}, row {row}"
+                        yield where, _record_id(record, f"{name}:{row}", where), record[field] or ""
+                        row += 1
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}, near row {row}: not UTF-8 ({error.reason} at byte {error.start} of the value); re-encode it"
+            ) from None
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = str(error).splitlines()[0][:160]
+            raise InputError(
+                f"{path}: truncated or damaged Parquet after row {row}: {reason}; fetch the file again"
+            ) from None
+
+    def _txt(self, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
+        if self.corpus.text_split == "file":
+            if path.stat().st_size > MAX_DOCUMENT:
+                raise InputError(f'{path}: larger than {MAX_DOCUMENT} bytes; set corpus.text_split = "paragraphs"')
+            raw = path.read_bytes()
+            text = _decode(raw, path, 1, 0).removeprefix("\ufeff")
+            yield str(path), name, text
+            return
+        # Paragraphs: a document ends after a blank line once it has PARAGRAPH_BYTES; joined, they are the file.
+        pieces: list[str] = []
+        size, first, offset = 0, 1, 0
+        with path.open("rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT), b""), 1):
+                text = _decode(line, path, number, offset)
+                pieces.append(text.removeprefix("\ufeff") if number == 1 else text)
+                offset += len(line)
+                size += len(line)
+                if (size >= PARAGRAPH_BYTES and not line.strip()) or size > MAX_DOCUMENT // 2:
+                    yield f"{path}, line {first}", f"{name}:{first}", "".join(pieces)
+                    pieces, size, first = [], 0, number + 1
+        if pieces:
+            yield f"{path}, line {first}", f"{name}:{first}", "".join(pieces)
+
+
+def _pydoc_topics() -> Iterator[tuple[str, str, str]]:
+    """Python's documentation topics, in the order of a hash of their names: any prefix is a fair sample."""
+    from pydoc_data.topics import topics
+
+    for key in sorted(topics, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
+        yield f"{BUILTIN} {key}", key, topics[key]
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, str]]:
+    for place, folders, files in os.walk(root):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        for file in files:
+            if not file.startswith("."):
+                path = Path(place) / file
+                yield path, path.relative_to(root).as_posix()
+
+
+def _decode(raw: bytes, path: Path, line: int, offset: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise InputError(
+            f"{path}, line {line} (byte {offset + error.start}): byte 0x{raw[error.start]:02x} is not UTF-8 "
+            f"({error.reason}); re-encode the file as UTF-8"
+        ) from None
+
+
+def _encode(text: str, where: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: unpaired surrogate \\u{ord(text[error.start]):04x} at character {error.start} "
+            "cannot be UTF-8; repair or remove the document"
+        ) from None
+
+
+def _record_id(record: dict[str, Any], fallback: str, where: str) -> str:
+    for field in ID_FIELDS:
+        value = record.get(field)
+        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+            _encode(str(value), f"{where}, field {field!r}")
+            return str(value)
+    return fallback
+
+
+def _offer(field: str, present: list[str]) -> str:
+    near = difflib.get_close_matches(field, present, n=1, cutoff=0.3)
+    names = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
+    return f"present: {names or 'nothing'}; set corpus.text_field" + (f" = {near[0]!r}" if near else "")

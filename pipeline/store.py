@@ -69,7 +69,7 @@ class Store(Protocol):
     def exists(self, key: str) -> bool: ...
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Keys under the folder `prefix`, sorted, temporary files excluded."""
+        """Keys under the folder `prefix` (empty: all), sorted, temporary files excluded."""
         ...
 
     def temp_path(self, name: str) -> Path:
@@ -168,7 +168,7 @@ class LocalStore:
         return self._path(key).is_file()
 
     def list(self, prefix: str) -> Iterator[str]:
-        folder = self._path(prefix)
+        folder = self._path(prefix) if prefix else self.root
         found: list[str] = []
         for place, folders, files in os.walk(folder):
             if Path(place) == self.root and TEMP_FOLDER in folders:

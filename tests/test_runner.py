@@ -1,0 +1,375 @@
+"""Plans and runs: deterministic, resumable, and unharmed by kill -9 at any moment."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import receipts, units
+from pipeline.receipts import sha256_file
+from pipeline.runner import StopFlag, Task, Tick, finished, run_units
+from pipeline.store import TEMP_FOLDER, LocalStore
+from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted, StorageError
+from schemas.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+N_TASKS = 12
+
+
+def never() -> bool:
+    return False
+
+
+def corpus(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def planning(source: Path, **keys: object) -> Settings:
+    run = {"seed": keys.pop("seed", 0)}
+    return Settings.model_validate({"run": run, "corpus": {"source": str(source), "unit_bytes": 1000, **keys}})
+
+
+def hashes(store: LocalStore) -> dict[str, str]:
+    return {key: sha256_file(store.get_path(key)) for key in store.list("") if not key.startswith(receipts.FOLDER)}
+
+
+# ---- the plan
+
+
+def test_slices_hold_every_document_once_in_order(tmp_path: Path) -> None:
+    texts = [f"{i} " * (1 + i * 7 % 60) for i in range(100)] + ["long " * 1000]
+    settings = planning(corpus(tmp_path / "c.jsonl", texts), heldout_fraction=0.2)
+    store = LocalStore(tmp_path / "run")
+    plan, new = units.make_plan(store, settings)
+    assert new
+    found: dict[str, list[str]] = {"train": [], "heldout": []}
+    for number, unit in enumerate(plan.units):
+        table = pq.read_table(store.get_path(unit.slice))
+        assert table.schema.names == ["doc_id", "text"]
+        rows = table.column("text").to_pylist()
+        found[unit.split] += rows
+        assert (unit.index, unit.n_docs, unit.n_bytes) == (number, len(rows), sum(len(row.encode()) for row in rows))
+        assert unit.n_bytes <= 1000 or unit.n_docs == 1
+    assert sorted(found["train"] + found["heldout"]) == sorted(texts)
+    assert 5 < len(found["heldout"]) < 40
+    for part in found.values():
+        assert part == [text for text in texts if text in part]
+    assert plan.n_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_same_text_gives_the_same_plan_from_any_source(tmp_path: Path) -> None:
+    texts = [f"document {i} " * 20 for i in range(30)]
+    (tmp_path / "other").mkdir()
+    first, second = LocalStore(tmp_path / "one"), LocalStore(tmp_path / "two")
+    plan, _ = units.make_plan(first, planning(corpus(tmp_path / "c.jsonl", texts)))
+    again, _ = units.make_plan(second, planning(corpus(tmp_path / "other" / "c.jsonl", texts)))
+    assert plan.hash == again.hash
+    assert hashes(first) == hashes(second)
+
+
+def test_planning_again_does_nothing(tmp_path: Path) -> None:
+    settings = planning(corpus(tmp_path / "c.jsonl", ["a" * 500, "b" * 900]))
+    store = LocalStore(tmp_path / "run")
+    plan, _ = units.make_plan(store, settings)
+    stamps = {key: store.get_path(key).stat().st_mtime_ns for key in store.list("")}
+    again, new = units.make_plan(store, settings)
+    assert (again, new) == (plan, False)
+    assert stamps == {key: store.get_path(key).stat().st_mtime_ns for key in store.list("")}
+    assert units.load_plan(store, settings) == plan
+
+
+def test_changed_corpus_or_settings_are_refused_with_what_changed(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "c.jsonl", ["a" * 500, "b" * 900])
+    store = LocalStore(tmp_path / "run")
+    units.make_plan(store, planning(source))
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 1.*new run.dir"):
+        units.make_plan(store, planning(source, seed=1))
+    with pytest.raises(ConfigError, match="unit_bytes: 1000 -> 2000"):
+        units.load_plan(store, planning(source, unit_bytes=2000))
+    corpus(source, ["a" * 500, "b" * 899 + "c"])
+    with pytest.raises(ConfigError, match=r"corpus text: 2 documents, 1400 bytes, sha256 .* -> 2 documents"):
+        units.make_plan(store, planning(source))
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_small_corpora_get_both_splits(tmp_path: Path, fraction: float) -> None:
+    for texts in (["a", "b"], ["same", "same"], ["a", "b", "c", "a"]):
+        settings = planning(corpus(tmp_path / "c.jsonl", texts), heldout_fraction=fraction)
+        plan, _ = units.make_plan(LocalStore(tmp_path / f"run-{''.join(texts)}"), settings)
+        assert {unit.split for unit in plan.units} == {"train", "heldout"}
+
+
+def test_no_heldout_when_none_is_asked_for_or_possible(tmp_path: Path) -> None:
+    plan, _ = units.make_plan(
+        LocalStore(tmp_path / "a"), planning(corpus(tmp_path / "c.jsonl", ["a", "b"]), heldout_fraction=0.0)
+    )
+    assert {unit.split for unit in plan.units} == {"train"}
+    plan, _ = units.make_plan(LocalStore(tmp_path / "b"), planning(corpus(tmp_path / "d.jsonl", ["a"])))
+    assert {unit.split for unit in plan.units} == {"train"}
+
+
+def test_equal_texts_never_straddle_the_splits(tmp_path: Path) -> None:
+    settings = planning(corpus(tmp_path / "c.jsonl", [f"text {i % 20}" for i in range(100)]), heldout_fraction=0.4)
+    store = LocalStore(tmp_path / "run")
+    plan, _ = units.make_plan(store, settings)
+    texts: dict[str, set[str]] = {"train": set(), "heldout": set()}
+    for unit in plan.units:
+        texts[unit.split] |= set(pq.read_table(store.get_path(unit.slice)).column("text").to_pylist())
+    assert texts["heldout"]
+    assert not texts["train"] & texts["heldout"]
+
+
+def test_damaged_slices_and_plans_are_noticed(tmp_path: Path) -> None:
+    settings = planning(corpus(tmp_path / "c.jsonl", ["a" * 500, "b" * 900]))
+    store = LocalStore(tmp_path / "run")
+    with pytest.raises(InputError, match="bytecache plan"):
+        units.load_plan(store, settings)
+    plan, _ = units.make_plan(store, settings)
+    before = hashes(store)
+    path = store.get_path(plan.units[0].slice)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert units.make_plan(store, settings) == (plan, False)
+    assert hashes(store) == before
+    place = store.get_path(units.PLAN_KEY)
+    whole = place.read_text()
+    place.write_text(whole.replace('"n_docs": 1', '"n_docs": 2'))
+    with pytest.raises(IntegrityError, match="was edited"):
+        units.read_plan(store)
+    place.write_text(whole[:50])
+    with pytest.raises(IntegrityError, match="damaged"):
+        units.read_plan(store)
+
+
+def test_a_stopped_plan_leaves_no_plan(tmp_path: Path) -> None:
+    settings = planning(corpus(tmp_path / "c.jsonl", ["a" * 900] * 9))
+    store = LocalStore(tmp_path / "run")
+    calls = iter([False] * 13 + [True])
+    with pytest.raises(Interrupted, match="rerun"):
+        units.make_plan(store, settings, lambda: next(calls))
+    assert list(store.list("plan/slices"))
+    assert units.read_plan(store) is None
+    assert units.make_plan(store, settings)[1]
+
+
+# ---- the runner
+
+
+def tasks(n: int = N_TASKS) -> list[Task]:
+    return [Task("fake", f"unit {i}", f"fake/{i:03d}.bin", {"seed": i}, measure=10 + i) for i in range(n)]
+
+
+def write_unit(task: Task, out: Path, tick: Tick) -> dict[str, int]:
+    """Deterministic bytes in several writes, so that a kill can fall between them."""
+    generator = random.Random(task.inputs["seed"])
+    with out.open("wb") as stream:
+        for _ in range(8):
+            stream.write(generator.randbytes(5000))
+            stream.flush()
+            time.sleep(float(os.environ.get("SLOW", "0")))
+            tick({"bytes": 1, "tokens": 2})
+    return {"writes": 8}
+
+
+def run(store: LocalStore, work: list[Task], calls: list[str] | None = None) -> int:
+    def counted(task: Task, out: Path, tick: Tick) -> dict[str, int]:
+        if calls is not None:
+            calls.append(task.name)
+        return write_unit(task, out, tick)
+
+    return run_units(store, work, lambda: counted, never).made
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> dict[str, str]:
+    store = LocalStore(tmp_path / "reference")
+    assert run(store, tasks()) == N_TASKS
+    return hashes(store)
+
+
+def test_a_second_run_does_nothing_and_opens_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = LocalStore(tmp_path / "run")
+    first = run_units(store, tasks(3), lambda: write_unit, never)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["unit"], line["units_done"], line["units_total"]) for line in lines] == [
+        ("unit 0", 1, 3),
+        ("unit 1", 2, 3),
+        ("unit 2", 3, 3),
+    ]
+    assert all(line["bytes_per_s"] > 0 and line["tokens_per_s"] > 0 and line["eta_s"] >= 0 for line in lines)
+    assert lines[-1]["eta_s"] == 0
+
+    def fail() -> object:
+        raise AssertionError("opened")
+
+    second = run_units(store, tasks(3), fail, never)  # type: ignore[arg-type]
+    assert (first.made, second.made) == (3, 0)
+    assert second.receipts == first.receipts
+    assert first.receipts[1].counts == {"writes": 8}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "delete", "receipt", "no receipt", "no receipt, truncate"])
+def test_damage_is_repaired_by_redoing_that_unit_only(tmp_path: Path, reference: dict[str, str], harm: str) -> None:
+    store = LocalStore(tmp_path / "run")
+    run(store, tasks())
+    victim = tasks()[5]
+    path = store.get_path(victim.out)
+    receipt = store.get_path(receipts.receipt_path("fake", victim.key))
+    if "truncate" in harm:
+        path.write_bytes(path.read_bytes()[:100])
+    if harm == "flip":
+        raw = bytearray(path.read_bytes())
+        raw[7] ^= 1
+        path.write_bytes(raw)
+    if harm == "delete":
+        path.unlink()
+    if harm == "receipt":
+        receipt.write_bytes(b"{}")
+    if harm.startswith("no receipt"):
+        receipt.unlink()
+    calls: list[str] = []
+    assert run(store, tasks(), calls) == 1
+    assert calls == ["unit 5"]
+    assert hashes(store) == reference
+    assert run(store, tasks()) == 0
+
+
+def test_failed_work_keeps_what_is_whole_and_leaves_no_scraps(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+
+    def fill_disk(task: Task, out: Path, tick: Tick) -> dict[str, int]:
+        counts = write_unit(task, out, tick)
+        if task.name == "unit 2":
+            raise OSError(28, "No space left on device")
+        return counts
+
+    with pytest.raises(StorageError, match=r"unit 2.*disk is full"):
+        run_units(store, tasks(), lambda: fill_disk, never)
+    assert list(store.list("fake")) == ["fake/000.bin", "fake/001.bin"]
+    assert list((store.root / TEMP_FOLDER).iterdir()) == []
+    assert run(store, tasks()) == N_TASKS - 2
+
+
+def test_stop_between_units_and_inside_one(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    stop = StopFlag()
+
+    def work(task: Task, out: Path, tick: Tick) -> dict[str, int]:
+        counts = write_unit(task, out, tick)
+        if task.name == "unit 1":
+            stop.set()
+        return counts
+
+    with pytest.raises(Interrupted, match="2 of 12 units whole"):
+        run_units(store, tasks(), lambda: work, stop)
+    with pytest.raises(Interrupted, match="2 of 12"):
+        run_units(store, tasks(), lambda: work, stop)
+    assert Interrupted.exit_code == 75
+
+    def abandon(task: Task, out: Path, tick: Tick) -> dict[str, int]:
+        write_unit(task, out, tick)
+        raise Interrupted("abandoned")
+
+    with pytest.raises(Interrupted, match="abandoned"):
+        run_units(store, tasks(), lambda: abandon, never)
+    assert len(list(store.list("fake"))) == 2
+    assert list((store.root / TEMP_FOLDER).iterdir()) == []
+
+
+def test_work_that_writes_nothing_is_a_fault(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    with pytest.raises(IntegrityError, match="wrote nothing"):
+        run_units(store, tasks(1), lambda: lambda task, out, tick: {}, never)
+    assert finished(store, tasks(1)[0]) is None
+
+
+# ---- real processes, really killed
+
+
+def start(root: Path, slow: float) -> subprocess.Popen[str]:
+    environment = {**os.environ, "SLOW": str(slow), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__)), str(root)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def test_kill_9_at_random_moments_loses_nothing(tmp_path: Path, reference: dict[str, str]) -> None:
+    generator = random.Random(1)
+    root = tmp_path / "run"
+    kills = 0
+    for _ in range(40):
+        process = start(root, slow=0.004)
+        assert process.stderr is not None
+        # Aim after the start: wait for some units, then a random moment of the next one.
+        lines = [process.stderr.readline() for _ in range(generator.randrange(3))]
+        time.sleep(generator.random() * 0.06)
+        process.kill()
+        code = process.wait()
+        process.stderr.close()
+        kills += code == -signal.SIGKILL
+        if code == 0:
+            break
+        del lines
+    process = start(root, slow=0)
+    assert process.wait(30) == 0
+    assert process.stderr is not None
+    process.stderr.close()
+    assert kills >= 3
+    store = LocalStore(root)
+    assert hashes(store) == reference
+    assert all(finished(store, task) for task in tasks())
+    assert list((root / TEMP_FOLDER).iterdir()) == []
+
+
+def test_sigterm_drains_with_code_75_and_a_second_one_exits_at_once(tmp_path: Path, reference: dict[str, str]) -> None:
+    process = start(tmp_path / "run", slow=0.05)
+    assert process.stderr is not None
+    assert '"unit 0"' in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    noise = process.stderr.read()
+    process.stderr.close()
+    assert "SIGTERM: stopping after the work in flight" in noise
+    store = LocalStore(tmp_path / "run")
+    assert 1 <= len(list(store.list("fake"))) <= 3
+    assert list((store.root / TEMP_FOLDER).iterdir()) == []
+
+    process = start(tmp_path / "run", slow=5)
+    assert process.stderr is not None
+    time.sleep(0.1)
+    while not list((store.root / TEMP_FOLDER).iterdir()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert "once more" in process.stderr.readline()
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert time.monotonic() - started < 3
+    process.stderr.close()
+
+    assert run(store, tasks()) > 0
+    assert hashes(store) == reference
+    assert list((store.root / TEMP_FOLDER).iterdir()) == []
+
+
+def test_hash_of_the_reference_is_what_the_work_wrote(reference: dict[str, str]) -> None:
+    first = random.Random(0)
+    raw = b"".join(first.randbytes(5000) for _ in range(8))
+    assert reference["fake/000.bin"] == hashlib.sha256(raw).hexdigest()
+
+
+if __name__ == "__main__":
+    with StopFlag().installed() as flag:
+        try:
+            run_units(LocalStore(Path(sys.argv[1])), tasks(), lambda: write_unit, flag)
+        except Interrupted as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_code)

@@ -1,0 +1,157 @@
+"""Text -> ids, the teacher's own way, with no text ever read as a control token.
+
+Two encodings exist of a text: the canonical one, exactly what the model was trained on, and a plain one for the
+documents that the canonical one would change (Unicode normalisation, spaces injected after added tokens). The caller
+compares bytes and decides. Price: the tokenizers library's own speed, 2-5 MB/s per core.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from schemas.errors import InputError
+from stages.byte_trie import Trie, longest_match
+from stages.token_bytes import UNICODE_FORMS, Json, parts
+
+
+class Encoder(Protocol):
+    """What a vocabulary needs of a tokenizer. Texts are non-empty and free of lone surrogates."""
+
+    rewrites: bool
+    """True where a normaliser outside our control may change the text."""
+
+    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
+        """The model's own tokens, without start or end tokens."""
+        ...
+
+    def plain(self, text: str) -> list[int] | None:
+        """Tokens with every step that can change the text left out; None where there is no such encoding."""
+        ...
+
+
+class HfEncoder:
+    """A `tokenizers` pipeline with its control tokens sealed: text that looks like one is cut like any text."""
+
+    def __init__(self, spec: Json, control: frozenset[int]) -> None:
+        """`spec` is a parsed tokenizer.json; `control` are the ids that text must never reach."""
+        normalizers = list(parts(spec.get("normalizer"), "normalizers"))
+        self.rewrites = any(
+            part["type"] not in UNICODE_FORMS | {"Prepend", "ByteLevel"} and not _is_space(part) for part in normalizers
+        )
+        # Dropout would draw other tokens on every run; padding and truncation would change documents.
+        self._spec = spec | {"padding": None, "truncation": None}
+        if spec["model"].get("dropout") is not None:
+            self._spec["model"] = spec["model"] | {"dropout": None}
+        # The library seals what is flagged special; end tokens and unused pieces are not always flagged.
+        self._spec["added_tokens"] = [
+            token | {"special": True} if token["id"] in control else token | {"special": False}
+            for token in spec["added_tokens"]
+        ]
+        self._tokenizer = _load(self._spec)
+        plain = _without_rewrites(self._spec)
+        # Nothing to leave out: a second encoding would only repeat the first.
+        self._plain_spec = plain if plain != self._spec else None
+        self._plain: Tokenizer | None = None
+        self._prepends = any(part["type"] == "Prepend" for part in normalizers)
+        self._prefixes = any(
+            (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
+            or (part["type"] == "ByteLevel" and part.get("add_prefix_space"))
+            for part in parts(spec.get("pre_tokenizer"), "pretokenizers")
+        )
+
+    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
+        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def plain(self, text: str) -> list[int] | None:
+        if self._plain_spec is None:
+            return None
+        if self._plain is None:
+            self._plain = _load(self._plain_spec)
+        # The one space the model expects at the start is kept; only those injected elsewhere are not.
+        if self._prepends or (self._prefixes and not text.startswith(" ")):
+            text = " " + text
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+class RankEncoder:
+    """tiktoken over a rank file: `offset` is added to every rank (Tekken puts its control tokens first)."""
+
+    rewrites = False
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str, offset: int = 0) -> None:
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise InputError("a tokenizer of ranks needs the package tiktoken; `pip install tiktoken`") from error
+        self._encoding = tiktoken.Encoding("teacher", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._offset = offset
+
+    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
+        batches = self._encoding.encode_ordinary_batch(list(texts), num_threads=1)
+        return [[i + self._offset for i in ids] for ids in batches] if self._offset else batches
+
+    def plain(self, text: str) -> list[int] | None:
+        return None
+
+
+class GreedyEncoder:
+    """Longest match over the byte trie (RWKV)."""
+
+    rewrites = False
+
+    def __init__(self, trie: Trie, order: NDArray[np.int32]) -> None:
+        self._trie, self._order = trie, order
+
+    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
+        return [
+            longest_match(self._trie, self._order, np.frombuffer(text.encode(), dtype=np.uint8)).tolist()
+            for text in texts
+        ]
+
+    def plain(self, text: str) -> list[int] | None:
+        return None
+
+
+def _load(spec: Json) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _is_space(part: Json) -> bool:
+    """SentencePiece's own Replace(" " -> U+2581), which the table undoes."""
+    return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == "\u2581"
+
+
+def _without_rewrites(spec: Json) -> Json:
+    """`spec` without Unicode normalisation, injected spaces and added tokens that swallow their neighbours' spaces."""
+
+    def normalizer(part: Json) -> Json | None:
+        return None if part["type"] in UNICODE_FORMS | {"Prepend"} else part
+
+    def pre_tokenizer(part: Json) -> Json | None:
+        if part["type"] == "Metaspace":
+            return part | {"prepend_scheme": "never"}
+        if part["type"] == "ByteLevel":
+            return part | {"add_prefix_space": False}
+        return part
+
+    return spec | {
+        "normalizer": _rebuild(spec.get("normalizer"), "normalizers", normalizer),
+        "pre_tokenizer": _rebuild(spec.get("pre_tokenizer"), "pretokenizers", pre_tokenizer),
+        "added_tokens": [token | {"lstrip": False, "rstrip": False} for token in spec["added_tokens"]],
+    }
+
+
+def _rebuild(node: Json | None, plural: str, edit: Callable[[Json], Json | None]) -> Json | None:
+    old = list(parts(node, plural))
+    new = [changed for part in old if (changed := edit(part)) is not None]
+    if new == old:
+        return node
+    return {"type": "Sequence", plural: new} if new else None

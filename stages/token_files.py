@@ -1,0 +1,294 @@
+"""Finds a model's tokenizer and configuration files and reads them, whatever their kind.
+
+In order of preference: `tokenizer.json`, Tekken (`tekken*.json`), tiktoken rank files (`*.tiktoken`), RWKV vocabularies
+(`rwkv_vocab*.txt`), then whatever transformers can turn into a fast tokenizer. `tokenizer.json` is read as it stands,
+not through AutoTokenizer: some of its classes rebuild the pipeline from their own defaults.
+"""
+
+import ast
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from schemas.errors import InputError
+from stages.byte_trie import build_trie, sort_tokens
+from stages.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder
+from stages.token_bytes import Json, TokenTable, table_from_json
+
+_FILES = ["*.json", "*.model", "*.tiktoken", "rwkv_vocab*.txt", "*.jinja"]
+_SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+
+# How rank files cut text before merging; the files themselves do not say (facts of the published encodings).
+_CL100K = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = "|".join(
+    (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+_QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+_RANK_FILES: dict[str, tuple[str, dict[str, int]]] = {
+    "cl100k_base": (
+        _CL100K,
+        {
+            "<|endoftext|>": 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+    ),
+    "o200k_base": (_O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
+    "qwen": (_CL100K.replace(r"\p{N}{1,3}", r"\p{N}"), {text: 151643 + i for i, text in enumerate(_QWEN_SPECIAL)}),
+}
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer as its files describe it, and what the model beside it says about start, end and size."""
+
+    where: str
+    table: TokenTable
+    make_encoder: Callable[[list[bytes | None]], Encoder]
+    """Builds the encoder once the final table (None = unreachable from text) is known."""
+    bos: int | None = None
+    """The tokenizer's own start token."""
+    eos: int | None = None
+    config: Json = field(default_factory=dict)
+    """config.json, with the text model's settings on top where the model has several."""
+    generation: Json = field(default_factory=dict)
+    """generation_config.json."""
+
+
+def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: bool = False) -> TokenizerFiles:
+    """Read the tokenizer of a folder, a tokenizer file or a hub id; InputError where there is none that is exact."""
+    path = _resolve(model, revision)
+    folder, only = (path, None) if path.is_dir() else (path.parent, path)
+    where = str(model)
+    config = _text_settings(_read_json(folder / "config.json"))
+    generation = _read_json(folder / "generation_config.json")
+    tokenizer_config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    files = [only] if only else sorted(folder.iterdir())
+    for pattern, reader in (
+        ("tokenizer.json", _read_hf),
+        ("tekken*.json", _read_tekken),
+        ("*.tiktoken", _read_ranks),
+        ("rwkv_vocab*.txt", _read_rwkv),
+    ):
+        for file in files:
+            if file.match(pattern):
+                return _with_config(reader(file, where, tokenizer_config), config, generation)
+    backend = _convert_slow(folder, where, trust_remote_code)
+    return _with_config(_from_backend(backend, where, tokenizer_config), config, generation)
+
+
+def _text_settings(config: Json) -> Json:
+    """A configuration whose text model is nested, flattened: its own size, everyone's end tokens."""
+    nested = config.get("text_config")
+    if not isinstance(nested, dict):
+        return config
+    flat = nested | {key: value for key, value in config.items() if value is not None}
+    ends = [*as_ids(config.get("eos_token_id")), *as_ids(nested.get("eos_token_id"))]
+    return flat | {"eos_token_id": ends, "vocab_size": nested.get("vocab_size") or config.get("vocab_size")}
+
+
+def as_ids(value: Any) -> list[int]:
+    """An id, a list of ids or nothing, as configurations have it."""
+    if isinstance(value, bool) or value is None:
+        return []
+    return [int(i) for i in value] if isinstance(value, list) else [int(value)]
+
+
+def _with_config(found: TokenizerFiles, config: Json, generation: Json) -> TokenizerFiles:
+    return TokenizerFiles(found.where, found.table, found.make_encoder, found.bos, found.eos, config, generation)
+
+
+def _resolve(model: str | Path, revision: str) -> Path:
+    path = Path(model)
+    if path.exists():
+        return path
+    name = str(model)
+    if name.startswith("builtin:"):
+        raise InputError(f"{name} is not a folder yet; materialise the built-in model first and pass its folder")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"model folder {name} does not exist; give an existing folder or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{name} is no folder and could not be fetched from the hub ({reason}); give a folder"
+        ) from error
+
+
+def _read_json(path: Path) -> Json:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object; fetch the file again")
+    return content
+
+
+def _read_hf(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for anything it cannot parse
+        raise InputError(f"{file} is not a tokenizer this version of tokenizers can read ({error})") from error
+    return _from_backend(backend, where, tokenizer_config)
+
+
+def _from_backend(backend: Tokenizer, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    # The library's own serialisation has resolved versions, defaults and the ids of added tokens.
+    spec = json.loads(backend.to_str())
+    named = {key: text for key in _SPECIAL_KEYS if (text := _text_of(tokenizer_config.get(key)))}
+    table = table_from_json(spec, where, frozenset(named.values()))
+    _add_declared(table, tokenizer_config)
+    bos, eos = (table.names.get(named[key]) if key in named else None for key in ("bos_token", "eos_token"))
+
+    def make_encoder(final: list[bytes | None]) -> Encoder:
+        return HfEncoder(spec, frozenset(i for i, data in enumerate(final) if data is None))
+
+    return TokenizerFiles(where, table, make_encoder, bos=bos, eos=eos)
+
+
+def _text_of(entry: Any) -> str:
+    """A special token in a configuration: its text, or an object with `content`."""
+    return str(entry.get("content") or "") if isinstance(entry, dict) else str(entry or "")
+
+
+def _add_declared(table: TokenTable, tokenizer_config: Json) -> None:
+    """Tokens that only tokenizer_config.json declares: the model may give them mass, the encoder never makes them."""
+    for key, entry in (tokenizer_config.get("added_tokens_decoder") or {}).items():
+        content, i = _text_of(entry), int(key)
+        if not content or content in table.names:
+            continue
+        table.token_bytes.extend([None] * (i + 1 - len(table.token_bytes)))
+        if table.token_bytes[i] is None and not entry.get("special", True):
+            table.token_bytes[i] = content.encode()
+        table.names[content] = i
+
+
+def _read_ranks(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    known = _RANK_FILES.get(file.stem)
+    if known is None:
+        raise InputError(
+            f"{file.name}: a rank file does not say how text is cut and this one is not known "
+            f"({', '.join(sorted(_RANK_FILES))} are); put the model's tokenizer.json beside it"
+        )
+    pattern, special = known
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                encoded, number_text = line.split()
+                ranks[base64.b64decode(encoded, validate=True)] = int(number_text)
+            except ValueError as error:
+                raise InputError(f"{file} line {number} is no `base64 rank` pair ({error}); fetch it again") from error
+    table: list[bytes | None] = [None] * (1 + max([*ranks.values(), *special.values()]))
+    for data, rank in ranks.items():
+        table[rank] = data
+    return TokenizerFiles(
+        where,
+        TokenTable("tiktoken", table, dict(special), frozenset()),
+        lambda _: RankEncoder(ranks, pattern),
+        eos=special["<|endoftext|>"],
+    )
+
+
+def _read_tekken(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    content = _read_json(file)
+    try:
+        config = content["config"]
+        n_special, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
+        # The file lists more entries than the model has rows; only the first ones are live.
+        live = content["vocab"][: size - n_special]
+        ranks = {base64.b64decode(entry["token_bytes"]): int(entry["rank"]) for entry in live}
+        pattern = config["pattern"]
+        listed = content.get("special_tokens") or []
+        special = {entry["token_str"]: int(entry["rank"]) for entry in listed}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is no Tekken vocabulary ({error!r}); fetch the file again") from error
+    # Files from before the list existed all begin like this.
+    special = special or {"<unk>": 0, "<s>": 1, "</s>": 2}
+    table: list[bytes | None] = [None] * size
+    for data, rank in ranks.items():
+        table[rank + n_special] = data
+    return TokenizerFiles(
+        where,
+        TokenTable("tekken", table, special, frozenset({special["<unk>"]} if "<unk>" in special else ())),
+        lambda _: RankEncoder(ranks, pattern, offset=n_special),
+        bos=special.get("<s>"),
+        eos=special.get("</s>"),
+    )
+
+
+def _read_rwkv(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    pieces: dict[int, bytes] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        # `id literal length`; the literal may itself hold spaces.
+        try:
+            head, rest = line.split(" ", 1)
+            literal, length = rest.rsplit(" ", 1)
+            value = ast.literal_eval(literal)
+            data = value.encode() if isinstance(value, str) else bytes(value)
+            if len(data) != int(length):
+                raise ValueError(f"{len(data)} bytes, not {length}")
+            pieces[int(head)] = data
+        except (ValueError, SyntaxError) as error:
+            raise InputError(f"{file} line {number} is no `id literal length` row ({error}); fetch it again") from error
+    table: list[bytes | None] = [pieces.get(i) for i in range(1 + max(pieces, default=0))]
+
+    def make_encoder(final: list[bytes | None]) -> Encoder:
+        order = sort_tokens(final)
+        return GreedyEncoder(build_trie(final, order), order)
+
+    # Id 0 is in no file: it both starts and ends documents.
+    return TokenizerFiles(
+        where, TokenTable("rwkv", table, {"<|endoftext|>": 0}, frozenset()), make_encoder, bos=0, eos=0
+    )
+
+
+def _convert_slow(folder: Path, where: str, trust_remote_code: bool) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"no tokenizer found in {where} ({reason}); a teacher needs a tokenizer.json") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            f"the tokenizer of {where} ({type(tokenizer).__name__}) has no fast form; add a tokenizer.json"
+        )
+    converted: Tokenizer = backend
+    return converted

@@ -1,0 +1,381 @@
+"""From target shards to micro-batches: verify, read, tokenise, cut, collate; in a background thread, in bounded memory.
+
+Algorithm. A shard's file must hash to the manifest's sha256 before a byte of it is parsed. Its documents are tokenised
+with the student's tokenizer and flattened into arrays of tokens (id, predecessor, first position, ...), each document
+followed by its EOS whose "byte" is the END position. A window of `order` is then two binary searches: the tokens that
+start inside it; every token of an epoch belongs to exactly one window. Rows never cross documents; a row's first input
+is the token before it (the start token at a document's head), so nothing is predicted from a false start.
+The rows of one step are sorted by length and packed into micro-batches of similar length: padding is small (measured in
+`train`), and right padding needs no attention mask in a causal model, since every padded position comes last.
+Documents that the tokenizer cannot map to their own bytes are skipped and counted by reason, never misaligned.
+Price: a shard is resident as decoded plus about 9 bytes per text byte of token arrays; at most `pool` shards and
+`prefetch` steps are. Tokenising dominates the first reading (1-3 MB of text/s/core).
+"""
+
+import hashlib
+import queue
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from schemas.byte_shard import ByteShard, read_shard
+from schemas.errors import InputError, IntegrityError
+from schemas.manifest import Dataset, ShardEntry
+from stages.byte_head import END, SLOTS
+from stages.loss import IGNORE, SlotTargets
+from stages.order import POOL, Order, Window
+from stages.vocab import Misfit, Vocabulary
+
+MICRO_TOKENS = 2048
+"""Most padded tokens in one micro-batch (a single longer row excepted): bounds logits memory, keeps padding low."""
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """One shard seen through the student's tokenizer: K tokens of all its alignable documents, in position order.
+
+    ids, before int32 [K]: token and its predecessor in the document (start token at its head).
+    start, end int64 [K]: positions of the token's text bytes; an EOS owns its document's END position.
+    skip int64 [K]: bytes of the token in front of the text (a synthetic prefix space); they have no position.
+    row int32 [K]: index of the token's document. symbol int16 [N]: the text's own symbol per position, END included.
+    """
+
+    shard: ByteShard
+    ids: npt.NDArray[np.int32]
+    before: npt.NDArray[np.int32]
+    start: IntArray
+    end: IntArray
+    skip: IntArray
+    row: npt.NDArray[np.int32]
+    symbol: npt.NDArray[np.int16]
+    supervised: npt.NDArray[np.bool_]
+    skipped: Counter[str]
+
+
+class Row(NamedTuple):
+    """Tokens [first, last) of one document: one row of a batch."""
+
+    source: TokenShard
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """R rows padded to T tokens. Slots are the supervised first-ten bytes of the tokens, sorted by slot number.
+
+    input_ids, labels int64 [R, T]: labels[:, t] follows input_ids[:, t]; IGNORE where unsupervised or padding.
+    slot_token int64 [S]: flat index (r * T + t) of the input position whose hidden state predicts the slot's token.
+    slot_counts: slots per slot number, length 10. slot_symbol int64 [S], slot_weight float32 [S].
+    targets: the teacher's share, None when not asked for. Counts: predicted tokens, those of them with a supervised
+    byte, supervised text bytes, and tokens before padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    slot_token: Tensor
+    slot_counts: list[int]
+    slot_symbol: Tensor
+    slot_weight: Tensor
+    targets: SlotTargets | None
+    n_tokens: int
+    n_byte_tokens: int
+    n_bytes: int
+    n_real: int
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same batch on `device`."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        if self.targets is not None:
+            moved["targets"] = SlotTargets(*(t.to(device) for t in self.targets))
+        return MicroBatch(**moved)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step's data on this rank."""
+
+    number: int
+    micro: list[MicroBatch]
+    skipped: dict[str, int]
+
+    @property
+    def n_tokens(self) -> int:
+        """Predicted tokens."""
+        return sum(m.n_tokens for m in self.micro)
+
+    @property
+    def n_byte_tokens(self) -> int:
+        """Predicted tokens with at least one supervised byte."""
+        return sum(m.n_byte_tokens for m in self.micro)
+
+    @property
+    def n_bytes(self) -> int:
+        """Text bytes of the predicted tokens."""
+        return sum(m.n_bytes for m in self.micro)
+
+
+def verify_file(path: Path, sha256: str) -> None:
+    """Refuse a shard whose bytes are not those of the manifest; IntegrityError names it."""
+    if not path.is_file():
+        raise IntegrityError(f"{path}: the shard is missing; fetch or convert it again")
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise IntegrityError(
+            f"{path}: sha256 is {digest.hexdigest()[:12]}, the manifest says {sha256[:12]}; fetch or convert it again"
+        )
+
+
+def tokenise(shard: ByteShard, vocabulary: Vocabulary, end_id: int) -> TokenShard:
+    """Flatten a shard's documents into student tokens (see `TokenShard`)."""
+    n_docs = len(shard.doc_id)
+    offsets = np.asarray(shard.doc_start, dtype=np.int64)
+    text = np.asarray(shard.text)
+    symbol = text.astype(np.int16)
+    symbol[offsets[1:] - 1] = END
+    skipped: Counter[str] = Counter()
+    texts, members = [], []
+    for d in range(n_docs):
+        raw = text[offsets[d] : offsets[d + 1] - 1].tobytes()
+        try:
+            texts.append(raw.decode("utf-8"))
+            members.append(d)
+        except UnicodeDecodeError:
+            skipped["not UTF-8"] += 1
+    columns: list[tuple[npt.NDArray[np.int64], ...]] = []
+    for d, encoded in zip(members, vocabulary.encode_batch(texts), strict=True):
+        if isinstance(encoded, Misfit):
+            skipped[encoded.reason] += 1
+            continue
+        ids = np.append(encoded.ids, end_id)
+        # Bytes of `data` in front of the text have no position: clamp them to the document's first.
+        edge = np.append(encoded.starts, encoded.starts[-1] + 1) - encoded.synthetic
+        place = offsets[d] + np.maximum(edge, 0)
+        lead = np.clip(-edge[:-1], 0, None) - np.clip(-edge[1:], 0, None)
+        before = np.concatenate([[vocabulary.start_id], ids[:-1]])
+        columns.append((ids, before, place[:-1], place[1:], lead, np.full(ids.size, d)))
+    flat = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [np.zeros(0, np.int64)] * 6
+    ids, before, start, end, lead, row = flat
+    mask = np.concatenate([[0], np.cumsum(np.asarray(shard.mask) != 0)])
+    # A token is supervised when any of its bytes is: the first token of a response may begin in the prompt.
+    supervised = mask[np.maximum(end, np.minimum(start + 1, text.size))] > mask[start]
+    return TokenShard(
+        shard, ids.astype(np.int32), before.astype(np.int32), start, end, lead, row.astype(np.int32), symbol,
+        supervised, skipped,
+    )  # fmt: skip
+
+
+def cut(source: TokenShard, lo: int, hi: int, max_tokens: int) -> list[Row]:
+    """Rows of the tokens that start in positions [lo, hi): one per document, split where longer than `max_tokens`."""
+    a, b = (int(x) for x in np.searchsorted(source.start, [lo, hi]))
+    if a == b:
+        return []
+    edges = np.concatenate([[a], a + 1 + np.flatnonzero(np.diff(source.row[a:b])), [b]])
+    return [
+        Row(source, i, min(i + max_tokens, int(y)))
+        for x, y in zip(edges[:-1], edges[1:], strict=True)
+        for i in range(int(x), int(y), max_tokens)
+    ]
+
+
+def group(rows: Sequence[Row], micro_tokens: int = MICRO_TOKENS) -> list[list[Row]]:
+    """Sort rows by length (stable, longest first) and pack them so that rows * longest <= `micro_tokens`."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda r: r.first - r.last):
+        width = groups[-1][0].last - groups[-1][0].first if groups else 0
+        if groups and (len(groups[-1]) + 1) * width <= micro_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "mean") -> MicroBatch:
+    """One micro-batch from rows; all arithmetic is per byte, nothing is [tokens, 10, 260]."""
+    width = max(r.last - r.first for r in rows)
+    input_ids = np.zeros((len(rows), width), np.int64)
+    labels = np.full((len(rows), width), IGNORE, np.int64)
+    parts: list[list[npt.NDArray[np.generic]]] = []
+    entries: list[list[npt.NDArray[np.generic]]] = []
+    n_slots = n_tokens = n_byte_tokens = n_bytes = n_real = 0
+    for r, (src, first, last) in enumerate(rows):
+        n, span = last - first, slice(first, last)
+        start, end, skip = src.start[span], src.end[span], src.skip[span]
+        input_ids[r, :n] = src.before[span]
+        labels[r, :n] = np.where(src.supervised[span], src.ids[span], IGNORE)
+        lo, hi = int(start[0]), int(end[-1])
+        mask = np.asarray(src.shard.mask[lo:hi]) != 0
+        counts = np.clip(np.minimum(SLOTS - skip, end - start), 0, None)
+        token = np.repeat(np.arange(n), counts)
+        within = np.arange(token.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        position = start[token] + within
+        keep = mask[position - lo]
+        token, within, position = token[keep], within[keep], position[keep]
+        per_token = np.bincount(token, minlength=n)
+        weight = 1.0 / per_token[token] if byte_reduction == "mean" else np.ones(token.size)
+        parts.append([within + skip[token], r * width + token, src.symbol[position], weight, src.shard.tail[position]])
+        if with_targets:
+            slot_at = np.full(hi - lo, -1, np.int64)
+            slot_at[position - lo] = n_slots + np.arange(position.size)
+            triples = src.shard.triples(lo, hi)
+            slot = slot_at[triples.row]
+            listed = slot >= 0
+            entries.append([slot[listed], triples.symbol[listed], triples.prob[listed]])
+        n_slots += position.size
+        n_tokens += int(src.supervised[span].sum())
+        n_byte_tokens += int((per_token > 0).sum())
+        n_bytes += int((mask & (src.symbol[lo:hi] != END)).sum())
+        n_real += n
+    k, slot_token, slot_symbol, slot_weight, tail = (np.concatenate(c) for c in zip(*parts, strict=True))
+    by_slot = np.argsort(k, kind="stable")
+    targets = None
+    if with_targets:
+        rank = np.empty(n_slots, np.int64)
+        rank[by_slot] = np.arange(n_slots)
+        slot, symbol, prob = (np.concatenate(c) for c in zip(*entries, strict=True))
+        targets = SlotTargets(
+            torch.from_numpy(rank[slot]),
+            torch.from_numpy(symbol.astype(np.int64)),
+            torch.from_numpy(prob.astype(np.float32)),
+            torch.from_numpy(tail[by_slot].astype(np.float32)),
+        )
+    return MicroBatch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        torch.from_numpy(slot_token[by_slot].astype(np.int64)),
+        np.bincount(k, minlength=SLOTS).tolist(),
+        torch.from_numpy(slot_symbol[by_slot].astype(np.int64)),
+        torch.from_numpy(slot_weight[by_slot].astype(np.float32)),
+        targets, n_tokens, n_byte_tokens, n_bytes, n_real,
+    )  # fmt: skip
+
+
+class ShardReader:
+    """Tokenised shards of one split by number, the last `resident` kept.
+
+    Args:
+        folder: the data set's folder. dataset: its manifest. split: "train" or "heldout".
+
+    Raises:
+        InputError: the split has no shards.
+    """
+
+    def __init__(
+        self, folder: Path, dataset: Dataset, split: str, vocabulary: Vocabulary, end_id: int, *, resident: int = POOL
+    ) -> None:
+        self.folder, self.vocabulary, self.end_id, self.resident = folder, vocabulary, end_id, resident
+        self.entries: list[ShardEntry] = [e for e in dataset.entries if e.split == split]
+        if not self.entries:
+            raise InputError(f"{folder}: no shards of split {split!r}; convert documents of that split first")
+        self.skipped: dict[int, Counter[str]] = {}
+        self._cache: OrderedDict[int, TokenShard] = OrderedDict()
+
+    def __getitem__(self, number: int) -> TokenShard:
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number]
+        entry = self.entries[number]
+        path = self.folder / entry.file
+        verify_file(path, entry.sha256)
+        while len(self._cache) >= self.resident:
+            self._cache.popitem(last=False)
+        shard = tokenise(read_shard(path), self.vocabulary, self.end_id)
+        self._cache[number] = shard
+        self.skipped[number] = shard.skipped
+        return shard
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions per shard of the split, from the manifest."""
+        return [e.n_positions for e in self.entries]
+
+    def skipped_documents(self) -> dict[str, int]:
+        """Documents set aside so far, by reason."""
+        return dict(sum(self.skipped.values(), Counter[str]()))
+
+
+def make_step(
+    number: int, windows: Sequence[Window], reader: ShardReader, max_tokens: int, *,
+    with_targets: bool, byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS,
+) -> Step:  # fmt: skip
+    """Read the windows of one step and collate them."""
+    rows = [row for w in windows for row in cut(reader[w.shard], w.lo, w.hi, max_tokens)]
+    micro = [
+        collate(g, with_targets=with_targets, byte_reduction=byte_reduction) for g in group(rows, micro_tokens)
+    ]
+    return Step(number, micro, reader.skipped_documents())
+
+
+def steps(
+    order: Order, reader: ShardReader, *, batch: int, max_tokens: int, start: int = 0, rank: int = 0, ranks: int = 1,
+    with_targets: bool = True, byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS,
+) -> Iterator[Step]:  # fmt: skip
+    """Steps `start`, `start` + 1, ... without end; step s owns windows [s * batch, (s+1) * batch), rank r every ranks-th.
+
+    Raises:
+        IntegrityError: a shard is corrupt or missing. InputError: a whole epoch has nothing to train on.
+    """
+    windows = order.windows(start * batch)
+    barren = 0
+    for number in range(start, 2**62):
+        mine = list(islice(windows, batch))[rank::ranks]
+        step = make_step(
+            number, mine, reader, max_tokens,
+            with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
+        )  # fmt: skip
+        barren = 0 if step.micro else barren + batch
+        if barren > order.epoch_length(0) + 2 * batch:
+            raise InputError(f"{reader.folder}: no document can be trained on; set aside: {step.skipped}")
+        yield step
+
+
+def prefetch(source: Iterator[Step], depth: int = 2) -> Iterator[Step]:
+    """Run `source` in a thread, at most `depth` steps ahead; its exceptions are raised here; closing ends the thread."""
+    items: queue.Queue[Step | BaseException] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: Step | BaseException) -> bool:
+        while not closed.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for step in source:
+                if not put(step):
+                    return
+            put(StopIteration())
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = items.get()
+            if isinstance(item, StopIteration):
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,248 @@
+"""The student: a folder with model and tokenizer, made once, that every training run starts from.
+
+`prepare` writes an ordinary Hugging Face folder (safetensors weights, tokenizer, `student.json` with its identity) from
+the settings: a new small Llama with tied embeddings, or a copy of an existing causal LM in float32. `bpe:N` trains a
+byte-level BPE on the training documents, so every text can be encoded and every token maps to bytes. `load` opens the
+folder and joins model, tokenizer and exact token bytes. The same settings, data set and seed give the same weights.
+Price: BPE training reads at most 64 MiB of text and takes about 1 s per 3 MB; the folder appears by one rename.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from schemas.byte_shard import read_shard
+from schemas.errors import ConfigError, InputError, IntegrityError
+from schemas.manifest import read_dataset
+from schemas.settings import Student as StudentSettings
+from stages.stream import verify_file
+from stages.vocab import Vocabulary, load_vocabulary
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+BPE_BYTES = 64 * 1024 * 1024
+"""Text that a `bpe:N` tokenizer is trained on, at most."""
+CONTEXT = 4096
+"""Position limit written into a new student's configuration."""
+
+
+@dataclass
+class Student:
+    """A model with its tokenizer and token bytes; `end_id` is the token trained to close a document."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    end_id: int
+    identity: str
+    """sha256 over weights, configuration and vocabulary as prepared."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest row the model accepts."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the lm_head's input."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token logits [R, T, V] and the lm_head's own input [R, T, hidden], whatever the architecture calls it."""
+        seen: list[Tensor] = []
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits, seen[0]
+
+
+def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `size` tokens (256 bytes and two control tokens included); deterministic.
+
+    Raises:
+        ConfigError: `size` leaves no room for the 256 bytes and two control tokens.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if size < len(alphabet) + 2:
+        raise ConfigError(f"student.tokenizer = 'bpe:{size}': at least {len(alphabet) + 2} tokens are needed; raise N")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False, min_frequency=2
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    start = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, start)]
+            ),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def split_texts(targets_dir: Path, split: str, limit: int) -> Iterator[str]:
+    """The documents of a split as text, in manifest order, until `limit` bytes; shards verified first."""
+    for entry in read_dataset(targets_dir).entries:
+        if entry.split != split:
+            continue
+        verify_file(targets_dir / entry.file, entry.sha256)
+        shard = read_shard(targets_dir / entry.file)
+        text = np.asarray(shard.text)
+        for lo, hi in zip(shard.doc_start[:-1], shard.doc_start[1:], strict=True):
+            if limit <= 0:
+                return
+            limit -= int(hi - lo)
+            yield text[int(lo) : int(hi) - 1].tobytes().decode("utf-8", errors="ignore")
+
+
+def _tokenizer(settings: StudentSettings, targets_dir: Path) -> PreTrainedTokenizerBase:
+    if settings.tokenizer.startswith("bpe:"):
+        size = settings.tokenizer.removeprefix("bpe:")
+        if not size.isdigit():
+            raise ConfigError(f"student.tokenizer = {settings.tokenizer!r}: write bpe:N with N a number, e.g. bpe:2048")
+        return train_bpe(split_texts(targets_dir, "train", BPE_BYTES), int(size))
+    tokenizer = _open(AutoTokenizer, settings.tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"student.tokenizer = {settings.tokenizer!r} declares no EOS token, so documents cannot end; declare one"
+        )
+    return tokenizer
+
+
+def _open(factory: Any, source: str, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{source}: cannot be opened as a {factory.__name__} ({reason}); check the path or id") from error
+
+
+def new_model(settings: StudentSettings, vocabulary_size: int, start_id: int | None, end_id: int, seed: int) -> LlamaForCausalLM:
+    """A small Llama with tied embeddings and fresh weights; the global random state is left as it was."""
+    if settings.hidden_size % (2 * settings.heads):
+        raise ConfigError(
+            f"student.heads = {settings.heads}: hidden_size {settings.hidden_size} must be an even multiple of it"
+        )
+    config = LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=-(-settings.hidden_size * 8 // (3 * 64)) * 64,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=start_id,
+        eos_token_id=end_id,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file directly in `folder` except `student.json`."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "student.json")
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def prepare(settings: StudentSettings, targets_dir: Path, out_dir: Path, *, seed: int) -> dict[str, Any]:
+    """Write the student's starting folder; done already with the same inputs, only verify it.
+
+    Args:
+        settings: the `[student]` section.
+        targets_dir: the data set; its training documents teach `bpe:N`.
+        out_dir: the folder to create; both the distilled student and its control start from it.
+        seed: of a new model's weights.
+
+    Returns:
+        `student.json`: recipe, file hashes, parameter and vocabulary counts.
+
+    Raises:
+        ConfigError: impossible sizes, or `out_dir` holds another student. InputError: a model that cannot be opened.
+    """
+    recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": read_dataset(targets_dir).manifest_hash}
+    record = out_dir / "student.json"
+    if out_dir.exists():
+        found = json.loads(record.read_text()) if record.is_file() else {}
+        if found.get("recipe") == recipe and found.get("files") == folder_hashes(out_dir):
+            return dict(found)
+        raise ConfigError(f"{out_dir} holds a student of other settings or is damaged; delete it or choose another run.dir")
+    if settings.model:
+        tokenizer = _open(AutoTokenizer, settings.model)
+        model = _open(AutoModelForCausalLM, settings.model, dtype=torch.float32)
+    else:
+        tokenizer = _tokenizer(settings, targets_dir)
+        model = new_model(settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, seed)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        info = {
+            "recipe": recipe,
+            "files": folder_hashes(scratch),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "vocabulary": len(tokenizer),
+        }
+        (scratch / record.name).write_text(json.dumps(info, indent=1, sort_keys=True))
+        for path in scratch.iterdir():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+        scratch.chmod(0o755)
+        scratch.rename(out_dir)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return info
+
+
+def load(folder: Path) -> Student:
+    """Open a prepared (or exported) student folder in float32, on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: no such folder. IntegrityError: its files are not those of `student.json`.
+    """
+    record = folder / "student.json"
+    if record.is_file() and json.loads(record.read_text())["files"] != folder_hashes(folder):
+        raise IntegrityError(f"{folder}: files differ from student.json; delete the folder and prepare the student again")
+    config = _open(AutoConfig, str(folder))
+    tokenizer = _open(AutoTokenizer, str(folder))
+    model = _open(AutoModelForCausalLM, str(folder), dtype=torch.float32, config=config)
+    vocabulary = load_vocabulary(str(folder), lm_head_rows=int(model.get_output_embeddings().weight.shape[0]))
+    ends = [int(i) for i in vocabulary.end_ids]
+    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+    digest = hashlib.sha256(vocabulary.fingerprint.encode())
+    for name, sha256 in folder_hashes(folder).items():
+        if name.endswith((".safetensors", "config.json")):
+            digest.update(f"{name}={sha256};".encode())
+    return Student(model.eval(), tokenizer, vocabulary, int(end_id), digest.hexdigest())

@@ -1,0 +1,296 @@
+"""Train a student from byte targets: no teacher in memory, exact resume from any kill.
+
+Algorithm: AdamW (0.9, 0.95), linear warm-up then cosine to 10 % of the peak, gradient norm clipped at 1; matrices decay,
+norms and biases do not. A step is `batch` windows in micro-batches of similar length whose losses are divided by the
+step's own counts, so the sum is exact. The state is the model, the head, two moments, the random state and one integer:
+data order is a pure function of it. On one machine with the same number of threads, a run killed anywhere and rerun ends
+with bit-identical weights (`tests/test_train.py` compares hashes).
+Price: see PRICE below; `metrics.jsonl` holds losses, text bytes/s and tokens/s of every run.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from schemas.errors import ConfigError, Interrupted
+from schemas.manifest import read_dataset
+from schemas.settings import Train as TrainSettings
+from stages import checkpoint, stream, student
+from stages.byte_head import ByteHead
+from stages.loss import LossParts, loss_parts
+from stages.order import Order
+from stages.student import Student
+
+BETAS = (0.9, 0.95)
+CLIP = 1.0
+FINAL_LR = 0.1
+"""The cosine ends at this share of the peak."""
+
+
+@dataclass
+class Run:
+    """A student, its head and optimiser: everything a checkpoint holds."""
+
+    student: Student
+    head: ByteHead
+    optimizer: torch.optim.AdamW
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trained parameter once (tied weights have one name), model first."""
+        yield from self.student.model.named_parameters(prefix="model")
+        yield from self.head.named_parameters(prefix="head")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Names: `model.*`, `head.*`, `adam.<parameter>/<moment>`, `rng`."""
+        named: dict[str, Tensor] = {}
+        for name, parameter in self.parameters():
+            named[name] = parameter
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                named[f"adam.{name}/{moment}"] = value
+        named["rng"] = torch.get_rng_state()
+        return named
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Load what `tensors` returned."""
+        with torch.no_grad():
+            for name, parameter in self.parameters():
+                parameter.copy_(tensors[name])
+                prefix = f"adam.{name}/"
+                moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                if moments:
+                    # AdamW keeps its step count beside the parameter's device, the moments on it.
+                    self.optimizer.state[parameter] = {
+                        k: v.clone().to(parameter.device if k != "step" else v.device) for k, v in moments.items()
+                    }
+        torch.set_rng_state(tensors["rng"])
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Rate of step number `step` (from 0)."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return settings.learning_rate * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def start_run(opened: Student, settings: TrainSettings, seed: int, device: torch.device) -> Run:
+    """A run at step 0; the global random state is seeded."""
+    torch.manual_seed(seed)
+    head = ByteHead(opened.hidden_size, seed).to(device)
+    opened.model.to(device).train()  # type: ignore[arg-type]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in [*opened.model.parameters(), *head.parameters()]:
+        groups[parameter.ndim > 1 and parameter is not head.bias].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": settings.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=BETAS,
+        fused=True,
+    )
+    return Run(opened, head, optimizer)
+
+
+def micro_loss(run: Run, micro: stream.MicroBatch, *, use_head: bool) -> LossParts:
+    """Forward one micro-batch."""
+    logits, hidden = run.student.forward(micro.input_ids)
+    return loss_parts(
+        logits, micro.labels, hidden, run.head if use_head else None,
+        micro.slot_token, micro.slot_counts, micro.slot_symbol, micro.slot_weight, micro.targets,
+    )  # fmt: skip
+
+
+def backward_step(
+    run: Run, step: stream.Step, device: torch.device, *, lambda_byte: float, lambda_kl: float
+) -> dict[str, float]:
+    """Accumulate the gradients of one step; returns its loss terms in nats per token.
+
+    The head is left out altogether when neither lambda uses it.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    for micro in step.micro:
+        parts = micro_loss(run, micro.to(device), use_head=bool(lambda_byte or lambda_kl))
+        loss = parts.total(step.n_tokens, step.n_byte_tokens, lambda_byte, lambda_kl)
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums += torch.stack([loss, *parts]).detach().double().cpu()
+    per_byte_token = max(step.n_byte_tokens, 1)
+    return {
+        "loss": float(sums[0]),
+        "token_nll": float(sums[1]) / max(step.n_tokens, 1),
+        "byte_ce": float(sums[2]) / per_byte_token,
+        "byte_kl": float(sums[3]) / per_byte_token,
+    }
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic kernels for the length of a run; the caller's setting comes back afterwards."""
+    enabled, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+class _Log:
+    """`metrics.jsonl`: one line per step; lines of steps that a resume repeats are dropped first."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                if json.loads(line)["step"] <= resume_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line a kill cut short
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text("".join(kept))
+        scratch.replace(path)
+        self.file = path.open("a", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+
+def train(
+    settings: TrainSettings,
+    student_dir: Path,
+    targets_dir: Path,
+    out_dir: Path,
+    *,
+    name: str,
+    seed: int = 0,
+    lambda_kl: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+    device: str = "",
+) -> dict[str, Any]:
+    """Train, or continue training, one student.
+
+    Args:
+        settings: the `[train]` section.
+        student_dir: folder made by `student.prepare`.
+        targets_dir: the data set of byte targets, split "train".
+        out_dir: checkpoints and `metrics.jsonl` of this run; a rerun continues from its newest whole checkpoint.
+        name: of the run ("distilled", "control"), for its records.
+        seed: of the head, the data order and any dropout.
+        lambda_kl: replaces `settings.lambda_kl`; 0 never reads the teacher's probabilities (the control).
+            With `lambda_byte = 0` as well, plain token cross-entropy: the head is not evaluated.
+        stop: asked after every step; True saves a checkpoint and raises Interrupted.
+        report: called after every step with the line of `metrics.jsonl`.
+        device: torch device; empty = CUDA where there is one.
+
+    Returns:
+        name, checkpoint (path), sha256, step, steps resumed from, the last step's loss terms, throughput, skipped documents by reason.
+
+    Raises:
+        Interrupted: `stop` said so. ConfigError: the folder belongs to other settings, or the loss is not finite.
+        IntegrityError: a corrupt shard. InputError: nothing to train on.
+    """
+    kl = settings.lambda_kl if lambda_kl is None else lambda_kl
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    opened = student.load(student_dir)
+    dataset = read_dataset(targets_dir)
+    identity = {
+        "format": 1,
+        "seed": seed,
+        "student": opened.identity,
+        "dataset": dataset.manifest_hash,
+        "settings": {**settings.model_dump(exclude={"checkpoint_every", "control"}), "lambda_kl": kl},
+    }
+    run = start_run(opened, settings, seed, place)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path, refused = checkpoint.latest(out_dir)
+    first, terms = 0, dict[str, float]()
+    if path is not None:
+        tensors, state = checkpoint.load(path)
+        if state["identity"] != identity:
+            raise ConfigError(f"{out_dir}: {_difference(state['identity'], identity)}; delete it or choose another run.dir")
+        run.restore(tensors)
+        first, terms = int(state["step"]), state["terms"]
+    log = _Log(out_dir / "metrics.jsonl", first)
+    reader = stream.ShardReader(targets_dir, dataset, "train", opened.vocabulary, opened.end_id)
+    order = Order(dataset.manifest_hash, reader.positions, settings.window_bytes, seed)
+    source = stream.steps(
+        order, reader, batch=settings.batch, max_tokens=opened.max_tokens, start=first,
+        with_targets=kl > 0, byte_reduction=settings.byte_reduction,
+    )  # fmt: skip
+    totals = {"n_bytes": 0, "n_tokens": 0, "n_real": 0, "n_padded": 0}
+    began = time.perf_counter()
+    with _deterministic(), closing(stream.prefetch(islice(source, settings.steps - first))) as data, closing(log.file):
+        for step in data:
+            tick = time.perf_counter()
+            rate = learning_rate(step.number, settings)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            run.optimizer.zero_grad(set_to_none=True)
+            terms = backward_step(run, step, place, lambda_byte=settings.lambda_byte, lambda_kl=kl)
+            norm = nn.utils.clip_grad_norm_([p for _, p in run.parameters() if p.grad is not None], CLIP)
+            if not math.isfinite(terms["loss"]) or not math.isfinite(float(norm)):
+                raise ConfigError(
+                    f"{name}: loss {terms['loss']} at step {step.number + 1} with train.learning_rate = "
+                    f"{settings.learning_rate}; lower it (checkpoints up to the last whole one are kept)"
+                )
+            run.optimizer.step()
+            done, seconds = step.number + 1, time.perf_counter() - tick
+            totals["n_bytes"] += step.n_bytes
+            totals["n_tokens"] += step.n_tokens
+            totals["n_real"] += sum(m.n_real for m in step.micro)
+            totals["n_padded"] += sum(m.input_ids.numel() for m in step.micro)
+            record = {
+                "name": name, "step": done, "steps": settings.steps, **terms, "grad_norm": float(norm), "lr": rate,
+                "text_bytes": step.n_bytes, "tokens": step.n_tokens, "seconds": round(seconds, 4),
+                "text_bytes_per_s": round(totals["n_bytes"] / (time.perf_counter() - began)),
+                "tokens_per_s": round(totals["n_tokens"] / (time.perf_counter() - began)),
+            }  # fmt: skip
+            log.write(record)
+            report(record)
+            stopping = stop() and done < settings.steps
+            if stopping or done % settings.checkpoint_every == 0 or done == settings.steps:
+                path = checkpoint.save(out_dir, done, run.tensors(), {"identity": identity, "terms": terms})
+            if stopping:
+                raise Interrupted(f"{name}: stopped after step {done} of {settings.steps}; rerun to continue")
+    assert path is not None
+    elapsed = time.perf_counter() - began
+    return {
+        "name": name,
+        "checkpoint": str(path),
+        "sha256": checkpoint.verify(path),
+        "step": settings.steps,
+        "resumed_from": first,
+        "refused_checkpoints": refused,
+        "lambda_kl": kl,
+        "seconds": elapsed,
+        "text_bytes": totals["n_bytes"],
+        "text_bytes_per_s": totals["n_bytes"] / elapsed,
+        "tokens_per_s": totals["n_tokens"] / elapsed,
+        "padding": 1 - totals["n_real"] / max(totals["n_padded"], 1),
+        "skipped_documents": reader.skipped_documents(),
+        "terms": terms,
+    }
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What tells two identities apart, in words."""
+    flat_old = {**old, **old.get("settings", {})}
+    flat_new = {**new, **new["settings"]}
+    changed = [k for k in flat_new if k != "settings" and flat_old.get(k) != flat_new[k]]
+    return "its checkpoints were made with other " + ", ".join(
+        f"{k} ({str(flat_old.get(k))[:12]}, now {str(flat_new[k])[:12]})" for k in changed
+    )

@@ -65,7 +65,7 @@ class HfEngine(Engine):
             parts = []
             for a in range(0, len(branches), self.branch_chunk):
                 parts.append(self._packed(prompt, branches[a : a + self.branch_chunk], cache))
-                cache.crop(len(prompt.tokens))
+                cache.crop(len(prompt.tokens) - cache.get_seq_length())
             yield concatenate(parts)
 
     def _packed(self, prompt: Prompt, branches: Sequence[Branch], cache: Any) -> RowMasses:

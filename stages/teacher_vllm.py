@@ -38,11 +38,31 @@ def _environment(settings: st.Teacher) -> None:
         os.environ.setdefault(name, value)
 
 
+def _quiet_llvmlite() -> None:
+    """Let vLLM start after numba was imported.
+
+    vLLM 0.32 reads `__dict__` of every attribute of every module; llvmlite's library proxy answers any name with a
+    function, and vLLM dies on it. The proxy has no `__dict__`, so it may say so.
+    """
+    from llvmlite.binding import ffi
+
+    proxy: Any = type(ffi.lib)
+    answer = proxy.__getattr__
+
+    def guarded(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return answer(self, name)
+
+    proxy.__getattr__ = guarded
+
+
 class VllmEngine(Engine):
     """Rows from an in-process `vllm.LLMEngine`. Raises EngineError when the self-test fails."""
 
     def __init__(self, model_path: str, reducer: PathReducer, settings: st.Teacher):
         _environment(settings)
+        _quiet_llvmlite()
         try:
             from vllm import EngineArgs, LLMEngine
             from vllm.platforms import current_platform
@@ -177,7 +197,9 @@ class VllmEngine(Engine):
         except Exception as error:
             if isinstance(error, EngineError):
                 raise
-            raise EngineError(f"vLLM failed while scoring: {_first_line(error)}; rerun the same command to continue") from error
+            raise EngineError(
+                f"vLLM failed while scoring: {_first_line(error)}; rerun the same command, or try teacher.backend = \"hf\""
+            ) from error
 
     def close(self) -> None:
         del self._engine

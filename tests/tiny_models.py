@@ -53,8 +53,8 @@ def make_checkpoint(folder: Path, *, family: str = "bytelevel", vocabulary: int 
     bos, eos = tokenizer.token_to_id("<|begin|>"), tokenizer.token_to_id("<|end|>")
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=size + 16, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, bos_token_id=bos, eos_token_id=eos,
+        vocab_size=size + 16, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=context, bos_token_id=bos, eos_token_id=eos,
         tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)

@@ -227,7 +227,9 @@ def _start_id(files: TokenizerFiles, start: str, size: int) -> int:
 
 def _end_ids(files: TokenizerFiles, end: str, size: int) -> list[int]:
     if end != "auto":
-        found = [_named(files, text, "teacher.end") for text in end.split()]
+        # A token may itself be or hold a space.
+        whole = _find(files, end) is not None
+        found = [_named(files, text, "teacher.end") for text in ([end] if whole else end.split())]
     else:
         found = [
             *as_ids(files.config.get("eos_token_id")),
@@ -239,14 +241,18 @@ def _end_ids(files: TokenizerFiles, end: str, size: int) -> list[int]:
     return sorted({_checked(i, files, "the end token", size) for i in found})
 
 
-def _named(files: TokenizerFiles, text: str, setting: str) -> int:
-    names = files.table.names
-    if text in names:
-        return names[text]
+def _find(files: TokenizerFiles, text: str) -> int | None:
+    if text in files.table.names:
+        return files.table.names[text]
     data = text.encode()
-    if data and data in files.table.token_bytes:
-        return files.table.token_bytes.index(data)
-    near = get_close_matches(text, [name for name in names if name[:1] in "<[|"], n=1)
+    return files.table.token_bytes.index(data) if data and data in files.table.token_bytes else None
+
+
+def _named(files: TokenizerFiles, text: str, setting: str) -> int:
+    found = _find(files, text)
+    if found is not None:
+        return found
+    near = get_close_matches(text, [name for name in files.table.names if name[:1] in "<[|"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; give the text of one token"
     raise InputError(f"{setting} = {text!r} is no token of {files.where}{hint}")
 

@@ -78,17 +78,23 @@ class Reporter:
         self.done_units += 1
         self._show()
         if self._bar is None:
-            line = {
-                "stage": self.stage,
-                "unit": name,
-                "units_done": self.done_units,
-                "units_total": self.total_units,
-                self.measure: measure,
-                "seconds": round(seconds, 3),
-                **self.rates(),
-                **(facts or {}),
-            }
-            print(json.dumps(line), file=self._stream, flush=True)
+            self.line(
+                {
+                    "stage": self.stage,
+                    "unit": name,
+                    "units_done": self.done_units,
+                    "units_total": self.total_units,
+                    self.measure: measure,
+                    "seconds": round(seconds, 3),
+                    **self.rates(),
+                    **(facts or {}),
+                }
+            )
+
+    def line(self, record: Mapping[str, Any]) -> None:
+        """Write one JSON line, unless a bar is shown."""
+        if self._bar is None:
+            print(json.dumps(record), file=self._stream, flush=True)
 
     def rates(self) -> dict[str, float]:
         """Speed of this session so far per second, and seconds left."""
@@ -105,7 +111,7 @@ class Reporter:
         if self._bar is None or self._task is None:
             return
         rates = self.rates()
-        facts = [f"{self.done_units}/{self.total_units} units"]
+        facts = [f"{self.done_units}/{self.total_units} units"] if self.total_units > 1 else []
         facts.append(_human(rates[f"{self.measure}_per_s"], "B/s" if self.measure == "bytes" else f" {self.measure}/s"))
         if "tokens_per_s" in rates:
             facts.append(_human(rates["tokens_per_s"], " tok/s"))

@@ -141,7 +141,7 @@ def make_plan(store: LocalStore, settings: Settings, stop: Callable[[], bool] = 
     old = read_plan(store)
     if old is not None:
         _refuse_changes(store, old, settings, survey.corpus)
-        damaged = [unit for unit in old.units if not _slice_is_whole(store, unit)]
+        damaged = [unit for unit in old.units if not slice_is_whole(store, unit)]
         if not damaged:
             if read_receipt(store, "plan", old.hash) is None:
                 write_receipt(store, _receipt(store, old))
@@ -227,7 +227,8 @@ def _receipt(store: LocalStore, plan: Plan) -> Receipt:
     )
 
 
-def _slice_is_whole(store: LocalStore, unit: Unit) -> bool:
+def slice_is_whole(store: LocalStore, unit: Unit) -> bool:
+    """Whether the unit's slice file is there and hashes to the plan's sha256."""
     return store.exists(unit.slice) and sha256_file(store.get_path(unit.slice)) == unit.sha256
 
 

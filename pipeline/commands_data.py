@@ -1,0 +1,312 @@
+"""plan, teacher, convert: corpus to byte targets. Each takes a context and returns what it made.
+
+A dump part's key holds its slice and the teacher's full identity; a shard's key holds the sha256 of its parts and
+the settings of the conversion. Convert finds its parts by receipts, so it needs neither the model nor the engine.
+"""
+
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from pipeline import receipts, units
+from pipeline.config import changed_keys
+from pipeline.context import Context
+from pipeline.progress import human_bytes
+from pipeline.receipts import Receipt, unit_key
+from pipeline.runner import Outcome, Task, Tick, Work, run_units
+from pipeline.units import Plan, Unit
+from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
+from schemas.settings import Teacher
+
+TARGETS = "targets"
+
+
+def plan(context: Context) -> tuple[Plan, bool]:
+    """Cut the corpus into slices; returns the plan and whether it is new."""
+    context.store.sweep()
+    made, new = units.make_plan(context.store, context.settings, context.stop)
+    context.save_config("plan/config.toml", changed=new)
+    corpus = made.corpus
+    skipped = f", {corpus['n_empty_skipped']} empty ones skipped" if corpus["n_empty_skipped"] else ""
+    context.say(
+        f"plan: {'new' if new else 'unchanged'}, {corpus['n_documents']} documents{skipped}, "
+        f"{human_bytes(corpus['n_bytes'])} of text in {len(made.units)} units "
+        f"({sum(unit.split == 'heldout' for unit in made.units)} held out)"
+    )
+    return made, new
+
+
+def teacher_tasks(plan: Plan, identity: dict[str, Any]) -> list[Task]:
+    """One task per unit of the plan."""
+    group = unit_key("teacher", identity)[:12]
+    tasks = []
+    for unit in plan.units:
+        inputs = {"slice": unit.sha256, "teacher": identity}
+        name = f"{unit.index:05d}-{unit.split}"
+        out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
+        tasks.append(Task("teacher", name, out, inputs, unit.n_bytes, group, unit))
+    return tasks
+
+
+def teacher(context: Context) -> Outcome:
+    """Dump every unit that has no dump yet; the engine starts only if there is one."""
+    from stages.teacher import teacher_identity
+
+    store, settings = context.store, context.settings
+    planned = units.load_plan(store, settings)
+    identity = teacher_identity(settings.teacher)
+    with ExitStack() as cleanup:
+
+        def open_work() -> Work:
+            from stages.teacher import open_teacher
+
+            engine = open_teacher(settings.teacher)
+            cleanup.callback(engine.close)
+            if engine.identity() != identity:
+                raise EngineError(
+                    f"teacher {settings.teacher.model} changed while it was loaded; rerun when it is at rest"
+                )
+
+            def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+                unit: Unit = task.payload
+                piece = store.get_path(unit.slice)
+                if receipts.sha256_file(piece) != unit.sha256:
+                    raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
+                return engine.dump_unit(piece, out, task.key, context.stop, tick)
+
+            return work
+
+        outcome = run_units(store, teacher_tasks(planned, identity), open_work, context.stop)
+    context.save_config("teacher/config.toml", changed=outcome.made > 0)
+    context.say(_summary("teacher", outcome))
+    aside = set_aside(outcome.receipts)
+    if aside:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(aside.items()))
+        context.say(f"teacher: documents set aside because its tokenizer cannot reproduce them ({reasons})")
+    return outcome
+
+
+def set_aside(dumps: list[Receipt]) -> dict[str, int]:
+    """Documents set aside by reason, over dump receipts."""
+    found: dict[str, int] = defaultdict(int)
+    for receipt in dumps:
+        for reason, count in receipt.counts.get("set_aside", {}).items():
+            found[reason] += count
+    return dict(found)
+
+
+def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
+    """Sound dump receipts of every unit, made with the current teacher settings, in plan order.
+
+    Raises InputError if some are missing, ConfigError if only dumps of other settings exist or several sets fit.
+    """
+    store, settings = context.store, context.settings
+    groups: dict[str, dict[str, Receipt]] = defaultdict(dict)
+    for _, key in receipts.list_receipts(store, "teacher"):
+        receipt = receipts.read_receipt(store, "teacher", key)
+        if receipt is not None:
+            groups[receipt.group][receipt.inputs["slice"]] = receipt
+    wanted = [unit.sha256 for unit in planned.units]
+    fitting: dict[str, list[Receipt]] = {}
+    best, differences = 0, ""
+    for group, by_slice in sorted(groups.items()):
+        found = [by_slice[sha256] for sha256 in wanted if sha256 in by_slice]
+        if not found:
+            continue
+        changes = teacher_changes(found[0], settings.teacher)
+        if changes:
+            differences = "; ".join(changes)
+            continue
+        best = max(best, len(found))
+        if len(found) == len(wanted):
+            fitting[group] = found
+    if len(fitting) > 1:
+        raise ConfigError(
+            f"{store.root} holds whole dumps of {len(fitting)} versions of this teacher or its software "
+            f"({', '.join(fitting)}); delete the receipts of those you do not want in {receipts.FOLDER}/teacher"
+        )
+    if fitting:
+        (dumps,) = fitting.values()
+        for receipt in dumps:
+            problems = receipts.problems(store, receipt)
+            if problems:
+                raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
+        return dumps
+    if differences and not best:
+        raise ConfigError(
+            f"{store.root} holds dumps of other teacher settings only ({differences}); "
+            "restore them or run `bytecache teacher`"
+        )
+    raise InputError(
+        f"{store.root} holds {best} of {len(wanted)} dump parts; run `bytecache teacher` to make the others"
+    )
+
+
+def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
+    """How the settings that a dump was made with differ from the current ones."""
+    identity = receipt.inputs["teacher"]
+    old = {
+        **identity.get("settings", {}),
+        **{name: identity[name] for name in ("model", "revision") if name in identity},
+    }
+    now = settings.model_dump()
+    return list(changed_keys(old, {name: now[name] for name in old if name in now}))
+
+
+def shard_groups(planned: Plan, dumps: list[Receipt], shard_bytes: int) -> list[tuple[str, list[Receipt], int]]:
+    """(split, dump receipts, bytes of text) of every shard: whole units in order, up to `shard_bytes` of text."""
+    groups: list[tuple[str, list[Receipt], int]] = []
+    for split in ("train", "heldout"):
+        parts: list[Receipt] = []
+        size = 0
+        for unit, receipt in zip(planned.units, dumps, strict=True):
+            if unit.split != split:
+                continue
+            if parts and size + unit.n_bytes > shard_bytes:
+                groups.append((split, parts, size))
+                parts, size = [], 0
+            parts.append(receipt)
+            size += unit.n_bytes
+        if parts:
+            groups.append((split, parts, size))
+    return groups
+
+
+def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
+    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
+    from schemas import byte_shard
+
+    store, settings = context.store, context.settings
+    planned = units.load_plan(store, settings)
+    dumps = dumps if dumps is not None else find_dumps(context, planned)
+    shape = settings.convert.model_dump(exclude={"shard_bytes"})
+    info = _dataset_info(context, planned, dumps)
+    _refuse_other_dataset(context, info)
+    tasks: list[Task] = []
+    numbers: dict[str, int] = defaultdict(int)
+    for split, parts, size in shard_groups(planned, dumps, settings.convert.shard_bytes):
+        inputs = {
+            "split": split,
+            "parts": [file.sha256 for part in parts for file in part.files],
+            "convert": shape,
+            "format": [byte_shard.FORMAT, byte_shard.VERSION],
+        }
+        name = f"{split}-{numbers[split]:05d}"
+        numbers[split] += 1
+        out = f"{TARGETS}/{name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
+        tasks.append(Task("convert", name, out, inputs, size, payload=(split, parts)))
+
+    def open_work() -> Work:
+        from stages.convert import convert_units
+
+        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+            split, parts = task.payload
+            paths = []
+            for part in parts:
+                problems = receipts.problems(store, part)
+                if problems:
+                    raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
+                paths += [store.get_path(file.path) for file in part.files]
+            attrs = {"split": split, "convert": shape, "units": [part.name for part in parts]}
+            return convert_units(paths, out, settings.convert, attrs, context.stop, tick)
+
+        return work
+
+    outcome = run_units(store, tasks, open_work, context.stop)
+    index_is_new = _publish_index(context, outcome.receipts, info)
+    context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
+    context.say(_summary("convert", outcome))
+    return outcome
+
+
+def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
+    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies."""
+    identity = dumps[0].inputs["teacher"]
+    return {
+        "teacher": identity,
+        "tokenizer": {"vocabulary_sha256": identity.get("vocabulary", "")},
+        "corpus": planned.corpus,
+        "settings": {"plan": planned.settings, "convert": context.settings.convert.model_dump()},
+        "software": receipts.software_versions(),
+        "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
+    }
+
+
+def _refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
+    """A published data set is never changed: somebody may be reading it."""
+    from schemas.manifest import read_dataset
+
+    folder = context.store.root / TARGETS
+    try:
+        old = read_dataset(folder).info if (folder / "dataset.json").is_file() else info
+    except IntegrityError:
+        return  # a damaged index is rebuilt
+    changes: list[str] = []
+    for name in ("teacher", "corpus", "settings"):
+        changes += changed_keys(_flat(old.get(name, {})), _flat(info[name]))
+    if changes:
+        raise ConfigError(
+            f"{folder} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, delete the folder, "
+            "or choose a new run.dir"
+        )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
+    """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
+    from schemas.manifest import ShardEntry, read_dataset, write_dataset
+
+    store, folder = context.store, context.store.root / TARGETS
+    entries = []
+    for receipt in shards:
+        (file,) = receipt.files
+        fixed = {
+            "file": Path(file.path).name,
+            "split": receipt.inputs["split"],
+            "sha256": file.sha256,
+            "size": file.size,
+            "key": receipt.key,
+        }
+        counted = {name: receipt.counts[name] for name in ShardEntry.model_fields if name not in fixed}
+        entries.append(ShardEntry(**fixed, **counted))
+    if not any(entry.n_documents for entry in entries if entry.split == "train"):
+        raise InputError(
+            "the teacher's tokenizer could reproduce no training document; choose another teacher, or clean the corpus "
+            f"(reasons: {info['creation']['set_aside']})"
+        )
+    if (folder / "dataset.json").is_file():
+        try:
+            if sorted(read_dataset(folder).entries, key=_by_file) == sorted(entries, key=_by_file):
+                return False
+        except IntegrityError:
+            pass
+    # Shards of a conversion with other settings that was never published; an index must list all of its folder.
+    listed = {entry.file for entry in entries}
+    for key in list(store.list(TARGETS)):
+        if key.endswith(".zarr.zip") and Path(key).name not in listed:
+            store.delete(key)
+    keys = {receipt.key for receipt in shards}
+    for _, key in list(receipts.list_receipts(store, "convert")):
+        if key not in keys:
+            store.delete(receipts.receipt_path("convert", key))
+    write_dataset(folder, entries, info)
+    return True
+
+
+def _by_file(entry: Any) -> str:
+    return str(entry.file)
+
+
+def _summary(stage: str, outcome: Outcome) -> str:
+    size = sum(file.size for receipt in outcome.receipts for file in receipt.files)
+    total = len(outcome.receipts)
+    if not outcome.made:
+        return f"{stage}: nothing to do, {total} of {total} units are whole ({human_bytes(size)})"
+    return f"{stage}: {outcome.made} units made, {total - outcome.made} were already whole ({human_bytes(size)} in all)"

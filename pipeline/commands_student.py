@@ -1,0 +1,230 @@
+"""train, evaluate, export: byte targets to a plain checkpoint, for the distilled student and its control.
+
+A run's key holds the data set's manifest hash, the student's and the training settings and the seed; its folder
+is `train/<name>-<key12>`. The stage writes checkpoints there and resumes from the newest whole one by itself; the
+receipt, written after the last step, is what makes the run done.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline import receipts
+from pipeline.commands_data import TARGETS
+from pipeline.context import Context
+from pipeline.progress import Reporter
+from pipeline.receipts import FileRecord, Receipt, record_file, unit_key
+from pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
+from pipeline.store import json_bytes
+from schemas.errors import ConfigError, InputError, Interrupted
+from schemas.settings import Train
+
+DISTILLED, CONTROL = "distilled", "control"
+
+
+def run_names(settings: Train, only: str = "") -> list[str]:
+    """The runs to train: the distilled student, and its control if asked for. `only` names one of them."""
+    names = [DISTILLED, CONTROL] if settings.control else [DISTILLED]
+    if only and only not in (DISTILLED, CONTROL):
+        raise ConfigError(f"--only {only}: unknown run; runs: {DISTILLED}, {CONTROL}")
+    return [only] if only else names
+
+
+def targets_folder(context: Context) -> Path:
+    """The data set's folder. Raises InputError if it was never published."""
+    folder = context.store.root / TARGETS
+    if not (folder / "dataset.json").is_file():
+        raise InputError(f"{folder} holds no data set; run `bytecache convert` with this run.dir first")
+    return folder
+
+
+def manifest_hash(context: Context) -> str:
+    """Identity of the data set in the run folder."""
+    from schemas.manifest import read_dataset
+
+    return read_dataset(targets_folder(context)).manifest_hash
+
+
+def student_folder(context: Context, dataset: str) -> Path:
+    """Folder of the untrained student, named by its recipe; distilled and control begin from the same."""
+    recipe = {"dataset": dataset, "student": context.settings.student.model_dump(), "seed": context.settings.run.seed}
+    return context.store.root / f"train/student-{unit_key('student', recipe)[:12]}"
+
+
+def train_task(context: Context, name: str, dataset: str) -> Task:
+    """The task of one training run; `out` is its folder."""
+    settings = context.settings
+    shape = settings.train.model_dump(exclude={"checkpoint_every", "control"})
+    if name == CONTROL:
+        shape["lambda_kl"] = 0.0
+    inputs = {
+        "name": name,
+        "dataset": dataset,
+        "student": settings.student.model_dump(),
+        "train": shape,
+        "seed": settings.run.seed,
+    }
+    return Task("train", name, f"train/{name}-{unit_key('train', inputs)[:12]}", inputs, settings.train.steps)
+
+
+def train(context: Context, only: str = "") -> int:
+    """Train what is not trained yet; returns how many runs this call finished."""
+    dataset = manifest_hash(context)
+    made = 0
+    for name in run_names(context.settings.train, only):
+        task = train_task(context, name, dataset)
+        receipt = finished(context.store, task)
+        if receipt is not None:
+            context.say(f"train {name}: nothing to do, {task.measure} steps are done ({task.out})")
+            continue
+        _train_one(context, task, dataset)
+        made += 1
+    return made
+
+
+def _train_one(context: Context, task: Task, dataset: str) -> None:
+    from stages import student
+    from stages.train import train as train_stage
+
+    store, settings = context.store, context.settings
+    folder = student_folder(context, dataset)
+    student.prepare(settings.student, targets_folder(context), folder, seed=settings.run.seed)
+    steps = settings.train.steps
+    with Reporter(f"train {task.name}", 1, steps, measure="steps") as progress:
+        first = True
+
+        def report(record: dict[str, Any]) -> None:
+            nonlocal first
+            if first:
+                progress.done, first = int(record["step"]) - 1, False
+            progress.tick({"steps": 1, "tokens": record.get("tokens", 0)})
+            if record["step"] % settings.train.checkpoint_every == 0 or record["step"] == steps:
+                progress.line({"stage": "train", **record, **progress.rates()})
+
+        started = time.monotonic()
+        result = train_stage(
+            settings.train,
+            folder,
+            targets_folder(context),
+            store.root / task.out,
+            name=task.name,
+            seed=settings.run.seed,
+            lambda_kl=task.inputs["train"]["lambda_kl"],
+            stop=context.stop,
+            report=report,
+        )
+    checkpoint = Path(result["checkpoint"])
+    files = [
+        record_file(store, f"{task.out}/{name}") for name in (checkpoint.name, checkpoint.with_suffix(".json").name)
+    ]
+    counts = {
+        **result,
+        "checkpoint": f"{task.out}/{checkpoint.name}",
+        "student": folder.relative_to(store.root).as_posix(),
+    }
+    context.save_config(f"{task.out}/config.toml")
+    commit_receipt(store, _receipt(task, files, counts, time.monotonic() - started))
+    context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
+
+
+def _receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:
+    return Receipt(
+        stage=task.stage,
+        key=task.key,
+        name=task.name,
+        files=tuple(files),
+        inputs=task.inputs,
+        counts=counts,
+        timings={"seconds": round(seconds, 3)},
+        versions=receipts.software_versions(),
+    )
+
+
+def trained(context: Context, only: str = "") -> list[Receipt]:
+    """Receipts of the finished runs of the current settings. Raises InputError if one asked for is not finished."""
+    dataset = manifest_hash(context)
+    found = []
+    for name in run_names(context.settings.train, only):
+        receipt = finished(context.store, train_task(context, name, dataset))
+        if receipt is not None:
+            found.append(receipt)
+        elif only:
+            raise InputError(f"{context.store.root} holds no finished run {name}; run `bytecache train` first")
+    if not found:
+        raise InputError(f"{context.store.root} holds no run trained with these settings; run `bytecache train` first")
+    return found
+
+
+def evaluate_tasks(context: Context, only: str = "") -> list[Task]:
+    """One task per finished run."""
+    dataset = manifest_hash(context)
+    tasks = []
+    for run in trained(context, only):
+        inputs = {"name": run.name, "checkpoint": run.counts["sha256"], "dataset": dataset, "split": "heldout"}
+        inputs["windows"] = [context.settings.train.batch, context.settings.train.window_bytes]
+        out = f"report/{run.name}-{unit_key('evaluate', inputs)[:12]}.json"
+        tasks.append(Task("evaluate", run.name, out, inputs, 1, payload=run))
+    return tasks
+
+
+def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], int]:
+    """Held-out figures of every finished run, and how many were computed now; also report/report.json and .md."""
+    store, settings = context.store, context.settings
+    targets = targets_folder(context)
+
+    def open_work() -> Work:
+        from stages.evaluate import evaluate as evaluate_stage
+
+        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+            run: Receipt = task.payload
+            student, checkpoint = store.root / run.counts["student"], store.root / run.counts["checkpoint"]
+            result = evaluate_stage(settings.train, student, targets, checkpoint, name=run.name)
+            out.write_bytes(json_bytes(result))
+            return result
+
+        return work
+
+    tasks = evaluate_tasks(context, only)
+    outcome = run_units(store, tasks, open_work, context.stop, reporter=_reporter(len(tasks)))
+    results = [receipt.counts for receipt in outcome.receipts]
+    from stages.evaluate import report_table
+
+    store.replace_text("report/report.json", json_bytes(results).decode("utf-8"))
+    store.replace_text("report/report.md", report_table(results))
+    context.save_config("report/config.toml", changed=outcome.made > 0)
+    context.say(f"evaluate: {outcome.made} of {len(results)} runs measured now (report/report.json, report/report.md)")
+    return results, outcome.made
+
+
+def _reporter(total: int) -> Callable[[int, int], Reporter]:
+    def make(done_units: int, done: int) -> Reporter:
+        return Reporter("evaluate", total, total, done_units=done_units, done=done, measure="runs")
+
+    return make
+
+
+def export(context: Context, only: str = "") -> int:
+    """Write a finished run (the distilled one unless `only`) as a plain checkpoint; returns how many are new."""
+    store = context.store
+    made = 0
+    for run in trained(context, only or DISTILLED):
+        inputs = {"name": run.name, "checkpoint": run.counts["sha256"]}
+        task = Task("export", run.name, f"export/{run.name}-{unit_key('export', inputs)[:12]}", inputs, 1)
+        if finished(store, task) is not None:
+            context.say(f"export {run.name}: nothing to do, {task.out} is whole")
+            continue
+        if context.stop():
+            raise Interrupted("export stopped by a signal before it began; rerun the same command")
+        from stages.export import export as export_stage
+
+        started = time.monotonic()
+        folder = store.root / task.out
+        result = export_stage(store.root / run.counts["student"], store.root / run.counts["checkpoint"], folder)
+        files = [record_file(store, key) for key in store.list(task.out)]
+        # Beside the folder, not in it: the folder is a plain checkpoint and nothing else.
+        context.save_config(f"{task.out}.config.toml")
+        commit_receipt(store, _receipt(task, files, result, time.monotonic() - started))
+        context.say(f"export {run.name}: {folder} loads with AutoModelForCausalLM")
+        made += 1
+    return made

@@ -1,0 +1,31 @@
+"""What every command works with: resolved settings, the run folder, the stop flag, and where results are said."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.config import RESOLVED_FILE, render_template
+from pipeline.runner import StopFlag
+from pipeline.store import LocalStore
+from schemas.settings import Settings
+
+
+@dataclass
+class Context:
+    """`say` takes one line for the user; results go to stdout, progress and warnings to stderr."""
+
+    settings: Settings
+    store: LocalStore
+    stop: StopFlag = field(default_factory=StopFlag)
+    say: Callable[[str], None] = print
+
+    def save_config(self, key: str, *, changed: bool = True) -> None:
+        """Keep the resolved configuration at `key`, beside the output it made; skipped if nothing was made."""
+        if changed or not self.store.exists(key):
+            self.store.replace_text(key, render_template(self.settings))
+            self.store.replace_text(RESOLVED_FILE, render_template(self.settings))
+
+
+def open_context(settings: Settings, say: Callable[[str], None] = print) -> Context:
+    """A context on the run folder of the settings."""
+    return Context(settings, LocalStore(Path(settings.run.dir).expanduser()), say=say)

@@ -31,7 +31,7 @@ MANIFEST, DATASET, SUFFIX = "manifest.parquet", "dataset.json", ".zarr.zip"
 MAX_JSON, MAX_MANIFEST = 1 << 24, 1 << 28
 """Bytes of the two index files that a reader is willing to load."""
 
-Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
+Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 Mass = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -41,8 +41,8 @@ class ShardEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.zarr\.zip\Z")]
-    split: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}\Z")]
+    file: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.zarr\.zip$")]
+    split: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
     sha256: Hash
     size: Count
     n_documents: Count

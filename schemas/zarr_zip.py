@@ -11,6 +11,7 @@ Price: the compressed shard once in memory while writing; one decoded column at 
 reading. zstd-3 packs about 100 MB/s and unpacks about 1 GB/s per core.
 """
 
+import errno
 import json
 import math
 import os
@@ -221,11 +222,11 @@ def read_zarr_zip(
                 columns[member] = np.asarray(array[:])
         finally:
             store.close()
-    except OSError as error:
-        raise StorageError(f"{name}: cannot read shard: {error}; check the path and permissions") from error
     except IntegrityError:
         raise
     except Exception as error:  # zipfile, zarr and numcodecs raise many kinds for broken bytes
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset outside the file
+            raise StorageError(f"{name}: cannot read shard: {error}; check the path and permissions") from error
         why = str(error) or type(error).__name__
         raise IntegrityError(
             f"{name}: member {member!r}: unreadable ({why}); fetch or make this shard again"

@@ -1,0 +1,494 @@
+"""Byte targets: quantiser bounds, round trips, determinism, the golden file, SPEC's own reader, hostile zips.
+
+`python -m tests.test_byte_shard` writes the golden file and its expected values anew (only for a new version).
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas.byte_shard import ByteShard, ShardBuilder, read_shard
+from schemas.errors import IntegrityError, StorageError
+from schemas.quantise import DECODE, END, F32, U8
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "golden-shard.zarr.zip"
+SPEC = Path(__file__).parent.parent / "schemas" / "SPEC.md"
+STEP = 10 ** (6 / 254)
+
+
+def rows(*given_rows: dict[Any, float]) -> F32:
+    """Dense rows from {"a": p, 65: p, END: p}."""
+    out = np.zeros((len(given_rows), 257), np.float32)
+    for row, values in zip(out, given_rows, strict=True):
+        for symbol, p in values.items():
+            row[ord(symbol) if isinstance(symbol, str) else symbol] = p
+    return out
+
+
+def golden_builder() -> ShardBuilder:
+    builder = ShardBuilder()
+
+    def add(text: bytes, probs: F32, tail: list[float], mask: list[int] | None = None) -> None:
+        supervised = None if mask is None else np.array(mask, np.uint8)
+        builder.append(np.frombuffer(text, np.uint8), probs, np.array(tail, np.float32), supervised)
+
+    hi = rows(
+        {"h": 0.7, "H": 0.2, END: 0.0004}, {"i": 0.9, "e": 0.08, "o": 0.0195, "y": 0.0005}, {END: 0.75, "!": 0.25}
+    )
+    add(b"hi", hi, [0.0996, 0.0, 0.0])
+    builder.end_document("greeting")
+    add(b"", rows({END: 1.0}), [0.0])
+    builder.end_document("vide/∅")
+    add(b"\xc3", rows({0xC3: 0.5, "e": 0.5}), [0.0], [0])
+    add(b"\xa9", rows({0xA9: 1.0}, {END: 0.4, ".": 0.4, " ": 0.1999}), [1e-9, 1e-4], [1, 1])
+    builder.end_document("é")
+    add(b"?", rows({}, {END: 0.999, "\n": 0.001}), [1.0, 0.0])
+    builder.end_document("nothing known")
+    return builder
+
+
+def golden_values(shard: ByteShard) -> dict[str, Any]:
+    t = shard.triples(0, len(shard))
+    return {
+        "attrs": shard.attrs,
+        "statistics": shard.statistics,
+        "doc_id": shard.doc_id,
+        "doc_start": shard.doc_start.tolist(),
+        "text": shard.text.tolist(),
+        "mask": shard.mask.tolist(),
+        **{name: column.tolist() for name, column in shard.codes.items()},
+        "tail_mass": [float(f"{p:.6g}") for p in shard.tail],
+        "triples": [
+            [int(r), int(s), float(f"{p:.6g}")] for r, s, p in zip(t.row, t.symbol, t.prob.tolist(), strict=True)
+        ],
+    }
+
+
+def random_rows(seed: int, n: int, sharpness: float, tail_exponent: float, zeros: bool) -> tuple[F32, F32]:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1, (n, 257)) * sharpness
+    logits[:, END] += rng.choice([-8.0, 0.0, 8.0], n) * (sharpness > 0)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    if zeros:
+        p[:, 1:] *= rng.random((n, 256)) < 0.1
+        p[:, 0] += 1e-3
+    p /= p.sum(1, keepdims=True)
+    tail = np.where(rng.random(n) < 0.3, 0.0, 10 ** (rng.random(n) * tail_exponent))
+    return (p * (1 - tail[:, None])).astype(np.float32), tail.astype(np.float32)
+
+
+def make(path: Path, seed: int = 0, n: int = 300) -> tuple[Path, dict[str, Any]]:
+    builder = ShardBuilder()
+    for k in range(3):
+        probs, tail = random_rows(seed + k, n + 1, 3.0, -5.0, False)
+        builder.append(np.random.default_rng(k).integers(0, 256, n).astype(np.uint8), probs, tail)
+        builder.end_document(f"doc {k}")
+    return path, builder.write(path, {"seed": seed})
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    sharpness=st.sampled_from([0.0, 0.3, 1.0, 3.0, 8.0, 30.0]),
+    prune=st.sampled_from([0.0, 1e-6, 1e-3, 0.03, 0.1]),
+    tail_exponent=st.sampled_from([-0.01, -1.0, -5.0, -12.0]),
+    zeros=st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_decoded_rows_stay_within_the_promised_bounds(
+    seed: int,
+    sharpness: float,
+    prune: float,
+    tail_exponent: float,
+    zeros: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    n = 40
+    probs, tail = random_rows(seed, n, sharpness, tail_exponent, zeros)
+    builder = ShardBuilder(prune)
+    builder.append(np.arange(n - 1, dtype=np.uint8), probs, tail)
+    builder.end_document("d")
+    path = tmp_path_factory.mktemp("shard") / "s.zarr.zip"
+    statistics = builder.write(path, {})
+    shard = read_shard(path)
+    dense, unlisted = shard.dense(0, n).astype(np.float64), shard.tail.astype(np.float64)
+    assert np.abs(dense.sum(1) + unlisted - 1).max() < 1e-5
+    divergence = 0.0
+    for i in range(n):
+        p = probs[i].astype(np.float64)
+        top = int(p.argmax())
+        listed = p >= np.float32(max(prune, 1e-6))
+        listed[END] = p[END] >= np.float32(1e-6)
+        listed[top] = True
+        if listed.sum() == 257 and top == END:
+            listed[p.argmin()] = False
+        missing = float(tail[i]) + p[~listed].sum()
+        implied = 1 - missing - p[listed].sum() + p[top]
+        if implied < 1e-6:
+            assert not dense[i].any() and unlisted[i] == 1
+            continue
+        assert (dense[i] > 0).tolist() == listed.tolist()
+        others = listed.copy()
+        others[top] = False
+        ratio = dense[i][others] / p[others]
+        assert ((ratio < STEP * 1.00001) & (ratio > 1 / STEP / 1.00001)).all()
+        assert dense[i][top] > implied * 31 / 32 - 1e-6
+        # Residual errors are a step of the largest coded value plus the limit that starts pulling back.
+        largest = max([*p[others], missing, 1e-6])
+        assert abs(dense[i][top] - implied) <= largest * (STEP - 1) + implied / 32 + 1e-6
+        assert (unlisted[i] > 0) == (missing > 0)
+        assert unlisted[i] == pytest.approx(max(missing, 1e-6) if missing else 0, rel=STEP - 1 + 1e-5, abs=1e-9)
+        target = np.append(np.where(others, p, 0), missing)
+        target[top] = implied
+        decoded = np.append(dense[i], unlisted[i])
+        there = target > 0
+        divergence += float((target[there] * np.log(target[there] / decoded[there])).sum())
+    assert statistics["quantisation_kl_mean"] == pytest.approx(max(0, divergence) / n, rel=0.01, abs=2e-6)
+
+
+def test_code_is_the_formula_of_the_specification() -> None:
+    expected = [0.0] + [10 ** (-6 * (255 - c) / 254) for c in range(1, 256)]
+    assert np.allclose(DECODE, expected, rtol=1e-14, atol=0) and DECODE[255] == 1.0
+
+
+def test_uniform_rows_keep_an_implied_symbol_close_to_its_share(tmp_path: Path) -> None:
+    """Rounded to the nearest alone, 256 equal codes err together and the implied symbol is 8 times too likely."""
+    builder = ShardBuilder(prune=0.0)
+    builder.append(np.zeros(0, np.uint8), np.full((1, 257), 1 / 257, np.float32), np.zeros(1, np.float32))
+    builder.end_document("flat")
+    builder.write(tmp_path / "s.zarr.zip", {})
+    row = read_shard(tmp_path / "s.zarr.zip").dense(0, 1)[0]
+    assert row[0] == pytest.approx(1 / 257, rel=0.05)
+
+
+@given(cuts=st.lists(st.integers(0, 40), max_size=5), lo=st.integers(0, 120), span=st.integers(0, 120))
+@settings(max_examples=10, deadline=None)
+def test_pieces_do_not_matter_and_ranges_agree(
+    cuts: list[int], lo: int, span: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("shard")
+    text = np.random.default_rng(0).integers(0, 256, 40).astype(np.uint8)
+    whole, pieces = ShardBuilder(), ShardBuilder()
+    for k in range(3):
+        probs, tail = random_rows(k, 41, 3.0, -5.0, False)
+        mask = np.random.default_rng(k).integers(0, 2, 41).astype(np.uint8)
+        whole.append(text, probs, tail, mask)
+        edges = [0, *sorted(cuts), 40]
+        for k_piece, (a, b) in enumerate(itertools.pairwise(edges)):
+            rows_to = 41 if k_piece == len(cuts) else b
+            pieces.append(text[a:b], probs[a:rows_to], tail[a:rows_to], mask[a:rows_to])
+        for builder in (whole, pieces):
+            builder.end_document(f"π{k}")
+    for builder, name in ((whole, "a"), (pieces, "b")):
+        builder.write(folder / name, {"z": 1, "a": [None, "é"]})
+    assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+    shard = read_shard(folder / "a")
+    assert shard.doc_id == ["π0", "π1", "π2"] and shard.document(1) == text.tobytes()
+    assert shard.attrs == {"a": [None, "é"], "z": 1} and shard.doc_start.tolist() == [0, 41, 82, 123]
+    hi = min(123, lo + span)
+    part = shard.triples(lo, hi)
+    order = part.row.astype(np.int64) * 257 + part.symbol
+    assert (np.diff(order) > 0).all() and (part.prob > 0).all()
+    assert (shard.dense(0, 123)[lo:hi] == shard.dense(lo, hi)).all()
+
+
+def test_sparse_index_finds_rows_beyond_its_stride(tmp_path: Path) -> None:
+    path, _ = make(tmp_path / "s.zarr.zip", n=1500)
+    shard = read_shard(path)
+    whole = shard.dense(0, len(shard))
+    for lo, hi in ((0, 0), (1023, 1025), (1024, 1024), (2048, 4000), (len(shard), len(shard))):
+        assert (shard.dense(lo, hi) == whole[lo:hi]).all()
+    for lo, hi in ((-1, 2), (5, 4), (0, len(shard) + 1)):
+        with pytest.raises(IndexError):
+            shard.triples(lo, hi)
+
+
+def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
+    digests = {hashlib.sha256(make(tmp_path / str(k))[0].read_bytes()).hexdigest() for k in range(2)}
+    assert len(digests) == 1
+    assert hashlib.sha256(make(tmp_path / "c", seed=9)[0].read_bytes()).hexdigest() not in digests
+    with zipfile.ZipFile(tmp_path / "0") as archive:
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert archive.namelist() == sorted(archive.namelist())
+
+
+def test_end_as_most_likely_symbol_with_every_byte_listed(tmp_path: Path) -> None:
+    probs = np.full((1, 257), 0.5 / 256, np.float32)
+    probs[0, [END, 77]] = 0.501, 0.5 / 256 - 0.001
+    builder = ShardBuilder(prune=1e-6)
+    builder.append(np.zeros(0, np.uint8), probs, np.zeros(1, np.float32))
+    builder.end_document("d")
+    builder.write(tmp_path / "s.zarr.zip", {})
+    shard = read_shard(tmp_path / "s.zarr.zip")
+    row = shard.dense(0, 1)[0]
+    assert shard.codes["count"][0] == 255 and row[77] == 0 and (row > 0).sum() == 256
+    assert shard.tail[0] == pytest.approx(0.5 / 256 - 0.001, rel=STEP - 1) and row[END] == pytest.approx(
+        0.501, abs=0.01
+    )
+
+
+def test_empty_shard_and_empty_columns(tmp_path: Path) -> None:
+    statistics = ShardBuilder().write(tmp_path / "s.zarr.zip", {})
+    shard = read_shard(tmp_path / "s.zarr.zip")
+    assert len(shard) == 0 and shard.doc_id == [] and statistics["n_positions"] == 0
+    assert shard.dense(0, 0).shape == (0, 257)
+
+
+def test_golden_file_reads_as_recorded() -> None:
+    shard = read_shard(GOLDEN)
+    assert golden_values(shard) == json.loads(GOLDEN.with_name("golden-shard.json").read_text())
+
+
+def test_writer_still_makes_the_golden_columns(tmp_path: Path) -> None:
+    golden_builder().write(
+        tmp_path / "s.zarr.zip", json.loads(GOLDEN.with_name("golden-shard.json").read_text())["attrs"]
+    )
+    assert golden_values(read_shard(tmp_path / "s.zarr.zip")) == golden_values(read_shard(GOLDEN))
+
+
+def test_reader_of_the_specification_agrees_and_needs_nothing_of_ours(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", SPEC.read_text(), re.S)
+    assert len(blocks) == 1
+    path, _ = make(tmp_path / "random.zarr.zip")
+    ban = "import sys\nfor name in ('schemas', 'stages', 'pipeline', 'numba'): sys.modules[name] = None\n"
+    for k, shard_path in enumerate((GOLDEN, path)):
+        out = tmp_path / f"{k}.npy"
+        code = f"{ban}{blocks[0]}\na, p = read({str(shard_path)!r})\nnp.save({str(out)!r}, p)\n"
+        subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=60)
+        shard = read_shard(shard_path)
+        p = np.load(out)
+        assert np.allclose(p[:, :257], shard.dense(0, len(shard)), atol=1e-6, rtol=0)
+        assert np.allclose(p[:, 257], shard.tail, atol=1e-6, rtol=0) and len(p) == len(shard)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [(5, np.nan, "nan"), (256, np.inf, "inf"), (7, -0.1, "-0.1"), (9, 0.9, "sum to"), (9, 2.0, "2.0")],
+)
+def test_bad_rows_are_named_and_leave_the_builder_unchanged(
+    column: int, value: float, words: str, tmp_path: Path
+) -> None:
+    text = np.zeros(40, np.uint8)
+    probs, tail = random_rows(0, 41, 3.0, -5.0, False)
+    bad = probs.copy()
+    bad[23, column] = value
+    clean, tried = ShardBuilder(), ShardBuilder()
+    clean.append(text[:10], probs[:10], tail[:10])
+    tried.append(text[:10], probs[:10], tail[:10])
+    with pytest.raises(IntegrityError, match=rf"row 13 .*position 23.*{re.escape(words)}"):
+        tried.append(text[10:], bad[10:], tail[10:])
+    for k, builder in enumerate((clean, tried)):
+        builder.append(text[10:], probs[10:], tail[10:])
+        builder.end_document("d")
+        builder.write(tmp_path / str(k), {})
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+
+
+@pytest.mark.parametrize("value", [np.nan, -1e-3, 0.5, np.inf])
+def test_bad_tails_are_refused(value: float) -> None:
+    with pytest.raises(IntegrityError, match="row 1 "):
+        ShardBuilder().append(np.zeros(2, np.uint8), rows({"a": 1.0}, {"a": 1.0}), np.array([0, value], np.float32))
+
+
+def test_negative_zero_is_zero() -> None:
+    probs = rows({"a": 1.0})
+    probs[0, 3] = -0.0
+    builder = ShardBuilder()
+    builder.append(np.zeros(0, np.uint8), probs, np.zeros(1, np.float32))
+    assert builder.n_positions == 1 and builder.n_bytes == 0
+
+
+def test_misuse_is_refused(tmp_path: Path) -> None:
+    text, one = np.zeros(1, np.uint8), rows({"a": 1.0})
+    zero = np.zeros(1, np.float32)
+    builder = ShardBuilder()
+    with pytest.raises(ValueError, match="prune"):
+        ShardBuilder(prune=0.5)
+    for bad in ((np.zeros(2, np.uint8), one, zero), (text, one[:, :256], zero), (text, one, np.zeros(2, np.float32))):
+        with pytest.raises(ValueError, match="expected"):
+            builder.append(*bad)
+    with pytest.raises(ValueError, match="mask"):
+        builder.append(text, one, zero, np.array([2], np.uint8))
+    builder.append(text, one, zero)
+    with pytest.raises(ValueError, match="one more row"):
+        builder.end_document("d")
+    with pytest.raises(ValueError, match="open"):
+        builder.write(tmp_path / "s", {})
+    builder.append(text[:0], one, zero)
+    with pytest.raises(ValueError, match="end_document"):
+        builder.append(text, one, zero)
+    builder.end_document("d")
+    with pytest.raises(ValueError, match="JSON"):
+        builder.write(tmp_path / "s", {"x": float("nan")})
+    with pytest.raises(StorageError, match="no/such"):
+        builder.write(tmp_path / "no/such", {})
+    with pytest.raises(StorageError):
+        read_shard(tmp_path / "absent.zarr.zip")
+
+
+# Hostile files: each edit takes {member: bytes} of a good shard and returns what the archive should hold instead.
+
+Members = dict[str, bytes]
+
+
+def _array(members: Members, name: str, **changes: Any) -> Members:
+    meta = json.loads(members[f"{name}/zarr.json"]) | changes
+    return {**members, f"{name}/zarr.json": json.dumps(meta).encode()}
+
+
+def _column(members: Members, name: str, change: Callable[[Any], Any], dtype: str = "u1") -> Members:
+    values = change(np.frombuffer(numcodecs.Zstd().decode(members[f"{name}/c/0"]), dtype).copy())
+    return {**members, f"{name}/c/0": bytes(numcodecs.Zstd(3).encode(values))}
+
+
+def _without(members: Members, name: str) -> Members:
+    return {key: value for key, value in members.items() if key != name}
+
+
+def _group(members: Members, **changes: Any) -> Members:
+    meta = json.loads(members["zarr.json"])
+    meta["attributes"] |= changes
+    return {**members, "zarr.json": json.dumps(meta).encode()}
+
+
+def _at(index: int, value: int) -> Callable[[U8], U8]:
+    def change(values: U8) -> U8:
+        values[index] = value
+        return values
+
+    return change
+
+
+def _grid(n: int) -> dict[str, Any]:
+    return {"name": "regular", "configuration": {"chunk_shape": [n]}}
+
+
+def _bomb(members: Members) -> Members:
+    """300 MiB of zeros per dense column in a few KiB each."""
+    chunk = bytes(numcodecs.Zstd(3).encode(np.zeros(1 << 20, np.uint8)))
+    for name in ("text", "mask", "top", "tail", "end", "count"):
+        members = _array(members, name, shape=[300 << 20], chunk_grid=_grid(1 << 20))
+        members |= {f"{name}/c/{k}": chunk for k in range(300)}
+    return members
+
+
+ATTACKS: dict[str, tuple[Callable[[Members], Members], str]] = {
+    "extra member": (lambda m: {**m, "readme.txt": b"hello"}, "readme.txt.*does not belong"),
+    "climbing name": (lambda m: {**m, "../evil": b"x"}, r"\.\./evil.*does not belong"),
+    "absolute name": (lambda m: {**m, "/etc/evil": b"x"}, "/etc/evil.*does not belong"),
+    "extra chunk": (lambda m: {**m, "text/c/1": m["text/c/0"]}, "text/c/1.*does not belong"),
+    "missing chunk": (lambda m: _without(m, "tail/c/0"), "tail/c/0.*missing"),
+    "missing column": (lambda m: _without(m, "mask/zarr.json"), "mask/zarr.json.*missing"),
+    "missing group": (lambda m: _without(m, "zarr.json"), "zarr.json.*missing"),
+    "absurd shape": (lambda m: _array(m, "text", shape=[1 << 60]), "text/zarr.json.*shape"),
+    "negative shape": (lambda m: _array(m, "text", shape=[-1]), "text/zarr.json.*shape"),
+    "two dimensions": (lambda m: _array(m, "text", shape=[2, 2]), "text/zarr.json.*shape"),
+    "many chunks": (lambda m: _array(m, "text", shape=[1 << 33], chunk_grid=_grid(1)), "text/zarr.json.*chunks"),
+    "huge chunks": (lambda m: _array(m, "text", chunk_grid=_grid(1 << 40)), "text/zarr.json.*chunk shape"),
+    "other codec": (lambda m: _array(m, "text", codecs=[{"name": "bytes"}]), "text/zarr.json.*codecs"),
+    "other dtype": (lambda m: _array(m, "text", data_type="int64"), "text/zarr.json.*data_type"),
+    "fill value": (lambda m: _array(m, "text", fill_value=7), "text/zarr.json.*fill_value"),
+    "unknown key": (lambda m: _array(m, "text", surprise=1), "text/zarr.json.*surprise"),
+    "not json": (lambda m: {**m, "text/zarr.json": b"{" * 100_000}, "text/zarr.json.*not JSON"),
+    "bomb frame": (
+        lambda m: {**m, "text/c/0": bytes(numcodecs.Zstd(3).encode(np.zeros(1 << 26, np.uint8)))},
+        "text/c/0.*frame of 67108864",
+    ),
+    "no frame": (lambda m: {**m, "text/c/0": b"junk" * 9}, "text/c/0.*frame of None"),
+    "broken frame": (lambda m: {**m, "text/c/0": m["text/c/0"][:-9]}, "'text'.*unreadable"),
+    "bomb of chunks": (_bomb, "would decode to"),
+    "other format": (lambda m: _group(m, format="x"), "zarr.json.*reader knows"),
+    "other version": (lambda m: _group(m, version=2), "zarr.json.*version 2"),
+    "wrong statistics": (lambda m: _group(m, statistics={"n_documents": 5}), "zarr.json.*n_documents"),
+    "no attrs": (lambda m: _group(m, attrs=3), "zarr.json.*attrs"),
+    "shorter column": (
+        lambda m: _array(_column(m, "mask", lambda v: v[:-1]), "mask", shape=[902], chunk_grid=_grid(902)),
+        "mask.*902 rows",
+    ),
+    "count": (lambda m: _column(m, "count", _at(4, 255)), "position"),
+    "count sum": (lambda m: _column(m, "count", _at(-1, 0)), "count.*add up"),
+    "mask value": (lambda m: _column(m, "mask", _at(0, 2)), "mask"),
+    "zero code": (lambda m: _column(m, "logp", _at(0, 0)), "position 0.*code"),
+    "too much mass": (lambda m: _column(m, "logp", _at(0, 255)), "position 0.*reach 1"),
+    "unsorted": (lambda m: _column(m, "byte", lambda v: v[::-1].copy()), "ascending"),
+    "end text": (lambda m: _column(m, "text", _at(300, 65)), "text.*END position"),
+    "offset jump": (lambda m: _column(m, "doc_start", _at(1, 1 << 62), "<i8"), "doc_start.*offsets"),
+    "offset wrap": (lambda m: _column(m, "doc_start", _at(1, -(1 << 63)), "<i8"), "doc_start.*offsets"),
+    "offset equal": (lambda m: _column(m, "doc_start", _at(1, 0), "<i8"), "doc_start.*grow"),
+    "id offsets": (lambda m: _column(m, "doc_id_start", _at(1, 14), "<i8"), "doc_id_start.*grow"),
+    "id not utf-8": (lambda m: _column(m, "doc_id", _at(0, 0xFF)), "doc_id.*UTF-8"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_hostile_archives_are_refused_by_name(attack: str, tmp_path: Path) -> None:
+    good, _ = make(tmp_path / "good.zarr.zip")
+    read_shard(good)
+    with zipfile.ZipFile(good) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    edit, words = ATTACKS[attack]
+    bad = tmp_path / "bad.zarr.zip"
+    with zipfile.ZipFile(bad, "w") as archive:
+        for name, data in edit(members).items():
+            archive.writestr(name, data)
+    with pytest.raises(IntegrityError, match=f"bad.zarr.zip.*{words}"):
+        read_shard(bad)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_duplicated_deflated_and_truncated_zips_are_refused(tmp_path: Path) -> None:
+    good, _ = make(tmp_path / "good.zarr.zip")
+    data = good.read_bytes()
+    bad = tmp_path / "bad.zarr.zip"
+    bad.write_bytes(data)
+    with zipfile.ZipFile(bad, "a") as archive:
+        archive.writestr("zarr.json", b"{}")
+    with pytest.raises(IntegrityError, match="appears twice"):
+        read_shard(bad)
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    with pytest.raises(IntegrityError, match="only stored"):
+        read_shard(bad)
+    for keep in (0, 1, 100, len(data) // 2, len(data) - 1):
+        bad.write_bytes(data[:keep])
+        with pytest.raises(IntegrityError, match=r"bad\.zarr\.zip"):
+            read_shard(bad)
+
+
+def test_no_single_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """The file's hash is the manifest's business; without it, CRC and structure must still catch or not matter."""
+    expected = golden_values(read_shard(GOLDEN))
+    data = GOLDEN.read_bytes()
+    path = tmp_path / "flipped.zarr.zip"
+    refused = 0
+    offsets = range(0, len(data), 61)
+    for at in offsets:
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        try:
+            assert golden_values(read_shard(path)) == expected
+        except IntegrityError:
+            refused += 1
+    assert refused > 0.75 * len(offsets)
+
+
+if __name__ == "__main__":
+    DATA.mkdir(exist_ok=True)
+    golden_builder().write(GOLDEN, {"teacher": {"name": "none, written by hand"}, "license": "CC0-1.0"})
+    text = json.dumps(golden_values(read_shard(GOLDEN)), indent=1, ensure_ascii=False)
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m.group(1)) + "]", text)
+    GOLDEN.with_name("golden-shard.json").write_text(text + "\n")

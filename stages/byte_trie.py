@@ -2,7 +2,7 @@
 
 Nodes are numbered breadth first, so the children of a node are neighbours, sorted by their last byte, and one array
 `first_child` holds the whole structure. Each node scans its own range once, so building costs one visit per byte of
-vocabulary: 262k tokens (1.9 MB, 0.6 M nodes) take 0.02 s after the sort, 0.4 s with it.
+vocabulary: 262k tokens (0.6 M nodes) take 0.15 s after the sort, 1.1 s with it.
 """
 
 from typing import NamedTuple

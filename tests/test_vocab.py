@@ -201,6 +201,17 @@ def test_added_tokens_are_literal_and_special_ones_are_control(tmp_path: Path) -
     assert vocab.token_id("<table>") in vocab.encode("a<table>b").ids
 
 
+def test_spaces_injected_after_added_tokens_are_left_out(tmp_path: Path) -> None:
+    tokenizer = sentencepiece(style="metaspace")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.add_tokens([added("<table>", normalized=False)])
+    assert "\u2581b" not in tokenizer.get_vocab()
+    vocab = load_vocabulary(checkpoint(tmp_path, tokenizer, **SP_EOS))
+    encoded = vocab.encode("a<table>b")
+    assert_aligned(vocab, "a<table>b", encoded)
+    assert encoded.synthetic == 1
+
+
 def test_a_padding_token_that_is_a_character_stays_text(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.add_special_tokens(["!"])

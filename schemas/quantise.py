@@ -12,8 +12,8 @@ largest probability has the smallest error. What is cheap to get wrong and is gu
 * the result does not depend on the width of the machine's vectors: thresholds come from exact decimal
   arithmetic and sums run in 16 fixed lanes.
 
-Price, one core: about 200 ns per encoded position, most of it the scan of its 1 KiB of input; about 20 ns per
-checked and 30 ns per decoded position of 7 symbols (SPEC.md, "Cost").
+Price, one core, rows of 10 symbols: about 200 ns to encode a position, half of it the scan of its 1 KiB of input;
+15 to check one, 30 to decode one (SPEC.md, "Cost").
 """
 
 from decimal import Decimal, localcontext

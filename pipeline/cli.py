@@ -6,6 +6,8 @@ continue. Anything else is a fault of ours and keeps its traceback.
 """
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +78,9 @@ def _stage(settings: Callable[[], Settings], command: Callable[["Context"], Any]
         from pipeline.context import open_context
 
         context = open_context(settings(), typer.echo)
+        if not sys.stderr.isatty():
+            # Other people's bars would break the JSON lines; on a terminal a long download should show.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with context.stop.installed():
             command(context)
 

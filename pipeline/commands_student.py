@@ -188,12 +188,19 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
     tasks = evaluate_tasks(context, only)
     outcome = run_units(store, tasks, open_work, context.stop, reporter=_reporter(len(tasks)))
     results = [receipt.counts for receipt in outcome.receipts]
-    from stages.evaluate import report_table
+    report = json_bytes(results).decode("utf-8")
+    if (
+        outcome.made
+        or not store.exists("report/report.md")
+        or store.get_path("report/report.json").read_text("utf-8") != report
+    ):
+        from stages.evaluate import report_table
 
-    store.replace_text("report/report.json", json_bytes(results).decode("utf-8"))
-    store.replace_text("report/report.md", report_table(results))
+        store.replace_text("report/report.md", report_table(results))
+        store.replace_text("report/report.json", report)
     context.save_config("report/config.toml", changed=outcome.made > 0)
-    context.say(f"evaluate: {outcome.made} of {len(results)} runs measured now (report/report.json, report/report.md)")
+    done = f"{outcome.made} runs measured" if outcome.made else f"nothing to do, {len(results)} runs are measured"
+    context.say(f"evaluate: {done} (report/report.json, report/report.md)")
     return results, outcome.made
 
 

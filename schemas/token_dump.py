@@ -129,7 +129,6 @@ class DumpWriter:
             use_dictionary=[f"{n}.list.element" if n in _LISTS else n for n in names if n in ("doc_id", "fanout")],
             column_encoding={column: "BYTE_STREAM_SPLIT" for column in _SPLIT},
             write_statistics=False,
-            store_schema=False,
         )
 
     def append(self, window: Window) -> None:

@@ -89,12 +89,13 @@ def resolve_model(model: str) -> str:
 
 
 def _weights_identity(model_path: str) -> dict[str, str]:
-    """sha256 of config and weight files of a local checkpoint; hub blobs are already named by their hash."""
+    """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
     folder = Path(model_path)
     if not folder.is_dir():
         return {}
     out = {}
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    named = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
         if not file.is_file():
             continue
         blob = file.resolve().name

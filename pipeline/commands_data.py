@@ -106,7 +106,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
     for _, key in receipts.list_receipts(store, "teacher"):
         receipt = receipts.read_receipt(store, "teacher", key)
         if receipt is not None:
-            groups[receipt.group][receipt.inputs["slice"]] = receipt
+            groups[receipt.group][str(receipt.inputs.get("slice"))] = receipt
     wanted = [unit.sha256 for unit in planned.units]
     fitting: dict[str, list[Receipt]] = {}
     best, differences = 0, ""

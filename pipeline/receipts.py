@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.store import LocalStore
+from pipeline.store import Store
 from schemas.errors import IntegrityError
 
 RECEIPT_VERSION = 1
@@ -68,7 +68,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def record_file(store: LocalStore, key: str) -> FileRecord:
+def record_file(store: Store, key: str) -> FileRecord:
     """Size and hash of a stored object, as a receipt states them."""
     path = store.get_path(key)
     return FileRecord(path=key, size=path.stat().st_size, sha256=sha256_file(path))
@@ -79,12 +79,12 @@ def receipt_path(stage: str, key: str) -> str:
     return f"{FOLDER}/{stage}/{key}.json"
 
 
-def write_receipt(store: LocalStore, receipt: Receipt) -> bool:
+def write_receipt(store: Store, receipt: Receipt) -> bool:
     """Commit a receipt; False if the unit already has one."""
     return store.put_json_if_absent(receipt_path(receipt.stage, receipt.key), receipt.model_dump(mode="json"))
 
 
-def read_receipt(store: LocalStore, stage: str, key: str) -> Receipt | None:
+def read_receipt(store: Store, stage: str, key: str) -> Receipt | None:
     """The receipt of a unit, or None where there is none. Raises IntegrityError if it cannot be a receipt of ours."""
     place = receipt_path(stage, key)
     if not store.exists(place):
@@ -108,7 +108,7 @@ def read_receipt(store: LocalStore, stage: str, key: str) -> Receipt | None:
     return receipt
 
 
-def list_receipts(store: LocalStore, stage: str = "") -> Iterator[tuple[str, str]]:
+def list_receipts(store: Store, stage: str = "") -> Iterator[tuple[str, str]]:
     """(stage, key) of every receipt, sorted; of one stage if named."""
     for place in store.list(f"{FOLDER}/{stage}" if stage else FOLDER):
         parts = Path(place).parts
@@ -116,7 +116,7 @@ def list_receipts(store: LocalStore, stage: str = "") -> Iterator[tuple[str, str
             yield parts[1], parts[2].removesuffix(".json")
 
 
-def problems(store: LocalStore, receipt: Receipt) -> list[str]:
+def problems(store: Store, receipt: Receipt) -> list[str]:
     """What is wrong with a receipt's files: missing, wrong size, wrong sha256; empty = the unit is done."""
     found = []
     for record in receipt.files:

@@ -24,7 +24,7 @@ from typing import Any
 from pipeline import receipts
 from pipeline.progress import Reporter
 from pipeline.receipts import FileRecord, Receipt
-from pipeline.store import LocalStore, disk_errors
+from pipeline.store import Store, disk_errors
 from schemas.errors import IntegrityError, Interrupted
 
 Tick = Callable[[dict[str, Any]], None]
@@ -95,7 +95,7 @@ class Outcome:
     made: int
 
 
-def finished(store: LocalStore, task: Task, warn: Callable[[str], None] | None = None) -> Receipt | None:
+def finished(store: Store, task: Task, warn: Callable[[str], None] | None = None) -> Receipt | None:
     """The task's receipt if its files match it to the sha256, else None (and `warn` is told what is damaged)."""
     try:
         receipt = receipts.read_receipt(store, task.stage, task.key)
@@ -108,7 +108,7 @@ def finished(store: LocalStore, task: Task, warn: Callable[[str], None] | None =
 
 
 def run_units(
-    store: LocalStore,
+    store: Store,
     tasks: Sequence[Task],
     open_work: Callable[[], Work],
     stop: Callable[[], bool],
@@ -141,7 +141,7 @@ def run_units(
     return Outcome([receipt for task in tasks if (receipt := known[task.key])], len(pending))
 
 
-def _run_one(store: LocalStore, task: Task, work: Work, tick: Tick) -> Receipt:
+def _run_one(store: Store, task: Task, work: Work, tick: Tick) -> Receipt:
     temporary = store.temp_path(task.out)
     started = time.monotonic()
     try:
@@ -164,7 +164,7 @@ def _run_one(store: LocalStore, task: Task, work: Work, tick: Tick) -> Receipt:
     return commit_receipt(store, receipt)
 
 
-def commit_file(store: LocalStore, key: str, temporary: Path) -> FileRecord:
+def commit_file(store: Store, key: str, temporary: Path) -> FileRecord:
     """Publish a finished temporary file. An object already there is kept if equal and replaced if damaged."""
     if not temporary.is_file():
         raise IntegrityError(f"{key}: the stage wrote nothing to {temporary}; this is a fault of the stage")
@@ -177,7 +177,7 @@ def commit_file(store: LocalStore, key: str, temporary: Path) -> FileRecord:
     return record
 
 
-def commit_receipt(store: LocalStore, receipt: Receipt) -> Receipt:
+def commit_receipt(store: Store, receipt: Receipt) -> Receipt:
     """Publish a receipt; a sound one that another worker published first wins, a stale one is replaced."""
     if receipts.write_receipt(store, receipt):
         return receipt

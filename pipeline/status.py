@@ -145,7 +145,7 @@ def _teacher_rows(context: Context, planned: units.Plan | None, found: list[Rece
     groups: dict[str, list[Receipt]] = defaultdict(list)
     slices = {unit.sha256 for unit in planned.units} if planned else set()
     for receipt in found:
-        if receipt.inputs["slice"] in slices:
+        if receipt.inputs.get("slice") in slices:
             groups[receipt.group].append(receipt)
     total = len(planned.units) if planned else None
     rows = []

@@ -42,6 +42,11 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.E
 class Store(Protocol):
     """What a stage may do with stored bytes. All methods raise StorageError where the medium refuses."""
 
+    @property
+    def name(self) -> str:
+        """The store as the user named it, for messages."""
+        ...
+
     def put_if_absent(self, key: str, source: Path) -> bool:
         """Make `source` (a `temp_path`, consumed either way) the object `key`; False if the key already exists."""
         ...
@@ -76,6 +81,18 @@ class Store(Protocol):
         """A fresh path, on the store's own device, for a file to be committed with `put_if_absent`."""
         ...
 
+    def write_temp(self, name: str, raw: bytes) -> Path:
+        """Write `raw` to a `temp_path` and return it."""
+        ...
+
+    def replace_text(self, key: str, text: str) -> None:
+        """`replace` for a small document; nothing is written where the content is already there."""
+        ...
+
+    def sweep(self) -> int:
+        """Remove temporary files that no living process will finish; returns how many."""
+        ...
+
 
 @contextlib.contextmanager
 def disk_errors(doing: str) -> Iterator[None]:
@@ -97,6 +114,10 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._counter = itertools.count()
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
 
     def _path(self, key: str) -> Path:
         parts = PurePosixPath(key).parts
@@ -144,7 +165,6 @@ class LocalStore:
                 source.unlink(missing_ok=True)
 
     def replace_text(self, key: str, text: str) -> None:
-        """`replace` for a small document; nothing is written where the content is already there."""
         path = self._path(key)
         raw = text.encode("utf-8")
         if not path.is_file() or path.read_bytes() != raw:
@@ -183,7 +203,6 @@ class LocalStore:
         return folder / f"{_owner()}-{next(self._counter)}-{name.rsplit('/', 1)[-1]}"
 
     def write_temp(self, name: str, raw: bytes) -> Path:
-        """Write `raw` to a fresh temporary file and return its path."""
         path = self.temp_path(name)
         with disk_errors(f"writing {path}"):
             try:
@@ -194,7 +213,7 @@ class LocalStore:
         return path
 
     def sweep(self) -> int:
-        """Remove temporary files that no living process will finish; returns how many.
+        """See `Store.sweep`.
 
         A name carries its writer's machine and process. Those of a dead process of this machine go at once;
         those of another machine only after a week, since nothing here can tell whether it lives.

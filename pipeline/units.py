@@ -28,7 +28,7 @@ from pipeline.receipts import (
     unit_key,
     write_receipt,
 )
-from pipeline.store import LocalStore, disk_errors
+from pipeline.store import Store, disk_errors
 from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from schemas.settings import Settings
 from stages.corpus import CorpusReader, Document
@@ -131,7 +131,7 @@ def split_hash(seed: int, text: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0".encode() + text.encode("utf-8")).digest()[:8], "big")
 
 
-def make_plan(store: LocalStore, settings: Settings, stop: Callable[[], bool] = lambda: False) -> tuple[Plan, bool]:
+def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambda: False) -> tuple[Plan, bool]:
     """Plan the run; returns the plan and whether it is new.
 
     Raises InputError (corpus), ConfigError (a plan of another corpus or other settings is already there),
@@ -152,7 +152,7 @@ def make_plan(store: LocalStore, settings: Settings, stop: Callable[[], bool] = 
         version=PLAN_VERSION, corpus=corpus, settings=shape, units=tuple(units), hash=_plan_hash(corpus, shape, units)
     )
     if old is not None and old.hash != plan.hash:
-        raise IntegrityError(f"{store.root}: damaged slices cannot be rewritten alike; plan again in a new run.dir")
+        raise IntegrityError(f"{store.name}: damaged slices cannot be rewritten alike; plan again in a new run.dir")
     if not store.put_json_if_absent(PLAN_KEY, plan.model_dump(mode="json")):
         plan = read_plan(store) or plan
         _refuse_changes(store, plan, settings, corpus)
@@ -160,7 +160,7 @@ def make_plan(store: LocalStore, settings: Settings, stop: Callable[[], bool] = 
     return plan, old is None
 
 
-def read_plan(store: LocalStore) -> Plan | None:
+def read_plan(store: Store) -> Plan | None:
     """The plan of a run folder as written, or None. Raises IntegrityError if it is damaged or of another version."""
     if not store.exists(PLAN_KEY):
         return None
@@ -178,16 +178,16 @@ def read_plan(store: LocalStore) -> Plan | None:
     return plan
 
 
-def load_plan(store: LocalStore, settings: Settings) -> Plan:
+def load_plan(store: Store, settings: Settings) -> Plan:
     """The plan a stage works from. Raises InputError if there is none, ConfigError if settings changed since."""
     plan = read_plan(store)
     if plan is None:
-        raise InputError(f"{store.root} holds no plan; run `bytecache plan` with this run.dir first")
+        raise InputError(f"{store.name} holds no plan; run `bytecache plan` with this run.dir first")
     _refuse_changes(store, plan, settings, None)
     return plan
 
 
-def _refuse_changes(store: LocalStore, plan: Plan, settings: Settings, corpus: dict[str, Any] | None) -> None:
+def _refuse_changes(store: Store, plan: Plan, settings: Settings, corpus: dict[str, Any] | None) -> None:
     changes = list(changed_keys(plan.settings, _shape(settings)))
     if corpus is not None and plan.corpus["sha256"] != corpus["sha256"]:
         changes.append(
@@ -196,7 +196,7 @@ def _refuse_changes(store: LocalStore, plan: Plan, settings: Settings, corpus: d
         )
     if changes:
         raise ConfigError(
-            f"{store.root} was planned otherwise ({'; '.join(changes)}); restore that, or use a new run.dir"
+            f"{store.name} was planned otherwise ({'; '.join(changes)}); restore that, or use a new run.dir"
         )
 
 
@@ -214,7 +214,7 @@ def _plan_hash(corpus: dict[str, Any], shape: dict[str, Any], units: Sequence[Un
     return unit_key("plan", {"version": PLAN_VERSION, "corpus": _identity(corpus), "settings": shape, "units": listed})
 
 
-def _receipt(store: LocalStore, plan: Plan) -> Receipt:
+def _receipt(store: Store, plan: Plan) -> Receipt:
     files = [record_file(store, key) for key in (PLAN_KEY, *(unit.slice for unit in plan.units))]
     return Receipt(
         stage="plan",
@@ -227,12 +227,12 @@ def _receipt(store: LocalStore, plan: Plan) -> Receipt:
     )
 
 
-def slice_is_whole(store: LocalStore, unit: Unit) -> bool:
+def slice_is_whole(store: Store, unit: Unit) -> bool:
     """Whether the unit's slice file is there and hashes to the plan's sha256."""
     return store.exists(unit.slice) and sha256_file(store.get_path(unit.slice)) == unit.sha256
 
 
-def _write_slices(store: LocalStore, settings: Settings, survey: _Survey, stop: Callable[[], bool]) -> list[Unit]:
+def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Callable[[], bool]) -> list[Unit]:
     units: list[Unit] = []
     open_docs: dict[Split, list[tuple[str, str]]] = {"train": [], "heldout": []}
     open_bytes: dict[Split, int] = {"train": 0, "heldout": 0}
@@ -259,7 +259,7 @@ def _write_slices(store: LocalStore, settings: Settings, survey: _Survey, stop: 
     return units
 
 
-def _write_slice(store: LocalStore, index: int, split: Split, docs: list[tuple[str, str]], n_bytes: int) -> Unit:
+def _write_slice(store: Store, index: int, split: Split, docs: list[tuple[str, str]], n_bytes: int) -> Unit:
     # The name holds the content, so a half-written plan of other settings can never lend a slice to this one.
     content = hashlib.sha256(canonical_json(docs)).hexdigest()
     key = f"plan/slices/{index:05d}-{split}-{content[:12]}.parquet"

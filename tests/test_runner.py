@@ -1,6 +1,7 @@
 """Plans and runs: deterministic, resumable, and unharmed by kill -9 at any moment."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import receipts, units
+from pipeline.progress import Reporter
 from pipeline.receipts import sha256_file
 from pipeline.runner import StopFlag, Task, Tick, finished, run_units
 from pipeline.store import TEMP_FOLDER, LocalStore
@@ -290,6 +292,31 @@ def test_work_that_writes_nothing_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="wrote nothing"):
         run_units(store, tasks(1), lambda: lambda task, out, tick: {}, never)
     assert finished(store, tasks(1)[0]) is None
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_instead_of_json() -> None:
+    screen = Terminal()
+    with Reporter("teacher", 3, 3000, done_units=1, done=1000, stream=screen) as progress:
+        progress.tick({"bytes": 400, "tokens": 100})
+        time.sleep(0.01)
+        progress.unit_done("a", 1000, 0.5)
+        progress.line({"never": "shown"})
+        assert progress.sums["bytes"] == 1000
+        rates = progress.rates()
+    assert rates["bytes_per_s"] == pytest.approx(10 * rates["tokens_per_s"], rel=1e-3)
+    # One more unit is left, and the one that was done before this session does not count as speed.
+    assert rates["eta_s"] == pytest.approx(1000 / rates["bytes_per_s"], abs=0.1)
+    shown = screen.getvalue()
+    assert "2/3 units" in shown
+    assert "B/s" in shown
+    assert "tok/s" in shown
+    assert "left" in shown
+    assert "{" not in shown
 
 
 # ---- real processes, really killed

@@ -2,16 +2,16 @@
 
 Algorithm (BLD, arXiv 2604.07466): with h the input of the lm_head at position l-1, slot k of token l is
 softmax(W[k] h + c[k]) over 260 symbols. Reading h at position l would hand the head the token it predicts.
-Heads are evaluated only at bytes that exist: slots arrive sorted by k, so ten matrix products over [S_k, hidden] replace
-one over [tokens, 10, 260]; at three bytes a token that is 30 % of the dense work.
+Heads are evaluated only at bytes that exist: slots arrive sorted by k, so ten matrix products over [S_k, hidden]
+replace one over [tokens, 10, 260]; at three bytes a token that is 30 % of the dense work.
 Price: 10 * 260 * (hidden + 1) parameters (0.50 M at hidden 192, 26.6 M at 10k) and 6 * 260 * hidden FLOPs per byte.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 SLOTS = 10
 """Bytes of a token that are predicted; longer tokens are supervised on their first ten only."""
@@ -46,9 +46,9 @@ class ByteHead(nn.Module):
         Returns:
             float [S, 260].
         """
-        # F.embedding rather than indexing: its backward is fast and deterministic on every device.
-        rows = F.embedding(slot_token, hidden).split(list(slot_counts))
-        return torch.cat([F.linear(r, self.weight[k], self.bias[k]) for k, r in enumerate(rows)])
+        # An embedding lookup rather than indexing: its backward is fast and deterministic on every device.
+        rows = torch.split(functional.embedding(slot_token, hidden), list(slot_counts))
+        return torch.cat([functional.linear(r, self.weight[k], self.bias[k]) for k, r in enumerate(rows)])
 
     @property
     def n_parameters(self) -> int:

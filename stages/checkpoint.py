@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file plus a receipt with its sha256; a torn or altered one is never loaded.
 
 Algorithm. Tensors and a JSON state go into `step-NNNNNNNN.safetensors` under a temporary name, fsync, rename; then the
-receipt `step-NNNNNNNN.json` (size, sha256) the same way. A checkpoint counts only with a receipt that matches, so a kill
-between any two system calls leaves either the new checkpoint or the previous one. The last `KEEP` stay on disk.
+receipt `step-NNNNNNNN.json` (size, sha256) the same way. A checkpoint counts only with a receipt that matches, so a
+kill between any two system calls leaves either the new checkpoint or the previous one. The last `KEEP` stay on disk.
 Price: model and two moments in float32, 12 bytes a parameter, written and hashed at about 1 GB/s.
 """
 
@@ -77,7 +77,7 @@ def verify(path: Path) -> str:
         receipt = json.loads(path.with_suffix(".json").read_text())
         size, expected = int(receipt["size"]), str(receipt["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path}: no readable receipt beside it; use an earlier checkpoint or train again") from error
+        raise IntegrityError(f"{path}: no readable receipt; use an earlier checkpoint or train again") from error
     if not path.is_file() or path.stat().st_size != size or _sha256(path) != expected:
         raise IntegrityError(f"{path}: bytes differ from the receipt; use an earlier checkpoint or train again")
     return expected

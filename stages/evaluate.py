@@ -78,7 +78,9 @@ def load_trained(student_dir: Path, checkpoint_path: Path) -> Run:
     opened = student.load(student_dir)
     tensors, state = checkpoint.load(checkpoint_path)
     if state["identity"]["student"] != opened.identity:
-        raise InputError(f"{checkpoint_path}: trained from another student than {student_dir}; pass the folder it began from")
+        raise InputError(
+            f"{checkpoint_path}: trained from another student than {student_dir}; pass the folder it began from"
+        )
     with torch.random.fork_rng(devices=[]):
         run = start_run(opened, TrainSettings(), 0, torch.device("cpu"))
         run.restore(tensors)
@@ -152,9 +154,10 @@ def evaluate(
                 parts = micro_loss(run, micro, use_head=True)
             token, head_ce, kl = token + float(parts.token), head_ce + float(parts.byte), kl + float(parts.kl)
             assert micro.targets is not None
-            entries = [t.numpy() for t in micro.targets]
-            teacher_covered += float(true_nats(*entries, micro.slot_symbol.numpy())[0].sum())
-            n_tokens, n_bytes, n_slots = n_tokens + micro.n_tokens, n_bytes + micro.n_bytes, n_slots + len(micro.slot_token)
+            slot, symbol, prob, tail = (t.numpy() for t in micro.targets)
+            teacher_covered += float(true_nats(slot, symbol, prob, tail, micro.slot_symbol.numpy())[0].sum())
+            n_tokens, n_bytes = n_tokens + micro.n_tokens, n_bytes + micro.n_bytes
+            n_slots += len(micro.slot_token)
             for row in members:
                 nats, positions, unlisted = _teacher(row)
                 teacher, n_positions, n_unlisted = teacher + nats, n_positions + positions, n_unlisted + unlisted

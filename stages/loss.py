@@ -6,7 +6,8 @@ the rest as one number t (the tail). With q = softmax(head logits) over 260 symb
     KL_r = sum_{i in L} p_i (log p_i - log q_i) + t (log t - log u),     u = sum_{j not in L} q_j,
 
 so the unlisted symbols form one bucket and nothing is renormalised. log u is a log-sum-exp over the unlisted logits,
-not log(1 - sum of listed): the latter cancels to nothing in float32 once the listed mass reaches 1. Gradients are closed form,
+not log(1 - sum of listed): the latter cancels to nothing in float32 once the listed mass reaches 1. Gradients have
+a closed form,
 
     dKL/dz_j = q_j (sum_L p + t) - p_j [j in L] - t r_j,     r = softmax over the unlisted only,
 
@@ -19,8 +20,8 @@ Price: about 3 passes over [S, 260] floats forward, 3 backward; no [batch, time,
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from stages.byte_head import ByteHead
 
@@ -83,7 +84,8 @@ def byte_terms(logits: Tensor, true: Tensor, targets: SlotTargets) -> tuple[Tens
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
     prob, tail = targets.prob.to(z.dtype), targets.tail.to(z.dtype)
-    return cast(tuple[Tensor, Tensor], _ByteTerms.apply(z, true, targets.slot, targets.symbol, prob, tail))
+    terms = _ByteTerms.apply(z, true, targets.slot, targets.symbol, prob, tail)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor], terms)
 
 
 class LossParts(NamedTuple):
@@ -123,13 +125,13 @@ def loss_parts(
         targets: None leaves KL at 0 without touching any teacher data (the control).
     """
     flat = token_logits.flatten(0, 1).float()
-    token = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    token = functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="sum")
     zero = token.new_zeros(())
     if head is None or slot_token.numel() == 0:
         return LossParts(token, zero, zero)
     logits = head(hidden.flatten(0, 1), slot_token, slot_counts)
     if targets is None:
-        ce = F.cross_entropy(logits.float(), slot_symbol, reduction="none")
+        ce = functional.cross_entropy(logits.float(), slot_symbol, reduction="none")
         return LossParts(token, (ce * slot_weight).sum(), zero)
     ce, kl = byte_terms(logits, slot_symbol, targets)
     return LossParts(token, (ce * slot_weight).sum(), (kl * slot_weight).sum())

@@ -2,9 +2,9 @@
 
 A *window* is a run of `window` positions of one shard; its content is whatever student tokens start inside it, so the
 order depends on nothing but the manifest: no shard is read and nothing is tokenised to know window number 10 million.
-Per epoch: every shard's window grid is shifted by a random offset (the cuts differ between epochs), shards are permuted,
-taken `pool` at a time, and the windows of a pool are permuted together. Ranks and loader workers only choose which
-numbers of the one global sequence they serve; they never enter the computation.
+Per epoch: every shard's window grid is shifted by a random offset (the cuts differ between epochs), shards are
+permuted, taken `pool` at a time, and the windows of a pool are permuted together. Ranks and loader workers only choose
+which numbers of the one global sequence they serve; they never enter the computation.
 
 Permutations sort splitmix64 keys rather than use `numpy.random`, whose streams may change between versions.
 Price: 8 bytes per window of one pool (16 shards of 16 MiB and 1 KiB windows: 2 MB), and one pass over the shard sizes

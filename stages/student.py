@@ -99,9 +99,7 @@ def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, start)]
-            ),
+            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, start)]),
         ]
     )
     return PreTrainedTokenizerFast(
@@ -143,10 +141,12 @@ def _open(factory: Any, source: str, **options: Any) -> Any:
         return factory.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{source}: cannot be opened as a {factory.__name__} ({reason}); check the path or id") from error
+        raise InputError(f"{source}: {factory.__name__} cannot open it ({reason}); check the path or id") from error
 
 
-def new_model(settings: StudentSettings, vocabulary_size: int, start_id: int | None, end_id: int, seed: int) -> LlamaForCausalLM:
+def new_model(
+    settings: StudentSettings, vocabulary_size: int, start_id: int | None, end_id: int, seed: int
+) -> LlamaForCausalLM:
     """A small Llama with tied embeddings and fresh weights; the global random state is left as it was."""
     if settings.hidden_size % (2 * settings.heads):
         raise ConfigError(
@@ -197,7 +197,7 @@ def prepare(settings: StudentSettings, targets_dir: Path, out_dir: Path, *, seed
         found = json.loads(record.read_text()) if record.is_file() else {}
         if found.get("recipe") == recipe and found.get("files") == folder_hashes(out_dir):
             return dict(found)
-        raise ConfigError(f"{out_dir} holds a student of other settings or is damaged; delete it or choose another run.dir")
+        raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
     if settings.model:
         tokenizer = _open(AutoTokenizer, settings.model)
         model = _open(AutoModelForCausalLM, settings.model, dtype=torch.float32)
@@ -234,7 +234,7 @@ def load(folder: Path) -> Student:
     """
     record = folder / "student.json"
     if record.is_file() and json.loads(record.read_text())["files"] != folder_hashes(folder):
-        raise IntegrityError(f"{folder}: files differ from student.json; delete the folder and prepare the student again")
+        raise IntegrityError(f"{folder}: files differ from student.json; delete it and prepare the student again")
     config = _open(AutoConfig, str(folder))
     tokenizer = _open(AutoTokenizer, str(folder))
     model = _open(AutoModelForCausalLM, str(folder), dtype=torch.float32, config=config)

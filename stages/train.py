@@ -1,11 +1,11 @@
 """Train a student from byte targets: no teacher in memory, exact resume from any kill.
 
-Algorithm: AdamW (0.9, 0.95), linear warm-up then cosine to 10 % of the peak, gradient norm clipped at 1; matrices decay,
-norms and biases do not. A step is `batch` windows in micro-batches of similar length whose losses are divided by the
-step's own counts, so the sum is exact. The state is the model, the head, two moments, the random state and one integer:
-data order is a pure function of it. On one machine with the same number of threads, a run killed anywhere and rerun ends
-with bit-identical weights (`tests/test_train.py` compares hashes).
-Price: see PRICE below; `metrics.jsonl` holds losses, text bytes/s and tokens/s of every run.
+Algorithm: AdamW (0.9, 0.95), linear warm-up then cosine to 10 % of the peak, gradient norm clipped at 1; matrices
+decay, norms and biases do not. A step is `batch` windows in micro-batches of similar length whose losses are divided by
+the step's own counts, so the sum is exact. The state is the model, the head, two moments, the random state and one
+integer, of which data order is a pure function. On one machine with the same number of threads, a run killed anywhere and rerun
+ends with bit-identical weights (`tests/test_train.py` compares hashes).
+Price: measured on two cores, see the constant below.
 """
 
 import json
@@ -87,7 +87,7 @@ def start_run(opened: Student, settings: TrainSettings, seed: int, device: torch
     """A run at step 0; the global random state is seeded."""
     torch.manual_seed(seed)
     head = ByteHead(opened.hidden_size, seed).to(device)
-    opened.model.to(device).train()  # type: ignore[arg-type]
+    opened.model.to(device).train()
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in [*opened.model.parameters(), *head.parameters()]:
         groups[parameter.ndim > 1 and parameter is not head.bias].append(parameter)
@@ -197,7 +197,8 @@ def train(
         device: torch device; empty = CUDA where there is one.
 
     Returns:
-        name, checkpoint (path), sha256, step, steps resumed from, the last step's loss terms, throughput, skipped documents by reason.
+        name, checkpoint (path), sha256, step, step resumed from, the last step's loss terms, throughput, share of
+        padding, documents skipped by reason.
 
     Raises:
         Interrupted: `stop` said so. ConfigError: the folder belongs to other settings, or the loss is not finite.
@@ -221,7 +222,8 @@ def train(
     if path is not None:
         tensors, state = checkpoint.load(path)
         if state["identity"] != identity:
-            raise ConfigError(f"{out_dir}: {_difference(state['identity'], identity)}; delete it or choose another run.dir")
+            difference = _difference(state["identity"], identity)
+            raise ConfigError(f"{out_dir}: {difference}; delete it or choose another run.dir")
         run.restore(tensors)
         first, terms = int(state["step"]), state["terms"]
     log = _Log(out_dir / "metrics.jsonl", first)
@@ -230,6 +232,7 @@ def train(
     source = stream.steps(
         order, reader, batch=settings.batch, max_tokens=opened.max_tokens, start=first,
         with_targets=kl > 0, byte_reduction=settings.byte_reduction,
+        micro_tokens=stream.MICRO_TOKENS.get(place.type, stream.MICRO_TOKENS["cuda"]),
     )  # fmt: skip
     totals = {"n_bytes": 0, "n_tokens": 0, "n_real": 0, "n_padded": 0}
     began = time.perf_counter()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.byte_head import END, SLOTS, SYMBOLS, ByteHead
@@ -29,8 +29,8 @@ def case(slots: int, seed: int, *, tail: float = 0.1, sharp: float = 2.0):
 def reference(logits, true, dense, tail):
     """KL over listed symbols and one rest bucket, written out densely."""
     q = torch.softmax(logits.double(), -1)
-    listed = F.pad(dense > 0, (0, SYMBOLS - 257))
-    p = F.pad(dense, (0, SYMBOLS - 257))
+    listed = functional.pad(dense > 0, (0, SYMBOLS - 257))
+    p = functional.pad(dense, (0, SYMBOLS - 257))
     kl = torch.where(listed, torch.xlogy(p, p) - p * torch.log(q), 0.0).sum(-1)
     rest = torch.where(listed, 0.0, q).sum(-1)
     kl = kl + torch.xlogy(tail, tail) - torch.where(tail > 0, tail * torch.log(rest), 0.0)
@@ -59,15 +59,16 @@ def test_gradcheck():
 def test_float32_stays_true_when_the_listed_mass_reaches_one():
     """Listed logits 60 above the rest: 1 - sum(listed) is 0 in float32, the rest bucket must still be exact."""
     logits, true, targets, dense = case(16, 2, tail=1e-3)
-    logits = logits + 60.0 * F.pad(dense > 0, (0, 3)).double()
+    logits = logits + 60.0 * functional.pad(dense > 0, (0, 3)).double()
     single = logits.float().requires_grad_()
     double = single.detach().double().requires_grad_()
     _, kl = byte_terms(single, true, SlotTargets(*targets[:2], targets.prob.float(), targets.tail.float()))
-    listed = F.pad(dense > 0, (0, 3))
+    listed = functional.pad(dense > 0, (0, 3))
     log_q = torch.log_softmax(double, -1)
-    p = F.pad(dense, (0, 3))
+    p = functional.pad(dense, (0, 3))
     log_rest = torch.logsumexp(log_q.masked_fill(listed, -torch.inf), -1)
-    want = (torch.xlogy(p, p) - torch.where(listed, p * log_q, 0.0)).sum(-1) + targets.tail * (targets.tail.log() - log_rest)
+    rest = targets.tail * (targets.tail.log() - log_rest)
+    want = (torch.xlogy(p, p) - torch.where(listed, p * log_q, 0.0)).sum(-1) + rest
     torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=1e-6)
     kl.sum().backward()
     want.sum().backward()
@@ -77,7 +78,7 @@ def test_float32_stays_true_when_the_listed_mass_reaches_one():
 
 def test_kl_is_zero_exactly_at_the_teacher():
     _, true, targets, dense = case(8, 3, tail=0.2)
-    p = F.pad(dense, (0, 3))
+    p = functional.pad(dense, (0, 3))
     unlisted = p == 0
     q = torch.where(unlisted, 0.2 / unlisted.sum(-1, keepdim=True).double(), p)
     logits = q.log().requires_grad_()
@@ -124,7 +125,7 @@ def test_gradient_of_a_byte_loss_stops_before_its_token():
     ids = torch.arange(10, 20)[None]  # distinct, and tied weights only reach the loss through the inputs here
     _, hidden = opened.forward(ids)
     logits = head(hidden.flatten(0, 1), torch.tensor([5]), [1] + [0] * 9)
-    F.cross_entropy(logits, torch.tensor([65])).backward()
+    functional.cross_entropy(logits, torch.tensor([65])).backward()
     grad = opened.model.get_input_embeddings().weight.grad.abs().sum(1)
     assert (grad[10:16] > 0).all() and (grad[16:20] == 0).all()
 
@@ -158,9 +159,7 @@ def test_reduction_and_micro_batches(reduction):
                 logits, labels[rows], hidden, head, pick(place, torch.int64), counts,
                 pick(symbol, torch.int64), pick(weight, torch.float32), None,
             )  # fmt: skip
-            logq = torch.log_softmax(
-                torch.einsum("rth,ksh->rtks", hidden, head.weight) + head.bias, -1
-            )
+            logq = torch.log_softmax(torch.einsum("rth,ksh->rtks", hidden, head.weight) + head.bias, -1)
         want = sum(-float(logq[at, t, j, symbols[r, t, j]]) / (n if reduction == "mean" else 1)
                    for at, r in enumerate(rows) for t, n in enumerate(n_bytes[r]) for j in range(n))  # fmt: skip
         return got, want

@@ -181,7 +181,7 @@ def test_start_ranks_and_residency_do_not_change_the_data(tmp_path):
     assert [rows_of(s) for s in islice(run(start=5), 7)] == whole[5:]
     assert [rows_of(s) for s in islice(run(resident=1), 12)] == whole
     parts = [list(islice(run(rank=r, ranks=3), 12)) for r in range(3)]
-    assert [sorted(sum((rows_of(p[i]) for p in parts), [])) for i in range(12)] == whole
+    assert [sorted(row for p in parts for row in rows_of(p[i])) for i in range(12)] == whole
     assert len({str(w) for w in whole}) > 6
 
 
@@ -200,11 +200,10 @@ def test_prefetch_hands_on_items_errors_and_stops():
         yield from (SimpleNamespace(number=i) for i in range(5))
         raise IntegrityError("torn")
 
-    got = []
+    items = stream.prefetch(source())
+    assert [next(items).number for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(IntegrityError, match="torn"):
-        for item in stream.prefetch(source()):
-            got.append(item.number)
-    assert got == [0, 1, 2, 3, 4]
+        next(items)
     endless = stream.prefetch(SimpleNamespace(number=i) for i in range(10**9))
     assert next(endless).number == 0
     endless.close()  # joins its thread, or this test hangs

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def world(tmp_path_factory):
 
 
 def test_prepare_is_deterministic_and_idempotent(world, tmp_path):
-    root, targets, folder, _ = world
+    _, targets, folder, _ = world
     again = student.prepare(SMALL, targets, tmp_path / "again", seed=1)
     assert again["files"] == json.loads((folder / "student.json").read_text())["files"]
     assert student.prepare(SMALL, targets, tmp_path / "again", seed=1) == again
@@ -107,7 +108,7 @@ def test_evaluation_equals_hand_sums(world):
             p = dense[i, symbol] or tail[i] / (dense[i] == 0).sum()
             teacher -= math.log(max(p, 2.0**-24))
         edges = [*encoded.starts.tolist(), len(text) + 1]
-        for t, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for t, (a, b) in enumerate(pairwise(edges)):
             for k, i in enumerate(range(a, min(b, a + 10))):
                 q, p = log_q[t, k], dense[i]
                 head -= q[true[i]]

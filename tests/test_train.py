@@ -72,9 +72,16 @@ train(Train(**{settings!r}), Path({folder!r}), Path({targets!r}), Path({out!r}),
 """
 
 
-@pytest.mark.parametrize(("at", "early", "resumed"), [(3, True, 2), (3, False, 2), (4, False, 4)])
+@pytest.mark.parametrize(
+    ("at", "early", "resumed"),
+    [
+        pytest.param(3, True, 2, marks=pytest.mark.slow),
+        (3, False, 2),  # the new weights are in place, their receipt is not: the likeliest torn state
+        pytest.param(4, False, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_kill_9_around_a_commit_loses_at_most_that_checkpoint(world, tmp_path, at, early, resumed):
-    """Publications are data, receipt, data, receipt...: die before and after the second data, after the second receipt."""
+    """Publications alternate data and receipt: die before and after the second data, after the second receipt."""
     targets, folder, whole = world
     code = KILLED.format(
         path=[p for p in sys.path if p], at=at, early=early, settings=SETTINGS.model_dump(), folder=str(folder),

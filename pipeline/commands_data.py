@@ -1,7 +1,8 @@
 """plan, teacher, convert: corpus to byte targets. Each takes a context and returns what it made.
 
-A dump part's key holds its slice and the teacher's full identity; a shard's key holds the sha256 of its parts and
-the settings of the conversion. Convert finds its parts by receipts, so it needs neither the model nor the engine.
+A dump part's key holds its slice and the teacher's full identity; a shard's key holds the sha256 of its parts, the
+settings of the conversion and a fingerprint of its code. Convert finds its parts by receipts, so it needs neither the
+model nor the engine.
 """
 
 from collections import defaultdict
@@ -20,6 +21,8 @@ from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
 
 TARGETS = "targets"
+CONVERTER = ("stages.convert", "stages.lattice", "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip")
+"""Modules whose code decides the bytes of a shard."""
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
@@ -191,6 +194,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
             "parts": [file.sha256 for part in parts for file in part.files],
             "convert": shape,
             "format": [byte_shard.FORMAT, byte_shard.VERSION],
+            "code": info["settings"]["conversion_code"],
         }
         name = f"{split}-{numbers[split]:05d}"
         numbers[split] += 1
@@ -227,7 +231,11 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
         "teacher": identity,
         "tokenizer": {"vocabulary_sha256": identity.get("vocabulary", "")},
         "corpus": planned.corpus,
-        "settings": {"plan": planned.settings, "convert": context.settings.convert.model_dump()},
+        "settings": {
+            "plan": planned.settings,
+            "convert": context.settings.convert.model_dump(),
+            "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
+        },
         "software": receipts.software_versions(),
         "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
     }

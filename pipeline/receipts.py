@@ -6,6 +6,7 @@ Price: hashing reads about 1.5 GB/s per core, small beside any stage that made t
 """
 
 import hashlib
+import importlib.util
 import json
 import platform
 from collections.abc import Iterator
@@ -130,6 +131,21 @@ def problems(store: Store, receipt: Receipt) -> list[str]:
         elif sha256_file(path) != record.sha256:
             found.append(f"{record.path}: content differs from the sha256 of its receipt")
     return found
+
+
+def code_fingerprint(*modules: str) -> str:
+    """Hex sha256 over the source of modules that compute an output, without importing them.
+
+    A reordered sum changes last bits: without this in the key, one key would name two contents, and a run resumed
+    by other software would mix them. Over-sensitive on purpose (a comment counts); for stages that are cheap to redo.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise IntegrityError(f"source of {module} not found; reinstall bytecache")
+        digest.update(f"{module}={sha256_file(Path(spec.origin))};".encode())
+    return digest.hexdigest()
 
 
 def software_versions() -> dict[str, str]:

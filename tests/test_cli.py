@@ -298,6 +298,34 @@ def test_convert_finds_its_dump_among_others_and_never_mixes(
     assert "prune" in refusal(bytecache("convert", "--set", "convert.prune=1e-2"), 2)
 
 
+def test_another_version_of_the_conversion_code_never_mixes_into_a_data_set(
+    world: Path, fake_teacher: type[FakeTeacher], fake_convert: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import receipts
+
+    bytecache("plan")
+    bytecache("teacher")
+    bytecache("convert")
+    before = outputs(world / "run")
+    monkeypatch.setattr(receipts, "code_fingerprint", lambda *modules: "other code")
+    assert "conversion_code" in refusal(bytecache("convert"), 2)
+    assert outputs(world / "run") == before
+    # Not published yet: shards of the other code are made anew, and none of the old ones is kept or listed.
+    for path in (world / "run/targets").glob("*[!p]"):
+        path.unlink()
+    assert "0 were already whole" in bytecache("convert").stdout
+    assert not {key for key in before if key.endswith(".zip")} & set(outputs(world / "run"))
+    assert bytecache("verify").exit_code == 0
+
+
+def test_the_fingerprint_follows_the_source() -> None:
+    from pipeline.commands_data import CONVERTER
+    from pipeline.receipts import code_fingerprint
+
+    assert code_fingerprint(*CONVERTER) == code_fingerprint(*CONVERTER)
+    assert len({code_fingerprint(*CONVERTER[:count]) for count in range(len(CONVERTER) + 1)}) == len(CONVERTER) + 1
+
+
 def test_changed_plan_settings_are_refused_by_later_stages(world: Path, fake_teacher: type[FakeTeacher]) -> None:
     bytecache("plan")
     assert "unit_bytes: 1000 -> 2000" in refusal(bytecache("teacher", "--set", "corpus.unit_bytes=2000"), 2)

@@ -9,11 +9,11 @@ of the weights of all cells at i, and U_i the weight of histories that nobody ev
     P(END | x[:i])  = sum over rows that end at i of p(history) * mass(row, END) / P(x[:i])
 
 (Vieira et al., arXiv 2412.03719). One byte on, a cell moves down its row's path; tokens that end there (*stops*)
-hand their weight to the row of the longer history if that was evaluated. If not, the weight is *unaccounted*: it
-is kept in U, follows the text at the rate of the known cells, and joins the canonical row at the next byte where
-the canonical tokens break (the same text cut differently predicts nearly the same continuation). What is unlisted
-or unaccounted at a position is that position's tail; nothing is renormalised. With every history evaluated U is
-empty and the sums are exact.
+hand their weight to the row of the longer history if that was evaluated. If not, it joins the heaviest row that
+ends at the same byte, the canonical one first: the same text cut differently predicts nearly the same continuation.
+Where no row ends, the weight is *unaccounted*: it is kept in U, follows the text at the rate of the known cells,
+and joins the canonical row at its next break. What is unlisted or unaccounted at a position is that position's
+tail; nothing is renormalised. With every history evaluated nothing joins, U is empty, and the sums are exact.
 
 One pass, float64, weights rescaled at every byte so that P(x[:i]) never underflows; time is linear in the bytes
 and in the listed entries, memory is one window.
@@ -141,6 +141,7 @@ def _forward(text, first, last, row_start, by_start, at, canonical, end, control
         byte = text[i]
         rate = acc[byte] / known if known > 0.0 else 1.0
         unknown = unknown / total * rate
+        orphan = 0.0
         kept = 0
         for a in range(n_active):
             r = active[a]
@@ -166,16 +167,26 @@ def _forward(text, first, last, row_start, by_start, at, canonical, end, control
                 if c >= 0:
                     weight[c] += w * m
                 else:
-                    unknown += w * m
+                    orphan += w * m
                 s += 1
             next_stop[r] = s
             active[kept] = r
             prefix[kept] = max(mass, 0.0)
             kept += 1
         n_active = kept
-        if unknown > 0.0 and canonical[i + 1] >= 0:
-            weight[canonical[i + 1]] += unknown
+        # The text cut differently predicts nearly the same continuation: orphans join the heaviest row that ends here.
+        heir = canonical[i + 1]
+        if heir >= 0:
+            orphan += unknown
             unknown = 0.0
+        elif orphan > 0.0:
+            for k in range(at[i + 1], at[i + 2]):
+                if heir < 0 or weight[by_start[k]] > weight[heir]:
+                    heir = by_start[k]
+        if heir >= 0:
+            weight[heir] += orphan
+        else:
+            unknown += orphan
 
 
 class Lattice:

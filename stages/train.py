@@ -3,9 +3,11 @@
 Algorithm: AdamW (0.9, 0.95), linear warm-up then cosine to 10 % of the peak, gradient norm clipped at 1; matrices
 decay, norms and biases do not. A step is `batch` windows in micro-batches of similar length whose losses are divided by
 the step's own counts, so the sum is exact. The state is the model, the head, two moments, the random state and one
-integer, of which data order is a pure function. On one machine with the same number of threads, a run killed anywhere and rerun
-ends with bit-identical weights (`tests/test_train.py` compares hashes).
-Price: measured on two cores, see the constant below.
+integer, of which data order is a pure function. On one machine with the same number of threads, a run killed anywhere
+and rerun ends with bit-identical weights (`tests/test_train.py` compares hashes).
+Price, in CPU seconds of one EPYC thread: 1.7 a step of 16 windows of 1 KiB at 2.2 M parameters, 0.30 a step of 4
+windows at 1.05 M (14 kB of text/s). Two thirds are matrix products, 18 % attention, 0.5 % collating. On a
+shared machine set OMP_NUM_THREADS to what is really free: waiting threads made steps 25 times slower.
 """
 
 import json

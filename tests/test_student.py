@@ -125,6 +125,7 @@ def test_evaluation_equals_hand_sums(world):
     assert result["teacher_bits_per_byte"] == pytest.approx(teacher * bits / n_bytes, rel=1e-5)
     assert result["head_parameters"] == 10 * 260 * 33 and 0 < result["head_flops_share"] < 1
     table = evaluate.report_table([result, {**result, "name": "control"}])
+    assert {line.count("|") for line in table.splitlines()} == {4}
     assert table.count("\n") == len(evaluate.ROWS) + 2 and "| held out | run | control |" in table
 
 

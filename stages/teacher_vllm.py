@@ -7,7 +7,9 @@ Branches are short requests whose prefix is in the prefix cache, added right aft
 An engine exception is fatal by design: after one, vLLM's next call may never return.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,6 +38,8 @@ def _environment(settings: st.Teacher) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # vLLM warns about its platform before it configures its own logger.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 
 
 def _quiet_llvmlite() -> None:
@@ -63,6 +67,7 @@ class VllmEngine(Engine):
     def __init__(self, model_path: str, reducer: PathReducer, settings: st.Teacher):
         _environment(settings)
         _quiet_llvmlite()
+        warnings.filterwarnings("ignore", message=".*reduce_op.*", category=FutureWarning)
         try:
             from vllm import EngineArgs, LLMEngine
             from vllm.platforms import current_platform
@@ -92,6 +97,7 @@ class VllmEngine(Engine):
             "tensor_parallel_size": settings.tensor_parallel,
             "trust_remote_code": settings.trust_remote_code,
             "load_format": "safetensors",
+            "use_tqdm_on_load": False,
             "worker_extension_cls": "stages.vllm_worker.PathExtension",
             "disable_log_stats": True,
         }

@@ -28,10 +28,10 @@ class Corpus(Section):
     """Name of the text column in JSONL and Parquet sources."""
     text_split: Literal["file", "paragraphs"] = "file"
     """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
-    max_bytes: int = Field(0, ge=0)
+    max_bytes: int = Field(200_000, ge=0)
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
-    unit_bytes: int = Field(1_000_000, ge=1_000)
-    """Bytes of text in one unit of teacher work: the most that a kill can lose."""
+    unit_bytes: int = Field(50_000, ge=1_000)
+    """Bytes of text in one unit of teacher work, the most that a kill can lose: about a minute on a laptop, use 1-4 MB on a GPU."""
     heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0)
     """Share of documents kept from training, chosen by a hash of their text."""
 
@@ -58,7 +58,7 @@ class Teacher(Section):
     depth: int = Field(0, ge=0)
     """Passes of branch evaluation: 0 = canonical spans only, no extra teacher tokens."""
     start: str = "auto"
-    """First token of every document: `auto` (the model's BOS, else its EOS), `none` is not possible, or a token's text."""
+    """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
     end: str = "auto"
     """Tokens whose mass is the END symbol: `auto` (the model's EOS ids), or token texts separated by spaces."""
     max_batched_tokens: int = Field(512, ge=16)
@@ -85,24 +85,24 @@ class Student(Section):
     """A checkpoint folder or hub id to start from; empty = a new one from the sizes below."""
     tokenizer: str = "bpe:2048"
     """A tokenizer folder or hub id, or `bpe:N`: a byte-level BPE of N tokens trained on the corpus; ignored with `model`."""
-    hidden_size: int = Field(192, ge=8)
+    hidden_size: int = Field(128, ge=8)
     """Width of a new student."""
     layers: int = Field(4, ge=1)
     """Layers of a new student."""
-    heads: int = Field(6, ge=1)
+    heads: int = Field(4, ge=1)
     """Attention heads of a new student; must divide hidden_size."""
 
 
 class Train(Section):
     steps: int = Field(400, ge=1)
     """Optimiser steps."""
-    batch: int = Field(16, ge=1)
+    batch: int = Field(4, ge=1)
     """Windows per step."""
     window_bytes: int = Field(1024, ge=32)
     """Bytes of text in one training window."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     """Peak of the cosine schedule."""
-    warmup: int = Field(40, ge=0)
+    warmup: int = Field(30, ge=0)
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW weight decay on matrices."""

@@ -41,7 +41,7 @@ class StorageError(BytecacheError):
     exit_code = 6
 
 
-class Interrupted(BytecacheError):
+class Interrupted(BytecacheError):  # noqa: N818 - a request, not a fault
     """SIGTERM or SIGINT: whole units are on disk; rerun the same command to continue."""
 
     exit_code = 75

@@ -23,7 +23,7 @@ class Run(Section):
 
 class Corpus(Section):
     source: str = "builtin:pydoc-topics"
-    """A .jsonl/.jsonl.gz/.parquet/.txt file, a folder of them, or `builtin:pydoc-topics` (Python's own documentation)."""
+    """A .jsonl/.jsonl.gz/.parquet/.txt file, a folder of them, or `builtin:pydoc-topics` (Python's manual)."""
     text_field: str = "text"
     """Name of the text column in JSONL and Parquet sources."""
     text_split: Literal["file", "paragraphs"] = "file"
@@ -31,7 +31,7 @@ class Corpus(Section):
     max_bytes: int = Field(200_000, ge=0)
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
     unit_bytes: int = Field(50_000, ge=1_000)
-    """Bytes of text in one unit of teacher work, the most that a kill can lose: about a minute on a laptop, use 1-4 MB on a GPU."""
+    """Bytes of text in one unit of teacher work, the most that a kill can lose: a few minutes of a CPU; 1-4 MB on a GPU."""
     heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0)
     """Share of documents kept from training, chosen by a hash of their text."""
 
@@ -54,7 +54,7 @@ class Teacher(Section):
     floor: float = Field(1e-5, ge=0.0, le=1e-2)
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
     tau: float = Field(0.0, ge=0.0, le=1.0)
-    """Evaluate every deviation from the canonical tokens whose share of the byte prefix exceeds this; used when depth > 0."""
+    """Evaluate every deviation from the canonical tokens that holds more than this share of its prefix; 0 = all."""
     depth: int = Field(0, ge=0)
     """Passes of branch evaluation: 0 = canonical spans only, no extra teacher tokens."""
     start: str = "auto"
@@ -84,7 +84,7 @@ class Student(Section):
     model: str = ""
     """A checkpoint folder or hub id to start from; empty = a new one from the sizes below."""
     tokenizer: str = "bpe:2048"
-    """A tokenizer folder or hub id, or `bpe:N`: a byte-level BPE of N tokens trained on the corpus; ignored with `model`."""
+    """A tokenizer folder or hub id, or `bpe:N`: byte-level BPE of N tokens trained on the corpus; unused with `model`."""
     hidden_size: int = Field(128, ge=8)
     """Width of a new student."""
     layers: int = Field(4, ge=1)

@@ -99,7 +99,10 @@ SCHEMA = pa.schema(
         pa.field("text", pa.binary(), nullable=False),
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
-        *(pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False) for n, t in _LISTS.items()),
+        *(
+            pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False)
+            for n, t in _LISTS.items()
+        ),
     ]
 )
 _SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32"]
@@ -127,7 +130,7 @@ class DumpWriter:
             compression="zstd",
             compression_level=3,
             use_dictionary=[f"{n}.list.element" if n in _LISTS else n for n in names if n in ("doc_id", "fanout")],
-            column_encoding={column: "BYTE_STREAM_SPLIT" for column in _SPLIT},
+            column_encoding=dict.fromkeys(_SPLIT, "BYTE_STREAM_SPLIT"),
             write_statistics=False,
         )
 
@@ -153,9 +156,7 @@ class DumpWriter:
             flat = np.concatenate(values)
             if name in ("entry_mass", "stop_mass"):
                 flat = round_masses(flat)
-            columns[name] = pa.ListArray.from_arrays(
-                pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type
-            )
+            columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type)
         arrays = [columns[name] for name in SCHEMA.names]
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         self._pending = []
@@ -171,7 +172,9 @@ def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: the dump part is missing; rerun `bytecache teacher`") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise IntegrityError(f"{path}: not a whole Parquet file ({error}); delete it and rerun `bytecache teacher`") from error
+        raise IntegrityError(
+            f"{path}: not a whole Parquet file ({error}); delete it and rerun `bytecache teacher`"
+        ) from error
     raw = (file.schema_arrow.metadata or {}).get(_META)
     meta = json.loads(raw) if raw else {}
     if meta.get("format") != FORMAT:
@@ -182,7 +185,9 @@ def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
             "convert it with the release that wrote it or rerun `bytecache teacher`"
         )
     if file.schema_arrow.names != SCHEMA.names:
-        raise IntegrityError(f"{path}: columns {file.schema_arrow.names} are not those of version {VERSION}; dump it again")
+        raise IntegrityError(
+            f"{path}: columns {file.schema_arrow.names} are not those of version {VERSION}; dump it again"
+        )
     return file, meta
 
 
@@ -194,7 +199,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_windows(path: Path) -> Iterator[Window]:
-    """The windows of a part, one row group in memory at a time. Raises IntegrityError, also for inconsistent lengths."""
+    """The windows of a part, a row group in memory at a time. Raises IntegrityError, also for inconsistent lengths."""
     file, _ = _open(path)
     with file:
         for group in range(file.num_row_groups):
@@ -225,7 +230,17 @@ def _check(path: Path, w: Window) -> None:
     rows, n = len(w.row_start), len(w.text)
 
     def ok() -> bool:
-        per_row = ("row_parent", "row_token", "row_logp", "row_depth", "log_norm", "end", "control", "n_levels", "n_stops")
+        per_row = (
+            "row_parent",
+            "row_token",
+            "row_logp",
+            "row_depth",
+            "log_norm",
+            "end",
+            "control",
+            "n_levels",
+            "n_stops",
+        )
         return (
             rows > 0
             and all(len(getattr(w, name)) == rows for name in per_row)

@@ -36,14 +36,18 @@ def convert_units(
     for part in parts:
         meta = read_meta(part)
         if teacher is not None and meta["teacher"] != teacher:
-            raise IntegrityError(f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart")
+            raise IntegrityError(
+                f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart"
+            )
         teacher = meta["teacher"]
         open_document = ""
         for window in read_windows(part):
             if stop():
                 raise Interrupted("stopped while converting; rerun the same command to continue")
             if open_document and window.doc_id != open_document:
-                raise IntegrityError(f"{part}: document {open_document!r} breaks off; delete the part and dump it again")
+                raise IntegrityError(
+                    f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
+                )
             lattice = Lattice(window)
             targets = lattice.targets()
             text = window.text[window.score_start :]

@@ -65,7 +65,9 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True)
-def _children(row_parent, row_token, stop_offset, stop_token):
+def _children(
+    row_parent: np.ndarray, row_token: np.ndarray, stop_offset: np.ndarray, stop_token: np.ndarray
+) -> np.ndarray:
     """Row that continues each stop, or -1."""
     child = np.full(len(stop_token), -1, np.int32)
     for r in range(1, len(row_parent)):
@@ -78,9 +80,13 @@ def _children(row_parent, row_token, stop_offset, stop_token):
 
 
 @njit(cache=True)
-def _forward(text, first, last, row_start, by_start, at, canonical, end, control, level_offset, entry_offset,
-             entry_byte, entry_mass, stop_offset, stop_depth, stop_mass, child,
-             probs, tail, logp, unaccounted, share):  # fmt: skip
+def _forward(
+    text: np.ndarray, first: int, last: int, row_start: np.ndarray, by_start: np.ndarray, at: np.ndarray,
+    canonical: np.ndarray, end: np.ndarray, control: np.ndarray, level_offset: np.ndarray, entry_offset: np.ndarray,
+    entry_byte: np.ndarray, entry_mass: np.ndarray, stop_offset: np.ndarray, stop_depth: np.ndarray,
+    stop_mass: np.ndarray, child: np.ndarray,
+    probs: np.ndarray, tail: np.ndarray, logp: np.ndarray, unaccounted: np.ndarray, share: np.ndarray,
+) -> None:  # fmt: skip
     """Run over positions 0..last; write targets of positions first..last; `share` of every stop."""
     rows = len(row_start)
     weight = np.zeros(rows)

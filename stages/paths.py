@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from schemas.errors import EngineError
+from schemas.errors import ConfigError, EngineError
 from stages.vocab import Vocabulary
 
 
@@ -73,7 +73,15 @@ def concatenate(parts: list[RowMasses]) -> RowMasses:
 
 
 @njit(cache=True)
-def _walk(text, starts, first_child, byte, level_offset, node):
+def _walk(
+    text: np.ndarray,
+    starts: np.ndarray,
+    first_child: np.ndarray,
+    byte: np.ndarray,
+    level_offset: np.ndarray,
+    node: np.ndarray,
+) -> int:
+    """Trie nodes of every row's path; counts them all, writes as many as `node` holds."""
     count = 0
     for r in range(len(starts)):
         level_offset[r] = count
@@ -111,7 +119,11 @@ def plan_paths(vocabulary: Vocabulary, text: np.ndarray, starts: np.ndarray) -> 
 
 
 @njit(cache=True)
-def _reduce(e, total, order, lo, hi, n_equal, first_child, byte, level_offset, node, floor, out_entry, out_stop):
+def _reduce(
+    e: np.ndarray, total: np.ndarray, order: np.ndarray, lo: np.ndarray, hi: np.ndarray, n_equal: np.ndarray,
+    first_child: np.ndarray, byte: np.ndarray, level_offset: np.ndarray, node: np.ndarray, floor: float,
+    out_entry: tuple[np.ndarray, ...], out_stop: tuple[np.ndarray, ...],
+) -> tuple[int, int]:  # fmt: skip
     """Fill flat entry and stop buffers for the rows of one chunk; returns the filled lengths."""
     fanout, entry_byte, entry_mass = out_entry
     n_stops, stop_depth, stop_token, stop_mass = out_stop
@@ -161,7 +173,9 @@ class PathReducer:
 
     def __init__(self, vocabulary: Vocabulary, *, top_k: int, floor: float):
         if top_k > vocabulary.size:
-            raise EngineError(f"teacher.top_k = {top_k} exceeds the teacher's vocabulary of {vocabulary.size}: lower it")
+            raise ConfigError(
+                f"teacher.top_k = {top_k} exceeds the teacher's vocabulary of {vocabulary.size}: lower it"
+            )
         self.vocabulary = vocabulary
         self.top_k = top_k
         self.floor = floor
@@ -188,7 +202,9 @@ class PathReducer:
             parts.append(self._chunk(logits[a:b], offsets, plan.node, next_token[a:b], f"{where}, row {a}"))
         return concatenate(parts)
 
-    def _chunk(self, logits, level_offset, node, next_token, where) -> RowMasses:
+    def _chunk(
+        self, logits: torch.Tensor, level_offset: np.ndarray, node: np.ndarray, next_token: np.ndarray, where: str
+    ) -> RowMasses:
         rows = logits.shape[0]
         logits = logits.to(torch.float32)
         peak = logits.amax(dim=-1, keepdim=True)
@@ -196,7 +212,7 @@ class PathReducer:
         total = e.sum(dim=-1, dtype=torch.float64)
         if not bool(torch.isfinite(total).all()):
             raise EngineError(
-                f"the teacher returned NaN or Inf logits ({where}); try teacher.dtype = \"float32\" or another checkpoint"
+                f'the teacher returned NaN or Inf logits ({where}); try teacher.dtype = "float32" or another checkpoint'
             )
         log_norm = peak[:, 0].double() + total.log()
         end = e[:, self._end_ids].sum(dim=-1, dtype=torch.float64) / total
@@ -205,8 +221,8 @@ class PathReducer:
             control = control + e[:, self.vocabulary.size :].sum(dim=-1, dtype=torch.float64)
         control = control / total
         wanted = torch.from_numpy(np.maximum(next_token, 0)).to(logits.device)
-        next_logp = logits.gather(1, wanted[:, None])[:, 0].double() - log_norm
-        next_logp = np.where(next_token >= 0, next_logp.cpu().numpy(), np.nan)
+        wanted_logp = logits.gather(1, wanted[:, None])[:, 0].double() - log_norm
+        next_logp = np.where(next_token >= 0, wanted_logp.cpu().numpy(), np.nan)
         if self.top_k:
             value, index = torch.topk(logits, self.top_k, dim=-1)
             topk_id, topk_logp = index.int().cpu().numpy(), (value.double() - log_norm[:, None]).float().cpu().numpy()

@@ -26,7 +26,9 @@ def probe_with(teacher: Teacher, text: str) -> tuple[np.ndarray, np.ndarray, np.
     """`probe_text` with a running teacher."""
     (encoded,) = teacher.vocabulary.encode_batch([text])
     if isinstance(encoded, Misfit):
-        raise InputError(f"the teacher's tokenizer cannot reproduce this text byte for byte ({encoded.reason}); change the text")
+        raise InputError(
+            f"the teacher's tokenizer cannot reproduce this text byte for byte ({encoded.reason}); change the text"
+        )
     windows = teacher.windows([("probe", 0, encoded)])
     targets = [Lattice(window).targets() for window in windows]
     data = np.frombuffer(encoded.data, np.uint8)[encoded.synthetic :]

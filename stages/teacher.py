@@ -68,7 +68,7 @@ class Engine(ABC):
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
         """One row per branch, grouped by job; every prompt has been scored before."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to release
         """Release the model."""
 
 
@@ -84,7 +84,9 @@ def resolve_model(model: str) -> str:
 
         return str(materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models"))
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
-        raise InputError(f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME")
+        raise InputError(
+            f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME"
+        )
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
 
 
@@ -105,7 +107,9 @@ def _weights_identity(model_path: str) -> dict[str, str]:
         with file.open("rb") as stream:
             out[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     if not any(name.endswith(".safetensors") for name in out):
-        raise InputError(f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)")
+        raise InputError(
+            f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"
+        )
     return out
 
 
@@ -159,14 +163,16 @@ class _Plan(NamedTuple):
     is_last: bool
 
 
-def plan_windows(doc_id: str, doc_index: int, encoded: Encoded, *, start_id: int, context: int, overlap: int) -> list[_Plan]:
+def plan_windows(
+    doc_id: str, doc_index: int, encoded: Encoded, *, start_id: int, context: int, overlap: int
+) -> list[_Plan]:
     """Cut a document into windows of at most `context` - 1 tokens, the start token included.
 
     One position of the context is left for the token that an engine must be allowed to sample.
     """
     room = context - 2
     total = len(encoded.ids)
-    plans = []
+    plans: list[_Plan] = []
     lo = 0
     while True:
         begin = max(0, lo - overlap)
@@ -177,7 +183,11 @@ def plan_windows(doc_id: str, doc_index: int, encoded: Encoded, *, start_id: int
         base = int(encoded.starts[row_lo])
         text = np.frombuffer(encoded.data, np.uint8)[base : int(encoded.starts[hi])]
         prompt = Prompt(
-            f"document {doc_id!r}, window {len(plans)}", tokens, row_lo - begin, text, encoded.starts[row_lo : hi + 1] - base
+            f"document {doc_id!r}, window {len(plans)}",
+            tokens,
+            row_lo - begin,
+            text,
+            encoded.starts[row_lo : hi + 1] - base,
         )
         score_start = encoded.synthetic if lo == 0 else int(encoded.starts[lo]) - base
         plans.append(_Plan(doc_id, doc_index, prompt, score_start, is_last))
@@ -207,7 +217,9 @@ def _row_fields(rows: RowMasses) -> dict[str, np.ndarray]:
     return fields
 
 
-def _extend(window: Window, parent: np.ndarray, token: np.ndarray, start: np.ndarray, logp: np.ndarray, rows: RowMasses) -> None:
+def _extend(
+    window: Window, parent: np.ndarray, token: np.ndarray, start: np.ndarray, logp: np.ndarray, rows: RowMasses
+) -> None:
     added = {
         "row_start": start, "row_parent": parent, "row_token": token, "row_logp": logp,
         "row_depth": window.row_depth[parent] + np.uint8(1), **_row_fields(rows),
@@ -236,8 +248,13 @@ class Teacher:
         """See `teacher_identity`."""
         return self._identity
 
-    def windows(self, documents: Sequence[tuple[str, int, Encoded]]) -> list[Window]:
-        """Evaluate documents (id, index, tokens) together; windows in document order."""
+    def windows(
+        self, documents: Sequence[tuple[str, int, Encoded]], stop: Callable[[], bool] = lambda: False
+    ) -> list[Window]:
+        """Evaluate documents (id, index, tokens) together; windows in document order.
+
+        Raises Interrupted as soon as a window is done after `stop()` turned true.
+        """
         s = self.settings
         plans = [
             plan
@@ -246,16 +263,16 @@ class Teacher:
                 doc_id, index, encoded, start_id=self.vocabulary.start_id, context=s.context, overlap=s.overlap
             )
         ]
-        windows = [
-            _window(plan, rows)
-            for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True)
-        ]
+        windows = []
+        for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True):
+            windows.append(_window(plan, rows))
+            _check_stop(stop)
         for _ in range(s.depth):
-            if not self._branch(plans, windows):
+            if not self._branch(plans, windows, stop):
                 break
         return windows
 
-    def _branch(self, plans: list[_Plan], windows: list[Window]) -> int:
+    def _branch(self, plans: list[_Plan], windows: list[Window], stop: Callable[[], bool]) -> int:
         """One pass of branch evaluation; returns how many histories it added."""
         jobs, found = [], []
         for plan, window in zip(plans, windows, strict=True):
@@ -270,6 +287,7 @@ class Teacher:
             found.append((window, deviations))
         for (window, deviations), rows in zip(found, self.engine.score_branches(jobs), strict=True):
             _extend(window, deviations.row, deviations.token, deviations.position, deviations.logp, rows)
+            _check_stop(stop)
         return sum(len(branches) for _, branches in jobs)
 
     def dump_unit(
@@ -278,8 +296,8 @@ class Teacher:
         """Evaluate one slice of the corpus into one dump part.
 
         Documents that the tokenizer cannot reproduce byte for byte are set aside: counted by reason, the first
-        hundred named. `tick` receives {"bytes", "tokens", "branches"} after every group. Raises Interrupted
-        between groups when `stop()` says so; the part is then incomplete and must not be kept.
+        hundred named. `tick` receives {"bytes", "tokens", "branches"} after every group. Raises Interrupted when
+        `stop()` says so; the part is then incomplete and must not be kept.
         """
         table = pq.read_table(slice_path, columns=["doc_id", "text"])
         ids, texts = table.column("doc_id").to_pylist(), table.column("text").to_pylist()
@@ -300,10 +318,9 @@ class Teacher:
             out_path, {"teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe()}
         )
         for group in _groups(documents):
-            if stop():
-                raise Interrupted("stopped inside a unit of teacher work; rerun the same command to continue")
+            _check_stop(stop)
             done = {"bytes": 0, "tokens": 0, "branches": 0}
-            for window in self.windows(group):
+            for window in self.windows(group, stop):
                 writer.append(window)
                 canonical = int((window.row_depth == 0).sum())
                 counts["windows"] += 1
@@ -320,6 +337,11 @@ class Teacher:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _check_stop(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise Interrupted("stopped inside a unit of teacher work; rerun the same command to continue")
 
 
 def _groups(documents: list[tuple[str, int, Encoded]]) -> Iterator[list[tuple[str, int, Encoded]]]:

@@ -4,6 +4,7 @@ Canonical rows come from one forward pass over a window. Branches are packed: on
 window with a tree attention mask, so a branch costs one token of compute (DESIGN section 2, rule 2).
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from stages.teacher import Branch, Engine, Prompt
 class HfEngine(Engine):
     """Rows from `AutoModelForCausalLM` on whatever device torch offers."""
 
+    batch_tokens = 256
+    """Tokens of short prompts evaluated together."""
     branch_chunk = 256
     """Branches in one packed pass: bounds the mask (chunk x context) and the logits (chunk x vocabulary)."""
 
@@ -37,7 +40,9 @@ class HfEngine(Engine):
                 **({"revision": settings.revision} if settings.revision else {}),
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"teacher.model = {settings.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise InputError(
+                f"teacher.model = {settings.model!r} cannot be loaded: {str(error).splitlines()[0]}"
+            ) from error
         self.model.to(self.device).eval()
         # Two adjacent float16 logits of a large vocabulary tie; the head is float32 in every engine here.
         head = self.model.get_output_embeddings()
@@ -46,16 +51,21 @@ class HfEngine(Engine):
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
-        for prompt in prompts:
-            yield self._canonical(prompt, use_cache=False)[0]
+        for (length, _), same in itertools.groupby(prompts, key=lambda p: (len(p.tokens), p.first_row)):
+            # Windows go one by one; short prompts of one length together.
+            group, size = list(same), max(1, self.batch_tokens // length)
+            for a in range(0, len(group), size):
+                yield from self._canonical(group[a : a + size])
 
-    def _canonical(self, prompt: Prompt, *, use_cache: bool) -> tuple[RowMasses, Any]:
-        tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None].to(self.device)
-        keep = len(prompt.tokens) - prompt.first_row
-        out = self.model(input_ids=tokens, use_cache=use_cache, logits_to_keep=keep)
-        plan = plan_paths(self.reducer.vocabulary, prompt.text, prompt.starts)
-        following = np.append(prompt.tokens[prompt.first_row + 1 :], -1).astype(np.int64)
-        return self.reducer.reduce(out.logits[0], plan, following, where=prompt.name), out.past_key_values
+    def _canonical(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
+        """Prompts of one length and one first row, as one batch."""
+        tokens = torch.from_numpy(np.stack([p.tokens for p in prompts]).astype(np.int64)).to(self.device)
+        first = prompts[0].first_row
+        out = self.model(input_ids=tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first)
+        for prompt, logits in zip(prompts, out.logits, strict=True):
+            plan = plan_paths(self.reducer.vocabulary, prompt.text, prompt.starts)
+            following = np.append(prompt.tokens[first + 1 :], -1).astype(np.int64)
+            yield self.reducer.reduce(logits, plan, following, where=prompt.name)
 
     @torch.inference_mode()
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:

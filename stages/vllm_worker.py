@@ -97,6 +97,8 @@ class PathExtension:
                 first = progress.want.first_row
                 plan = progress.plan._replace(level_offset=progress.plan.level_offset[a - first : b - first + 1])
                 progress.parts.append(
-                    self._reducer.reduce(logits, plan, progress.following[a - first : b - first], where=progress.want.label)
+                    self._reducer.reduce(
+                        logits, plan, progress.following[a - first : b - first], where=progress.want.label
+                    )
                 )
                 progress.next_row = b

@@ -16,7 +16,7 @@ def exact_distributions(
     """
     joint = np.zeros(len(data) + 1)
     following = np.zeros((len(data) + 1, 257))
-    ends = set(int(i) for i in vocabulary.end_ids)
+    ends = {int(i) for i in vocabulary.end_ids}
 
     def visit(history: tuple[int, ...], position: int, weight: float) -> None:
         p = next_token(history) * weight

@@ -79,7 +79,7 @@ def test_windows_agree_with_one_pass_over_the_document(tiny_checkpoint):
     """Cutting a document changes only how much context a byte sees; with all of it in the overlap, nothing."""
     text = "A cache is a promise kept in advance. " * 5
     whole = open_teacher(settings_for(tiny_checkpoint("bytelevel"), context=250, overlap=8))
-    probs, tail, _ = probe_with(whole, text)
+    probs, _, _ = probe_with(whole, text)
     cut = open_teacher(settings_for(tiny_checkpoint("bytelevel"), context=60, overlap=20))
     probs_cut, tail_cut, data = probe_with(cut, text)
     assert len(cut.windows([("d", 0, cut.vocabulary.encode(text))])) > 1

@@ -30,14 +30,37 @@ def byte_level_tokenizer(vocabulary: int) -> Tokenizer:
 
 def sentencepiece_tokenizer() -> Tokenizer:
     """Llama-2 style: byte fallback, U+2581 for spaces, a synthetic space in front of the text."""
-    words = ["▁", "e", "t", "th", "he", "the", "▁the", "▁t", "a", "c", "ca", "s", "n", "o", "i", "in", "r", "er", "h", "d"]
+    words = [
+        "▁",
+        "e",
+        "t",
+        "th",
+        "he",
+        "the",
+        "▁the",
+        "▁t",
+        "a",
+        "c",
+        "ca",
+        "s",
+        "n",
+        "o",
+        "i",
+        "in",
+        "r",
+        "er",
+        "h",
+        "d",
+    ]
     vocabulary = {"<unk>": 0, "<|begin|>": 1, "<|end|>": 2}
     for value in range(256):
         vocabulary[f"<0x{value:02X}>"] = len(vocabulary)
     for word in words:
         vocabulary[word] = len(vocabulary)
     merges = [("t", "h"), ("h", "e"), ("th", "e"), ("▁", "the"), ("▁", "t"), ("c", "a"), ("i", "n"), ("e", "r")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -46,7 +69,9 @@ def sentencepiece_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_checkpoint(folder: Path, *, family: str = "bytelevel", vocabulary: int = 320, context: int = 256, seed: int = 0) -> Path:
+def make_checkpoint(
+    folder: Path, *, family: str = "bytelevel", vocabulary: int = 320, context: int = 256, seed: int = 0
+) -> Path:
     """A random two-layer Llama whose head is padded past its tokenizer, saved as an ordinary checkpoint."""
     tokenizer = sentencepiece_tokenizer() if family == "sentencepiece" else byte_level_tokenizer(vocabulary)
     size = tokenizer.get_vocab_size()

@@ -1,0 +1,131 @@
+"""The real vLLM engine against the transformers reference, on the same tiny weights; refusals at the door."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas import settings as st
+from schemas.errors import ConfigError, EngineError, InputError, Interrupted
+from schemas.token_dump import read_windows
+from stages.lattice import Lattice
+from stages.teacher import Teacher, open_teacher, teacher_identity
+from stages.vllm_worker import Want
+
+TEXTS = ["A cache is a promise kept in advance. " * 12, "the naïve façade 日本語", "", "e"]
+BASE = {"context": 128, "overlap": 32, "tau": 0.01, "depth": 2, "top_k": 5, "floor": 1e-5, "max_batched_tokens": 96}
+
+
+@pytest.fixture(scope="module")
+def vllm_teacher(tiny_checkpoint):
+    teacher = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="vllm", **BASE))
+    yield teacher
+    teacher.close()
+
+
+def encoded(teacher: Teacher):
+    return [(f"d{i}", i, e) for i, e in enumerate(teacher.vocabulary.encode_batch(TEXTS))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_vllm_gives_the_reference_rows(vllm_teacher, tiny_checkpoint):
+    reference = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", **BASE))
+    ours, theirs = vllm_teacher.windows(encoded(vllm_teacher)), reference.windows(encoded(reference))
+    assert len(ours) == len(theirs) > len(TEXTS)  # the long text takes several windows
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.row_depth > 0).any() or len(a.text) < 3
+        for name in ("text", "row_start", "row_parent", "row_token", "row_depth", "stop_token", "n_levels"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        np.testing.assert_allclose(a.row_logp, b.row_logp, atol=1e-4)
+        np.testing.assert_allclose(a.log_norm, b.log_norm, atol=1e-3)
+        np.testing.assert_allclose(np.log(a.stop_mass), np.log(b.stop_mass), atol=1e-4)
+        np.testing.assert_allclose(a.topk_logp, b.topk_logp, atol=1e-4)
+        np.testing.assert_allclose(Lattice(a).targets().probs, Lattice(b).targets().probs, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_unit_has_the_same_bytes_each_time(vllm_teacher, tmp_path):
+    piece = tmp_path / "slice.parquet"
+    texts = [*TEXTS, "a misfit is set aside"]
+    pq.write_table(pa.table({"doc_id": [f"d{i}" for i in range(len(texts))], "text": texts}), piece)
+    hashes, ticks = set(), []
+    for name in ("one", "two"):
+        counts = vllm_teacher.dump_unit(piece, tmp_path / name, "key", lambda: False, ticks.append)
+        hashes.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
+    assert len(hashes) == 1
+    assert counts["documents"] == len(texts) and counts["bytes"] == sum(len(t.encode()) for t in texts)
+    assert counts["branches"] > 0 and counts["canonical_nll"] > 0
+    assert sum(tick["bytes"] for tick in ticks) == 2 * counts["bytes"]
+    scored = b"".join(w.text[w.score_start :].tobytes() for w in read_windows(tmp_path / "one"))
+    assert scored == "".join(texts).encode()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_branches_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
+    """A branch of a long prefix computes at most one block of it again."""
+    engine = vllm_teacher.engine
+    (document,) = [d for d in encoded(vllm_teacher) if d[0] == "d0"]
+    computed: list[int] = []
+    step = engine._engine.step
+
+    def counting():
+        outputs = step()
+        computed.extend(len(o.prompt_token_ids) - (o.num_cached_tokens or 0) for o in outputs)
+        return outputs
+
+    monkeypatch.setattr(engine._engine, "step", counting)
+    windows = vllm_teacher.windows([document])
+    branches = sum(int((w.row_depth > 0).sum()) for w in windows)
+    assert branches > 20
+    assert max(computed[-branches:]) <= 32 + 2
+    assert np.mean(computed[-branches:]) < 25
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_id_outside_the_vocabulary_never_reaches_the_engine(vllm_teacher):
+    want = Want(np.array([0, 10_000_000], np.int32), 0, np.zeros(1, np.uint8), np.array([0, 1]), "x")
+    with pytest.raises(EngineError, match="outside the teacher's vocabulary"):
+        list(vllm_teacher.engine._run([want], reuse_prefix=False))
+
+
+def test_stop_between_groups_is_an_interruption(tiny_checkpoint, tmp_path):
+    piece = tmp_path / "slice.parquet"
+    pq.write_table(pa.table({"doc_id": ["a"], "text": ["the"]}), piece)
+    teacher = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", context=64, overlap=8))
+    with pytest.raises(Interrupted):
+        teacher.dump_unit(piece, tmp_path / "out", "key", lambda: True, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"context": 4096}, ConfigError, "exceeds the model's limit of 256"),
+        ({"context": 64, "overlap": 60}, ConfigError, "keep overlap below"),
+        ({"top_k": 100_000}, ConfigError, "vocabulary"),
+        ({"model": "./no/such/folder"}, InputError, "no such folder"),
+        ({"model": "builtin:unheard-of"}, InputError, "builtin"),
+        ({"start": "<|absent|>"}, InputError, "absent"),
+    ],
+)
+def test_bad_settings_name_the_limit_and_the_remedy(tiny_checkpoint, changes, error, words):
+    base = {"model": str(tiny_checkpoint("bytelevel")), "backend": "hf", "context": 128, "overlap": 16}
+    with pytest.raises(error, match=words):
+        open_teacher(st.Teacher(**{**base, **changes}))
+
+
+def test_identity_follows_weights_tokenizer_and_settings(tiny_checkpoint):
+    def of(folder, **changes):
+        return teacher_identity(st.Teacher(model=str(folder), backend="hf", **changes))
+
+    first = tiny_checkpoint("bytelevel")
+    assert of(first) == of(first)
+    assert of(first)["weights"] != of(tiny_checkpoint("bytelevel", seed=1))["weights"]
+    assert of(first)["vocabulary"] != of(tiny_checkpoint("sentencepiece"))["vocabulary"]
+    assert of(first) != of(first, tau=0.5)
+    assert of(first, kv_cache_gib=2) == of(first)  # memory is not identity

@@ -31,7 +31,7 @@ class Corpus(Section):
     max_bytes: int = Field(200_000, ge=0)
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
     unit_bytes: int = Field(50_000, ge=1_000)
-    """Bytes of text in one unit of teacher work, the most that a kill can lose: a few minutes of a CPU; 1-4 MB on a GPU."""
+    """Bytes of text in one unit of teacher work, the most that a kill can lose: minutes of a CPU; 1-4 MB on a GPU."""
     heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0)
     """Share of documents kept from training, chosen by a hash of their text."""
 
@@ -84,7 +84,7 @@ class Student(Section):
     model: str = ""
     """A checkpoint folder or hub id to start from; empty = a new one from the sizes below."""
     tokenizer: str = "bpe:2048"
-    """A tokenizer folder or hub id, or `bpe:N`: byte-level BPE of N tokens trained on the corpus; unused with `model`."""
+    """A tokenizer folder or hub id, or `bpe:N`: a byte-level BPE trained on the corpus; unused with `model`."""
     hidden_size: int = Field(128, ge=8)
     """Width of a new student."""
     layers: int = Field(4, ge=1)

@@ -18,8 +18,9 @@ import numpy as np
 from schemas import settings as st
 from stages.corpus import CorpusReader
 from stages.lattice import Lattice
-from stages.teacher import _window, open_teacher, plan_windows
+from stages.teacher import open_teacher
 from stages.vllm_worker import Want
+from stages.windows import new_window, plan_windows
 
 
 def main() -> None:
@@ -52,9 +53,9 @@ def main() -> None:
         began = time.perf_counter()
         rows = list(teacher.engine.score(prompts))
         times["with_dump"].append(time.perf_counter() - began)
-        windows = [_window(plan, r) for plan, r in zip(plans, rows, strict=True)]
+        windows = [new_window(plan, r) for plan, r in zip(plans, rows, strict=True)]
         began = time.perf_counter()
-        branches = teacher._branch(plans, windows, lambda: False)
+        branches = teacher.branch(plans, windows, lambda: False)
         times["branches"].append(time.perf_counter() - began)
     began = time.perf_counter()
     n_bytes = sum(len(Lattice(w).targets().tail) for w in windows)

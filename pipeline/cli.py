@@ -334,10 +334,15 @@ def probe(
     Reads: the text and the teacher. Writes: an .npz with probs float32 [n+1, 257] (256 bytes and END; row i is the
     distribution after i bytes), tail float32 [n+1] and text uint8 [n]. Prints bits/byte and the mean tail.
 
+    --tau without --depth means three passes.
+
     Example: bytecache probe --teacher ./SmolLM2 --text-file page.txt --depth 2 --tau 0.01 --out page.npz
     """
     with _refusals():
         from pipeline.probing import probe as command
+
+        if tau is not None and depth is None:
+            depth = "3"
 
         settings = _settings(
             config,
@@ -366,5 +371,23 @@ def config(
         typer.echo(render_template(Settings() if defaults else _settings(path, overrides)), nl=False)
 
 
+def main() -> None:
+    """The console script: run the command and leave at once.
+
+    Thread pools of the libraries we use now and then abort the interpreter's teardown, when all work is already on
+    disk; a scheduler would read that as a failure.
+    """
+    # Read by torch's C++ side when it loads; its notes about NUMA would break the lines of JSON.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    status: int | str | None = 0
+    try:
+        app()
+    except SystemExit as leaving:
+        status = leaving.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
+
+
 if __name__ == "__main__":
-    app()
+    main()

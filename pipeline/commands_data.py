@@ -148,12 +148,14 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     """How the settings that a dump was made with differ from the current ones."""
+    from stages.teacher import model_name
+
     identity = receipt.inputs["teacher"]
     old = {
         **identity.get("settings", {}),
         **{name: identity[name] for name in ("model", "revision") if name in identity},
     }
-    now = settings.model_dump()
+    now = settings.model_dump() | {"model": model_name(settings)}
     return list(changed_keys(old, {name: now[name] for name in old if name in now}))
 
 

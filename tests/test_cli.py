@@ -154,7 +154,7 @@ def test_help_does_not_load_the_engine() -> None:
 
 
 def test_console_script_is_declared() -> None:
-    assert 'bytecache = "pipeline.cli:app"' in (ROOT / "pyproject.toml").read_text()
+    assert 'bytecache = "pipeline.cli:main"' in (ROOT / "pyproject.toml").read_text()
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.cli", "config", "--set", "teacher.top_k=-1"],
         capture_output=True, text=True, cwd=ROOT,

@@ -1,0 +1,129 @@
+"""Windows: how a document is cut for a context of limited length, and how evaluated rows become a dump window.
+
+A document longer than the context is cut into windows that overlap; the overlap is context and never scored twice.
+The last `LEAD` tokens of the overlap are evaluated again, because tokens that straddle the cut begin there.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from schemas.token_dump import Window
+from stages.lattice import Deviations
+from stages.paths import RowMasses
+from stages.vocab import Encoded
+
+LEAD = 16
+"""Context tokens evaluated again at the start of a later window."""
+
+
+class Prompt(NamedTuple):
+    """A run of tokens to evaluate: rows for the histories tokens[: j + 1], j >= first_row."""
+
+    name: str
+    """For messages: document and window."""
+    tokens: np.ndarray
+    """int32 [T]; the start token first."""
+    first_row: int
+    text: np.ndarray
+    """uint8 [n]; the text whose paths are wanted."""
+    starts: np.ndarray
+    """int64 [T - first_row]; byte of `text` where each captured history ends."""
+
+
+class Branch(NamedTuple):
+    """A history off the canonical path: tokens[: anchor + 1] of a prompt, then `chain`."""
+
+    anchor: int
+    chain: tuple[int, ...]
+    start: int
+    """Byte of the prompt's text where the history ends."""
+
+
+class WindowPlan(NamedTuple):
+    """A window before evaluation."""
+
+    doc_id: str
+    doc_index: int
+    prompt: Prompt
+    score_start: int
+    is_last: bool
+
+
+def plan_windows(
+    doc_id: str, doc_index: int, encoded: Encoded, *, start_id: int, context: int, overlap: int
+) -> list[WindowPlan]:
+    """Cut a document into windows of at most `context` - 1 tokens, the start token included.
+
+    One position of the context is left for the token that an engine must be allowed to sample.
+    """
+    room = context - 2
+    total = len(encoded.ids)
+    plans: list[WindowPlan] = []
+    lo = 0
+    while True:
+        begin = max(0, lo - overlap)
+        hi = min(total, begin + room)
+        row_lo = max(begin, lo - LEAD) if lo else 0
+        is_last = hi == total
+        tokens = np.concatenate([np.array([start_id], np.int32), encoded.ids[begin:hi]])
+        base = int(encoded.starts[row_lo])
+        text = np.frombuffer(encoded.data, np.uint8)[base : int(encoded.starts[hi])]
+        prompt = Prompt(
+            f"document {doc_id!r}, window {len(plans)}",
+            tokens,
+            row_lo - begin,
+            text,
+            encoded.starts[row_lo : hi + 1] - base,
+        )
+        score_start = encoded.synthetic if lo == 0 else int(encoded.starts[lo]) - base
+        plans.append(WindowPlan(doc_id, doc_index, prompt, score_start, is_last))
+        if is_last:
+            return plans
+        lo = hi
+
+
+def new_window(plan: WindowPlan, rows: RowMasses) -> Window:
+    """The window of a plan's canonical rows."""
+    prompt = plan.prompt
+    count = len(prompt.starts)
+    logp = np.zeros(count, np.float32)
+    logp[1:] = rows.next_logp[:-1]
+    return Window(
+        plan.doc_id, plan.doc_index, prompt.text, plan.score_start, plan.is_last,
+        prompt.starts.astype(np.int32), np.arange(-1, count - 1, dtype=np.int32),
+        prompt.tokens[prompt.first_row :], logp, np.zeros(count, np.uint8),
+        **_row_fields(rows),
+    )  # fmt: skip
+
+
+def _row_fields(rows: RowMasses) -> dict[str, np.ndarray]:
+    fields = rows._asdict()
+    del fields["next_logp"]
+    fields["topk_id"] = fields["topk_id"].reshape(-1)
+    fields["topk_logp"] = fields["topk_logp"].reshape(-1)
+    return fields
+
+
+def extend(window: Window, found: Deviations, rows: RowMasses) -> None:
+    """Add evaluated branches to a window, in the order of `found`."""
+    added = {
+        "row_start": found.position,
+        "row_parent": found.row,
+        "row_token": found.token,
+        "row_logp": found.logp,
+        "row_depth": window.row_depth[found.row] + np.uint8(1),
+        **_row_fields(rows),
+    }
+    for name, values in added.items():
+        before = getattr(window, name)
+        setattr(window, name, np.concatenate([before, values]).astype(before.dtype))
+
+
+def chain_of(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]]:
+    """Canonical row that a history leaves from, and its tokens since."""
+    chain = [token]
+    while window.row_depth[row]:
+        chain.append(int(window.row_token[row]))
+        row = int(window.row_parent[row])
+    return row, tuple(reversed(chain))

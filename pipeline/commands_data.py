@@ -240,6 +240,8 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
         },
         "software": receipts.software_versions(),
         "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
+        "license": context.settings.corpus.license,
+        "attribution": context.settings.corpus.attribution,
     }
 
 

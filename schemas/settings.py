@@ -32,6 +32,10 @@ class Corpus(Section):
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
     unit_bytes: int = Field(50_000, ge=1_000)
     """Bytes of text in one unit of teacher work, the most that a kill can lose: minutes of a CPU; 1-4 MB on a GPU."""
+    license: str = ""
+    """Licence of the text, for those you share the targets with; copied into dataset.json."""
+    attribution: str = ""
+    """Whom to credit for the text; copied into dataset.json."""
     heldout_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of documents kept from training, chosen by a hash of their text."""
 
@@ -56,7 +60,7 @@ class Teacher(Section):
     tau: float = Field(0.1, ge=0.0, le=1.0)
     """Evaluate every deviation from the canonical tokens that holds more than this share of its prefix; 0 = all."""
     depth: int = Field(1, ge=0)
-    """Passes of branch evaluation: 0 = canonical tokens only; 0.1, 1 suits a CPU; tau 0.001, depth 3 is nearly exact."""
+    """Passes of branch evaluation: 0 = canonical tokens only; tau 0.001, depth 3 is nearly exact."""
     start: str = "auto"
     """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
     end: str = "auto"

@@ -10,9 +10,10 @@ and at depth 0 also the mass of END tokens and of control tokens. These are all 
 needs of the row (Vieira et al., arXiv 2412.03719, section 3; DESIGN section 2).
 
 Masses are sums of exp(logit - max) in float64 over each range directly, not differences of a running sum, so a
-mass of 1e-30 keeps its digits. Entries below `floor` times their prefix's mass are left out and recovered by the
-lattice as unlisted mass; the text's own next byte is always listed, with its exact mass. Price on one core: one
-pass over the vocabulary per row, about 0.1 ms at 49k tokens beside 4-10 ms for the forward pass of a 135M teacher.
+mass of 1e-30 keeps its digits. They run where the logits are: numba on a CPU, segment sums of torch on a device.
+Entries below `floor` times their prefix's mass are left out and recovered by the lattice as unlisted mass; the
+text's own next byte is always listed, with its exact mass. Price on one core: one pass over the vocabulary per row;
+`benchmarks/teacher_throughput.py` measures it beside the forward pass.
 """
 
 from typing import NamedTuple
@@ -118,51 +119,67 @@ def plan_paths(vocabulary: Vocabulary, text: np.ndarray, starts: np.ndarray) -> 
     return PathPlan(level_offset, node)
 
 
+def _ragged(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """first[0], first[0]+1, ... (count[0] of them), first[1], ...: int64."""
+    ends = np.cumsum(count, dtype=np.int64)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
+
+
 @njit(cache=True)
-def _reduce(
-    e: np.ndarray, total: np.ndarray, order: np.ndarray, lo: np.ndarray, hi: np.ndarray, n_equal: np.ndarray,
-    first_child: np.ndarray, byte: np.ndarray, level_offset: np.ndarray, node: np.ndarray, floor: float,
-    out_entry: tuple[np.ndarray, ...], out_stop: tuple[np.ndarray, ...],
-) -> tuple[int, int]:  # fmt: skip
-    """Fill flat entry and stop buffers for the rows of one chunk; returns the filled lengths."""
-    fanout, entry_byte, entry_mass = out_entry
-    n_stops, stop_depth, stop_token, stop_mass = out_stop
-    n_entry = 0
-    n_stop = 0
+def range_sums(e: np.ndarray, order: np.ndarray, row: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """Sum of e[row[c], order[lo[c] : hi[c]]] for every range c, in float64; `e` float32 [R, V]."""
+    out = np.zeros(len(row))
+    for c in range(len(row)):
+        r = row[c]
+        mass = 0.0
+        for j in range(lo[c], hi[c]):
+            mass += np.float64(e[r, order[j]])
+        out[c] = mass
+    return out
+
+
+def range_sums_on_device(
+    e: torch.Tensor, order: torch.Tensor, row: np.ndarray, lo: np.ndarray, hi: np.ndarray
+) -> np.ndarray:
+    """`range_sums` where `e` lives: gathers the ranges end to end and reduces them by segment, in float64."""
+    columns = len(order)
+    width = torch.from_numpy(hi - lo).to(e.device, torch.int64)
+    begin = torch.from_numpy(row * np.int64(columns) + lo).to(e.device)
+    shift = begin - (width.cumsum(0) - width)
+    index = torch.arange(int(width.sum()), device=e.device) + torch.repeat_interleave(shift, width)
+    values = e[:, order].reshape(-1)[index].double()
+    return torch.segment_reduce(values, "sum", lengths=width).cpu().numpy()
+
+
+@njit(cache=True)
+def _list_entries(
+    level_offset: np.ndarray, node: np.ndarray, first_child: np.ndarray, byte: np.ndarray, mass: np.ndarray,
+    floor: float, fanout: np.ndarray, entry_byte: np.ndarray, entry_mass: np.ndarray,
+) -> int:  # fmt: skip
+    """Keep each level's entries that reach the floor, and the text's own next byte; returns how many."""
     first_level = level_offset[0]
-    for r in range(e.shape[0]):
-        scale = 1.0 / total[r]
+    child_at = 0
+    kept = 0
+    for r in range(len(level_offset) - 1):
         prefix = 1.0
-        row_stops = 0
         for level in range(level_offset[r], level_offset[r + 1]):
             v = node[level]
-            depth = level - level_offset[r]
-            for j in range(lo[v], lo[v] + n_equal[v]):
-                stop_depth[n_stop] = depth
-                stop_token[n_stop] = order[j]
-                stop_mass[n_stop] = e[r, order[j]] * scale
-                n_stop += 1
-                row_stops += 1
             follows = node[level + 1] if level + 1 < level_offset[r + 1] else -1
-            kept = 0
+            before = kept
             next_prefix = 0.0
             for child in range(first_child[v], first_child[v + 1]):
-                mass = 0.0
-                for j in range(lo[child], hi[child]):
-                    mass += np.float64(e[r, order[j]])
-                mass *= scale
+                m = mass[child_at]
+                child_at += 1
                 if child == follows:
-                    next_prefix = mass
-                elif mass < floor * prefix or mass == 0.0:
+                    next_prefix = m
+                elif m < floor * prefix or m == 0.0:
                     continue
-                entry_byte[n_entry] = byte[child]
-                entry_mass[n_entry] = mass
-                n_entry += 1
+                entry_byte[kept] = byte[child]
+                entry_mass[kept] = m
                 kept += 1
-            fanout[level - first_level] = kept
+            fanout[level - first_level] = kept - before
             prefix = next_prefix
-        n_stops[r] = row_stops
-    return n_entry, n_stop
+    return kept
 
 
 class PathReducer:
@@ -230,34 +247,42 @@ class PathReducer:
             topk_id, topk_logp = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
 
         trie = self.vocabulary.trie
+        n_levels = np.diff(level_offset)
         span = node[level_offset[0] : level_offset[-1]]
-        most_entries = int(self._children[span].sum())
-        most_stops = int(trie.n_equal[span].sum())
-        levels = len(span)
-        out_entry = (np.zeros(levels, np.uint16), np.zeros(most_entries, np.uint8), np.zeros(most_entries, np.float32))
-        out_stop = (
-            np.zeros(rows, np.int32),
-            np.zeros(most_stops, np.uint16),
-            np.zeros(most_stops, np.int32),
-            np.zeros(most_stops, np.float32),
+        level_row = np.repeat(np.arange(rows), n_levels)
+        depth = np.arange(len(span)) - np.repeat(level_offset[:-1] - level_offset[0], n_levels)
+
+        child = _ragged(trie.first_child[span], self._children[span])
+        child_row = np.repeat(level_row, self._children[span])
+        lo, hi = trie.lo[child], trie.hi[child]
+        if e.device.type == "cpu":
+            mass = range_sums(e.numpy(), self.vocabulary.order, child_row, lo, hi)
+        else:
+            mass = range_sums_on_device(e, torch.from_numpy(self.vocabulary.order).to(e.device), child_row, lo, hi)
+        mass /= total.cpu().numpy()[child_row]
+        fanout = np.zeros(len(span), np.uint16)
+        entry_byte, entry_mass = np.zeros(len(child), np.uint8), np.zeros(len(child), np.float32)
+        kept = _list_entries(
+            level_offset, node, trie.first_child, trie.byte, mass, self.floor, fanout, entry_byte, entry_mass
         )
-        n_entry, n_stop = _reduce(
-            e.cpu().numpy(), total.cpu().numpy(), self.vocabulary.order, trie.lo, trie.hi, trie.n_equal,
-            trie.first_child, trie.byte, level_offset, node, self.floor, out_entry, out_stop,
-        )  # fmt: skip
+
+        n_equal = trie.n_equal[span]
+        stop_token = self.vocabulary.order[_ragged(trie.lo[span], n_equal)]
+        stop_row = torch.from_numpy(np.repeat(level_row, n_equal)).to(e.device)
+        stop_value = e[stop_row, torch.from_numpy(stop_token.astype(np.int64)).to(e.device)].double()
         return RowMasses(
             log_norm.float().cpu().numpy(),
             next_logp.astype(np.float32),
             end.float().cpu().numpy(),
             control.float().cpu().numpy(),
-            np.diff(level_offset).astype(np.int32),
-            out_entry[0],
-            out_entry[1][:n_entry],
-            out_entry[2][:n_entry],
-            out_stop[0],
-            out_stop[1][:n_stop],
-            out_stop[2][:n_stop],
-            out_stop[3][:n_stop],
+            n_levels.astype(np.int32),
+            fanout,
+            entry_byte[:kept],
+            entry_mass[:kept],
+            np.bincount(level_row, weights=n_equal, minlength=rows).astype(np.int32),
+            np.repeat(depth, n_equal).astype(np.uint16),
+            stop_token,
+            (stop_value / total[stop_row]).float().cpu().numpy(),
             topk_id,
             topk_logp,
         )

@@ -61,6 +61,8 @@ class Teacher(Section):
     """Evaluate every deviation from the canonical tokens that holds more than this share of its prefix; 0 = all."""
     depth: int = Field(1, ge=0)
     """Passes of branch evaluation: 0 = canonical tokens only; tau 0.001, depth 3 is nearly exact."""
+    table: int = Field(4096, ge=0)
+    """Tokens in the end-of-token table, which predicts one byte where nothing was evaluated; 0 = none."""
     start: str = "auto"
     """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
     end: str = "auto"

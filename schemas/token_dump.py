@@ -12,9 +12,9 @@ before zstd: the entries are most of a part and their low bits are noise.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,21 @@ from schemas.errors import IntegrityError
 FORMAT = "bytecache.token-dump"
 VERSION = 1
 MASS_BITS = 13
+SYMBOLS = 257
 _META = b"bytecache"
+
+
+class EndTable(NamedTuple):
+    """What a teacher says after a lone token; T rows. What a row lacks to 1 is control mass or below the floor."""
+
+    token: np.ndarray
+    """int32 [T]; ascending."""
+    mass: np.ndarray
+    """float32 [T, 257]; 256 bytes and END."""
+
+    @classmethod
+    def empty(cls) -> "EndTable":
+        return cls(np.zeros(0, np.int32), np.zeros((0, SYMBOLS), np.float32))
 
 
 @dataclass
@@ -77,6 +91,15 @@ class Window:
     """int32 [R * K]"""
     topk_logp: np.ndarray
     """float32 [R * K]; nats"""
+    table_token: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32 [T]; the part's end-of-token table (stages.end_table), on its first window; empty on the others."""
+    table_mass: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    """float32 [T * 257]"""
+
+    @property
+    def table(self) -> EndTable:
+        """The part's table, if this is the window that carries it."""
+        return EndTable(self.table_token, self.table_mass.reshape(-1, SYMBOLS))
 
     @property
     def canonical_nll(self) -> float:
@@ -91,6 +114,7 @@ _LISTS: dict[str, str] = {
     "log_norm": "float32", "end": "float32", "control": "float32", "n_levels": "int32", "fanout": "uint16",
     "entry_byte": "uint8", "entry_mass": "float32", "n_stops": "int32", "stop_depth": "uint16",
     "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
+    "table_token": "int32", "table_mass": "float32",
 }  # fmt: skip
 SCHEMA = pa.schema(
     [
@@ -154,7 +178,7 @@ class DumpWriter:
             values = [np.asarray(getattr(w, name), kind) for w in self._pending]
             offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
             flat = np.concatenate(values)
-            if name in ("entry_mass", "stop_mass"):
+            if name in ("entry_mass", "stop_mass", "table_mass"):
                 flat = round_masses(flat)
             columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type)
         arrays = [columns[name] for name in SCHEMA.names]
@@ -212,15 +236,15 @@ def read_windows(path: Path) -> Iterator[Window]:
             columns = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
             for i in range(table.num_rows):
                 values: dict[str, Any] = {}
-                for field in fields(Window):
-                    column = columns[field.name]
-                    if field.name in _LISTS:
+                for member in fields(Window):
+                    column = columns[member.name]
+                    if member.name in _LISTS:
                         a, b = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
-                        values[field.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
-                    elif field.name == "text":
+                        values[member.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
+                    elif member.name == "text":
                         values["text"] = np.frombuffer(column[i].as_py(), np.uint8)
                     else:
-                        values[field.name] = column[i].as_py()
+                        values[member.name] = column[i].as_py()
                 window = Window(**values)
                 _check(path, window)
                 yield window
@@ -253,6 +277,8 @@ def _check(path: Path, w: Window) -> None:
             and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass) == int(w.n_stops.sum())
             and bool((w.stop_depth >= 1).all())
             and len(w.topk_id) == len(w.topk_logp)
+            and len(w.table_mass) == SYMBOLS * len(w.table_token)
+            and bool((np.diff(w.table_token) > 0).all())
             and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
         )
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -222,28 +222,44 @@ class CorpusReader:
             text = _decode(raw, path, 1, 0).removeprefix("\ufeff")
             yield str(path), name, text
             return
-        # Paragraphs: a document ends after a blank line once it has PARAGRAPH_BYTES; joined, they are the file.
-        pieces: list[str] = []
-        size, first, offset = 0, 1, 0
         with path.open("rb") as stream:
-            for number, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT), b""), 1):
-                text = _decode(line, path, number, offset)
-                pieces.append(text.removeprefix("\ufeff") if number == 1 else text)
-                offset += len(line)
-                size += len(line)
-                if (size >= PARAGRAPH_BYTES and not line.strip()) or size > MAX_DOCUMENT // 2:
-                    yield f"{path}, line {first}", f"{name}:{first}", "".join(pieces)
-                    pieces, size, first = [], 0, number + 1
-        if pieces:
-            yield f"{path}, line {first}", f"{name}:{first}", "".join(pieces)
+            for first, piece in _paragraph_runs(_lines(stream, path)):
+                yield f"{path}, line {first}", f"{name}:{first}", piece
+
+
+def _lines(stream: BinaryIO, path: Path) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT), b""), 1):
+        text = _decode(line, path, number, offset)
+        yield text.removeprefix("\ufeff") if number == 1 else text
+        offset += len(line)
+
+
+def _paragraph_runs(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """(first line, text): a run ends after a blank line once it has PARAGRAPH_BYTES; joined, they are the lines."""
+    pieces: list[str] = []
+    size, first = 0, 1
+    for number, line in enumerate(lines, 1):
+        pieces.append(line)
+        size += len(line.encode())
+        if (size >= PARAGRAPH_BYTES and not line.strip()) or size > MAX_DOCUMENT // 2:
+            yield first, "".join(pieces)
+            pieces, size, first = [], 0, number + 1
+    if pieces:
+        yield first, "".join(pieces)
 
 
 def _pydoc_topics() -> Iterator[tuple[str, str, str]]:
-    """Python's documentation topics, in the order of a hash of their names: any prefix is a fair sample."""
+    """Runs of paragraphs of Python's documentation, in the order of a hash of their names: any prefix is fair."""
     from pydoc_data.topics import topics
 
-    for key in sorted(topics, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
-        yield f"{BUILTIN} {key}", key, topics[key]
+    pieces = {
+        f"{topic}:{first}": piece
+        for topic, text in topics.items()
+        for first, piece in _paragraph_runs(text.splitlines(keepends=True))
+    }
+    for name in sorted(pieces, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
+        yield f"{BUILTIN} {name}", name, pieces[name]
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, str]]:

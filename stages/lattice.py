@@ -11,9 +11,10 @@ of the weights of all cells at i, and U_i the weight of histories that nobody ev
 (Vieira et al., arXiv 2412.03719). One byte on, a cell moves down its row's path; tokens that end there (*stops*)
 hand their weight to the row of the longer history if that was evaluated. If not, it joins the heaviest row that
 ends at the same byte, the canonical one first: the same text cut differently predicts nearly the same continuation.
-Where no row ends, the weight is *unaccounted*: it is kept in U, follows the text at the rate of the known cells,
-and joins the canonical row at its next break. What is unlisted or unaccounted at a position is that position's
-tail; nothing is renormalised. With every history evaluated nothing joins, U is empty, and the sums are exact.
+Where no row ends, the end-of-token table (stages.end_table) predicts one symbol for it. What then follows the
+text, or has no table row, is *unaccounted*: it is kept in U, follows the text at the rate of the known cells, and
+joins the canonical row at its next break. What is unlisted or unaccounted at a position is that position's tail;
+nothing is renormalised. With every history evaluated nothing joins, U is empty, and the sums are exact.
 
 One pass, float64, weights rescaled at every byte so that P(x[:i]) never underflows; time is linear in the bytes
 and in the listed entries, memory is one window.
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from schemas.token_dump import Window
+from schemas.token_dump import EndTable, Window
 
 END = 256
 """Symbol of the end of a document; 0..255 are bytes."""
@@ -84,7 +85,7 @@ def _forward(
     text: np.ndarray, first: int, last: int, row_start: np.ndarray, by_start: np.ndarray, at: np.ndarray,
     canonical: np.ndarray, end: np.ndarray, control: np.ndarray, level_offset: np.ndarray, entry_offset: np.ndarray,
     entry_byte: np.ndarray, entry_mass: np.ndarray, stop_offset: np.ndarray, stop_depth: np.ndarray,
-    stop_mass: np.ndarray, child: np.ndarray,
+    stop_mass: np.ndarray, child: np.ndarray, stop_entry: np.ndarray, table: np.ndarray,
     probs: np.ndarray, tail: np.ndarray, logp: np.ndarray, unaccounted: np.ndarray, share: np.ndarray,
 ) -> None:  # fmt: skip
     """Run over positions 0..last; write targets of positions first..last; `share` of every stop."""
@@ -99,6 +100,10 @@ def _forward(
     log_total = 0.0
     pending = np.zeros(len(stop_depth), np.int64)
     n_pending = 0
+    # Histories that end at i and have no row to join: stops of the step before, predicted from the table.
+    guess_entry = np.zeros(len(stop_depth), np.int64)
+    guess_weight = np.zeros(len(stop_depth))
+    n_guess = 0
     weight[by_start[0]] = 1.0
     for i in range(last + 1):
         for k in range(at[i], at[i + 1]):
@@ -125,7 +130,22 @@ def _forward(
                 listed += w * m
             # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
             known += w * max(prefix[a], here)
-        total = known + unknown
+        rate = 0.0
+        if i < len(text):
+            rate = acc[text[i]] / known if known > 0.0 else 1.0
+        guessed = 0.0
+        guess_follows = 0.0
+        for g in range(n_guess):
+            w = guess_weight[g]
+            guessed += w
+            for b in range(257):
+                m = w * np.float64(table[guess_entry[g], b])
+                acc[b] += m
+                listed += m
+            if i < len(text):
+                guess_follows += w * np.float64(table[guess_entry[g], text[i]])
+        n_guess = 0
+        total = known + unknown + guessed
         if total <= 0.0:
             # The text has probability zero for every known history: all is tail until the canonical tokens break.
             unknown = 1.0
@@ -145,8 +165,7 @@ def _forward(
         if i == last or i >= len(text):
             break
         byte = text[i]
-        rate = acc[byte] / known if known > 0.0 else 1.0
-        unknown = unknown / total * rate
+        unknown = (unknown * rate + guess_follows) / total
         orphan = 0.0
         kept = 0
         for a in range(n_active):
@@ -174,6 +193,10 @@ def _forward(
                     weight[c] += w * m
                 else:
                     orphan += w * m
+                    if stop_entry[s] >= 0:
+                        guess_entry[n_guess] = stop_entry[s]
+                        guess_weight[n_guess] = w * m
+                        n_guess += 1
                 s += 1
             next_stop[r] = s
             active[kept] = r
@@ -191,8 +214,11 @@ def _forward(
                     heir = by_start[k]
         if heir >= 0:
             weight[heir] += orphan
+            n_guess = 0
         else:
-            unknown += orphan
+            for g in range(n_guess):
+                orphan -= guess_weight[g]
+            unknown += max(orphan, 0.0)
 
 
 class Lattice:
@@ -201,7 +227,7 @@ class Lattice:
     `marginal_nll` is -log P(scored bytes | bytes before them), nats, END not included: at most the canonical tokens'.
     """
 
-    def __init__(self, window: Window):
+    def __init__(self, window: Window, table: EndTable | None = None):
         self.window = window
         n = len(window.text)
         level_offset = _offsets(window.n_levels)
@@ -212,6 +238,11 @@ class Lattice:
         on_path = np.flatnonzero(window.row_depth == 0)
         canonical[window.row_start[on_path]] = on_path
         child = _children(window.row_parent, window.row_token, stop_offset, window.stop_token)
+        table = table if table is not None else EndTable.empty()
+        stop_entry = np.full(len(window.stop_token), -1, np.int32)
+        if len(table.token):
+            nearest = np.minimum(np.searchsorted(table.token, window.stop_token), len(table.token) - 1)
+            stop_entry = np.where(table.token[nearest] == window.stop_token, nearest, -1).astype(np.int32)
         count = n + 1 - window.score_start
         probs = np.zeros((count, 257), np.float32)
         tail = np.zeros(count, np.float32)
@@ -221,7 +252,7 @@ class Lattice:
         _forward(
             window.text, window.score_start, n, window.row_start, order, at, canonical, window.end, window.control,
             level_offset, _offsets(window.fanout), window.entry_byte, window.entry_mass, stop_offset,
-            window.stop_depth, window.stop_mass, child, probs, tail, logp, unaccounted, share,
+            window.stop_depth, window.stop_mass, child, stop_entry, table.mass, probs, tail, logp, unaccounted, share,
         )  # fmt: skip
         # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
         kept = count if window.is_last else count - 1

@@ -29,7 +29,10 @@ def probe_with(teacher: Teacher, text: str) -> tuple[np.ndarray, np.ndarray, np.
         raise InputError(
             f"the teacher's tokenizer cannot reproduce this text byte for byte ({encoded.reason}); change the text"
         )
-    windows = teacher.windows([("probe", 0, encoded)])
-    targets = [Lattice(window).targets() for window in windows]
+    targets = [
+        Lattice(window, teacher.table).targets()
+        for group in teacher.windows([("probe", 0, encoded)])
+        for window in group
+    ]
     data = np.frombuffer(encoded.data, np.uint8)[encoded.synthetic :]
     return np.concatenate([t.probs for t in targets]), np.concatenate([t.tail for t in targets]), data

@@ -5,7 +5,8 @@ more than `tau` of their prefix and evaluate those as one batch. A document long
 windows that overlap; the overlap is context and never scored twice. The last `LEAD` tokens of the overlap are
 evaluated again, because tokens that straddle the cut begin there.
 
-Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document.
+Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document (whose
+tokens alone are held whole).
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import importlib.metadata
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from schemas import settings as st
 from schemas import token_dump
 from schemas.errors import ConfigError, InputError, Interrupted
 from schemas.token_dump import DumpWriter, Window
+from stages.end_table import build_table
 from stages.lattice import Lattice
 from stages.paths import PathReducer, RowMasses
 from stages.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 from stages.windows import LEAD, Branch, Prompt, WindowPlan, chain_of, extend, new_window, plan_windows
 
-GROUP_TOKENS = 32_768
-"""Canonical tokens of windows held at once."""
+GROUP_TOKENS = 16_384
+"""Tokens of windows evaluated together, then their branches: the prefix cache should hold as many."""
 
 
 class Engine(ABC):
@@ -119,8 +121,10 @@ def _identity(settings: st.Teacher, model_path: str, vocabulary: Vocabulary) -> 
         "weights": _weights_identity(model_path),
         "vocabulary": vocabulary.fingerprint,
         "settings": settings.model_dump(
-            include={"backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "max_batched_tokens",
-                     "tensor_parallel"}
+            include={
+                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "table",
+                "max_batched_tokens", "tensor_parallel",
+            }
         ),
         "head_dtype": "float32",
         "versions": {"torch": _version("torch"), "transformers": _version("transformers"), **engine},
@@ -139,40 +143,42 @@ class Teacher:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]):
         self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
         self._identity = identity
+        self.table = build_table(engine, vocabulary, settings.table)
 
     def identity(self) -> dict[str, Any]:
         """See `teacher_identity`."""
         return self._identity
 
     def windows(
-        self, documents: Sequence[tuple[str, int, Encoded]], stop: Callable[[], bool] = lambda: False
-    ) -> list[Window]:
-        """Evaluate documents (id, index, tokens) together; windows in document order.
+        self, documents: Iterable[tuple[str, int, Encoded]], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[Window]]:
+        """Evaluate documents (id, index, tokens); windows in document order, a group at a time.
 
         Raises Interrupted as soon as a window is done after `stop()` turned true.
         """
         s = self.settings
-        plans = [
+        plans = (
             plan
             for doc_id, index, encoded in documents
             for plan in plan_windows(
                 doc_id, index, encoded, start_id=self.vocabulary.start_id, context=s.context, overlap=s.overlap
             )
-        ]
-        windows = []
-        for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True):
-            windows.append(new_window(plan, rows))
-            _check_stop(stop)
-        for _ in range(s.depth):
-            if not self.branch(plans, windows, stop):
-                break
-        return windows
+        )
+        for group in _groups(plans):
+            windows = []
+            for plan, rows in zip(group, self.engine.score([plan.prompt for plan in group]), strict=True):
+                windows.append(new_window(plan, rows))
+                _check_stop(stop)
+            for _ in range(s.depth):
+                if not self.branch(group, windows, stop):
+                    break
+            yield windows
 
     def branch(self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> int:
         """One pass of branch evaluation; returns how many histories it added."""
         jobs, found = [], []
         for plan, window in zip(plans, windows, strict=True):
-            deviations = Lattice(window).deviations(tau=self.settings.tau, depth=self.settings.depth)
+            deviations = Lattice(window, self.table).deviations(tau=self.settings.tau, depth=self.settings.depth)
             if not len(deviations.row):
                 continue
             branches = []
@@ -213,18 +219,19 @@ class Teacher:
         writer = DumpWriter(
             out_path, {"teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe()}
         )
-        for group in _groups(documents):
-            _check_stop(stop)
+        for group in self.windows(documents, stop):
             done = {"bytes": 0, "tokens": 0, "branches": 0}
-            for window in self.windows(group, stop):
+            for window in group:
+                if not counts["windows"]:
+                    window.table_token, window.table_mass = self.table.token, self.table.mass.reshape(-1)
                 writer.append(window)
+                counts["documents"] += window.is_last
                 canonical = int((window.row_depth == 0).sum())
                 counts["windows"] += 1
                 counts["canonical_nll"] += window.canonical_nll
                 done["bytes"] += len(window.text) - window.score_start
                 done["tokens"] += canonical
                 done["branches"] += len(window.row_depth) - canonical
-            counts["documents"] += len(group)
             for name, value in done.items():
                 counts[name] += value
             tick(done)
@@ -240,12 +247,12 @@ def _check_stop(stop: Callable[[], bool]) -> None:
         raise Interrupted("stopped inside a unit of teacher work; rerun the same command to continue")
 
 
-def _groups(documents: list[tuple[str, int, Encoded]]) -> Iterator[list[tuple[str, int, Encoded]]]:
-    group: list[tuple[str, int, Encoded]] = []
+def _groups(plans: Iterable[WindowPlan]) -> Iterator[list[WindowPlan]]:
+    group: list[WindowPlan] = []
     tokens = 0
-    for document in documents:
-        group.append(document)
-        tokens += len(document[2].ids)
+    for plan in plans:
+        group.append(plan)
+        tokens += len(plan.prompt.tokens)
         if tokens >= GROUP_TOKENS:
             yield group
             group, tokens = [], 0

@@ -1,14 +1,9 @@
-"""The command line: help that teaches, one-line refusals, repeatable stages, and a whole run that survives kill -9."""
+"""The command line: help that teaches, one-line refusals, repeatable stages."""
 
-import importlib.util
 import json
-import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from run_outputs import outputs
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
-from pipeline.receipts import sha256_file
-from pipeline.store import LocalStore
 from schemas.errors import InputError
 from schemas.settings import Settings
 
@@ -437,133 +431,3 @@ def test_inspect_shows_a_shard(world: Path, fake_teacher: type[FakeTeacher], fak
     assert "no document 'none'" in refusal(bytecache("inspect", shard, "--document", "none"), 3)
     shard.write_bytes(shard.read_bytes()[:-100])
     refusal(bytecache("inspect", shard), 4)
-
-
-# ---- the real thing, small
-
-
-def write_config(folder: Path, run: str) -> Path:
-    path = folder / f"{run}.toml"
-    path.write_text(
-        f'[run]\ndir = "{folder / run}"\n'
-        f'[corpus]\nsource = "{folder / "corpus.jsonl"}"\nunit_bytes = 1000\nheldout_fraction = 0.1\n'
-        f'[teacher]\nmodel = "{folder / "teacher"}"\nbackend = "hf"\n'
-        "context = 128\noverlap = 32\ndepth = 1\ntau = 0.01\n"
-        "[convert]\nshard_bytes = 2000\n"
-        '[student]\ntokenizer = "bpe:300"\nhidden_size = 32\nlayers = 1\nheads = 2\n'
-        "[train]\nsteps = 12\nbatch = 2\nwindow_bytes = 128\nwarmup = 2\ncheckpoint_every = 2\n"
-    )
-    return path
-
-
-def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline.cli", *arguments, "--config", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def finish(config: Path, *arguments: str, code: int = 0) -> str:
-    process = start(config, *arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
-
-
-def outputs(folder: Path) -> dict[str, str]:
-    """Hashes of everything whose bytes are promised: not reports, logs, receipts or configurations (times, paths)."""
-    store = LocalStore(folder)
-    kept = [
-        key for key in store.list("")
-        if key.split("/")[0] in ("plan", "teacher", "targets", "train", "export")
-        and not key.endswith((".toml", "metrics.jsonl"))
-    ]  # fmt: skip
-    return {key: sha256_file(store.get_path(key)) for key in kept}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, a tiny teacher, and one undisturbed run."""
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parent / "tiny_models.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    folder = tmp_path_factory.mktemp("small")
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    module.make_checkpoint(folder / "teacher")
-    output = finish(write_config(folder, "reference"), "run")
-    assert "held out, student distilled: tokens" in output
-    assert "held out, student control: tokens" in output
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_second_run_does_nothing_and_says_so(small: Path) -> None:
-    before = outputs(small / "reference")
-    output = finish(small / "reference.toml", "run")
-    assert "run: nothing to do" in output
-    assert outputs(small / "reference") == before
-    assert "files match their hashes" in finish(small / "reference.toml", "verify")
-    dump = sorted((small / "reference/teacher").glob("*.parquet"))[0]
-    shown = bytecache("inspect", dump, "--limit", "5")
-    assert shown.exit_code == 0, shown.output
-    assert "token dump" in shown.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_kill_9_during_every_stage_then_rerun_gives_the_same_hashes(small: Path) -> None:
-    config = write_config(small, "killed")
-    folder = small / "killed"
-    generator = random.Random(3)
-    signs = ["teacher/*.parquet", "targets/*.zarr.zip", "train/distilled-*/step-*.json", "train/control-*/step-*.json"]
-    for sign in signs:
-        process = start(config, "run")
-        while process.poll() is None and not list(folder.glob(sign)):
-            time.sleep(0.005)
-        time.sleep(generator.random() * 0.1)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, sign
-        assert process.stdout is not None
-        process.stdout.close()
-    finish(config, "run")
-    assert outputs(folder) == outputs(small / "reference")
-    assert "files match their hashes" in finish(config, "verify")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_sigterm_drains_with_code_75_in_teacher_and_train(small: Path) -> None:
-    config = write_config(small, "drained")
-    folder = small / "drained"
-    for sign in ("teacher/*.parquet", "train/distilled-*/step-*.json"):
-        process = start(config, "run")
-        while process.poll() is None and not list(folder.glob(sign)):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 75, output
-        assert "error: " in output
-        assert "rerun" in output
-    finish(config, "run")
-    assert outputs(folder) == outputs(small / "reference")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_probe_writes_distributions(small: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text(TEXTS[0])
-    output = finish(
-        small / "reference.toml", "probe", "--text-file", str(tmp_path / "t.txt"), "--out", str(tmp_path / "p.npz")
-    )
-    assert "bits/byte, mean tail" in output
-    with np.load(tmp_path / "p.npz") as found:
-        n = len(TEXTS[0].encode())
-        assert found["probs"].shape == (n + 1, 257)
-        assert found["probs"].dtype == found["tail"].dtype == np.float32
-        assert found["text"].tobytes() == TEXTS[0].encode()
-        np.testing.assert_allclose(found["probs"].sum(1) + found["tail"], 1, atol=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.npz", "t.txt"]

@@ -33,7 +33,7 @@ def encoded(teacher: Teacher):
 @pytest.mark.timeout(300)
 def test_vllm_gives_the_reference_rows(vllm_teacher, tiny_checkpoint):
     reference = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", **BASE))
-    ours, theirs = vllm_teacher.windows(encoded(vllm_teacher)), reference.windows(encoded(reference))
+    (ours,), (theirs,) = vllm_teacher.windows(encoded(vllm_teacher)), reference.windows(encoded(reference))
     assert len(ours) == len(theirs) > len(TEXTS)  # the long text takes several windows
     for a, b in zip(ours, theirs, strict=True):
         assert (a.row_depth > 0).any() or len(a.text) < 3
@@ -79,7 +79,7 @@ def test_branches_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
         return outputs
 
     monkeypatch.setattr(engine._engine, "step", counting)
-    windows = vllm_teacher.windows([document])
+    (windows,) = vllm_teacher.windows([document])
     branches = sum(int((w.row_depth > 0).sum()) for w in windows)
     assert branches > 20
     assert max(computed[-branches:]) <= 32 + 2
@@ -94,7 +94,20 @@ def test_an_id_outside_the_vocabulary_never_reaches_the_engine(vllm_teacher):
         list(vllm_teacher.engine._run([want], reuse_prefix=False))
 
 
-def test_stop_between_groups_is_an_interruption(tiny_checkpoint, tmp_path):
+def test_groups_bound_what_is_held_at_once(tiny_checkpoint, monkeypatch):
+    """One long document is evaluated a few windows at a time, and the cut into groups changes nothing."""
+    teacher = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", context=64, overlap=8))
+    document = [("d", 0, teacher.vocabulary.encode(TEXTS[0]))]
+    (whole,) = teacher.windows(document)
+    monkeypatch.setattr("stages.teacher.GROUP_TOKENS", 100)
+    groups = list(teacher.windows(document))
+    assert len(groups) > 2 and max(map(len, groups)) <= 2
+    for a, b in zip(whole, [w for group in groups for w in group], strict=True):
+        np.testing.assert_array_equal(a.row_start, b.row_start)
+        np.testing.assert_allclose(a.entry_mass, b.entry_mass, rtol=1e-5)
+
+
+def test_stop_is_an_interruption(tiny_checkpoint, tmp_path):
     piece = tmp_path / "slice.parquet"
     pq.write_table(pa.table({"doc_id": ["a"], "text": ["the"]}), piece)
     teacher = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", context=64, overlap=8))

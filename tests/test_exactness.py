@@ -54,7 +54,7 @@ def test_rows_and_tails_sum_to_one(tiny_checkpoint, depth):
 def test_chain_rule_telescopes_and_marginal_is_below_canonical(tiny_checkpoint):
     teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), tau=0.001, depth=2))
     text = "The teacher reads the text once, and what it said is written down."
-    (window,) = teacher.windows([("d", 0, teacher.vocabulary.encode(text))])
+    ((window,),) = teacher.windows([("d", 0, teacher.vocabulary.encode(text))])
     lattice = Lattice(window)
     targets = lattice.targets()
     n = len(window.text)
@@ -82,7 +82,29 @@ def test_windows_agree_with_one_pass_over_the_document(tiny_checkpoint):
     probs, _, _ = probe_with(whole, text)
     cut = open_teacher(settings_for(tiny_checkpoint("bytelevel"), context=60, overlap=20))
     probs_cut, tail_cut, data = probe_with(cut, text)
-    assert len(cut.windows([("d", 0, cut.vocabulary.encode(text))])) > 1
+    assert len(next(cut.windows([("d", 0, cut.vocabulary.encode(text))]))) > 1
     assert probs_cut.shape == probs.shape == (len(data) + 1, 257)
     np.testing.assert_allclose(probs_cut[:40], probs[:40], atol=1e-6)
     np.testing.assert_allclose(probs_cut.sum(1) + tail_cut, 1, atol=1e-5)
+
+
+def test_the_table_predicts_one_byte_where_nothing_was_evaluated(tiny_checkpoint):
+    """Rows are the teacher's own; with the table less is unaccounted, and what is left still sums to one."""
+    base = {"tau": 0.5, "depth": 1}
+    with_table = open_teacher(settings_for(tiny_checkpoint("bytelevel"), table=200, **base))
+    without = open_teacher(settings_for(tiny_checkpoint("bytelevel"), table=0, **base))
+    table, vocabulary = with_table.table, with_table.vocabulary
+    assert 20 < len(table.token) <= 200
+    assert (np.diff(table.token) > 0).all()
+    token = int(table.token[3])
+    p = reference(without)((vocabulary.start_id, token))
+    for byte in (ord("e"), ord(" ")):
+        expected = sum(p[i] for i, b in enumerate(vocabulary.token_bytes) if b and b[0] == byte)
+        assert table.mass[3, byte] == pytest.approx(expected, rel=1e-4)
+    assert table.mass[3, 256] == pytest.approx(sum(p[i] for i in vocabulary.end_ids), rel=1e-4)
+
+    text = "A cache is a promise kept in advance; the notes can be read."
+    probs, tail, _ = probe_with(with_table, text)
+    _, tail0, _ = probe_with(without, text)
+    np.testing.assert_allclose(probs.sum(1) + tail, 1, atol=1e-5)
+    assert tail.mean() < 0.7 * tail0.mean()

@@ -20,7 +20,8 @@ def windows(tiny_checkpoint) -> list[Window]:
     )
     teacher = open_teacher(settings)
     texts = ["A cache is a promise kept in advance. " * 5, "The student reads.", ""]
-    return teacher.windows([(f"d{i}", i, teacher.vocabulary.encode(text)) for i, text in enumerate(texts)])
+    (group,) = teacher.windows([(f"d{i}", i, teacher.vocabulary.encode(text)) for i, text in enumerate(texts)])
+    return group
 
 
 def write(path: Path, windows: list[Window]) -> Path:

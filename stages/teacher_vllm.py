@@ -86,8 +86,8 @@ class VllmEngine(Engine):
             "dtype": settings.dtype,
             "hf_overrides": {"head_dtype": "float32"},
             "max_model_len": settings.context,
-            "max_num_batched_tokens": max(settings.max_batched_tokens, 16),
-            "max_num_seqs": 128,
+            "max_num_batched_tokens": settings.max_batched_tokens,
+            "max_num_seqs": min(128, settings.max_batched_tokens),
             "enable_chunked_prefill": True,
             "enable_prefix_caching": self.branching,
             "block_size": _BLOCK,
@@ -108,7 +108,7 @@ class VllmEngine(Engine):
             self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except Exception as error:
             raise EngineError(
-                f"vLLM could not start with teacher.model = {settings.model!r}: {_first_line(error)}; "
+                f"vLLM could not start with teacher.model = {settings.model!r}: {_reason(error)}; "
                 'lower teacher.context or teacher.kv_cache_gib, or try teacher.backend = "hf"'
             ) from error
         if not all(self._engine.collective_rpc("bytecache_install", args=(reducer,))):
@@ -212,7 +212,7 @@ class VllmEngine(Engine):
             if isinstance(error, EngineError):
                 raise
             raise EngineError(
-                f"vLLM failed while scoring: {_first_line(error)}; rerun the same command, "
+                f"vLLM failed while scoring: {_reason(error)}; rerun the same command, "
                 'or try teacher.backend = "hf"'
             ) from error
 
@@ -228,5 +228,6 @@ def _root_mass(rows: RowMasses) -> np.ndarray:
     return mass[begin + rows.fanout[first]] - mass[begin]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    """The start of an error's message; pydantic's says what is wrong in its third line."""
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:3])

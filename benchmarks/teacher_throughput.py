@@ -2,32 +2,44 @@
 
     python benchmarks/teacher_throughput.py --bytes 100000 --out benchmarks/results/teacher_throughput.json
 
-Three passes over the same windows, alternated `--rounds` times: prefill alone (no rows wanted), prefill with path
-masses and top-k, and branches at the given tau. Reports the median of each.
+Four passes over the same windows, alternated `--rounds` times: prefill alone (one row wanted), prefill with path
+masses and top-k for every row, vLLM's own `prompt_logprobs` with the same k, and branches at the given tau. Reports
+the median of each.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from schemas import settings as st
 from stages.corpus import CorpusReader
 from stages.lattice import Lattice
 from stages.teacher import open_teacher
 from stages.vllm_worker import Want
-from stages.windows import new_window, plan_windows
+from stages.windows import Prompt, new_window, plan_windows
+
+
+def vllm_prompt_logprobs(engine: Any, prompts: list[Prompt], k: int) -> None:
+    """The peer: the top k of every position as vLLM returns them."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=k, flat_logprobs=True)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"peer{i}", {"prompt_token_ids": prompt.tokens.tolist()}, params)
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tau", type=float, default=0.01)
+    parser.add_argument("--tau", type=float, default=0.1)
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -43,7 +55,7 @@ def main() -> None:
     ]
     prompts = [plan.prompt for plan in plans]
     tokens = sum(len(p.tokens) for p in prompts)
-    times: dict[str, list[float]] = {"prefill": [], "with_dump": [], "branches": []}
+    times: dict[str, list[float]] = {"prefill": [], "with_dump": [], "prompt_logprobs": [], "branches": []}
     branches = 0
     for _ in range(args.rounds):
         began = time.perf_counter()
@@ -53,6 +65,9 @@ def main() -> None:
         began = time.perf_counter()
         rows = list(teacher.engine.score(prompts))
         times["with_dump"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        vllm_prompt_logprobs(teacher.engine._engine, prompts, settings.top_k)
+        times["prompt_logprobs"].append(time.perf_counter() - began)
         windows = [new_window(plan, r) for plan, r in zip(plans, rows, strict=True)]
         began = time.perf_counter()
         branches = teacher.branch(plans, windows, lambda: False)
@@ -62,13 +77,13 @@ def main() -> None:
     lattice = time.perf_counter() - began
     median = {name: statistics.median(values) for name, values in times.items()}
     result = {
-        "machine": f"{platform.machine()}, {np.__config__.CONFIG['Build Dependencies']['blas']['name']}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "model": args.model,
         "tokens": tokens,
         "text_bytes": n_bytes,
         "prefill_tokens_per_s": tokens / median["prefill"],
         "with_dump_tokens_per_s": tokens / median["with_dump"],
-        "dump_costs": median["with_dump"] / median["prefill"] - 1,
+        "vllm_prompt_logprobs_tokens_per_s": tokens / median["prompt_logprobs"],
         "branches": branches,
         "branches_per_s": branches / median["branches"],
         "lattice_text_mb_per_s": n_bytes / lattice / 1e6,

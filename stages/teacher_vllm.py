@@ -212,8 +212,7 @@ class VllmEngine(Engine):
             if isinstance(error, EngineError):
                 raise
             raise EngineError(
-                f"vLLM failed while scoring: {_reason(error)}; rerun the same command, "
-                'or try teacher.backend = "hf"'
+                f'vLLM failed while scoring: {_reason(error)}; rerun the same command, or try teacher.backend = "hf"'
             ) from error
 
     def close(self) -> None:

@@ -133,7 +133,7 @@ def teacher(
             overrides,
             run__dir=run_dir,
             teacher__model=model,
-            teacher__backend=backend,
+            teacher__backend=backend or "hf",
             teacher__tau=tau,
             teacher__depth=depth,
         ),
@@ -334,7 +334,8 @@ def probe(
     Reads: the text and the teacher. Writes: an .npz with probs float32 [n+1, 257] (256 bytes and END; row i is the
     distribution after i bytes), tail float32 [n+1] and text uint8 [n]. Prints bits/byte and the mean tail.
 
-    --tau without --depth means three passes.
+    Runs on transformers unless --backend says vllm: the same numbers, and a branch costs one token. --tau without
+    --depth means three passes.
 
     Example: bytecache probe --teacher ./SmolLM2 --text-file page.txt --depth 2 --tau 0.01 --out page.npz
     """
@@ -348,7 +349,7 @@ def probe(
             config,
             overrides,
             teacher__model=model,
-            teacher__backend=backend,
+            teacher__backend=backend or "hf",
             teacher__tau=tau,
             teacher__depth=depth,
         )

@@ -49,10 +49,10 @@ class Teacher(Section):
     """Engine: vLLM, or transformers (the slower reference with the same numbers)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the trunk; part of the dump's identity. The head is always float32."""
-    context: int = Field(1024, ge=16)
-    """Tokens in one window, the start token included; at most the model's own limit."""
-    overlap: int = Field(256, ge=0)
-    """Tokens of context that a window repeats from the one before; never scored twice."""
+    context: int = Field(0, ge=0)
+    """Tokens in one window, the start token included; 0 = 1024, or the model's own limit where that is less."""
+    overlap: int = Field(-1, ge=-1)
+    """Tokens of context that a window repeats, never scored twice; -1 = a quarter of the context."""
     top_k: int = Field(16, ge=0)
     """Token ids and log-probabilities dumped per position beside the path masses; 0 = none."""
     floor: float = Field(1e-5, ge=0.0, le=1e-2)

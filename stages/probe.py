@@ -8,6 +8,9 @@ from stages.lattice import Lattice
 from stages.teacher import Teacher, open_teacher
 from stages.vocab import Misfit
 
+CONTEXT = 2048
+"""Tokens of context for one text where teacher.context is automatic and the model holds as many."""
+
 
 def probe_text(settings: st.Teacher, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Next-symbol distributions of one text, from an engine started for it.
@@ -15,7 +18,7 @@ def probe_text(settings: st.Teacher, text: str) -> tuple[np.ndarray, np.ndarray,
     Returns probs float32 [n+1, 257] (bytes, then END; row i is P(. | x[:i])), tail float32 [n+1] (probs and tail of a
     row sum to 1) and text uint8 [n]. Raises InputError when the teacher's tokenizer cannot reproduce the text.
     """
-    teacher = open_teacher(settings)
+    teacher = open_teacher(settings, automatic_context=CONTEXT)
     try:
         return probe_with(teacher, text)
     finally:

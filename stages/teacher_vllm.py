@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def _quiet_llvmlite() -> None:
 class VllmEngine(Engine):
     """Rows from an in-process `vllm.LLMEngine`. Raises EngineError when the self-test fails."""
 
-    def __init__(self, model_path: str, reducer: PathReducer, settings: st.Teacher):
+    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
         _environment(settings)
         _quiet_llvmlite()
         warnings.filterwarnings("ignore", message=".*reduce_op.*", category=FutureWarning)
@@ -81,8 +82,7 @@ class VllmEngine(Engine):
         self._serial = 0
         on_cpu = current_platform.is_cpu()
         arguments: dict[str, Any] = {
-            "model": model_path,
-            "revision": settings.revision or None,
+            "model": str(folder),
             "dtype": settings.dtype,
             "hf_overrides": {"head_dtype": "float32"},
             "max_model_len": settings.context,

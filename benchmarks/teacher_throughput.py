@@ -18,10 +18,11 @@ from typing import Any
 
 from schemas import settings as st
 from stages.corpus import CorpusReader
+from stages.engine import Prompt
 from stages.lattice import Lattice
 from stages.teacher import open_teacher
 from stages.vllm_worker import Want
-from stages.windows import Prompt, new_window, plan_windows
+from stages.windows import new_window, plan_windows
 
 
 def vllm_prompt_logprobs(engine: Any, prompts: list[Prompt], k: int) -> None:

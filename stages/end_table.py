@@ -5,20 +5,15 @@ the lattice needs p(next byte | ... u) and has no row for it. The table answers 
 about the context, right about what a token that ends with these bytes is followed by. It covers the tokens that are
 proper prefixes of the most other tokens, because those are the cuts a text can have inside its canonical tokens.
 
-Price: one prompt of two tokens per row, once per teacher.
+Price: one prompt of two tokens per row, at every start of the teacher stage.
 """
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from schemas.token_dump import SYMBOLS, EndTable
+from stages.engine import Engine, Prompt
 from stages.paths import RowMasses
 from stages.vocab import Vocabulary
-from stages.windows import Prompt
-
-if TYPE_CHECKING:
-    from stages.teacher import Engine
 
 
 def table_tokens(vocabulary: Vocabulary, count: int) -> np.ndarray:
@@ -31,9 +26,8 @@ def table_tokens(vocabulary: Vocabulary, count: int) -> np.ndarray:
     return np.sort(token[best]).astype(np.int32)
 
 
-def build_table(engine: "Engine", vocabulary: Vocabulary, count: int) -> EndTable:
-    """Ask the engine for every row; always the same prompts in the same order, so equal engines give equal tables."""
-    tokens = table_tokens(vocabulary, count)
+def build_table(engine: Engine, vocabulary: Vocabulary, tokens: np.ndarray) -> EndTable:
+    """Ask the engine for the rows of `tokens`; the same prompts in the same order give the same table."""
     if not len(tokens):
         return EndTable.empty()
     nothing, start = np.zeros(0, np.uint8), np.zeros(1, np.int64)

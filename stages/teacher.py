@@ -12,42 +12,29 @@ tokens alone are held whole).
 import hashlib
 import importlib.metadata
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from schemas import settings as st
 from schemas import token_dump
 from schemas.errors import ConfigError, InputError, Interrupted
-from schemas.token_dump import DumpWriter, Window
-from stages.end_table import build_table
+from schemas.token_dump import DumpWriter, EndTable, Window
+from stages.end_table import build_table, table_tokens
+from stages.engine import Branch, Engine
 from stages.lattice import Lattice
-from stages.paths import PathReducer, RowMasses
+from stages.paths import PathReducer
 from stages.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
-from stages.windows import LEAD, Branch, Prompt, WindowPlan, chain_of, extend, new_window, plan_windows
+from stages.windows import LEAD, WindowPlan, chain_of, extend, new_window, plan_windows
 
 AUTO_CONTEXT = 1024
 """teacher.context = 0, where the model holds as many."""
 GROUP_TOKENS = 16_384
 """Tokens of windows evaluated together, then their branches: the prefix cache should hold as many."""
-
-
-class Engine(ABC):
-    """Evaluates histories and reduces their logits beside the model. Both calls keep order."""
-
-    @abstractmethod
-    def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
-        """Rows of each prompt from its `first_row` on."""
-
-    @abstractmethod
-    def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
-        """One row per branch, grouped by job; every prompt has been scored before."""
-
-    def close(self) -> None:  # noqa: B027 - most engines have nothing to release
-        """Release the model."""
 
 
 def cache_dir() -> Path:
@@ -174,11 +161,21 @@ class Teacher:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]):
         self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
         self._identity = identity
-        self.table = build_table(engine, vocabulary, settings.table)
 
     def identity(self) -> dict[str, Any]:
         """See `teacher_identity`."""
         return self._identity
+
+    @cached_property
+    def table(self) -> EndTable:
+        """The teacher's end-of-token table; the first use builds it."""
+        return build_table(self.engine, self.vocabulary, table_tokens(self.vocabulary, self.settings.table))
+
+    def table_for(self, windows: Sequence[Window]) -> EndTable:
+        """The rows of the table that these windows can use: cheaper for a single text."""
+        used = [window.stop_token for window in windows]
+        tokens = np.intersect1d(table_tokens(self.vocabulary, self.settings.table), np.concatenate(used))
+        return build_table(self.engine, self.vocabulary, tokens)
 
     def windows(
         self, documents: Iterable[tuple[str, int, Encoded]], stop: Callable[[], bool] = lambda: False
@@ -209,7 +206,7 @@ class Teacher:
         """One pass of branch evaluation; returns how many histories it added."""
         jobs, found = [], []
         for plan, window in zip(plans, windows, strict=True):
-            deviations = Lattice(window, self.table).deviations(tau=self.settings.tau, depth=self.settings.depth)
+            deviations = Lattice(window).deviations(tau=self.settings.tau, depth=self.settings.depth)
             if not len(deviations.row):
                 continue
             branches = []

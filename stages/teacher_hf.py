@@ -14,9 +14,8 @@ import torch
 
 from schemas import settings as st
 from schemas.errors import InputError
+from stages.engine import Branch, Engine, Prompt
 from stages.paths import PathReducer, RowMasses, concatenate, plan_paths
-from stages.teacher import Engine
-from stages.windows import Branch, Prompt
 
 
 class HfEngine(Engine):

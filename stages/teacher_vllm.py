@@ -18,10 +18,9 @@ import numpy as np
 
 from schemas import settings as st
 from schemas.errors import ConfigError, EngineError
+from stages.engine import Branch, Engine, Prompt
 from stages.paths import PathReducer, RowMasses, concatenate
-from stages.teacher import Engine
 from stages.vllm_worker import Want
-from stages.windows import Branch, Prompt
 
 TOKENS_IN_FLIGHT = 16_384
 """Prompt tokens handed to the scheduler at once."""

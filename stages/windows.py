@@ -9,35 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from schemas.token_dump import Window
+from stages.engine import Prompt
 from stages.lattice import Deviations
 from stages.paths import RowMasses
 from stages.vocab import Encoded
 
 LEAD = 16
 """Context tokens evaluated again at the start of a later window."""
-
-
-class Prompt(NamedTuple):
-    """A run of tokens to evaluate: rows for the histories tokens[: j + 1], j >= first_row."""
-
-    name: str
-    """For messages: document and window."""
-    tokens: np.ndarray
-    """int32 [T]; the start token first."""
-    first_row: int
-    text: np.ndarray
-    """uint8 [n]; the text whose paths are wanted."""
-    starts: np.ndarray
-    """int64 [T - first_row]; byte of `text` where each captured history ends."""
-
-
-class Branch(NamedTuple):
-    """A history off the canonical path: tokens[: anchor + 1] of a prompt, then `chain`."""
-
-    anchor: int
-    chain: tuple[int, ...]
-    start: int
-    """Byte of the prompt's text where the history ends."""
 
 
 class WindowPlan(NamedTuple):

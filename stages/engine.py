@@ -1,0 +1,47 @@
+"""What the teacher stage asks of an engine: rows of path masses for histories, in order."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stages.paths import RowMasses
+
+
+class Prompt(NamedTuple):
+    """A run of tokens to evaluate: rows for the histories tokens[: j + 1], j >= first_row."""
+
+    name: str
+    """For messages: document and window."""
+    tokens: np.ndarray
+    """int32 [T]; the start token first."""
+    first_row: int
+    text: np.ndarray
+    """uint8 [n]; the text whose paths are wanted."""
+    starts: np.ndarray
+    """int64 [T - first_row]; byte of `text` where each captured history ends."""
+
+
+class Branch(NamedTuple):
+    """A history off the canonical path: tokens[: anchor + 1] of a prompt, then `chain`."""
+
+    anchor: int
+    chain: tuple[int, ...]
+    start: int
+    """Byte of the prompt's text where the history ends."""
+
+
+class Engine(ABC):
+    """Evaluates histories and reduces their logits beside the model. Both calls keep order."""
+
+    @abstractmethod
+    def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
+        """Rows of each prompt from its `first_row` on."""
+
+    @abstractmethod
+    def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
+        """One row per branch, grouped by job; every prompt has been scored before."""
+
+    def close(self) -> None:  # noqa: B027 - most engines have nothing to release
+        """Release the model."""

@@ -147,13 +147,12 @@ class DumpWriter:
         self._schema = SCHEMA.with_metadata({_META: text.encode()})
         self._group = windows_per_group
         self._pending: list[Window] = []
-        names = [n for n in SCHEMA.names if f"{n}.list.element" not in _SPLIT]
         self._writer = pq.ParquetWriter(
             path,
             self._schema,
             compression="zstd",
             compression_level=3,
-            use_dictionary=[f"{n}.list.element" if n in _LISTS else n for n in names if n in ("doc_id", "fanout")],
+            use_dictionary=["doc_id", "fanout.list.element"],
             column_encoding=dict.fromkeys(_SPLIT, "BYTE_STREAM_SPLIT"),
             write_statistics=False,
         )
@@ -199,8 +198,12 @@ def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
         raise IntegrityError(
             f"{path}: not a whole Parquet file ({error}); delete it and rerun `bytecache teacher`"
         ) from error
-    raw = (file.schema_arrow.metadata or {}).get(_META)
-    meta = json.loads(raw) if raw else {}
+    try:
+        meta = json.loads((file.schema_arrow.metadata or {}).get(_META, b"{}"))
+    except ValueError:
+        meta = {}
+    if not isinstance(meta, dict):
+        meta = {}
     if meta.get("format") != FORMAT:
         raise IntegrityError(f"{path}: not a bytecache token dump (format {meta.get('format')!r}, expected {FORMAT!r})")
     if meta.get("version") != VERSION:

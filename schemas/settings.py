@@ -59,7 +59,7 @@ class Teacher(Section):
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
     tau: float = Field(0.1, ge=0.0, le=1.0)
     """Evaluate every deviation from the canonical tokens that holds more than this share of its prefix; 0 = all."""
-    depth: int = Field(1, ge=0)
+    depth: int = Field(1, ge=0, le=255)
     """Passes of branch evaluation: 0 = canonical tokens only; tau 0.001, depth 3 is nearly exact."""
     table: int = Field(4096, ge=0)
     """Tokens in the end-of-token table, which predicts one byte where nothing was evaluated; 0 = none."""

@@ -31,6 +31,8 @@ from stages.paths import PathReducer
 from stages.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 from stages.windows import LEAD, WindowPlan, chain_of, extend, new_window, plan_windows
 
+MAX_BRANCHES = 200_000
+"""Branches of one window in one pass: tau = 0 asks for every way to cut the text, exponential in its length."""
 AUTO_CONTEXT = 1024
 """teacher.context = 0, where the model holds as many."""
 GROUP_TOKENS = 16_384
@@ -209,6 +211,11 @@ class Teacher:
             deviations = Lattice(window).deviations(tau=self.settings.tau, depth=self.settings.depth)
             if not len(deviations.row):
                 continue
+            if len(deviations.row) > MAX_BRANCHES:
+                raise ConfigError(
+                    f"teacher.tau = {self.settings.tau:g} asks for {len(deviations.row)} branches in one window of "
+                    f"document {window.doc_id!r}, the limit is {MAX_BRANCHES}: raise tau or lower teacher.depth"
+                )
             branches = []
             for row, token, position in zip(deviations.row, deviations.token, deviations.position, strict=True):
                 anchor, chain = chain_of(window, int(row), int(token))

@@ -6,6 +6,7 @@ import torch
 from oracle import exact_distributions
 
 from schemas import settings as st
+from schemas.errors import ConfigError
 from stages.lattice import Lattice
 from stages.probe import probe_with
 from stages.teacher import Teacher, open_teacher
@@ -41,6 +42,13 @@ def test_every_cover_evaluated_equals_brute_force(tiny_checkpoint, family, text)
     assert data.tobytes() == text.encode()
     np.testing.assert_allclose(probs, exact, atol=1e-6)
     np.testing.assert_allclose(tail, 1 - exact.sum(1), atol=2e-6)  # control tokens and the padded head
+
+
+def test_exponentially_many_cuts_are_refused(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("stages.teacher.MAX_BRANCHES", 50)
+    teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), tau=0.0, depth=64))
+    with pytest.raises(ConfigError, match="raise tau"):
+        probe_with(teacher, "the teacher reads the text")
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

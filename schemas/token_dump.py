@@ -225,23 +225,29 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def read_windows(path: Path) -> Iterator[Window]:
-    """The windows of a part, a row group in memory at a time. Raises IntegrityError, also for inconsistent lengths."""
+def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
+    """The windows of a part, a row group in memory at a time; without `top_k` those two columns stay empty.
+
+    Raises IntegrityError, also for inconsistent lengths.
+    """
+    names = [name for name in SCHEMA.names if top_k or not name.startswith("topk_")]
     file, _ = _open(path)
     with file:
         for group in range(file.num_row_groups):
             try:
-                table = file.read_row_group(group)
+                table = file.read_row_group(group, columns=names)
             except (pa.ArrowInvalid, OSError) as error:
                 raise IntegrityError(
                     f"{path}: row group {group} cannot be read ({error}); delete the part and rerun `bytecache teacher`"
                 ) from error
-            columns = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
+            columns = {name: table.column(name).combine_chunks() for name in names}
             for i in range(table.num_rows):
                 values: dict[str, Any] = {}
                 for member in fields(Window):
-                    column = columns[member.name]
-                    if member.name in _LISTS:
+                    column = columns.get(member.name)
+                    if column is None:
+                        values[member.name] = np.zeros(0, _LISTS[member.name])
+                    elif member.name in _LISTS:
                         a, b = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
                         values[member.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
                     elif member.name == "text":

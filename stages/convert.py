@@ -42,7 +42,7 @@ def convert_units(
         teacher = meta["teacher"]
         open_document = ""
         table = EndTable.empty()
-        for window in read_windows(part):
+        for window in read_windows(part, top_k=False):
             if len(window.table_token):
                 table = window.table
             if stop():

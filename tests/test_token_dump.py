@@ -45,6 +45,9 @@ def test_round_trip_keeps_everything_but_low_mantissa_bits(tmp_path, windows):
                 np.testing.assert_array_equal(after, before)
         difference = Lattice(old).targets().probs - Lattice(new).targets().probs
         assert np.abs(difference).max() < 1e-4
+    (lean,) = [w for w in read_windows(path, top_k=False) if w.doc_id == windows[-1].doc_id]
+    assert not len(lean.topk_id) and not len(lean.topk_logp)
+    np.testing.assert_array_equal(lean.entry_byte, windows[-1].entry_byte)
     assert read_meta(path)["teacher"] == {"model": "tiny"}
 
 

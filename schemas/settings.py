@@ -69,7 +69,7 @@ class Teacher(Section):
     """Tokens whose mass is the END symbol: `auto` (the model's EOS ids), or token texts separated by spaces."""
     max_batched_tokens: int = Field(512, ge=16)
     """Tokens the engine computes at once; bounds logits memory (tokens x vocabulary x 4 bytes)."""
-    kv_cache_gib: float = Field(1.0, gt=0)
+    kv_cache_gib: int = Field(1, ge=1)
     """Key/value cache on a CPU, GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of GPU memory for the engine."""

@@ -43,5 +43,8 @@ class Engine(ABC):
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
         """One row per branch, grouped by job; every prompt has been scored before."""
 
+    def forget(self) -> None:  # noqa: B027 - most engines remember nothing
+        """Drop what was cached: the bytes of a unit must not depend on the units before it."""
+
     def close(self) -> None:  # noqa: B027 - most engines have nothing to release
         """Release the model."""

@@ -236,6 +236,7 @@ class Teacher:
         hundred named. `tick` receives {"bytes", "tokens", "branches"} after every group. Raises Interrupted when
         `stop()` says so; the part is then incomplete and must not be kept.
         """
+        self.engine.forget()
         table = pq.read_table(slice_path, columns=["doc_id", "text"])
         ids, texts = table.column("doc_id").to_pylist(), table.column("text").to_pylist()
         counts: dict[str, Any] = {

@@ -24,8 +24,8 @@ from stages.vllm_worker import Want
 
 TOKENS_IN_FLIGHT = 16_384
 """Prompt tokens handed to the scheduler at once."""
-_BLOCK = 32
-"""Tokens per cache block: a branch recomputes at most one block of its prefix."""
+_BLOCK = {"cpu": 32, "gpu": 16}
+"""Tokens per cache block, the fewest an engine takes: a branch recomputes at most one block of its prefix."""
 
 
 def _environment(settings: st.Teacher) -> None:
@@ -33,7 +33,7 @@ def _environment(settings: st.Teacher) -> None:
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(settings.kv_cache_gib))),
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -77,7 +77,6 @@ class VllmEngine(Engine):
                 'teacher.backend = "vllm" but vLLM is not installed: install bytecache[cpu] or bytecache[gpu], '
                 'or set teacher.backend = "hf"'
             ) from error
-        self.branching = settings.depth > 0
         self._serial = 0
         on_cpu = current_platform.is_cpu()
         arguments: dict[str, Any] = {
@@ -88,8 +87,8 @@ class VllmEngine(Engine):
             "max_num_batched_tokens": settings.max_batched_tokens,
             "max_num_seqs": min(128, settings.max_batched_tokens),
             "enable_chunked_prefill": True,
-            "enable_prefix_caching": self.branching,
-            "block_size": _BLOCK,
+            "enable_prefix_caching": settings.depth > 0,
+            "block_size": _BLOCK["cpu" if on_cpu else "gpu"],
             "enforce_eager": on_cpu,
             "skip_tokenizer_init": True,
             "async_scheduling": False,
@@ -213,6 +212,10 @@ class VllmEngine(Engine):
             raise EngineError(
                 f'vLLM failed while scoring: {_reason(error)}; rerun the same command, or try teacher.backend = "hf"'
             ) from error
+
+    def forget(self) -> None:
+        if not self._engine.reset_prefix_cache():
+            raise EngineError("vLLM could not drop its prefix cache between units; rerun the same command to continue")
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from schemas.errors import IntegrityError, StorageError
+from stages.scratch import scratch_folder
 
 KEEP = 2
 """Checkpoints kept; the older one is the fallback for damage of the newer."""
@@ -52,22 +53,20 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         StorageError: the disk refused.
     """
     final = folder / f"step-{step:08d}.safetensors"
-    scratch = folder / f".{final.name}.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**state, "step": step}, sort_keys=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, scratch, metadata={"state": text})
-        receipt = {"file": final.name, "size": scratch.stat().st_size, "sha256": _sha256(scratch), "step": step}
-        _publish(scratch, final)
-        scratch.write_text(json.dumps(receipt, sort_keys=True))
-        _publish(scratch, final.with_suffix(".json"))
+        with scratch_folder(folder) as scratch:
+            text = json.dumps({**state, "step": step}, sort_keys=True)
+            body, receipt = scratch / final.name, scratch / final.with_suffix(".json").name
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, body, metadata={"state": text})
+            record = {"file": final.name, "size": body.stat().st_size, "sha256": _sha256(body), "step": step}
+            receipt.write_text(json.dumps(record, sort_keys=True))
+            _publish(body, final)
+            _publish(receipt, final.with_suffix(".json"))
         for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
             old.with_suffix(".json").unlink(missing_ok=True)
             old.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{final}: cannot write the checkpoint ({error}); free space and rerun") from error
-    finally:
-        scratch.unlink(missing_ok=True)
     return final
 
 

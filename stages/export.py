@@ -7,8 +7,6 @@ Price: one copy of the weights and two forward passes of 2 x 64 tokens.
 """
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from schemas.errors import ConfigError, IntegrityError
 from stages import checkpoint, student
 from stages.evaluate import load_trained
+from stages.scratch import scratch_folder
 
 TOLERANCE = 1e-6
 """Largest difference of a logit before and after; 0 is expected, since the same float32 weights come back."""
@@ -44,9 +43,7 @@ def export(student_dir: Path, checkpoint_path: Path, out_dir: Path) -> dict[str,
             return dict(found)
         raise ConfigError(f"{out_dir} holds something else; delete it or export elsewhere")
     opened = load_trained(student_dir, checkpoint_path).student
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
+    with scratch_folder(out_dir.parent) as scratch:
         opened.model.save_pretrained(scratch)
         opened.tokenizer.save_pretrained(scratch)
         difference = compare(opened, scratch)
@@ -64,8 +61,6 @@ def export(student_dir: Path, checkpoint_path: Path, out_dir: Path) -> dict[str,
         (scratch / record.name).write_text(json.dumps(result, indent=1, sort_keys=True))
         scratch.chmod(0o755)
         scratch.rename(out_dir)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return result
 
 

@@ -10,8 +10,6 @@ Price: BPE training reads at most 64 MiB of text and takes about 1 s per 3 MB; t
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from schemas.byte_shard import read_shard
 from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.manifest import read_dataset
 from schemas.settings import Student as StudentSettings
+from stages.scratch import scratch_folder
 from stages.stream import verify_file
 from stages.vocab import Vocabulary, load_vocabulary
 
@@ -204,9 +203,7 @@ def prepare(settings: StudentSettings, targets_dir: Path, out_dir: Path, *, seed
     else:
         tokenizer = _tokenizer(settings, targets_dir)
         model = new_model(settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, seed)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
+    with scratch_folder(out_dir.parent) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         info = {
@@ -221,8 +218,6 @@ def prepare(settings: StudentSettings, targets_dir: Path, out_dir: Path, *, seed
                 os.fsync(f.fileno())
         scratch.chmod(0o755)
         scratch.rename(out_dir)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return info
 
 

@@ -1,0 +1,40 @@
+"""Scratch folders beside what they become: named after their owner, so that the next owner can sweep a dead one's.
+
+Libraries that write files make temporary ones of their own beside the target; inside a scratch folder a kill cannot
+leave them among the outputs.
+"""
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PREFIX = ".scratch-"
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, gone at exit unless renamed; first removes those of dead processes of this machine."""
+    parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname().replace("-", "_")
+    for old in parent.glob(f"{_PREFIX}{host}-*"):
+        if not _alive(old.name.split("-")[2]):
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{host}-{os.getpid()}-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        return True
+    return True

@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMPILE := uv pip compile -q pyproject.toml --extra default-models --python-version 3.11 --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links
 
 .PHONY: run test fast check lock clean
 .DEFAULT_GOAL := run
@@ -28,9 +30,9 @@ check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/mypy
 
 lock:  ## refresh the lock files (needs uv)
-	uv pip compile -q pyproject.toml --extra cpu --extra default-models --group dev --python-version 3.11 \
-		--no-header --no-annotate --no-emit-index-url --no-emit-find-links -o lock/cpu.txt > /dev/null
+	$(COMPILE) --extra cpu --group dev -o lock/cpu.txt > /dev/null
 	sed -i 's/^torch==\([0-9.]*\)+cpu$$/torch==\1/' lock/cpu.txt
+	$(COMPILE) --extra gpu --python-platform x86_64-manylinux_2_28 -o lock/gpu.txt > /dev/null
 
 clean:
 	rm -rf $(VENV) runs

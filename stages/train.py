@@ -12,7 +12,6 @@ shared machine set OMP_NUM_THREADS to what is really free: waiting threads made 
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -31,6 +30,7 @@ from stages import checkpoint, stream, student
 from stages.byte_head import ByteHead
 from stages.loss import LossParts, loss_parts
 from stages.order import Order
+from stages.scratch import scratch_folder
 from stages.student import Student
 
 BETAS = (0.9, 0.95)
@@ -161,9 +161,9 @@ class _Log:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line a kill cut short
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_text("".join(kept))
-        scratch.replace(path)
+        with scratch_folder(path.parent) as scratch:
+            (scratch / path.name).write_text("".join(kept))
+            (scratch / path.name).replace(path)
         self.file = path.open("a", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import IntegrityError
+from schemas.quantise import SYMBOLS
 
 FORMAT = "bytecache.token-dump"
 VERSION = 1
 MASS_BITS = 13
-SYMBOLS = 257
 _META = b"bytecache"
 
 

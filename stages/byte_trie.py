@@ -91,6 +91,20 @@ def _grow(buffer, begin):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def find_child(first_child, byte, node, value):  # type: ignore[no-untyped-def]
+    """The child of `node` whose byte is `value`, by binary search, or -1."""
+    left, right = first_child[node], first_child[node + 1]
+    end = right
+    while left < right:
+        middle = (left + right) // 2
+        if byte[middle] < value:
+            left = middle + 1
+        else:
+            right = middle
+    return left if left < end and byte[left] == value else -1
+
+
+@njit(cache=True)
 def _greedy(lo, n_equal, first_child, byte, order, data):  # type: ignore[no-untyped-def]
     out = np.empty(len(data), np.int32)
     count = 0
@@ -98,17 +112,10 @@ def _greedy(lo, n_equal, first_child, byte, order, data):  # type: ignore[no-unt
     while at < len(data):
         node, best, best_end, i = 0, -1, at, at
         while i < len(data):
-            left, right = first_child[node], first_child[node + 1]
-            end = right
-            while left < right:
-                middle = (left + right) // 2
-                if byte[middle] < data[i]:
-                    left = middle + 1
-                else:
-                    right = middle
-            if left == end or byte[left] != data[i]:
+            child = find_child(first_child, byte, node, data[i])
+            if child < 0:
                 break
-            node = left
+            node = child
             i += 1
             if n_equal[node] > 0:
                 best, best_end = order[lo[node]], i

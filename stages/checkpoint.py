@@ -6,7 +6,6 @@ kill between any two system calls leaves either the new checkpoint or the previo
 Price: model and two moments in float32, 12 bytes a parameter, written and hashed at about 1 GB/s.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,18 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from schemas.errors import IntegrityError, StorageError
+from schemas.manifest import file_sha256
 from stages.scratch import scratch_folder
 
 KEEP = 2
 """Checkpoints kept; the older one is the fallback for damage of the newer."""
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _publish(scratch: Path, final: Path) -> None:
@@ -58,7 +50,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
             text = json.dumps({**state, "step": step}, sort_keys=True)
             body, receipt = scratch / final.name, scratch / final.with_suffix(".json").name
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, body, metadata={"state": text})
-            record = {"file": final.name, "size": body.stat().st_size, "sha256": _sha256(body), "step": step}
+            record = {"file": final.name, "size": body.stat().st_size, "sha256": file_sha256(body), "step": step}
             receipt.write_text(json.dumps(record, sort_keys=True))
             _publish(body, final)
             _publish(receipt, final.with_suffix(".json"))
@@ -77,7 +69,7 @@ def verify(path: Path) -> str:
         size, expected = int(receipt["size"]), str(receipt["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path}: no readable receipt; use an earlier checkpoint or train again") from error
-    if not path.is_file() or path.stat().st_size != size or _sha256(path) != expected:
+    if not path.is_file() or path.stat().st_size != size or file_sha256(path) != expected:
         raise IntegrityError(f"{path}: bytes differ from the receipt; use an earlier checkpoint or train again")
     return expected
 

@@ -10,7 +10,8 @@ Price: one prompt of two tokens per row, at every start of the teacher stage.
 
 import numpy as np
 
-from schemas.token_dump import SYMBOLS, EndTable
+from schemas.quantise import SYMBOLS
+from schemas.token_dump import EndTable
 from stages.engine import Engine, Prompt
 from stages.paths import RowMasses
 from stages.vocab import Vocabulary

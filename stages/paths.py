@@ -23,6 +23,7 @@ import torch
 from numba import njit
 
 from schemas.errors import ConfigError, EngineError
+from stages.byte_trie import find_child
 from stages.vocab import Vocabulary
 
 
@@ -94,16 +95,9 @@ def _walk(
             count += 1
             if i >= len(text):
                 break
-            lo, hi = first_child[v], first_child[v + 1]
-            while lo < hi:
-                mid = (lo + hi) // 2
-                if byte[mid] < text[i]:
-                    lo = mid + 1
-                else:
-                    hi = mid
-            if lo == first_child[v + 1] or byte[lo] != text[i]:
+            v = find_child(first_child, byte, v, text[i])
+            if v < 0:
                 break
-            v = lo
             i += 1
     level_offset[len(starts)] = count
     return count

@@ -9,7 +9,6 @@ Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus 
 tokens alone are held whole).
 """
 
-import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from schemas import settings as st
 from schemas import token_dump
 from schemas.errors import ConfigError, InputError, Interrupted
+from schemas.manifest import file_sha256
 from schemas.token_dump import DumpWriter, EndTable, Window
 from stages.end_table import build_table, table_tokens
 from stages.engine import Branch, Engine
@@ -88,8 +88,7 @@ def _weights_identity(folder: Path) -> dict[str, str]:
         if len(blob) == 64 and all(c in "0123456789abcdef" for c in blob):
             out[file.name] = blob
             continue
-        with file.open("rb") as stream:
-            out[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        out[file.name] = file_sha256(file)
     if not any(name.endswith(".safetensors") for name in out):
         raise InputError(
             f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-COMPILE := uv pip compile -q pyproject.toml --extra default-models --python-version 3.11 --no-header --no-annotate \
+COMPILE := uv pip compile -q pyproject.toml --extra default-models --extra remote --extra ray --python-version 3.11 --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links
 
 .PHONY: run test fast check lock clean

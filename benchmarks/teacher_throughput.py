@@ -18,10 +18,10 @@ from typing import Any
 
 from schemas import settings as st
 from stages.corpus import CorpusReader
-from stages.engine import Prompt
+from stages.engines.engine import Prompt
+from stages.engines.vllm_worker import Want
 from stages.lattice import Lattice
 from stages.teacher import open_teacher
-from stages.vllm_worker import Want
 from stages.windows import new_window, plan_windows
 
 

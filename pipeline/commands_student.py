@@ -84,8 +84,8 @@ def train(context: Context, only: str = "") -> int:
 
 
 def _train_one(context: Context, task: Task, dataset: str) -> None:
-    from stages import student
-    from stages.train import train as train_stage
+    from stages.training import student
+    from stages.training.train import train as train_stage
 
     store, settings = context.store, context.settings
     folder = student_folder(context, dataset)
@@ -174,7 +174,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
     targets = targets_folder(context)
 
     def open_work() -> Work:
-        from stages.evaluate import evaluate as evaluate_stage
+        from stages.training.evaluate import evaluate as evaluate_stage
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
             run: Receipt = task.payload
@@ -194,7 +194,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
         or not store.exists("report/report.md")
         or store.get_path("report/report.json").read_text("utf-8") != report
     ):
-        from stages.evaluate import report_table
+        from stages.training.evaluate import report_table
 
         store.replace_text("report/report.md", report_table(results))
         store.replace_text("report/report.json", report)
@@ -223,7 +223,7 @@ def export(context: Context, only: str = "") -> int:
             continue
         if context.stop():
             raise Interrupted("export stopped by a signal before it began; rerun the same command")
-        from stages.export import export as export_stage
+        from stages.training.export import export as export_stage
 
         started = time.monotonic()
         folder = store.root / task.out

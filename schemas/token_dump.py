@@ -44,7 +44,7 @@ class EndTable(NamedTuple):
 
 @dataclass
 class Window:
-    """A run of text and its R evaluated rows; L levels, E entries, S stops (see stages.paths for the terms)."""
+    """A run of text and its R evaluated rows; L levels, E entries, S stops (see stages.engines.paths for the terms)."""
 
     doc_id: str
     doc_index: int

@@ -12,9 +12,9 @@ import numpy as np
 
 from schemas.quantise import SYMBOLS
 from schemas.token_dump import EndTable
-from stages.engine import Engine, Prompt
-from stages.paths import RowMasses
-from stages.vocab import Vocabulary
+from stages.engines.engine import Engine, Prompt
+from stages.engines.paths import RowMasses
+from stages.tokens.vocab import Vocabulary
 
 
 def table_tokens(vocabulary: Vocabulary, count: int) -> np.ndarray:

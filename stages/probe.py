@@ -6,7 +6,7 @@ from schemas import settings as st
 from schemas.errors import InputError
 from stages.lattice import Lattice
 from stages.teacher import Teacher, open_teacher
-from stages.vocab import Misfit
+from stages.tokens.vocab import Misfit
 
 CONTEXT = 2048
 """Tokens of context for one text where teacher.context is automatic and the model holds as many."""

@@ -25,10 +25,10 @@ from schemas.errors import ConfigError, InputError, Interrupted
 from schemas.manifest import file_sha256
 from schemas.token_dump import DumpWriter, EndTable, Window
 from stages.end_table import build_table, table_tokens
-from stages.engine import Branch, Engine
+from stages.engines.engine import Branch, Engine
+from stages.engines.paths import PathReducer
 from stages.lattice import Lattice
-from stages.paths import PathReducer
-from stages.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
+from stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 from stages.windows import LEAD, WindowPlan, chain_of, extend, new_window, plan_windows
 
 MAX_BRANCHES = 200_000
@@ -48,7 +48,7 @@ def resolve_model(settings: st.Teacher) -> Path:
     """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache."""
     model = settings.model
     if model.startswith("builtin:"):
-        from stages.builtin_models import materialise_builtin
+        from stages.engines.builtin_models import materialise_builtin
 
         return materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models")
     folder = Path(model).expanduser()
@@ -305,11 +305,11 @@ def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT)
     reducer = PathReducer(vocabulary, top_k=settings.top_k, floor=settings.floor)
     engine: Engine
     if settings.backend == "vllm":
-        from stages.teacher_vllm import VllmEngine
+        from stages.engines.vllm import VllmEngine
 
         engine = VllmEngine(folder, reducer, settings)
     else:
-        from stages.teacher_hf import HfEngine
+        from stages.engines.hf import HfEngine
 
         engine = HfEngine(folder, reducer, settings)
     return Teacher(engine, vocabulary, settings, identity)

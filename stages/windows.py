@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from schemas.token_dump import Window
-from stages.engine import Prompt
+from stages.engines.engine import Prompt
+from stages.engines.paths import RowMasses
 from stages.lattice import Deviations
-from stages.paths import RowMasses
-from stages.vocab import Encoded
+from stages.tokens.vocab import Encoded
 
 LEAD = 16
 """Context tokens evaluated again at the start of a later window."""

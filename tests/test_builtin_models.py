@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import InputError, StorageError
-from stages import builtin_models
-from stages.builtin_models import MARKER, materialise_builtin
+from stages.engines import builtin_models
+from stages.engines.builtin_models import MARKER, materialise_builtin
 
 NAME = "smollm2-135m-instruct"
 
@@ -98,7 +98,7 @@ def test_the_real_conversion(tmp_path: Path) -> None:
         folder = materialise_builtin(NAME, tmp_path)
     except InputError as error:
         pytest.skip(str(error))
-    from stages.vocab import load_vocabulary
+    from stages.tokens.vocab import load_vocabulary
 
     vocab = load_vocabulary(folder)
     assert (vocab.size, vocab.start_id, vocab.end_ids.tolist()) == (49152, 1, [2])

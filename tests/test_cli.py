@@ -267,6 +267,14 @@ def test_stages_repeat_without_work(world: Path, fake_teacher: type[FakeTeacher]
     assert dataset.info["creation"]["set_aside"]["normaliser"] > 0
 
 
+def test_the_teacher_command_keeps_the_configured_backend(world: Path, fake_teacher: type[FakeTeacher]) -> None:
+    from pipeline.config import load_settings
+
+    bytecache("plan")
+    assert bytecache("teacher").exit_code == 0
+    assert load_settings(world / "run/teacher/config.toml").teacher.backend == Settings().teacher.backend
+
+
 def test_a_failing_unit_keeps_the_others(world: Path, fake_teacher: type[FakeTeacher]) -> None:
     bytecache("plan")
     fake_teacher.fail_at = 2

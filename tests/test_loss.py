@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.byte_head import END, SLOTS, SYMBOLS, ByteHead
-from stages.loss import IGNORE, SlotTargets, byte_terms, loss_parts
-from stages.student import Student
+from stages.training.byte_head import END, SLOTS, SYMBOLS, ByteHead
+from stages.training.loss import IGNORE, SlotTargets, byte_terms, loss_parts
+from stages.training.student import Student
 
 
 def case(slots: int, seed: int, *, tail: float = 0.1, sharp: float = 2.0):

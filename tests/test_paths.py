@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError, EngineError
-from stages.paths import PathReducer, plan_paths, range_sums, range_sums_on_device
-from stages.vocab import load_vocabulary
+from stages.engines.paths import PathReducer, plan_paths, range_sums, range_sums_on_device
+from stages.tokens.vocab import load_vocabulary
 
 TEXT = "the cache, naïve"
 

@@ -11,11 +11,11 @@ from student_data import document, make_dataset, write_split
 from schemas.byte_shard import read_shard
 from schemas.errors import InputError, IntegrityError
 from schemas.manifest import read_dataset, write_dataset
-from stages import stream
-from stages.byte_head import END, SLOTS
-from stages.loss import IGNORE
-from stages.order import Order, sequential
-from stages.vocab import Encoded, Misfit
+from stages.tokens.vocab import Encoded, Misfit
+from stages.training import stream
+from stages.training.byte_head import END, SLOTS
+from stages.training.loss import IGNORE
+from stages.training.order import Order, sequential
 
 START, EOS = 1000, 1001
 

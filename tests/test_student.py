@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from schemas import errors
 from schemas.byte_shard import read_shard
 from schemas.settings import Student, Train
-from stages import evaluate, export, student
-from stages.train import train
+from stages.training import evaluate, export, student
+from stages.training.train import train
 
 SETTINGS = Train(steps=4, batch=3, window_bytes=4000, warmup=1)
 SMALL = Student(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)

@@ -13,8 +13,8 @@ from student_data import make_dataset
 
 from schemas import byte_shard, errors
 from schemas.settings import Student, Train
-from stages import checkpoint, student
-from stages.train import train
+from stages.training import checkpoint, student
+from stages.training.train import train
 
 SETTINGS = Train(steps=9, batch=3, window_bytes=96, warmup=2, checkpoint_every=2, learning_rate=3e-3)
 SMALL = Student(tokenizer="bpe:300", hidden_size=32, layers=2, heads=2)
@@ -53,8 +53,8 @@ import os, signal, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
 from schemas.settings import Train
-from stages import checkpoint
-from stages.train import train
+from stages.training import checkpoint
+from stages.training.train import train
 import torch
 torch.set_num_threads({threads})
 publish = checkpoint._publish

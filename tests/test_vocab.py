@@ -11,7 +11,7 @@ from tokenizers import normalizers, pre_tokenizers
 from vocab_models import added, byte_level, checkpoint, lossy, sentencepiece
 
 from schemas.errors import InputError
-from stages.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
+from stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 
 TEXTS = [
     "",

@@ -9,7 +9,7 @@ from _pytest.mark.structures import ParameterSet
 from tokenizers import Tokenizer
 
 from schemas.errors import InputError
-from stages.vocab import Encoded, Misfit, load_vocabulary
+from stages.tokens.vocab import Encoded, Misfit, load_vocabulary
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 ROOT = FIXTURES / "tokenizers"

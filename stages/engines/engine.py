@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stages.paths import RowMasses
+from stages.engines.paths import RowMasses
 
 
 class Prompt(NamedTuple):

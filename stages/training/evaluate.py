@@ -27,10 +27,10 @@ import torch
 from schemas.errors import InputError
 from schemas.manifest import read_dataset
 from schemas.settings import Train as TrainSettings
-from stages import checkpoint, stream, student
-from stages.byte_head import SYMBOLS
-from stages.order import sequential
-from stages.train import Run, micro_loss, start_run
+from stages.training import checkpoint, stream, student
+from stages.training.byte_head import SYMBOLS
+from stages.training.order import sequential
+from stages.training.train import Run, micro_loss, start_run
 
 LISTABLE = 257
 """Symbols a teacher can list: 256 bytes and END."""

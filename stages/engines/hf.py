@@ -14,8 +14,8 @@ import torch
 
 from schemas import settings as st
 from schemas.errors import InputError
-from stages.engine import Branch, Engine, Prompt
-from stages.paths import PathReducer, RowMasses, concatenate, plan_paths
+from stages.engines.engine import Branch, Engine, Prompt
+from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
 
 
 class HfEngine(Engine):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from stages.paths import PathReducer, RowMasses, concatenate, plan_paths
+from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
 
 HOOK = "_get_prompt_logprobs_dict"
 LOGIT_ROWS = 128

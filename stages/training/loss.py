@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.byte_head import ByteHead
+from stages.training.byte_head import ByteHead
 
 IGNORE = -100
 """Label of positions that carry no token loss."""

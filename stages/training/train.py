@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from schemas.errors import ConfigError, Interrupted
 from schemas.manifest import read_dataset
 from schemas.settings import Train as TrainSettings
-from stages import checkpoint, stream, student
-from stages.byte_head import ByteHead
-from stages.loss import LossParts, loss_parts
-from stages.order import Order
 from stages.scratch import scratch_folder
-from stages.student import Student
+from stages.training import checkpoint, stream, student
+from stages.training.byte_head import ByteHead
+from stages.training.loss import LossParts, loss_parts
+from stages.training.order import Order
+from stages.training.student import Student
 
 BETAS = (0.9, 0.95)
 CLIP = 1.0

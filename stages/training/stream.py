@@ -30,10 +30,10 @@ from torch import Tensor
 from schemas.byte_shard import ByteShard, read_shard
 from schemas.errors import InputError, IntegrityError
 from schemas.manifest import Dataset, ShardEntry
-from stages.byte_head import END, SLOTS
-from stages.loss import IGNORE, SlotTargets
-from stages.order import POOL, Order, Window
-from stages.vocab import Misfit, Vocabulary
+from stages.tokens.vocab import Misfit, Vocabulary
+from stages.training.byte_head import END, SLOTS
+from stages.training.loss import IGNORE, SlotTargets
+from stages.training.order import POOL, Order, Window
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """Most padded tokens in one micro-batch (a single longer row excepted), by device type: bounds memory and padding.

@@ -36,8 +36,8 @@ from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.manifest import read_dataset
 from schemas.settings import Student as StudentSettings
 from stages.scratch import scratch_folder
-from stages.stream import verify_file
-from stages.vocab import Vocabulary, load_vocabulary
+from stages.tokens.vocab import Vocabulary, load_vocabulary
+from stages.training.stream import verify_file
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 BPE_BYTES = 64 * 1024 * 1024

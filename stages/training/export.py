@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.errors import ConfigError, IntegrityError
-from stages import checkpoint, student
-from stages.evaluate import load_trained
 from stages.scratch import scratch_folder
+from stages.training import checkpoint, student
+from stages.training.evaluate import load_trained
 
 TOLERANCE = 1e-6
 """Largest difference of a logit before and after; 0 is expected, since the same float32 weights come back."""

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import InputError
-from stages.byte_trie import Trie, build_trie, sort_tokens
-from stages.encoders import Encoder
-from stages.token_files import TokenizerFiles, as_ids, open_tokenizer
+from stages.tokens.byte_trie import Trie, build_trie, sort_tokens
+from stages.tokens.encoders import Encoder
+from stages.tokens.token_files import TokenizerFiles, as_ids, open_tokenizer
 
 __all__ = ["Encoded", "Misfit", "Trie", "Vocabulary", "load_vocabulary"]
 

@@ -1,7 +1,7 @@
 """The teacher through vLLM: the production engine.
 
 Requests are plain pre-tokenised prompts with one sampled token; the rows we want ride on the prefill (see
-stages.vllm_worker). `LLMEngine.step()` is driven here with a cap on the tokens in flight, so memory stays flat.
+stages.engines.vllm_worker). `LLMEngine.step()` is driven here with a cap on the tokens in flight, so memory stays flat.
 Branches are short requests whose prefix is in the prefix cache, added right after their window.
 
 An engine exception is fatal by design: after one, vLLM's next call may never return.
@@ -18,9 +18,9 @@ import numpy as np
 
 from schemas import settings as st
 from schemas.errors import ConfigError, EngineError
-from stages.engine import Branch, Engine, Prompt
-from stages.paths import PathReducer, RowMasses, concatenate
-from stages.vllm_worker import Want
+from stages.engines.engine import Branch, Engine, Prompt
+from stages.engines.paths import PathReducer, RowMasses, concatenate
+from stages.engines.vllm_worker import Want
 
 TOKENS_IN_FLIGHT = 16_384
 """Prompt tokens handed to the scheduler at once."""
@@ -97,7 +97,7 @@ class VllmEngine(Engine):
             "trust_remote_code": settings.trust_remote_code,
             "load_format": "safetensors",
             "use_tqdm_on_load": False,
-            "worker_extension_cls": "stages.vllm_worker.PathExtension",
+            "worker_extension_cls": "stages.engines.vllm_worker.PathExtension",
             "disable_log_stats": True,
         }
         if not on_cpu:

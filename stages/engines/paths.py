@@ -23,8 +23,8 @@ import torch
 from numba import njit
 
 from schemas.errors import ConfigError, EngineError
-from stages.byte_trie import find_child
-from stages.vocab import Vocabulary
+from stages.tokens.byte_trie import find_child
+from stages.tokens.vocab import Vocabulary
 
 
 class PathPlan(NamedTuple):

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from schemas.errors import InputError
-from stages.byte_trie import Trie, longest_match
-from stages.token_bytes import UNICODE_FORMS, Json, parts
+from stages.tokens.byte_trie import Trie, longest_match
+from stages.tokens.token_bytes import UNICODE_FORMS, Json, parts
 
 
 class Encoder(Protocol):

@@ -1,0 +1,182 @@
+"""The stages, one command each, and `run` for all of them."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from pipeline.cli.options import (
+    BackendOption,
+    ConfigOption,
+    DepthOption,
+    OnlyOption,
+    RunDirOption,
+    SetOption,
+    SourceOption,
+    TauOption,
+    TeacherOption,
+    resolve,
+    run_stage,
+)
+
+if TYPE_CHECKING:
+    from pipeline.context import Context
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    source: SourceOption = None,
+) -> None:
+    """Cut the corpus into units of work.
+
+    Reads: corpus.source (JSONL, Parquet, text, a folder). Writes: plan/plan.json and plan/slices/ in the run folder.
+
+    The split into train and held-out documents and the slices are fixed here; planning again with the same text and
+    settings changes nothing, with others it is refused.
+
+    Example: bytecache plan --source books.jsonl --run-dir runs/books
+    """
+    from pipeline import commands_data
+
+    run_stage(lambda: resolve(config, overrides, run__dir=run_dir, corpus__source=source), commands_data.plan)
+
+
+@app.command()
+def teacher(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    model: TeacherOption = None,
+    backend: BackendOption = None,
+    tau: TauOption = None,
+    depth: DepthOption = None,
+) -> None:
+    """Run the teacher over every unit and dump its path masses.
+
+    Reads: plan/. Writes: teacher/, one Parquet part per unit, each with a receipt.
+
+    Units with a valid receipt are skipped; with all of them done the engine is not even started. SIGTERM finishes or
+    abandons the unit in flight and exits with code 75; rerun the same command to continue.
+
+    Example: bytecache teacher --run-dir runs/books --teacher HuggingFaceTB/SmolLM2-135M --depth 2 --tau 0.01
+    """
+    from pipeline import commands_data
+
+    run_stage(
+        lambda: resolve(
+            config,
+            overrides,
+            run__dir=run_dir,
+            teacher__model=model,
+            teacher__backend=backend,
+            teacher__tau=tau,
+            teacher__depth=depth,
+        ),
+        commands_data.teacher,
+    )
+
+
+@app.command()
+def convert(config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None) -> None:
+    """Turn the dump into byte targets, the data set that students train from.
+
+    Reads: plan/ and teacher/ (no model, no GPU). Writes: targets/, Zarr shards with manifest.parquet and
+    dataset.json, a folder to share.
+
+    Example: bytecache convert --run-dir runs/books --set convert.prune=1e-4
+    """
+    from pipeline import commands_data
+
+    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), commands_data.convert)
+
+
+@app.command()
+def train(
+    config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None, only: OnlyOption = ""
+) -> None:
+    """Train the student, and its control without the teacher's targets (train.control).
+
+    Reads: targets/. Writes: train/distilled-KEY/ and train/control-KEY/ with checkpoints and metrics.jsonl.
+
+    Resumes from the newest whole checkpoint; SIGTERM saves one and exits with code 75.
+
+    Example: bytecache train --run-dir runs/books --set train.steps=2000 --only distilled
+    """
+    from pipeline import commands_student
+
+    run_stage(
+        lambda: resolve(config, overrides, run__dir=run_dir), lambda context: commands_student.train(context, only)
+    )
+
+
+@app.command()
+def evaluate(
+    config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None, only: OnlyOption = ""
+) -> None:
+    """Measure the trained students on the held-out documents.
+
+    Reads: targets/ and train/. Writes: report/report.json and report/report.md; prints the table.
+
+    Example: bytecache evaluate --run-dir runs/books
+    """
+    from pipeline import commands_student
+
+    def command(context: "Context") -> None:
+        commands_student.evaluate(context, only)
+        typer.echo((context.store.root / "report/report.md").read_text(encoding="utf-8"))
+
+    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
+
+
+@app.command()
+def export(
+    config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None, only: OnlyOption = ""
+) -> None:
+    """Write the distilled student as a plain checkpoint, the byte head gone.
+
+    Reads: train/. Writes: export/distilled-KEY/, which AutoModelForCausalLM.from_pretrained loads; its token logits are
+    compared with the trained model's before it is published.
+
+    Example: bytecache export --run-dir runs/books
+    """
+    from pipeline import commands_student
+
+    run_stage(
+        lambda: resolve(config, overrides, run__dir=run_dir), lambda context: commands_student.export(context, only)
+    )
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    source: SourceOption = None,
+    model: TeacherOption = None,
+    backend: BackendOption = None,
+) -> None:
+    """Every stage in order: plan, teacher, convert, train, evaluate, export; ends with a table.
+
+    Reads: the corpus and the teacher. Writes: everything under the run folder, and report/summary.md.
+
+    Safe to repeat: what is whole is skipped, and a second run does nothing and says so.
+
+    Example: bytecache run --run-dir runs/first --set corpus.max_bytes=100000
+    """
+    from pipeline import chain
+
+    run_stage(
+        lambda: resolve(
+            config,
+            overrides,
+            run__dir=run_dir,
+            corpus__source=source,
+            teacher__model=model,
+            teacher__backend=backend,
+        ),
+        chain.run,
+    )

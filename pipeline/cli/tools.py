@@ -1,0 +1,154 @@
+"""Commands that look at a run, a file or a setting."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import (
+    BackendOption,
+    ConfigOption,
+    DepthOption,
+    JsonOption,
+    RunDirOption,
+    SetOption,
+    TauOption,
+    TeacherOption,
+    refusals,
+    resolve,
+)
+from pipeline.config import render_template
+from schemas.errors import IntegrityError
+from schemas.settings import Settings
+
+app = typer.Typer()
+
+
+@app.command()
+def status(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is done of each stage: units, bytes, and what is damaged.
+
+    Reads: the receipts of the run folder (sizes only; `bytecache verify` recomputes hashes). Writes nothing.
+
+    Example: bytecache status --run-dir runs/books --json
+    """
+    with refusals():
+        from pipeline import status as module
+        from pipeline.context import open_context
+
+        report = module.status(open_context(resolve(config, overrides, run__dir=run_dir)))
+        typer.echo(json.dumps(report, indent=2) if as_json else module.status_table(report))
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A run folder, or a folder with dataset.json; default: run.dir.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Recompute the hash of everything that has a receipt, and of the data set.
+
+    Reads: every byte of the folder once. Writes nothing. Exit code 4 and a list if anything is wrong.
+
+    Example: bytecache verify runs/books; or, for a data set that somebody gave you: bytecache verify downloaded/targets
+    """
+    with refusals():
+        from pipeline import status as module
+
+        place = folder or Path(resolve(config, overrides, run__dir=run_dir).run.dir).expanduser()
+        problems, checked = module.verify_folder(place)
+        if as_json:
+            typer.echo(json.dumps({"folder": str(place), "files": checked, "problems": problems}, indent=2))
+        else:
+            for problem in problems:
+                typer.echo(problem)
+        if problems:
+            raise IntegrityError(f"{place}: {len(problems)} problems in {checked} files; rerun the stage to repair")
+        if not as_json:
+            typer.echo(f"{place}: {checked} files match their hashes")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A .parquet of teacher/ or a .zarr.zip of targets/.")],
+    document: Annotated[str, typer.Option("--document", "-d", help="Document id; default: the first one.")] = "",
+    start: Annotated[int, typer.Option(min=0, help="First position to show (bytes; tokens in a dump).")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Positions to show.")] = 40,
+    top: Annotated[int, typer.Option(min=1, max=257, help="Alternatives per position.")] = 4,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a dump part or a shard so that a person can read it: text, alternatives, tails.
+
+    Reads: one file. Writes nothing.
+
+    Example: bytecache inspect runs/books/targets/train-00000-0a1b2c3d4e5f.zarr.zip --start 100 --limit 20
+    """
+    with refusals():
+        from pipeline.inspection import inspect_file, render
+
+        report = inspect_file(file, document, start, limit, top)
+        typer.echo(json.dumps(report, indent=2, default=str) if as_json else render(report))
+
+
+@app.command()
+def probe(
+    text_file: Annotated[Path, typer.Option("--text-file", help="UTF-8 text to score.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .npz to write.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    model: TeacherOption = None,
+    backend: BackendOption = None,
+    tau: TauOption = None,
+    depth: DepthOption = None,
+) -> None:
+    """Score one text in memory: how to check a setting before paying for a corpus.
+
+    Reads: the text and the teacher. Writes: an .npz with probs float32 [n+1, 257] (256 bytes and END; row i is the
+    distribution after i bytes), tail float32 [n+1] and text uint8 [n]. Prints bits/byte and the mean tail.
+
+    Runs on transformers unless --backend says vllm: the same numbers, and a branch costs one token. --tau without
+    --depth means three passes.
+
+    Example: bytecache probe --teacher ./SmolLM2 --text-file page.txt --depth 2 --tau 0.01 --out page.npz
+    """
+    with refusals():
+        from pipeline.probing import probe as command
+
+        if tau is not None and depth is None:
+            depth = "3"
+
+        settings = resolve(
+            config,
+            overrides,
+            teacher__model=model,
+            teacher__backend=backend or "hf",
+            teacher__tau=tau,
+            teacher__depth=depth,
+        )
+        typer.echo(command(settings.teacher, text_file, out))
+
+
+@app.command()
+def config(
+    path: ConfigOption = None,
+    overrides: SetOption = None,
+    defaults: Annotated[bool, typer.Option("--defaults", help="The defaults, whatever ./pipeline.toml says.")] = False,
+) -> None:
+    """Print the resolved configuration as a complete, commented pipeline.toml.
+
+    Reads: pipeline.toml. Writes nothing.
+
+    Example: bytecache config --set teacher.depth=2 > pipeline.toml
+    """
+    with refusals():
+        typer.echo(render_template(Settings() if defaults else resolve(path, overrides)), nl=False)

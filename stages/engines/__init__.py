@@ -1,0 +1,1 @@
+"""Teachers as engines that give rows of path masses."""

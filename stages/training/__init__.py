@@ -1,0 +1,1 @@
+"""The student: streaming, objective, training, evaluation, export."""

@@ -6,6 +6,9 @@ are context and belong to an earlier window. Inside a window, *rows* are histori
 in order, then branches (histories through a token that is not canonical). All list columns are flat and ragged;
 SPEC.md gives the sums that delimit them.
 
+A *reference window* is a second record of a short stretch that ordinary windows of the part score too, evaluated
+much deeper. It gives no targets; the converter compares (stages.fidelity).
+
 Masses are float32 rounded to `MASS_BITS` bits of mantissa (relative error below 2^-14) and byte-stream-split
 before zstd: the entries are most of a part and their low bits are noise.
 """
@@ -95,6 +98,10 @@ class Window:
     """int32 [T]; the part's end-of-token table (stages.end_table), on its first window; empty on the others."""
     table_mass: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     """float32 [T * 257]"""
+    reference: bool = False
+    """Whether this is a reference window: no targets, all its rows are the tau -> 0 reference of its scored stretch."""
+    row_sampled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """uint8 [R] in a reference window, 1 = the row belongs to the production capture too; empty elsewhere."""
 
     @property
     def table(self) -> EndTable:
@@ -114,7 +121,7 @@ _LISTS: dict[str, str] = {
     "log_norm": "float32", "end": "float32", "control": "float32", "n_levels": "int32", "fanout": "uint16",
     "entry_byte": "uint8", "entry_mass": "float32", "n_stops": "int32", "stop_depth": "uint16",
     "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
-    "table_token": "int32", "table_mass": "float32",
+    "table_token": "int32", "table_mass": "float32", "row_sampled": "uint8",
 }  # fmt: skip
 SCHEMA = pa.schema(
     [
@@ -123,6 +130,7 @@ SCHEMA = pa.schema(
         pa.field("text", pa.binary(), nullable=False),
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
+        pa.field("reference", pa.bool_(), nullable=False),
         *(
             pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False)
             for n, t in _LISTS.items()
@@ -172,6 +180,7 @@ class DumpWriter:
             "text": pa.array([w.text.tobytes() for w in self._pending], pa.binary()),
             "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
             "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
+            "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
         }
         for name, kind in _LISTS.items():
             values = [np.asarray(getattr(w, name), kind) for w in self._pending]
@@ -259,6 +268,13 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
                 yield window
 
 
+def _sampled_rows_stand_alone(w: Window) -> bool:
+    """The production capture is a window of its own: the canonical rows and whole chains of branches."""
+    kept = w.row_sampled == 1
+    closed = kept[w.row_parent[1:][kept[1:]]].all()
+    return bool((w.row_sampled <= 1).all() and kept[0] and kept[w.row_depth == 0].all() and closed)
+
+
 def _check(path: Path, w: Window) -> None:
     rows, n = len(w.row_start), len(w.text)
 
@@ -289,6 +305,8 @@ def _check(path: Path, w: Window) -> None:
             and len(w.table_mass) == SYMBOLS * len(w.table_token)
             and bool((np.diff(w.table_token) > 0).all())
             and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
+            and len(w.row_sampled) == (rows if w.reference else 0)
+            and (not w.reference or _sampled_rows_stand_alone(w))
         )
 
     if not ok():

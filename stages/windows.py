@@ -4,7 +4,7 @@ A document longer than the context is cut into windows that overlap; the overlap
 The last `LEAD` tokens of the overlap are evaluated again, because tokens that straddle the cut begin there.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def new_window(plan: WindowPlan, rows: RowMasses) -> Window:
     )  # fmt: skip
 
 
-def _row_fields(rows: RowMasses) -> dict[str, np.ndarray]:
+def _row_fields(rows: RowMasses) -> dict[str, Any]:
     fields = rows._asdict()
     del fields["next_logp"]
     fields["topk_id"] = fields["topk_id"].reshape(-1)

@@ -21,6 +21,7 @@ import math
 import tempfile
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,11 +265,12 @@ def summary_line(certificate: dict[str, Any] | None) -> str:
     if certificate is None:
         return "fidelity: not measured (no reference windows in the dump)"
     kl, leak = figure(certificate, "kl"), figure(certificate, "leak")
+    sample, reference = (partial(figure, certificate, name) for name in ("sample", "reference"))
     return (
         f"fidelity: KL {kl:.3g} nats/byte (p99 {figure(certificate, 'kl', 'p99'):.2g}, "
         f"max {figure(certificate, 'kl', 'max'):.2g}), JSD {figure(certificate, 'jsd'):.2g}, "
-        f"leak {leak:+.2g} bits/byte, tail {figure(certificate, 'tail'):.2g}, over {figure(certificate, 'sample', 'positions'):g} positions, "
-        f"against tau {figure(certificate, 'reference', 'tau'):g}, depth {figure(certificate, 'reference', 'depth'):g}"
+        f"leak {leak:+.2g} bits/byte, tail {figure(certificate, 'tail'):.2g}, "
+        f"over {sample('positions'):g} positions, against tau {reference('tau'):g}, depth {reference('depth'):g}"
     )
 
 

@@ -249,9 +249,9 @@ def read_dataset(folder: str | os.PathLike[str]) -> Dataset:
     manifest, info = document.get("manifest"), document.get("info")
     if not isinstance(manifest, dict) or not isinstance(info, dict) or manifest.get("file") != MANIFEST:
         raise IntegrityError(f"{path}: `info` must be an object and `manifest.file` {MANIFEST!r}; make the index again")
-    fidelity = document.get("fidelity")
+    fidelity = document.get("fidelity", "absent")
     if fidelity is not None and not isinstance(fidelity, dict):
-        raise IntegrityError(f"{path}: `fidelity` must be an object or null; make the index again")
+        raise IntegrityError(f"{path}: `fidelity` must be an object or null; fetch or make the index again")
     table_path = folder / MANIFEST
     data = _load(table_path, MAX_MANIFEST)
     found = hashlib.sha256(data).hexdigest()

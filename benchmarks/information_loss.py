@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ import torch
 from texts import builtin_texts, folder_texts
 
 from schemas import settings as st
-from schemas.byte_shard import ShardBuilder
+from schemas.byte_shard import ShardBuilder, read_shard
 from schemas.token_dump import Window
-from stages.divergence import divergence, spread_tail
-from stages.fidelity import round_trip, true_symbols
+from stages.divergence import divergence, even_weights, spread_tail
+from stages.fidelity import true_symbols
 from stages.lattice import END, Lattice, Targets
 from stages.teacher import Teacher, open_teacher
 
@@ -108,12 +109,24 @@ def beam(window: Window, width: int) -> tuple[np.ndarray, int]:
     return out, lost
 
 
+def round_trip(text: np.ndarray, probs: np.ndarray, tail: np.ndarray, prune: float) -> tuple[np.ndarray, np.ndarray]:
+    """What a shard of this one document says: probs float32 [n + 1, 257] and tail float32 [n + 1]."""
+    builder = ShardBuilder(prune=prune)
+    builder.append(text, probs, tail)
+    builder.end_document("text")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.zarr.zip"
+        builder.write(path, {})
+        shard = read_shard(path)
+        return shard.dense(0, len(probs)), shard.tail
+
+
 def study(teacher: Teacher, text: str) -> dict[str, Any]:
     """All figures of one text."""
     window, reference = evaluate(teacher, text, *REFERENCE)
     symbol, n = true_symbols(window), len(text.encode())
     at = np.arange(n)
-    bytewise = spread_tail(reference.probs, reference.tail, reference.probs > 0)
+    bytewise = spread_tail(reference.probs, reference.tail, even_weights(reference.probs > 0))
     tokenwise = token_entropies(teacher, text)
     out: dict[str, Any] = {
         "bytes": n,
@@ -135,9 +148,7 @@ def study(teacher: Teacher, text: str) -> dict[str, Any]:
         rows_per_token = len(asked.row_depth) / int((asked.row_depth == 0).sum())
         out["tau"].append({"tau": tau, "depth": depth, "rows_per_token": rows_per_token, **figures})
     for prune in PRUNES:
-        stored, tail = round_trip(
-            ShardBuilder(prune=prune), window.text[window.score_start :], reference.probs, reference.tail
-        )
+        stored, tail = round_trip(window.text[window.score_start :], reference.probs, reference.tail, prune)
         found = divergence(reference.probs, reference.tail, stored, tail, symbol)
         figures = {"kl": float(found.kl.mean()), "kl_bucket": float(found.kl_bucket.mean())}
         listed = float((stored > 0).sum(axis=1).mean())

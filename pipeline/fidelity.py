@@ -20,9 +20,8 @@ from pipeline.store import disk_errors
 from schemas.errors import InputError, IntegrityError
 from schemas.manifest import DATASET, Dataset, file_sha256, read_dataset
 from schemas.settings import Teacher
+from stages.stretches import REFERENCE
 
-REFERENCE = {"tau": 2e-4, "depth": 5}
-"""Within 1e-4 nats of every cover evaluated, on prose and code (benchmarks/fidelity.py)."""
 SLACK = 0.5
 """A measured mean KL may exceed the certificate's by this share and three standard errors of the measurement."""
 

@@ -100,6 +100,8 @@ class Window:
     """float32 [T * 257]"""
     reference: bool = False
     """Whether this is a reference window: no targets, all its rows are the tau -> 0 reference of its scored stretch."""
+    doc_position: int = -1
+    """Position in the document of a reference window's first target; -1 in the others."""
     row_sampled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     """uint8 [R] in a reference window, 1 = the row belongs to the production capture too; empty elsewhere."""
 
@@ -131,6 +133,7 @@ SCHEMA = pa.schema(
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
         pa.field("reference", pa.bool_(), nullable=False),
+        pa.field("doc_position", pa.int32(), nullable=False),
         *(
             pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False)
             for n, t in _LISTS.items()
@@ -181,6 +184,7 @@ class DumpWriter:
             "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
             "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
             "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
+            "doc_position": pa.array([w.doc_position for w in self._pending], pa.int32()),
         }
         for name, kind in _LISTS.items():
             values = [np.asarray(getattr(w, name), kind) for w in self._pending]
@@ -306,6 +310,7 @@ def _check(path: Path, w: Window) -> None:
             and bool((np.diff(w.table_token) > 0).all())
             and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
             and len(w.row_sampled) == (rows if w.reference else 0)
+            and (w.doc_position >= 0) == w.reference
             and (not w.reference or _sampled_rows_stand_alone(w))
         )
 

@@ -2,7 +2,7 @@
 
 A dump part holds *reference windows* (schemas.token_dump): short stretches whose histories were evaluated far deeper
 than production asks. All rows of such a window give the reference, the rows marked `row_sampled` give what production
-knew. The production targets go through a real shard, file and all, so that pruning and 8-bit codes count; then
+knew. Once the shard is written it is read back, and for the very positions of the stretch
 
     kl, kl_bucket, jsd, leak   reference against what the shard says (stages.divergence has the formulas)
     branch_kl                  reference against the production targets before they are stored
@@ -12,23 +12,22 @@ knew. The production targets go through a real shard, file and all, so that prun
 
 Sums, maxima and histograms merge across shards in any grouping; p99 is read off the histogram and rounded up to a
 bin's edge (6 %). Standard errors treat windows, not positions, as independent (ratio estimator), because errors
-come in runs. Price: two lattices and one tiny shard per reference window, about 10 ms.
+come in runs. Price: reading the shard back (SPEC.md, "Cost") and two lattices per reference window.
 """
 
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from schemas.byte_shard import ShardBuilder, read_shard
-from schemas.token_dump import EndTable, Window
+from schemas.byte_shard import ByteShard
+from schemas.errors import IntegrityError
+from schemas.token_dump import Window
 from stages.divergence import divergence, kl_spread
 from stages.lattice import END, Lattice, Targets
 
@@ -42,27 +41,57 @@ _BINS = 40
 _LEAST = 1e-12
 """Values below share the lowest bin."""
 
-_PER_ROW = ("row_start", "row_token", "row_logp", "row_depth", "log_norm", "end", "control", "n_levels", "n_stops")
+_LEVELS, _ENTRIES = ("fanout",), ("entry_byte", "entry_mass")
+_STOPS, _TOP = ("stop_depth", "stop_token", "stop_mass"), ("topk_id", "topk_logp")
+_ROWS = tuple(f.name for f in fields(Window) if f.name.startswith("row_") or f.name in ("log_norm", "end", "control"))
+_PER_ROW = (*(name for name in _ROWS if name not in ("row_parent", "row_sampled")), "n_levels", "n_stops")
+
+
+def _select(window: Window, kept: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of the rows `kept` bool [R], except `row_parent` and `row_sampled`."""
+    levels = np.repeat(kept, window.n_levels)
+    chosen = dict.fromkeys(_PER_ROW, kept) | dict.fromkeys(_LEVELS, levels)
+    chosen |= dict.fromkeys(_ENTRIES, np.repeat(levels, window.fanout))
+    chosen |= dict.fromkeys(_STOPS, np.repeat(kept, window.n_stops))
+    chosen |= dict.fromkeys(_TOP, np.repeat(kept, len(window.topk_id) // len(kept)))
+    return {name: getattr(window, name)[which] for name, which in chosen.items()}
 
 
 def production(window: Window) -> Window:
-    """The window that production would have stored: the rows marked `row_sampled`, parents numbered anew."""
+    """What production knew of a reference window: the rows marked `row_sampled`, parents numbered anew."""
     kept = window.row_sampled == 1
-    number = np.cumsum(kept) - 1
-    parent = window.row_parent[kept]
-    levels = np.repeat(kept, window.n_levels)
-    entries = np.repeat(levels, window.fanout)
-    stops = np.repeat(kept, window.n_stops)
-    width = len(window.topk_id) // len(kept)
-    top = np.repeat(kept, width)
-    chosen: dict[str, np.ndarray] = {name: getattr(window, name)[kept] for name in _PER_ROW}
-    chosen["row_parent"] = np.where(parent < 0, -1, number[parent]).astype(window.row_parent.dtype)
-    chosen["fanout"] = window.fanout[levels]
-    chosen |= {name: getattr(window, name)[entries] for name in ("entry_byte", "entry_mass")}
-    chosen |= {name: getattr(window, name)[stops] for name in ("stop_depth", "stop_token", "stop_mass")}
-    chosen |= {name: getattr(window, name)[top] for name in ("topk_id", "topk_logp")}
-    rest = {f.name: getattr(window, f.name) for f in fields(Window) if f.name not in chosen}
-    return Window(**(rest | {"reference": False, "row_sampled": np.zeros(0, np.uint8)} | chosen))
+    number, parent = np.cumsum(kept) - 1, window.row_parent[kept]
+    chosen: dict[str, Any] = _select(window, kept)
+    chosen["row_parent"] = np.where(parent < 0, -1, number[parent]).astype(np.int32)
+    return replace(window, reference=False, doc_position=-1, row_sampled=np.zeros(0, np.uint8), **chosen)
+
+
+def histories(window: Window) -> list[tuple[Any, ...]]:
+    """What each row is, whatever its number: its tokens from the first row on, and whether it is a static row."""
+    static = getattr(window, "row_static", np.zeros(len(window.row_start), np.uint8))
+    chain: list[tuple[int, ...]] = []
+    for parent, token in zip(window.row_parent, window.row_token, strict=True):
+        chain.append((*(chain[parent] if parent >= 0 else ()), int(token)))
+    return list(zip(static.tolist(), chain, strict=True))
+
+
+def combine(deep: Window, asked: Window, doc_position: int) -> Window:
+    """The reference window of one stretch evaluated twice: all rows of `deep`, then those that only `asked` has.
+
+    `deep` is the reference, `asked` the production setting; the rows of `asked` are the ones marked `row_sampled`.
+    """
+    named = {history: number for number, history in reversed(list(enumerate(histories(deep))))}
+    number = []
+    for history in histories(asked):
+        number.append(named.setdefault(history, len(named)))
+    own = np.array(number) >= len(deep.row_start)
+    extra = _select(asked, own)
+    parent = np.array(number, np.int32)[asked.row_parent[own]]
+    joined: dict[str, Any] = {name: np.concatenate([getattr(deep, name), extra[name]]) for name in extra}
+    joined["row_parent"] = np.concatenate([deep.row_parent, parent])
+    sampled = np.zeros(len(joined["row_parent"]), np.uint8)
+    sampled[number] = 1
+    return replace(deep, reference=True, doc_position=doc_position, row_sampled=sampled, **joined)
 
 
 def true_symbols(window: Window) -> np.ndarray:
@@ -71,25 +100,19 @@ def true_symbols(window: Window) -> np.ndarray:
     return np.append(text, END) if window.is_last else text
 
 
-def round_trip(
-    builder: ShardBuilder, text: np.ndarray, probs: np.ndarray, tail: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a shard says of these rows: probs float32 [m, 257] and tail float32 [m], written, read and decoded.
-
-    `builder` is an empty one with the settings in question; text uint8 [n] and rows m = n, or n + 1 with END.
-    """
-    m = len(probs)
-    if m == len(text):  # a shard holds whole documents: a made-up END closes this one
-        ending = np.zeros((1, probs.shape[1]), np.float32)
-        ending[0, END] = 1.0
-        probs, tail = np.concatenate([probs, ending]), np.append(tail, np.float32(0.0))
-    builder.append(text, probs, tail)
-    builder.end_document("stretch")
-    with tempfile.TemporaryDirectory(prefix="bytecache-fidelity-") as folder:
-        path = Path(folder) / "stretch.zarr.zip"
-        builder.write(path, {})
-        shard = read_shard(path)
-        return shard.dense(0, m), shard.tail[:m]
+def locate(window: Window, shard: ByteShard) -> int:
+    """Position in the shard of a reference window's first target. Raises IntegrityError where its text is not there."""
+    text = window.text[window.score_start :]
+    for document, name in enumerate(shard.doc_id):
+        lo = int(shard.doc_start[document]) + window.doc_position
+        hi = lo + len(text) + window.is_last
+        fits = name == window.doc_id and hi <= shard.doc_start[document + 1]
+        if fits and np.array_equal(shard.text[lo : lo + len(text)], text):
+            return lo
+    raise IntegrityError(
+        f"{shard.path}: document {window.doc_id!r} does not hold the reference window at {window.doc_position}; "
+        "delete the part and dump it again"
+    )
 
 
 class _Measure:
@@ -158,15 +181,16 @@ class Fidelity:
             if state is not None:
                 self.merge(state)
 
-    def add_window(self, window: Window, table: EndTable, builder: ShardBuilder, unit: str = "") -> None:
-        """Measure a reference window of the unit named `unit`. `builder`: an empty one, made like the data set's."""
-        whole, asked = Lattice(window, table).targets(), production(window)
-        known = Lattice(asked, table).targets()
-        text = window.text[window.score_start :]
-        stored, stored_tail = round_trip(builder, text, known.probs, known.tail)
-        self.add_positions(whole, stored, stored_tail, true_symbols(window), (unit, window.doc_id))
+    def add_window(self, window: Window, shard: ByteShard) -> None:
+        """Measure a reference window against the shard that holds its document. Raises IntegrityError if none does."""
+        lo = locate(window, shard)
+        asked = production(window)
+        whole, known = Lattice(window).targets(), Lattice(asked).targets()
+        hi = lo + len(known.tail)
+        stored, tail = shard.dense(lo, hi), shard.tail[lo:hi]
+        self.add_positions(whole, stored, tail, true_symbols(window), (shard.path, window.doc_id))
         self._add("branch_kl", kl_spread(whole.probs, whole.tail, known.probs, known.tail))
-        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, stored_tail))
+        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, tail))
         pruned = np.where(stored > 0, 0.0, known.probs).sum(dtype=np.float64)
         unevaluated = known.unaccounted.sum(dtype=np.float64)
         self.tail_parts["unevaluated"] += float(unevaluated)

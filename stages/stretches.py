@@ -6,7 +6,7 @@ a reference affordable: a few hundred tokens branch, not a whole document.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,11 +14,16 @@ from schemas.byte_shard import ByteShard
 from schemas.errors import InputError, IntegrityError
 from schemas.token_dump import Window
 from stages.engines.engine import Prompt
-from stages.fidelity import Fidelity, true_symbols
+from stages.fidelity import Fidelity, combine, true_symbols
 from stages.lattice import END, Lattice
-from stages.teacher import Teacher
 from stages.tokens.vocab import Encoded, Misfit
 from stages.windows import LEAD, WindowPlan, new_window
+
+if TYPE_CHECKING:
+    from stages.teacher import Teacher
+
+REFERENCE = {"tau": 2e-4, "depth": 5}
+"""Teacher settings of a reference: within 1e-4 nats of every cover evaluated (benchmarks/information_loss.py)."""
 
 
 class Stretch(NamedTuple):
@@ -61,7 +66,7 @@ def plan_stretch(
     return Stretch(plan, scored - encoded.synthetic, int(starts[last]) - scored + is_last)
 
 
-def evaluate(teacher: Teacher, plans: Sequence[WindowPlan], stop: Callable[[], bool] = lambda: False) -> list[Window]:
+def evaluate(teacher: "Teacher", plans: Sequence[WindowPlan], stop: Callable[[], bool] = lambda: False) -> list[Window]:
     """Windows of the plans with the teacher's tau and depth. Raises Interrupted when `stop()` says so."""
     planned = list(plans)
     rows = teacher.engine.score([plan.prompt for plan in planned])
@@ -72,8 +77,28 @@ def evaluate(teacher: Teacher, plans: Sequence[WindowPlan], stop: Callable[[], b
     return windows
 
 
+def reference_window(teacher: "Teacher", stretch: Stretch, stop: Callable[[], bool] = lambda: False) -> Window:
+    """The stretch at the reference setting, with the rows of the teacher's own settings marked; ready for a dump.
+
+    Raises Interrupted when `stop()` says so.
+    """
+    (asked,) = evaluate(teacher, [stretch.plan], stop)
+    own = teacher.settings
+    teacher.settings = own.model_copy(update=REFERENCE)
+    try:
+        (deep,) = evaluate(teacher, [stretch.plan], stop)
+    finally:
+        teacher.settings = own
+    return combine(deep, asked, stretch.first)
+
+
 def measure_stored(
-    teacher: Teacher, shard: ByteShard, positions: Sequence[int], tokens: int, found: Fidelity, stop: Callable[[], bool]
+    teacher: "Teacher",
+    shard: ByteShard,
+    positions: Sequence[int],
+    tokens: int,
+    found: Fidelity,
+    stop: Callable[[], bool],
 ) -> None:
     """Compare what `shard` says from each of `positions` on, for `tokens` tokens, with this teacher; adds to `found`.
 
@@ -102,6 +127,6 @@ def measure_stored(
         symbol, text = true_symbols(window), shard.text[lo : lo + stretch.n_targets]
         if not np.array_equal(symbol[symbol != END], text[: len(symbol)][symbol != END]):
             raise IntegrityError(f"{where}: its text changed at byte {stretch.first}; fetch or make this shard again")
-        targets = Lattice(window, teacher.table_for([window])).targets()
+        targets = Lattice(window).targets()
         stored = shard.dense(lo, lo + stretch.n_targets)
         found.add_positions(targets, stored, shard.tail[lo : lo + stretch.n_targets], symbol, (shard.path, name))

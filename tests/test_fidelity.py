@@ -15,20 +15,19 @@ from hypothesis import strategies as some
 from test_cli import bytecache, refusal
 
 from schemas import settings as st
-from schemas.byte_shard import ShardBuilder
+from schemas.byte_shard import read_shard
 from schemas.errors import IntegrityError
 from schemas.manifest import DATASET, read_dataset, write_dataset
-from schemas.token_dump import DumpWriter, EndTable, Window, read_meta, read_windows
+from schemas.token_dump import DumpWriter, Window, read_meta, read_windows
 from stages.convert import convert_units
-from stages.divergence import divergence, kl_spread, spread_tail
-from stages.fidelity import Fidelity, _Measure, production, round_trip, summary_line, true_symbols
+from stages.divergence import divergence, even_weights, kl_spread, spread_tail
+from stages.fidelity import Fidelity, _Measure, combine, histories, production, summary_line, true_symbols
 from stages.lattice import Lattice
-from stages.stretches import evaluate, plan_stretch
+from stages.stretches import REFERENCE, evaluate, plan_stretch, reference_window
 from stages.teacher import Teacher, open_teacher
 from stages.windows import LEAD
 
 TEXT = "The student reads the notes as often as it likes; naïve façade, größer. " * 3
-DEEP = {"tau": 1e-5, "depth": 8}
 ASKED = {"tau": 0.02, "depth": 1}
 
 
@@ -40,14 +39,6 @@ def open_tiny(folder: Path, **changes) -> Teacher:
 @pytest.fixture(scope="module")
 def teacher(tiny_checkpoint) -> Teacher:
     return open_tiny(tiny_checkpoint("bytelevel"))
-
-
-def chains(window: Window) -> list[tuple[int, ...]]:
-    """Every row's tokens from the first row on: its identity, whatever its number."""
-    out: list[tuple[int, ...]] = []
-    for parent, token in zip(window.row_parent, window.row_token, strict=True):
-        out.append((*(out[parent] if parent >= 0 else ()), int(token)))
-    return out
 
 
 def at(teacher: Teacher, settings: dict, plans: list) -> list[Window]:
@@ -66,14 +57,13 @@ def plan_of(teacher: Teacher, text: str, position: int, tokens: int):
     )  # fmt: skip
 
 
-def reference_window(teacher: Teacher, text: str, position: int = 0, tokens: int = 24) -> tuple[Window, Window]:
-    """A reference window as the teacher stage writes it, and the production window it must contain."""
-    plan = plan_of(teacher, text, position, tokens).plan
-    (deep,), (asked,) = at(teacher, DEEP, [plan]), at(teacher, ASKED, [plan])
-    wanted = set(chains(asked))
-    sampled = np.array([chain in wanted for chain in chains(deep)], np.uint8)
-    assert sampled.sum() == len(asked.row_start) < len(deep.row_start)
-    return replace(deep, reference=True, row_sampled=sampled), asked
+def marked(teacher: Teacher, text: str, position: int = 0, tokens: int = 24, **settings) -> Window:
+    """A reference window as the teacher stage writes it."""
+    kept, teacher.settings = teacher.settings, teacher.settings.model_copy(update=settings or ASKED)
+    try:
+        return reference_window(teacher, plan_of(teacher, text, position, tokens))
+    finally:
+        teacher.settings = kept
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -123,9 +113,19 @@ def test_bounds(seed, listed_p, listed_q):
     assert (found.jsd >= 0).all() and (found.jsd <= math.log(2) + 1e-9).all()
     same = divergence(p, p_tail, p, p_tail, np.zeros(4, int))
     assert same.kl.max() < 1e-12 and same.kl_bucket.max() < 1e-7 and not same.leak.any()
-    np.testing.assert_allclose(spread_tail(p, p_tail, q > 0).sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(spread_tail(p, p_tail, even_weights(q > 0)).sum(1), 1, atol=1e-5)
     everything = np.ones_like(q, bool)
-    np.testing.assert_allclose(spread_tail(p, p_tail, everything).sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(spread_tail(p, p_tail, even_weights(everything)).sum(1), 1, atol=1e-5)
+
+
+def test_a_format_may_say_how_its_tail_is_spread():
+    p, q = np.zeros((1, 257), np.float32), np.zeros((1, 257), np.float32)
+    p[0, :3], q[0, 0] = (0.5, 0.4, 0.1), 0.5
+    weights = np.zeros((1, 257))
+    weights[0, 1:3] = 0.8, 0.2
+    nothing, half = np.zeros(1, np.float32), np.full(1, 0.5, np.float32)
+    assert divergence(p, nothing, q, half, np.array([1]), weights).kl[0] == pytest.approx(0, abs=1e-7)
+    assert divergence(p, nothing, q, half, np.array([1])).kl[0] > 1
 
 
 def test_leak_is_positive_where_the_stored_row_knows_what_follows():
@@ -182,9 +182,10 @@ def test_states_of_another_version_are_refused():
 
 @pytest.mark.parametrize("position", [0, 60])
 def test_production_rows_of_a_reference_window_are_the_production_window(teacher, position):
-    window, asked = reference_window(teacher, TEXT, position)
+    window = marked(teacher, TEXT, position)
+    (asked,) = at(teacher, ASKED, [plan_of(teacher, TEXT, position, 24).plan])
     known = production(window)
-    assert chains(known) and set(chains(known)) == set(chains(asked))
+    assert set(histories(known)) == set(histories(asked)) and len(known.row_start) < len(window.row_start)
     for name in ("probs", "tail", "logp", "unaccounted"):
         mine, theirs = (getattr(Lattice(w).targets(), name) for w in (known, asked))
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
@@ -193,8 +194,19 @@ def test_production_rows_of_a_reference_window_are_the_production_window(teacher
     assert len(known.topk_id) == 3 * len(known.row_start)
 
 
+def test_rows_that_only_production_has_join_the_reference_window(teacher):
+    """A reference need not hold every production row (a static row it has a true one for): both windows survive."""
+    plan = plan_of(teacher, TEXT, 0, 24).plan
+    (deep,), (asked,) = at(teacher, {"tau": 0.05, "depth": 1}, [plan]), at(teacher, {"tau": 1e-3, "depth": 3}, [plan])
+    assert not set(histories(asked)) <= set(histories(deep))
+    window = combine(deep, asked, 0)
+    assert set(histories(window)) == set(histories(asked)) | set(histories(deep))
+    mine, theirs = Lattice(production(window)).targets(), Lattice(asked).targets()
+    np.testing.assert_allclose(mine.probs, theirs.probs, atol=1e-6)
+
+
 def write_part(path: Path, windows: list[Window]) -> Path:
-    writer = DumpWriter(path, {"teacher": {"model": "tiny"}, "reference": DEEP})
+    writer = DumpWriter(path, {"teacher": {"model": "tiny"}, "reference": REFERENCE})
     for window in windows:
         writer.append(window)
     writer.close()
@@ -202,11 +214,11 @@ def write_part(path: Path, windows: list[Window]) -> Path:
 
 
 def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_path, teacher):
-    window, _ = reference_window(teacher, TEXT)
+    window = marked(teacher, TEXT, 30)
     (back,) = read_windows(write_part(tmp_path / "a", [window]))
-    assert back.reference
+    assert back.reference and back.doc_position == window.doc_position == plan_of(teacher, TEXT, 30, 1).first
     np.testing.assert_array_equal(back.row_sampled, window.row_sampled)
-    assert read_meta(tmp_path / "a")["reference"] == DEEP
+    assert read_meta(tmp_path / "a")["reference"] == REFERENCE
     orphaned = window.row_sampled.copy()
     branch = int(np.flatnonzero((window.row_sampled == 0) & (window.row_depth > 1))[0])
     orphaned[branch], orphaned[window.row_parent[branch]] = 1, 0
@@ -218,21 +230,11 @@ def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_pat
         replace(window, row_sampled=orphaned),
         replace(window, row_sampled=uncanonical),
         replace(window, reference=False),
+        replace(window, doc_position=-1),
     ]
     for i, bad in enumerate(broken):
         with pytest.raises(IntegrityError, match="inconsistent"):
             list(read_windows(write_part(tmp_path / f"b{i}", [bad])))
-
-
-@pytest.mark.parametrize("end", [False, True])
-def test_round_trip_says_what_a_shard_says(teacher, end):
-    probs, tail = rows(4, 30 + end, 12)
-    text = np.arange(30, dtype=np.uint8)
-    stored, stored_tail = round_trip(ShardBuilder(prune=1e-2), text, probs, tail)
-    assert stored.shape == probs.shape and stored_tail.shape == tail.shape
-    assert stored_tail.sum() > tail.sum() + 0.01  # what was pruned
-    np.testing.assert_allclose(stored.sum(1) + stored_tail, 1, atol=1e-5)
-    assert np.abs(stored - probs).max() < 0.04
 
 
 def convert(tmp_path: Path, name: str, windows: list[Window], **settings) -> tuple[bytes, dict]:
@@ -243,13 +245,13 @@ def convert(tmp_path: Path, name: str, windows: list[Window], **settings) -> tup
 
 def test_convert_measures_reference_windows_and_writes_none_of_them(tmp_path, teacher):
     (ordinary,) = at(teacher, ASKED, [plan_of(teacher, TEXT, 0, 999).plan])
-    extra = [reference_window(teacher, TEXT, position)[0] for position in (0, 60)]
+    extra = [marked(teacher, TEXT, position) for position in (0, 60)]
     alone, without = convert(tmp_path, "alone", [ordinary])
     mixed, counts = convert(tmp_path, "mixed", [extra[0], ordinary, extra[1]])
     assert mixed == alone and without["fidelity"] is None
-    assert counts["reference"] == DEEP
+    assert counts["reference"] == REFERENCE
     certificate = Fidelity([counts["fidelity"]]).certificate({"model": "tiny"}, counts["reference"])
-    assert certificate is not None and certificate["reference"] == DEEP
+    assert certificate is not None and certificate["reference"] == REFERENCE
     sample = {"positions": sum(len(true_symbols(w)) for w in extra), "windows": 2, "documents": 1}
     assert certificate["sample"] == sample
     assert certificate["kl"]["mean"] > certificate["branch_kl"]["mean"] / 2 > 1e-6
@@ -258,28 +260,37 @@ def test_convert_measures_reference_windows_and_writes_none_of_them(tmp_path, te
     )
     assert "KL" in summary_line(certificate)
 
-    # The figures are those of the definition: one more lattice, by hand.
+    # The figures are those of the definition, by hand.
+    shard = read_shard(tmp_path / "mixed.zarr.zip")
     total = 0.0
     for window in extra:
-        whole, known = Lattice(window).targets(), Lattice(production(window)).targets()
-        text = window.text[window.score_start :]
-        stored, tail = round_trip(ShardBuilder(), text, known.probs, known.tail)
-        total += kl_spread(whole.probs, whole.tail, stored, tail).sum()
+        whole = Lattice(window).targets()
+        rows = slice(window.doc_position, window.doc_position + len(whole.tail))
+        stored = shard.dense(rows.start, rows.stop)
+        total += kl_spread(whole.probs, whole.tail, stored, shard.tail[rows]).sum()
     assert certificate["kl"]["mean"] == pytest.approx(total / sample["positions"], rel=1e-3)
 
 
+def test_a_reference_window_of_another_text_is_refused(tmp_path, teacher):
+    (ordinary,) = at(teacher, ASKED, [plan_of(teacher, TEXT, 0, 999).plan])
+    for i, bad in enumerate([marked(teacher, TEXT[3:]), replace(marked(teacher, TEXT), doc_position=9999)]):
+        with pytest.raises(IntegrityError, match="does not hold the reference window"):
+            convert(tmp_path, f"bad{i}", [ordinary, bad])
+
+
 def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_path, teacher):
-    window, _ = reference_window(teacher, TEXT)
-    everything = replace(window, row_sampled=np.ones_like(window.row_sampled))
-    fine, coarse = Fidelity(), Fidelity()
-    fine.add_window(everything, EndTable.empty(), ShardBuilder(prune=0.0))
-    coarse.add_window(everything, EndTable.empty(), ShardBuilder(prune=0.05))
-    a, b = (f.certificate({}, {}) for f in (fine, coarse))
-    assert a is not None and b is not None
-    assert a["branch_kl"]["max"] < 1e-9
-    assert a["kl"]["mean"] < 1e-3 < b["kl"]["mean"]
-    assert a["tail"]["pruned"] < 1e-4 < b["tail"]["pruned"]
-    assert a["kl"]["mean"] == pytest.approx(a["storing_kl"]["mean"])
+    (ordinary,) = at(teacher, REFERENCE, [plan_of(teacher, TEXT, 0, 999).plan])
+    window = marked(teacher, TEXT, 0, 24, **REFERENCE)
+    found = []
+    for name, prune in (("fine", 0.0), ("coarse", 0.05)):
+        _, counts = convert(tmp_path, name, [ordinary, window], prune=prune)
+        found.append(Fidelity([counts["fidelity"]]).certificate({}, {}) or {})
+    fine, coarse = found
+    assert fine["branch_kl"]["max"] < 1e-9
+    assert fine["kl"]["mean"] < 1e-3 < coarse["kl"]["mean"]
+    assert fine["tail"]["pruned"] < 1e-4 < coarse["tail"]["pruned"]
+    assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"])
+    assert fine["rows_per_token"]["production"] == fine["rows_per_token"]["reference"] > 1
 
 
 # --- stretches --------------------------------------------------------------------------------------------------------
@@ -288,12 +299,12 @@ def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_pat
 def test_a_stretch_has_the_targets_of_the_document(teacher):
     """A window's targets at a stretch, and the stretch alone, agree: the text after it does not matter."""
     plan = plan_of(teacher, TEXT, 0, 999).plan
-    (whole,) = at(teacher, DEEP, [plan])
+    (whole,) = at(teacher, REFERENCE, [plan])
     targets = Lattice(whole).targets()
     for position in (0, 40, 100, len(TEXT.encode())):
         stretch = plan_of(teacher, TEXT, position, 10)
         assert stretch.first <= position
-        (window,) = at(teacher, DEEP, [stretch.plan])
+        (window,) = at(teacher, REFERENCE, [stretch.plan])
         mine = Lattice(window).targets()
         assert len(mine.tail) == stretch.n_targets == len(true_symbols(window))
         here = slice(stretch.first, stretch.first + stretch.n_targets)

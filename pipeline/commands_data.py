@@ -57,7 +57,7 @@ def teacher_tasks(plan: Plan, identity: dict[str, Any]) -> list[Task]:
 
 def teacher(context: Context) -> Outcome:
     """Dump every unit that has no dump yet; the engine starts only if there is one."""
-    from stages.teacher import teacher_identity
+    from stages.identity import teacher_identity
 
     store, settings = context.store, context.settings
     planned = units.load_plan(store, settings)
@@ -151,7 +151,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     """How the settings that a dump was made with differ from the current ones."""
-    from stages.teacher import model_name
+    from stages.identity import model_name
 
     identity = receipt.inputs["teacher"]
     old = {

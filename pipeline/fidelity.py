@@ -20,7 +20,6 @@ from pipeline.store import disk_errors
 from schemas.errors import InputError, IntegrityError
 from schemas.manifest import DATASET, Dataset, file_sha256, read_dataset
 from schemas.settings import Teacher
-from stages.stretches import REFERENCE
 
 SLACK = 0.5
 """A measured mean KL may exceed the certificate's by this share and three standard errors of the measurement."""
@@ -48,6 +47,8 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
     Raises InputError where no teacher is named and the data set's is no builtin, IntegrityError for provenance that
     cannot be used.
     """
+    from stages.teacher import REFERENCE
+
     identity = dataset.info.get("teacher", {})
     named = model or str(identity.get("model", ""))
     if model is None and not named.startswith("builtin:"):
@@ -60,7 +61,7 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
             **settings.model_dump(include={"revision", "backend", "start", "end", "trust_remote_code"})
             | settings.model_dump(include={"max_batched_tokens", "kv_cache_gib", "gpu_memory_utilization"})
             | {"tensor_parallel": settings.tensor_parallel, "model": named, "context": context, "overlap": overlap}
-            | {"top_k": 0, **wanted, **REFERENCE}
+            | {"top_k": 0, "static": 0.0, **wanted, **REFERENCE}
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise IntegrityError(
@@ -108,8 +109,9 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     """
     from schemas.byte_shard import read_shard
     from stages.fidelity import Fidelity
+    from stages.identity import teacher_identity
     from stages.stretches import measure_stored
-    from stages.teacher import open_teacher, teacher_identity
+    from stages.teacher import REFERENCE, open_teacher
 
     identity = teacher_identity(settings)
     if not any_teacher:

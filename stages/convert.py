@@ -14,7 +14,7 @@ import numpy as np
 from schemas import settings as st
 from schemas.byte_shard import ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
-from schemas.token_dump import EndTable, Window, read_meta, read_windows
+from schemas.token_dump import Window, read_meta, read_windows
 from stages.fidelity import Fidelity
 from stages.lattice import Lattice
 
@@ -49,10 +49,7 @@ def convert_units(
         teacher = meta["teacher"]
         reference = meta.get("reference") or reference
         open_document = ""
-        table = EndTable.empty()
         for window in read_windows(part, top_k=False):
-            if len(window.table_token):
-                table = window.table
             if stop():
                 raise Interrupted("stopped while converting; rerun the same command to continue")
             if window.reference:
@@ -62,7 +59,7 @@ def convert_units(
                 raise IntegrityError(
                     f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
                 )
-            lattice = Lattice(window, table)
+            lattice = Lattice(window)
             targets = lattice.targets()
             text = window.text[window.score_start :]
             builder.append(text, targets.probs, targets.tail)

@@ -1,8 +1,8 @@
 """The fidelity certificate: stored targets against a reference of the same teacher, measured while converting.
 
 A dump part holds *reference windows* (schemas.token_dump): short stretches whose histories were evaluated far deeper
-than production asks. All rows of such a window give the reference, the rows marked `row_sampled` give what production
-knew. Once the shard is written it is read back, and for the very positions of the stretch
+than production asks. All rows of such a window but the static ones give the reference, the rows marked `row_sampled`
+give what production knew. Once the shard is written it is read back, and for the very positions of the stretch
 
     kl, kl_bucket, jsd, leak   reference against what the shard says (stages.divergence has the formulas)
     branch_kl                  reference against the production targets before they are stored
@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +29,7 @@ from schemas.errors import IntegrityError
 from schemas.token_dump import Window
 from stages.divergence import divergence, kl_spread
 from stages.lattice import END, Lattice, Targets
+from stages.windows import keep_rows
 
 VERSION = 1
 """Of the accumulator and the certificate; states of different versions do not merge."""
@@ -40,58 +40,6 @@ _BINS = 40
 """Histogram bins per decade."""
 _LEAST = 1e-12
 """Values below share the lowest bin."""
-
-_LEVELS, _ENTRIES = ("fanout",), ("entry_byte", "entry_mass")
-_STOPS, _TOP = ("stop_depth", "stop_token", "stop_mass"), ("topk_id", "topk_logp")
-_ROWS = tuple(f.name for f in fields(Window) if f.name.startswith("row_") or f.name in ("log_norm", "end", "control"))
-_PER_ROW = (*(name for name in _ROWS if name not in ("row_parent", "row_sampled")), "n_levels", "n_stops")
-
-
-def _select(window: Window, kept: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns of the rows `kept` bool [R], except `row_parent` and `row_sampled`."""
-    levels = np.repeat(kept, window.n_levels)
-    chosen = dict.fromkeys(_PER_ROW, kept) | dict.fromkeys(_LEVELS, levels)
-    chosen |= dict.fromkeys(_ENTRIES, np.repeat(levels, window.fanout))
-    chosen |= dict.fromkeys(_STOPS, np.repeat(kept, window.n_stops))
-    chosen |= dict.fromkeys(_TOP, np.repeat(kept, len(window.topk_id) // len(kept)))
-    return {name: getattr(window, name)[which] for name, which in chosen.items()}
-
-
-def production(window: Window) -> Window:
-    """What production knew of a reference window: the rows marked `row_sampled`, parents numbered anew."""
-    kept = window.row_sampled == 1
-    number, parent = np.cumsum(kept) - 1, window.row_parent[kept]
-    chosen: dict[str, Any] = _select(window, kept)
-    chosen["row_parent"] = np.where(parent < 0, -1, number[parent]).astype(np.int32)
-    return replace(window, reference=False, doc_position=-1, row_sampled=np.zeros(0, np.uint8), **chosen)
-
-
-def histories(window: Window) -> list[tuple[Any, ...]]:
-    """What each row is, whatever its number: its tokens from the first row on, and whether it is a static row."""
-    static = getattr(window, "row_static", np.zeros(len(window.row_start), np.uint8))
-    chain: list[tuple[int, ...]] = []
-    for parent, token in zip(window.row_parent, window.row_token, strict=True):
-        chain.append((*(chain[parent] if parent >= 0 else ()), int(token)))
-    return list(zip(static.tolist(), chain, strict=True))
-
-
-def combine(deep: Window, asked: Window, doc_position: int) -> Window:
-    """The reference window of one stretch evaluated twice: all rows of `deep`, then those that only `asked` has.
-
-    `deep` is the reference, `asked` the production setting; the rows of `asked` are the ones marked `row_sampled`.
-    """
-    named = {history: number for number, history in reversed(list(enumerate(histories(deep))))}
-    number = []
-    for history in histories(asked):
-        number.append(named.setdefault(history, len(named)))
-    own = np.array(number) >= len(deep.row_start)
-    extra = _select(asked, own)
-    parent = np.array(number, np.int32)[asked.row_parent[own]]
-    joined: dict[str, Any] = {name: np.concatenate([getattr(deep, name), extra[name]]) for name in extra}
-    joined["row_parent"] = np.concatenate([deep.row_parent, parent])
-    sampled = np.zeros(len(joined["row_parent"]), np.uint8)
-    sampled[number] = 1
-    return replace(deep, reference=True, doc_position=doc_position, row_sampled=sampled, **joined)
 
 
 def true_symbols(window: Window) -> np.ndarray:
@@ -184,8 +132,8 @@ class Fidelity:
     def add_window(self, window: Window, shard: ByteShard) -> None:
         """Measure a reference window against the shard that holds its document. Raises IntegrityError if none does."""
         lo = locate(window, shard)
-        asked = production(window)
-        whole, known = Lattice(window).targets(), Lattice(asked).targets()
+        asked, deep = keep_rows(window, window.row_sampled == 1), keep_rows(window, window.row_static == 0)
+        whole, known = Lattice(deep).targets(), Lattice(asked).targets()
         hi = lo + len(known.tail)
         stored, tail = shard.dense(lo, hi), shard.tail[lo:hi]
         self.add_positions(whole, stored, tail, true_symbols(window), (shard.path, window.doc_id))
@@ -197,8 +145,8 @@ class Fidelity:
         self.tail_parts["pruned"] += float(pruned)
         self.tail_parts["other"] += max(0.0, float(known.tail.sum(dtype=np.float64) - unevaluated))
         self.counts["canonical_rows"] += int((window.row_depth == 0).sum())
-        self.counts["production_rows"] += len(asked.row_depth)
-        self.counts["reference_rows"] += len(window.row_depth)
+        self.counts["production_rows"] += int((asked.row_static == 0).sum())
+        self.counts["reference_rows"] += len(deep.row_depth)
 
     def add_positions(
         self, reference: Targets, stored: np.ndarray, tail: np.ndarray, symbol: np.ndarray, document: tuple[str, str]

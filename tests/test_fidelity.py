@@ -21,18 +21,26 @@ from schemas.manifest import DATASET, read_dataset, write_dataset
 from schemas.token_dump import DumpWriter, Window, read_meta, read_windows
 from stages.convert import convert_units
 from stages.divergence import divergence, even_weights, kl_spread, spread_tail
-from stages.fidelity import Fidelity, _Measure, combine, histories, production, summary_line, true_symbols
+from stages.fidelity import Fidelity, _Measure, summary_line, true_symbols
 from stages.lattice import Lattice
-from stages.stretches import REFERENCE, evaluate, plan_stretch, reference_window
 from stages.teacher import Teacher, open_teacher
-from stages.windows import LEAD
+from stages.windows import LEAD, keep_rows, plan_stretch
 
 TEXT = "The student reads the notes as often as it likes; naïve façade, größer. " * 3
+DEEP = {"tau": 1e-5, "depth": 8}
 ASKED = {"tau": 0.02, "depth": 1}
 
 
 def open_tiny(folder: Path, **changes) -> Teacher:
-    base = {"model": str(folder), "backend": "hf", "context": 128, "overlap": 16, "floor": 0.0, "top_k": 3, "table": 0}
+    base = {
+        "model": str(folder),
+        "backend": "hf",
+        "context": 128,
+        "overlap": 16,
+        "floor": 0.0,
+        "top_k": 3,
+        "static": 0.0,
+    }
     return open_teacher(st.Teacher(**{**base, **changes}))
 
 
@@ -41,10 +49,18 @@ def teacher(tiny_checkpoint) -> Teacher:
     return open_tiny(tiny_checkpoint("bytelevel"))
 
 
+def histories(window: Window) -> list[tuple[int, ...]]:
+    """Every row's tokens from the first row on: its identity, whatever its number."""
+    out: list[tuple[int, ...]] = []
+    for parent, token in zip(window.row_parent, window.row_token, strict=True):
+        out.append((*(out[parent] if parent >= 0 else ()), int(token)))
+    return out
+
+
 def at(teacher: Teacher, settings: dict, plans: list) -> list[Window]:
     kept, teacher.settings = teacher.settings, teacher.settings.model_copy(update=settings)
     try:
-        return evaluate(teacher, plans)
+        return teacher.evaluate(plans)
     finally:
         teacher.settings = kept
 
@@ -58,12 +74,13 @@ def plan_of(teacher: Teacher, text: str, position: int, tokens: int):
 
 
 def marked(teacher: Teacher, text: str, position: int = 0, tokens: int = 24, **settings) -> Window:
-    """A reference window as the teacher stage writes it."""
-    kept, teacher.settings = teacher.settings, teacher.settings.model_copy(update=settings or ASKED)
-    try:
-        return reference_window(teacher, plan_of(teacher, text, position, tokens))
-    finally:
-        teacher.settings = kept
+    """A reference window of one stretch, its production rows chosen by `settings`."""
+    stretch = plan_of(teacher, text, position, tokens)
+    (deep,), (asked,) = at(teacher, DEEP, [stretch.plan]), at(teacher, settings or ASKED, [stretch.plan])
+    wanted = set(histories(asked))
+    sampled = np.array([history in wanted for history in histories(deep)], np.uint8)
+    assert sampled.sum() == len(asked.row_start)
+    return replace(deep, reference=True, doc_position=stretch.first, row_sampled=sampled)
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -184,7 +201,7 @@ def test_states_of_another_version_are_refused():
 def test_production_rows_of_a_reference_window_are_the_production_window(teacher, position):
     window = marked(teacher, TEXT, position)
     (asked,) = at(teacher, ASKED, [plan_of(teacher, TEXT, position, 24).plan])
-    known = production(window)
+    known = keep_rows(window, window.row_sampled == 1)
     assert set(histories(known)) == set(histories(asked)) and len(known.row_start) < len(window.row_start)
     for name in ("probs", "tail", "logp", "unaccounted"):
         mine, theirs = (getattr(Lattice(w).targets(), name) for w in (known, asked))
@@ -194,19 +211,8 @@ def test_production_rows_of_a_reference_window_are_the_production_window(teacher
     assert len(known.topk_id) == 3 * len(known.row_start)
 
 
-def test_rows_that_only_production_has_join_the_reference_window(teacher):
-    """A reference need not hold every production row (a static row it has a true one for): both windows survive."""
-    plan = plan_of(teacher, TEXT, 0, 24).plan
-    (deep,), (asked,) = at(teacher, {"tau": 0.05, "depth": 1}, [plan]), at(teacher, {"tau": 1e-3, "depth": 3}, [plan])
-    assert not set(histories(asked)) <= set(histories(deep))
-    window = combine(deep, asked, 0)
-    assert set(histories(window)) == set(histories(asked)) | set(histories(deep))
-    mine, theirs = Lattice(production(window)).targets(), Lattice(asked).targets()
-    np.testing.assert_allclose(mine.probs, theirs.probs, atol=1e-6)
-
-
 def write_part(path: Path, windows: list[Window]) -> Path:
-    writer = DumpWriter(path, {"teacher": {"model": "tiny"}, "reference": REFERENCE})
+    writer = DumpWriter(path, {"teacher": {"model": "tiny"}, "reference": DEEP})
     for window in windows:
         writer.append(window)
     writer.close()
@@ -218,7 +224,7 @@ def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_pat
     (back,) = read_windows(write_part(tmp_path / "a", [window]))
     assert back.reference and back.doc_position == window.doc_position == plan_of(teacher, TEXT, 30, 1).first
     np.testing.assert_array_equal(back.row_sampled, window.row_sampled)
-    assert read_meta(tmp_path / "a")["reference"] == REFERENCE
+    assert read_meta(tmp_path / "a")["reference"] == DEEP
     orphaned = window.row_sampled.copy()
     branch = int(np.flatnonzero((window.row_sampled == 0) & (window.row_depth > 1))[0])
     orphaned[branch], orphaned[window.row_parent[branch]] = 1, 0
@@ -249,9 +255,9 @@ def test_convert_measures_reference_windows_and_writes_none_of_them(tmp_path, te
     alone, without = convert(tmp_path, "alone", [ordinary])
     mixed, counts = convert(tmp_path, "mixed", [extra[0], ordinary, extra[1]])
     assert mixed == alone and without["fidelity"] is None
-    assert counts["reference"] == REFERENCE
+    assert counts["reference"] == DEEP
     certificate = Fidelity([counts["fidelity"]]).certificate({"model": "tiny"}, counts["reference"])
-    assert certificate is not None and certificate["reference"] == REFERENCE
+    assert certificate is not None and certificate["reference"] == DEEP
     sample = {"positions": sum(len(true_symbols(w)) for w in extra), "windows": 2, "documents": 1}
     assert certificate["sample"] == sample
     assert certificate["kl"]["mean"] > certificate["branch_kl"]["mean"] / 2 > 1e-6
@@ -279,8 +285,8 @@ def test_a_reference_window_of_another_text_is_refused(tmp_path, teacher):
 
 
 def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_path, teacher):
-    (ordinary,) = at(teacher, REFERENCE, [plan_of(teacher, TEXT, 0, 999).plan])
-    window = marked(teacher, TEXT, 0, 24, **REFERENCE)
+    (ordinary,) = at(teacher, DEEP, [plan_of(teacher, TEXT, 0, 999).plan])
+    window = marked(teacher, TEXT, 0, 24, **DEEP)
     found = []
     for name, prune in (("fine", 0.0), ("coarse", 0.05)):
         _, counts = convert(tmp_path, name, [ordinary, window], prune=prune)
@@ -299,12 +305,12 @@ def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_pat
 def test_a_stretch_has_the_targets_of_the_document(teacher):
     """A window's targets at a stretch, and the stretch alone, agree: the text after it does not matter."""
     plan = plan_of(teacher, TEXT, 0, 999).plan
-    (whole,) = at(teacher, REFERENCE, [plan])
+    (whole,) = at(teacher, DEEP, [plan])
     targets = Lattice(whole).targets()
     for position in (0, 40, 100, len(TEXT.encode())):
         stretch = plan_of(teacher, TEXT, position, 10)
         assert stretch.first <= position
-        (window,) = at(teacher, REFERENCE, [stretch.plan])
+        (window,) = at(teacher, DEEP, [stretch.plan])
         mine = Lattice(window).targets()
         assert len(mine.tail) == stretch.n_targets == len(true_symbols(window))
         here = slice(stretch.first, stretch.first + stretch.n_targets)
@@ -363,7 +369,7 @@ def published(tmp_path_factory, tiny_checkpoint) -> Path:
     config = {
         "run.dir": folder / "run", "corpus.source": folder / "corpus.parquet", "corpus.unit_bytes": 2000,
         "teacher.model": tiny_checkpoint("bytelevel"), "teacher.backend": "hf", "teacher.tau": 0.001,
-        "teacher.depth": 3, "teacher.table": 0, "teacher.context": 128, "convert.prune": 1e-4,
+        "teacher.depth": 3, "teacher.sample_tokens": 24, "teacher.context": 128, "convert.prune": 1e-4,
     }  # fmt: skip
     lines: dict[str, list[str]] = {}
     for key, value in config.items():
@@ -375,7 +381,7 @@ def published(tmp_path_factory, tiny_checkpoint) -> Path:
     for command in ("plan", "teacher", "convert"):
         result = bytecache(command, "--config", folder / "c.toml")
         assert result.exit_code == 0, result.output
-    assert "fidelity:" in result.output
+    assert "fidelity: KL" in result.output
     return folder
 
 

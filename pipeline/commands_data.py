@@ -21,7 +21,15 @@ from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
 
 TARGETS = "targets"
-CONVERTER = ("stages.convert", "stages.lattice", "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip")
+CONVERTER = (
+    "stages.convert",
+    "stages.lattice",
+    "schemas.shard_builder",
+    "schemas.prior",
+    "schemas.quantise",
+    "schemas.packing",
+    "schemas.zarr_zip",
+)
 """Modules whose code decides the bytes of a shard."""
 
 

@@ -1,4 +1,4 @@
-"""The loops of a reader: stored columns to rows by symbol, refusing what no writer produces, and rows to triples. No I/O.
+"""The loops of a reader: codes to rows by symbol, refusing what no writer produces, and rows to triples. No I/O.
 
 Price, one core: SPEC.md, "Cost".
 """
@@ -8,7 +8,22 @@ from numba import njit
 from numpy.typing import NDArray
 
 from schemas.prior import find_node
-from schemas.quantise import BAD_CODE, BAD_COUNT, BAD_MASS, BAD_ORDER, END, F32, I16, I32, I64, OK, TAIL, TAIL_IS_ALL, U8, VALUE
+from schemas.quantise import (
+    BAD_CODE,
+    BAD_COUNT,
+    BAD_MASS,
+    BAD_ORDER,
+    END,
+    F32,
+    I16,
+    I32,
+    I64,
+    OK,
+    TAIL,
+    TAIL_IS_ALL,
+    U8,
+    VALUE,
+)
 
 END_IS_TOP = 255
 """Value of the expanded `end` column that says: END is the implied symbol of this row."""

@@ -38,7 +38,9 @@ UNIT = 1 << 24
 
 _WEIGHT: F64 = np.array([2.0 ** -(c // 2) * (0.7071067811865476 if c % 2 else 1.0) for c in range(256)])
 # Ratios below which the next code is nearer: 2 ** (-(c + 1/2) / 2) = 2 ** -(c // 2) * 2 ** (-1/4 or -3/4).
-_EDGE: F64 = np.array([2.0 ** -(c // 2) * (0.5946035575013605 if c % 2 else 0.8408964152537145) for c in range(MAX_CODE)])
+_EDGE: F64 = np.array(
+    [2.0 ** -(c // 2) * (0.5946035575013605 if c % 2 else 0.8408964152537145) for c in range(MAX_CODE)]
+)
 
 
 class Prior(NamedTuple):
@@ -86,7 +88,10 @@ def pack_code(prior: Prior) -> U8:
 
 
 def check_prior(parent: I64, byte: U8, code: U8) -> Prior:
-    """The prior of stored columns (`code` as `pack_code` makes it). Raises ValueError, the column's name first, for what is no tree with weights."""
+    """The prior of stored columns (`code` as `pack_code` makes it).
+
+    Raises ValueError, the column's name first, for what is no tree with weights.
+    """
     n = len(parent)
     if not 1 <= n <= NODES:
         raise ValueError(f"prior_parent has {n} nodes, must have 1..{NODES}")
@@ -158,9 +163,7 @@ def grow(text: U8, doc_start: I64) -> Prior:
             nodes[depth, context] = len(parent)
             parent.append(nodes[depth - 1, context >> 8])
             byte.append(context & 255)
-    return Prior(
-        np.array(parent, np.int64), np.array(byte, np.uint8), np.zeros((len(parent), SYMBOLS), np.uint8)
-    )
+    return Prior(np.array(parent, np.int64), np.array(byte, np.uint8), np.zeros((len(parent), SYMBOLS), np.uint8))
 
 
 @njit(cache=True, nogil=True)

@@ -2,7 +2,7 @@
 
 Codes: a listed symbol has (c / 256) ** 2, the unlisted mass (c / 256) ** 4. Steps are equal in the square root of a
 probability, where equal steps cost equal divergence; the fourth power reaches down to the small tails. Both are
-multiples of 2 ** -32, so sums are exact. One symbol per position, the most likely one, is implied: 1 minus all the rest.
+multiples of 2 ** -32, so sums are exact. One symbol per position, the most likely, is implied: 1 minus all the rest.
 
 What is listed is a trade of rate against distortion. A symbol that is not listed still gets its share of the tail from
 the prior (prior.py), so listing it gains p ln(p / q) - p + q nats over that share q; it is listed where this exceeds
@@ -34,6 +34,8 @@ FLOOR = 1e-6
 MAX_COUNT = 127
 FLAT_TAIL = 0.98
 """Unlisted mass above which a row lists nothing: no code is near it."""
+FINE_TAIL = 20.0
+"""A tail leaves the multiples of its step where that spares more than so many bits are worth."""
 
 U8 = NDArray[np.uint8]
 I16 = NDArray[np.int16]
@@ -120,8 +122,8 @@ def gather_rows(
 
     probs float32 [m * 257], flat, and `bits`, the same memory as uint32; unlisted float32 [m]. Output: count int16
     [m], rest float64 [m] (unlisted mass and all that is below the threshold), symbol int16 and prob float32 [257 m].
-    A row's rounding residual goes to its largest probability (the smallest symbol of equals). Returns (entries, row, reason, value); row is -1
-    when all rows are good, otherwise the first bad one.
+    A row's rounding residual goes to its largest probability (the smallest symbol of equals). Returns (entries, row,
+    reason, value); row is -1 when all rows are good, otherwise the first bad one.
     """
     words = np.empty(32, np.uint64)
     flags = words.view(np.uint8)
@@ -175,11 +177,11 @@ def gather_rows(
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _round_code(root: float, step: int, lowest: int, highest: int, p: float, power: int, error: float, top: float) -> int:
-    """Multiple of `step` (at most `highest`) around 256 * root whose value costs least: its own error and the implied symbol's.
+def _round_code(root: float, step: int, highest: int, p: float, power: int, error: float, top: float) -> int:
+    """The multiple of `step` next to 256 * root, `highest` at most, that errs least on p and on the implied symbol.
 
-    `power` 2 or 4; `error` summed so far; `top` the implied symbol's true mass. 0 = none leaves the implied
-    symbol half of its value.
+    `power` 2 or 4; `error` summed so far; `top` the implied symbol's true mass. 0: none above zero leaves the
+    implied symbol half of its value.
     """
     x = root * 256.0
     below = int(x / step) * step
@@ -187,7 +189,7 @@ def _round_code(root: float, step: int, lowest: int, highest: int, p: float, pow
     least = np.inf
     for code in (below, below + step):
         code = min(code, highest)
-        if code < lowest:
+        if code < 1:
             continue
         value = (code / 256.0) * (code / 256.0)
         if power == 4:
@@ -211,6 +213,55 @@ def learn_masses(node: I32, skip: U8, count: I16, symbol: I16, prob: F32, unit: 
             if skip[k] == 0:
                 mass[node[i], symbol[k]] += np.int64(float(prob[k]) * unit)
         at += count[i]
+
+
+@njit(cache=True, nogil=True)
+def _add_divergence(
+    order: I64,
+    listed: U8,
+    symbol: I16,
+    prob: F32,
+    coded: F64,
+    implied: float,
+    error: float,
+    rest: float,
+    tail: float,
+    weight: F64,
+    unlisted_weight: float,
+    divergence: F64,
+) -> None:
+    """Bookkeeping, nothing is decided by it: the KL of one row, quantisation alone and with the tail spread.
+
+    `order`: the row's entries, the implied symbol's first; `coded` their decoded probabilities where listed;
+    `unlisted_weight`: prior weight of all symbols but the implied one. What the row did not keep (`rest`) counts as
+    one symbol.
+    """
+    quantised = implied * math.log(implied / (implied - error))
+    whole = quantised
+    missing = rest
+    for k in range(1, order.shape[0]):
+        e = order[k]
+        p = float(prob[e])
+        if listed[e]:
+            unlisted_weight -= weight[symbol[e]]
+            x = p * math.log(p / coded[k])
+            quantised += x
+            whole += x
+        else:
+            missing += p
+    if missing > 1e-12 and tail > 0.0:
+        quantised += missing * math.log(missing / tail)
+        share = unlisted_weight
+        for k in range(1, order.shape[0]):
+            e = order[k]
+            if not listed[e] and prob[e] > 0:
+                p = float(prob[e])
+                share -= weight[symbol[e]]
+                whole += p * math.log(p / (tail * weight[symbol[e]] / unlisted_weight))
+        if rest > 1e-12:
+            whole += rest * math.log(rest / (tail * max(share, 1e-12) / unlisted_weight))
+    divergence[0] += quantised
+    divergence[1] += whole
 
 
 @njit(cache=True, nogil=True)
@@ -241,13 +292,14 @@ def encode_rows(
 
     true int16 [n]: the symbol that follows; node, count, rest, symbol, prob: rows as `gather_rows` keeps them;
     weight, rank [K, 257], total_weight [K]: the prior; price float64 [257]: nats an entry at each rank must gain.
-    Output: head, tail uint8 [n]; top uint8 [misses]; gap, value uint8 [entries]; `listed` uint8 [entries of the
-    input]: 1 = not in the tail. divergence[0] grows by the quantisation KL (rows over listed symbols and tail), [1] by
-    the whole KL, tail spread by the prior. Returns (misses, entries).
+    Output, as in `packing.Codes`: head, tail uint8 [n]; top uint8 [M]; gap, value uint8 [E]; `listed` uint8 [entries
+    of the input]: 1 = not in the tail. divergence[0] grows by the quantisation KL (rows over listed symbols and
+    tail), [1] by the whole KL, tail spread by the prior. Returns (M, E).
     """
     scratch = np.empty(1, np.float64)
     scratch_bits = scratch.view(np.uint64)
     order = np.empty(SYMBOLS, np.int64)
+    coded = np.empty(SYMBOLS)
     codes = np.empty(SYMBOLS, np.int64)
     spots = np.empty(SYMBOLS, np.int64)
     at = 0
@@ -272,7 +324,6 @@ def encode_rows(
             if at + k != best:
                 t += float(prob[at + k])
         top_symbol = int(symbol[best]) if m else 0
-        all_tail = t
         if implied < FLOOR:
             head[i], tail[i] = 0, TAIL_IS_ALL
             at += m
@@ -303,6 +354,10 @@ def encode_rows(
                     n_listed += 1
                     t = max(t - p, rest[i])
                     w -= weight[row, s]
+        t = rest[i]  # again, without the rounding of the subtractions above
+        for k in range(1, m):
+            if not listed[order[k]]:
+                t += float(prob[order[k]])
         if t > FLAT_TAIL:
             for k in range(m):
                 listed[at + k] = 0
@@ -313,38 +368,36 @@ def encode_rows(
         code = 0
         if t > 0.0:
             root = math.sqrt(math.sqrt(t))
-            code = _round_code(root, tail_step, 1, 254, t, 4, 0.0, implied)
+            code = _round_code(root, tail_step, 254, t, 4, 0.0, implied)
             off = TAIL[code] - t
-            if code == 0 or off * off / max(t, TAIL[code]) + off * off / implied > 4.0 * rate:
-                code = max(1, _round_code(root, 1, 1, 254, t, 4, 0.0, implied))
+            if code == 0 or off * off / max(t, TAIL[code]) + off * off / implied > FINE_TAIL * rate:
+                code = max(1, _round_code(root, 1, 254, t, 4, 0.0, implied))
             error = TAIL[code] - t
         tail[i] = code
         n = 0
         for k in range(1, m):
             e = order[k]
-            if listed[e]:
-                p = float(prob[e])
-                root = math.sqrt(p)
-                step = value_step
-                code = 0
-                while code == 0 and step > 0:
-                    code = _round_code(root, step, 1, 255, p, 2, error, implied)
-                    step >>= 1
-                if code == 0:  # a row too flat for the codes: the symbol stays unlisted, the implied one has its mass
-                    listed[e] = 0
-                    error -= p
-                    continue
-                error += VALUE[code] - p
-                r = int(rank[row, symbol[e]])
-                r -= r > top_rank
-                j = n
-                while j > 0 and spots[j - 1] > r:
-                    spots[j] = spots[j - 1]
-                    codes[j] = codes[j - 1]
-                    j -= 1
-                spots[j] = r
-                codes[j] = code
-                n += 1
+            coded[k] = 0.0
+            if not listed[e]:
+                continue
+            p = float(prob[e])
+            code = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied)
+            if code == 0:  # no code leaves the implied symbol enough: this one stays unlisted, its mass with that
+                listed[e] = 0
+                error -= p
+                continue
+            coded[k] = VALUE[code]
+            error += VALUE[code] - p
+            r = int(rank[row, symbol[e]])
+            r -= r > top_rank
+            j = n
+            while j > 0 and spots[j - 1] > r:
+                spots[j] = spots[j - 1]
+                codes[j] = codes[j - 1]
+                j -= 1
+            spots[j] = r
+            codes[j] = code
+            n += 1
         before = -1
         for j in range(n):
             gap[out] = spots[j] - before - 1
@@ -357,44 +410,9 @@ def encode_rows(
             top[n_top] = r - (r > rank[row, true[i]])
             n_top += 1
         head[i] = 2 * n + miss
-        # Divergences: bookkeeping only, nothing is decided by them.
-        q_tail = TAIL[tail[i]]
-        got = implied - error
-        quantised = implied * math.log(implied / got)
-        whole = quantised
-        unlisted_p = all_tail
-        w = total_weight[row] - weight[row, top_symbol]
-        for k in range(1, m):
-            if listed[order[k]]:
-                w -= weight[row, symbol[order[k]]]
-                unlisted_p -= float(prob[order[k]])
-        out_k = out - n
-        for k in range(1, m):
-            e = order[k]
-            p = float(prob[e])
-            if p <= 0.0:
-                continue
-            if listed[e]:
-                r = int(rank[row, symbol[e]])
-                r -= r > top_rank
-                for j in range(n):
-                    if spots[j] == r:
-                        x = p * math.log(p / VALUE[value[out_k + j]])
-                        quantised += x
-                        whole += x
-            elif q_tail > 0.0:
-                whole += p * math.log(p / (q_tail * weight[row, symbol[e]] / w))
-        if unlisted_p > 1e-12 and q_tail > 0.0:
-            quantised += unlisted_p * math.log(unlisted_p / q_tail)
-        below = rest[i]
-        if below > 1e-12 and q_tail > 0.0:
-            share = w
-            for k in range(1, m):
-                if not listed[order[k]]:
-                    share -= weight[row, symbol[order[k]]]
-            share = max(share, 1e-12)
-            whole += below * math.log(below / (q_tail * share / w))
-        divergence[0] += quantised
-        divergence[1] += whole
+        _add_divergence(
+            order[:m], listed, symbol, prob, coded, implied, error, rest[i], TAIL[tail[i]], weight[row],
+            total_weight[row] - weight[row, top_symbol], divergence,
+        )  # fmt: skip
         at += m
     return n_top, out

@@ -351,7 +351,7 @@ def test_reader_of_the_specification_agrees_and_needs_nothing_of_ours(tmp_path: 
         shard = read_shard(shard_path)
         p = np.load(out)
         assert np.allclose(p, shard.dense(0, len(shard), spread_tail=True), atol=1e-6, rtol=1e-5)
-        assert len(p) == len(shard) and len(shard.prior.parent) >= (1, 40)[k]
+        assert len(p) == len(shard) and len(shard.prior.parent) >= (1, 9)[k]
 
 
 @pytest.mark.parametrize(

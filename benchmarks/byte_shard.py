@@ -1,9 +1,12 @@
-"""Cost of byte targets on natural rows: `python -m tests.bench_byte_shard` (one core, about half a minute).
+"""Cost of byte targets on natural rows: `python -m benchmarks.byte_shard` (one core, about a minute).
 
 Text: Python's own documentation (`pydoc_data.topics`). Rows: an interpolated byte n-gram model of the same text,
-which gives peaked and flat rows in about the proportion of a small language model.
+which gives peaked and flat rows in about the proportion of a small language model (for sizes of real ones see
+`benchmarks/rate_distortion.py`). Speeds in processor time: wall time would measure the neighbours.
 """
 
+import argparse
+import json
 import os
 import tempfile
 import time
@@ -13,7 +16,7 @@ from pydoc_data import topics
 
 import numpy as np
 
-from schemas.byte_shard import ShardBuilder, read_shard
+from schemas.byte_shard import PRESETS, ShardBuilder, read_shard
 from schemas.quantise import F32, U8
 
 ORDERS = {1: 0.005, 2: 0.015, 3: 0.08, 4: 0.2, 5: 0.7}
@@ -42,8 +45,8 @@ def natural_rows() -> tuple[U8, Iterator[tuple[F32, F32]]]:
     return text, pieces()
 
 
-def best(run: Callable[[], object], repeats: int = 5) -> float:
-    """Processor seconds of the fastest run (wall time would measure the neighbours)."""
+def best(run: Callable[[], object], repeats: int = 3) -> float:
+    """Processor seconds of the fastest run."""
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
@@ -52,30 +55,52 @@ def best(run: Callable[[], object], repeats: int = 5) -> float:
     return min(seconds)
 
 
-def main() -> None:
+def measure(precision: str, repeats: int) -> dict[str, float]:
+    """Sizes, and MB of text per second of one core."""
     text, pieces = natural_rows()
     n = len(text)
-    builder = ShardBuilder()
-    seconds, entropy = 0.0, 0.0
+    builder = ShardBuilder(precision=precision)
+    append = 0.0
     for k, (probs, tail) in enumerate(pieces):
         piece = text[k * PIECE : (k + 1) * PIECE]
-        entropy -= float((probs * np.log2(np.maximum(probs, 1e-30))).sum()) / n
-        seconds += best(lambda p=piece, q=probs, t=tail: ShardBuilder().append(p, q, t))  # type: ignore[misc]
+        append += best(lambda p=piece, q=probs, t=tail: ShardBuilder(precision=precision).append(p, q, t), repeats)  # type: ignore[misc]
         builder.append(piece, probs, tail)
     builder.append(text[:0], np.eye(1, 257, 256, dtype=np.float32), np.zeros(1, np.float32))
     builder.end_document("topics")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.zarr.zip"
-        statistics = builder.write(path, {})
-        print({**statistics, "entropy_bits": round(entropy, 3), "cores": os.cpu_count()})
-        print(f"file:    {statistics['size'] / n:.2f} bytes per byte of text")
-        print(f"append:  {n / seconds / 1e6:.1f} MB of text/s")
-        print(f"write:   {n / best(lambda: builder.write(path, {})) / 1e6:.1f} MB of text/s")
+        start = time.process_time()
+        statistics = builder.write(path, {})  # learns the prior and encodes, then writes
+        first = time.process_time() - start
+        write = best(lambda: builder.write(path, {}), repeats)
         shard = read_shard(path)
-        print(f"read:    {n / best(lambda: read_shard(path)) / 1e6:.1f} MB of text/s")
+        read = best(lambda: read_shard(path), repeats)
         window = 1 << 14
-        shard.triples(0, window)
-        print(f"triples: {window / best(lambda: shard.triples(5, 5 + window), 50) / 1e6:.1f} M positions/s")
+        triples = shard.triples(5, 5 + window)
+        decode = best(lambda: shard.triples(5, 5 + window), 50)
+    return {
+        "bytes_per_text_byte": round(statistics["size"] / n, 3),
+        "entries_per_position": round(statistics["n_entries"] / n, 3),
+        "contexts": len(shard.prior.parent),
+        "kl_mean": statistics["kl_mean"],
+        "append_mb_s": round(n / append / 1e6, 2),
+        "learn_and_encode_mb_s": round(n / max(1e-9, first - write) / 1e6, 2),
+        "write_mb_s": round(n / write / 1e6, 2),
+        "read_mb_s": round(n / read / 1e6, 2),
+        "triples_m_positions_s": round(window / decode / 1e6, 1),
+        "triples_m_triples_s": round(len(triples.row) / decode / 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    args = parser.parse_args()
+    results = {"cores": os.cpu_count(), "presets": {name: measure(name, args.repeats) for name in PRESETS}}
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

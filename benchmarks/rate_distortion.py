@@ -96,7 +96,7 @@ def entropy_bytes(values: np.ndarray) -> float:
 def kl(reference: np.ndarray, other: np.ndarray) -> float:
     """Mean over rows, nats; both normalised."""
     p = reference / reference.sum(1, keepdims=True)
-    q = np.maximum(other / other.sum(1, keepdims=True), 1e-300)
+    q = np.maximum(other.astype(np.float64) / other.sum(1, keepdims=True), 1e-300)
     return float((p * np.log(np.maximum(p, 1e-300) / q)).sum(1).mean())
 
 
@@ -204,8 +204,8 @@ def markdown(results: dict[str, Any]) -> str:
     for name, result in results.items():
         for p in sorted(result["shards"], key=lambda point: point["rate"]):
             lines.append(
-                f"| {name} | {p['preset']} | {p['rate']:g} | {p['value_step']} | {p['entries']:.2f} | {p['size']:.2f} | "
-                f"{p['prior']:.2f} | {p['kl']:.4f} | {p['pruning']:.4f} | {p['quantisation']:.4f} |"
+                f"| {name} | {p['preset']} | {p['rate']:g} | {p['value_step']} | {p['entries']:.2f} | "
+                f"{p['size']:.2f} | {p['prior']:.2f} | {p['kl']:.4f} | {p['pruning']:.4f} | {p['quantisation']:.4f} |"
             )
     lines += ["", "Bytes per text byte at equal KL, prototype frontier -> this format:", ""]
     lines += ["| capture | " + " | ".join(f"KL {target:g}" for target in EQUAL_KL) + " |"]
@@ -230,7 +230,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for k, (name, result) in enumerate(results.items()):
         for key, style in (("baseline", "--"), ("shards", "-")):
             points = sorted((p["kl"], p["size"]) for p in result[key])
-            axes.plot(*zip(*points, strict=True), style, color=f"C{k}", marker=".", label=name if key == "shards" else None)
+            axes.plot(
+                *zip(*points, strict=True), style, color=f"C{k}", marker=".", label=name if key == "shards" else None
+            )
     axes.set(xscale="log", yscale="log", xlabel="KL, nats per position", ylabel="bytes per byte of text")
     axes.set_yticks([1, 2, 3, 4, 6, 8, 12, 16], labels=["1", "2", "3", "4", "6", "8", "12", "16"])
     axes.grid(alpha=0.3)
@@ -254,7 +256,10 @@ def main() -> None:
     else:
         texts = dict(entry.split("=", 1) for entry in args.text)
         texts = {name: Path(file).read_text(encoding="utf-8") for name, file in texts.items()}
-        texts = texts or {"prose": "".join(topics.values()), "code": inspect.getsource(argparse) + inspect.getsource(textwrap)}
+        texts = texts or {
+            "prose": "".join(topics.values()),
+            "code": inspect.getsource(argparse) + inspect.getsource(textwrap),
+        }
         pieces = {name: text.encode()[: args.bytes].decode(errors="ignore") for name, text in texts.items()}
         captures = capture(args.model, args.context, pieces)
     if args.keep:

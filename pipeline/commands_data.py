@@ -25,6 +25,7 @@ CONVERTER = (
     "stages.convert",
     "stages.lattice",
     "schemas.shard_builder",
+    "schemas.gather",
     "schemas.prior",
     "schemas.quantise",
     "schemas.packing",

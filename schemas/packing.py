@@ -2,8 +2,8 @@
 
 Two small numbers share a byte, and what is too large for its half is in a column apart: zstd's entropy stage codes
 single bytes. A byte that holds value and gap is coded with their joint statistics, never costs a whole bit for a
-certain half, and has too many values for useless short matches. Measured on English prose: 17 % fewer bytes for value and gap
-than in two columns at zstd level 3, 5 % fewer at level 19.
+certain half, and has too many values for useless short matches. Measured on English prose: 17 % fewer bytes for value
+and gap than in two columns at zstd level 3, 5 % fewer at level 19.
 """
 
 from typing import Any, NamedTuple

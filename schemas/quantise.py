@@ -28,7 +28,6 @@ SYMBOLS = 257
 END = 256
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
-SUM_TOLERANCE = 1e-4
 FLOOR = 1e-6
 """A row whose most likely symbol is rarer than this lists nothing."""
 MAX_COUNT = 127
@@ -51,7 +50,6 @@ VALUE: F64 = (np.arange(256) / 256.0) ** 2
 """float64 [256]: probability of a listed symbol's code."""
 TAIL: F64 = np.append(((np.arange(255) / 256.0) ** 2) ** 2, 1.0)
 """float64 [256]: mass of a `tail` code; 255 = 1."""
-_LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))
 
 
 def _log2_table() -> I64:
@@ -70,110 +68,6 @@ _LN2_UNIT = 0.6931471805599453 / 2**20
 def _log2(bits: np.uint64) -> int:
     """log2 of a positive float64 with these bits, units of 2 ** -20 above an arbitrary zero, within 2 ** -12."""
     return (np.int64(bits >> np.uint64(52)) << 20) + _LOG2[np.int64(bits >> np.uint64(40)) & 4095]
-
-
-@njit(cache=True, nogil=True)
-def _scan(
-    probs: F32,
-    bits: NDArray[np.uint32],
-    start: np.uint64,
-    threshold: np.uint32,
-    scale: np.float32,
-    flags: U8,
-    words: NDArray[np.uint64],
-    found: I64,
-) -> tuple[np.uint32, int, int]:
-    """One row's 256 bytes: (largest value's bits, sum of those below threshold, how many are not), ids in `found`.
-
-    Two vectorised loops. The sum is in fixed point (`scale` units per 1, each summand rounded up), so that its
-    order does not matter and a summand > 0 never vanishes.
-    """
-    biggest = np.uint32(0)
-    pruned = np.int64(0)
-    for j in range(np.uint64(256)):
-        value = bits[start + j]
-        biggest = value if value > biggest else biggest
-        fixed = np.int32(probs[start + j] * scale) + np.int32(value != 0)
-        pruned += np.int64(0) if value >= threshold else np.int64(fixed)
-    for j in range(np.uint64(256)):
-        flags[j] = bits[start + j] >= threshold
-    n = 0
-    for word in range(np.uint64(32)):
-        if words[word] != 0:
-            for j in range(word * np.uint64(8), word * np.uint64(8) + np.uint64(8)):
-                found[n] = j
-                n += flags[j]
-    return biggest, int(pruned), n
-
-
-@njit(cache=True, nogil=True)
-def gather_rows(
-    probs: F32,
-    bits: NDArray[np.uint32],
-    unlisted: F32,
-    threshold: np.uint32,
-    scale: np.float32,
-    count: I16,
-    rest: F64,
-    symbol: I16,
-    prob: F32,
-) -> tuple[int, int, int, float]:
-    """Check m dense rows and keep what is at or above `threshold` (float32 bits), and always the largest.
-
-    probs float32 [m * 257], flat, and `bits`, the same memory as uint32; unlisted float32 [m]. Output: count int16
-    [m], rest float64 [m] (unlisted mass and all that is below the threshold), symbol int16 and prob float32 [257 m].
-    A row's rounding residual goes to its largest probability (the smallest symbol of equals). Returns (entries, row,
-    reason, value); row is -1 when all rows are good, otherwise the first bad one.
-    """
-    words = np.empty(32, np.uint64)
-    flags = words.view(np.uint8)
-    found = np.empty(257, np.int64)
-    out = 0
-    for i in range(unlisted.shape[0]):
-        start = np.uint64(i) * np.uint64(257)
-        # As unsigned integers, floats >= 0 keep their order; negative, NaN and infinite ones land above the limit.
-        top_bits, fixed, n = _scan(probs, bits, start, threshold, scale, flags, words, found)
-        missing = fixed / float(scale)
-        end_bits = bits[start + np.uint64(256)]
-        given = float(unlisted[i])
-        if top_bits > _LIMIT_BITS or end_bits > _LIMIT_BITS:
-            for j in range(257):
-                if bits[start + np.uint64(j)] > _LIMIT_BITS:
-                    return out, i, BAD_VALUE, float(probs[start + np.uint64(j)])
-        if not (given >= 0.0 and given <= 1.0 + SUM_TOLERANCE):
-            return out, i, BAD_VALUE, given
-        missing += given
-        if end_bits >= threshold or end_bits > top_bits:
-            found[n] = 256
-            n += 1
-        else:
-            missing += float(probs[start + np.uint64(256)])
-        if n == 0 and top_bits > 0:  # the most likely symbol itself is below the threshold
-            found[0] = 0
-            while bits[start + np.uint64(found[0])] != top_bits:
-                found[0] += 1
-            missing = max(0.0, missing - float(probs[start + np.uint64(found[0])]))
-            n = 1
-        first = out
-        best = out
-        listed = 0.0
-        for k in range(n):
-            p = probs[start + np.uint64(found[k])]
-            symbol[out] = found[k]
-            prob[out] = p
-            listed += float(p)
-            if p > prob[best]:
-                best = out
-            out += 1
-        if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
-            return first, i, BAD_SUM, listed + missing
-        if n > 0:
-            prob[best] = max(np.float32(0.0), np.float32(1.0 - missing - (listed - float(prob[best]))))
-            rest[i] = missing
-        else:
-            rest[i] = 1.0
-        count[i] = n
-    return out, -1, OK, 0.0
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -225,6 +119,7 @@ def _add_divergence(
     implied: float,
     error: float,
     rest: float,
+    given: float,
     tail: float,
     weight: F64,
     unlisted_weight: float,
@@ -233,8 +128,8 @@ def _add_divergence(
     """Bookkeeping, nothing is decided by it: the KL of one row, quantisation alone and with the tail spread.
 
     `order`: the row's entries, the implied symbol's first; `coded` their decoded probabilities where listed;
-    `unlisted_weight`: prior weight of all symbols but the implied one. What the row did not keep (`rest`) counts as
-    one symbol.
+    `unlisted_weight`: prior weight of all symbols but the implied one. Of what the row did not keep, `rest`, the
+    input's own unlisted mass, `given`, is spread as the decoder spreads it, and the remainder counts as one symbol.
     """
     quantised = implied * math.log(implied / (implied - error))
     whole = quantised
@@ -255,11 +150,14 @@ def _add_divergence(
         for k in range(1, order.shape[0]):
             e = order[k]
             if not listed[e] and prob[e] > 0:
-                p = float(prob[e])
+                w = weight[symbol[e]] / unlisted_weight
                 share -= weight[symbol[e]]
-                whole += p * math.log(p / (tail * weight[symbol[e]] / unlisted_weight))
-        if rest > 1e-12:
-            whole += rest * math.log(rest / (tail * max(share, 1e-12) / unlisted_weight))
+                p = float(prob[e]) + given * w
+                whole += p * math.log(p / (tail * w))
+        w = max(share, 1e-12) / unlisted_weight
+        p = max(0.0, rest - given) + given * w
+        if p > 1e-12:
+            whole += p * math.log(p / (tail * w))
     divergence[0] += quantised
     divergence[1] += whole
 
@@ -270,6 +168,7 @@ def encode_rows(
     node: I32,
     count: I16,
     rest: F64,
+    given: F32,
     symbol: I16,
     prob: F32,
     weight: F64,
@@ -290,7 +189,8 @@ def encode_rows(
 ) -> tuple[int, int]:
     """Choose what rows list, quantise it, and lay it out.
 
-    true int16 [n]: the symbol that follows; node, count, rest, symbol, prob: rows as `gather_rows` keeps them;
+    true int16 [n]: the symbol that follows; node, count, rest, symbol, prob: rows as `gather_rows` keeps them; given
+    float32 [n]: the unlisted mass they came with;
     weight, rank [K, 257], total_weight [K]: the prior; price float64 [257]: nats an entry at each rank must gain.
     Output, as in `packing.Codes`: head, tail uint8 [n]; top uint8 [M]; gap, value uint8 [E]; `listed` uint8 [entries
     of the input]: 1 = not in the tail. divergence[0] grows by the quantisation KL (rows over listed symbols and
@@ -411,8 +311,8 @@ def encode_rows(
             n_top += 1
         head[i] = 2 * n + miss
         _add_divergence(
-            order[:m], listed, symbol, prob, coded, implied, error, rest[i], TAIL[tail[i]], weight[row],
-            total_weight[row] - weight[row, top_symbol], divergence,
+            order[:m], listed, symbol, prob, coded, implied, error, rest[i], float(given[i]), TAIL[tail[i]],
+            weight[row], total_weight[row] - weight[row, top_symbol], divergence,
         )  # fmt: skip
         at += m
     return n_top, out

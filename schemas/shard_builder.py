@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas import gather, quantise
 from schemas import prior as priors
-from schemas import quantise
 from schemas.errors import IntegrityError
 from schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, Codes, pack_columns
 from schemas.prior import Prior
@@ -52,6 +52,7 @@ class _Rows(NamedTuple):
     """int16 [n]: the symbol that follows"""
     n_kept: I16
     rest: F64
+    given: F32
     symbol: I16
     prob: F32
 
@@ -145,11 +146,11 @@ class ShardBuilder:
         flat = probs.reshape(-1)
         count, rest = np.empty(n, np.int16), np.empty(n, np.float64)
         symbol, prob = np.empty(SYMBOLS * n, np.int16), np.empty(SYMBOLS * n, np.float32)
-        n_entries, row, reason, value = quantise.gather_rows(
+        n_entries, row, reason, value = gather.gather_rows(
             flat, flat.view(np.uint32), tail, self._threshold, self._scale, count, rest, symbol, prob
         )
         if row < 0:
-            return _Rows(true, count, rest, symbol[:n_entries].copy(), prob[:n_entries].copy())
+            return _Rows(true, count, rest, tail.copy(), symbol[:n_entries].copy(), prob[:n_entries].copy())
         if reason == quantise.BAD_VALUE and value == 0.0:  # -0.0: the kernel orders floats by their bits
             return self._gather(true, probs + np.float32(0.0), tail, first)
         document = len(self._doc_start) - 1
@@ -157,7 +158,7 @@ class ShardBuilder:
         what = (
             f"probability or tail {value} (must be within 0..1)"
             if reason == quantise.BAD_VALUE
-            else f"probabilities and tail sum to {value:.6f} (must be 1 within {quantise.SUM_TOLERANCE})"
+            else f"probabilities and tail sum to {value:.6f} (must be 1 within {gather.SUM_TOLERANCE})"
         )
         raise IntegrityError(
             f"row {first + row} of this piece (document {document} of the shard, position {position}): {what}; "
@@ -184,7 +185,7 @@ class ShardBuilder:
     def _learn(self, text: U8, starts: I64, rows: _Rows) -> Prior:
         n = min(len(rows.true), priors.SAMPLE)
         m = int(rows.n_kept[:n].sum(dtype=np.int64))
-        rows = _Rows(rows.true[:n], rows.n_kept[:n], rows.rest[:n], rows.symbol[:m], rows.prob[:m])
+        rows = _Rows(rows.true[:n], rows.n_kept[:n], rows.rest[:n], rows.given[:n], rows.symbol[:m], rows.prob[:m])
         text, starts = text[:n], starts[starts <= n]
         tree = priors.grow(text, starts)
         node = priors.find_nodes(text, starts, tree.child(), 0, n)
@@ -202,7 +203,7 @@ class ShardBuilder:
         head, tail, top = (np.empty(n, np.uint8) for _ in range(3))
         gap, value, listed = (np.empty(m, np.uint8) for _ in range(3))
         n_top, n_entries = quantise.encode_rows(
-            rows.true, node, rows.n_kept, rows.rest, rows.symbol, rows.prob, table.weight, table.total, table.rank,
+            rows.true, node, *rows[1:], table.weight, table.total, table.rank,
             self._price, self.precision.rate, self._least, self.precision.value_step, self.precision.tail_step,
             head, tail, top, gap, value, listed, divergence,
         )  # fmt: skip

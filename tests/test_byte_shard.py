@@ -25,6 +25,7 @@ from schemas.quantise import END, F32, TAIL, VALUE
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden-shard.zarr.zip"
+GOLDEN_CONTEXTS = DATA / "golden-contexts.zarr.zip"
 SPEC = Path(__file__).parent.parent / "schemas" / "SPEC.md"
 
 
@@ -69,11 +70,32 @@ def golden_values(shard: ByteShard) -> dict[str, Any]:
         "text": shard.text.tolist(),
         "mask": shard.mask.tolist(),
         **{name: column.tolist() for name, column in shard.codes.items()},
+        "spread_end": [float(f"{p:.5g}") for p in shard.dense(0, len(shard), spread_tail=True)[:, END]],
         "tail_mass": [float(f"{p:.6g}") for p in shard.tail],
         "triples": [
             [int(r), int(s), float(f"{p:.6g}")] for r, s, p in zip(t.row, t.symbol, t.prob.tolist(), strict=True)
         ],
     }
+
+
+def golden_digest(shard: ByteShard) -> dict[str, Any]:
+    """The larger golden file, with contexts of every depth and every overflow column: hashes instead of values."""
+    spread = shard.dense(0, len(shard), spread_tail=True).astype(np.float64)
+    return {
+        "statistics": shard.statistics,
+        "contexts": len(shard.prior.parent),
+        "depths": [int(count) for count in np.bincount([len(context) for context in contexts(shard)])],
+        **{name: hashlib.sha256(column.tobytes()).hexdigest() for name, column in shard.codes.items()},
+        "weights": hashlib.sha256(shard.prior.code.tobytes()).hexdigest(),
+        "spread": [float(f"{p:.5g}") for p in spread.sum(0)[::16]],
+    }
+
+
+def contexts(shard: ByteShard) -> list[bytes]:
+    out = [b""]
+    for parent, byte in zip(shard.prior.parent[1:].tolist(), shard.prior.byte[1:].tolist(), strict=True):
+        out.append(bytes([byte]) + out[parent])
+    return out
 
 
 def random_rows(seed: int, n: int, sharpness: float, tail_exponent: float, zeros: bool) -> tuple[F32, F32]:
@@ -321,9 +343,10 @@ def test_empty_shard_and_empty_columns(tmp_path: Path) -> None:
     assert shard.dense(0, 0).shape == (0, 257)
 
 
-def test_golden_file_reads_as_recorded() -> None:
-    shard = read_shard(GOLDEN)
-    assert golden_values(shard) == json.loads(GOLDEN.with_name("golden-shard.json").read_text())
+def test_golden_files_read_as_recorded() -> None:
+    assert golden_values(read_shard(GOLDEN)) == json.loads(GOLDEN.with_name("golden-shard.json").read_text())
+    digest = golden_digest(read_shard(GOLDEN_CONTEXTS))
+    assert digest == json.loads(GOLDEN_CONTEXTS.with_name("golden-contexts.json").read_text())
 
 
 def test_writer_still_makes_the_golden_columns(tmp_path: Path) -> None:
@@ -333,25 +356,25 @@ def test_writer_still_makes_the_golden_columns(tmp_path: Path) -> None:
     assert golden_values(read_shard(tmp_path / "s.zarr.zip")) == golden_values(read_shard(GOLDEN))
 
 
-def test_reader_of_the_specification_agrees_and_needs_nothing_of_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["golden", "contexts", "new"])
+def test_reader_of_the_specification_agrees_and_needs_nothing_of_ours(case: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", SPEC.read_text(), re.S)
     assert len(blocks) == 1
-    path = tmp_path / "natural.zarr.zip"
-    text, probs, unlisted = natural_rows(3000)
-    builder = ShardBuilder()
-    for k in range(2):
-        builder.append(text, probs, unlisted)
-        builder.end_document(f"{k}")
-    builder.write(path, {})
+    path = {"golden": GOLDEN, "contexts": GOLDEN_CONTEXTS}.get(case, tmp_path / "new.zarr.zip")
+    if case == "new":
+        builder = ShardBuilder(precision="precise")
+        for k in range(2):
+            builder.append(*natural_rows(1000))
+            builder.end_document(f"{k}")
+        builder.write(path, {})
     ban = "import sys\nfor name in ('schemas', 'stages', 'pipeline', 'numba'): sys.modules[name] = None\n"
-    for k, shard_path in enumerate((GOLDEN, path)):
-        out = tmp_path / f"{k}.npy"
-        code = f"{ban}{blocks[0]}\na, p = read({str(shard_path)!r})\nnp.save({str(out)!r}, p)\n"
-        subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=60)
-        shard = read_shard(shard_path)
-        p = np.load(out)
-        assert np.allclose(p, shard.dense(0, len(shard), spread_tail=True), atol=1e-6, rtol=1e-5)
-        assert len(p) == len(shard) and len(shard.prior.parent) >= (1, 9)[k]
+    out = tmp_path / "p.npy"
+    code = f"{ban}{blocks[0]}\na, p = read({str(path)!r})\nnp.save({str(out)!r}, p)\n"
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=60)
+    shard = read_shard(path)
+    p = np.load(out)
+    assert np.allclose(p, shard.dense(0, len(shard), spread_tail=True), atol=1e-6, rtol=1e-5)
+    assert len(p) == len(shard) and (case == "golden" or len(shard.prior.parent) > 8)
 
 
 @pytest.mark.parametrize(
@@ -427,5 +450,14 @@ if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
     golden_builder().write(GOLDEN, {"teacher": {"name": "none, written by hand"}, "license": "CC0-1.0"})
     text = json.dumps(golden_values(read_shard(GOLDEN)), indent=1, ensure_ascii=False)
-    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m.group(1)) + "]", text)
-    GOLDEN.with_name("golden-shard.json").write_text(text + "\n")
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match.group().split()), text)  # flat lists on one line
+    GOLDEN.with_name("golden-shard.json").write_text(text.replace("[ ", "[").replace(" ]", "]") + "\n")
+    priors.MINIMUM = (0, 8, 8, 3)  # type: ignore[assignment]
+    larger = ShardBuilder(precision="precise")
+    larger.append(*natural_rows(700))
+    larger.end_document("contexts")
+    larger.append(*natural_rows(40))
+    larger.end_document("again")
+    larger.write(GOLDEN_CONTEXTS, {"teacher": {"name": "none, random numbers"}, "license": "CC0-1.0"})
+    text = json.dumps(golden_digest(read_shard(GOLDEN_CONTEXTS)), indent=1)
+    GOLDEN_CONTEXTS.with_name("golden-contexts.json").write_text(text + "\n")

@@ -16,7 +16,7 @@ from pydoc_data import topics
 
 import numpy as np
 
-from schemas.byte_shard import PRESETS, ShardBuilder, read_shard
+from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.quantise import F32, U8
 
 ORDERS = {1: 0.005, 2: 0.015, 3: 0.08, 4: 0.2, 5: 0.7}
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
-    results = {"cores": os.cpu_count(), "presets": {name: measure(name, args.repeats) for name in PRESETS}}
+    results = {"cores": os.cpu_count(), "presets": {name: measure(name, args.repeats) for name in PRECISIONS}}
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))

@@ -3,7 +3,7 @@
     python -m benchmarks.rate_distortion --out benchmarks/results/rate_distortion [--bytes 12000] [--text NAME=FILE ...]
     python -m benchmarks.rate_distortion --out ... --captures FOLDER    (captures that an earlier run kept with --keep)
 
-A capture holds the teacher's rows unpruned: tau 0.01, depth 2, next bytes down to 1e-6, float32, transformers backend.
+A capture holds the teacher's rows unpruned: preset balanced, next bytes down to 1e-6, float32, transformers backend.
 Default texts: prose and source code that Python itself carries. For each capture and setting of the writer:
 
 * size: bytes of file per byte of text, text and offsets included, less the size of a shard without documents (8 kB of
@@ -32,11 +32,11 @@ import numpy as np
 
 from schemas import prior as priors
 from schemas import settings as st
-from schemas.byte_shard import PRESETS, ByteShard, Precision, ShardBuilder, read_shard
+from schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
 
 THRESHOLDS = (3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2, 4e-2)
 SWEEP = {
-    **PRESETS,
+    **PRECISIONS,
     "": Precision(2e-5, 2, 8),
     " ": Precision(1e-4, 8, 8),
     "  ": Precision(2e-4, 8, 16),
@@ -67,22 +67,14 @@ class Capture(NamedTuple):
 
 def capture(model: str, context: int, texts: dict[str, str]) -> dict[str, Capture]:
     """Rows of each text from one running teacher."""
-    from stages.lattice import Lattice
+    from stages.probe import probe_with
     from stages.teacher import open_teacher
-    from stages.tokens.vocab import Misfit
 
-    teacher = open_teacher(st.Teacher(model=model, backend="hf", tau=0.01, depth=2, floor=1e-6, context=context))
+    settings = st.Teacher(model=model, backend="hf", preset="balanced", floor=1e-6, context=context)
+    teacher = open_teacher(settings)
     out = {}
     for name, text in texts.items():
-        encoded = teacher.vocabulary.encode(text)
-        if isinstance(encoded, Misfit):
-            raise SystemExit(f"{name}: {encoded.reason}")
-        windows = [w for group in teacher.windows([(name, 0, encoded)]) for w in group]
-        table = teacher.table_for(windows)
-        targets = [Lattice(window, table).targets() for window in windows]
-        data = np.frombuffer(encoded.data, np.uint8)[encoded.synthetic :]
-        probs = np.concatenate([t.probs for t in targets]).astype(np.float32)
-        tail = np.concatenate([t.tail for t in targets]).astype(np.float32)
+        probs, tail, data = probe_with(teacher, text)
         out[name] = Capture(probs, tail, np.append(data, np.uint8(0)), np.array([0, len(data) + 1]))
     teacher.close()
     return out

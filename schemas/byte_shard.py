@@ -26,10 +26,10 @@ from schemas.expansion import INDEX_STRIDE, decode_rows, expand_rows
 from schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, unpack_columns
 from schemas.prior import Prior
 from schemas.quantise import F32, F64, I32, I64, SYMBOLS, U8
-from schemas.shard_builder import PRESETS, Precision, ShardBuilder
+from schemas.shard_builder import PRECISIONS, Precision, ShardBuilder
 from schemas.zarr_zip import read_zarr_zip
 
-__all__ = ["FORMAT", "PRESETS", "VERSION", "ByteShard", "Precision", "ShardBuilder", "Triples", "read_shard"]
+__all__ = ["FORMAT", "PRECISIONS", "VERSION", "ByteShard", "Precision", "ShardBuilder", "Triples", "read_shard"]
 
 _REASONS = {
     quantise.BAD_ORDER: "ranks run beyond the last symbol",

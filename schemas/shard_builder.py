@@ -38,7 +38,7 @@ class Precision(NamedTuple):
     """the same for the tail, unless that costs more than `rate` allows"""
 
 
-PRESETS = {
+PRECISIONS = {
     "small": Precision(3e-3, 16, 32),
     "default": Precision(4e-4, 16, 16),
     "precise": Precision(5e-5, 4, 8),
@@ -64,7 +64,7 @@ def _join(rows: list[_Rows]) -> _Rows:
 class ShardBuilder:
     """Collects documents as quantised columns (never the dense rows) and writes them as one shard.
 
-    `precision`: a name in PRESETS, or a Precision. `prune`: symbols rarer than this, unless most likely, are never
+    `precision`: a name in PRECISIONS, or a Precision. `prune`: symbols rarer than this, unless most likely, are never
     listed, whatever the precision says (0: the precision decides alone).
     """
 
@@ -72,9 +72,9 @@ class ShardBuilder:
         if not 0.0 <= prune <= 0.1:
             raise ValueError(f"prune is {prune}, must be within 0..0.1")
         if isinstance(precision, str):
-            if precision not in PRESETS:
-                raise ValueError(f"precision {precision!r} is unknown, must be one of {', '.join(PRESETS)}")
-            precision = PRESETS[precision]
+            if precision not in PRECISIONS:
+                raise ValueError(f"precision {precision!r} is unknown, must be one of {', '.join(PRECISIONS)}")
+            precision = PRECISIONS[precision]
         rate, *steps = precision
         if not 1e-7 <= rate <= 1.0 or any(step not in STEPS for step in steps):
             raise ValueError(f"{precision}: rate must be within 1e-7..1, steps powers of two up to 64")

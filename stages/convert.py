@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
-from schemas.byte_shard import PRESETS, ShardBuilder
+from schemas.byte_shard import PRECISIONS, ShardBuilder
 from schemas.errors import IntegrityError, Interrupted
 from schemas.token_dump import read_meta, read_windows
 from stages.lattice import Lattice
@@ -30,7 +30,7 @@ def convert_units(
     and the means of the tail's parts. `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
     damaged, inconsistent or of different teachers, Interrupted when `stop()` says so; the output is then incomplete.
     """
-    precision = PRESETS[settings.precision]
+    precision = PRECISIONS[settings.precision]
     if settings.rate:
         precision = precision._replace(rate=settings.rate)
     builder = ShardBuilder(settings.prune, precision)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import prior as priors
-from schemas.byte_shard import PRESETS, ByteShard, Precision, ShardBuilder, read_shard
+from schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, StorageError
 from schemas.quantise import END, F32, TAIL, VALUE
 
@@ -125,7 +125,7 @@ def make(path: Path, seed: int = 0, n: int = 300) -> tuple[Path, dict[str, Any]]
     seed=st.integers(0, 2**32),
     sharpness=st.sampled_from([0.0, 0.3, 1.0, 3.0, 8.0, 30.0]),
     prune=st.sampled_from([0.0, 1e-6, 1e-3, 0.03, 0.1]),
-    precision=st.sampled_from([*PRESETS.values(), Precision(1e-7, 1, 1), Precision(0.1, 64, 64)]),
+    precision=st.sampled_from([*PRECISIONS.values(), Precision(1e-7, 1, 1), Precision(0.1, 64, 64)]),
     tail_exponent=st.sampled_from([-0.01, -1.0, -5.0, -12.0]),
     zeros=st.booleans(),
 )
@@ -225,7 +225,7 @@ def test_presets_trade_bytes_for_divergence_and_the_prior_pays(tmp_path: Path) -
 
 def test_uniform_rows_keep_an_implied_symbol_close_to_its_share(tmp_path: Path) -> None:
     """All rounding errors have the same sign here: together they must not eat the implied symbol, nor feed it."""
-    for name in PRESETS:
+    for name in PRECISIONS:
         builder = ShardBuilder(precision=name)
         builder.append(np.zeros(0, np.uint8), np.full((1, 257), 1 / 257, np.float32), np.zeros(1, np.float32))
         builder.end_document("flat")

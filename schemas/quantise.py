@@ -214,15 +214,21 @@ def encode_rows(
                 best = k
         implied = float(prob[best]) if m else 0.0
         t = rest[i]
-        for k in range(m):  # by descending probability, the top first
-            j = k
-            while j > 0 and prob[order[j - 1]] < prob[at + k]:
+        n_sorted, n_rest = 0, m
+        for k in range(at, at + m):  # what could be listed by descending probability, the top first; then the others
+            listed[k] = 0
+            if k != best:
+                t += float(prob[k])
+                if prob[k] < prune:
+                    n_rest -= 1
+                    order[n_rest] = k
+                    continue
+            j = n_sorted
+            while j > 0 and prob[order[j - 1]] < prob[k]:
                 order[j] = order[j - 1]
                 j -= 1
-            order[j] = at + k
-            listed[at + k] = 0
-            if at + k != best:
-                t += float(prob[at + k])
+            order[j] = k
+            n_sorted += 1
         top_symbol = int(symbol[best]) if m else 0
         if implied < FLOOR:
             head[i], tail[i] = 0, TAIL_IS_ALL

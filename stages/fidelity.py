@@ -136,9 +136,10 @@ class Fidelity:
         whole, known = Lattice(deep).targets(), Lattice(asked).targets()
         hi = lo + len(known.tail)
         stored, tail = shard.dense(lo, hi), shard.tail[lo:hi]
-        self.add_positions(whole, stored, tail, true_symbols(window), (shard.path, window.doc_id))
+        shares = shard.tail_shares(lo, hi)
+        self.add_positions(whole, stored, tail, shares, true_symbols(window), (shard.path, window.doc_id))
         self._add("branch_kl", kl_spread(whole.probs, whole.tail, known.probs, known.tail))
-        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, tail))
+        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, tail, shares))
         pruned = np.where(stored > 0, 0.0, known.probs).sum(dtype=np.float64)
         unevaluated = known.unaccounted.sum(dtype=np.float64)
         self.tail_parts["unevaluated"] += float(unevaluated)
@@ -149,10 +150,19 @@ class Fidelity:
         self.counts["reference_rows"] += len(deep.row_depth)
 
     def add_positions(
-        self, reference: Targets, stored: np.ndarray, tail: np.ndarray, symbol: np.ndarray, document: tuple[str, str]
+        self,
+        reference: Targets,
+        stored: np.ndarray,
+        tail: np.ndarray,
+        shares: np.ndarray,
+        symbol: np.ndarray,
+        document: tuple[str, str],
     ) -> None:
-        """Measure one stretch: stored [m, 257], tail [m] against `reference`; the stretches of a document in a row."""
-        found = divergence(reference.probs, reference.tail, stored, tail, symbol)
+        """Measure one stretch: stored [m, 257], tail [m] divided by `shares` [m, 257], against `reference`.
+
+        The stretches of a document come in a row.
+        """
+        found = divergence(reference.probs, reference.tail, stored, tail, symbol, shares)
         for name, values in found._asdict().items():
             self._add(name, values)
         self._add("tail", tail.astype(np.float64))

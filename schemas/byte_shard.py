@@ -119,11 +119,16 @@ class ByteShard:
         out = np.zeros((hi - lo, SYMBOLS), np.float32)
         out[row, symbol] = prob
         if spread_tail and hi > lo:
-            child, weights = self._spread
-            share = weights[priors.find_nodes(self.text, self.doc_start, child, lo, hi)]
-            share[row, symbol] = 0.0
-            out += (share * (self.tail[lo:hi].astype(np.float64) / share.sum(1))[:, None]).astype(np.float32)
+            out += (self.tail_weights(lo, hi) * self.tail[lo:hi, None].astype(np.float64)).astype(np.float32)
         return out
+
+    def tail_weights(self, lo: int, hi: int) -> F64:
+        """float64 [hi - lo, 257], rows sum to 1: how the prior divides a tail, 0 where listed. Raises IndexError."""
+        row, symbol, _ = self.triples(lo, hi)
+        child, weights = self._spread
+        share = weights[priors.find_nodes(self.text, self.doc_start, child, lo, hi)]
+        share[row, symbol] = 0.0
+        return share / share.sum(1, keepdims=True)
 
     def document(self, index: int) -> bytes:
         """Text of one document."""

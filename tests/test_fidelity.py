@@ -294,7 +294,7 @@ def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_pat
         found.append(Fidelity([counts["fidelity"]]).certificate({}, {}) or {})
     fine, coarse = found
     assert fine["branch_kl"]["max"] < 1e-9
-    assert fine["kl"]["mean"] < 2e-3 < coarse["kl"]["mean"]
+    assert fine["kl"]["mean"] < 5e-3 < coarse["kl"]["mean"]
     assert fine["tail"]["pruned"] < 1e-2 < coarse["tail"]["pruned"]
     assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"])
     assert fine["rows_per_token"]["production"] == fine["rows_per_token"]["reference"] > 1

@@ -24,7 +24,7 @@ TARGETS = "targets"
 CONVERTER = (
     "stages.convert", "stages.lattice", "stages.fidelity", "stages.divergence",
     "schemas.shard_builder", "schemas.gather", "schemas.prior", "schemas.quantise", "schemas.packing",
-    "schemas.zarr_zip",
+    "schemas.byte_shard", "schemas.expansion", "schemas.zarr_zip",
 )  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 

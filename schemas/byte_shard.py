@@ -118,23 +118,17 @@ class ByteShard:
         row, symbol, prob = self.triples(lo, hi)
         out = np.zeros((hi - lo, SYMBOLS), np.float32)
         out[row, symbol] = prob
-        if spread_tail:
-            out += (self._shares(lo, hi, row, symbol) * self.tail[lo:hi, None]).astype(np.float32)
+        if spread_tail and hi > lo:
+            out += (self.tail_weights(lo, hi) * self.tail[lo:hi, None].astype(np.float64)).astype(np.float32)
         return out
 
-    def tail_shares(self, lo: int, hi: int) -> F64:
-        """float64 [hi - lo, 257]: how the shard's prior divides a position's tail; rows sum to 1. Raises IndexError."""
+    def tail_weights(self, lo: int, hi: int) -> F64:
+        """float64 [hi - lo, 257], rows sum to 1: how the prior divides a tail, 0 where listed. Raises IndexError."""
         row, symbol, _ = self.triples(lo, hi)
-        return self._shares(lo, hi, row, symbol)
-
-    def _shares(self, lo: int, hi: int, row: I32, symbol: NDArray[np.int16]) -> F64:
-        if hi == lo:
-            return np.zeros((0, SYMBOLS))
         child, weights = self._spread
         share = weights[priors.find_nodes(self.text, self.doc_start, child, lo, hi)]
         share[row, symbol] = 0.0
-        share /= share.sum(axis=1, keepdims=True)
-        return np.asarray(share)
+        return share / share.sum(1, keepdims=True)
 
     def document(self, index: int) -> bytes:
         """Text of one document."""

@@ -49,6 +49,4 @@ def measure_stored(
         if not np.array_equal(symbol[symbol != END], text[: len(symbol)][symbol != END]):
             raise IntegrityError(f"{where}: its text changed at byte {stretch.first}; fetch or make this shard again")
         targets = Lattice(window).targets()
-        hi = lo + stretch.n_targets
-        stored, shares = shard.dense(lo, hi), shard.tail_shares(lo, hi)
-        found.add_positions(targets, stored, shard.tail[lo:hi], shares, symbol, (shard.path, name))
+        found.add_positions(targets, shard, lo, symbol, name)

@@ -273,9 +273,8 @@ def test_convert_measures_reference_windows_and_writes_none_of_them(tmp_path, te
         whole = Lattice(window).targets()
         rows = slice(window.doc_position, window.doc_position + len(whole.tail))
         stored = shard.dense(rows.start, rows.stop)
-        total += kl_spread(
-            whole.probs, whole.tail, stored, shard.tail[rows], shard.tail_shares(rows.start, rows.stop)
-        ).sum()
+        weights = shard.tail_weights(rows.start, rows.stop)
+        total += kl_spread(whole.probs, whole.tail, stored, shard.tail[rows], weights).sum()
     assert certificate["kl"]["mean"] == pytest.approx(total / sample["positions"], rel=1e-3)
 
 
@@ -290,13 +289,13 @@ def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_pat
     (ordinary,) = at(teacher, DEEP, [plan_of(teacher, TEXT, 0, 999).plan])
     window = marked(teacher, TEXT, 0, 24, **DEEP)
     found = []
-    for name, prune, precision in (("fine", 0.0, {"precision": "precise", "rate": 1e-6}), ("coarse", 0.05, {})):
-        _, counts = convert(tmp_path, name, [ordinary, window], prune=prune, **precision)
+    for name, prune in (("fine", 0.0), ("coarse", 0.05)):
+        _, counts = convert(tmp_path, name, [ordinary, window], precision="precise", rate=1e-7, prune=prune)
         found.append(Fidelity([counts["fidelity"]]).certificate({}, {}) or {})
     fine, coarse = found
     assert fine["branch_kl"]["max"] < 1e-9
-    assert fine["kl"]["mean"] < 4e-3 < coarse["kl"]["mean"]
-    assert fine["tail"]["pruned"] < 1e-4 < coarse["tail"]["pruned"]
+    assert fine["kl"]["mean"] < 5e-3 < coarse["kl"]["mean"]
+    assert fine["tail"]["pruned"] < 1e-2 < coarse["tail"]["pruned"]
     assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"])
     assert fine["rows_per_token"]["production"] == fine["rows_per_token"]["reference"] > 1
 

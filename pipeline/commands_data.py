@@ -120,7 +120,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
         found = [by_slice[sha256] for sha256 in wanted if sha256 in by_slice]
         if not found:
             continue
-        changes = teacher_changes(found[0], settings.teacher)
+        changes = teacher_changes(found[0], settings.teacher.resolved())
         if changes:
             differences = "; ".join(changes)
             continue

@@ -23,6 +23,8 @@ from schemas.settings import Teacher
 TARGETS = "targets"
 CONVERTER = ("stages.convert", "stages.lattice", "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip")
 """Modules whose code decides the bytes of a shard."""
+_RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
+"""What an index says about its shards that may be corrected afterwards."""
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
@@ -240,7 +242,10 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
         },
         "software": receipts.software_versions(),
         "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
-        "license": context.settings.corpus.license,
+        "name": context.settings.dataset.name,
+        "license": context.settings.dataset.license,
+        "corpus_license": context.settings.corpus.license,
+        "teacher_license": context.settings.dataset.teacher_license,
         "attribution": context.settings.corpus.attribution,
     }
 
@@ -295,7 +300,9 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
         )
     if (folder / "dataset.json").is_file():
         try:
-            if sorted(read_dataset(folder).entries, key=_by_file) == sorted(entries, key=_by_file):
+            old = read_dataset(folder)
+            same_text = all(old.info.get(name) == info[name] for name in _RESTATED)
+            if same_text and sorted(old.entries, key=_by_file) == sorted(entries, key=_by_file):
                 return False
         except IntegrityError:
             pass

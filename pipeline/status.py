@@ -116,7 +116,7 @@ def _verify_plan(store: LocalStore) -> list[str]:
 
 
 def _verify_targets(folder: Path) -> list[str]:
-    from schemas.manifest import verify_dataset
+    from schemas.verification import verify_dataset
 
     return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder)]
 

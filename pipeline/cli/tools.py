@@ -1,6 +1,7 @@
 """Commands that look at a run, a file or a setting."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -83,21 +84,37 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A .parquet of teacher/ or a .zarr.zip of targets/.")],
     document: Annotated[str, typer.Option("--document", "-d", help="Document id; default: the first one.")] = "",
     start: Annotated[int, typer.Option(min=0, help="First position to show (bytes; tokens in a dump).")] = 0,
-    limit: Annotated[int, typer.Option(min=1, help="Positions to show.")] = 40,
-    top: Annotated[int, typer.Option(min=1, max=257, help="Alternatives per position.")] = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Positions to show; default: 40, in a page 65536 over documents.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, max=257, help="Alternatives per position.")] = None,
     as_json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page for a browser (shards only).")] = None,
 ) -> None:
-    """Print a dump part or a shard so that a person can read it: text, alternatives, tails.
+    """Show a dump part or a shard to a person: text in heat colours of entropy, alternatives, tails.
 
-    Reads: one file. Writes nothing.
+    Reads: one file. Writes nothing; with --html one self-contained page that works offline.
 
-    Example: bytecache inspect runs/books/targets/train-00000-0a1b2c3d4e5f.zarr.zip --start 100 --limit 20
+    Example: bytecache inspect runs/books/targets/train-00000-0a1b2c3d4e5f.zarr.zip --html page.html
     """
     with refusals():
-        from pipeline.inspection import inspect_file, render
+        from pipeline.inspection import inspect_file, paint
 
-        report = inspect_file(file, document, start, limit, top)
-        typer.echo(json.dumps(report, indent=2, default=str) if as_json else render(report))
+        if html is not None:
+            from pipeline.inspection_page import POSITIONS, shard_page
+
+            html.write_text(shard_page(file, document, start, limit or POSITIONS, top or 8), encoding="utf-8")
+            typer.echo(f"{html}: open it in a browser")
+            return
+        report = inspect_file(file, document, start, limit or 40, top or 4)
+        if as_json:
+            report.pop("heat", None)
+            typer.echo(json.dumps(report, indent=2, default=str))
+        else:
+            from rich.console import Console
+
+            # Wide enough where nothing limits it, so that a pipe gets whole rows.
+            Console(width=None if sys.stdout.isatty() else 240, highlight=False, soft_wrap=False).print(paint(report))
 
 
 @app.command()

@@ -66,8 +66,7 @@ def _facts(path: Path, shard: ByteShard) -> list[tuple[str, str]]:
         if kept.any():
             facts.append(("mean entropy", f"{entropy[kept].mean():.3f} bits"))
             facts.append(("teacher's surprisal", f"{surprisal[kept].mean():.3f} bits"))
-    facts.append(("tail, mean / max", f"{counts['tail_mean']:.1e} / {counts['tail_max']:.2g}"))
-    return facts
+    return [*facts, ("mean tail", f"{counts['tail_mean']:.4f}"), ("largest tail", f"{counts['tail_max']:.3f}")]
 
 
 def _document(shard: ByteShard, number: int, lo: int, hi: int, top: int) -> dict[str, Any]:

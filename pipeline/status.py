@@ -1,8 +1,4 @@
-"""What a run folder holds, from its receipts: `status` counts them, `verify` recomputes every hash they state.
-
-Neither needs a model, a configuration or a GPU. Price: `status` reads receipts and file sizes; `verify` reads every
-byte once (about 1 GB/s per core).
-"""
+"""What a run folder holds, from its receipts; no model, no GPU. Price: receipts and file sizes are read, no content."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +10,7 @@ from pipeline.context import Context
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
 from pipeline.store import LocalStore
-from schemas.errors import InputError, IntegrityError
+from schemas.errors import IntegrityError
 
 
 def status(context: Context) -> dict[str, Any]:
@@ -60,65 +56,6 @@ def status_table(report: dict[str, Any]) -> str:
     if report["damaged"]:
         lines.append("  rerun the stage to repair what is damaged")
     return "\n".join(lines)
-
-
-def verify(store: LocalStore) -> tuple[list[str], int]:
-    """Recompute the hash of every file with a receipt, of the plan and of the data set.
-
-    Returns what is wrong, one line each, and how many files were checked. Raises InputError for a folder that
-    holds nothing to verify.
-    """
-    found: list[str] = []
-    checked: set[str] = set()
-    for stage, key in receipts.list_receipts(store):
-        try:
-            receipt = receipts.read_receipt(store, stage, key)
-        except IntegrityError as error:
-            found.append(str(error))
-            continue
-        if receipt is not None:
-            found += [f"{stage} {receipt.name}: {problem}" for problem in receipts.problems(store, receipt)]
-            if receipts.unit_key(stage, receipt.inputs) != key and stage != "plan":
-                found.append(f"{stage} {receipt.name}: its inputs do not hash to its key; delete the receipt and rerun")
-            checked |= {file.path for file in receipt.files}
-    found += _verify_plan(store)
-    folder = store.root / TARGETS
-    if (folder / "dataset.json").is_file() or (folder / "manifest.parquet").is_file():
-        found += _verify_targets(folder)
-        checked |= {f"{TARGETS}/dataset.json", f"{TARGETS}/manifest.parquet"}
-    if not checked and not found:
-        raise InputError(f"{store.root} holds nothing with a receipt; name a run folder or a folder with dataset.json")
-    # Every damaged shard is found twice, by its receipt and by the manifest; both lines help.
-    return found, len(checked)
-
-
-def verify_folder(folder: Path) -> tuple[list[str], int]:
-    """`verify` for a run folder, or for a data set on its own (a folder with dataset.json)."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name a run folder or a folder with dataset.json")
-    if (folder / "dataset.json").is_file():
-        return _verify_targets(folder), sum(path.name.endswith(".zarr.zip") for path in folder.iterdir()) + 2
-    return verify(LocalStore(folder))
-
-
-def _verify_plan(store: LocalStore) -> list[str]:
-    try:
-        planned = units.read_plan(store)
-    except IntegrityError as error:
-        return [str(error)]
-    if planned is None:
-        return []
-    return [
-        f"plan {unit.slice}: missing or altered; run `bytecache plan` to repair it"
-        for unit in planned.units
-        if not units.slice_is_whole(store, unit)
-    ]
-
-
-def _verify_targets(folder: Path) -> list[str]:
-    from schemas.verification import verify_dataset
-
-    return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder)]
 
 
 def _has_size(store: LocalStore, key: str, size: int) -> bool:

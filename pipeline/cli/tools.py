@@ -20,7 +20,7 @@ from pipeline.cli.options import (
     resolve,
 )
 from pipeline.config import render_template
-from schemas.errors import IntegrityError
+from schemas.errors import ConfigError, IntegrityError
 from schemas.settings import Settings
 
 app = typer.Typer()
@@ -56,25 +56,52 @@ def verify(
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
     as_json: JsonOption = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged and make or fetch just that again.")
+    ] = False,
+    source: Annotated[
+        str, typer.Option("--from", metavar="PLACE", help="With --repair: folder or URL the data set came from.")
+    ] = "",
 ) -> None:
     """Recompute the hash of everything that has a receipt, and of the data set.
 
-    Reads: every byte of the folder once. Writes nothing. Exit code 4 and a list if anything is wrong.
+    Reads: every byte of the folder once. Writes nothing without --repair. Exit code 4 and a list if anything is wrong.
 
-    Example: bytecache verify runs/books; or, for a data set that somebody gave you: bytecache verify downloaded/targets
+    --repair in a run folder removes damaged outputs with their receipts, makes slices, shards and the index again, and
+    leaves to `teacher`, `train`, `evaluate` or `export` what only they can make; it uses the run's own configuration.
+    In a data set on its own it fetches bad files again --from where it came.
+
+    Example: bytecache verify runs/books --repair; or: bytecache verify downloaded --repair --from hf://datasets/me/books
     """
     with refusals():
-        from pipeline import status as module
+        from pipeline import verification as module
 
         place = folder or Path(resolve(config, overrides, run__dir=run_dir).run.dir).expanduser()
+        done: list[str] = []
+        if source and not repair:
+            raise ConfigError(f"--from {source}: only --repair fetches; add it")
+        if repair and place.is_dir():
+            if source or module.is_dataset(place):
+                if not source:
+                    raise ConfigError(f"{place} is a data set on its own; name where it came from: --from PLACE")
+                done = module.repair_dataset(place, source)
+            else:
+                from pipeline.config import RESOLVED_FILE
+                from pipeline.context import open_context
+
+                own = place / RESOLVED_FILE
+                settings = resolve(config or (own if own.is_file() else None), overrides, run__dir=str(place))
+                done = module.repair_run(open_context(settings, lambda line: None if as_json else typer.echo(line)))
         problems, checked = module.verify_folder(place)
         if as_json:
-            typer.echo(json.dumps({"folder": str(place), "files": checked, "problems": problems}, indent=2))
+            report = {"folder": str(place), "files": checked, "problems": problems}
+            typer.echo(json.dumps(report | ({"repaired": done} if repair else {}), indent=2))
         else:
-            for problem in problems:
-                typer.echo(problem)
+            for line in [*done, *problems]:
+                typer.echo(line)
         if problems:
-            raise IntegrityError(f"{place}: {len(problems)} problems in {checked} files; rerun the stage to repair")
+            remedy = "what is left is named above" if repair else "rerun the stage, or `verify --repair`"
+            raise IntegrityError(f"{place}: {len(problems)} problems in {checked} files; {remedy}")
         if not as_json:
             typer.echo(f"{place}: {checked} files match their hashes")
 

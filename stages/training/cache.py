@@ -11,7 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +35,26 @@ def _guarded(fetch: Fetch) -> Iterator[bytes]:
         yield from fetch()
     except Exception as error:
         raise _SourceError(error) from error
+
+
+def receive(path: Path, pieces: Iterable[bytes], size: int, sha256: str) -> None:
+    """Write pieces to a new file and flush it; IntegrityError unless they are `size` bytes of this hash.
+
+    Never writes more than `size` bytes and a piece, whatever the source sends.
+    """
+    digest, length = hashlib.sha256(), 0
+    with path.open("wb") as out:
+        for piece in pieces:
+            length += len(piece)
+            if length > size:
+                break
+            digest.update(piece)
+            out.write(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    if length != size or digest.hexdigest() != sha256:
+        what = f"more than {size} bytes" if length > size else f"{length} bytes of {digest.hexdigest()}"
+        raise IntegrityError(f"the source sends {what}, the manifest says {size} bytes of {sha256}")
 
 
 class FileCache:
@@ -93,19 +113,7 @@ class FileCache:
                     return file
                 self._make_room(size)
                 temporary = scratch / "file"
-                digest, length = hashlib.sha256(), 0
-                with temporary.open("wb") as out:
-                    for piece in _guarded(fetch):
-                        length += len(piece)
-                        if length > size:
-                            break
-                        digest.update(piece)
-                        out.write(piece)
-                    out.flush()
-                    os.fsync(out.fileno())
-                if length != size or digest.hexdigest() != sha256:
-                    what = f"more than {size} bytes" if length > size else f"{length} bytes of {digest.hexdigest()}"
-                    raise IntegrityError(f"the source sends {what}, the manifest says {size} bytes of {sha256}")
+                receive(temporary, _guarded(fetch), size, sha256)
                 file = temporary.open("rb")
                 fcntl.flock(file, fcntl.LOCK_SH)  # before it has a name that others could evict
                 os.replace(temporary, path)

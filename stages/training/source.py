@@ -32,7 +32,8 @@ from schemas.manifest import (
     parse_index,
     read_dataset,
 )
-from stages.training.cache import FileCache
+from stages.scratch import scratch_folder
+from stages.training.cache import FileCache, receive
 from stages.training.order import Window
 
 CACHE_BYTES = 50 << 30
@@ -102,6 +103,21 @@ def fetch_bytes(url: str, limit: int) -> bytes:
     if len(data) > limit:
         raise IntegrityError(f"{url}: more than {limit} bytes; this is not an index of this format")
     return data
+
+
+def fetch_file(url: str, path: Path, size: int, sha256: str) -> None:
+    """Make `path` the object at `url` (or a plain path), if it is `size` bytes of that hash; it appears whole.
+
+    Raises IntegrityError, naming the source, when it is not; StorageError, ConfigError.
+    """
+
+    def attempt() -> None:
+        with scratch_folder(path.parent) as scratch:
+            temporary = scratch / "file"
+            receive(temporary, _transfer(url, size), size, sha256)
+            os.replace(temporary, path)
+
+    _retried(url, attempt)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     store, settings = context.store, context.settings
     planned = units.load_plan(store, settings)
     dumps = dumps if dumps is not None else find_dumps(context, planned)
-    shape = settings.convert.model_dump(exclude={"shard_bytes"})
+    shape = settings.convert.model_dump(exclude={"shard_bytes", "delete_dump"})
     info = _dataset_info(context, planned, dumps)
     _refuse_other_dataset(context, info)
     tasks: list[Task] = []
@@ -212,6 +212,11 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
             split, parts = task.payload
             paths = []
             for part in parts:
+                if part.deleted:
+                    raise InputError(
+                        f"{task.name} needs the dump part {part.name}, which convert.delete_dump removed; run "
+                        "`bytecache verify --repair`, then `bytecache teacher`, or choose a new run.dir"
+                    )
                 problems = receipts.problems(store, part)
                 if problems:
                     raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
@@ -225,7 +230,23 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     index_is_new = _publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
+    if settings.convert.delete_dump:
+        _delete_dump(context, dumps)
     return outcome
+
+
+def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
+    """Remove the dump of a published data set whose every byte was read back. Raises IntegrityError if one differs."""
+    from schemas.verification import verify_dataset
+
+    if all(receipt.deleted and not context.store.exists(file.path) for receipt in dumps for file in receipt.files):
+        return
+    problems = verify_dataset(context.store.root / TARGETS, deep=True)
+    if problems:
+        listed = "; ".join(f"{problem.file}: {problem.detail}" for problem in problems[:3])
+        raise IntegrityError(f"the dump is kept, since its targets are not whole ({listed}); run `verify --repair`")
+    freed = sum(receipts.delete_files(context.store, receipt) for receipt in dumps)
+    context.say(f"convert: the targets are whole, the dump is deleted ({human_bytes(freed)})")
 
 
 def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
@@ -237,7 +258,7 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
         "corpus": planned.corpus,
         "settings": {
             "plan": planned.settings,
-            "convert": context.settings.convert.model_dump(),
+            "convert": context.settings.convert.model_dump(exclude={"delete_dump"}),
             "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
         },
         "software": receipts.software_versions(),

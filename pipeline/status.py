@@ -29,7 +29,8 @@ def status(context: Context) -> dict[str, Any]:
             continue
         if receipt is None:
             continue
-        wrong = [file.path for file in receipt.files if not _has_size(store, file.path, file.size)]
+        kept = () if receipt.deleted else receipt.files
+        wrong = [file.path for file in kept if not _has_size(store, file.path, file.size)]
         if wrong:
             damaged.append(f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size")
         else:
@@ -67,7 +68,7 @@ def _row(stage: str, what: str, done: int, total: int | None, size: int, note: s
 
 
 def _size(found: list[Receipt]) -> int:
-    return sum(file.size for receipt in found for file in receipt.files)
+    return sum(file.size for receipt in found for file in receipt.files if not receipt.deleted)
 
 
 def _plan_row(planned: units.Plan | None, found: list[Receipt]) -> dict[str, Any]:
@@ -89,7 +90,10 @@ def _teacher_rows(context: Context, planned: units.Plan | None, found: list[Rece
     for group, dumps in sorted(groups.items()):
         changes = teacher_changes(dumps[0], context.settings.teacher)
         note = f"other settings than the configuration: {'; '.join(changes)}" if changes else ""
-        rows.append(_row("teacher", group, len(dumps), total, _size(dumps), note))
+        gone = sum(receipt.deleted for receipt in dumps)
+        notes = [note] if note else []
+        notes += [f"{gone} parts deleted after conversion"] if gone else []
+        rows.append(_row("teacher", group, len(dumps), total, _size(dumps), "; ".join(notes)))
     return rows or [_row("teacher", "-", 0, total, 0)]
 
 

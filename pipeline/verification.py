@@ -9,6 +9,7 @@ source need not be trusted. Price: `verify` reads every byte once (about 1 GB/s 
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import receipts, units
@@ -109,6 +110,10 @@ def repair_run(context: Context) -> list[str]:
         store.delete(place)
         done.append(f"removed: {stage} {receipt.name if receipt else key[:12]} ({'; '.join(faults)})")
         pending[stage] += 1
+    requeued = _requeue_deleted(store)
+    if requeued:
+        done.append(f"requeued: {requeued} dump parts that were deleted after conversion and are needed again")
+    pending["teacher"] += requeued
     try:
         slices = _bad_slices(store)
     except IntegrityError as error:
@@ -136,6 +141,23 @@ def repair_run(context: Context) -> list[str]:
         if pending[stage]:
             done.append(f"left: {pending[stage]} units of {stage}; run `bytecache {stage}` to make them again")
     return done
+
+
+def _requeue_deleted(store: LocalStore) -> int:
+    """Forget dump parts deleted after conversion (convert.delete_dump) whose shard is gone; returns how many."""
+    held = {stage: list(_sound(store, stage)) for stage in ("teacher", "convert")}
+    served = {part for receipt in held["convert"] for part in receipt.inputs.get("parts", ())}
+    lost = [r for r in held["teacher"] if r.deleted and not served.issuperset(file.sha256 for file in r.files)]
+    for receipt in lost:
+        store.delete(receipts.receipt_path("teacher", receipt.key))
+    return len(lost)
+
+
+def _sound(store: LocalStore, stage: str) -> Iterator[Receipt]:
+    for _, key in list(receipts.list_receipts(store, stage)):
+        receipt = receipts.read_receipt(store, stage, key)
+        if receipt is not None:
+            yield receipt
 
 
 def _settle_strangers(store: LocalStore) -> list[str]:

@@ -84,6 +84,8 @@ class Convert(Section):
     """Bytes rarer than this are summed into the position's tail."""
     shard_bytes: int = Field(16 * 1024 * 1024, ge=1_000)
     """Bytes of text in one target shard; a unit is never split, a shard holds whole units."""
+    delete_dump: bool = False
+    """Delete the dump once its shards are published and read back whole; another conversion then needs the teacher."""
 
 
 class Dataset(Section):

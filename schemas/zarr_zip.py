@@ -3,16 +3,15 @@
 Writing: zarr makes the members, we make the zip (stored, sorted by name, stamped 1980-01-01), because zarr's own
 zip store stamps the current time. Reading: zarr takes a missing chunk for zeros and believes any size it is told,
 so the zip is compared with what a writer would have made *before* zarr sees it: exact member names, stored back to
-back from the file's first byte to its directory, array metadata of the one allowed kind, every chunk present, and every zstd frame declaring
-exactly its chunk's size (which bounds the decoder's memory, whatever the frame holds). Then `zarr.storage.ZipStore`
-reads the columns, and zipfile checks every member's CRC-32.
+back from the file's first byte to its directory, array metadata of the one allowed kind, every chunk present, and every
+zstd frame declaring exactly its chunk's size (which bounds the decoder's memory, whatever the frame holds). Then
+`zarr.storage.ZipStore` reads the columns, and zipfile checks every member's CRC-32.
 
 Price: the compressed shard once in memory while writing; one decoded column at a time on top of the result while
 reading. zstd-3 packs about 100 MB/s and unpacks about 1 GB/s per core.
 """
 
 import errno
-import json
 import math
 import os
 import zipfile

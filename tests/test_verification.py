@@ -71,6 +71,35 @@ def test_damaged_dump_parts_are_left_to_the_teacher(run: Path, fake_teacher: typ
     assert outputs(run) == before and bytecache("verify").exit_code == 0
 
 
+def test_a_dump_deleted_after_conversion_is_missed_only_when_needed(
+    run: Path,
+    fake_teacher: type[FakeTeacher],  # noqa: F811
+) -> None:
+    before, small = outputs(run), ("--set", "convert.shard_bytes=2500")
+    assert "the dump is deleted" in bytecache("convert", *small, "--set", "convert.delete_dump=true").stdout
+    assert not list(run.glob("teacher/*.parquet"))
+    opened = fake_teacher.opened
+    for command in (("teacher",), ("convert", *small), ("convert", *small, "--set", "convert.delete_dump=true")):
+        assert "nothing to do" in bytecache(*command).stdout
+    assert "parts deleted after conversion" in bytecache("status").stdout
+    assert "damaged" not in bytecache("status").stdout
+    assert bytecache("verify").exit_code == 0 and fake_teacher.opened == opened
+    shard = sorted(run.glob("targets/train*.zip"))[1]
+    flip(shard)
+    assert "`bytecache verify --repair`" in refusal(bytecache("convert", *small), 3)
+    repaired = bytecache("verify", "--repair")
+    refusal(repaired, 4)
+    assert "needed again" in repaired.stdout and "run `bytecache teacher`" in repaired.stdout
+    made = bytecache("teacher")
+    total = len([key for key in before if key.startswith("teacher/")])
+    count = len(list(run.glob("teacher/*.parquet")))
+    assert f"teacher: {count} units made, {total - count} were" in made.stdout and 0 < count < total
+    assert "convert: 1 units made" in bytecache("convert", *small).stdout
+    after = outputs(run)
+    assert {k: v for k, v in before.items() if k in after} == after
+    assert bytecache("verify").exit_code == 0
+
+
 def test_strangers_among_the_targets_are_moved_never_lost(run: Path) -> None:
     before = outputs(run)
     shard = sorted(run.glob("targets/train*.zip"))[0]

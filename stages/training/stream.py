@@ -236,7 +236,7 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         n_bytes += int((mask & (src.symbol[lo:hi] != END)).sum())
         n_real += n
     k, slot_token, slot_symbol, slot_weight, tail = (np.concatenate(c) for c in zip(*parts, strict=True))
-    by_slot = np.argsort(k, kind="stable")
+    by_slot = np.argsort(k.astype(np.uint8), kind="stable")  # of bytes: a radix sort
     targets = None
     if with_targets:
         rank = np.empty(n_slots, np.int64)

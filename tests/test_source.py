@@ -211,3 +211,25 @@ def test_lookahead_fetches_before_it_is_asked(memory: str, tmp_path: Path) -> No
     assert list(lookahead(iter(windows), broken, entries)) == windows, "a failed fetch is the load's to report"
     with pytest.raises(BytecacheError, match=entries[1].file):
         load_shard(broken, entries[1])
+
+
+def test_the_commands_train_from_a_url(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_cli import bytecache, refusal
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipeline.toml").write_text(
+        f'[run]\ndir = "run"\n[dataset]\nsource = "{memory}"\ncache_dir = "cache"\n'
+        '[student]\ntokenizer = "bpe:300"\nhidden_size = 16\nlayers = 1\nheads = 2\n'
+        "[train]\nsteps = 2\nbatch = 2\nwindow_bytes = 64\ncontrol = false\n"
+    )
+    assert "`run` makes its own data set" in refusal(bytecache("run"), 2)
+    trained = bytecache("train")
+    assert trained.exit_code == 0, trained.output
+    assert "nothing to do" in bytecache("train").stdout
+    assert bytecache("evaluate").exit_code == 0
+    assert (tmp_path / "run/report/report.json").is_file() and not (tmp_path / "run/targets").exists()
+    first = open_dataset(memory, cache_dir="cache").split("train")[0].file
+    fsspec.filesystem("memory").rm(f"/bucket/set/{first}")
+    for path in (tmp_path / "cache").glob("*/*.zarr.zip"):
+        path.unlink()
+    assert first in refusal(bytecache("train", "--set", "train.steps=3"), 4)

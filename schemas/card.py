@@ -50,7 +50,7 @@ def render(document: dict[str, Any]) -> str:
     lines += ["", "## Where it comes from", "", "| | |", "|---|---|"]
     for label, value in _facts(info):
         lines.append(f"| {label} | {_markdown(value)} |")
-    fidelity = info.get("fidelity") or {}
+    fidelity = document.get("fidelity") or {}
     if fidelity:
         lines += ["", "## Fidelity", "", "| | |", "|---|---:|"]
         lines += [f"| {_markdown(_line(key))} | {_markdown(value)} |" for key, value in _leaves(fidelity)]

@@ -66,7 +66,7 @@ _SCHEMA = pa.schema(
         for name in ShardEntry.model_fields
     ]
 )
-_OBJECTS = ("teacher", "tokenizer", "corpus", "settings", "software", "creation", "fidelity")
+_OBJECTS = ("teacher", "tokenizer", "corpus", "settings", "software", "creation")
 _FREE_TEXT = ("name", "license", "corpus_license", "teacher_license", "attribution")
 
 
@@ -78,10 +78,12 @@ class Dataset:
     entries: tuple[ShardEntry, ...]
     """sorted by split, then file"""
     info: dict[str, Any]
-    """teacher, tokenizer, corpus, settings, software, creation, fidelity: objects; name, license, corpus_license,
+    """teacher, tokenizer, corpus, settings, software, creation: objects; name, license, corpus_license,
     teacher_license, attribution: text; and more"""
     manifest_hash: str
     """sha256 over the entries' values: the identity that data order depends on, whatever wrote the Parquet file"""
+    fidelity: dict[str, Any] | None = None
+    """how far the stored targets are from a reference of the same teacher (SPEC.md); None: not measured"""
 
     def split(self, name: str) -> list[ShardEntry]:
         return [entry for entry in self.entries if entry.split == name]
@@ -184,12 +186,18 @@ def seal(document: dict[str, Any]) -> bytes:
     return spell({**bare, "sha256": hashlib.sha256(spell(bare)).hexdigest()})
 
 
-def write_dataset(folder: str | os.PathLike[str], entries: Iterable[ShardEntry], info: dict[str, Any]) -> Dataset:
+def write_dataset(
+    folder: str | os.PathLike[str],
+    entries: Iterable[ShardEntry],
+    info: dict[str, Any],
+    fidelity: dict[str, Any] | None = None,
+) -> Dataset:
     """Publish a folder of finished shards: write `manifest.parquet`, the card `README.md`, then `dataset.json`.
 
     `info`: any JSON object; `teacher`, `tokenizer`, `corpus`, `settings`, `software`, `creation` (no time of day,
-    or equal runs differ) and `fidelity` must be objects; `name`, `license`, `corpus_license`, `teacher_license` and
-    `attribution` text; what is absent is written as empty. A README.md that somebody wrote or edited is kept.
+    or equal runs differ) must be objects; `name`, `license`, `corpus_license`, `teacher_license` and
+    `attribution` text; what is absent is written as empty. `fidelity`: a certificate,
+    plain JSON; None where nothing was measured. A README.md that somebody wrote or edited is kept.
     Raises InputError for entries that repeat a file or content or whose file is absent or of another size;
     StorageError when the disk refuses.
     """
@@ -219,13 +227,14 @@ def write_dataset(folder: str | os.PathLike[str], entries: Iterable[ShardEntry],
         "manifest": {"file": MANIFEST, "sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": content_hash},
         "splits": _totals(listed),
         "info": _checked_info(info),
+        "fidelity": fidelity,
     }
     replace_file(folder / MANIFEST, manifest)
     readme = folder / card.FILE
     if card.is_ours(readme):
         replace_file(readme, card.render(document).encode())
     replace_file(folder / DATASET, seal(document))
-    return Dataset(folder, listed, document["info"], content_hash)  # type: ignore[arg-type]
+    return Dataset(folder, listed, document["info"], content_hash, fidelity)  # type: ignore[arg-type]
 
 
 def _load(path: Path, limit: int) -> bytes:
@@ -280,6 +289,9 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
     manifest, info = document.get("manifest"), document.get("info")
     if not isinstance(manifest, dict) or not isinstance(info, dict) or manifest.get("file") != MANIFEST:
         raise IntegrityError(f"{path}: `info` must be an object and `manifest.file` {MANIFEST!r}; make the index again")
+    fidelity = document.get("fidelity", "absent")
+    if fidelity is not None and not isinstance(fidelity, dict):
+        raise IntegrityError(f"{path}: `fidelity` must be an object or null; fetch or make the index again")
     data = load_manifest()
     found = hashlib.sha256(data).hexdigest()
     if found != manifest.get("sha256"):
@@ -297,7 +309,7 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
         for name in names:
             if not isinstance(info.get(name, kind()), kind):
                 raise IntegrityError(f"{path}: info.{name} is not {kind.__name__}; make the index again")
-    return Dataset(folder, entries, info, content_hash)
+    return Dataset(folder, entries, info, content_hash, fidelity)
 
 
 def _parse_manifest(path: str, data: bytes) -> tuple[ShardEntry, ...]:

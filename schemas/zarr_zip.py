@@ -135,7 +135,10 @@ class _Checked:
             if not agree or flags & ~0x800 or method != zipfile.ZIP_STORED or n_extra > MAX_EXTRA:
                 raise self.refuse(info.filename, "its own header and the directory disagree")
             at += 30 + n_name + n_extra + info.file_size
-        if at != self.archive.start_dir or self.archive.comment:
+        directory = sum(46 + len(i.filename.encode()) + len(i.extra) + len(i.comment) for i in infos)
+        # After the directory its end record, 22 bytes; beyond 4 GiB another 76 in front of it.
+        rest = self.size - self.archive.start_dir - directory
+        if at != self.archive.start_dir or rest not in (22, 22 + 76):
             raise self.refuse("*", "holds bytes that belong to no member")
 
     def json(self, name: str) -> dict[str, Any]:

@@ -207,6 +207,7 @@ def test_a_manifest_that_fits_its_hash_but_not_the_rules_is_refused(folder: Path
         ({"splits": {}}, "totals"),
         ({"info": []}, "must be an object"),
         ({"info": {"license": 3}}, "info.license is not str"),
+        ({"fidelity": "good"}, "`fidelity` must be"),
         ({"manifest": {"file": "../manifest.parquet"}}, r"manifest\.file"),
     ],
 )
@@ -261,8 +262,8 @@ def test_the_card_repeats_the_index_and_keeps_what_people_wrote(folder: Path) ->
     assert 'pretty_name: "x --- # Fake' in header and 'license_name: "my own terms"' in header
     assert "<script>" not in text.split("---\n", 2)[2] and text.count("\n---\n") == 1
     assert read_dataset(folder).manifest_hash in text
-    write_dataset(folder, entries, INFO)
-    assert 'license: "cc0-1.0"' in readme.read_text()
+    write_dataset(folder, entries, INFO, {"kl": {"mean": 0.00123456}})
+    assert 'license: "cc0-1.0"' in readme.read_text() and "| kl.mean | 0.001235 |" in readme.read_text()
     readme.write_text("my own card")
     write_dataset(folder, entries, INFO)
     assert readme.read_text() == "my own card"

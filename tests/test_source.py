@@ -55,6 +55,7 @@ def http_url(folder: Path) -> Iterator[str]:
 
 def same(one: Dataset, other: Dataset) -> None:
     assert one.manifest_hash == other.manifest_hash and one.entries == other.entries and one.info == other.info
+    assert one.fidelity == other.fidelity
     for entry in one.entries:
         a, b = load_shard(one, entry), load_shard(other, entry)
         assert a.doc_id == b.doc_id and (a.dense(0, len(a)) == b.dense(0, len(b))).all()

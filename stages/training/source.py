@@ -174,7 +174,7 @@ def open_dataset(
     cache = FileCache(Path(cache_dir or cache_folder()).expanduser(), cache_bytes)
     document = fetch_bytes(f"{url}/{DATASET}", MAX_JSON)
     index = parse_index(cache.folder, url, document, lambda: fetch_bytes(f"{url}/{MANIFEST}", MAX_MANIFEST))
-    return RemoteDataset(cache.folder, index.entries, index.info, index.manifest_hash, url, cache)
+    return RemoteDataset(**vars(index), url=url, cache=cache)
 
 
 def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:

@@ -33,8 +33,8 @@ def bits_per_position(shard: ByteShard, lo: int, hi: int) -> tuple[F64, F64, F64
     row, symbol, prob = shard.triples(lo, hi)
     tail = np.asarray(shard.tail[lo:hi], np.float64)
     p = prob.astype(np.float64)
-    entropy = -np.bincount(row, p * np.log2(np.maximum(p, 1e-300)), minlength=hi - lo)
-    entropy -= tail * np.log2(np.maximum(tail, 1e-300))
+    listed = np.bincount(row, p * np.log2(np.maximum(p, 1e-300)), minlength=hi - lo)
+    entropy = -listed - tail * np.log2(np.maximum(tail, 1e-300))
     true = np.asarray(shard.text[lo:hi]).astype(np.int64)
     a, b = np.searchsorted(shard.doc_start, [lo + 1, hi + 1])
     true[np.asarray(shard.doc_start[a:b]) - 1 - lo] = END

@@ -105,6 +105,24 @@ class Convert(Section):
     """Symbols rarer than this, unless most likely, are never listed; 0 = the precision decides alone."""
     shard_bytes: int = Field(16 * 1024 * 1024, ge=1_000)
     """Bytes of text in one target shard; a unit is never split, a shard holds whole units."""
+    delete_dump: bool = False
+    """Delete the dump once its shards are published and read back whole; another conversion then needs the teacher."""
+
+
+class Dataset(Section):
+    source: str = ""
+    """Byte targets that train and evaluate read instead of this run's own: a folder, or a URL such as
+    `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`."""
+    cache_dir: str = ""
+    """Where shards read from a URL are kept; empty = $BYTECACHE_CACHE/shards, else ~/.cache/bytecache/shards."""
+    cache_gib: float = Field(50.0, gt=0)
+    """The most that folder may hold, GiB; the shards longest unused go first."""
+    name: str = ""
+    """Title of this run's data set on its card."""
+    license: str = ""
+    """Licence you share this run's targets under; written into dataset.json and its card, beside the corpus's."""
+    teacher_license: str = ""
+    """Licence of the teacher, or its terms for what it outputs; written into dataset.json and its card."""
 
 
 class Student(Section):
@@ -150,5 +168,6 @@ class Settings(Section):
     corpus: Corpus = Corpus()
     teacher: Teacher = Teacher()
     convert: Convert = Convert()
+    dataset: Dataset = Dataset()
     student: Student = Student()
     train: Train = Train()

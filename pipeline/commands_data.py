@@ -6,9 +6,9 @@ model nor the engine.
 """
 
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import receipts, units
 from pipeline.config import changed_keys
@@ -16,9 +16,13 @@ from pipeline.context import Context
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt, unit_key
 from pipeline.runner import Outcome, Task, Tick, Work, run_units
+from pipeline.stores import Store, sha256_file
 from pipeline.units import Plan, Unit
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
+
+if TYPE_CHECKING:
+    from schemas.manifest import Dataset
 
 TARGETS = "targets"
 CONVERTER = ("stages.convert", "stages.lattice", "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip")
@@ -74,9 +78,11 @@ def teacher(context: Context) -> Outcome:
             def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
                 unit: Unit = task.payload
                 piece = store.get_path(unit.slice)
-                if receipts.sha256_file(piece) != unit.sha256:
+                if sha256_file(piece) != unit.sha256:
                     raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
-                return engine.dump_unit(piece, out, task.key, context.stop, tick)
+                counts = engine.dump_unit(piece, out, task.key, context.stop, tick)
+                store.release(unit.slice)
+                return counts
 
             return work
 
@@ -126,7 +132,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
             fitting[group] = found
     if len(fitting) > 1:
         raise ConfigError(
-            f"{store.root} holds whole dumps of {len(fitting)} versions of this teacher or its software "
+            f"{store.name} holds whole dumps of {len(fitting)} versions of this teacher or its software "
             f"({', '.join(fitting)}); delete the receipts of those you do not want in {receipts.FOLDER}/teacher"
         )
     if fitting:
@@ -138,11 +144,11 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
         return dumps
     if differences and not best:
         raise ConfigError(
-            f"{store.root} holds dumps of other teacher settings only ({differences}); "
+            f"{store.name} holds dumps of other teacher settings only ({differences}); "
             "restore them or run `bytecache teacher`"
         )
     raise InputError(
-        f"{store.root} holds {best} of {len(wanted)} dump parts; run `bytecache teacher` to make the others"
+        f"{store.name} holds {best} of {len(wanted)} dump parts; run `bytecache teacher` to make the others"
     )
 
 
@@ -215,7 +221,11 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
                     raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
                 paths += [store.get_path(file.path) for file in part.files]
             attrs = {"split": split, "convert": shape, "units": [part.name for part in parts]}
-            return convert_units(paths, out, settings.convert, attrs, context.stop, tick)
+            counts = convert_units(paths, out, settings.convert, attrs, context.stop, tick)
+            for part in parts:
+                for file in part.files:
+                    store.release(file.path)
+            return counts
 
         return work
 
@@ -245,13 +255,25 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
     }
 
 
+def read_index(store: Store) -> "Dataset | None":
+    """The index of the data set in a run, or None if none was published; shards are not touched.
+
+    Raises IntegrityError if it is damaged.
+    """
+    from schemas.manifest import DATASET, MANIFEST, read_dataset
+
+    if not store.exists(f"{TARGETS}/{DATASET}"):
+        return None
+    if store.exists(f"{TARGETS}/{MANIFEST}"):  # absent: read_dataset says so
+        store.get_path(f"{TARGETS}/{MANIFEST}")
+    return read_dataset(store.get_path(f"{TARGETS}/{DATASET}").parent)
+
+
 def _refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
     """A published data set is never changed: somebody may be reading it."""
-    from schemas.manifest import read_dataset
-
-    folder = context.store.root / TARGETS
     try:
-        old = read_dataset(folder).info if (folder / "dataset.json").is_file() else info
+        dataset = read_index(context.store)
+        old = dataset.info if dataset else info
     except IntegrityError:
         return  # a damaged index is rebuilt
     changes: list[str] = []
@@ -259,8 +281,8 @@ def _refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
         changes += changed_keys(_flat(old.get(name, {})), _flat(info[name]))
     if changes:
         raise ConfigError(
-            f"{folder} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, delete the folder, "
-            "or choose a new run.dir"
+            f"{context.store.name}/{TARGETS} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, "
+            "delete the folder, or choose a new run.dir"
         )
 
 
@@ -273,9 +295,9 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
     """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
-    from schemas.manifest import ShardEntry, read_dataset, write_dataset
+    from schemas.manifest import DATASET, MANIFEST, ShardEntry, index_documents
 
-    store, folder = context.store, context.store.root / TARGETS
+    store = context.store
     entries = []
     for receipt in shards:
         (file,) = receipt.files
@@ -293,12 +315,10 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
             "the teacher's tokenizer could reproduce no training document; choose another teacher, or clean the corpus "
             f"(reasons: {info['creation']['set_aside']})"
         )
-    if (folder / "dataset.json").is_file():
-        try:
-            if sorted(read_dataset(folder).entries, key=_by_file) == sorted(entries, key=_by_file):
-                return False
-        except IntegrityError:
-            pass
+    with suppress(IntegrityError):
+        dataset = read_index(store)
+        if dataset and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file):
+            return False
     # Shards of a conversion with other settings that was never published; an index must list all of its folder.
     listed = {entry.file for entry in entries}
     for key in list(store.list(TARGETS)):
@@ -308,7 +328,8 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
     for _, key in list(receipts.list_receipts(store, "convert")):
         if key not in keys:
             store.delete(receipts.receipt_path("convert", key))
-    write_dataset(folder, entries, info)
+    for name, raw in zip((MANIFEST, DATASET), index_documents(entries, info), strict=True):
+        store.replace(f"{TARGETS}/{name}", store.write_temp(name, raw))
     return True
 
 

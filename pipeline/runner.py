@@ -24,7 +24,7 @@ from typing import Any
 from pipeline import receipts
 from pipeline.progress import Reporter
 from pipeline.receipts import FileRecord, Receipt
-from pipeline.store import Store, disk_errors
+from pipeline.stores import Store, disk_errors, sha256_file
 from schemas.errors import IntegrityError, Interrupted
 
 Tick = Callable[[dict[str, Any]], None]
@@ -168,8 +168,8 @@ def commit_file(store: Store, key: str, temporary: Path) -> FileRecord:
     """Publish a finished temporary file. An object already there is kept if equal and replaced if damaged."""
     if not temporary.is_file():
         raise IntegrityError(f"{key}: the stage wrote nothing to {temporary}; this is a fault of the stage")
-    record = FileRecord(path=key, size=temporary.stat().st_size, sha256=receipts.sha256_file(temporary))
-    if store.exists(key) and receipts.sha256_file(store.get_path(key)) != record.sha256:
+    record = FileRecord(path=key, size=temporary.stat().st_size, sha256=sha256_file(temporary))
+    if store.exists(key) and store.sha256(key) != record.sha256:
         # Without a valid receipt the old object's wholeness is unproven; ours was just made.
         store.replace(key, temporary)
     else:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import receipts, units
-from pipeline.commands_data import TARGETS, teacher_changes
+from pipeline.commands_data import TARGETS, read_index, teacher_changes
 from pipeline.context import Context
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
-from pipeline.store import LocalStore
+from pipeline.stores import LocalStore, Store
 from schemas.errors import InputError, IntegrityError
 
 
@@ -33,7 +33,7 @@ def status(context: Context) -> dict[str, Any]:
             continue
         if receipt is None:
             continue
-        wrong = [file.path for file in receipt.files if not _has_size(store, file.path, file.size)]
+        wrong = [file.path for file in receipt.files if store.size(file.path) != file.size]
         if wrong:
             damaged.append(f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size")
         else:
@@ -44,7 +44,7 @@ def status(context: Context) -> dict[str, Any]:
     stages.append(_convert_row(store, by_stage["convert"]))
     stages += _train_rows(store, by_stage["train"])
     stages += [_simple_row(stage, receipt) for stage in ("evaluate", "export") for receipt in by_stage[stage]]
-    return {"run": str(store.root), "stages": stages, "damaged": damaged}
+    return {"run": store.name, "stages": stages, "damaged": damaged}
 
 
 def status_table(report: dict[str, Any]) -> str:
@@ -62,7 +62,7 @@ def status_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def verify(store: LocalStore) -> tuple[list[str], int]:
+def verify(store: Store) -> tuple[list[str], int]:
     """Recompute the hash of every file with a receipt, of the plan and of the data set.
 
     Returns what is wrong, one line each, and how many files were checked. Raises InputError for a folder that
@@ -77,17 +77,16 @@ def verify(store: LocalStore) -> tuple[list[str], int]:
             found.append(str(error))
             continue
         if receipt is not None:
-            found += [f"{stage} {receipt.name}: {problem}" for problem in receipts.problems(store, receipt)]
+            found += [f"{stage} {receipt.name}: {problem}" for problem in receipts.problems(store, receipt, deep=True)]
             if receipts.unit_key(stage, receipt.inputs) != key and stage != "plan":
                 found.append(f"{stage} {receipt.name}: its inputs do not hash to its key; delete the receipt and rerun")
             checked |= {file.path for file in receipt.files}
     found += _verify_plan(store)
-    folder = store.root / TARGETS
-    if (folder / "dataset.json").is_file() or (folder / "manifest.parquet").is_file():
-        found += _verify_targets(folder)
+    if store.exists(f"{TARGETS}/dataset.json") or store.exists(f"{TARGETS}/manifest.parquet"):
+        found += _verify_targets(store.folder(TARGETS))
         checked |= {f"{TARGETS}/dataset.json", f"{TARGETS}/manifest.parquet"}
     if not checked and not found:
-        raise InputError(f"{store.root} holds nothing with a receipt; name a run folder or a folder with dataset.json")
+        raise InputError(f"{store.name} holds nothing with a receipt; name a run folder or a folder with dataset.json")
     # Every damaged shard is found twice, by its receipt and by the manifest; both lines help.
     return found, len(checked)
 
@@ -101,7 +100,7 @@ def verify_folder(folder: Path) -> tuple[list[str], int]:
     return verify(LocalStore(folder))
 
 
-def _verify_plan(store: LocalStore) -> list[str]:
+def _verify_plan(store: Store) -> list[str]:
     try:
         planned = units.read_plan(store)
     except IntegrityError as error:
@@ -119,10 +118,6 @@ def _verify_targets(folder: Path) -> list[str]:
     from schemas.manifest import verify_dataset
 
     return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder)]
-
-
-def _has_size(store: LocalStore, key: str, size: int) -> bool:
-    return store.exists(key) and store.get_path(key).stat().st_size == size
 
 
 def _row(stage: str, what: str, done: int, total: int | None, size: int, note: str = "") -> dict[str, Any]:
@@ -156,32 +151,32 @@ def _teacher_rows(context: Context, planned: units.Plan | None, found: list[Rece
     return rows or [_row("teacher", "-", 0, total, 0)]
 
 
-def _convert_row(store: LocalStore, found: list[Receipt]) -> dict[str, Any]:
-    from schemas.manifest import read_dataset
-
-    folder = store.root / TARGETS
-    if not (folder / "dataset.json").is_file():
-        return _row("convert", "-", len(found), None, _size(found), "no data set published yet")
+def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:
     try:
-        dataset = read_dataset(folder)
+        dataset = read_index(store)
     except IntegrityError as error:
         return _row("convert", "-", len(found), None, _size(found), str(error))
+    if dataset is None:
+        return _row("convert", "-", len(found), None, _size(found), "no data set published yet")
     listed = {entry.file for entry in dataset.entries}
     done = [receipt for receipt in found if Path(receipt.files[0].path).name in listed]
     return _row("convert", dataset.manifest_hash[:12], len(done), len(listed), _size(done), "data set published")
 
 
-def _train_rows(store: LocalStore, found: list[Receipt]) -> list[dict[str, Any]]:
+def _train_rows(store: Store, found: list[Receipt]) -> list[dict[str, Any]]:
     rows = []
     finished = {Path(receipt.counts["checkpoint"]).parent.name for receipt in found}
     for receipt in found:
         steps = receipt.inputs["train"]["steps"]
         rows.append(_row("train", Path(receipt.counts["checkpoint"]).parent.name, steps, steps, _size([receipt])))
-    for folder in sorted((store.root / "train").glob("*-*")):
-        names = sorted(path.stem for path in folder.glob("step-*.safetensors"))
-        if folder.name not in finished and names:
-            done = int(names[-1].removeprefix("step-"))
-            rows.append(_row("train", folder.name, done, None, 0, "unfinished: `bytecache train` continues here"))
+    last: dict[str, int] = {}
+    for key in store.list("train"):
+        path = Path(key)
+        if path.suffix == ".safetensors" and path.stem.startswith("step-"):
+            last[path.parent.name] = int(path.stem.removeprefix("step-"))  # listed in order: the last one stays
+    for name, done in sorted(last.items()):
+        if name not in finished:
+            rows.append(_row("train", name, done, None, 0, "unfinished: `bytecache train` continues here"))
     return rows or [_row("train", "-", 0, None, 0)]
 
 

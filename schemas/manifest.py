@@ -166,15 +166,13 @@ def _checked_info(info: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def write_dataset(folder: str | os.PathLike[str], entries: Iterable[ShardEntry], info: dict[str, Any]) -> Dataset:
-    """Publish a folder of finished shards: write `manifest.parquet`, then `dataset.json`.
+def index_documents(entries: Iterable[ShardEntry], info: dict[str, Any]) -> tuple[bytes, bytes]:
+    """The bytes of `manifest.parquet` and of `dataset.json` for a set of finished shards; publish them in that order.
 
     `info`: any JSON object; `teacher`, `tokenizer`, `corpus`, `settings`, `software`, `creation` (no time of day,
     or equal runs differ) must be objects, `license` and `attribution` text; what is absent is written as empty.
-    Raises InputError for entries that repeat a file or content or whose file is absent or of another size;
-    StorageError when the disk refuses.
+    Raises InputError for entries that repeat a file or content.
     """
-    folder = Path(folder)
     listed = _in_order(entries)
     for what in ("file", "sha256"):
         seen: dict[str, str] = {}
@@ -185,25 +183,37 @@ def write_dataset(folder: str | os.PathLike[str], entries: Iterable[ShardEntry],
                     f"{entry.file}: {what} {value} is already listed ({seen[value]}); list each shard once"
                 )
             seen[value] = entry.file
-    for entry in listed:
-        path = folder / entry.file
-        if not path.is_file() or path.stat().st_size != entry.size:
-            raise InputError(f"{path}: missing, or not of {entry.size} bytes; commit every shard before the index")
     sink = pa.BufferOutputStream()
     rows = [entry.model_dump() for entry in listed]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd", store_schema=False)
     manifest = sink.getvalue().to_pybytes()
-    content_hash = _content_hash(listed)
+    hashes = {"sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": _content_hash(listed)}
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "manifest": {"file": MANIFEST, "sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": content_hash},
+        "manifest": {"file": MANIFEST, **hashes},
         "splits": _totals(listed),
         "info": _checked_info(info),
     }
+    return manifest, json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def write_dataset(folder: str | os.PathLike[str], entries: Iterable[ShardEntry], info: dict[str, Any]) -> Dataset:
+    """Publish a local folder of finished shards: write `manifest.parquet`, then `dataset.json` (see `index_documents`).
+
+    Raises InputError for entries that repeat a file or content or whose file is absent or of another size;
+    StorageError when the disk refuses.
+    """
+    folder = Path(folder)
+    listed = _in_order(entries)
+    manifest, document = index_documents(listed, info)
+    for entry in listed:
+        path = folder / entry.file
+        if not path.is_file() or path.stat().st_size != entry.size:
+            raise InputError(f"{path}: missing, or not of {entry.size} bytes; commit every shard before the index")
     _replace(folder / MANIFEST, manifest)
-    _replace(folder / DATASET, json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return Dataset(folder, listed, document["info"], content_hash)  # type: ignore[arg-type]
+    _replace(folder / DATASET, document)
+    return Dataset(folder, listed, _checked_info(info), _content_hash(listed))
 
 
 def _load(path: Path, limit: int) -> bytes:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.receipts import sha256_file
-from pipeline.store import LocalStore
+from pipeline.stores import LocalStore, sha256_file
 
 
 def outputs(folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import receipts
 from pipeline.receipts import FileRecord, Receipt, canonical_json, unit_key
-from pipeline.store import TEMP_FOLDER, LocalStore, disk_errors
+from pipeline.stores import TEMP_FOLDER, LocalStore, disk_errors
 from schemas.errors import ConfigError, IntegrityError, StorageError
 
 
@@ -79,7 +79,7 @@ def test_file_systems_without_links(store: LocalStore, monkeypatch: pytest.Monke
 def test_sweep_takes_only_what_dead_processes_left(store: LocalStore) -> None:
     mine = store.write_temp("mine", b"")
     code = (
-        "import sys; from pathlib import Path; from pipeline.store import LocalStore\n"
+        "import sys; from pathlib import Path; from pipeline.stores import LocalStore\n"
         "LocalStore(Path(sys.argv[1])).write_temp('theirs', b'x')"
     )
     root = Path(__file__).parent.parent
@@ -133,7 +133,7 @@ def test_other_system_errors_are_not_disguised() -> None:
 def test_a_real_limit_of_the_system(tmp_path: Path) -> None:
     """`ulimit -f` makes the kernel refuse the write, as a full disk does."""
     code = (
-        "import sys, resource; from pathlib import Path; from pipeline.store import LocalStore\n"
+        "import sys, resource; from pathlib import Path; from pipeline.stores import LocalStore\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "from schemas.errors import StorageError\n"
         "store = LocalStore(Path(sys.argv[1]))\n"

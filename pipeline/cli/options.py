@@ -36,7 +36,7 @@ OnlyOption = Annotated[str, typer.Option("--only", help="One run: distilled or c
 @contextmanager
 def refusals() -> Iterator[None]:
     """One line and an exit code for whatever the user can act on."""
-    from pipeline.store import disk_errors
+    from pipeline.stores import disk_errors
 
     try:
         with disk_errors("writing"):

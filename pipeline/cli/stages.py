@@ -127,7 +127,7 @@ def evaluate(
 
     def command(context: "Context") -> None:
         commands_student.evaluate(context, only)
-        typer.echo((context.store.root / "report/report.md").read_text(encoding="utf-8"))
+        typer.echo(context.store.read_bytes("report/report.md").decode("utf-8"))
 
     run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
 

@@ -1,111 +1,28 @@
-"""The only place that knows where bytes live. Objects appear whole or not at all, and never change.
+"""Runs in a local folder (or one that many machines mount): commit by hard link.
 
 A write goes to a temporary name on the same device, is flushed to the platter, and is then *linked* to its
-final key, which fails if the key exists: the local form of an object store's conditional put. Nobody can
-see half an object, and of two writers one wins. Price: one fsync of the file and one of its folder per
-object. Keys are relative POSIX paths ("teacher/ab12.parquet"); `Store` is the whole interface, so an object
-store needs no change elsewhere.
+final key, which fails if the key exists: the local form of an object store's conditional put. Price: one fsync of the
+file and one of its folder per object.
 """
 
 import contextlib
 import errno
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from schemas.errors import ConfigError, StorageError
+from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes, sha256_file
+from schemas.errors import StorageError
 
-TEMP_FOLDER = ".tmp"
 STALE_SECONDS = 7 * 24 * 3600
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full; free space or point run.dir at a larger disk, then rerun the same command",
-    errno.EDQUOT: "the disk quota is used up; free space or raise it, then rerun the same command",
-    errno.EFBIG: "a file-size limit was hit; raise `ulimit -f` or use another file system, then rerun the same command",
-    errno.EROFS: "the file system is read-only; point run.dir at a writable folder",
-    errno.EACCES: "permission denied; point run.dir at a folder you may write",
-    errno.EPERM: "permission denied; point run.dir at a folder you may write",
-    errno.EIO: "the device reports an input/output error; check the disk, then rerun the same command",
-    errno.ENAMETOOLONG: "the path is too long; use a shorter run.dir",
-    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another run.dir",
-}
 # Links are refused (FAT, some network file systems): rename is atomic there, and the content is the same either way.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
-
-
-class Store(Protocol):
-    """What a stage may do with stored bytes. All methods raise StorageError where the medium refuses."""
-
-    @property
-    def name(self) -> str:
-        """The store as the user named it, for messages."""
-        ...
-
-    def put_if_absent(self, key: str, source: Path) -> bool:
-        """Make `source` (a `temp_path`, consumed either way) the object `key`; False if the key already exists."""
-        ...
-
-    def put_json_if_absent(self, key: str, value: Any) -> bool:
-        """Like `put_if_absent` for a small JSON document."""
-        ...
-
-    def replace(self, key: str, source: Path) -> None:
-        """Make `source` the object `key`, whatever was there: repair, and documents that describe the latest run."""
-        ...
-
-    def delete(self, key: str) -> None:
-        """Remove an object found to be damaged; absent is fine."""
-        ...
-
-    def get_path(self, key: str) -> Path:
-        """A local file with the object's bytes, to read only. Raises StorageError where there is no such object."""
-        ...
-
-    def open(self, key: str) -> BinaryIO:
-        """The object as a readable stream."""
-        ...
-
-    def exists(self, key: str) -> bool: ...
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """Keys under the folder `prefix` (empty: all), sorted, temporary files excluded."""
-        ...
-
-    def temp_path(self, name: str) -> Path:
-        """A fresh path, on the store's own device, for a file to be committed with `put_if_absent`."""
-        ...
-
-    def write_temp(self, name: str, raw: bytes) -> Path:
-        """Write `raw` to a `temp_path` and return it."""
-        ...
-
-    def replace_text(self, key: str, text: str) -> None:
-        """`replace` for a small document; nothing is written where the content is already there."""
-        ...
-
-    def sweep(self) -> int:
-        """Remove temporary files that no living process will finish; returns how many."""
-        ...
-
-
-@contextlib.contextmanager
-def disk_errors(doing: str) -> Iterator[None]:
-    """Turn the operating system's refusals (full, read-only, quota, limits) into StorageError with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
-        if remedy is None and "No space left" in str(error):  # Arrow keeps the words, not always the number
-            remedy = _REMEDIES[errno.ENOSPC]
-        if remedy is None:
-            raise
-        raise StorageError(f"{doing}: {remedy}") from error
 
 
 class LocalStore:
@@ -120,10 +37,7 @@ class LocalStore:
         return str(self.root)
 
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or ".." in parts or parts[0] == TEMP_FOLDER:
-            raise ConfigError(f"object key {key!r} is not a path inside the run folder {self.root}")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*check_key(key, self.name))
 
     def put_if_absent(self, key: str, source: Path) -> bool:
         target = self._path(key)
@@ -184,8 +98,18 @@ class LocalStore:
     def open(self, key: str) -> BinaryIO:
         return self.get_path(key).open("rb")
 
+    def read_bytes(self, key: str) -> bytes:
+        return self.get_path(key).read_bytes()
+
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        return path.stat().st_size if path.is_file() else None
+
+    def sha256(self, key: str, *, deep: bool = False) -> str:
+        return sha256_file(self.get_path(key))
 
     def list(self, prefix: str) -> Iterator[str]:
         folder = self._path(prefix) if prefix else self.root
@@ -212,6 +136,15 @@ class LocalStore:
                 raise
         return path
 
+    def release(self, key: str) -> None:
+        pass
+
+    def folder(self, prefix: str, record: str = "") -> Path:
+        return self._path(prefix)
+
+    def publish(self, prefix: str) -> int:
+        return 0
+
     def sweep(self) -> int:
         """See `Store.sweep`.
 
@@ -236,11 +169,6 @@ class LocalStore:
             _fsync(parent)
             if parent == self.root.parent:
                 break
-
-
-def json_bytes(value: Any) -> bytes:
-    """Readable JSON with a fixed form: sorted keys, two spaces, UTF-8, final newline. NaN and infinity are refused."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
 def _fsync(path: Path) -> None:

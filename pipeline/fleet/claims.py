@@ -165,7 +165,7 @@ class Claimer:
             self._block = None
             if len(visited) >= probes:
                 break
-        if 0 not in self._settled:
+        if 0 not in self._settled and not (yield from self._let_in_again()):
             return Settled()
         self._idle += 1
         if self._idle % 4 == 1:
@@ -180,6 +180,14 @@ class Claimer:
             number = name.rpartition("/")[2]
             if number.isdigit() and int(number) < self._n_blocks:
                 self._settled[int(number)] = 1
+
+    def _let_in_again(self) -> Steps[bool]:
+        """Whether a unit that was set aside when we saw it is not any more."""
+        for block in sorted({unit // BLOCK for unit in self._noted})[:PROBES]:
+            self._settled[block] = 0
+            yield from self._look(block)
+            self._block = None
+        return 0 in self._settled
 
     def _pick(self, visited: set[int]) -> int | None:
         """A random block that is neither settled nor visited."""
@@ -225,10 +233,12 @@ class Claimer:
             self._settled[block] = 1
 
     def _note_aside(self, unit: int, epoch: int) -> Steps[None]:
-        """The entry of a unit that is set aside, in case whoever should have written it died before."""
+        """Remember a unit that is set aside; write its entry, in case whoever should have written it died before."""
         if unit not in self._noted:
             self._noted.add(unit)
-            yield Put(self.layout.aside(unit, epoch), {"worker": self.worker, "reason": "see the marks of its attempts"})
+            yield Put(
+                self.layout.aside(unit, epoch), {"worker": self.worker, "reason": "see the marks of its attempts"}
+            )
 
     def _take_free(self, block: int) -> Steps[Claim | None]:
         misses = 0

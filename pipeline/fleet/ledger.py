@@ -27,6 +27,8 @@ from pipeline.stores import Store, json_bytes
 from schemas.errors import StorageError
 
 FOLDER = "fleet"
+STAGES = ("teacher", "convert")
+"""Stages that workers share."""
 BLOCK = 256
 """Units of a block: a listing of fresh claims and results fits one page of 1,000 names."""
 CLAIM, DONE, FAILED, RELEASED, LOST, FORGIVEN = "edfrla"
@@ -169,11 +171,16 @@ class UnitState:
     """What the names say of one unit. An attempt is closed by a mark of any kind but its claim."""
 
     epoch: int = 0
-    done: bool = False
+    finished: int = 0
     closed: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     forgiven: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Some attempt finished, and was not forgiven since (its output was found damaged)."""
+        return self.finished > self.forgiven
 
     @property
     def held(self) -> bool:
@@ -212,7 +219,7 @@ def read_names(names: Iterable[str]) -> dict[int, UnitState]:
         else:
             state.closed.add(epoch)
             if kind == DONE:
-                state.done = True
+                state.finished = max(state.finished, epoch)
             elif kind == FAILED:
                 state.failed.add(epoch)
             elif kind == LOST:

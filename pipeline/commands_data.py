@@ -6,7 +6,8 @@ model nor the engine.
 """
 
 from collections import defaultdict
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from pipeline.config import changed_keys
 from pipeline.context import Context
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt, unit_key
-from pipeline.runner import Outcome, Task, Tick, Work, run_units
+from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
 from pipeline.stores import Store, sha256_file
 from pipeline.units import Plan, Unit
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
@@ -44,49 +45,53 @@ def plan(context: Context) -> tuple[Plan, bool]:
     return made, new
 
 
-def teacher_tasks(plan: Plan, identity: dict[str, Any]) -> list[Task]:
-    """One task per unit of the plan."""
-    group = unit_key("teacher", identity)[:12]
-    tasks = []
-    for unit in plan.units:
-        inputs = {"slice": unit.sha256, "teacher": identity}
-        name = f"{unit.index:05d}-{unit.split}"
-        out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
-        tasks.append(Task("teacher", name, out, inputs, unit.n_bytes, group, unit))
-    return tasks
-
-
-def teacher(context: Context) -> Outcome:
-    """Dump every unit that has no dump yet; the engine starts only if there is one."""
+def teacher_job(context: Context, planned: Plan) -> Job:
+    """One unit of work per unit of the plan."""
     from stages.teacher import teacher_identity
 
     store, settings = context.store, context.settings
-    planned = units.load_plan(store, settings)
     identity = teacher_identity(settings.teacher)
-    with ExitStack() as cleanup:
+    group = unit_key("teacher", identity)[:12]
 
-        def open_work() -> Work:
-            from stages.teacher import open_teacher
+    def task(index: int) -> Task:
+        unit = planned.units[index]
+        inputs = {"slice": unit.sha256, "teacher": identity}
+        name = f"{unit.index:05d}-{unit.split}"
+        out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
+        return Task("teacher", name, out, inputs, unit.n_bytes, group, unit)
 
-            engine = open_teacher(settings.teacher)
-            cleanup.callback(engine.close)
+    @contextmanager
+    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
+        from stages.teacher import open_teacher
+
+        engine = open_teacher(settings.teacher)
+
+        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+            unit: Unit = task.payload
+            piece = store.get_path(unit.slice)
+            if sha256_file(piece) != unit.sha256:
+                raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
+            counts = engine.dump_unit(piece, out, task.key, stop, tick)
+            store.release(unit.slice)
+            return counts
+
+        try:
             if engine.identity() != identity:
                 raise EngineError(
                     f"teacher {settings.teacher.model} changed while it was loaded; rerun when it is at rest"
                 )
+            yield work
+        finally:
+            engine.close()
 
-            def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-                unit: Unit = task.payload
-                piece = store.get_path(unit.slice)
-                if sha256_file(piece) != unit.sha256:
-                    raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
-                counts = engine.dump_unit(piece, out, task.key, context.stop, tick)
-                store.release(unit.slice)
-                return counts
+    measures = [unit.n_bytes for unit in planned.units]
+    return Job("teacher", {"plan": planned.hash, "teacher": identity}, measures, task, open_work)
 
-            return work
 
-        outcome = run_units(store, teacher_tasks(planned, identity), open_work, context.stop)
+def teacher(context: Context) -> Outcome:
+    """Dump every unit that has no dump yet; the engine starts only if there is one."""
+    job = teacher_job(context, units.load_plan(context.store, context.settings))
+    outcome = run_job(context.store, job, context.stop)
     context.save_config("teacher/config.toml", changed=outcome.made > 0)
     context.say(_summary("teacher", outcome))
     aside = set_aside(outcome.receipts)
@@ -165,51 +170,51 @@ def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     return list(changed_keys(old, {name: now[name] for name in old if name in now}))
 
 
-def shard_groups(planned: Plan, dumps: list[Receipt], shard_bytes: int) -> list[tuple[str, list[Receipt], int]]:
-    """(split, dump receipts, bytes of text) of every shard: whole units in order, up to `shard_bytes` of text."""
-    groups: list[tuple[str, list[Receipt], int]] = []
+def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[str, list[int], int]]:
+    """(split, units, bytes of text) of every shard: whole units in plan order, up to `shard_bytes` of text."""
+    groups: list[tuple[str, list[int], int]] = []
     for split in ("train", "heldout"):
-        parts: list[Receipt] = []
+        parts: list[int] = []
         size = 0
-        for unit, receipt in zip(planned.units, dumps, strict=True):
+        for index, unit in enumerate(planned.units):
             if unit.split != split:
                 continue
             if parts and size + unit.n_bytes > shard_bytes:
                 groups.append((split, parts, size))
                 parts, size = [], 0
-            parts.append(receipt)
+            parts.append(index)
             size += unit.n_bytes
         if parts:
             groups.append((split, parts, size))
     return groups
 
 
-def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
-    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
+def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump: Callable[[int], Receipt]) -> Job:
+    """One unit of work per shard. `identity`: the teacher's; `dump(i)`: the receipt of the plan's unit i."""
     from schemas import byte_shard
 
     store, settings = context.store, context.settings
-    planned = units.load_plan(store, settings)
-    dumps = dumps if dumps is not None else find_dumps(context, planned)
     shape = settings.convert.model_dump(exclude={"shard_bytes"})
-    info = _dataset_info(context, planned, dumps)
-    _refuse_other_dataset(context, info)
-    tasks: list[Task] = []
-    numbers: dict[str, int] = defaultdict(int)
-    for split, parts, size in shard_groups(planned, dumps, settings.convert.shard_bytes):
+    code = receipts.code_fingerprint(*CONVERTER)[:16]
+    groups = shard_groups(planned, settings.convert.shard_bytes)
+    first = {"train": 0, "heldout": sum(split == "train" for split, _, _ in groups)}
+
+    def task(index: int) -> Task:
+        split, members, size = groups[index]
+        parts = [dump(member) for member in members]
         inputs = {
             "split": split,
             "parts": [file.sha256 for part in parts for file in part.files],
             "convert": shape,
             "format": [byte_shard.FORMAT, byte_shard.VERSION],
-            "code": info["settings"]["conversion_code"],
+            "code": code,
         }
-        name = f"{split}-{numbers[split]:05d}"
-        numbers[split] += 1
+        name = f"{split}-{index - first[split]:05d}"
         out = f"{TARGETS}/{name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
-        tasks.append(Task("convert", name, out, inputs, size, payload=(split, parts)))
+        return Task("convert", name, out, inputs, size, payload=(split, parts))
 
-    def open_work() -> Work:
+    @contextmanager
+    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
         from stages.convert import convert_units
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
@@ -221,33 +226,57 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
                     raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
                 paths += [store.get_path(file.path) for file in part.files]
             attrs = {"split": split, "convert": shape, "units": [part.name for part in parts]}
-            counts = convert_units(paths, out, settings.convert, attrs, context.stop, tick)
+            counts = convert_units(paths, out, settings.convert, attrs, stop, tick)
             for part in parts:
                 for file in part.files:
                     store.release(file.path)
             return counts
 
-        return work
+        yield work
 
-    outcome = run_units(store, tasks, open_work, context.stop)
+    shared = {
+        "plan": planned.hash,
+        "teacher": identity,
+        "convert": settings.convert.model_dump(),
+        "format": [byte_shard.FORMAT, byte_shard.VERSION],
+        "code": code,
+    }
+    return Job("convert", shared, [size for _, _, size in groups], task, open_work)
+
+
+def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
+    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
+    planned = units.load_plan(context.store, context.settings)
+    found = dumps if dumps is not None else find_dumps(context, planned)
+    info = _dataset_info(context, planned, found)
+    refuse_other_dataset(context, info)
+    job = convert_job(context, planned, info["teacher"], lambda index: found[index])
+    outcome = run_job(context.store, job, context.stop)
     index_is_new = _publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
     return outcome
 
 
-def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
-    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies."""
-    identity = dumps[0].inputs["teacher"]
+def dataset_identity(context: Context, planned: Plan, teacher: dict[str, Any]) -> dict[str, Any]:
+    """What tells one data set from another: whose targets, of which text, how converted. `teacher`: its identity."""
     return {
-        "teacher": identity,
-        "tokenizer": {"vocabulary_sha256": identity.get("vocabulary", "")},
+        "teacher": teacher,
         "corpus": planned.corpus,
         "settings": {
             "plan": planned.settings,
             "convert": context.settings.convert.model_dump(),
             "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
         },
+    }
+
+
+def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
+    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies."""
+    identity = dumps[0].inputs["teacher"]
+    return {
+        **dataset_identity(context, planned, identity),
+        "tokenizer": {"vocabulary_sha256": identity.get("vocabulary", "")},
         "software": receipts.software_versions(),
         "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
         "license": context.settings.corpus.license,
@@ -269,8 +298,8 @@ def read_index(store: Store) -> "Dataset | None":
     return read_dataset(store.get_path(f"{TARGETS}/{DATASET}").parent)
 
 
-def _refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
-    """A published data set is never changed: somebody may be reading it."""
+def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
+    """A published data set is never changed: somebody may be reading it. `info`: see `dataset_identity`."""
     try:
         dataset = read_index(context.store)
         old = dataset.info if dataset else info

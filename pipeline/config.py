@@ -30,6 +30,7 @@ _TITLES = {
     "convert": "Token dump to byte targets (stage: convert)",
     "student": "The small model (stage: train)",
     "train": "Training (stage: train)",
+    "fleet": "Many workers on one plan, and preemption (--worker)",
 }
 _LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline import receipts, units
 from pipeline.commands_data import TARGETS, read_index, teacher_changes
 from pipeline.context import Context
+from pipeline.fleet.report import fleet_status, fleet_table
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
 from pipeline.stores import LocalStore, Store, open_store
@@ -20,7 +21,8 @@ from schemas.errors import InputError, IntegrityError
 def status(context: Context) -> dict[str, Any]:
     """Per stage what is done of what is planned. A receipt counts if its files are there with the right size.
 
-    {"run": folder, "stages": [{"stage", "what", "done", "total" (None: unknown), "bytes", "note"}], "damaged": [...]}
+    {"run": folder, "stages": [{"stage", "what", "done", "total" (None: unknown), "bytes", "note"}],
+    "fleet": see `pipeline.fleet.report.fleet_status`, "damaged": [...]}
     """
     store = context.store
     damaged: list[str] = []
@@ -44,7 +46,7 @@ def status(context: Context) -> dict[str, Any]:
     stages.append(_convert_row(store, by_stage["convert"]))
     stages += _train_rows(store, by_stage["train"])
     stages += [_simple_row(stage, receipt) for stage in ("evaluate", "export") for receipt in by_stage[stage]]
-    return {"run": store.name, "stages": stages, "damaged": damaged}
+    return {"run": store.name, "stages": stages, "fleet": fleet_status(context), "damaged": damaged}
 
 
 def status_table(report: dict[str, Any]) -> str:
@@ -56,6 +58,8 @@ def status_table(report: dict[str, Any]) -> str:
         done = f"{row['done']}/{total}"
         line = f"  {row['stage']:<9} {row['what']:<24} {done:>11} {size:>9}  {row['note']}"
         lines.append(line.rstrip())
+    if report["fleet"]:
+        lines.append(fleet_table(report["fleet"]))
     lines += [f"  damaged: {line}" for line in report["damaged"]]
     if report["damaged"]:
         lines.append("  rerun the stage to repair what is damaged")

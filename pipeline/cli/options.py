@@ -30,6 +30,9 @@ BackendOption = Annotated[str | None, typer.Option("--backend", help="vllm or hf
 TauOption = Annotated[str | None, typer.Option("--tau", help="Share above which a deviation is evaluated.")]
 DepthOption = Annotated[str | None, typer.Option("--depth", help="Passes of branch evaluation (teacher.depth).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WorkerOption = Annotated[
+    bool, typer.Option("--worker", help="Share the units with any number of other workers on this run folder.")
+]
 OnlyOption = Annotated[str, typer.Option("--only", help="One run: distilled or control; default: as configured.")]
 
 

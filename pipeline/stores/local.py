@@ -7,16 +7,15 @@ file and one of its folder per object.
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.processes import has_ended, is_ours, process_name
 from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes, sha256_file
 from schemas.errors import StorageError
 
@@ -124,7 +123,7 @@ class LocalStore:
         folder = self.root / TEMP_FOLDER
         with disk_errors(f"writing in {self.root}"):
             self._make_folder(folder)
-        return folder / f"{_owner()}-{next(self._counter)}-{name.rsplit('/', 1)[-1]}"
+        return folder / f"{process_name()}-{next(self._counter)}-{name.rsplit('/', 1)[-1]}"
 
     def write_temp(self, name: str, raw: bytes) -> Path:
         path = self.temp_path(name)
@@ -179,39 +178,9 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _machine() -> str:
-    """A tag shared exactly by the processes that can see each other's process ids."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
-    with contextlib.suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-
-
-def _process_start(pid: int) -> str:
-    """Start time of a process in clock ticks; tells a recycled id from the writer. Empty where unknown."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _owner() -> str:
-    # Not cached: a forked worker must not pass for its parent.
-    return f"{_machine()}-{os.getpid()}-{_process_start(os.getpid()) or 0}"
-
-
 def _is_stale(path: Path) -> bool:
-    parts = path.name.split("-", 3)
-    if len(parts) == 4 and parts[0] == _machine() and parts[1].isdigit():
-        try:
-            os.kill(int(parts[1]), 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False
-        return (_process_start(int(parts[1])) or "0") != parts[2]
+    if path.name.count("-") >= 3 and is_ours(path.name):
+        return has_ended(path.name)
     with contextlib.suppress(OSError):
         return time.time() - path.stat().st_mtime > STALE_SECONDS
     return False

@@ -325,11 +325,11 @@ def scenarios(largest: int) -> dict[str, list[Scenario]]:
     scaling = [
         Scenario(n, 100, unit_s=450.0, unit_mb=10.0, preemptions=1 / 6) for n in (10, 100, 1000, 10000) if n <= largest
     ]
-    rates = [Scenario(500, 60, preemptions=rate) for rate in (0.0, 0.1, 0.3, 1.0, 3.0)]
-    latencies = [Scenario(500, 60, preemptions=1 / 6, latency_s=latency) for latency in (0.003, 0.1, 1.0)]
+    rates = [Scenario(300, 60, preemptions=rate) for rate in (0.0, 0.1, 0.3, 1.0, 3.0)]
+    latencies = [Scenario(300, 60, preemptions=1 / 6, latency_s=latency) for latency in (0.003, 0.1, 1.0)]
     sizes = [
-        Scenario(500, int(60 * 180 / unit_s), unit_s=unit_s, unit_mb=4 * unit_s / 180, preemptions=1.0)
-        for unit_s in (20.0, 60.0, 600.0, 1800.0)
+        Scenario(300, int(60 * 180 / unit_s), unit_s=unit_s, unit_mb=4 * unit_s / 180, preemptions=1.0)
+        for unit_s in (30.0, 600.0, 1800.0)
     ]
     tail = [Scenario(n, 1, preemptions=1 / 6) for n in (100, 1000, 10000) if n <= largest]
     return {"scaling": scaling, "preemption": rates, "latency": latencies, "unit_size": sizes, "one_unit_each": tail}
@@ -349,6 +349,8 @@ def main() -> None:
         "data_requests_per_unit": IO_PER_UNIT,
         "naive_listing_at_10000": naive_listing(Scenario(10000, 100)),
     }
+    if args.only and args.out and args.out.is_file():
+        found = json.loads(args.out.read_text()) | found
     for question, wanted in scenarios(args.largest).items():
         if args.only in ("", question):
             found[question] = []

@@ -135,11 +135,11 @@ class Fleet:
         }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=some.integers(0, 10**6),
-    n_units=some.sampled_from([1, 7, 40, BLOCK + 30]),
-    n_workers=some.integers(1, 9),
+    n_units=some.sampled_from([1, 7, 30]),
+    n_workers=some.integers(1, 6),
     death=some.sampled_from([0.0, 0.01, 0.05]),
     skew=some.booleans(),
 )
@@ -157,6 +157,14 @@ def test_every_unit_gets_done_whoever_dies_and_whatever_clocks_say(
         assert all(state.epoch == 1 for state in states.values())
     blocks = fleet.store.answer(List(LAYOUT.blocks))
     assert len(blocks) == ledger.n_blocks(n_units)
+
+
+def test_units_of_several_blocks_with_deaths() -> None:
+    fleet = Fleet(BLOCK + 10, 5, 3, 0.01, Limits(3, 0))
+    fleet.run()
+    assert sorted(fleet.done) == list(range(fleet.n_units))
+    assert fleet.deaths > 10
+    assert sum(fleet.done.values()) - fleet.n_units <= fleet.deaths
 
 
 def test_a_poisoned_unit_is_set_aside_and_the_rest_finishes() -> None:

@@ -27,4 +27,4 @@ class Context:
 
 def open_context(settings: Settings, say: Callable[[str], None] = print) -> Context:
     """A context on the run folder of the settings."""
-    return Context(settings, open_store(settings.run.dir), say=say)
+    return Context(settings, open_store(settings.run.dir, settings.run.scratch), say=say)

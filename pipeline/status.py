@@ -14,7 +14,7 @@ from pipeline.context import Context
 from pipeline.fleet.report import fleet_status, fleet_table
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
-from pipeline.stores import LocalStore, Store
+from pipeline.stores import LocalStore, Store, open_store
 from schemas.errors import InputError, IntegrityError
 
 
@@ -95,13 +95,15 @@ def verify(store: Store) -> tuple[list[str], int]:
     return found, len(checked)
 
 
-def verify_folder(folder: Path) -> tuple[list[str], int]:
-    """`verify` for a run folder, or for a data set on its own (a folder with dataset.json)."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name a run folder or a folder with dataset.json")
-    if (folder / "dataset.json").is_file():
-        return _verify_targets(folder), sum(path.name.endswith(".zarr.zip") for path in folder.iterdir()) + 2
-    return verify(LocalStore(folder))
+def verify_place(place: str, scratch: str = "") -> tuple[list[str], int]:
+    """`verify` for a run folder, or for a data set on its own (a folder with dataset.json); a path or a URL."""
+    store = open_store(place, scratch)
+    if isinstance(store, LocalStore) and not store.root.is_dir():
+        raise InputError(f"{place} is not a folder; name a run folder or a folder with dataset.json")
+    if store.exists("dataset.json"):
+        shards = sum(key.endswith(".zarr.zip") for key in store.list(""))
+        return _verify_targets(store.folder("")), shards + 2
+    return verify(store)
 
 
 def _verify_plan(store: Store) -> list[str]:

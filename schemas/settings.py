@@ -16,7 +16,9 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: str = "runs/default"
-    """Folder that every stage reads from and writes to."""
+    """Folder that every stage reads from and writes to, or s3://bucket/prefix, gs://..., az://... (hf://: reading)."""
+    scratch: str = ""
+    """Local folder for copies and temporary files of a remote run.dir; empty = bytecache/runs in the cache folder."""
     seed: int = Field(0, ge=0)
     """Seed of everything random: held-out split, student initialisation, data order."""
 

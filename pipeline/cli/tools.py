@@ -49,8 +49,8 @@ def status(
 @app.command()
 def verify(
     folder: Annotated[
-        Path | None, typer.Argument(help="A run folder, or a folder with dataset.json; default: run.dir.")
-    ] = None,
+        str, typer.Argument(help="A run folder, or a folder with dataset.json, or its URL; default: run.dir.")
+    ] = "",
     config: ConfigOption = None,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
@@ -65,10 +65,11 @@ def verify(
     with refusals():
         from pipeline import status as module
 
-        place = folder or Path(resolve(config, overrides, run__dir=run_dir).run.dir).expanduser()
-        problems, checked = module.verify_folder(place)
+        run = resolve(config, overrides, run__dir=run_dir).run
+        place = folder or run.dir
+        problems, checked = module.verify_place(place, run.scratch)
         if as_json:
-            typer.echo(json.dumps({"folder": str(place), "files": checked, "problems": problems}, indent=2))
+            typer.echo(json.dumps({"folder": place, "files": checked, "problems": problems}, indent=2))
         else:
             for problem in problems:
                 typer.echo(problem)

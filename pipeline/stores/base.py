@@ -104,7 +104,7 @@ class Store(Protocol):
         ...
 
     def folder(self, prefix: str, record: str = "") -> Path:
-        """A local folder that holds every object under `prefix`, and in which a stage may write (see `publish`).
+        """A local folder with every object under `prefix` (empty: all), in which a stage may write (see `publish`).
 
         A local store gives the folder itself, which may not exist yet. A remote one downloads what is missing here or
         was changed there; where `record` names a file that its writer publishes last, only if that is there.

@@ -139,7 +139,7 @@ class LocalStore:
         pass
 
     def folder(self, prefix: str, record: str = "") -> Path:
-        return self._path(prefix)
+        return self._path(prefix) if prefix else self.root
 
     def publish(self, prefix: str) -> int:
         return 0

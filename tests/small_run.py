@@ -18,7 +18,7 @@ def small_settings(folder: Path, *, documents: int = 160) -> Settings:
         "run": {"dir": str(folder / "run")},
         "corpus": {"source": str(corpus), "unit_bytes": 1000, "heldout_fraction": 0.1},
         "teacher": {
-            "model": str(teacher), "backend": "hf", "context": 128, "overlap": 32, "depth": 1, "tau": 0.01, "table": 64,
+            "model": str(teacher), "backend": "hf", "context": 128, "overlap": 32, "depth": 1, "tau": 0.01,
         },
         "convert": {"shard_bytes": 2000},
         "student": {"tokenizer": "bpe:300", "hidden_size": 32, "layers": 1, "heads": 2},

@@ -178,6 +178,7 @@ def test_a_poisoned_unit_is_set_aside_and_the_rest_finishes() -> None:
         assert states[unit].failures == 3
     entries = fleet.store.answer(List(LAYOUT.quarantine))
     assert [int(key.rpartition("/")[2].partition(".")[0]) for key in entries] == [4, 11]
+    assert {fleet.store.objects[key]["reason"] for key in entries} == {"poison"}
 
 
 def test_a_unit_that_kills_its_worker_is_set_aside_by_the_count_of_its_dead() -> None:
@@ -243,6 +244,26 @@ def test_a_worker_that_left_or_forgot_its_claim_does_not_keep_it() -> None:
     mine = Claimer(LAYOUT, 1, "c", limits=Limits(), lease_s=60.0, clock=lambda: clock[0])
     store.answer(Replace(LAYOUT.worker("c"), {"beat": 1, "unit": -1, "epoch": 0}))
     assert store.run(mine.claim()) == Claim(0, 4, 0, 3)
+
+
+def test_of_two_that_bury_a_holder_one_gets_its_unit() -> None:
+    store = Memory()
+    store.answer(Put(LAYOUT.mark(0, ledger.CLAIM, 1), {"worker": "dead"}))
+    running: dict[str, Any] = {
+        name: Claimer(LAYOUT, 1, name, limits=Limits(), lease_s=60.0, clock=lambda: 0.0).claim() for name in ("a", "b")
+    }
+    store.answer(Replace(LAYOUT.worker("a"), {"beat": 1, "unit": -1, "epoch": 0}))
+    store.answer(Replace(LAYOUT.worker("b"), {"beat": 1, "unit": -1, "epoch": 0}))
+    answers: dict[str, Any] = dict.fromkeys(running)
+    results = []
+    while running:  # in step: both find the holder dead before either has claimed
+        for name in list(running):
+            try:
+                answers[name] = store.answer(running[name].send(answers[name]))
+            except StopIteration as done:
+                results.append(done.value)
+                del running[name]
+    assert sorted(type(result).__name__ for result in results) == ["Claim", "Idle"]
 
 
 def test_a_released_unit_is_free_at_once_and_costs_nothing() -> None:

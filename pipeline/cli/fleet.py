@@ -1,10 +1,14 @@
 """Commands for runs that many workers share."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ConfigOption, RunDirOption, SetOption, resolve, run_stage
+from pipeline.cli.options import ConfigOption, RunDirOption, SetOption, refusals, resolve, run_stage
+from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -70,3 +74,32 @@ def merge(
         typer.echo(f"merge: {'; '.join(counts)}; {len(result.skipped)} skipped")
 
     run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
+
+
+@app.command()
+def torture(
+    folder: Annotated[Path, typer.Argument(help="A new folder to work in; removed again if all is well.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    kills: Annotated[int, typer.Option(min=1, help="Processes to kill.")] = 200,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the moments and victims.")] = 0,
+) -> None:
+    """Kill workers at random moments of every stage until enough have died, and compare with an undisturbed run.
+
+    Reads: the corpus and the teacher. Writes: runs under the folder; prints a JSON report. Exit code 4 if any hash
+    differs, a unit is lost or a file is left over. Choose a corpus of seconds: it is run many times over.
+
+    Example: bytecache torture /tmp/torture --kills 50 --set corpus.max_bytes=20000 --set train.steps=20
+    """
+    with refusals():
+        from pipeline.fleet.torture import torture as command
+
+        if folder.exists():
+            raise ConfigError(f"{folder} exists; name a new folder")
+        settings = resolve(config, overrides)
+        report = command(
+            settings, folder, kills=kills, workers=workers, seed=seed, say=lambda line: typer.echo(line, err=True)
+        )
+        shutil.rmtree(folder)
+        typer.echo(json.dumps(report, indent=2))

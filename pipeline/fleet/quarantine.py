@@ -33,9 +33,9 @@ def quarantined(store: Store, layout: Layout) -> list[Entry]:
         if state.done or state.held or not (state.failures or state.losses):
             continue
         reasons = []
-        for epoch in sorted(state.failed | state.lost):
-            if epoch > state.forgiven:
-                kind = FAILED if epoch in state.failed else LOST
+        for epoch in range(state.forgiven + 1, state.epoch + 1):
+            if (state.failed | state.lost) >> epoch & 1:
+                kind = FAILED if state.failed >> epoch & 1 else LOST
                 facts = read_json(store, layout.mark(unit, kind, epoch)) or {}
                 reasons.append(str(facts.get("reason") or f"worker {facts.get('worker', '?')} died at it"))
         found.append(Entry(unit, state.failures + state.losses, tuple(reasons)))

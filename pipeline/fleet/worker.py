@@ -220,12 +220,18 @@ class Worker:
             finally:
                 self.heart.committing = False
             self._succeeded(claim, task, receipt, ours, time.monotonic() - began)
+        except Interrupted:
+            self._give_back(claim)
+            raise self._interrupted() from None
         except BaseException:
-            with contextlib.suppress(StorageError):
-                perform(self.store, self.claimer.release(claim))
+            self._give_back(claim)
             raise
         finally:
             self.heart.hold(-1, 0, None)
+
+    def _give_back(self, claim: Claim) -> None:
+        with contextlib.suppress(StorageError):
+            perform(self.store, self.claimer.release(claim))
 
     def _working(self, task: Task, out: Path, tick: Tick) -> dict[str, Any]:
         assert self._work is not None

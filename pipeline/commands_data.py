@@ -166,7 +166,7 @@ def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
         **identity.get("settings", {}),
         **{name: identity[name] for name in ("model", "revision") if name in identity},
     }
-    now = settings.model_dump() | {"model": model_name(settings)}
+    now = settings.resolved().model_dump() | {"model": model_name(settings)}
     return list(changed_keys(old, {name: now[name] for name in old if name in now}))
 
 

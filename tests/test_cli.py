@@ -78,7 +78,7 @@ class FakeTeacher:
 
 
 def fake_identity(settings: Any) -> dict[str, Any]:
-    shown = {"top_k": settings.top_k, "tau": settings.tau}
+    shown = {"top_k": settings.top_k, "tau": settings.resolved().tau}
     return {"model": settings.model, "revision": settings.revision, "settings": shown, "vocabulary": "v"}
 
 

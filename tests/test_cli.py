@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = [
     "plan", "teacher", "convert", "train", "evaluate", "export",
     "run", "status", "verify", "inspect", "probe", "config", "retry", "merge", "torture",
-    "jobs local", "jobs ray", "jobs slurm", "jobs skypilot", "jobs kubernetes",
+    "jobs local", "jobs ray", "jobs slurm", "jobs skypilot", "jobs kubernetes", "estimate",
 ]  # fmt: skip
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(40)]
 

@@ -271,7 +271,7 @@ def test_a_preempted_slurm_task_goes_back_into_the_queue(slurm: Path, tmp_path: 
 # With real workers
 
 
-TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(24)]
+TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(60)]
 
 
 @pytest.fixture
@@ -281,7 +281,8 @@ def planned(tmp_path: Path) -> list[str]:
     make_checkpoint(tmp_path / "teacher")
     given = [
         f"run.dir={tmp_path / 'run'}", f"corpus.source={tmp_path / 'corpus.jsonl'}",
-        f"teacher.model={tmp_path / 'teacher'}", "corpus.unit_bytes=500", "teacher.backend=hf", "teacher.context=128", "teacher.overlap=32",
+        f"teacher.model={tmp_path / 'teacher'}", "corpus.unit_bytes=1000",
+        "teacher.backend=hf", "teacher.context=128", "teacher.overlap=32",
     ]  # fmt: skip
     options = [part for setting in given for part in ("--set", setting)]
     result = CliRunner().invoke(app, ["plan", *options])

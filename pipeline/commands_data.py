@@ -159,9 +159,13 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     """How the settings that a dump was made with differ from the current ones."""
+    return identity_changes(receipt.inputs["teacher"], settings)
+
+
+def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
+    """How the settings in a teacher's identity differ from the current ones."""
     from stages.teacher import model_name
 
-    identity = receipt.inputs["teacher"]
     old = {
         **identity.get("settings", {}),
         **{name: identity[name] for name in ("model", "revision") if name in identity},

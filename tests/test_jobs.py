@@ -145,7 +145,7 @@ JOB_SCHEMA = {  # the parts of batch/v1 Job that we rely on, closed so that a mi
                     "additionalProperties": False, "required": ["action"], "properties": {
                         "action": {"enum": ["Ignore", "FailJob", "FailIndex", "Count"]},
                         "onExitCodes": {"required": ["operator", "values"]},
-                        "onPodConditions": {"type": "array"}}}}}},
+                        "onPodConditions": {"items": {"required": ["type", "status"]}}}}}}},
                 "template": {"properties": {"spec": {"required": ["restartPolicy", "containers"], "properties": {
                     "restartPolicy": {"const": "Never"},  # podFailurePolicy demands it
                     "containers": {"items": {"required": ["name", "image", "command"], "properties": {

@@ -41,7 +41,7 @@ def kubernetes_job(
         container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     ignore = [
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [Interrupted.exit_code]}},
     ]
     refusals = [ConfigError.exit_code, InputError.exit_code, IntegrityError.exit_code]

@@ -38,7 +38,7 @@ def main() -> None:
         folder = Path(place)
         settings = small_settings(folder)
         before = os.times()
-        report = torture(settings, folder / "torture", kills=args.kills, workers=args.workers, seed=args.seed)
+        report = torture(settings, folder / "torture", kills=args.kills, workers=args.workers, seed=args.seed, say=say)
         after = os.times()
         report["processor_s"] = round(sum(after[:4]) - sum(before[:4]), 1)
         report["machine"] = "2 cores, x86-64"
@@ -47,6 +47,10 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def restart_costs(folder: Path, config: str) -> dict[str, float]:

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from schemas.manifest import Dataset
 
 TARGETS = "targets"
-CONVERTER = ("stages.convert", "stages.lattice", "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip")
-"""Modules whose code decides the bytes of a shard."""
+CONVERTER = (
+    "stages.convert", "stages.lattice", "stages.fidelity", "stages.divergence",
+    "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip",
+)  # fmt: skip
+"""Modules whose code decides the bytes of a shard and the figures of its certificate."""
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
@@ -47,7 +50,7 @@ def plan(context: Context) -> tuple[Plan, bool]:
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    from stages.teacher import teacher_identity
+    from stages.identity import teacher_identity
 
     store, settings = context.store, context.settings
     identity = teacher_identity(settings.teacher)
@@ -159,9 +162,13 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     """How the settings that a dump was made with differ from the current ones."""
-    from stages.teacher import model_name
+    return identity_changes(receipt.inputs["teacher"], settings)
 
-    identity = receipt.inputs["teacher"]
+
+def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
+    """How the settings in a teacher's identity differ from the current ones."""
+    from stages.identity import model_name
+
     old = {
         **identity.get("settings", {}),
         **{name: identity[name] for name in ("model", "revision") if name in identity},
@@ -246,6 +253,8 @@ def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump:
 
 def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
+    from stages.fidelity import summary_line
+
     planned = units.load_plan(context.store, context.settings)
     found = dumps if dumps is not None else find_dumps(context, planned)
     info = _dataset_info(context, planned, found)
@@ -255,7 +264,16 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     index_is_new = _publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
+    context.say(summary_line(_certificate(outcome.receipts, info["teacher"])))
     return outcome
+
+
+def _certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:
+    """The fidelity of all shards together; None where no dump part had reference windows."""
+    from stages.fidelity import Fidelity
+
+    reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
+    return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
 
 
 def dataset_identity(context: Context, planned: Plan, teacher: dict[str, Any]) -> dict[str, Any]:
@@ -344,9 +362,11 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
             "the teacher's tokenizer could reproduce no training document; choose another teacher, or clean the corpus "
             f"(reasons: {info['creation']['set_aside']})"
         )
+    certificate = _certificate(shards, info["teacher"])
     with suppress(IntegrityError):
         dataset = read_index(store)
-        if dataset and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file):
+        same = dataset is not None and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file)
+        if dataset and same and dataset.fidelity == certificate:
             return False
     # Shards of a conversion with other settings that was never published; an index must list all of its folder.
     listed = {entry.file for entry in entries}
@@ -357,7 +377,7 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
     for _, key in list(receipts.list_receipts(store, "convert")):
         if key not in keys:
             store.delete(receipts.receipt_path("convert", key))
-    for name, raw in zip((MANIFEST, DATASET), index_documents(entries, info), strict=True):
+    for name, raw in zip((MANIFEST, DATASET), index_documents(entries, info, certificate), strict=True):
         store.replace(f"{TARGETS}/{name}", store.write_temp(name, raw))
     return True
 

@@ -1,9 +1,7 @@
-"""Workers as threads and as real processes: shared work, poison, refusals, notices, full disks, merged runs."""
+"""Workers as threads and as real processes: shared work, poison, refusals, full disks, hung engines."""
 
-import http.server
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -13,50 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import FakeTeacher, bytecache, fake_convert, fake_teacher, refusal, world  # noqa: F401
+from fleet_jobs import LAYOUT, QUICK, fork, job, marks, run
 
 from pipeline import receipts
 from pipeline.fleet import job as jobs
-from pipeline.fleet import preemption, worker
-from pipeline.fleet.ledger import DONE, Layout, read_json, read_names
-from pipeline.fleet.preemption import Drain
+from pipeline.fleet import worker
+from pipeline.fleet.ledger import DONE, read_json, read_names
 from pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
-from pipeline.fleet.worker import Worker
-from pipeline.runner import Job, Task, Tick, Work, finished
+from pipeline.runner import Job, Work, finished
 from pipeline.stores import LocalStore
-from schemas.errors import ConfigError, EngineError, InputError, Interrupted, StorageError
-from schemas.settings import Fleet
-
-QUICK = Fleet(heartbeat_s=0.1, lease_s=1.0, notice_s=1.0, notice_poll_s=0.05)
-LAYOUT = Layout("teacher")
-Do = Callable[[int, Callable[[], bool]], None]
-
-
-def job(n_units: int, do: Do = lambda unit, stop: None, identity: str = "a") -> Job:
-    """Units of a few bytes; `do(unit, stop)` happens inside each."""
-
-    def task(index: int) -> Task:
-        return Task("teacher", f"unit {index}", f"teacher/{index:03d}.bin", {"unit": index, "identity": identity}, 10)
-
-    @contextmanager
-    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
-        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-            do(task.inputs["unit"], stop)
-            out.write_bytes(f"{task.inputs}".encode() * 10)
-            tick({"bytes": 10})
-            return {}
-
-        yield work
-
-    return Job("teacher", {"identity": identity}, [10] * n_units, task, open_work)
-
-
-def run(store: LocalStore, work: Job, settings: Fleet = QUICK) -> worker.Share:
-    return Worker(store, work, settings, lambda: False).run()
-
-
-def marks(store: LocalStore, kind: str) -> list[str]:
-    return [key for key in store.list(f"{LAYOUT.root}/units") if key.rpartition(".")[2].startswith(kind)]
+from schemas.errors import ConfigError, EngineError, InputError, StorageError
 
 
 @pytest.fixture
@@ -142,20 +106,6 @@ def test_a_poisoned_unit_is_set_aside_with_its_reasons_until_it_is_let_in(store:
     retry(store, LAYOUT)
     assert run(store, job(8)).made == 1
     assert quarantined(store, LAYOUT) == []
-
-
-def fork(step: Callable[[], Any]) -> int:
-    """Exit code (or minus the signal) of a child that does one step."""
-    pid = os.fork()
-    if not pid:
-        try:
-            step()
-            os._exit(0)
-        except Interrupted:
-            os._exit(75)
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_unit_that_kills_its_worker_is_set_aside(store: LocalStore) -> None:
@@ -252,286 +202,6 @@ def test_an_engine_that_hangs_loses_its_unit_to_others(store: LocalStore) -> Non
     assert finished(store, job(1).task(0))
     (state,) = read_names(store.list(LAYOUT.units(0))).values()
     assert state.losses == 1
-
-
-# ---- preemption
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def drain(stop: list[bool], clock: Clock, **keys: Any) -> Drain:
-    return Drain(Fleet.model_validate({"notice_s": 20.0, **keys}), lambda: bool(stop), clock)
-
-
-def test_a_unit_goes_on_after_the_notice_only_if_it_can_finish() -> None:
-    stop: list[bool] = []
-    clock = Clock()
-    for done, abandoned in ((0, False), (20, True), (60, False)):
-        stop.clear()
-        leaving = drain(stop, clock)
-        leaving.unit_begins(100)
-        clock.now += 20
-        leaving.tick(done)  # at this speed the rest takes 80 s, or 13 s; nothing is known of the first
-        assert not leaving.abandon()
-        stop.append(True)
-        assert leaving.abandon() == abandoned
-        clock.now += 18.1  # the margin before the kill
-        assert leaving.abandon()
-
-
-def test_earlier_units_tell_how_long_one_takes() -> None:
-    stop: list[bool] = []
-    clock = Clock()
-    leaving = drain(stop, clock)
-    for _ in range(2):
-        leaving.unit_begins(100)
-        clock.now += 30
-        leaving.unit_ends()
-    assert leaving.remaining_s() == 0
-    leaving.unit_begins(100)
-    clock.now += 5
-    stop.append(True)
-    assert leaving.requested()
-    assert leaving.remaining_s() == 25
-    assert leaving.abandon()
-    clock.now += 10
-    assert not drain([True], clock).abandon()
-
-
-def test_notice_file_and_nothing_by_default(tmp_path: Path) -> None:
-    clock = Clock()
-    quiet = drain([], clock)
-    quiet.poll()
-    assert not quiet.requested()
-    told = drain([], clock, notice_file=str(tmp_path / "notice"))
-    told.poll()
-    assert not told.requested()
-    (tmp_path / "notice").touch()
-    told.poll()
-    assert not told.requested()  # not yet time to look again
-    clock.now += 5.1
-    told.poll()
-    assert told.requested()
-    assert "notice appeared" in told.reason
-    assert told.deadline == clock.now + 18
-
-
-class Metadata(http.server.BaseHTTPRequestHandler):
-    """A metadata service that wants a token and a header, and first has no notice."""
-
-    answers: list[tuple[int, str]] = []  # noqa: RUF012 - set by the test
-    seen: list[dict[str, str]] = []  # noqa: RUF012
-
-    def do_PUT(self) -> None:
-        self.reply(200, "secret")
-
-    def do_GET(self) -> None:
-        self.seen.append({name.lower(): value for name, value in self.headers.items()})
-        self.reply(*self.answers.pop(0))
-
-    def reply(self, status: int, body: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-def test_notice_url_with_token_header_and_pattern() -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    Metadata.answers = [(404, "TRUE"), (200, "FALSE"), (500, ""), (200, "TRUE")]
-    Metadata.seen = []
-    clock = Clock()
-    leaving = drain(
-        [], clock, notice_url=f"{url}/x", notice_token_url=f"{url}/token", notice_header="Flavor: Test",
-        notice_match="TRUE",
-    )  # fmt: skip
-    found = []
-    for _ in range(4):
-        leaving.poll()
-        found.append(leaving.requested())
-        clock.now += 6
-    server.shutdown()
-    server.server_close()
-    assert found == [False, False, False, True]
-    assert Metadata.seen[0]["flavor"] == "Test"
-    assert Metadata.seen[0]["x-aws-ec2-metadata-token"] == "secret"
-    gone = drain([], clock, notice_url=f"{url}/x")
-    gone.poll()  # nobody answers: no notice
-    assert not gone.requested()
-
-
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"notice_url": "file:///etc/passwd"}, "no http:// or https://"),
-        ({"notice_header": "nonsense"}, "write `Name: value`"),
-        ({"notice_match": "("}, "regular expression"),
-    ],
-)
-def test_notice_settings_that_make_no_sense_are_refused(keys: dict[str, str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        drain([], Clock(), **keys)
-
-
-def test_a_notice_gives_the_unit_back_and_the_next_worker_has_it_at_once(store: LocalStore, tmp_path: Path) -> None:
-    notice = tmp_path / "notice"
-
-    def slow(unit: int, stop: Callable[[], bool]) -> None:
-        if unit == 1:
-            notice.touch()
-        for _ in range(1000):
-            if stop():
-                raise Interrupted("abandoned")
-            if unit != 1:
-                return
-            time.sleep(0.01)
-
-    settings = QUICK.model_copy(update={"notice_file": str(notice), "lease_s": 600.0})
-    with pytest.raises(Interrupted, match="notice appeared"):
-        run(store, job(4, slow), settings)
-    assert list(store.list(f"{LAYOUT.root}/workers")) == []
-    assert run(store, job(4), QUICK.model_copy(update={"lease_s": 600.0})).made >= 1
-    assert len(marks(store, DONE)) == 4
-    (state,) = [state for state in read_names(store.list(LAYOUT.units(0))).values() if state.epoch > 1]
-    assert (state.losses, state.failures) == (0, 0)
-
-
-def test_an_engine_that_does_not_answer_by_the_deadline_is_left(store: LocalStore, tmp_path: Path) -> None:
-    def deaf(unit: int, stop: Callable[[], bool]) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-
-    def child() -> None:
-        from pipeline.runner import StopFlag
-
-        flag = StopFlag()
-        with flag.installed():
-            Worker(store, job(1, deaf), QUICK, flag).run()
-
-    began = time.monotonic()
-    assert fork(child) == 75
-    assert time.monotonic() - began < 30
-    assert list(store.list(f"{LAYOUT.root}/workers")) == []
-    (state,) = read_names(store.list(LAYOUT.units(0))).values()
-    assert not state.held and not state.losses
-    assert run(store, job(1)).made == 1
-
-
-def test_margin_never_eats_a_short_notice() -> None:
-    assert preemption.MARGIN_S > 0.5
-    leaving = drain([True], Clock(), notice_s=2.0)
-    assert leaving.requested()
-    assert leaving.deadline == 101.5
-
-
-# ---- the commands
-
-
-@pytest.mark.usefixtures("world", "fake_teacher", "fake_convert")
-def test_worker_commands_make_a_data_set_and_status_shows_it() -> None:
-    quick = ["--set", "fleet.heartbeat_s=0.1", "--set", "fleet.lease_s=1.0"]
-    assert bytecache("plan").exit_code == 0
-    assert "0 of" in refusal(bytecache("convert", "--worker", *quick), 3)
-    FakeTeacher.fail_at = 2  # and all after it
-    failing = refusal(bytecache("teacher", "--worker", *quick, "--set", "fleet.max_failures=1"), 1)
-    FakeTeacher.fail_at = -1
-    assert "set aside after repeated failure" in failing and "poisoned unit; remove it" in failing
-    report = json.loads(bytecache("status", "--json").stdout)["fleet"][0]
-    assert report["quarantine"][0]["reasons"][0].endswith("poisoned unit; remove it")
-    assert "set aside: unit" in bytecache("status").stdout
-    assert "has no dump" in refusal(bytecache("convert", "--worker", *quick), 3)
-    assert "may be tried again" in bytecache("retry", "teacher").stdout
-    assert bytecache("teacher", "--worker", *quick).exit_code == 0
-    done = bytecache("convert", "--worker", *quick)
-    assert done.exit_code == 0, done.output
-    assert bytecache("verify").exit_code == 0
-    for report in json.loads(bytecache("status", "--json").stdout)["fleet"]:
-        assert report["done"] == report["units"] > 0
-        assert report["held"] == 0 and report["quarantine"] == []
-    assert "nothing to do" in bytecache("convert").stdout
-    assert "nothing to do" in bytecache("teacher").stdout
-    assert "this worker made 0" in bytecache("convert", "--worker", *quick).stdout
-    other = bytecache("teacher", "--worker", *quick, "--set", "teacher.top_k=3")
-    assert "top_k: 16 -> 3" in refusal(other, 2)
-    assert "given up" in bytecache("retry", "teacher", "--new-job").stdout
-    assert "no stage of workers" in refusal(bytecache("retry", "train"), 3)
-
-
-def halves(place: Path) -> tuple[LocalStore, LocalStore]:
-    """Two copies of a whole run, each without every other dump of the other."""
-    stores = []
-    for number in (0, 1):
-        folder = place / f"half-{number}"
-        shutil.copytree(place / "run", folder)
-        store = LocalStore(folder)
-        for _, key in list(receipts.list_receipts(store, "teacher"))[number::2]:
-            receipt = receipts.read_receipt(store, "teacher", key)
-            assert receipt is not None
-            store.delete(receipt.files[0].path)
-            store.delete(receipts.receipt_path("teacher", key))
-        stores.append(store)
-    return stores[0], stores[1]
-
-
-@pytest.mark.usefixtures("world", "fake_teacher", "fake_convert")
-def test_partial_runs_are_merged_into_the_whole() -> None:
-    place = Path.cwd()
-    from run_outputs import outputs
-
-    assert bytecache("plan").exit_code == 0
-    assert bytecache("teacher").exit_code == 0
-    halves(place)
-    done = bytecache("merge", "half-0", "half-1", "--run-dir", "whole")
-    assert done.exit_code == 0, done.output
-    assert "0 skipped" in done.stdout
-    assert outputs(place / "whole") == outputs(place / "run")
-    assert bytecache("convert", "--run-dir", "whole").exit_code == 0
-    assert bytecache("verify", "whole").exit_code == 0
-    again = bytecache("merge", "half-0", "half-1", "--run-dir", "whole")
-    assert "0 units of teacher copied" in again.stdout
-
-
-@pytest.mark.usefixtures("world", "fake_teacher", "fake_convert")
-def test_merging_refuses_conflicts_before_it_writes() -> None:
-    place = Path.cwd()
-    assert bytecache("plan").exit_code == 0
-    assert bytecache("teacher").exit_code == 0
-    halves(place)
-    # Another output of a unit that the other half has too.
-    store = LocalStore(place / "half-0")
-    _, key = next(receipts.list_receipts(store, "teacher"))
-    receipt = receipts.read_receipt(store, "teacher", key)
-    assert receipt is not None
-    path = store.get_path(receipt.files[0].path)
-    path.write_bytes(b"other bytes")
-    changed = receipt.model_copy(update={"files": (receipts.record_file(store, receipt.files[0].path),)})
-    store.delete(receipts.receipt_path("teacher", key))
-    receipts.write_receipt(store, changed)
-    shutil.copytree(place / "run", place / "other")
-    assert "two different outputs" in refusal(bytecache("merge", "half-0", "other", "--run-dir", "whole"), 4)
-    assert not (place / "whole").exists()
-    # A damaged file is skipped and named, whatever its receipt says.
-    path.write_bytes(b"damaged....")
-    done = bytecache("merge", "half-0", "--run-dir", "whole")
-    assert "1 skipped" in done.stdout and "differs from its receipt" in done.stdout
-    # Another plan, another teacher, no plan.
-    assert bytecache("plan", "--run-dir", "second", "--set", "run.seed=5").exit_code == 0
-    assert "only runs of one plan" in refusal(bytecache("merge", "second", "--run-dir", "whole"), 2)
-    shutil.copytree(place / "run/plan", place / "third/plan")
-    assert bytecache("teacher", "--run-dir", "third", "--set", "teacher.top_k=3").exit_code == 0
-    assert "top_k: 16 -> 3" in refusal(bytecache("merge", "run", "third", "--run-dir", "new"), 2)
-    assert "holds no plan" in refusal(bytecache("merge", "nowhere", "--run-dir", "new"), 3)
-    assert not (place / "new").exists()
 
 
 def test_heartbeat_tells_what_the_worker_does(store: LocalStore) -> None:

@@ -10,8 +10,9 @@ A holder is dead if its heartbeat is gone, if its process was on this machine an
 has not changed (or has been at another unit) for `lease_s` seconds *of the watcher's clock*: no two clocks are
 ever compared. Declaring a live worker dead costs a unit done twice, never a wrong result.
 
-Price per unit: two small writes (claim, result); per block: two to three listings; per idle worker: up to six requests
-in a pause. Figures up to 10,000 workers: `benchmarks/queue_simulation.py`.
+Price: two small writes per unit (claim, result) and one per heartbeat; a listing per exhausted block or pair of misses,
+0.4 a unit where workers have hundreds of units each; up to six requests in a pause of an idle worker. Figures up to
+10,000 workers: `benchmarks/queue_simulation.py`.
 """
 
 import random

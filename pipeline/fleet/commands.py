@@ -14,7 +14,7 @@ from pipeline.fleet.worker import Share, Worker
 from pipeline.receipts import Receipt
 from pipeline.runner import Job, Outcome, Task, Tick, Work
 from pipeline.units import Plan
-from schemas.errors import BytecacheError, InputError
+from schemas.errors import BytecacheError, ConfigError, InputError
 
 _SHOWN = 3
 
@@ -64,6 +64,12 @@ def _convert_job(context: Context, planned: Plan) -> Job:
         found = commands_data.find_dumps(context, planned)
         return _refusing(context, planned, found[0].inputs["teacher"], lambda index: found[index])
     identity = begun["identity"]["teacher"]
+    changes = commands_data.identity_changes(identity, context.settings.teacher)
+    if changes:
+        raise ConfigError(
+            f"{store.name}: the workers' dump was made with other teacher settings ({'; '.join(changes[:4])}); restore "
+            "them, or run `bytecache teacher`"
+        )
 
     def dump(index: int) -> Receipt:
         unit = planned.units[index]

@@ -76,7 +76,7 @@ def torture(
     """Rounds until `kills` processes have been killed. Returns the facts; raises IntegrityError if any round is not
     as the undisturbed run. `folder` must be new; rounds without fault are removed again.
 
-    The fleet's times are set short, and its limits off: here every unit meets more deaths than units ever should.
+    The fleet's times are set short, and its limit of losses off: here units meet more deaths than they ever should.
     """
     folder.mkdir(parents=True)
     generator = random.Random(seed)
@@ -119,9 +119,7 @@ def torture(
 
 
 def _at(settings: Settings, root: Path) -> Settings:
-    fleet = settings.fleet.model_copy(
-        update={"heartbeat_s": 0.5, "lease_s": 3.0, "max_failures": 0, "max_losses": 0, "notice_s": 1.0}
-    )
+    fleet = settings.fleet.model_copy(update={"heartbeat_s": 0.5, "lease_s": 3.0, "max_losses": 0, "notice_s": 1.0})
     run = settings.run.model_copy(update={"dir": str(root)})
     train = settings.train.model_copy(update={"control": False})
     return settings.model_copy(update={"run": run, "fleet": fleet, "train": train})

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 TARGETS = "targets"
 CONVERTER = (
     "stages.convert", "stages.lattice", "stages.fidelity", "stages.divergence",
-    "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip",
+    "schemas.shard_builder", "schemas.gather", "schemas.prior", "schemas.quantise", "schemas.packing",
+    "schemas.byte_shard", "schemas.expansion", "schemas.zarr_zip",
 )  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 

@@ -29,10 +29,17 @@ from pipeline.runner import finished, run_job
 from pipeline.stores import LocalStore
 from pipeline.units import Plan
 from schemas.errors import ConfigError
-from schemas.settings import Section, Settings
+from schemas.settings import Convert, Section, Settings, Teacher
 
 _T90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 """Student's t, two-sided 90 %, for 1 to 10 degrees of freedom; above, 1.645 + 1.6 / df is within 0.01."""
+
+
+_PRESETS: dict[type[Section], tuple[str, tuple[str, ...]]] = {
+    Teacher: ("preset", ("tau", "depth", "static")),
+    Convert: ("precision", ("rate", "prune")),
+}
+"""The key that names a section's preset, and the keys that would override what it stands for."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +94,17 @@ def ratio_total(sizes: Sequence[float], values: Sequence[float], all_sizes: Sequ
 
 
 def presets(section: type[Section]) -> list[str]:
-    """Names of a section's presets, from the cheapest to the most precise; [""] if it has none."""
-    field = section.model_fields.get("preset")
-    return [str(name) for name in get_args(field.annotation)] if field else [""]
+    """Names of a section's presets, from the cheapest to the most precise."""
+    return [str(name) for name in get_args(section.model_fields[_PRESETS[section][0]].annotation)]
 
 
-def with_preset(section: Any, name: str) -> Any:
-    """The section with a preset and with the defaults of every key that presets decide; "" changes nothing."""
+def with_preset(section: Section, name: str) -> Any:
+    """The section with a preset, and with the defaults of what a preset decides; "" changes nothing."""
     if not name:
         return section
-    probe = type(section)(preset=name)
-    decided = (
-        [key for key, value in probe.resolved() if value != getattr(probe, key)] if hasattr(probe, "resolved") else []
-    )
-    return section.model_copy(update={"preset": name, **{key: getattr(probe, key) for key in decided}})
+    field, decided = _PRESETS[type(section)]
+    plain = type(section)()
+    return section.model_copy(update={field: name, **{key: getattr(plain, key) for key in decided}})
 
 
 def choose_units(count: int, total: int) -> list[int]:
@@ -176,17 +180,15 @@ def _copy_slices(context: Context, planned: Plan, folder: Path, count: int) -> L
 
 
 def convert_pilot(
-    section: Any, pilot: Pilot, scratch: Path, stop: Callable[[], bool]
+    section: Convert, pilot: Pilot, scratch: Path, stop: Callable[[], bool]
 ) -> tuple[list[int], float, list[float]]:
     """Convert the pilot: bytes of each unit's own shard, bytes that a shard holds beside its units, seconds of each."""
     from stages.convert import convert_units
 
-    settings = section.resolved() if hasattr(section, "resolved") else section
-
     def shard(files: list[Path]) -> tuple[int, float]:
         out = scratch / "shard.zarr.zip"
         began = time.monotonic()
-        convert_units(files, out, settings, {}, stop, lambda done: None)
+        convert_units(files, out, section, {}, stop, lambda done: None)
         size, seconds = out.stat().st_size, time.monotonic() - began
         out.unlink()
         return size, seconds
@@ -264,7 +266,7 @@ def within_budget(found: Sequence[Variant], ratio: float = math.inf, dollars: fl
 
 def settings_of(variant: Variant) -> str:
     """The options that choose a variant."""
-    named = {"teacher.preset": variant.teacher, "convert.preset": variant.convert}
+    named = {"teacher.preset": variant.teacher, "convert.precision": variant.convert}
     return " ".join(f"--set {key}={name}" for key, name in named.items() if name) or "(the configuration as it is)"
 
 

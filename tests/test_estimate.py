@@ -24,7 +24,7 @@ from pipeline.estimate import (
 )
 from pipeline.stores import LocalStore
 from schemas.errors import ConfigError
-from schemas.settings import Convert, Section, Teacher
+from schemas.settings import Convert, Teacher
 
 
 @given(st.lists(st.floats(1, 1e6), min_size=2, max_size=30), st.floats(0.01, 100), st.data())
@@ -76,11 +76,8 @@ def test_presets_replace_what_they_decide() -> None:
     assert with_preset(tuned, "") == tuned
     assert with_preset(tuned, "exact") == Teacher(preset="exact", top_k=3)
 
-    class Plain(Section):
-        a: int = 1
-
-    assert presets(Plain) == [""]
-    assert with_preset(Convert(prune=0.01), "") == Convert(prune=0.01)
+    assert presets(Convert) == ["small", "default", "precise"]
+    assert with_preset(Convert(prune=0.01, shard_bytes=5000), "small") == Convert(precision="small", shard_bytes=5000)
 
 
 def variant(teacher: str, convert: str, ratio: float, dollars: float) -> Variant:
@@ -97,7 +94,7 @@ def test_budgets_choose_the_most_precise_that_keeps_them() -> None:
         for teacher, dollars in (("fast", 10.0), ("exact", 25.0))
         for convert, ratio in (("small", 3.0), ("precise", 9.0))
     ]
-    assert settings_of(within_budget(found)) == "--set teacher.preset=exact --set convert.preset=precise"
+    assert settings_of(within_budget(found)) == "--set teacher.preset=exact --set convert.precision=precise"
     assert within_budget(found, ratio=4.0) is found[2]
     assert within_budget(found, dollars=20.0) is found[1]  # the upper bound of the exact one is 50
     assert within_budget(found, ratio=4.0, dollars=49.0) is found[0]

@@ -45,4 +45,3 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status if isinstance(status, int) else int(status is not None))
-

@@ -82,18 +82,20 @@ def load_trained(student_dir: Path, checkpoint_path: Path) -> Run:
             f"{checkpoint_path}: trained from another student than {student_dir}; pass the folder it began from"
         )
     with torch.random.fork_rng(devices=[]):
-        run = start_run(opened, TrainSettings(), 0, torch.device("cpu"))
+        run = start_run(opened, TrainSettings(**state["identity"]["settings"]), 0, torch.device("cpu"))
         run.restore(tensors)
     opened.model.eval()
     return run
 
 
 def _time(run: Run, micros: list[stream.MicroBatch], *, use_head: bool) -> float:
+    weights = run.objective.lambda_byte, run.objective.lambda_kl
+    run.objective.lambda_byte, run.objective.lambda_kl = (1.0, 0.1) if use_head else (0.0, 0.0)
     began = time.process_time()
     for micro in micros:
-        parts = micro_loss(run, micro, use_head=use_head)
-        loss = parts.total(1, 1, 1.0 if use_head else 0.0, 0.1 if use_head else 0.0)
+        loss = run.objective.total(micro_loss(run, micro), 1, 1)
         loss.backward()  # type: ignore[no-untyped-call]
+    run.objective.lambda_byte, run.objective.lambda_kl = weights
     run.optimizer.zero_grad(set_to_none=True)
     return time.process_time() - began
 
@@ -112,7 +114,7 @@ def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> di
     # Pairs run back to back and their median is taken: other work on the machine slows both halves of a pair.
     ratios = [_time(run, micros, use_head=False) / _time(run, micros, use_head=True) for _ in range(repeats)]
     return {
-        "head_parameters": run.head.n_parameters,
+        "head_parameters": run.objective.n_parameters,
         "model_parameters": sum(p.numel() for p in run.student.model.parameters()),
         "head_flops_share": head / (head + body),
         "head_time_share": max(0.0, 1 - float(np.median(ratios))),
@@ -151,7 +153,7 @@ def evaluate(
             # "sum" weighs every slot 1, so the parts are plain sums over slots.
             micro = stream.collate(members, with_targets=True, byte_reduction="sum")
             with torch.inference_mode():
-                parts = micro_loss(run, micro, use_head=True)
+                parts = micro_loss(run, micro, measure=True)
             token, head_ce, kl = token + float(parts.token), head_ce + float(parts.byte), kl + float(parts.kl)
             assert micro.targets is not None
             slot, symbol, prob, tail = (t.numpy() for t in micro.targets)

@@ -28,8 +28,8 @@ from schemas.manifest import read_dataset
 from schemas.settings import Train as TrainSettings
 from stages.scratch import scratch_folder
 from stages.training import checkpoint, stream, student
-from stages.training.byte_head import ByteHead
-from stages.training.loss import LossParts, loss_parts
+from stages.training.loss import LossParts
+from stages.training.objective import Objective
 from stages.training.order import Order
 from stages.training.student import Student
 
@@ -41,16 +41,16 @@ FINAL_LR = 0.1
 
 @dataclass
 class Run:
-    """A student, its head and optimiser: everything a checkpoint holds."""
+    """A student, its objective and optimiser: everything a checkpoint holds."""
 
     student: Student
-    head: ByteHead
+    objective: Objective
     optimizer: torch.optim.AdamW
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trained parameter once (tied weights have one name), model first."""
         yield from self.student.model.named_parameters(prefix="model")
-        yield from self.head.named_parameters(prefix="head")
+        yield from self.objective.named_parameters()
 
     def tensors(self) -> dict[str, Tensor]:
         """Names: `model.*`, `head.*`, `adam.<parameter>/<moment>`, `rng`."""
@@ -85,14 +85,18 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def start_run(opened: Student, settings: TrainSettings, seed: int, device: torch.device) -> Run:
-    """A run at step 0; the global random state is seeded."""
+def start_run(
+    opened: Student, settings: TrainSettings, seed: int, device: torch.device, *, lambda_kl: float | None = None
+) -> Run:
+    """A run at step 0; the global random state is seeded. `lambda_kl` replaces the setting (0: the control)."""
     torch.manual_seed(seed)
-    head = ByteHead(opened.hidden_size, seed).to(device)
+    objective = Objective(settings, opened, seed, lambda_kl=lambda_kl).to(device)
     opened.model.to(device).train()
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in [*opened.model.parameters(), *head.parameters()]:
-        groups[parameter.ndim > 1 and parameter is not head.bias].append(parameter)
+    for parameter in opened.model.parameters():
+        groups[parameter.ndim > 1].append(parameter)
+    for name, parameter in objective.named_parameters():
+        groups[parameter.ndim > 1 and objective.decays(name)].append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": settings.weight_decay},
@@ -102,38 +106,25 @@ def start_run(opened: Student, settings: TrainSettings, seed: int, device: torch
         betas=BETAS,
         fused=True,
     )
-    return Run(opened, head, optimizer)
+    return Run(opened, objective, optimizer)
 
 
-def micro_loss(run: Run, micro: stream.MicroBatch, *, use_head: bool) -> LossParts:
-    """Forward one micro-batch."""
+def micro_loss(run: Run, micro: stream.MicroBatch, *, measure: bool = False) -> LossParts:
+    """Forward one micro-batch; `measure` asks for the byte terms even where their weights are 0."""
     logits, hidden = run.student.forward(micro.input_ids)
-    return loss_parts(
-        logits, micro.labels, hidden, run.head if use_head else None,
-        micro.slot_token, micro.slot_counts, micro.slot_symbol, micro.slot_weight, micro.targets,
-    )  # fmt: skip
+    parts: LossParts = run.objective(logits, hidden, micro, measure=measure)
+    return parts
 
 
-def backward_step(
-    run: Run, step: stream.Step, device: torch.device, *, lambda_byte: float, lambda_kl: float
-) -> dict[str, float]:
-    """Accumulate the gradients of one step; returns its loss terms in nats per token.
-
-    The head is left out altogether when neither lambda uses it.
-    """
-    sums = torch.zeros(4, dtype=torch.float64)
+def backward_step(run: Run, step: stream.Step, device: torch.device) -> dict[str, float]:
+    """Accumulate the gradients of one step; returns its loss terms in nats per token (`Objective.terms`)."""
+    sums = [torch.zeros((), dtype=torch.float64)] * len(LossParts._fields)
     for micro in step.micro:
-        parts = micro_loss(run, micro.to(device), use_head=bool(lambda_byte or lambda_kl))
-        loss = parts.total(step.n_tokens, step.n_byte_tokens, lambda_byte, lambda_kl)
+        parts = micro_loss(run, micro.to(device))
+        loss = run.objective.total(parts, step.n_tokens, step.n_byte_tokens)
         loss.backward()  # type: ignore[no-untyped-call]
-        sums += torch.stack([loss, *parts]).detach().double().cpu()
-    per_byte_token = max(step.n_byte_tokens, 1)
-    return {
-        "loss": float(sums[0]),
-        "token_nll": float(sums[1]) / max(step.n_tokens, 1),
-        "byte_ce": float(sums[2]) / per_byte_token,
-        "byte_kl": float(sums[3]) / per_byte_token,
-    }
+        sums = [total + part.detach().double().cpu() for total, part in zip(sums, parts, strict=True)]
+    return run.objective.terms(LossParts(*sums), step.n_tokens, step.n_byte_tokens)
 
 
 @contextmanager
@@ -217,7 +208,7 @@ def train(
         "dataset": dataset.manifest_hash,
         "settings": {**settings.model_dump(exclude={"checkpoint_every", "control"}), "lambda_kl": kl},
     }
-    run = start_run(opened, settings, seed, place)
+    run = start_run(opened, settings, seed, place, lambda_kl=kl)
     out_dir.mkdir(parents=True, exist_ok=True)
     path, refused = checkpoint.latest(out_dir)
     first, terms = 0, dict[str, float]()
@@ -233,7 +224,7 @@ def train(
     order = Order(dataset.manifest_hash, reader.positions, settings.window_bytes, seed)
     source = stream.steps(
         order, reader, batch=settings.batch, max_tokens=opened.max_tokens, start=first,
-        with_targets=kl > 0, byte_reduction=settings.byte_reduction,
+        with_targets=run.objective.needs_targets, byte_reduction=settings.byte_reduction,
         micro_tokens=stream.MICRO_TOKENS.get(place.type, stream.MICRO_TOKENS["cuda"]),
     )  # fmt: skip
     totals = {"n_bytes": 0, "n_tokens": 0, "n_real": 0, "n_padded": 0}
@@ -245,7 +236,7 @@ def train(
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             run.optimizer.zero_grad(set_to_none=True)
-            terms = backward_step(run, step, place, lambda_byte=settings.lambda_byte, lambda_kl=kl)
+            terms = backward_step(run, step, place)
             norm = nn.utils.clip_grad_norm_([p for _, p in run.parameters() if p.grad is not None], CLIP)
             if not math.isfinite(terms["loss"]) or not math.isfinite(float(norm)):
                 raise ConfigError(

@@ -30,7 +30,7 @@ from schemas.settings import Train as TrainSettings
 from stages.training import checkpoint, stream, student
 from stages.training.byte_head import SYMBOLS
 from stages.training.order import sequential
-from stages.training.train import Run, micro_loss, start_run
+from stages.training.run import Run, micro_loss, start_run
 
 LISTABLE = 257
 """Symbols a teacher can list: 256 bytes and END."""
@@ -82,7 +82,9 @@ def load_trained(student_dir: Path, checkpoint_path: Path) -> Run:
             f"{checkpoint_path}: trained from another student than {student_dir}; pass the folder it began from"
         )
     with torch.random.fork_rng(devices=[]):
-        run = start_run(opened, TrainSettings(**state["identity"]["settings"]), 0, torch.device("cpu"))
+        # Whatever it was trained in, it is measured and exported in float32.
+        settings = TrainSettings(**{**state["identity"]["settings"], "dtype": "float32"})
+        run = start_run(opened, settings, 0, torch.device("cpu"))
         run.restore(tensors)
     opened.model.eval()
     return run

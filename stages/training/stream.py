@@ -67,11 +67,17 @@ class TokenShard:
 
 
 class Row(NamedTuple):
-    """Tokens [first, last) of one document: one row of a batch."""
+    """Tokens [first, last) of one document, one row of a batch, after `lead` tokens that are only read."""
 
     source: TokenShard
     first: int
     last: int
+    lead: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return self.last - self.first + self.lead
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ class MicroBatch:
     slot_token int64 [S]: flat index (r * T + t) of the input position whose hidden state predicts the slot's token.
     slot_counts: slots per slot number, length 10. slot_symbol int64 [S], slot_weight float32 [S].
     targets: the teacher's share, None when not asked for. Counts: predicted tokens, those of them with a supervised
-    byte, supervised text bytes, and tokens before padding.
+    byte, supervised text bytes. lengths: tokens of each row before padding.
+    position_ids int64 [R, T]: only where rows are packed (`packing`), else a token's place in its row.
     """
 
     input_ids: Tensor
@@ -95,7 +102,13 @@ class MicroBatch:
     n_tokens: int
     n_byte_tokens: int
     n_bytes: int
-    n_real: int
+    lengths: list[int]
+    position_ids: Tensor | None = None
+
+    @property
+    def n_real(self) -> int:
+        """Tokens before padding."""
+        return sum(self.lengths)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on `device`."""
@@ -106,6 +119,7 @@ class MicroBatch:
             slot_token=self.slot_token.to(device),
             slot_symbol=self.slot_symbol.to(device),
             slot_weight=self.slot_weight.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
             targets=self.targets and SlotTargets(*(t.to(device) for t in self.targets)),
         )
 
@@ -187,25 +201,31 @@ def tokenise(shard: ByteShard, vocabulary: Vocabulary, end_id: int) -> TokenShar
     )  # fmt: skip
 
 
-def cut(source: TokenShard, lo: int, hi: int, max_tokens: int) -> list[Row]:
-    """Rows of the tokens that start in positions [lo, hi): one per document, split where longer than `max_tokens`."""
+def cut(source: TokenShard, lo: int, hi: int, max_tokens: int, context_bytes: int = 0) -> list[Row]:
+    """Rows of the tokens that start in positions [lo, hi): one per document, split where longer than `max_tokens`.
+
+    A row is led by the tokens of its document that start at most `context_bytes` before it, at most half of a row.
+    """
     a, b = (int(x) for x in np.searchsorted(source.start, [lo, hi]))
     if a == b:
         return []
     edges = np.concatenate([[a], a + 1 + np.flatnonzero(np.diff(source.row[a:b])), [b]])
-    return [
-        Row(source, i, min(i + max_tokens, int(y)))
-        for x, y in pairwise(edges)
-        for i in range(int(x), int(y), max_tokens)
-    ]
+    rows: list[Row] = []
+    for x, y in pairwise(edges.tolist()):
+        head = int(np.searchsorted(source.row, source.row[x])) if context_bytes else x
+        while x < y:
+            reach = int(np.searchsorted(source.start, source.start[x] - context_bytes)) if context_bytes else x
+            lead = min(x - max(head, reach), max_tokens // 2)
+            rows.append(Row(source, x, min(x + max_tokens - lead, y), lead))
+            x = rows[-1].last
+    return rows
 
 
 def group(rows: Sequence[Row], micro_tokens: int = MICRO_TOKENS["cpu"]) -> list[list[Row]]:
     """Sort rows by length (stable, longest first) and pack them so that rows * longest <= `micro_tokens`."""
     groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: r.first - r.last):
-        width = groups[-1][0].last - groups[-1][0].first if groups else 0
-        if groups and (len(groups[-1]) + 1) * width <= micro_tokens:
+    for row in sorted(rows, key=lambda r: -r.length):
+        if groups and (len(groups[-1]) + 1) * groups[-1][0].length <= micro_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -214,17 +234,17 @@ def group(rows: Sequence[Row], micro_tokens: int = MICRO_TOKENS["cpu"]) -> list[
 
 def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "mean") -> MicroBatch:
     """One micro-batch from rows; all arithmetic is per byte, nothing is [tokens, 10, 260]."""
-    width = max(r.last - r.first for r in rows)
+    width = max(r.length for r in rows)
     input_ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORE, np.int64)
     parts: list[list[npt.NDArray[np.generic]]] = []
     entries: list[list[npt.NDArray[np.generic]]] = []
-    n_slots = n_tokens = n_byte_tokens = n_bytes = n_real = 0
-    for r, (src, first, last) in enumerate(rows):
+    n_slots = n_tokens = n_byte_tokens = n_bytes = 0
+    for r, (src, first, last, lead) in enumerate(rows):
         n, span = last - first, slice(first, last)
         start, end, skip = src.start[span], src.end[span], src.skip[span]
-        input_ids[r, :n] = src.before[span]
-        labels[r, :n] = np.where(src.supervised[span], src.ids[span], IGNORE)
+        input_ids[r, : lead + n] = src.before[first - lead : last]
+        labels[r, lead : lead + n] = np.where(src.supervised[span], src.ids[span], IGNORE)
         lo, hi = int(start[0]), int(end[-1])
         mask = np.asarray(src.shard.mask[lo:hi]) != 0
         counts = np.clip(np.minimum(SLOTS - skip, end - start), 0, None)
@@ -235,7 +255,9 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         token, within, position = token[keep], within[keep], position[keep]
         per_token = np.bincount(token, minlength=n)
         weight = 1.0 / per_token[token] if byte_reduction == "mean" else np.ones(token.size)
-        parts.append([within + skip[token], r * width + token, src.symbol[position], weight, src.shard.tail[position]])
+        parts.append(
+            [within + skip[token], r * width + lead + token, src.symbol[position], weight, src.shard.tail[position]]
+        )
         if with_targets:
             slot_at = np.full(hi - lo, -1, np.int64)
             slot_at[position - lo] = n_slots + np.arange(position.size)
@@ -247,7 +269,6 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         n_tokens += int(src.supervised[span].sum())
         n_byte_tokens += int((per_token > 0).sum())
         n_bytes += int((mask & (src.symbol[lo:hi] != END)).sum())
-        n_real += n
     k, slot_token, slot_symbol, slot_weight, tail = (np.concatenate(c) for c in zip(*parts, strict=True))
     by_slot = np.argsort(k, kind="stable")
     targets = None
@@ -268,7 +289,16 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         np.bincount(k, minlength=SLOTS).tolist(),
         torch.from_numpy(slot_symbol[by_slot].astype(np.int64)),
         torch.from_numpy(slot_weight[by_slot].astype(np.float32)),
-        targets, n_tokens, n_byte_tokens, n_bytes, n_real,
+        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows],
+    )  # fmt: skip
+
+
+def blank() -> MicroBatch:
+    """One token that predicts nothing: a micro-batch for a rank that has no other (`parallel`)."""
+    none, nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    return MicroBatch(
+        torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORE), none, [0] * SLOTS, none, nothing,
+        SlotTargets(none, none, nothing, nothing), 0, 0, 0, [1],
     )  # fmt: skip
 
 
@@ -317,11 +347,11 @@ class ShardReader:
 
 
 def make_step(
-    number: int, windows: Sequence[Window], reader: ShardReader, max_tokens: int, *,
-    with_targets: bool, byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"],
+    number: int, windows: Sequence[Window], reader: ShardReader, max_tokens: int, *, with_targets: bool,
+    byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"], context_bytes: int = 0,
 ) -> Step:  # fmt: skip
     """Read the windows of one step and collate them."""
-    rows = [row for w in windows for row in cut(reader[w.shard], w.lo, w.hi, max_tokens)]
+    rows = [row for w in windows for row in cut(reader[w.shard], w.lo, w.hi, max_tokens, context_bytes)]
     micro = [collate(g, with_targets=with_targets, byte_reduction=byte_reduction) for g in group(rows, micro_tokens)]
     return Step(number, micro, reader.skipped_documents())
 
@@ -329,6 +359,7 @@ def make_step(
 def steps(
     order: Order, reader: ShardReader, *, batch: int, max_tokens: int, start: int = 0, rank: int = 0, ranks: int = 1,
     with_targets: bool = True, byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"],
+    context_bytes: int = 0,
 ) -> Iterator[Step]:  # fmt: skip
     """Steps `start`, `start` + 1, ... without end; step s owns windows [s * batch, (s + 1) * batch).
 
@@ -344,6 +375,7 @@ def steps(
         step = make_step(
             number, mine, reader, max_tokens,
             with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
+            context_bytes=context_bytes,
         )  # fmt: skip
         barren = 0 if step.micro else barren + batch
         if barren > order.epoch_length(0) + 2 * batch:

@@ -67,12 +67,16 @@ class Student:
         """Width of the lm_head's input."""
         return int(self.model.get_output_embeddings().weight.shape[1])
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token logits [R, T, V] and the lm_head's own input [R, T, hidden], whatever the architecture calls it."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token logits [R, T, V] and the lm_head's own input [R, T, hidden], whatever the architecture calls it.
+
+        Args:
+            input_ids: int64 [R, T]. position_ids: int64 [R, T] where rows are packed (`packing`), else None.
+        """
         seen: list[Tensor] = []
         handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         finally:
             handle.remove()
         return logits, seen[0]

@@ -40,12 +40,13 @@ def plan(context: Context) -> tuple[Plan, bool]:
     return made, new
 
 
-def teacher_tasks(plan: Plan, identity: dict[str, Any]) -> list[Task]:
-    """One task per unit of the plan."""
-    group = unit_key("teacher", identity)[:12]
+def teacher_tasks(plan: Plan, identity: dict[str, Any], template: str = "") -> list[Task]:
+    """One task per unit of the plan. `template`: hash of the chat template that the units are rendered with."""
+    rendered = {"template": template} if template else {}
+    group = unit_key("teacher", {**identity, **rendered})[:12]
     tasks = []
     for unit in plan.units:
-        inputs = {"slice": unit.sha256, "teacher": identity}
+        inputs = {"slice": unit.sha256, "teacher": identity, **rendered}
         name = f"{unit.index:05d}-{unit.split}"
         out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
         tasks.append(Task("teacher", name, out, inputs, unit.n_bytes, group, unit))
@@ -54,11 +55,14 @@ def teacher_tasks(plan: Plan, identity: dict[str, Any]) -> list[Task]:
 
 def teacher(context: Context) -> Outcome:
     """Dump every unit that has no dump yet; the engine starts only if there is one."""
-    from stages.teacher import teacher_identity
+    from stages.chat import template_sha256
+    from stages.teacher import resolve_model, teacher_identity
 
     store, settings = context.store, context.settings
     planned = units.load_plan(store, settings)
     identity = teacher_identity(settings.teacher)
+    chat = planned.settings.get("kind") == "chat"
+    template = template_sha256(resolve_model(settings.teacher)) if chat else ""
     with ExitStack() as cleanup:
 
         def open_work() -> Work:
@@ -80,7 +84,7 @@ def teacher(context: Context) -> Outcome:
 
             return work
 
-        outcome = run_units(store, teacher_tasks(planned, identity), open_work, context.stop)
+        outcome = run_units(store, teacher_tasks(planned, identity, template), open_work, context.stop)
     context.save_config("teacher/config.toml", changed=outcome.made > 0)
     context.say(_summary("teacher", outcome))
     aside = set_aside(outcome.receipts)
@@ -231,7 +235,10 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
     identity = dumps[0].inputs["teacher"]
     return {
         "teacher": identity,
-        "tokenizer": {"vocabulary_sha256": identity.get("vocabulary", "")},
+        "tokenizer": {
+            "vocabulary_sha256": identity.get("vocabulary", ""),
+            **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
+        },
         "corpus": planned.corpus,
         "settings": {
             "plan": planned.settings,

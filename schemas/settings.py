@@ -24,6 +24,9 @@ class Run(Section):
 class Corpus(Section):
     source: str = "builtin:pydoc-topics"
     """A .jsonl/.jsonl.gz/.parquet/.txt file, a folder of them, or `builtin:pydoc-topics` (Python's manual)."""
+    kind: Literal["text", "chat", "completion"] = "text"
+    """`text`: whole documents. `chat`: `messages`, or prompt and response, of which the assistant's words are learned,
+    rendered by the teacher's and the student's own chat template. `completion`: prompt and response, joined as text."""
     text_field: str = "text"
     """Name of the text column in JSONL and Parquet sources."""
     text_split: Literal["file", "paragraphs"] = "file"
@@ -120,7 +123,7 @@ class Train(Section):
     """Under torchrun: a whole copy of the student on every process, or its weights and moments divided among them."""
     lora_rank: int = Field(0, ge=0)
     """Rank of low-rank adapters on a frozen student, merged at export; 0 = train every weight."""
-    lora_alpha: float = Field(32.0, gt=0)
+    lora_alpha: int = Field(32, ge=1)
     """Adapters are scaled by lora_alpha / lora_rank."""
     lora_targets: str = "all-linear"
     """Modules that get adapters: `all-linear` (all but the head), or ends of their names separated by spaces."""

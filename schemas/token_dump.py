@@ -95,6 +95,8 @@ class Window:
     """int32 [T]; the part's end-of-token table (stages.end_table), on its first window; empty on the others."""
     table_mass: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     """float32 [T * 257]"""
+    context: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """uint8; bytes that stand before the document in a shard, unsupervised; on its first window only."""
 
     @property
     def table(self) -> EndTable:
@@ -121,6 +123,7 @@ SCHEMA = pa.schema(
         pa.field("doc_id", pa.string(), nullable=False),
         pa.field("doc_index", pa.int32(), nullable=False),
         pa.field("text", pa.binary(), nullable=False),
+        pa.field("context", pa.binary(), nullable=False),
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
         *(
@@ -170,6 +173,7 @@ class DumpWriter:
             "doc_id": pa.array([w.doc_id for w in self._pending], pa.string()),
             "doc_index": pa.array([w.doc_index for w in self._pending], pa.int32()),
             "text": pa.array([w.text.tobytes() for w in self._pending], pa.binary()),
+            "context": pa.array([w.context.tobytes() for w in self._pending], pa.binary()),
             "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
             "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
         }
@@ -250,8 +254,8 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
                     elif member.name in _LISTS:
                         a, b = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
                         values[member.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
-                    elif member.name == "text":
-                        values["text"] = np.frombuffer(column[i].as_py(), np.uint8)
+                    elif member.name in ("text", "context"):
+                        values[member.name] = np.frombuffer(column[i].as_py(), np.uint8)
                     else:
                         values[member.name] = column[i].as_py()
                 window = Window(**values)

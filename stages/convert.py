@@ -12,6 +12,7 @@ import numpy as np
 from schemas import settings as st
 from schemas.byte_shard import ShardBuilder
 from schemas.errors import IntegrityError, Interrupted
+from schemas.quantise import SYMBOLS
 from schemas.token_dump import EndTable, read_meta, read_windows
 from stages.lattice import Lattice
 
@@ -32,6 +33,7 @@ def convert_units(
     """
     builder = ShardBuilder(prune=settings.prune)
     teacher: Any = None
+    kind, ends = "text", True
     marginal = canonical = unaccounted = 0.0
     for part in parts:
         meta = read_meta(part)
@@ -39,7 +41,7 @@ def convert_units(
             raise IntegrityError(
                 f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart"
             )
-        teacher = meta["teacher"]
+        teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
         open_document = ""
         table = EndTable.empty()
         for window in read_windows(part, top_k=False):
@@ -54,7 +56,12 @@ def convert_units(
             lattice = Lattice(window, table)
             targets = lattice.targets()
             text = window.text[window.score_start :]
-            builder.append(text, targets.probs, targets.tail)
+            if len(window.context):
+                _append_context(builder, window.context)
+            mask = np.ones(len(targets.tail), np.uint8)
+            if not ends and window.is_last:
+                mask[-1] = 0
+            builder.append(text, targets.probs, targets.tail, mask)
             marginal += lattice.marginal_nll
             canonical += window.canonical_nll
             unaccounted += float(targets.unaccounted.sum(dtype=np.float64))
@@ -65,6 +72,8 @@ def convert_units(
             tick({"bytes": len(text)})
         if open_document:
             raise IntegrityError(f"{part}: document {open_document!r} breaks off; delete the part and dump it again")
+    if kind != "text":
+        attrs = {**attrs, "kind": kind}
     counts = dict(builder.write(out_path, {**attrs, "teacher": teacher}))
     counts |= {
         "teacher_nll": marginal,
@@ -72,3 +81,9 @@ def convert_units(
         "unaccounted_mean": unaccounted / max(1, counts["n_positions"]),
     }
     return counts
+
+
+def _append_context(builder: ShardBuilder, context: np.ndarray) -> None:
+    """Bytes that are read and not learned: nothing listed, all of the mass unlisted."""
+    rows = len(context)
+    builder.append(context, np.zeros((rows, SYMBOLS), np.float32), np.ones(rows, np.float32), np.zeros(rows, np.uint8))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from schemas import settings as st
 from schemas import token_dump
@@ -28,6 +27,7 @@ from stages.end_table import build_table, table_tokens
 from stages.engines.engine import Branch, Engine
 from stages.engines.paths import PathReducer
 from stages.lattice import Lattice
+from stages.teacher_inputs import read_inputs
 from stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 from stages.windows import LEAD, WindowPlan, chain_of, extend, new_window, plan_windows
 
@@ -80,7 +80,14 @@ def model_name(settings: st.Teacher) -> str:
 def _weights_identity(folder: Path) -> dict[str, str]:
     """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
     out = {}
-    named = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
+    named = (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tekken.json",
+        "chat_template.jinja",
+    )
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
         if not file.is_file():
             continue
@@ -236,14 +243,16 @@ class Teacher:
         `stop()` says so; the part is then incomplete and must not be kept.
         """
         self.engine.forget()
-        table = pq.read_table(slice_path, columns=["doc_id", "text"])
-        ids, texts = table.column("doc_id").to_pylist(), table.column("text").to_pylist()
+        # A window needs room for the context, and for rows before and after its seam.
+        room = self.settings.context - 4 * LEAD
+        inputs = read_inputs(slice_path, self.vocabulary, resolve_model(self.settings), max_context=room)
+        ids = inputs.ids
         counts: dict[str, Any] = {
             "documents": 0, "bytes": 0, "tokens": 0, "branches": 0, "windows": 0, "canonical_nll": 0.0,
             "set_aside": {}, "set_aside_documents": [],
         }  # fmt: skip
         documents = []
-        for index, encoded in enumerate(self.vocabulary.encode_batch(texts)):
+        for index, encoded in enumerate(inputs.documents):
             if isinstance(encoded, Misfit):
                 reasons = counts["set_aside"]
                 reasons[encoded.reason] = reasons.get(encoded.reason, 0) + 1
@@ -252,8 +261,12 @@ class Teacher:
             else:
                 documents.append((ids[index], index, encoded))
         writer = DumpWriter(
-            out_path, {"teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe()}
-        )
+            out_path,
+            {
+                "teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe(),
+                "kind": inputs.kind, "ends": inputs.ends,
+            },
+        )  # fmt: skip
         for group in self.windows(documents, stop):
             done = {"bytes": 0, "tokens": 0, "branches": 0}
             for window in group:

@@ -213,20 +213,22 @@ import json, os, torch
 from pathlib import Path
 from schemas import errors
 from schemas.settings import Train
+from stages.training.parallel import joined
 from stages.training.train import train
 torch.set_num_threads(1)
 settings, out = Train(**{settings!r}), Path({out!r})
 last = []
-for name, changes, stop in {jobs!r}:
-    try:
-        result = train(
-            settings.model_copy(update=changes), Path({folder!r}), Path({targets!r}), out / name, name=name,
-            device="cpu", stop=lambda: os.environ["RANK"] == "0" and bool(stop) and last[-1] >= stop,
-            report=lambda record: last.append(record["step"]),
-        )
-    except errors.Interrupted:
-        result = {{}}
-    (out / f"{{name}}-{{os.environ['RANK']}}.json").write_text(json.dumps(result))
+with joined(device="cpu") as world:
+    for name, changes, stop in {jobs!r}:
+        try:
+            result = train(
+                settings.model_copy(update=changes), Path({folder!r}), Path({targets!r}), out / name, name=name,
+                device="cpu", stop=lambda: world.main and bool(stop) and last[-1] >= stop,
+                report=lambda record: last.append(record["step"]),
+            )
+        except errors.Interrupted:
+            result = {{}}
+        (out / f"{{name}}-{{world.rank}}.json").write_text(json.dumps(result))
 """
 
 

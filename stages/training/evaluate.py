@@ -140,7 +140,10 @@ def evaluate(
     run = load_trained(student_dir, checkpoint_path)
     opened = run.student
     dataset = read_dataset(targets_dir)
-    reader = stream.ShardReader(targets_dir, dataset, split, opened.vocabulary, opened.end_id, resident=1)
+    reader = stream.ShardReader(
+        targets_dir, dataset, split, opened.vocabulary, opened.end_id, resident=1,
+        template=opened.template, max_tokens=opened.max_tokens,
+    )  # fmt: skip
     token = head_ce = kl = teacher = teacher_covered = 0.0
     n_tokens = n_bytes = n_slots = n_positions = n_unlisted = 0
     sample: list[stream.MicroBatch] = []

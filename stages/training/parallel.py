@@ -49,7 +49,7 @@ class World:
             return module
         if self.strategy == "ddp":
             # A control has no use for its head; micro-batches differ in the terms they feed.
-            return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+            return DistributedDataParallel(module, find_unused_parameters=True, forward_sync_buffers=False)
         mesh = init_device_mesh(self.device.type, (self.size,))
         for layer in _layers(module):
             fully_shard(layer, mesh=mesh)
@@ -85,8 +85,8 @@ class World:
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """Decoder layers: the longest list of modules of one class."""
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len({type(layer) for layer in m}) == 1]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
+    return max((layers for layers in lists if len({type(layer) for layer in layers}) == 1), key=len, default=[])
 
 
 @contextmanager

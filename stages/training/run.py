@@ -114,9 +114,9 @@ def add_adapters(opened: Student, settings: TrainSettings) -> None:
     targets = "all-linear" if named == ["all-linear"] else named
     config = LoraConfig(
         r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
-    )  # type: ignore[call-arg]
+    )
     try:
-        opened.model = get_peft_model(opened.model, config)  # type: ignore[assignment]
+        opened.model = get_peft_model(opened.model, config)
     except ValueError as error:
         raise ConfigError(
             f"train.lora_targets = {settings.lora_targets!r}: {str(error).splitlines()[0][:160]}; "
@@ -140,7 +140,7 @@ def start_run(
     if settings.lora_rank:
         add_adapters(opened, settings)
     objective = Objective(settings, opened, seed, lambda_kl=lambda_kl).to(device)
-    opened.model.to(device).train()  # type: ignore[arg-type]
+    opened.model.to(device).train()
     if settings.activation_checkpointing:
         opened.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scored = world.wrap(Scored(opened, objective, settings.dtype))

@@ -27,43 +27,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from schemas.byte_shard import ByteShard, read_shard
+from schemas.byte_shard import read_shard
 from schemas.errors import InputError, IntegrityError
 from schemas.manifest import Dataset, ShardEntry
-from stages.tokens.vocab import Misfit, Vocabulary
+from stages.tokens.vocab import Vocabulary
+from stages.training.answers import TemplateSource
 from stages.training.byte_head import END, SLOTS
 from stages.training.loss import IGNORE, SlotTargets
 from stages.training.order import POOL, Order, Window
+from stages.training.token_shard import TokenShard, tokenise
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """Most padded tokens in one micro-batch (a single longer row excepted), by device type: bounds memory and padding.
 
 On a CPU small is fast: padding was 6 % of tokens at 768, 10 % at 1024, 18 % at 2048, and caches hold the logits.
 """
-
-IntArray = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class TokenShard:
-    """One shard seen through the student's tokenizer: K tokens of all its alignable documents, in position order.
-
-    ids, before int32 [K]: token and its predecessor in the document (start token at its head).
-    start, end int64 [K]: positions of the token's text bytes; an EOS owns its document's END position.
-    skip int64 [K]: bytes of the token in front of the text (a synthetic prefix space); they have no position.
-    row int32 [K]: index of the token's document. symbol int16 [N]: the text's own symbol per position, END included.
-    """
-
-    shard: ByteShard
-    ids: npt.NDArray[np.int32]
-    before: npt.NDArray[np.int32]
-    start: IntArray
-    end: IntArray
-    skip: IntArray
-    row: npt.NDArray[np.int32]
-    symbol: npt.NDArray[np.int16]
-    supervised: npt.NDArray[np.bool_]
-    skipped: Counter[str]
 
 
 class Row(NamedTuple):
@@ -162,51 +140,16 @@ def verify_file(path: Path, sha256: str) -> None:
         )
 
 
-def tokenise(shard: ByteShard, vocabulary: Vocabulary, end_id: int) -> TokenShard:
-    """Flatten a shard's documents into student tokens (see `TokenShard`)."""
-    n_docs = len(shard.doc_id)
-    offsets = np.asarray(shard.doc_start, dtype=np.int64)
-    text = np.asarray(shard.text)
-    symbol = text.astype(np.int16)
-    symbol[offsets[1:] - 1] = END
-    skipped: Counter[str] = Counter()
-    texts, members = [], []
-    for d in range(n_docs):
-        raw = text[offsets[d] : offsets[d + 1] - 1].tobytes()
-        try:
-            texts.append(raw.decode("utf-8"))
-            members.append(d)
-        except UnicodeDecodeError:
-            skipped["not UTF-8"] += 1
-    columns: list[tuple[npt.NDArray[np.int64], ...]] = []
-    for d, encoded in zip(members, vocabulary.encode_batch(texts), strict=True):
-        if isinstance(encoded, Misfit):
-            skipped[encoded.reason] += 1
-            continue
-        ids = np.append(encoded.ids, end_id)
-        # Bytes of `data` in front of the text have no position: clamp them to the document's first.
-        edge = np.append(encoded.starts, encoded.starts[-1] + 1) - encoded.synthetic
-        place = offsets[d] + np.maximum(edge, 0)
-        lead = np.clip(-edge[:-1], 0, None) - np.clip(-edge[1:], 0, None)
-        before = np.concatenate([[vocabulary.start_id], ids[:-1]])
-        columns.append((ids, before, place[:-1], place[1:], lead, np.full(ids.size, d)))
-    flat = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [np.zeros(0, np.int64)] * 6
-    ids, before, start, end, lead, row = flat
-    mask = np.concatenate([[0], np.cumsum(np.asarray(shard.mask) != 0)])
-    # A token is supervised when any of its bytes is: the first token of a response may begin in the prompt.
-    supervised = mask[np.maximum(end, np.minimum(start + 1, text.size))] > mask[start]
-    return TokenShard(
-        shard, ids.astype(np.int32), before.astype(np.int32), start, end, lead, row.astype(np.int32), symbol,
-        supervised, skipped,
-    )  # fmt: skip
-
-
 def cut(source: TokenShard, lo: int, hi: int, max_tokens: int, context_bytes: int = 0) -> list[Row]:
     """Rows of the tokens that start in positions [lo, hi): one per document, split where longer than `max_tokens`.
 
     A row is led by the tokens of its document that start at most `context_bytes` before it, at most half of a row.
+    Documents that answer something are not cut by windows; one of them that is too long for a row leads its rest.
     """
-    a, b = (int(x) for x in np.searchsorted(source.start, [lo, hi]))
+    where = source.start if source.place is None else source.place
+    if source.place is not None:
+        context_bytes = max(context_bytes, hi)
+    a, b = (int(x) for x in np.searchsorted(where, [lo, hi]))
     if a == b:
         return []
     edges = np.concatenate([[a], a + 1 + np.flatnonzero(np.diff(source.row[a:b])), [b]])
@@ -307,15 +250,18 @@ class ShardReader:
 
     Args:
         folder: the data set's folder. dataset: its manifest. split: "train" or "heldout".
+        template, max_tokens: see `tokenise`.
 
     Raises:
         InputError: the split has no shards.
     """
 
     def __init__(
-        self, folder: Path, dataset: Dataset, split: str, vocabulary: Vocabulary, end_id: int, *, resident: int = POOL
-    ) -> None:
+        self, folder: Path, dataset: Dataset, split: str, vocabulary: Vocabulary, end_id: int, *, resident: int = POOL,
+        template: TemplateSource | None = None, max_tokens: int = 1 << 40,
+    ) -> None:  # fmt: skip
         self.folder, self.vocabulary, self.end_id, self.resident = folder, vocabulary, end_id, resident
+        self.template, self.max_tokens = template, max_tokens
         self.entries: list[ShardEntry] = [e for e in dataset.entries if e.split == split]
         if not self.entries:
             raise InputError(f"{folder}: no shards of split {split!r}; convert documents of that split first")
@@ -331,7 +277,9 @@ class ShardReader:
         verify_file(path, entry.sha256)
         while len(self._cache) >= self.resident:
             self._cache.popitem(last=False)
-        shard = tokenise(read_shard(path), self.vocabulary, self.end_id)
+        shard = tokenise(
+            read_shard(path), self.vocabulary, self.end_id, template=self.template, max_tokens=self.max_tokens
+        )
         self._cache[number] = shard
         self.skipped[number] = shard.skipped
         return shard

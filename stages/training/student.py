@@ -35,11 +35,18 @@ from schemas.byte_shard import read_shard
 from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.manifest import read_dataset
 from schemas.settings import Student as StudentSettings
+from stages.chat import Template
 from stages.scratch import scratch_folder
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.training.stream import verify_file
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + '\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' }}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
+"""Of a new student: plain words for roles, its end token after an answer."""
 BPE_BYTES = 64 * 1024 * 1024
 """Text that a `bpe:N` tokenizer is trained on, at most."""
 CONTEXT = 4096
@@ -56,6 +63,11 @@ class Student:
     end_id: int
     identity: str
     """sha256 over weights, configuration and vocabulary as prepared."""
+    folder: Path
+
+    def template(self) -> Template:
+        """Its chat template, proven (ConfigError if there is none that works)."""
+        return Template.open(self.folder, self.vocabulary, setting="student")
 
     @property
     def max_tokens(self) -> int:
@@ -106,8 +118,9 @@ def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
         ]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 def split_texts(targets_dir: Path, split: str, limit: int) -> Iterator[str]:
@@ -244,4 +257,4 @@ def load(folder: Path) -> Student:
     for name, sha256 in folder_hashes(folder).items():
         if name.endswith((".safetensors", "config.json")):
             digest.update(f"{name}={sha256};".encode())
-    return Student(model.eval(), tokenizer, vocabulary, int(end_id), digest.hexdigest())
+    return Student(model.eval(), tokenizer, vocabulary, int(end_id), digest.hexdigest(), folder)

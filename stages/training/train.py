@@ -125,7 +125,10 @@ def _train(
         first, terms = int(state["step"]), state["terms"]
     world.wait()
     log = Metrics(out_dir, first, settings, name) if world.main else None
-    reader = stream.ShardReader(targets_dir, dataset, "train", opened.vocabulary, opened.end_id)
+    reader = stream.ShardReader(
+        targets_dir, dataset, "train", opened.vocabulary, opened.end_id,
+        template=opened.template, max_tokens=opened.max_tokens,
+    )  # fmt: skip
     order = Order(dataset.manifest_hash, reader.positions, settings.window_bytes, seed)
     automatic = stream.MICRO_TOKENS.get(world.device.type, stream.MICRO_TOKENS["cuda"])
     source = stream.steps(

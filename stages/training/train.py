@@ -221,6 +221,7 @@ def train(
         first, terms = int(state["step"]), state["terms"]
     log = _Log(out_dir / "metrics.jsonl", first)
     reader = stream.ShardReader(targets_dir, dataset, "train", opened.vocabulary, opened.end_id)
+    run.objective.observe(reader)
     order = Order(dataset.manifest_hash, reader.positions, settings.window_bytes, seed)
     source = stream.steps(
         order, reader, batch=settings.batch, max_tokens=opened.max_tokens, start=first,

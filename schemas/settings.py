@@ -128,6 +128,8 @@ class Train(Section):
     """Temperature of both sides of the divergence, which is multiplied by its square."""
     max_tail: float = Field(1.0, ge=0, le=1)
     """Positions with more unlisted teacher mass than this give no divergence; 1 = all count."""
+    chunk: int = Field(0, ge=0)
+    """Positions whose token logits exist at once, made again in the backward pass; 0 = all. For large vocabularies."""
     byte_reduction: Literal["sum", "mean"] = "sum"
     """How a token's byte terms combine: `sum` makes them a token's own, as `marginal` needs (the paper: mean)."""
     checkpoint_every: int = Field(100, ge=1)

@@ -3,15 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from student_data import make_dataset
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas.errors import ConfigError
+from schemas.manifest import read_dataset
+from schemas.settings import Student as Small
 from schemas.settings import Train
+from stages.training import student
 from stages.training.byte_head import END, SLOTS, SYMBOLS
 from stages.training.heads import make_head
 from stages.training.loss import IGNORE
 from stages.training.objective import Objective
-from stages.training.stream import MicroBatch
+from stages.training.stream import MicroBatch, ShardReader, collate, cut
 from stages.training.student import Student
 
 HEADS = ("parallel", "mlp", "transformer", "autoregressive")
@@ -144,3 +149,43 @@ def test_reduction_and_micro_batches(reduction):
     assert objective.terms(both, 10, 10)["loss"] == pytest.approx(float(both.token) / 10 + float(both.byte) / 10)
     plain = Objective(settings.model_copy(update={"lambda_byte": 0.0, "lambda_token": 0.5}), opened, 1, lambda_kl=0)
     torch.testing.assert_close(plain.total(both, 10, 10), both.token / 10)
+
+
+@pytest.mark.parametrize("head", ["parallel", "marginal"])
+def test_chunks_of_positions_change_nothing(tmp_path, head):
+    """Sums and gradients of a real micro-batch, logits whole and in pieces of 7 positions through the lm_head."""
+    targets = make_dataset(tmp_path / "targets", documents=4, sentences=6)
+    student.prepare(Small(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2), targets, tmp_path / "s", seed=1)
+    opened = student.load(tmp_path / "s")
+    reader = ShardReader(targets, read_dataset(targets), "train", opened.vocabulary, opened.end_id)
+    micro = collate(cut(reader[0], 0, 400, 64)[:3], with_targets=True)
+    found = []
+    for chunk in (0, 7):
+        objective = Objective(Train(head=head, chunk=chunk), opened, 0)
+        objective.observe(reader)
+        opened.model.zero_grad()
+        if chunk:
+            trunk, to_logits = student.split_model(opened)
+            parts = objective(to_logits, trunk(micro.input_ids), micro)
+        else:
+            parts = objective(*opened.forward(micro.input_ids), micro)
+        objective.total(parts, 5, 5).backward()
+        found.append((parts, [p.grad.clone() for p in opened.model.parameters()]))
+    assert float(found[0][0].kl.detach()) > 1
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_refuse_a_student_that_alters_its_logits():
+    opened = small_student()
+    forward = opened.model.forward
+    opened.model.forward = lambda *a, **k: _scaled(forward(*a, **k))
+    with pytest.raises(ConfigError, match="alters the logits"):
+        student.split_model(opened)
+
+
+def _scaled(output):
+    output.logits = output.logits * 3
+    return output

@@ -339,6 +339,39 @@ class Choices(NamedTuple):
     targets: SlotTargets | None
     unlisted: Tensor | None
 
+    def split(self, rows: int, size: int) -> list["Choices"]:
+        """The choices of rows [0, size), [size, 2 size), ..., each with its own row numbers."""
+        by_row = torch.argsort(self.row, stable=True)
+        edges = torch.arange(0, rows + size, size, device=self.row.device).clamp_max(rows)
+        cuts = torch.searchsorted(self.row[by_row].contiguous(), edges).tolist()
+        place = torch.empty_like(by_row)
+        place[by_row] = torch.arange(by_row.numel(), device=by_row.device)
+        if self.targets is not None:
+            at, by_slot = torch.sort(place[self.targets.slot], stable=True)
+            inner = torch.searchsorted(at, torch.tensor(cuts, device=at.device)).tolist()
+        parts = []
+        for number, (a, b) in enumerate(pairwise(cuts)):
+            mine = by_row[a:b]
+            targets = None
+            if self.targets is not None:
+                entry = by_slot[inner[number] : inner[number + 1]]
+                targets = SlotTargets(
+                    at[inner[number] : inner[number + 1]] - a, self.targets.symbol[entry], self.targets.prob[entry],
+                    self.targets.tail[mine],
+                )  # fmt: skip
+            unlisted = None if self.unlisted is None else self.unlisted[mine]
+            parts.append(
+                Choices(
+                    self.row[mine] - number * size,
+                    self.node[mine],
+                    self.true[mine],
+                    self.weight[mine],
+                    targets,
+                    unlisted,
+                )
+            )
+        return parts
+
 
 class Marginal(nn.Module):
     """The student's token logits as byte choices, with the teacher's targets beside them."""

@@ -7,23 +7,36 @@ gets sums in nats (`LossParts`); `total` weighs and divides them by the step's c
 Sums of micro-batches and of ranks add up, so `total` is exact for any split of a step. D_byte is a KL (or another
 divergence) per byte, of a byte head that reads the hidden state (`heads.py`), or of the student's own token
 distribution seen as bytes (`marginal.py`). Positions whose tail exceeds `max_tail` give no D_byte.
+With `chunk`, positions pass the lm_head in pieces that the backward pass computes again: memory for logits falls from
+[positions, V] to [chunk, V] for one more product with the lm_head.
 Parameters appear in checkpoints as `head.*` or `marginal.*` and are dropped at export.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from schemas.settings import Train as TrainSettings
 from stages.training.heads import make_head
-from stages.training.loss import IGNORE, LossParts, byte_terms
-from stages.training.marginal import Marginal, node_logits
+from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms
+from stages.training.marginal import Choices, Marginal, node_logits
 from stages.training.stream import MicroBatch, ShardReader
 from stages.training.student import Student
 
 COUNTED_POSITIONS = 4_000_000
 """Training text, in positions, that the `marginal` objective counts the tokenizer's cuts on."""
+
+
+Logits = Tensor | Callable[[Tensor], Tensor]
+"""Token logits, or how to make them from the lm_head's input."""
+
+
+def _same(z: Tensor) -> Tensor:
+    return z
 
 
 class Objective(nn.Module):
@@ -42,6 +55,7 @@ class Objective(nn.Module):
         self.lambda_token = settings.lambda_token if self.lambda_kl else 1.0
         self.lambda_byte = settings.lambda_byte
         self.divergence, self.temperature = settings.divergence, settings.temperature
+        self.chunk = settings.chunk
         self.max_tail, self.reduction = settings.max_tail, settings.byte_reduction
         if settings.head == "marginal":
             rows = int(student.model.get_output_embeddings().weight.shape[0])
@@ -76,36 +90,70 @@ class Objective(nn.Module):
             seen += positions
         self.marginal.segmentation.settle()
 
-    def forward(self, logits: Tensor, hidden: Tensor, micro: MicroBatch, *, measure: bool = False) -> LossParts:
+    def forward(self, logits: Logits, hidden: Tensor, micro: MicroBatch, *, measure: bool = False) -> LossParts:
         """Sums of one micro-batch.
 
         Args:
-            logits: float [R, T, V]. hidden: float [R, T, hidden], the lm_head's input. micro: on the same device.
+            logits: float [R, T, V], or the function from hidden [P, hidden] to logits [P, V], which is then called
+                on `chunk` positions at a time and again in the backward pass.
+            hidden: float [R, T, hidden], the lm_head's input. micro: on the same device.
             measure: compute the byte terms although their weights are 0 (evaluation).
         """
-        flat = logits.flatten(0, 1)
-        flat = flat if flat.dtype == torch.float64 else flat.float()
-        token = functional.cross_entropy(flat, micro.labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        zero = token.new_zeros(())
-        if not (measure or self.lambda_byte or self.lambda_kl) or micro.slot_token.numel() == 0:
-            return LossParts(token, zero, zero)
-        true, weight, targets = micro.slot_symbol, micro.slot_weight, micro.targets
-        unlisted = targets and targets.tail
-        if self.marginal is not None:
-            if targets is None and not measure:
-                return LossParts(token, zero, zero)  # its byte CE is the token CE
+        rows = hidden.flatten(0, 1) if callable(logits) else logits.flatten(0, 1)
+        to_logits = logits if callable(logits) else _same
+        labels = micro.labels.flatten()
+        wanted = (measure or bool(self.lambda_byte or self.lambda_kl)) and micro.slot_token.numel() > 0
+        if self.marginal is not None and wanted and (measure or micro.targets is not None):
             choices = self.marginal.choices(micro, "sum" if measure else self.reduction)
-            scores = node_logits(flat, choices.row, choices.node, self.marginal.tables)
-            true, weight, targets, unlisted = choices.true, choices.weight, choices.targets, choices.unlisted
-        else:
-            assert self.head is not None
-            scores = self.head(hidden.flatten(0, 1), micro.slot_token, micro.slot_counts, micro.slot_symbol)
+            return self._chunked(rows, to_logits, labels, choices)
+        token = self._chunked(rows, to_logits, labels, None).token
+        zero = token.new_zeros(())
+        if self.head is None or not wanted:
+            return LossParts(token, zero, zero)  # without targets the byte CE of `marginal` is the token CE
+        scores = self.head(hidden.flatten(0, 1), micro.slot_token, micro.slot_counts, micro.slot_symbol)
+        targets = micro.targets
+        unlisted = targets.tail if targets is not None else None
+        return LossParts(token, *self._byte_sums(scores, micro.slot_symbol, micro.slot_weight, targets, unlisted))
+
+    def _byte_sums(
+        self, scores: Tensor, true: Tensor, weight: Tensor, targets: SlotTargets | None, unlisted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sums of byte CE and divergence over slots."""
         if targets is None or unlisted is None:
             ce = functional.cross_entropy(scores.float(), true, reduction="none")
-            return LossParts(token, (ce * weight).sum(), zero)
+            return (ce * weight).sum(), scores.new_zeros((), dtype=torch.float32)
         ce, apart = byte_terms(scores, true, targets, divergence=self.divergence, temperature=self.temperature)
         kept = weight if self.max_tail >= 1 else weight * (unlisted <= self.max_tail)
-        return LossParts(token, (ce * weight).sum(), (apart * kept).sum())
+        return (ce * weight).sum(), (apart * kept).sum()
+
+    def _chunked(
+        self, rows: Tensor, to_logits: Callable[[Tensor], Tensor], labels: Tensor, choices: Choices | None
+    ) -> LossParts:
+        """Terms that read token logits, over pieces of `chunk` positions so that few [positions, V] arrays live."""
+
+        def piece(part: Tensor, label: Tensor, own: Choices | None) -> LossParts:
+            z = to_logits(part)
+            z = z if z.dtype == torch.float64 else z.float()
+            token = functional.cross_entropy(z, label, ignore_index=IGNORE, reduction="sum")
+            zero = token.new_zeros(())
+            if own is None or own.row.numel() == 0:
+                return LossParts(token, zero, zero)
+            assert self.marginal is not None
+            scores = node_logits(z, own.row, own.node, self.marginal.tables)
+            return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted))
+
+        size = self.chunk or len(rows)
+        if size >= len(rows):
+            return piece(rows, labels, choices)
+        owned = choices.split(len(rows), size) if choices is not None else None
+        sums: LossParts | None = None
+        for number, first in enumerate(range(0, len(rows), size)):
+            span = slice(first, first + size)
+            own = owned[number] if owned is not None else None
+            parts: LossParts = checkpoint(piece, rows[span], labels[span], own, use_reentrant=False)
+            sums = parts if sums is None else LossParts(*(a + b for a, b in zip(sums, parts, strict=True)))
+        assert sums is not None
+        return sums
 
     def total(self, parts: LossParts, n_tokens: int, n_byte_tokens: int) -> Tensor:
         """The scalar to differentiate: this micro-batch's share of a step with these counts (over all ranks)."""

@@ -46,6 +46,8 @@ class Run:
     student: Student
     objective: Objective
     optimizer: torch.optim.AdamW
+    pieces: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
+    """With `train.chunk`: `student.split_model`, once asked for."""
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trained parameter once (tied weights have one name), model first."""
@@ -111,8 +113,13 @@ def start_run(
 
 def micro_loss(run: Run, micro: stream.MicroBatch, *, measure: bool = False) -> LossParts:
     """Forward one micro-batch; `measure` asks for the byte terms even where their weights are 0."""
+    if run.objective.chunk:
+        trunk, to_logits = run.pieces or student.split_model(run.student)
+        run.pieces = (trunk, to_logits)
+        parts: LossParts = run.objective(to_logits, trunk(micro.input_ids), micro, measure=measure)
+        return parts
     logits, hidden = run.student.forward(micro.input_ids)
-    parts: LossParts = run.objective(logits, hidden, micro, measure=measure)
+    parts = run.objective(logits, hidden, micro, measure=measure)
     return parts
 
 

@@ -139,12 +139,26 @@ class Train(Section):
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW weight decay on matrices."""
+    head: Literal["marginal", "parallel", "mlp", "transformer", "autoregressive"] = "marginal"
+    """What meets the teacher: the student's own token distribution as bytes, or a byte head (the paper: parallel)."""
+    head_width: int = Field(0, ge=0)
+    """Hidden width of the heads mlp, transformer and autoregressive; 0 = the student's own, 256 at most."""
+    lambda_token: float = Field(1.0, ge=0)
+    """Weight of the token cross-entropy; the control always has 1."""
     lambda_byte: float = Field(1.0, ge=0)
-    """Weight of the byte head's cross-entropy (paper: 1.0)."""
-    lambda_kl: float = Field(0.1, ge=0)
-    """Weight of KL(teacher || byte head); 0 = the control (paper: 0.1)."""
-    byte_reduction: Literal["mean", "sum"] = "mean"
-    """How a token's byte terms combine."""
+    """Weight of the byte head's cross-entropy (paper: 1.0); `marginal` has none, it would be the token's."""
+    lambda_kl: float = Field(1.0, ge=0)
+    """Weight of the divergence from the teacher (paper: 0.1 on a parallel head); 0 = the control."""
+    divergence: Literal["forward", "reverse", "js"] = "forward"
+    """KL(teacher || student), KL(student || teacher) or Jensen-Shannon, unlisted symbols as one bucket."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of both sides of the divergence, which is multiplied by its square."""
+    max_tail: float = Field(1.0, ge=0, le=1)
+    """Positions with more unlisted teacher mass than this give no divergence; 1 = all count."""
+    chunk: int = Field(0, ge=0)
+    """Positions whose token logits exist at once, made again in the backward pass; 0 = all. For large vocabularies."""
+    byte_reduction: Literal["sum", "mean"] = "sum"
+    """How a token's byte terms combine: `sum` makes them a token's own, as `marginal` needs (the paper: mean)."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
     tensorboard: bool = True

@@ -19,7 +19,7 @@ from schemas.settings import Student, Train
 from stages.training import evaluate, export, student
 from stages.training.train import train
 
-SETTINGS = Train(steps=4, batch=3, window_bytes=4000, warmup=1)
+SETTINGS = Train(head="parallel", lambda_kl=0.1, byte_reduction="mean", steps=4, batch=3, window_bytes=4000, warmup=1)
 SMALL = Student(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)
 
 

@@ -22,6 +22,8 @@ from stages.training.run import Run, backward_step, learning_rate, start_run
 from stages.training.train import train
 
 SETTINGS = Train(
+    head="parallel",
+    byte_reduction="mean",
     steps=6,
     batch=4,
     window_bytes=96,
@@ -237,7 +239,8 @@ def test_two_processes_are_one(world, tmp_path):
     """DDP and FSDP over gloo: the same data and losses; a run may change its number of processes at any checkpoint."""
     targets, folder, one = world
     jobs = [
-        ("ddp", {}, 0), ("ddp-3", {"batch": 3}, 0), ("fsdp", {"parallel": "fsdp"}, 0),
+        ("ddp", {}, 0), ("marginal", {"parallel": "fsdp", "head": "marginal", "chunk": 50}, 0),
+        ("ddp-3", {"batch": 3}, 0), ("fsdp", {"parallel": "fsdp"}, 0),
         ("lora", {"parallel": "fsdp", "lora_rank": 4}, 0), ("packed", {"packing": True, "micro_tokens": 64}, 0),
         ("fsdp-cut", {"parallel": "fsdp", "micro_tokens": 64, "activation_checkpointing": True}, 3),
     ]  # fmt: skip
@@ -277,7 +280,8 @@ def test_two_processes_are_one(world, tmp_path):
         results = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
         assert results[0]["sha256"] == results[1]["sha256"] and results[0]["processes"] == 2
     assert results[0]["resumed_from"] == 3
-    for name, changes in (("ddp-3", {"batch": 3}), ("lora", {"lora_rank": 4})):
+    alone = (("ddp-3", {"batch": 3}), ("lora", {"lora_rank": 4}), ("marginal", {"head": "marginal"}))
+    for name, changes in alone:
         train(SETTINGS.model_copy(update=changes), folder, targets, tmp_path / "alone" / name, name=name, device="cpu")
         same(name, log(f"alone/{name}"))
     assert len(log("fsdp-cut")) == 3

@@ -5,7 +5,8 @@ fixed places, each with one token of context before it (as in training). On supe
 
 - token bits/byte: sum of token NLL, EOS included, / text bytes / ln 2. The student as an ordinary language model.
 - byte-head bits/byte: mean -log2 q(true symbol) over *covered* symbols, i.e. the first ten bytes of each token and END.
-  Parallel heads do not see the earlier bytes of their token, so this is above the token figure by design.
+  Parallel heads do not see the earlier bytes of their token, so this is above the token figure by design. Without a
+  head (`marginal`) q is the student's own choice at each byte, where its token ends included.
 - KL(teacher || head), nats per covered symbol, unlisted symbols as one bucket.
 - teacher bits/byte: the stored probability of the true symbol, END included, per text byte; an unlisted symbol gets an
   equal share of its position's tail (a floor: the truth is at most the tail). Also per covered symbol.
@@ -28,12 +29,9 @@ from schemas.errors import InputError
 from schemas.manifest import read_dataset
 from schemas.settings import Train as TrainSettings
 from stages.training import checkpoint, stream, student
-from stages.training.byte_head import SYMBOLS
+from stages.training.loss import LISTABLE
 from stages.training.order import sequential
 from stages.training.run import Run, micro_loss, start_run
-
-LISTABLE = 257
-"""Symbols a teacher can list: 256 bytes and END."""
 
 
 def true_nats(
@@ -92,7 +90,7 @@ def load_trained(student_dir: Path, checkpoint_path: Path) -> Run:
 
 def _time(run: Run, micros: list[stream.MicroBatch], *, use_head: bool) -> float:
     weights = run.objective.lambda_byte, run.objective.lambda_kl
-    run.objective.lambda_byte, run.objective.lambda_kl = (1.0, 0.1) if use_head else (0.0, 0.0)
+    run.objective.lambda_byte, run.objective.lambda_kl = (1.0, 1.0) if use_head else (0.0, 0.0)
     began = time.process_time()
     for micro in micros:
         loss = run.objective.total(micro_loss(run, micro), 1, 1)
@@ -111,7 +109,7 @@ def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> di
     slots = sum(m.slot_token.numel() for m in micros)
     # 2 FLOPs per weight forward, 4 backward; looking an input embedding up is free, attention scores are left out.
     body = 6 * (weights - (0 if tied else embedding.numel())) * tokens
-    head = 6 * SYMBOLS * run.student.hidden_size * slots
+    head = run.objective.flops(tokens, slots)
     _time(run, micros, use_head=True)
     # Pairs run back to back and their median is taken: other work on the machine slows both halves of a pair.
     ratios = [_time(run, micros, use_head=False) / _time(run, micros, use_head=True) for _ in range(repeats)]

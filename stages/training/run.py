@@ -20,7 +20,7 @@ from stages.training import stream
 from stages.training.loss import LossParts
 from stages.training.objective import Objective
 from stages.training.parallel import World, like, whole
-from stages.training.student import Student
+from stages.training.student import Student, split_model
 
 BETAS = (0.9, 0.95)
 
@@ -32,16 +32,24 @@ class Scored(nn.Module):
         super().__init__()
         self.model, self.objective = student.model, objective
         self._student, self._dtype = student, getattr(torch, dtype)
+        self._pieces = split_model(student) if objective.chunk else None
 
     def forward(self, micro: stream.MicroBatch, *, measure: bool = False) -> LossParts:
         """Sums of one micro-batch on its own device; `measure` asks for terms whose weights are 0."""
         device = micro.input_ids.device.type
         with torch.autocast(device, dtype=self._dtype, enabled=self._dtype is not torch.float32):
-            logits, hidden = self._student.forward(micro.input_ids, micro.position_ids)
-            parts: LossParts = self.objective(logits, hidden, micro, measure=measure)
+            if self._pieces is not None:
+                trunk, to_logits = self._pieces
+                parts: LossParts = self.objective(
+                    to_logits, trunk(micro.input_ids, micro.position_ids), micro, measure=measure
+                )
+            else:
+                logits, hidden = self._student.forward(micro.input_ids, micro.position_ids)
+                parts = self.objective(logits, hidden, micro, measure=measure)
         if micro.slot_token.numel() == 0:
             # Every rank must give every parameter a gradient, or the collectives of FSDP no longer pair up.
-            nothing = sum((p.sum() * 0 for p in self.objective.parameters()), parts.token.new_zeros(()))
+            owned = (p for p in self.objective.parameters() if p.requires_grad)
+            nothing = sum((p.sum() * 0 for p in owned), parts.token.new_zeros(()))
             parts = parts._replace(token=parts.token + nothing)
         return parts
 
@@ -133,13 +141,21 @@ def start_run(
     *,
     lambda_kl: float | None = None,
     world: World | None = None,
+    reader: stream.ShardReader | None = None,
 ) -> Run:
-    """A run at step 0; the global random state is seeded. `lambda_kl` replaces the setting (0: the control)."""
+    """A run at step 0; the global random state is seeded.
+
+    Args:
+        lambda_kl: replaces the setting (0: the control). reader: training text that the objective may count on.
+    """
     world = world or World(device=device)
     torch.manual_seed(seed)
     if settings.lora_rank:
         add_adapters(opened, settings)
-    objective = Objective(settings, opened, seed, lambda_kl=lambda_kl).to(device)
+    objective = Objective(settings, opened, seed, lambda_kl=lambda_kl)
+    if reader is not None:
+        objective.observe(reader)
+    objective.to(device)
     opened.model.to(device).train()
     if settings.activation_checkpointing:
         opened.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -149,7 +165,8 @@ def start_run(
         if parameter.requires_grad:
             groups[parameter.ndim > 1].append(parameter)
     for name, parameter in objective.named_parameters():
-        groups[parameter.ndim > 1 and objective.decays(name)].append(parameter)
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and objective.decays(name)].append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": settings.weight_decay},

@@ -10,7 +10,7 @@ Price: BPE training reads at most 64 MiB of text and takes about 1 s per 3 MB; t
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,38 @@ class Student:
         finally:
             handle.remove()
         return logits, seen[0]
+
+
+def split_model(opened: Student) -> tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[Tensor], Tensor]]:
+    """(input_ids and position_ids to hidden states, hidden states to logits), so that logits can be made in pieces.
+
+    Raises:
+        ConfigError: the model does more to its logits than its lm_head (soft-capping, scaling), checked on a few ids.
+    """
+    model = opened.model
+
+    # Adapters sit inside the model that peft wraps.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def trunk(input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        states: Tensor = inner.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return states
+
+    def to_logits(hidden: Tensor) -> Tensor:
+        logits: Tensor = model.get_output_embeddings()(hidden)
+        return logits
+
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+        whole, pieces = model(input_ids=ids, use_cache=False).logits, to_logits(trunk(ids, None))
+    model.train(training)
+    if not torch.allclose(whole.float(), pieces.float(), rtol=1e-3, atol=1e-3):
+        raise ConfigError("train.chunk: this student alters the logits of its lm_head; set train.chunk = 0")
+    return trunk, to_logits
 
 
 def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:

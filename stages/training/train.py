@@ -112,7 +112,11 @@ def _train(
     }
     if settings.packing:
         packing.check(opened)
-    run = start_run(opened, settings, seed, world.device, lambda_kl=kl, world=world)
+    reader = stream.ShardReader(
+        targets_dir, dataset, "train", opened.vocabulary, opened.end_id,
+        template=opened.template, max_tokens=opened.max_tokens,
+    )  # fmt: skip
+    run = start_run(opened, settings, seed, world.device, lambda_kl=kl, world=world, reader=reader)
     out_dir.mkdir(parents=True, exist_ok=True)
     path, refused = checkpoint.latest(out_dir)
     first, terms = 0, dict[str, float]()
@@ -125,10 +129,6 @@ def _train(
         first, terms = int(state["step"]), state["terms"]
     world.wait()
     log = Metrics(out_dir, first, settings, name) if world.main else None
-    reader = stream.ShardReader(
-        targets_dir, dataset, "train", opened.vocabulary, opened.end_id,
-        template=opened.template, max_tokens=opened.max_tokens,
-    )  # fmt: skip
     order = Order(dataset.manifest_hash, reader.positions, settings.window_bytes, seed)
     automatic = stream.MICRO_TOKENS.get(world.device.type, stream.MICRO_TOKENS["cuda"])
     source = stream.steps(

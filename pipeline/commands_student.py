@@ -5,10 +5,12 @@ is `train/<name>-<key12>`. The stage writes checkpoints there and resumes from t
 receipt, written after the last step, is what makes the run done.
 """
 
+import io
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import receipts
 from pipeline.commands_data import TARGETS
@@ -18,7 +20,10 @@ from pipeline.receipts import FileRecord, Receipt, record_file, unit_key
 from pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
 from pipeline.store import json_bytes
 from schemas.errors import ConfigError, InputError, Interrupted
-from schemas.settings import Train
+from schemas.settings import NEUTRAL, Train
+
+if TYPE_CHECKING:
+    from stages.training.parallel import World
 
 DISTILLED, CONTROL = "distilled", "control"
 
@@ -55,7 +60,7 @@ def student_folder(context: Context, dataset: str) -> Path:
 def train_task(context: Context, name: str, dataset: str) -> Task:
     """The task of one training run; `out` is its folder."""
     settings = context.settings
-    shape = settings.train.model_dump(exclude={"checkpoint_every", "control"})
+    shape = settings.train.model_dump(exclude=set(NEUTRAL))
     if name == CONTROL:
         shape["lambda_kl"] = 0.0
     inputs = {
@@ -69,7 +74,19 @@ def train_task(context: Context, name: str, dataset: str) -> Task:
 
 
 def train(context: Context, only: str = "") -> int:
-    """Train what is not trained yet; returns how many runs this call finished."""
+    """Train what is not trained yet; returns how many runs this call finished.
+
+    Every process of a torchrun calls this; the first one alone prepares, reports and writes.
+    """
+    from stages.training.parallel import joined
+
+    with joined(context.settings.train.parallel) as world:
+        if not world.main:
+            context = replace(context, say=lambda line: None)
+        return _train(context, world, only)
+
+
+def _train(context: Context, world: "World", only: str) -> int:
     dataset = manifest_hash(context)
     made = 0
     for name in run_names(context.settings.train, only):
@@ -78,20 +95,23 @@ def train(context: Context, only: str = "") -> int:
         if receipt is not None:
             context.say(f"train {name}: nothing to do, {task.measure} steps are done ({task.out})")
             continue
-        _train_one(context, task, dataset)
+        _train_one(context, world, task, dataset)
         made += 1
     return made
 
 
-def _train_one(context: Context, task: Task, dataset: str) -> None:
+def _train_one(context: Context, world: "World", task: Task, dataset: str) -> None:
     from stages.training import student
     from stages.training.train import train as train_stage
 
     store, settings = context.store, context.settings
     folder = student_folder(context, dataset)
-    student.prepare(settings.student, targets_folder(context), folder, seed=settings.run.seed)
+    if world.main:
+        student.prepare(settings.student, targets_folder(context), folder, seed=settings.run.seed)
+    world.wait()
     steps = settings.train.steps
-    with Reporter(f"train {task.name}", 1, steps, measure="steps") as progress:
+    silent = None if world.main else io.StringIO()
+    with Reporter(f"train {task.name}", 1, steps, measure="steps", stream=silent) as progress:
         first = True
 
         def report(record: dict[str, Any]) -> None:
@@ -114,6 +134,8 @@ def _train_one(context: Context, task: Task, dataset: str) -> None:
             stop=context.stop,
             report=report,
         )
+    if not world.main:
+        return
     checkpoint = Path(result["checkpoint"])
     files = [
         record_file(store, f"{task.out}/{name}") for name in (checkpoint.name, checkpoint.with_suffix(".json").name)
@@ -211,13 +233,30 @@ def _reporter(total: int) -> Callable[[int, int], Reporter]:
     return make
 
 
+def measure_exported(context: Context, tasks: list[str], limit: int, only: str = "") -> None:
+    """Run lm-eval-harness tasks on the finished runs, exported first; report/lm-eval.json and .md."""
+    from stages.training.harness import measure, table
+
+    results = {}
+    for run in trained(context, only):
+        export(context, run.name)
+        results[run.name] = measure(context.store.root / export_task(run).out, tasks, limit=limit)
+    context.store.replace_text("report/lm-eval.json", json_bytes({"limit": limit, "results": results}).decode("utf-8"))
+    context.store.replace_text("report/lm-eval.md", table(results))
+
+
+def export_task(run: Receipt) -> Task:
+    """The task of exporting a finished run; `out` is the folder of the plain checkpoint."""
+    inputs = {"name": run.name, "checkpoint": run.counts["sha256"]}
+    return Task("export", run.name, f"export/{run.name}-{unit_key('export', inputs)[:12]}", inputs, 1)
+
+
 def export(context: Context, only: str = "") -> int:
     """Write a finished run (the distilled one unless `only`) as a plain checkpoint; returns how many are new."""
     store = context.store
     made = 0
     for run in trained(context, only or DISTILLED):
-        inputs = {"name": run.name, "checkpoint": run.counts["sha256"]}
-        task = Task("export", run.name, f"export/{run.name}-{unit_key('export', inputs)[:12]}", inputs, 1)
+        task = export_task(run)
         if finished(store, task) is not None:
             context.say(f"export {run.name}: nothing to do, {task.out} is whole")
             continue

@@ -91,9 +91,10 @@ class Convert(Section):
 
 class Student(Section):
     model: str = ""
-    """A checkpoint folder or hub id to start from; empty = a new one from the sizes below."""
-    tokenizer: str = "bpe:2048"
-    """A tokenizer folder or hub id, or `bpe:N`: a byte-level BPE trained on the corpus; unused with `model`."""
+    """A checkpoint folder, hub id or builtin to start from; empty = a new one from the sizes below."""
+    tokenizer: str = ""
+    """A tokenizer folder or hub id; `bpe:N`, a byte-level BPE trained on the corpus; `bytes`, every byte a token.
+    Empty = the model's own, or bpe:2048. Another one than the model's: its embeddings are carried over."""
     hidden_size: int = Field(128, ge=8)
     """Width of a new student."""
     layers: int = Field(4, ge=1)

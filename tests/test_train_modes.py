@@ -290,6 +290,27 @@ def test_two_processes_are_one(world, tmp_path):
     same("fsdp-cut", undisturbed)
 
 
+@pytest.mark.slow
+def test_torchrun_of_the_command_line(tmp_path):
+    """Distilled and control by two processes: one receipt each, which a single process then accepts as done."""
+    make_dataset(tmp_path / "run/targets")
+    keys = {
+        "run.dir": tmp_path / "run", "student.tokenizer": "bpe:300", "student.hidden_size": 32, "student.layers": 1,
+        "student.heads": 2, "train.steps": 3, "train.batch": 4, "train.warmup": 1, "train.window_bytes": 96,
+    }  # fmt: skip
+    command = ["pipeline.cli", "train", *(part for key, value in keys.items() for part in ("--set", f"{key}={value}"))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("train distilled:") == 1 and done.stdout.count("train control:") == 1
+    receipts = [json.loads(p.read_text()) for p in (tmp_path / "run").rglob("*.json") if "receipts" in str(p)]
+    assert sorted(r["name"] for r in receipts) == ["control", "distilled"]
+    assert all(r["counts"]["processes"] == 2 for r in receipts)
+    again = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=environment)
+    assert again.returncode == 0 and again.stdout.count("nothing to do") == 2, again.stderr[-2000:]
+
+
 def test_what_may_change_between_kills_is_what_changes_no_result():
     assert set(Train.model_fields) >= NEUTRAL
     assert not NEUTRAL & {"dtype", "lora_rank", "packing", "context_bytes", "batch", "schedule", "seed"}

@@ -11,6 +11,9 @@ fixed places, each with one token of context before it (as in training). On supe
 - teacher bits/byte: the stored probability of the true symbol, END included, per text byte; an unlisted symbol gets an
   equal share of its position's tail (a floor: the truth is at most the tail). Also per covered symbol.
 
+- calibration error (ECE, Guo et al. 2017): |accuracy - confidence| of the most likely byte, over fifteen equal bins of
+  confidence, weighted by how many bytes fall into each. 0 is a student whose 80 % is right four times in five.
+
 The head's price is measured in the same call: parameters, share of FLOPs, share of CPU time (forward and backward with
 and without the head, alternating, median of several).
 Price: one forward pass over the split.
@@ -121,6 +124,31 @@ def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> di
     }
 
 
+class Calibration:
+    """Expected calibration error of byte predictions, fifteen equal bins of confidence."""
+
+    BINS = 15
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((3, self.BINS))
+
+    def add(self, scores: torch.Tensor, true: torch.Tensor) -> None:
+        """scores float [S, symbols], log-probabilities up to a constant; true int64 [S]."""
+        if not true.numel():
+            return
+        confidence, guess = torch.softmax(scores.double(), dim=-1).max(dim=-1)
+        where = np.minimum((confidence.numpy() * self.BINS).astype(np.int64), self.BINS - 1)
+        right = (guess == true).double().numpy()
+        for row, weight in zip(self.sums, (None, confidence.numpy(), right), strict=True):
+            row += np.bincount(where, weights=weight, minlength=self.BINS)
+
+    @property
+    def error(self) -> float:
+        """Mean |accuracy - confidence|."""
+        n, confidence, right = self.sums
+        return float(np.abs(confidence - right).sum() / max(n.sum(), 1))
+
+
 def evaluate(
     settings: TrainSettings,
     student_dir: Path,
@@ -145,6 +173,7 @@ def evaluate(
     token = head_ce = kl = teacher = teacher_covered = 0.0
     n_tokens = n_bytes = n_slots = n_positions = n_unlisted = 0
     sample: list[stream.MicroBatch] = []
+    calibration = Calibration()
     for window in sequential(reader.positions, settings.batch * settings.window_bytes):
         source = reader[window.shard]
         rows = [
@@ -156,7 +185,9 @@ def evaluate(
             # "sum" weighs every slot 1, so the parts are plain sums over slots.
             micro = stream.collate(members, with_targets=True, byte_reduction="sum")
             with torch.inference_mode():
-                parts = micro_loss(run, micro, measure=True)
+                logits, hidden = opened.forward(micro.input_ids)
+                parts = run.objective(logits, hidden, micro, measure=True)
+                calibration.add(*run.objective.byte_scores(logits, hidden, micro))
             token, head_ce, kl = token + float(parts.token), head_ce + float(parts.byte), kl + float(parts.kl)
             assert micro.targets is not None
             slot, symbol, prob, tail = (t.numpy() for t in micro.targets)
@@ -181,6 +212,7 @@ def evaluate(
         "token_bits_per_byte": token * bits / n_bytes,
         "head_bits_per_byte": head_ce * bits / n_slots,
         "kl_nats_per_byte": kl / n_slots,
+        "calibration_error": calibration.error,
         "teacher_bits_per_byte": teacher * bits / n_bytes,
         "teacher_bits_per_covered_byte": teacher_covered * bits / n_slots,
         "teacher_unlisted_share": n_unlisted / n_positions,
@@ -193,6 +225,7 @@ ROWS = (
     ("token_bits_per_byte", "student tokens, bits/byte", ".4f"),
     ("head_bits_per_byte", "byte head, bits/covered byte", ".4f"),
     ("kl_nats_per_byte", "KL(teacher ‖ byte head), nats/covered byte", ".4f"),
+    ("calibration_error", "calibration error of its bytes (ECE)", ".4f"),
     ("teacher_bits_per_byte", "teacher, bits/byte", ".4f"),
     ("teacher_bits_per_covered_byte", "teacher, bits/covered byte", ".4f"),
     ("covered_share", "bytes covered by the head", ".2%"),

@@ -1,8 +1,9 @@
 """The student: a folder with model and tokenizer, made once, that every training run starts from.
 
 `prepare` writes an ordinary Hugging Face folder (safetensors weights, tokenizer, `student.json` with its identity) from
-the settings: a new small Llama with tied embeddings, or a copy of an existing causal LM in float32. `bpe:N` trains a
-byte-level BPE on the training documents, so every text can be encoded and every token maps to bytes. `load` opens the
+the settings: a new small Llama with tied embeddings, a copy of an existing causal LM in float32, or such a copy under
+another tokenizer (`transfer`). `bpe:N` trains a byte-level BPE on the training documents, `bytes` has a token for every
+byte, so every text can be encoded and every token maps to bytes. `load` opens the
 folder and joins model, tokenizer and exact token bytes. The same settings, data set and seed give the same weights.
 Price: BPE training reads at most 64 MiB of text and takes about 1 s per 3 MB; the folder appears by one rename.
 """
@@ -35,10 +36,13 @@ from schemas.byte_shard import read_shard
 from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.manifest import read_dataset
 from schemas.settings import Student as StudentSettings
+from schemas.settings import Teacher as TeacherSettings
 from stages.chat import Template
 from stages.scratch import scratch_folder
+from stages.tokens.token_bytes import byte_alphabet
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.training.stream import verify_file
+from stages.training.transfer import transfer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 CHAT_TEMPLATE = (
@@ -49,6 +53,8 @@ CHAT_TEMPLATE = (
 """Of a new student: plain words for roles, its end token after an answer."""
 BPE_BYTES = 64 * 1024 * 1024
 """Text that a `bpe:N` tokenizer is trained on, at most."""
+NEW_TOKENIZER = "bpe:2048"
+"""Of a new student that names none."""
 CONTEXT = 4096
 """Position limit written into a new student's configuration."""
 
@@ -135,13 +141,31 @@ def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if size < len(alphabet) + 2:
         raise ConfigError(f"student.tokenizer = 'bpe:{size}': at least {len(alphabet) + 2} tokens are needed; raise N")
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False, min_frequency=2
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return _finished(tokenizer)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token: id 2 + byte, after the start and the end token."""
+    letters = {BOS: 0, EOS: 1, **{letter: 2 + byte for letter, byte in byte_alphabet().items()}}
+    tokenizer = _byte_level(models.BPE(vocab=letters, merges=[]), use_regex=False)
+    tokenizer.add_special_tokens([BOS, EOS])
+    return _finished(tokenizer)
+
+
+def _byte_level(model: Any, *, use_regex: bool) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
+    """As transformers loads it: the start token in front of every text, our chat template."""
     start = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.Sequence(
         [
@@ -170,18 +194,27 @@ def split_texts(targets_dir: Path, split: str, limit: int) -> Iterator[str]:
             yield text[int(lo) : int(hi) - 1].tobytes().decode("utf-8", errors="ignore")
 
 
-def _tokenizer(settings: StudentSettings, targets_dir: Path) -> PreTrainedTokenizerBase:
-    if settings.tokenizer.startswith("bpe:"):
-        size = settings.tokenizer.removeprefix("bpe:")
+def _tokenizer(name: str, targets_dir: Path) -> PreTrainedTokenizerBase:
+    if name == "bytes":
+        return byte_tokenizer()
+    if name.startswith("bpe:"):
+        size = name.removeprefix("bpe:")
         if not size.isdigit():
-            raise ConfigError(f"student.tokenizer = {settings.tokenizer!r}: write bpe:N with N a number, e.g. bpe:2048")
+            raise ConfigError(f"student.tokenizer = {name!r}: write bpe:N with N a number, e.g. bpe:2048")
         return train_bpe(split_texts(targets_dir, "train", BPE_BYTES), int(size))
-    tokenizer = _open(AutoTokenizer, settings.tokenizer)
+    tokenizer = _open(AutoTokenizer, name)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"student.tokenizer = {settings.tokenizer!r} declares no EOS token, so documents cannot end; declare one"
-        )
+        raise ConfigError(f"student.tokenizer = {name!r} declares no EOS token, so documents cannot end; declare one")
     return tokenizer
+
+
+def model_source(model: str) -> str:
+    """What transformers opens for `student.model`: a folder or hub id as it is, a builtin's folder in the cache."""
+    if not model.startswith("builtin:"):
+        return model
+    from stages.teacher import resolve_model
+
+    return str(resolve_model(TeacherSettings(model=model)))
 
 
 def _open(factory: Any, source: str, **options: Any) -> Any:
@@ -234,7 +267,7 @@ def prepare(settings: StudentSettings, targets_dir: Path, out_dir: Path, *, seed
         seed: of a new model's weights.
 
     Returns:
-        `student.json`: recipe, file hashes, parameter and vocabulary counts.
+        `student.json`: recipe, file hashes, parameter and vocabulary counts, what a new tokenizer carried over.
 
     Raises:
         ConfigError: impossible sizes, or `out_dir` holds another student. InputError: a model that cannot be opened.
@@ -246,21 +279,23 @@ def prepare(settings: StudentSettings, targets_dir: Path, out_dir: Path, *, seed
         if found.get("recipe") == recipe and found.get("files") == folder_hashes(out_dir):
             return dict(found)
         raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
-    if settings.model:
-        tokenizer = _open(AutoTokenizer, settings.model)
-        model = _open(AutoModelForCausalLM, settings.model, dtype=torch.float32)
+    source = model_source(settings.model)
+    model = _open(AutoModelForCausalLM, source, dtype=torch.float32) if source else None
+    if model is not None and not settings.tokenizer:
+        tokenizer = _open(AutoTokenizer, source)
     else:
-        tokenizer = _tokenizer(settings, targets_dir)
-        model = new_model(settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, seed)
+        tokenizer = _tokenizer(settings.tokenizer or NEW_TOKENIZER, targets_dir)
     with scratch_folder(out_dir.parent) as scratch:
-        model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        info = {
-            "recipe": recipe,
-            "files": folder_hashes(scratch),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "vocabulary": len(tokenizer),
-        }
+        info: dict[str, Any] = {"recipe": recipe, "vocabulary": len(tokenizer)}
+        if model is None:
+            model = new_model(settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, seed)
+        elif settings.tokenizer:
+            new = load_vocabulary(str(scratch), lm_head_rows=len(tokenizer))
+            old = load_vocabulary(source, lm_head_rows=int(model.get_output_embeddings().weight.shape[0]))
+            info["transfer"] = transfer(model, old, new)
+        model.save_pretrained(scratch)
+        info |= {"files": folder_hashes(scratch), "parameters": sum(p.numel() for p in model.parameters())}
         (scratch / record.name).write_text(json.dumps(info, indent=1, sort_keys=True))
         for path in scratch.iterdir():
             with path.open("rb") as f:

@@ -184,7 +184,8 @@ def evaluate_tasks(context: Context, only: str = "") -> list[Task]:
     tasks = []
     for run in trained(context, only):
         inputs = {"name": run.name, "checkpoint": run.counts["sha256"], "dataset": dataset, "split": "heldout"}
-        inputs["windows"] = [context.settings.train.batch, context.settings.train.window_bytes]
+        shape = context.settings.train
+        inputs["windows"] = [shape.batch, shape.window_bytes, shape.context_bytes]
         out = f"report/{run.name}-{unit_key('evaluate', inputs)[:12]}.json"
         tasks.append(Task("evaluate", run.name, out, inputs, 1, payload=run))
     return tasks

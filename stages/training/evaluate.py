@@ -1,7 +1,7 @@
 """Held-out figures of a trained student, each beside the teacher's own on the same text.
 
 Every held-out document that the student's tokenizer can align is read once in windows of `train.window_bytes`, cut at
-fixed places, each with one token of context before it (as in training). On supervised positions:
+fixed places, each with one token of context before it, or `train.context_bytes` (as in training). On supervised positions:
 
 - token bits/byte: sum of token NLL, EOS included, / text bytes / ln 2. The student as an ordinary language model.
 - byte-head bits/byte: mean -log2 q(true symbol) over *covered* symbols, i.e. the first ten bytes of each token and END.
@@ -173,13 +173,14 @@ def evaluate(
     token = head_ce = kl = teacher = teacher_covered = 0.0
     n_tokens = n_bytes = n_slots = n_positions = n_unlisted = 0
     sample: list[stream.MicroBatch] = []
+    context = settings.context_bytes
     calibration = Calibration()
     for window in sequential(reader.positions, settings.batch * settings.window_bytes):
         source = reader[window.shard]
         rows = [
             row
             for lo in range(window.lo, window.hi, settings.window_bytes)
-            for row in stream.cut(source, lo, min(lo + settings.window_bytes, window.hi), opened.max_tokens)
+            for row in stream.cut(source, lo, min(lo + settings.window_bytes, window.hi), opened.max_tokens, context)
         ]
         for members in stream.group(rows):
             # "sum" weighs every slot 1, so the parts are plain sums over slots.

@@ -23,8 +23,8 @@ def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: i
         ConfigError: lm-eval is not installed. InputError: a task it does not know or cannot fetch.
     """
     try:
-        from lm_eval import simple_evaluate  # type: ignore[import-not-found]
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError("--lm-eval needs the package lm-eval; pip install lm-eval") from error
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]

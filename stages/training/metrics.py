@@ -65,7 +65,7 @@ class Metrics:
 
 def _wandb(folder: Path, settings: TrainSettings, name: str) -> Any:
     try:
-        import wandb  # type: ignore[import-not-found]
+        import wandb
     except ImportError as error:
         raise ConfigError(
             f"train.wandb = {settings.wandb!r} needs the package wandb; pip install wandb, or leave it empty"

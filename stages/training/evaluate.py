@@ -1,7 +1,8 @@
 """Held-out figures of a trained student, each beside the teacher's own on the same text.
 
 Every held-out document that the student's tokenizer can align is read once in windows of `train.window_bytes`, cut at
-fixed places, each with one token of context before it, or `train.context_bytes` (as in training). On supervised positions:
+fixed places, each with one token of context before it or `train.context_bytes`, as in training. On supervised
+positions:
 
 - token bits/byte: sum of token NLL, EOS included, / text bytes / ln 2. The student as an ordinary language model.
 - byte-head bits/byte: mean -log2 q(true symbol) over *covered* symbols, i.e. the first ten bytes of each token and END.
@@ -10,7 +11,6 @@ fixed places, each with one token of context before it, or `train.context_bytes`
 - KL(teacher || head), nats per covered symbol, unlisted symbols as one bucket.
 - teacher bits/byte: the stored probability of the true symbol, END included, per text byte; an unlisted symbol gets an
   equal share of its position's tail (a floor: the truth is at most the tail). Also per covered symbol.
-
 - calibration error (ECE, Guo et al. 2017): |accuracy - confidence| of the most likely byte, over fifteen equal bins of
   confidence, weighted by how many bytes fall into each. 0 is a student whose 80 % is right four times in five.
 

@@ -40,7 +40,7 @@ INST = (
     "{% else %}{{ raise_exception('no system role here') }}{% endif %}{% endfor %}"
 )
 DIRECT = "{% for m in messages %}{{ m['content'] }}{{ '<|begin|>' if m['role'] == 'user' else '<|end|>' }}{% endfor %}"
-DATED = PLAIN.replace("<|begin|>", "<|begin|>{{ strftime_now('%d %b %Y') }} ", 1)
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + PLAIN
 REFUSED = {
     "other prompt": (PLAIN.replace("<|begin|>assistant\n{%", "<|begin|>assistant:\n{%"), "generation prompt"),
     "upper": (PLAIN.replace("m['content']", "m['content'] | upper"), "repeated once"),
@@ -270,13 +270,16 @@ def documents(targets: Path) -> list[tuple[str, bytes, bytes, object, int, int]]
 def test_teacher_targets_are_those_after_the_rendered_context(tmp_path, template):
     """Byte for byte the corpus's answers; the first byte and END as the model itself says after its own rendering."""
     teacher = checkpoint(tmp_path / "m", globals()[template])
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)  # a flat teacher: no END is too rare to have a code
+    model.save_pretrained(teacher)
     targets, said = dataset_of(settings_for(tmp_path, "chat", teacher))
     aside = 1 + (template == "INST")  # the control token; the system role
     assert any("set aside" in line and "control token in a message: 1" in line for line in said)
     found = documents(targets)
     assert len(found) == 18 - aside
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
     vocabulary = load_vocabulary(teacher)
     answers = {json.dumps(t[:i]): t[i]["content"] for t in TALKS for i in range(len(t)) if t[i]["role"] == "assistant"}
     for _, context, answer, shard, first, hi in found:

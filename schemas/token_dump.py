@@ -6,6 +6,9 @@ are context and belong to an earlier window. Inside a window, *rows* are histori
 in order, then branches (histories through a token that is not canonical). All list columns are flat and ragged;
 SPEC.md gives the sums that delimit them.
 
+A *reference window* is a second record of a short stretch that ordinary windows of the part score too, evaluated
+much deeper. It gives no targets; the converter compares (stages.fidelity).
+
 Masses are float32 rounded to `MASS_BITS` bits of mantissa (relative error below 2^-14) and byte-stream-split
 before zstd: the entries are most of a part and their low bits are noise.
 """
@@ -14,32 +17,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import IntegrityError
-from schemas.quantise import SYMBOLS
 
 FORMAT = "bytecache.token-dump"
 VERSION = 1
 MASS_BITS = 13
 _META = b"bytecache"
-
-
-class EndTable(NamedTuple):
-    """What a teacher says after a lone token; T rows. What a row lacks to 1 is control mass or below the floor."""
-
-    token: np.ndarray
-    """int32 [T]; ascending."""
-    mass: np.ndarray
-    """float32 [T, 257]; 256 bytes and END."""
-
-    @classmethod
-    def empty(cls) -> "EndTable":
-        return cls(np.zeros(0, np.int32), np.zeros((0, SYMBOLS), np.float32))
 
 
 @dataclass
@@ -65,6 +54,8 @@ class Window:
     """float32 [R]; log p(row_token | parent), nats; 0 for the first row."""
     row_depth: np.ndarray
     """uint8 [R]; 0 on the canonical tokens, else how many tokens ago the history left them."""
+    row_static: np.ndarray
+    """uint8 [R]; 1 where the row is p(. | row_token) in short contexts of its own instead of p(. | history)."""
     log_norm: np.ndarray
     """float32 [R]; log of the sum of exp(logits), nats."""
     end: np.ndarray
@@ -91,17 +82,12 @@ class Window:
     """int32 [R * K]"""
     topk_logp: np.ndarray
     """float32 [R * K]; nats"""
-    table_token: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """int32 [T]; the part's end-of-token table (stages.end_table), on its first window; empty on the others."""
-    table_mass: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32 [T * 257]"""
+    reference: bool = False
+    """Whether this is a reference window: no targets; its rows but the static ones are the tau -> 0 reference."""
+    row_sampled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """uint8 [R] in a reference window, 1 = the row belongs to the production capture too; empty elsewhere."""
     context: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     """uint8; bytes that stand before the document in a shard, unsupervised; on its first window only."""
-
-    @property
-    def table(self) -> EndTable:
-        """The part's table, if this is the window that carries it."""
-        return EndTable(self.table_token, self.table_mass.reshape(-1, SYMBOLS))
 
     @property
     def canonical_nll(self) -> float:
@@ -113,10 +99,11 @@ class Window:
 _ARROW = {"int32": pa.int32(), "uint16": pa.uint16(), "uint8": pa.uint8(), "float32": pa.float32()}
 _LISTS: dict[str, str] = {
     "row_start": "int32", "row_parent": "int32", "row_token": "int32", "row_logp": "float32", "row_depth": "uint8",
+    "row_static": "uint8",
     "log_norm": "float32", "end": "float32", "control": "float32", "n_levels": "int32", "fanout": "uint16",
     "entry_byte": "uint8", "entry_mass": "float32", "n_stops": "int32", "stop_depth": "uint16",
     "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
-    "table_token": "int32", "table_mass": "float32",
+    "row_sampled": "uint8",
 }  # fmt: skip
 SCHEMA = pa.schema(
     [
@@ -126,6 +113,7 @@ SCHEMA = pa.schema(
         pa.field("context", pa.binary(), nullable=False),
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
+        pa.field("reference", pa.bool_(), nullable=False),
         *(
             pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False)
             for n, t in _LISTS.items()
@@ -176,12 +164,13 @@ class DumpWriter:
             "context": pa.array([w.context.tobytes() for w in self._pending], pa.binary()),
             "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
             "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
+            "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
         }
         for name, kind in _LISTS.items():
             values = [np.asarray(getattr(w, name), kind) for w in self._pending]
             offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
             flat = np.concatenate(values)
-            if name in ("entry_mass", "stop_mass", "table_mass"):
+            if name in ("entry_mass", "stop_mass"):
                 flat = round_masses(flat)
             columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type)
         arrays = [columns[name] for name in SCHEMA.names]
@@ -263,6 +252,13 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
                 yield window
 
 
+def _sampled_rows_stand_alone(w: Window) -> bool:
+    """The production capture is a window of its own: the canonical rows and whole chains of branches."""
+    kept = w.row_sampled == 1
+    closed = kept[w.row_parent[1:][kept[1:]]].all()
+    return bool((w.row_sampled <= 1).all() and kept[0] and kept[w.row_depth == 0].all() and closed)
+
+
 def _check(path: Path, w: Window) -> None:
     rows, n = len(w.row_start), len(w.text)
 
@@ -272,6 +268,7 @@ def _check(path: Path, w: Window) -> None:
             "row_token",
             "row_logp",
             "row_depth",
+            "row_static",
             "log_norm",
             "end",
             "control",
@@ -290,9 +287,9 @@ def _check(path: Path, w: Window) -> None:
             and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass) == int(w.n_stops.sum())
             and bool((w.stop_depth >= 1).all())
             and len(w.topk_id) == len(w.topk_logp)
-            and len(w.table_mass) == SYMBOLS * len(w.table_token)
-            and bool((np.diff(w.table_token) > 0).all())
             and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
+            and len(w.row_sampled) == (rows if w.reference else 0)
+            and (not w.reference or _sampled_rows_stand_alone(w))
         )
 
     if not ok():

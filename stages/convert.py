@@ -1,6 +1,7 @@
 """The convert stage: dump parts in, one byte-target shard out. CPU only, one pass, one window in memory.
 
 Deterministic: the same parts and settings give the same bytes. Measured price: see `benchmarks/`.
+Reference windows of the parts give no targets: they are compared with what the shard would say (stages.fidelity).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ from schemas import settings as st
 from schemas.byte_shard import ShardBuilder
 from schemas.errors import IntegrityError, Interrupted
 from schemas.quantise import SYMBOLS
-from schemas.token_dump import EndTable, read_meta, read_windows
+from schemas.token_dump import read_meta, read_windows
+from stages.fidelity import Fidelity
 from stages.lattice import Lattice
 
 
@@ -28,12 +30,16 @@ def convert_units(
     """Convert dump parts of one teacher, in order, into one shard at `out_path`.
 
     Returns the shard's counts plus `teacher_nll` (marginal, nats over the text, END not included), `canonical_nll`
-    and the means of the tail's parts. `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
+    and `unaccounted_mean`, the tail's part that no evaluated history explains; `fidelity` is the state of a
+    `stages.fidelity.Fidelity` over the parts' reference windows (None without any), `reference` how these were made.
+    `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
     damaged, inconsistent or of different teachers, Interrupted when `stop()` says so; the output is then incomplete.
     """
     builder = ShardBuilder(prune=settings.prune)
+    fidelity = Fidelity()
     teacher: Any = None
     kind, ends = "text", True
+    reference: dict[str, Any] = {}
     marginal = canonical = unaccounted = 0.0
     for part in parts:
         meta = read_meta(part)
@@ -42,18 +48,19 @@ def convert_units(
                 f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart"
             )
         teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
+        reference = meta.get("reference") or reference
         open_document = ""
-        table = EndTable.empty()
         for window in read_windows(part, top_k=False):
-            if len(window.table_token):
-                table = window.table
             if stop():
                 raise Interrupted("stopped while converting; rerun the same command to continue")
+            if window.reference:
+                fidelity.add_window(window, ShardBuilder(prune=settings.prune), part.name)
+                continue
             if open_document and window.doc_id != open_document:
                 raise IntegrityError(
                     f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
                 )
-            lattice = Lattice(window, table)
+            lattice = Lattice(window)
             targets = lattice.targets()
             text = window.text[window.score_start :]
             if len(window.context):
@@ -79,6 +86,8 @@ def convert_units(
         "teacher_nll": marginal,
         "canonical_nll": canonical,
         "unaccounted_mean": unaccounted / max(1, counts["n_positions"]),
+        "fidelity": fidelity.state(),
+        "reference": reference,
     }
     return counts
 

@@ -21,7 +21,7 @@ from schemas.settings import Settings
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
     "plan", "teacher", "convert", "train", "evaluate", "export",
-    "run", "status", "verify", "inspect", "probe", "config",
+    "run", "status", "verify", "inspect", "fidelity", "probe", "config",
 ]  # fmt: skip
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(40)]
 
@@ -83,9 +83,9 @@ def fake_identity(settings: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTeacher]]:
-    from stages import teacher
+    from stages import identity, teacher
 
-    monkeypatch.setattr(teacher, "teacher_identity", fake_identity)
+    monkeypatch.setattr(identity, "teacher_identity", fake_identity)
     monkeypatch.setattr(teacher, "open_teacher", FakeTeacher)
     FakeTeacher.opened, FakeTeacher.fail_at = 0, -1
     yield FakeTeacher
@@ -168,7 +168,7 @@ def test_console_script_is_declared() -> None:
         (["plan", "--set", "corpus.unit_byte=5000"], 2, "did you mean unit_bytes?"),
         (["plan", "--config", "none.toml"], 2, "none.toml does not exist"),
         (["plan", "--source", "none.jsonl"], 3, "'none.jsonl' does not exist"),
-        (["teacher", "--tau", "2"], 2, "teacher.tau = 2 from --set teacher.tau=2: expected a number >= 0 and <= 1"),
+        (["teacher", "--tau", "2"], 2, "teacher.tau = 2 from --set teacher.tau=2: expected a number >= -1 and <= 1"),
         (["teacher"], 3, "run `bytecache plan`"),
         (["convert"], 3, "run `bytecache plan`"),
         (["train"], 3, "run `bytecache convert`"),

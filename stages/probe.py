@@ -33,7 +33,6 @@ def probe_with(teacher: Teacher, text: str) -> tuple[np.ndarray, np.ndarray, np.
             f"the teacher's tokenizer cannot reproduce this text byte for byte ({encoded.reason}); change the text"
         )
     windows = [window for group in teacher.windows([("probe", 0, encoded)]) for window in group]
-    table = teacher.table_for(windows)
-    targets = [Lattice(window, table).targets() for window in windows]
+    targets = [Lattice(window).targets() for window in windows]
     data = np.frombuffer(encoded.data, np.uint8)[encoded.synthetic :]
     return np.concatenate([t.probs for t in targets]), np.concatenate([t.tail for t in targets]), data

@@ -1,7 +1,8 @@
 """The teacher stage: documents to windows of evaluated histories, whatever the engine.
 
 Pass 0 runs every window's canonical tokens once. Passes 1..depth ask the lattice which unevaluated histories hold
-more than `tau` of their prefix and evaluate those as one batch. A document longer than the context is cut into
+more than `tau` of their prefix and evaluate those as one batch. Static rows (stages.engines.static) then stand in for
+what is left. A document longer than the context is cut into
 windows that overlap; the overlap is context and never scored twice. The last `LEAD` tokens of the overlap are
 evaluated again, because tokens that straddle the cut begin there.
 
@@ -9,10 +10,11 @@ Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus 
 tokens alone are held whole).
 """
 
+import hashlib
 import importlib.metadata
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from schemas import settings as st
 from schemas import token_dump
 from schemas.errors import ConfigError, InputError, Interrupted
 from schemas.manifest import file_sha256
-from schemas.token_dump import DumpWriter, EndTable, Window
-from stages.end_table import build_table, table_tokens
+from schemas.token_dump import DumpWriter, Window
 from stages.engines.engine import Branch, Engine
 from stages.engines.paths import PathReducer
+from stages.engines.static import CONTEXTS, StaticJob
 from stages.lattice import Lattice
 from stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 from stages.windows import LEAD, WindowPlan, chain_of, extend, new_window, plan_windows
 
+STATIC_PASSES = 2
+"""Static rows end in tokens too; a third pass would find less than 1e-4 of the mass."""
 MAX_BRANCHES = 200_000
 """Branches of one window in one pass: tau = 0 asks for every way to cut the text, exponential in its length."""
 AUTO_CONTEXT = 1024
@@ -140,10 +144,11 @@ def _identity(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, window
         "vocabulary": vocabulary.fingerprint,
         "settings": settings.model_dump(
             include={
-                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "table",
+                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "sample_tokens",
                 "max_batched_tokens", "tensor_parallel",
             }
         ),
+        "static_contexts": list(CONTEXTS),
         "windows": list(windows),
         "head_dtype": "float32",
         "versions": {"torch": _version("torch"), "transformers": _version("transformers"), **engine},
@@ -152,6 +157,7 @@ def _identity(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, window
 
 def teacher_identity(settings: st.Teacher) -> dict[str, Any]:
     """What makes two dumps comparable: weights, vocabulary, precision, settings, versions. Starts no engine."""
+    settings = settings.resolved()
     folder = resolve_model(settings)
     return _identity(settings, folder, _vocabulary(settings, folder), fit_context(settings, folder))
 
@@ -162,21 +168,15 @@ class Teacher:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]):
         self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
         self._identity = identity
+        kept = {name: identity.get(name) for name in ("weights", "vocabulary", "static_contexts", "versions")}
+        kept |= {"backend": settings.backend, "dtype": settings.dtype}
+        name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+        self._static_file = cache_dir() / "static" / f"{name}.safetensors"
+        engine.load_static(self._static_file)
 
     def identity(self) -> dict[str, Any]:
         """See `teacher_identity`."""
         return self._identity
-
-    @cached_property
-    def table(self) -> EndTable:
-        """The teacher's end-of-token table; the first use builds it."""
-        return build_table(self.engine, self.vocabulary, table_tokens(self.vocabulary, self.settings.table))
-
-    def table_for(self, windows: Sequence[Window]) -> EndTable:
-        """The rows of the table that these windows can use: cheaper for a single text."""
-        used = [window.stop_token for window in windows]
-        tokens = np.intersect1d(table_tokens(self.vocabulary, self.settings.table), np.concatenate(used))
-        return build_table(self.engine, self.vocabulary, tokens)
 
     def windows(
         self, documents: Iterable[tuple[str, int, Encoded]], stop: Callable[[], bool] = lambda: False
@@ -200,6 +200,9 @@ class Teacher:
                 _check_stop(stop)
             for _ in range(s.depth):
                 if not self.branch(group, windows, stop):
+                    break
+            for _ in range(STATIC_PASSES if s.static > 0 else 0):
+                if not self.add_static(windows, stop):
                     break
             yield windows
 
@@ -226,6 +229,20 @@ class Teacher:
             _check_stop(stop)
         return sum(len(branches) for _, branches in jobs)
 
+    def add_static(self, windows: list[Window], stop: Callable[[], bool]) -> int:
+        """Give static rows to positions where histories end and no row does; returns how many."""
+        jobs, found = [], []
+        for window in windows:
+            homeless = Lattice(window).homeless(share=self.settings.static)
+            if len(homeless.row):
+                name = f"document {window.doc_id!r}"
+                jobs.append(StaticJob(name, window.text, homeless.token, homeless.position.astype(np.int64)))
+                found.append((window, homeless))
+        for (window, homeless), rows in zip(found, self.engine.score_static(jobs), strict=True):
+            extend(window, homeless, rows, static=True)
+            _check_stop(stop)
+        return sum(len(job.token) for job in jobs)
+
     def dump_unit(
         self, slice_path: Path, out_path: Path, unit_key: str, stop: Callable[[], bool], tick: Callable[[dict], None]
     ) -> dict[str, Any]:
@@ -239,7 +256,7 @@ class Teacher:
         table = pq.read_table(slice_path, columns=["doc_id", "text"])
         ids, texts = table.column("doc_id").to_pylist(), table.column("text").to_pylist()
         counts: dict[str, Any] = {
-            "documents": 0, "bytes": 0, "tokens": 0, "branches": 0, "windows": 0, "canonical_nll": 0.0,
+            "documents": 0, "bytes": 0, "tokens": 0, "branches": 0, "static": 0, "windows": 0, "canonical_nll": 0.0,
             "set_aside": {}, "set_aside_documents": [],
         }  # fmt: skip
         documents = []
@@ -255,10 +272,8 @@ class Teacher:
             out_path, {"teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe()}
         )
         for group in self.windows(documents, stop):
-            done = {"bytes": 0, "tokens": 0, "branches": 0}
+            done = {"bytes": 0, "tokens": 0, "branches": 0, "static": 0}
             for window in group:
-                if not counts["windows"]:
-                    window.table_token, window.table_mass = self.table.token, self.table.mass.reshape(-1)
                 writer.append(window)
                 counts["documents"] += window.is_last
                 canonical = int((window.row_depth == 0).sum())
@@ -266,11 +281,14 @@ class Teacher:
                 counts["canonical_nll"] += window.canonical_nll
                 done["bytes"] += len(window.text) - window.score_start
                 done["tokens"] += canonical
-                done["branches"] += len(window.row_depth) - canonical
+                static = int(window.row_static.sum())
+                done["static"] += static
+                done["branches"] += len(window.row_depth) - canonical - static
             for name, value in done.items():
                 counts[name] += value
             tick(done)
         writer.close()
+        self.engine.save_static(self._static_file)
         return counts
 
     def close(self) -> None:
@@ -297,6 +315,7 @@ def _groups(plans: Iterable[WindowPlan]) -> Iterator[list[WindowPlan]]:
 
 def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT) -> Teacher:
     """Load the vocabulary and start the engine. Raises InputError, ConfigError or EngineError with the remedy."""
+    settings = settings.resolved()
     folder = resolve_model(settings)
     vocabulary = _vocabulary(settings, folder)
     context, overlap = fit_context(settings, folder, automatic_context)

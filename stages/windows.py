@@ -70,7 +70,7 @@ def new_window(plan: WindowPlan, rows: RowMasses) -> Window:
     return Window(
         plan.doc_id, plan.doc_index, prompt.text, plan.score_start, plan.is_last,
         prompt.starts.astype(np.int32), np.arange(-1, count - 1, dtype=np.int32),
-        prompt.tokens[prompt.first_row :], logp, np.zeros(count, np.uint8),
+        prompt.tokens[prompt.first_row :], logp, np.zeros(count, np.uint8), np.zeros(count, np.uint8),
         **_row_fields(rows),
     )  # fmt: skip
 
@@ -83,14 +83,15 @@ def _row_fields(rows: RowMasses) -> dict[str, np.ndarray]:
     return fields
 
 
-def extend(window: Window, found: Deviations, rows: RowMasses) -> None:
-    """Add evaluated branches to a window, in the order of `found`."""
+def extend(window: Window, found: Deviations, rows: RowMasses, *, static: bool = False) -> None:
+    """Add evaluated branches, or static rows, to a window, in the order of `found`."""
     added = {
         "row_start": found.position,
         "row_parent": found.row,
         "row_token": found.token,
         "row_logp": found.logp,
         "row_depth": window.row_depth[found.row] + np.uint8(1),
+        "row_static": np.full(len(found.row), static, np.uint8),
         **_row_fields(rows),
     }
     for name, values in added.items():

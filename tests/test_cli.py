@@ -168,7 +168,7 @@ def test_console_script_is_declared() -> None:
         (["plan", "--set", "corpus.unit_byte=5000"], 2, "did you mean unit_bytes?"),
         (["plan", "--config", "none.toml"], 2, "none.toml does not exist"),
         (["plan", "--source", "none.jsonl"], 3, "'none.jsonl' does not exist"),
-        (["teacher", "--tau", "2"], 2, "teacher.tau = 2 from --set teacher.tau=2: expected a number >= 0 and <= 1"),
+        (["teacher", "--tau", "2"], 2, "teacher.tau = 2 from --set teacher.tau=2: expected a number >= -1 and <= 1"),
         (["teacher"], 3, "run `bytecache plan`"),
         (["convert"], 3, "run `bytecache plan`"),
         (["train"], 3, "run `bytecache convert`"),

@@ -35,9 +35,10 @@ def test_vllm_gives_the_reference_rows(vllm_teacher, tiny_checkpoint):
     reference = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", **BASE))
     (ours,), (theirs,) = vllm_teacher.windows(encoded(vllm_teacher)), reference.windows(encoded(reference))
     assert len(ours) == len(theirs) > len(TEXTS)  # the long text takes several windows
+    assert sum(int(a.row_static.sum()) for a in ours) > 5
     for a, b in zip(ours, theirs, strict=True):
         assert (a.row_depth > 0).any() or len(a.text) < 3
-        for name in ("text", "row_start", "row_parent", "row_token", "row_depth", "stop_token", "n_levels"):
+        for name in ("text", "row_start", "row_parent", "row_token", "row_depth", "row_static", "stop_token", "n_levels"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
         np.testing.assert_allclose(a.row_logp, b.row_logp, atol=1e-4)
         np.testing.assert_allclose(a.log_norm, b.log_norm, atol=1e-3)
@@ -79,6 +80,7 @@ def test_branches_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
         return outputs
 
     monkeypatch.setattr(engine._engine, "step", counting)
+    monkeypatch.setattr(vllm_teacher, "settings", vllm_teacher.settings.model_copy(update={"static": 0.0}))
     (windows,) = vllm_teacher.windows([document])
     branches = sum(int((w.row_depth > 0).sum()) for w in windows)
     assert branches > 20

@@ -1,12 +1,17 @@
 """The mathematics against its definition: every cover enumerated, on tiny models and short texts."""
 
+import hashlib
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from oracle import exact_distributions
 
 from schemas import settings as st
 from schemas.errors import ConfigError
+from stages.engines.static import context_tokens
 from stages.lattice import Lattice
 from stages.probe import probe_with
 from stages.teacher import Teacher, open_teacher
@@ -96,23 +101,49 @@ def test_windows_agree_with_one_pass_over_the_document(tiny_checkpoint):
     np.testing.assert_allclose(probs_cut.sum(1) + tail_cut, 1, atol=1e-5)
 
 
-def test_the_table_predicts_one_byte_where_nothing_was_evaluated(tiny_checkpoint):
-    """Rows are the teacher's own; with the table less is unaccounted, and what is left still sums to one."""
+def test_static_rows_stand_in_where_nothing_was_evaluated(tiny_checkpoint):
+    """A static row is the geometric mean over short contexts; with it almost nothing is unaccounted."""
     base = {"tau": 0.5, "depth": 1}
-    with_table = open_teacher(settings_for(tiny_checkpoint("bytelevel"), table=200, **base))
-    without = open_teacher(settings_for(tiny_checkpoint("bytelevel"), table=0, **base))
-    table, vocabulary = with_table.table, with_table.vocabulary
-    assert 20 < len(table.token) <= 200
-    assert (np.diff(table.token) > 0).all()
-    token = int(table.token[3])
-    p = reference(without)((vocabulary.start_id, token))
-    for byte in (ord("e"), ord(" ")):
-        expected = sum(p[i] for i, b in enumerate(vocabulary.token_bytes) if b and b[0] == byte)
-        assert table.mass[3, byte] == pytest.approx(expected, rel=1e-4)
-    assert table.mass[3, 256] == pytest.approx(sum(p[i] for i in vocabulary.end_ids), rel=1e-4)
-
+    teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), static=1e-4, **base))
+    without = open_teacher(settings_for(tiny_checkpoint("bytelevel"), static=0, **base))
+    vocabulary, ask = teacher.vocabulary, reference(without)
     text = "A cache is a promise kept in advance; the notes can be read."
-    probs, tail, _ = probe_with(with_table, text)
-    _, tail0, _ = probe_with(without, text)
-    np.testing.assert_allclose(probs.sum(1) + tail, 1, atol=1e-5)
-    assert tail.mean() < 0.7 * tail0.mean()
+    (window,) = next(teacher.windows([("t", 0, vocabulary.encode(text))]))
+    first_level = np.cumsum([0, *window.n_levels[:-1]])
+    first_entry = np.cumsum([0, *window.fanout])[first_level]
+    static = np.flatnonzero(window.row_static)
+    assert len(static) > 5
+    for row in static[:3].tolist():
+        token = int(window.row_token[row])
+        logs = [np.log(ask((*context.tolist(), token))) for context in context_tokens(vocabulary)]
+        p = np.exp(np.mean(logs, axis=0))
+        p /= p.sum()
+        assert window.end[row] == pytest.approx(sum(p[i] for i in vocabulary.end_ids), rel=1e-4)
+        for entry in range(first_entry[row], first_entry[row] + 4):
+            byte = int(window.entry_byte[entry])
+            expected = sum(p[i] for i, b in enumerate(vocabulary.token_bytes) if b and b[0] == byte)
+            assert window.entry_mass[entry] == pytest.approx(expected, rel=1e-3)
+
+    targets = Lattice(window).targets()
+    np.testing.assert_allclose(targets.probs.sum(1) + targets.tail, 1, atol=1e-5)
+    (bare,) = next(without.windows([("t", 0, vocabulary.encode(text))]))
+    assert targets.unaccounted.mean() < 0.1 * Lattice(bare).targets().unaccounted.mean()
+
+
+def test_static_states_do_not_depend_on_what_else_was_asked(tiny_checkpoint, tmp_path, monkeypatch):
+    """The same unit gives the same bytes whatever the units before it cached, in memory or on disk."""
+    monkeypatch.setenv("BYTECACHE_CACHE", str(tmp_path / "cache"))
+    texts = ["The cache remembers what the teacher said.", "A student reads; nobody forgets the notes: 2 + 2 = 5."]
+    for number, text in enumerate(texts):
+        pq.write_table(pa.table({"doc_id": ["d"], "text": [text]}), tmp_path / f"{number}.parquet")
+    settings = settings_for(tiny_checkpoint("bytelevel"), static=1e-4, tau=0.5, depth=1)
+    hashes = set()
+    for order in ([1], [0, 1], [1]):  # alone, after another unit, from the cache on disk
+        teacher = open_teacher(settings)
+        for number in order:
+            out = tmp_path / f"dump-{number}"
+            counts = teacher.dump_unit(tmp_path / f"{number}.parquet", out, "key", lambda: False, lambda done: None)
+            assert counts["static"] > 0
+        hashes.add(hashlib.sha256(out.read_bytes()).hexdigest())
+    assert len(hashes) == 1
+    assert len(list((tmp_path / "cache/static").iterdir())) == 1

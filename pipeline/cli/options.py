@@ -27,6 +27,7 @@ RunDirOption = Annotated[str | None, typer.Option("--run-dir", "-r", help="The r
 SourceOption = Annotated[str | None, typer.Option("--source", help="The corpus (corpus.source).")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", "-t", help="Folder or hub id (teacher.model).")]
 BackendOption = Annotated[str | None, typer.Option("--backend", help="vllm or hf (teacher.backend).")]
+PresetOption = Annotated[str | None, typer.Option("--preset", help="fast, balanced or exact (teacher.preset).")]
 TauOption = Annotated[str | None, typer.Option("--tau", help="Share above which a deviation is evaluated.")]
 DepthOption = Annotated[str | None, typer.Option("--depth", help="Passes of branch evaluation (teacher.depth).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -9,6 +9,7 @@ from pipeline.cli.options import (
     ConfigOption,
     DepthOption,
     OnlyOption,
+    PresetOption,
     RunDirOption,
     SetOption,
     SourceOption,
@@ -52,6 +53,7 @@ def teacher(
     run_dir: RunDirOption = None,
     model: TeacherOption = None,
     backend: BackendOption = None,
+    preset: PresetOption = None,
     tau: TauOption = None,
     depth: DepthOption = None,
 ) -> None:
@@ -73,6 +75,7 @@ def teacher(
             run__dir=run_dir,
             teacher__model=model,
             teacher__backend=backend,
+            teacher__preset=preset,
             teacher__tau=tau,
             teacher__depth=depth,
         ),
@@ -158,6 +161,7 @@ def run(
     source: SourceOption = None,
     model: TeacherOption = None,
     backend: BackendOption = None,
+    preset: PresetOption = None,
 ) -> None:
     """Every stage in order: plan, teacher, convert, train, evaluate, export; ends with a table.
 
@@ -177,6 +181,7 @@ def run(
             corpus__source=source,
             teacher__model=model,
             teacher__backend=backend,
+            teacher__preset=preset,
         ),
         chain.run,
     )

@@ -11,6 +11,7 @@ from pipeline.cli.options import (
     ConfigOption,
     DepthOption,
     JsonOption,
+    PresetOption,
     RunDirOption,
     SetOption,
     TauOption,
@@ -108,6 +109,7 @@ def probe(
     overrides: SetOption = None,
     model: TeacherOption = None,
     backend: BackendOption = None,
+    preset: PresetOption = None,
     tau: TauOption = None,
     depth: DepthOption = None,
 ) -> None:
@@ -119,7 +121,7 @@ def probe(
     Runs on transformers unless --backend says vllm: the same numbers, and a branch costs one token. --tau without
     --depth means three passes.
 
-    Example: bytecache probe --teacher ./SmolLM2 --text-file page.txt --depth 2 --tau 0.01 --out page.npz
+    Example: bytecache probe --teacher ./SmolLM2 --text-file page.txt --preset exact --out page.npz
     """
     with refusals():
         from pipeline.probing import probe as command
@@ -132,6 +134,7 @@ def probe(
             overrides,
             teacher__model=model,
             teacher__backend=backend or "hf",
+            teacher__preset=preset,
             teacher__tau=tau,
             teacher__depth=depth,
         )

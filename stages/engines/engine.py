@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from stages.engines.paths import RowMasses
+from stages.engines.static import StaticJob
 
 
 class Prompt(NamedTuple):
@@ -33,7 +35,7 @@ class Branch(NamedTuple):
 
 
 class Engine(ABC):
-    """Evaluates histories and reduces their logits beside the model. Both calls keep order."""
+    """Evaluates histories and reduces their logits beside the model. All calls keep order."""
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
@@ -42,6 +44,18 @@ class Engine(ABC):
     @abstractmethod
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
         """One row per branch, grouped by job; every prompt has been scored before."""
+
+    @abstractmethod
+    def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
+        """Static rows (stages.engines.static), grouped by job."""
+
+    @abstractmethod
+    def load_static(self, file: Path) -> None:
+        """Take the static states of an earlier run of the same teacher."""
+
+    @abstractmethod
+    def save_static(self, file: Path) -> None:
+        """Keep the static states for later runs of the same teacher."""
 
     def forget(self) -> None:  # noqa: B027 - most engines remember nothing
         """Drop what was cached: the bytes of a unit must not depend on the units before it."""

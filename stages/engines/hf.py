@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from schemas import settings as st
-from schemas.errors import InputError
+from schemas.errors import ConfigError, InputError
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
+from stages.engines.static import StaticJob, StaticStates, batches, context_tokens
 
 
 class HfEngine(Engine):
@@ -48,6 +49,8 @@ class HfEngine(Engine):
         head = self.model.get_output_embeddings()
         if head.weight.dtype != torch.float32:
             self.model.set_output_embeddings(_Float32Head(head))
+        self._contexts = context_tokens(reducer.vocabulary)
+        self._static = StaticStates(reducer, len(self._contexts))
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
@@ -77,6 +80,54 @@ class HfEngine(Engine):
                 parts.append(self._packed(prompt, branches[a : a + self.branch_chunk], cache))
                 cache.crop(len(prompt.tokens) - cache.get_seq_length())
             yield concatenate(parts)
+
+    @torch.inference_mode()
+    def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
+        for job in jobs:
+            for run in batches(self._static.missing(job.token)):
+                for number, context in enumerate(self._contexts):
+                    for token, state in zip(run, self._states(context, run), strict=True):
+                        self._static.put(token, number, state)
+            rows = self._static.rows(job, self._head)
+            assert rows is not None
+            yield rows
+
+    def load_static(self, file: Path) -> None:
+        self._static.load(file)
+
+    def save_static(self, file: Path) -> None:
+        self._static.save(file)
+
+    def _states(self, context: np.ndarray, tokens: Sequence[int]) -> torch.Tensor:
+        """What the output embedding is given after (context, token), [tokens, width]."""
+        seen: list[torch.Tensor] = []
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        prompts = np.stack([np.append(context, token) for token in tokens]).astype(np.int64)
+        try:
+            logits = self.model(
+                input_ids=torch.from_numpy(prompts).to(self.device), use_cache=False, logits_to_keep=1
+            ).logits[:, -1]
+        finally:
+            hook.remove()
+        states = seen[0][:, -1]
+        if not torch.allclose(self._head(states[:1]), logits[:1].float(), atol=1e-3):
+            raise ConfigError(
+                f"teacher.static = rows after a lone token: {type(self.model).__name__} changes its logits after the "
+                'output embedding in a way not known here; set teacher.static = 0 or teacher.backend = "vllm"'
+            )
+        return states
+
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states, with what Gemma, Cohere and Granite do to them afterwards."""
+        config = self.model.config.get_text_config()
+        logits: torch.Tensor = self.model.get_output_embeddings()(states.to(self.device)).float()
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
     def _packed(self, prompt: Prompt, branches: Sequence[Branch], cache: Any) -> RowMasses:
         """One pass over the branches of one window; a branch sees its canonical prefix and its own chain."""

@@ -20,7 +20,8 @@ from schemas import settings as st
 from schemas.errors import ConfigError, EngineError
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate
-from stages.engines.vllm_worker import Want
+from stages.engines.static import StaticJob, batches, context_tokens
+from stages.engines.vllm_worker import Want, WantState
 
 TOKENS_IN_FLIGHT = 16_384
 """Prompt tokens handed to the scheduler at once."""
@@ -109,7 +110,8 @@ class VllmEngine(Engine):
                 f"vLLM could not start with teacher.model = {settings.model!r}: {_reason(error)}; "
                 'lower teacher.context or teacher.kv_cache_gib, or try teacher.backend = "hf"'
             ) from error
-        if not all(self._engine.collective_rpc("bytecache_install", args=(reducer,))):
+        self._contexts = context_tokens(reducer.vocabulary)
+        if not all(self._engine.collective_rpc("bytecache_install", args=(reducer, len(self._contexts)))):
             raise EngineError(
                 "this vLLM's model runner has no hook for path masses; install the version in the lock file"
             )
@@ -194,6 +196,43 @@ class VllmEngine(Engine):
             while given < len(wants) and names[given] in ready:
                 yield ready.pop(names[given])
                 given += 1
+
+    def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
+        for job in jobs:
+            missing = self._engine.collective_rpc("bytecache_static_missing", args=(job.token,))[0]
+            for tokens in batches(missing):
+                self._ask_states(tokens)
+            answers = self._engine.collective_rpc("bytecache_static_rows", args=(job,))
+            rows = next((rows for rows in answers if rows is not None), None)
+            if rows is None:
+                raise EngineError("no worker of vLLM holds logits; rerun the command")
+            yield rows
+
+    def load_static(self, file: Path) -> None:
+        self._engine.collective_rpc("bytecache_static_file", args=(file, False))
+
+    def save_static(self, file: Path) -> None:
+        self._engine.collective_rpc("bytecache_static_file", args=(file, True))
+
+    def _ask_states(self, tokens: Sequence[int]) -> None:
+        """One batch of prompts (context, token), alone in the engine."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, ignore_eos=True, skip_reading_prefix_cache=True
+        )
+        wants: dict[str, WantState] = {}
+        prompts = []
+        for number, context in enumerate(self._contexts):
+            for token in tokens:
+                wants[f"bc{self._serial + len(wants)}"] = WantState(token, number, len(context) + 1)
+                prompts.append(np.append(context, np.int32(token)))
+        self._serial += len(wants)
+        self._engine.collective_rpc("bytecache_want_states", args=(wants,))
+        for name, prompt in zip(wants, prompts, strict=True):
+            self._add(name, prompt, params)
+        while self._engine.has_unfinished_requests():
+            self._step()
 
     def _add(self, name: str, tokens: np.ndarray, params: Any) -> None:
         # An id past the vocabulary would kill the engine and hang the next call.

@@ -8,12 +8,14 @@ keeps only their path masses. Price: no prompt logits tensor at all, one head pr
 The wrapped method is private to vLLM's V1 runner; the engine pins that runner and self-tests at start.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
+from stages.engines.static import StaticJob, StaticStates
 
 HOOK = "_get_prompt_logprobs_dict"
 LOGIT_ROWS = 128
@@ -30,6 +32,15 @@ class Want(NamedTuple):
     label: str
 
 
+class WantState(NamedTuple):
+    """The last hidden state wanted of a request: the static state of `token` after context number `context`."""
+
+    token: int
+    context: int
+    length: int
+    """Tokens of the prompt."""
+
+
 class _Progress:
     def __init__(self, want: Want, reducer: PathReducer):
         self.want = want
@@ -44,14 +55,16 @@ class PathExtension:
 
     model_runner: Any
 
-    def bytecache_install(self, reducer: PathReducer) -> bool:
-        """Wrap the runner; True when this runner has the hook."""
+    def bytecache_install(self, reducer: PathReducer, contexts: int) -> bool:
+        """Wrap the runner; True when this runner has the hook. `contexts`: of static rows."""
         runner = self.model_runner
         original = getattr(runner, HOOK, None)
         if original is None or not hasattr(runner, "query_start_loc"):
             return False
         self._reducer = reducer
         self._wanted: dict[str, _Progress] = {}
+        self._wanted_states: dict[str, WantState] = {}
+        self._static = StaticStates(reducer, contexts)
 
         def hooked(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
             self._capture(hidden_states, num_scheduled_tokens)
@@ -74,12 +87,36 @@ class PathExtension:
                 out[name] = concatenate(progress.parts)
         return out
 
+    def bytecache_static_missing(self, tokens: np.ndarray) -> list[int]:
+        """Tokens whose static states must be asked for."""
+        return self._static.missing(tokens)
+
+    def bytecache_want_states(self, wants: dict[str, WantState]) -> None:
+        """Announce requests for static states before they are added to the engine."""
+        self._wanted_states.update(wants)
+
+    @torch.inference_mode()
+    def bytecache_static_rows(self, job: StaticJob) -> RowMasses | None:
+        """Static rows of one window; None on ranks that hold no logits."""
+        return self._static.rows(job, self.model_runner.model.compute_logits)
+
+    def bytecache_static_file(self, file: Path, save: bool) -> None:
+        """Keep the static states, or take them from an earlier run."""
+        if not save:
+            self._static.load(file)
+        elif getattr(self, "rank", 0) == 0:
+            self._static.save(file)
+
     @torch.inference_mode()
     def _capture(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> None:
         runner = self.model_runner
         for request_id, scheduled in num_scheduled_tokens.items():
             # vLLM appends a random suffix to the request id that it was given.
-            progress = self._wanted.get(request_id.rsplit("-", 1)[0])
+            name = request_id.rsplit("-", 1)[0]
+            if name in self._wanted_states:
+                self._capture_state(hidden_states, request_id, scheduled, name)
+                continue
+            progress = self._wanted.get(name)
             if progress is None:
                 continue
             begin = runner.requests[request_id].num_computed_tokens
@@ -102,3 +139,12 @@ class PathExtension:
                     )
                 )
                 progress.next_row = b
+
+    def _capture_state(self, hidden_states: torch.Tensor, request_id: str, scheduled: int, name: str) -> None:
+        runner = self.model_runner
+        want = self._wanted_states[name]
+        begin = runner.requests[request_id].num_computed_tokens
+        if begin < want.length <= begin + scheduled:
+            offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]) - begin
+            self._static.put(want.token, want.context, hidden_states[offset + want.length - 1])
+            del self._wanted_states[name]

@@ -9,10 +9,11 @@ import torch
 
 from schemas.settings import Train
 from stages.tokens.vocab import Vocabulary
-from stages.training import marginal
+from stages.training import node_sums
 from stages.training.byte_head import END, SYMBOLS
-from stages.training.loss import IGNORE, SlotTargets, byte_terms
-from stages.training.marginal import CONTROL, STOP, Marginal, NodeTables, node_logits
+from stages.training.loss import IGNORE, SlotTargets, byte_terms, diverge
+from stages.training.marginal import Marginal
+from stages.training.node_sums import CONTROL, STOP, NodeTables, node_log_probs, node_logits
 from stages.training.objective import Objective
 from stages.training.stream import MicroBatch
 
@@ -67,17 +68,14 @@ def dense_masses(z: torch.Tensor, prefix: bytes) -> torch.Tensor:
     return torch.stack([torch.stack(parts[s]).sum() if s in parts else zero for s in range(SYMBOLS)])
 
 
-@pytest.mark.parametrize("form", ["compiled", "segments"])
-def test_masses_and_gradients_equal_enumeration(form, monkeypatch):
+def test_masses_and_gradients_equal_enumeration(monkeypatch):
     tables = NodeTables(vocabulary(), ROWS)
     generator = torch.Generator().manual_seed(0)
     z = (torch.randn(3, ROWS, generator=generator, dtype=torch.float64) * 4).requires_grad_()
     names = prefixes()
     row = torch.arange(len(names)) % 3
     node = torch.tensor([node_number(tables, p) for p in names])
-    if form == "segments":
-        monkeypatch.setattr(marginal, "compiled", lambda device: False)
-        monkeypatch.setattr(marginal, "CELLS", 7)
+    monkeypatch.setattr(node_sums, "CELLS", 7)
     got = node_logits(z, row, node, tables)
     want = torch.stack([dense_masses(z[r], p) for r, p in zip(row, names, strict=True)]).log()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -228,6 +226,44 @@ def test_projection_keeps_distributions_and_tails():
         assert torch.isfinite(value).all() and (value > -1e-9)[known].all()
         (grad,) = torch.autograd.grad(value.sum(), z, retain_graph=True)
         assert torch.isfinite(grad).all() and abs(float(grad.sum())) < 1e-9  # a shift of all logits changes nothing
+
+
+def test_one_pass_equals_masses_then_loss():
+    """The compiled pass without [S, 260] arrays against node_logits and the loss of its own, gradients included."""
+    model = Marginal(vocabulary(), ROWS)
+    names = prefixes() * 2
+    node = torch.tensor([node_number(model.tables, p) for p in names])
+    row = torch.arange(len(names)) % 5
+    generator = torch.Generator().manual_seed(3)
+    z = (torch.randn(5, ROWS, generator=generator, dtype=torch.float64) * 3).requires_grad_()
+    rng = np.random.default_rng(5)
+    slot, symbol, prob, true = [], [], [], []
+    for s, n in enumerate(node.tolist()):
+        offered = torch.isfinite(node_logits(z, row[s : s + 1], torch.tensor([n]), model.tables))[0].nonzero()[:, 0]
+        chosen = sorted(set(rng.choice(offered.numpy(), size=2).tolist()) - {STOP, CONTROL})
+        slot += [s] * len(chosen)
+        symbol += chosen
+        prob += (rng.dirichlet(np.ones(3))[: len(chosen)]).tolist()
+        true.append(int(rng.choice(offered.numpy())))
+    tail = torch.ones(len(names), dtype=torch.float64)
+    entries = torch.tensor(slot)
+    tail -= torch.zeros_like(tail).index_add_(0, entries, torch.tensor(prob, dtype=torch.float64))
+    bucket = torch.isfinite(node_logits(z, row, node, model.tables)).sum(1) > torch.bincount(
+        entries, minlength=len(names)
+    )
+    tail = torch.where(bucket, tail, 0.0)
+    targets = SlotTargets(entries, torch.tensor(symbol), torch.tensor(prob, dtype=torch.float64), tail)
+    truth = torch.tensor(true)
+    weight = torch.rand(len(names), generator=generator, dtype=torch.float64)
+    for kind in ("forward", "reverse", "js"):
+        ce, apart = byte_terms(node_logits(z, row, node, model.tables), truth, targets, divergence=kind)
+        (want,) = torch.autograd.grad((weight * (0.3 * ce + apart)).sum(), z)
+        right, listed, log_u = node_log_probs(z, row, node, truth, targets.slot, targets.symbol, model.tables)
+        value = diverge(listed, log_u, targets, kind)
+        torch.testing.assert_close(-right, ce, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(value, apart, rtol=1e-9, atol=1e-9)
+        (got,) = torch.autograd.grad((weight * (value - 0.3 * right)).sum(), z)
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
 class Stub:

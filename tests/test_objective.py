@@ -189,3 +189,8 @@ def test_chunks_refuse_a_student_that_alters_its_logits():
 def _scaled(output):
     output.logits = output.logits * 3
     return output
+
+
+def test_a_width_that_attention_cannot_divide_is_refused():
+    with pytest.raises(ConfigError, match="head_width = 30"):
+        make_head("transformer", 64, 30, 0)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from schemas.errors import ConfigError
 from stages.training.byte_head import SLOTS, SYMBOLS, ByteHead
 
 PARTS = 4
@@ -108,7 +109,14 @@ class SharedHead(nn.Module):
 
 
 def make_head(kind: str, hidden_size: int, width: int, seed: int) -> ByteHead | SharedHead:
-    """The head that `train.head` names; `width` 0 is the student's own, 256 at most."""
+    """The head that `train.head` names; `width` 0 is the student's own, 256 at most.
+
+    Raises:
+        ConfigError: a width that the transformer's attention cannot be divided into.
+    """
     if kind == "parallel":
         return ByteHead(hidden_size, seed)
-    return SharedHead(hidden_size, width or min(hidden_size, 256), kind, seed)
+    width = width or min(hidden_size, 256)
+    if kind == "transformer" and width % PARTS:
+        raise ConfigError(f"train.head_width = {width}: head 'transformer' needs a multiple of {PARTS}; round it")
+    return SharedHead(hidden_size, width, kind, seed)

@@ -126,9 +126,13 @@ def byte_terms(
             tuple[Tensor, Tensor, Tensor],
             _LogProbs.apply(z / temperature, true, targets.slot, targets.symbol),  # type: ignore[no-untyped-call]
         )
+    return ce, diverge(listed, log_u, targets, divergence) * temperature**2
+
+
+def diverge(listed: Tensor, log_u: Tensor, targets: SlotTargets, divergence: str) -> Tensor:
+    """The divergence [S] from the student's log-probabilities of the entries [E] and of each slot's bucket [S]."""
     shares = _divergence(divergence, targets.prob, listed)
-    value = _divergence(divergence, targets.tail, log_u).index_add(0, targets.slot, shares)
-    return ce, value * temperature**2
+    return _divergence(divergence, targets.tail, log_u).index_add(0, targets.slot, shares)
 
 
 class LossParts(NamedTuple):

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from schemas.settings import Train as TrainSettings
 from stages.training.heads import make_head
-from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms
-from stages.training.marginal import Choices, Marginal, node_logits
+from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
+from stages.training.marginal import Choices, Marginal
+from stages.training.node_sums import compiled, node_log_probs, node_logits
 from stages.training.stream import MicroBatch, ShardReader
 from stages.training.student import Student
 
@@ -123,8 +124,11 @@ class Objective(nn.Module):
             ce = functional.cross_entropy(scores.float(), true, reduction="none")
             return (ce * weight).sum(), scores.new_zeros((), dtype=torch.float32)
         ce, apart = byte_terms(scores, true, targets, divergence=self.divergence, temperature=self.temperature)
-        kept = weight if self.max_tail >= 1 else weight * (unlisted <= self.max_tail)
-        return (ce * weight).sum(), (apart * kept).sum()
+        return (ce * weight).sum(), (apart * self._kept(weight, unlisted)).sum()
+
+    def _kept(self, weight: Tensor, unlisted: Tensor | None) -> Tensor:
+        """Weights of the divergence: 0 where the teacher left more than `max_tail` unlisted."""
+        return weight if self.max_tail >= 1 or unlisted is None else weight * (unlisted <= self.max_tail)
 
     def _chunked(
         self, rows: Tensor, to_logits: Callable[[Tensor], Tensor], labels: Tensor, choices: Choices | None
@@ -139,8 +143,14 @@ class Objective(nn.Module):
             if own is None or own.row.numel() == 0:
                 return LossParts(token, zero, zero)
             assert self.marginal is not None
-            scores = node_logits(z, own.row, own.node, self.marginal.tables)
-            return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted))
+            tables = self.marginal.tables
+            if own.targets is None or self.temperature != 1 or not compiled(z.device):
+                scores = node_logits(z, own.row, own.node, tables)
+                return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted))
+            asked = (own.true, own.targets.slot, own.targets.symbol)
+            right, listed, log_u = node_log_probs(z, own.row, own.node, *asked, tables)
+            apart = diverge(listed, log_u, own.targets, self.divergence)
+            return LossParts(token, -(right * own.weight).sum(), (apart * self._kept(own.weight, own.unlisted)).sum())
 
         size = self.chunk or len(rows)
         if size >= len(rows):

@@ -7,6 +7,8 @@ YAML file. Price: the harness's own; a checkpoint is loaded once for all tasks.
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from schemas.errors import ConfigError, InputError
 
 
@@ -39,7 +41,8 @@ def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: i
     try:
         found = simple_evaluate(
             model="hf", model_args=f"pretrained={checkpoint},dtype=float32,trust_remote_code=False", tasks=names,
-            task_manager=manager, limit=limit or None, batch_size=batch_size, log_samples=False, verbosity="ERROR",
+            task_manager=manager, limit=limit or None, batch_size=batch_size, log_samples=False,
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
     except (OSError, ConnectionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -266,7 +266,10 @@ def documents(targets: Path) -> list[tuple[str, bytes, bytes, object, int, int]]
     return found
 
 
-@pytest.mark.parametrize("template", ["PLAIN", "DIRECT", "INST"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("template", ["DIRECT", pytest.param("PLAIN", marks=SLOW), pytest.param("INST", marks=SLOW)])
 def test_teacher_targets_are_those_after_the_rendered_context(tmp_path, template):
     """Byte for byte the corpus's answers; the first byte and END as the model itself says after its own rendering."""
     teacher = checkpoint(tmp_path / "m", globals()[template])
@@ -322,7 +325,9 @@ def supervised_text(source: stream.TokenShard, vocabulary) -> dict[int, bytes]:
     return spelled
 
 
-@pytest.mark.parametrize(("kind", "own"), [("chat", "builtin"), ("chat", "INST"), ("completion", "builtin")])
+@pytest.mark.parametrize(
+    ("kind", "own"), [("chat", "builtin"), pytest.param("chat", "INST", marks=SLOW), ("completion", "builtin")]
+)
 def test_a_student_learns_the_answers_and_nothing_else(tmp_path, kind, own):
     """Whatever the student's tokenizer and template: rows hold the whole conversation, labels spell the answer."""
     teacher = checkpoint(tmp_path / "m", PLAIN)

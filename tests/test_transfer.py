@@ -24,7 +24,7 @@ from stages.training.transfer import old_tokens
 RECIPES = Path(__file__).parent.parent / "benchmarks/recipes"
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_new_embeddings_are_means_of_the_old(tmp_path, tokenizer, tied):
     targets = make_dataset(tmp_path / "targets")
@@ -85,7 +85,7 @@ def test_a_byte_tokenizer_has_a_token_for_every_byte(tmp_path):
     assert opened.template().end_id == opened.end_id
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("embeddings", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters_are_merged_at_export(tmp_path, embeddings):
     targets = make_dataset(tmp_path / "targets")
     student.prepare(Student(tokenizer="bpe:300", hidden_size=32, layers=2, heads=2), targets, tmp_path / "s", seed=1)

@@ -8,8 +8,10 @@ Writes the figures as JSON, a plot beside it (.png) and prints them as Markdown.
               (a token's entropy is spread over the bytes of the token that came), and beside them the surprise of the
               text: canonical tokens alone, and bytes summed over all covers
     beam      JSD against the number of histories that a byte-by-byte walk keeps (the K heaviest, renormalised; the
-              figure of arXiv 2604.07466): how many covers a byte distribution needs
-    tau       KL, JSD and leak of this project's own settings, and the histories they cost per canonical token
+              figure of arXiv 2604.07466): how many covers a byte distribution needs. It cannot fall below what lies in
+              histories that the reference did not evaluate either and joined to the others
+    effort    KL, JSD and leak of this project's own settings, and the histories they cost per canonical token
+              (static rows, which are kept from run to run, not counted)
     prune     KL that storing adds: symbols below `convert.prune` summed into the tail, 8-bit codes
 
 The reference everywhere: tau = 2e-4, depth 5, float32, transformers. Stages.divergence has the formulas.
@@ -19,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +30,26 @@ import torch
 from texts import builtin_texts, folder_texts
 
 from schemas import settings as st
-from schemas.byte_shard import ShardBuilder
+from schemas.byte_shard import ShardBuilder, read_shard
 from schemas.token_dump import Window
-from stages.divergence import divergence, spread_tail
-from stages.fidelity import round_trip, true_symbols
+from stages.divergence import divergence, even_weights, spread_tail
+from stages.fidelity import true_symbols
 from stages.lattice import END, Lattice, Targets
-from stages.teacher import Teacher, open_teacher
+from stages.teacher import REFERENCE, Teacher, open_teacher
 
-REFERENCE = (2e-4, 5)
-SETTINGS = [(1.0, 0), (0.1, 1), (0.03, 1), (0.01, 2), (0.003, 2), (0.001, 3)]
+EFFORTS: dict[str, dict[str, float]] = {
+    "spans": {"tau": 1.0, "depth": 0, "static": 0.0},
+    "0.1, 1": {"tau": 0.1, "depth": 1, "static": 0.005},
+    "0.01, 2": {"tau": 0.01, "depth": 2, "static": 0.005},
+    **st.PRESETS,
+}
 WIDTHS = [1, 2, 3, 4, 6, 8, 12, 16, 32]
 PRUNES = [1e-2, 3e-3, 1e-3, 1e-4, 0.0]
 
 
-def evaluate(teacher: Teacher, text: str, tau: float, depth: int) -> tuple[Window, Targets]:
-    """The window of a text that fits one, and its targets."""
-    teacher.settings = teacher.settings.model_copy(update={"tau": tau, "depth": depth})
+def evaluate(teacher: Teacher, text: str, effort: dict[str, float]) -> tuple[Window, Targets]:
+    """The window of a text that fits one, and its targets; `effort`: tau, depth and static."""
+    teacher.settings = teacher.settings.model_copy(update=effort)
     windows = [w for group in teacher.windows([("text", 0, teacher.vocabulary.encode(text))]) for w in group]
     if len(windows) > 1:
         raise SystemExit("a text is longer than one window of the teacher: lower --bytes")
@@ -70,9 +77,9 @@ def beam(window: Window, width: int) -> tuple[np.ndarray, int]:
     the text so far. Where no kept cell can follow the text, the walk starts again from the canonical tokens, as a
     healing beam does.
     """
-    level = np.concatenate([[0], np.cumsum(window.n_levels)])
-    entry = np.concatenate([[0], np.cumsum(window.fanout)])
-    stop = np.concatenate([[0], np.cumsum(window.n_stops)])
+    level = np.cumsum([0, *window.n_levels], dtype=np.int64)
+    entry = np.cumsum([0, *window.fanout], dtype=np.int64)
+    stop = np.cumsum([0, *window.n_stops], dtype=np.int64)
     child = {(int(p), int(t)): r for r, (p, t) in enumerate(zip(window.row_parent, window.row_token, strict=True))}
     text, canonical = window.text, np.flatnonzero(window.row_depth == 0)
     out = np.zeros((len(text), END + 1))
@@ -108,19 +115,31 @@ def beam(window: Window, width: int) -> tuple[np.ndarray, int]:
     return out, lost
 
 
+def round_trip(text: np.ndarray, probs: np.ndarray, tail: np.ndarray, prune: float) -> tuple[np.ndarray, np.ndarray]:
+    """What a shard of this one document says: probs float32 [n + 1, 257] and tail float32 [n + 1]."""
+    builder = ShardBuilder(prune=prune)
+    builder.append(text, probs, tail)
+    builder.end_document("text")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.zarr.zip"
+        builder.write(path, {})
+        shard = read_shard(path)
+        return shard.dense(0, len(probs)), shard.tail
+
+
 def study(teacher: Teacher, text: str) -> dict[str, Any]:
     """All figures of one text."""
-    window, reference = evaluate(teacher, text, *REFERENCE)
+    window, reference = evaluate(teacher, text, {**REFERENCE, "static": 0.0})
     symbol, n = true_symbols(window), len(text.encode())
     at = np.arange(n)
-    bytewise = spread_tail(reference.probs, reference.tail, reference.probs > 0)
+    bytewise = spread_tail(reference.probs, reference.tail, even_weights(reference.probs > 0))
     tokenwise = token_entropies(teacher, text)
     out: dict[str, Any] = {
         "bytes": n,
         "tokens": len(tokenwise),
         "entropy": {"tokens": float(tokenwise.sum() / n), "bytes": float(entropy(bytewise[:n]).sum() / n)},
         "surprise": {"tokens": window.canonical_nll / n, "bytes": float(-np.log(bytewise[at, symbol[:n]]).sum() / n)},
-        "beam": [], "tau": [], "prune": [],
+        "beam": [], "effort": [], "prune": [],
     }  # fmt: skip
     for width in WIDTHS:
         rows, lost = beam(window, width)
@@ -128,16 +147,14 @@ def study(teacher: Teacher, text: str) -> dict[str, Any]:
         found = divergence(reference.probs[:n], reference.tail[:n], rows, nothing, symbol[:n])
         figures = {"kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean())}
         out["beam"].append({"width": width, "restarts": lost, **figures})
-    for tau, depth in SETTINGS:
-        asked, targets = evaluate(teacher, text, tau, depth)
+    for name, effort in EFFORTS.items():
+        asked, targets = evaluate(teacher, text, effort)
         found = divergence(reference.probs, reference.tail, targets.probs, targets.tail, symbol)
         figures = {"kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean())}
-        rows_per_token = len(asked.row_depth) / int((asked.row_depth == 0).sum())
-        out["tau"].append({"tau": tau, "depth": depth, "rows_per_token": rows_per_token, **figures})
+        rows_per_token = int((asked.row_static == 0).sum()) / int((asked.row_depth == 0).sum())
+        out["effort"].append({"name": name, **effort, "rows_per_token": rows_per_token, **figures})
     for prune in PRUNES:
-        stored, tail = round_trip(
-            ShardBuilder(prune=prune), window.text[window.score_start :], reference.probs, reference.tail
-        )
+        stored, tail = round_trip(window.text[window.score_start :], reference.probs, reference.tail, prune)
         found = divergence(reference.probs, reference.tail, stored, tail, symbol)
         figures = {"kl": float(found.kl.mean()), "kl_bucket": float(found.kl_bucket.mean())}
         listed = float((stored > 0).sum(axis=1).mean())
@@ -165,14 +182,14 @@ def markdown(results: dict[str, Any]) -> str:
         ]
     lines += [
         "",
-        "| text | tau | depth | rows per token | KL | JSD | leak, bits/byte |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| text | effort | tau | depth | static | rows per token | KL | JSD | leak, bits/byte |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, r in results.items():
         lines += [
-            f"| {name} | {t['tau']:g} | {t['depth']} | {t['rows_per_token']:.2f} | {t['kl']:.5f} | {t['jsd']:.6f} | "
-            f"{t['leak_bits']:+.4f} |"
-            for t in r["tau"]
+            f"| {name} | {t['name']} | {t['tau']:g} | {t['depth']:g} | {t['static']:g} | {t['rows_per_token']:.2f} | "
+            f"{t['kl']:.5f} | {t['jsd']:.6f} | {t['leak_bits']:+.4f} |"
+            for t in r["effort"]
         ]
     lines += ["", "| text | prune | listed symbols | tail | KL | KL, one bucket |", "|---|---:|---:|---:|---:|---:|"]
     for name, r in results.items():
@@ -203,16 +220,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
     panels[0].set_title("token and byte distributions")
     for name in names:
         r = results[name]
+        by_cost = sorted(r["effort"], key=lambda t: t["rows_per_token"])
         panels[1].plot([b["width"] for b in r["beam"]], [b["jsd"] for b in r["beam"]], marker="o", label=name)
-        panels[2].plot([t["rows_per_token"] for t in r["tau"]], [t["jsd"] for t in r["tau"]], marker="o", label=name)
+        panels[2].plot([t["rows_per_token"] for t in by_cost], [t["jsd"] for t in by_cost], marker="o", label=name)
         kept = [p for p in r["prune"] if p["prune"] > 0]
-        panels[3].plot([p["prune"] for p in kept], [p["kl_bucket"] for p in kept], marker="o", label=name)
+        panels[3].plot([p["prune"] for p in kept], [p["kl"] for p in kept], marker="o", label=name)
     panels[1].set(xscale="log", yscale="log", xlabel="histories kept", ylabel="JSD, nats per byte", title="beam width")
-    panels[2].set(
-        yscale="log", xlabel="histories per canonical token", ylabel="JSD, nats per byte", title="tau and depth"
-    )
+    panels[2].set(yscale="log", xlabel="histories per canonical token", ylabel="JSD, nats per byte", title="effort")
     panels[3].set(
-        xscale="log", yscale="log", xlabel="prune", ylabel="KL, nats per byte", title="storing (one rest bucket)"
+        xscale="log", yscale="log", xlabel="prune", ylabel="KL, nats per byte", title="storing, tail spread evenly"
     )
     for panel in panels:
         panel.legend(fontsize=8)
@@ -236,7 +252,7 @@ def main() -> None:
     print(markdown(results))
     if args.out:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        facts = {"machine": machine, "model": args.model, "reference": {"tau": REFERENCE[0], "depth": REFERENCE[1]}}
+        facts = {"machine": machine, "model": args.model, "reference": REFERENCE}
         args.out.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
         plot(results, args.out.with_suffix(".png"))
 

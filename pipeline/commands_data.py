@@ -23,9 +23,12 @@ from schemas.settings import Teacher
 TARGETS = "targets"
 CONVERTER = (
     "stages.convert", "stages.lattice", "stages.fidelity", "stages.divergence",
-    "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip",
+    "schemas.shard_builder", "schemas.gather", "schemas.prior", "schemas.quantise", "schemas.packing",
+    "schemas.byte_shard", "schemas.expansion", "schemas.zarr_zip",
 )  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
+_RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
+"""What an index says about its shards that may be corrected afterwards."""
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
@@ -193,7 +196,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     store, settings = context.store, context.settings
     planned = units.load_plan(store, settings)
     dumps = dumps if dumps is not None else find_dumps(context, planned)
-    shape = settings.convert.model_dump(exclude={"shard_bytes"})
+    shape = settings.convert.model_dump(exclude={"shard_bytes", "delete_dump"})
     info = _dataset_info(context, planned, dumps)
     _refuse_other_dataset(context, info)
     tasks: list[Task] = []
@@ -218,6 +221,11 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
             split, parts = task.payload
             paths = []
             for part in parts:
+                if part.deleted:
+                    raise InputError(
+                        f"{task.name} needs the dump part {part.name}, which convert.delete_dump removed; run "
+                        "`bytecache verify --repair`, then `bytecache teacher`, or choose a new run.dir"
+                    )
                 problems = receipts.problems(store, part)
                 if problems:
                     raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
@@ -232,6 +240,8 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
     context.say(summary_line(_certificate(outcome.receipts, info["teacher"])))
+    if settings.convert.delete_dump:
+        _delete_dump(context, dumps)
     return outcome
 
 
@@ -241,6 +251,20 @@ def _certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, An
 
     reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
     return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
+
+
+def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
+    """Remove the dump of a published data set whose every byte was read back. Raises IntegrityError if one differs."""
+    from schemas.verification import verify_dataset
+
+    if all(receipt.deleted and not context.store.exists(file.path) for receipt in dumps for file in receipt.files):
+        return
+    problems = verify_dataset(context.store.root / TARGETS, deep=True)
+    if problems:
+        listed = "; ".join(f"{problem.file}: {problem.detail}" for problem in problems[:3])
+        raise IntegrityError(f"the dump is kept, since its targets are not whole ({listed}); run `verify --repair`")
+    freed = sum(receipts.delete_files(context.store, receipt) for receipt in dumps)
+    context.say(f"convert: the targets are whole, the dump is deleted ({human_bytes(freed)})")
 
 
 def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
@@ -255,12 +279,15 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
         "corpus": planned.corpus,
         "settings": {
             "plan": planned.settings,
-            "convert": context.settings.convert.model_dump(),
+            "convert": context.settings.convert.model_dump(exclude={"delete_dump"}),
             "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
         },
         "software": receipts.software_versions(),
         "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
-        "license": context.settings.corpus.license,
+        "name": context.settings.dataset.name,
+        "license": context.settings.dataset.license,
+        "corpus_license": context.settings.corpus.license,
+        "teacher_license": context.settings.dataset.teacher_license,
         "attribution": context.settings.corpus.attribution,
     }
 
@@ -317,8 +344,9 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
     if (folder / "dataset.json").is_file():
         try:
             old = read_dataset(folder)
+            same_text = all(old.info.get(name) == info[name] for name in _RESTATED)
             same = sorted(old.entries, key=_by_file) == sorted(entries, key=_by_file)
-            if same and old.fidelity == certificate:
+            if same_text and same and old.fidelity == certificate:
                 return False
         except IntegrityError:
             pass

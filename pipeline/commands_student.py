@@ -25,6 +25,9 @@ from schemas.settings import NEUTRAL, Train
 if TYPE_CHECKING:
     from stages.training.parallel import World
 
+if TYPE_CHECKING:
+    from schemas.manifest import Dataset
+
 DISTILLED, CONTROL = "distilled", "control"
 
 
@@ -36,19 +39,19 @@ def run_names(settings: Train, only: str = "") -> list[str]:
     return [only] if only else names
 
 
-def targets_folder(context: Context) -> Path:
-    """The data set's folder. Raises InputError if it was never published."""
+def open_targets(context: Context) -> "Dataset":
+    """The data set to learn from: dataset.source (a folder or URL), else this run's own, if it was published.
+
+    Raises InputError if it was not, IntegrityError or StorageError for an index that is damaged or out of reach.
+    """
+    from stages.training.source import open_dataset
+
+    settings = context.settings.dataset
     folder = context.store.root / TARGETS
-    if not (folder / "dataset.json").is_file():
+    if not settings.source and not (folder / "dataset.json").is_file():
         raise InputError(f"{folder} holds no data set; run `bytecache convert` with this run.dir first")
-    return folder
-
-
-def manifest_hash(context: Context) -> str:
-    """Identity of the data set in the run folder."""
-    from schemas.manifest import read_dataset
-
-    return read_dataset(targets_folder(context)).manifest_hash
+    limit = int(settings.cache_gib * 2**30)
+    return open_dataset(settings.source or folder, cache_dir=settings.cache_dir, cache_bytes=limit)
 
 
 def student_folder(context: Context, dataset: str) -> Path:
@@ -87,7 +90,8 @@ def train(context: Context, only: str = "") -> int:
 
 
 def _train(context: Context, world: "World", only: str) -> int:
-    dataset = manifest_hash(context)
+    targets = open_targets(context)
+    dataset = targets.manifest_hash
     made = 0
     for name in run_names(context.settings.train, only):
         task = train_task(context, name, dataset)
@@ -95,19 +99,19 @@ def _train(context: Context, world: "World", only: str) -> int:
         if receipt is not None:
             context.say(f"train {name}: nothing to do, {task.measure} steps are done ({task.out})")
             continue
-        _train_one(context, world, task, dataset)
+        _train_one(context, world, task, targets)
         made += 1
     return made
 
 
-def _train_one(context: Context, world: "World", task: Task, dataset: str) -> None:
+def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
     from stages.training import student
     from stages.training.train import train as train_stage
 
     store, settings = context.store, context.settings
-    folder = student_folder(context, dataset)
+    folder = student_folder(context, targets.manifest_hash)
     if world.main:
-        student.prepare(settings.student, targets_folder(context), folder, seed=settings.run.seed)
+        student.prepare(settings.student, targets, folder, seed=settings.run.seed)
     world.wait()
     steps = settings.train.steps
     silent = None if world.main else io.StringIO()
@@ -126,7 +130,7 @@ def _train_one(context: Context, world: "World", task: Task, dataset: str) -> No
         result = train_stage(
             settings.train,
             folder,
-            targets_folder(context),
+            targets,
             store.root / task.out,
             name=task.name,
             seed=settings.run.seed,
@@ -163,9 +167,12 @@ def _receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], second
     )
 
 
-def trained(context: Context, only: str = "") -> list[Receipt]:
-    """Receipts of the finished runs of the current settings. Raises InputError if one asked for is not finished."""
-    dataset = manifest_hash(context)
+def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt]:
+    """Receipts of the finished runs of the current settings; `dataset`: the manifest hash, if known already.
+
+    Raises InputError if one asked for is not finished.
+    """
+    dataset = dataset or open_targets(context).manifest_hash
     found = []
     for name in run_names(context.settings.train, only):
         receipt = finished(context.store, train_task(context, name, dataset))
@@ -178,11 +185,10 @@ def trained(context: Context, only: str = "") -> list[Receipt]:
     return found
 
 
-def evaluate_tasks(context: Context, only: str = "") -> list[Task]:
-    """One task per finished run."""
-    dataset = manifest_hash(context)
+def evaluate_tasks(context: Context, dataset: str, only: str = "") -> list[Task]:
+    """One task per finished run on the data set of this manifest hash."""
     tasks = []
-    for run in trained(context, only):
+    for run in trained(context, only, dataset):
         inputs = {"name": run.name, "checkpoint": run.counts["sha256"], "dataset": dataset, "split": "heldout"}
         shape = context.settings.train
         inputs["windows"] = [shape.batch, shape.window_bytes, shape.context_bytes]
@@ -194,7 +200,7 @@ def evaluate_tasks(context: Context, only: str = "") -> list[Task]:
 def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], int]:
     """Held-out figures of every finished run, and how many were computed now; also report/report.json and .md."""
     store, settings = context.store, context.settings
-    targets = targets_folder(context)
+    targets = open_targets(context)
 
     def open_work() -> Work:
         from stages.training.evaluate import evaluate as evaluate_stage
@@ -208,7 +214,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
 
         return work
 
-    tasks = evaluate_tasks(context, only)
+    tasks = evaluate_tasks(context, targets.manifest_hash, only)
     outcome = run_units(store, tasks, open_work, context.stop, reporter=_reporter(len(tasks)))
     results = [receipt.counts for receipt in outcome.receipts]
     report = json_bytes(results).decode("utf-8")

@@ -100,10 +100,32 @@ class Teacher(Section):
 
 
 class Convert(Section):
-    prune: float = Field(1e-3, ge=0.0, le=0.1)
-    """Bytes rarer than this are summed into the position's tail."""
+    precision: Literal["small", "default", "precise"] = "default"
+    """What a shard spends: about 2.5, 4 or 8 bytes per byte of text at a KL of 0.03, 0.009 or 0.002 nats per byte."""
+    rate: float = Field(0.0, ge=0.0, le=1.0)
+    """Nats of divergence that a bit of file is worth, instead of the precision's own; 0 = the precision decides."""
+    prune: float = Field(0.0, ge=0.0, le=0.1)
+    """Symbols rarer than this, unless most likely, are never listed; 0 = the precision decides alone."""
     shard_bytes: int = Field(16 * 1024 * 1024, ge=1_000)
     """Bytes of text in one target shard; a unit is never split, a shard holds whole units."""
+    delete_dump: bool = False
+    """Delete the dump once its shards are published and read back whole; another conversion then needs the teacher."""
+
+
+class Dataset(Section):
+    source: str = ""
+    """Byte targets that train and evaluate read instead of this run's own: a folder, or a URL such as
+    `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`."""
+    cache_dir: str = ""
+    """Where shards read from a URL are kept; empty = $BYTECACHE_CACHE/shards, else ~/.cache/bytecache/shards."""
+    cache_gib: float = Field(50.0, gt=0)
+    """The most that folder may hold, GiB; the shards longest unused go first."""
+    name: str = ""
+    """Title of this run's data set on its card."""
+    license: str = ""
+    """Licence you share this run's targets under; written into dataset.json and its card, beside the corpus's."""
+    teacher_license: str = ""
+    """Licence of the teacher, or its terms for what it outputs; written into dataset.json and its card."""
 
 
 class Student(Section):
@@ -198,5 +220,6 @@ class Settings(Section):
     corpus: Corpus = Corpus()
     teacher: Teacher = Teacher()
     convert: Convert = Convert()
+    dataset: Dataset = Dataset()
     student: Student = Student()
     train: Train = Train()

@@ -84,6 +84,8 @@ class Window:
     """float32 [R * K]; nats"""
     reference: bool = False
     """Whether this is a reference window: no targets; its rows but the static ones are the tau -> 0 reference."""
+    doc_position: int = -1
+    """Position in the document of a reference window's first target; -1 in the others."""
     row_sampled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     """uint8 [R] in a reference window, 1 = the row belongs to the production capture too; empty elsewhere."""
     context: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
@@ -114,6 +116,7 @@ SCHEMA = pa.schema(
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
         pa.field("reference", pa.bool_(), nullable=False),
+        pa.field("doc_position", pa.int32(), nullable=False),
         *(
             pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False)
             for n, t in _LISTS.items()
@@ -165,6 +168,7 @@ class DumpWriter:
             "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
             "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
             "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
+            "doc_position": pa.array([w.doc_position for w in self._pending], pa.int32()),
         }
         for name, kind in _LISTS.items():
             values = [np.asarray(getattr(w, name), kind) for w in self._pending]
@@ -289,6 +293,7 @@ def _check(path: Path, w: Window) -> None:
             and len(w.topk_id) == len(w.topk_logp)
             and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
             and len(w.row_sampled) == (rows if w.reference else 0)
+            and (w.doc_position >= 0) == w.reference
             and (not w.reference or _sampled_rows_stand_alone(w))
         )
 

@@ -1,7 +1,8 @@
 """The convert stage: dump parts in, one byte-target shard out. CPU only, one pass, one window in memory.
 
 Deterministic: the same parts and settings give the same bytes. Measured price: see `benchmarks/`.
-Reference windows of the parts give no targets: they are compared with what the shard would say (stages.fidelity).
+Reference windows of the parts give no targets: they are kept aside and compared with the
+finished shard (stages.fidelity).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
-from schemas.byte_shard import ShardBuilder
+from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
 from schemas.quantise import SYMBOLS
-from schemas.token_dump import read_meta, read_windows
+from schemas.token_dump import Window, read_meta, read_windows
 from stages.fidelity import Fidelity
 from stages.lattice import Lattice
 
@@ -35,8 +36,11 @@ def convert_units(
     `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
     damaged, inconsistent or of different teachers, Interrupted when `stop()` says so; the output is then incomplete.
     """
-    builder = ShardBuilder(prune=settings.prune)
-    fidelity = Fidelity()
+    precision = PRECISIONS[settings.precision]
+    if settings.rate:
+        precision = precision._replace(rate=settings.rate)
+    builder = ShardBuilder(settings.prune, precision)
+    references: list[Window] = []
     teacher: Any = None
     kind, ends = "text", True
     reference: dict[str, Any] = {}
@@ -54,7 +58,7 @@ def convert_units(
             if stop():
                 raise Interrupted("stopped while converting; rerun the same command to continue")
             if window.reference:
-                fidelity.add_window(window, ShardBuilder(prune=settings.prune), part.name)
+                references.append(window)
                 continue
             if open_document and window.doc_id != open_document:
                 raise IntegrityError(
@@ -82,6 +86,11 @@ def convert_units(
     if kind != "text":
         attrs = {**attrs, "kind": kind}
     counts = dict(builder.write(out_path, {**attrs, "teacher": teacher}))
+    fidelity = Fidelity()
+    if references:
+        shard = read_shard(out_path)
+        for window in references:
+            fidelity.add_window(window, shard)
     counts |= {
         "teacher_nll": marginal,
         "canonical_nll": canonical,

@@ -2,10 +2,10 @@
 
 A row is 257 listed probabilities and a tail that sum to 1. Two readings of a tail, because none is the truth:
 
-    spread   both tails are spread evenly over the symbols that the stored row does not list (over all 257 where it
-             lists all): the same symbols on both sides, or a mere difference in listing would count as distance.
-             The rows become distributions p, q over 257 symbols:  KL = sum p ln(p / q),
-             JSD = KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2
+    spread   both tails are spread over the symbols that the stored row does not list: evenly, or by the `weights` that
+             the format gives (over all 257 evenly where the row lists all). The same on both sides, or a mere
+             difference in listing would count as distance. The rows become distributions p, q over 257 symbols:
+             KL = sum p ln(p / q),  JSD = KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2
     bucket   what the stored row does not list is one more symbol, on both sides: what a trainer that uses listed
              symbols and one rest bucket can notice
 
@@ -35,12 +35,16 @@ class Divergence(NamedTuple):
     beyond what a reader of the text so far can know. Above zero the targets leak, below they lose."""
 
 
-def spread_tail(probs: np.ndarray, tail: np.ndarray, listed: np.ndarray) -> np.ndarray:
-    """Distributions float64 [m, 257] of rows `probs` [m, 257] and `tail` [m]: the tail evenly where not `listed`."""
+def even_weights(listed: np.ndarray) -> np.ndarray:
+    """float64 [m, 257], rows sum to 1: even over the symbols that are not `listed`, over all where all are."""
     unlisted = ~listed
     unlisted[listed.all(axis=1)] = True
-    share = tail.astype(np.float64) / unlisted.sum(axis=1)
-    return probs.astype(np.float64) + unlisted * share[:, None]
+    return unlisted / unlisted.sum(axis=1, keepdims=True)
+
+
+def spread_tail(probs: np.ndarray, tail: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Distributions float64 [m, 257] of rows `probs` [m, 257] and `tail` [m], the tail shared out by `weights`."""
+    return probs.astype(np.float64) + weights * tail.astype(np.float64)[:, None]
 
 
 def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -49,19 +53,32 @@ def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def kl_spread(
-    reference: np.ndarray, reference_tail: np.ndarray, stored: np.ndarray, stored_tail: np.ndarray
+    reference: np.ndarray,
+    reference_tail: np.ndarray,
+    stored: np.ndarray,
+    stored_tail: np.ndarray,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """KL(reference || stored) with tails spread, nats, float64 [m]; rows [m, 257], tails [m]."""
-    listed = stored > 0
-    return _kl(spread_tail(reference, reference_tail, listed), spread_tail(stored, stored_tail, listed))
+    shares = even_weights(stored > 0) if weights is None else weights
+    return _kl(spread_tail(reference, reference_tail, shares), spread_tail(stored, stored_tail, shares))
 
 
 def divergence(
-    reference: np.ndarray, reference_tail: np.ndarray, stored: np.ndarray, stored_tail: np.ndarray, symbol: np.ndarray
+    reference: np.ndarray,
+    reference_tail: np.ndarray,
+    stored: np.ndarray,
+    stored_tail: np.ndarray,
+    symbol: np.ndarray,
+    weights: np.ndarray | None = None,
 ) -> Divergence:
-    """Compare m rows: `reference`, `stored` [m, 257], their tails [m], `symbol` int [m] the text's own next symbols."""
+    """Compare m rows: `reference`, `stored` [m, 257], their tails [m], `symbol` int [m] the text's own next symbols.
+
+    `weights` float [m, 257]: how the format spreads a row's tail; default: evenly over unlisted symbols.
+    """
     listed = stored > 0
-    p, q = spread_tail(reference, reference_tail, listed), spread_tail(stored, stored_tail, listed)
+    shares = even_weights(listed) if weights is None else weights
+    p, q = spread_tail(reference, reference_tail, shares), spread_tail(stored, stored_tail, shares)
     middle = (p + q) / 2
     at = np.arange(len(symbol))
     leak = np.log2(np.maximum(q[at, symbol], TINY)) - np.log2(np.maximum(p[at, symbol], TINY))

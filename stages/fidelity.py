@@ -2,8 +2,7 @@
 
 A dump part holds *reference windows* (schemas.token_dump): short stretches whose histories were evaluated far deeper
 than production asks. All rows of such a window but the static ones give the reference, the rows marked `row_sampled`
-give what production knew. The production targets go through a real shard, file and all, so that pruning and codes
-count; then
+give what production knew. Once the shard is written it is read back, and for the very positions of the stretch
 
     kl, kl_bucket, jsd, leak   reference against what the shard says (stages.divergence has the formulas)
     branch_kl                  reference against the production targets before they are stored
@@ -13,21 +12,20 @@ count; then
 
 Sums, maxima and histograms merge across shards in any grouping; p99 is read off the histogram and rounded up to a
 bin's edge (6 %). Standard errors treat windows, not positions, as independent (ratio estimator), because errors
-come in runs. Price: two lattices and one tiny shard per reference window, about 10 ms.
+come in runs. Price: reading the shard back (SPEC.md, "Cost") and two lattices per reference window.
 """
 
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from schemas.byte_shard import ShardBuilder, read_shard
+from schemas.byte_shard import ByteShard
+from schemas.errors import IntegrityError
 from schemas.token_dump import Window
 from stages.divergence import divergence, kl_spread
 from stages.lattice import END, Lattice, Targets
@@ -50,25 +48,19 @@ def true_symbols(window: Window) -> np.ndarray:
     return np.append(text, END) if window.is_last else text
 
 
-def round_trip(
-    builder: ShardBuilder, text: np.ndarray, probs: np.ndarray, tail: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a shard says of these rows: probs float32 [m, 257] and tail float32 [m], written, read and decoded.
-
-    `builder` is an empty one with the settings in question; text uint8 [n] and rows m = n, or n + 1 with END.
-    """
-    m = len(probs)
-    if m == len(text):  # a shard holds whole documents: a made-up END closes this one
-        ending = np.zeros((1, probs.shape[1]), np.float32)
-        ending[0, END] = 1.0
-        probs, tail = np.concatenate([probs, ending]), np.append(tail, np.float32(0.0))
-    builder.append(text, probs, tail)
-    builder.end_document("stretch")
-    with tempfile.TemporaryDirectory(prefix="bytecache-fidelity-") as folder:
-        path = Path(folder) / "stretch.zarr.zip"
-        builder.write(path, {})
-        shard = read_shard(path)
-        return shard.dense(0, m), shard.tail[:m]
+def locate(window: Window, shard: ByteShard) -> int:
+    """Position in the shard of a reference window's first target. Raises IntegrityError where its text is not there."""
+    text = window.text[window.score_start :]
+    for document, name in enumerate(shard.doc_id):
+        lo = int(shard.doc_start[document]) + window.doc_position
+        hi = lo + len(text) + window.is_last
+        fits = name == window.doc_id and hi <= shard.doc_start[document + 1]
+        if fits and np.array_equal(shard.text[lo : lo + len(text)], text):
+            return lo
+    raise IntegrityError(
+        f"{shard.path}: document {window.doc_id!r} does not hold the reference window at {window.doc_position}; "
+        "delete the part and dump it again"
+    )
 
 
 class _Measure:
@@ -137,15 +129,16 @@ class Fidelity:
             if state is not None:
                 self.merge(state)
 
-    def add_window(self, window: Window, builder: ShardBuilder, unit: str = "") -> None:
-        """Measure a reference window of the unit named `unit`. `builder`: an empty one, made like the data set's."""
+    def add_window(self, window: Window, shard: ByteShard) -> None:
+        """Measure a reference window against the shard that holds its document. Raises IntegrityError if none does."""
+        lo = locate(window, shard)
         asked, deep = keep_rows(window, window.row_sampled == 1), keep_rows(window, window.row_static == 0)
         whole, known = Lattice(deep).targets(), Lattice(asked).targets()
-        text = window.text[window.score_start :]
-        stored, stored_tail = round_trip(builder, text, known.probs, known.tail)
-        self.add_positions(whole, stored, stored_tail, true_symbols(window), (unit, window.doc_id))
+        hi = lo + len(known.tail)
+        stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
+        self.add_positions(whole, shard, lo, true_symbols(window), window.doc_id)
         self._add("branch_kl", kl_spread(whole.probs, whole.tail, known.probs, known.tail))
-        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, stored_tail))
+        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, tail, weights))
         pruned = np.where(stored > 0, 0.0, known.probs).sum(dtype=np.float64)
         unevaluated = known.unaccounted.sum(dtype=np.float64)
         self.tail_parts["unevaluated"] += float(unevaluated)
@@ -155,11 +148,15 @@ class Fidelity:
         self.counts["production_rows"] += int((asked.row_static == 0).sum())
         self.counts["reference_rows"] += len(deep.row_depth)
 
-    def add_positions(
-        self, reference: Targets, stored: np.ndarray, tail: np.ndarray, symbol: np.ndarray, document: tuple[str, str]
-    ) -> None:
-        """Measure one stretch: stored [m, 257], tail [m] against `reference`; the stretches of a document in a row."""
-        found = divergence(reference.probs, reference.tail, stored, tail, symbol)
+    def add_positions(self, reference: Targets, shard: ByteShard, lo: int, symbol: np.ndarray, doc_id: str) -> None:
+        """Measure one stretch: the shard's positions from `lo` on against `reference`; a document's stretches in a row.
+
+        Tails are spread as the shard's prior says.
+        """
+        hi = lo + len(symbol)
+        stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
+        document = (shard.path, doc_id)
+        found = divergence(reference.probs, reference.tail, stored, tail, symbol, weights)
         for name, values in found._asdict().items():
             self._add(name, values)
         self._add("tail", tail.astype(np.float64))

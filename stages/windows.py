@@ -176,4 +176,4 @@ def keep_rows(window: Window, kept: np.ndarray) -> Window:
     chosen |= {name: getattr(window, name)[stops] for name in ("stop_depth", "stop_token", "stop_mass")}
     chosen |= {name: getattr(window, name)[top] for name in ("topk_id", "topk_logp")}
     rest = {f.name: getattr(window, f.name) for f in fields(Window) if f.name not in chosen}
-    return Window(**(rest | {"reference": False, "row_sampled": np.zeros(0, np.uint8)} | chosen))
+    return Window(**(rest | {"reference": False, "doc_position": -1, "row_sampled": np.zeros(0, np.uint8)} | chosen))

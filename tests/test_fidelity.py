@@ -15,13 +15,13 @@ from hypothesis import strategies as some
 from test_cli import bytecache, refusal
 
 from schemas import settings as st
-from schemas.byte_shard import ShardBuilder
+from schemas.byte_shard import read_shard
 from schemas.errors import IntegrityError
-from schemas.manifest import DATASET, read_dataset, write_dataset
+from schemas.manifest import DATASET, read_dataset, seal, write_dataset
 from schemas.token_dump import DumpWriter, Window, read_meta, read_windows
 from stages.convert import convert_units
-from stages.divergence import divergence, kl_spread, spread_tail
-from stages.fidelity import Fidelity, _Measure, round_trip, summary_line, true_symbols
+from stages.divergence import divergence, even_weights, kl_spread, spread_tail
+from stages.fidelity import Fidelity, _Measure, summary_line, true_symbols
 from stages.lattice import Lattice
 from stages.teacher import Teacher, open_teacher
 from stages.windows import LEAD, keep_rows, plan_stretch
@@ -49,7 +49,7 @@ def teacher(tiny_checkpoint) -> Teacher:
     return open_tiny(tiny_checkpoint("bytelevel"))
 
 
-def chains(window: Window) -> list[tuple[int, ...]]:
+def histories(window: Window) -> list[tuple[int, ...]]:
     """Every row's tokens from the first row on: its identity, whatever its number."""
     out: list[tuple[int, ...]] = []
     for parent, token in zip(window.row_parent, window.row_token, strict=True):
@@ -73,14 +73,14 @@ def plan_of(teacher: Teacher, text: str, position: int, tokens: int):
     )  # fmt: skip
 
 
-def reference_window(teacher: Teacher, text: str, position: int = 0, tokens: int = 24) -> tuple[Window, Window]:
-    """A reference window as the teacher stage writes it, and the production window it must contain."""
-    plan = plan_of(teacher, text, position, tokens).plan
-    (deep,), (asked,) = at(teacher, DEEP, [plan]), at(teacher, ASKED, [plan])
-    wanted = set(chains(asked))
-    sampled = np.array([chain in wanted for chain in chains(deep)], np.uint8)
-    assert sampled.sum() == len(asked.row_start) < len(deep.row_start)
-    return replace(deep, reference=True, row_sampled=sampled), asked
+def marked(teacher: Teacher, text: str, position: int = 0, tokens: int = 24, **settings) -> Window:
+    """A reference window of one stretch, its production rows chosen by `settings`."""
+    stretch = plan_of(teacher, text, position, tokens)
+    (deep,), (asked,) = at(teacher, DEEP, [stretch.plan]), at(teacher, settings or ASKED, [stretch.plan])
+    wanted = set(histories(asked))
+    sampled = np.array([history in wanted for history in histories(deep)], np.uint8)
+    assert sampled.sum() == len(asked.row_start)
+    return replace(deep, reference=True, doc_position=stretch.first, row_sampled=sampled)
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -130,9 +130,19 @@ def test_bounds(seed, listed_p, listed_q):
     assert (found.jsd >= 0).all() and (found.jsd <= math.log(2) + 1e-9).all()
     same = divergence(p, p_tail, p, p_tail, np.zeros(4, int))
     assert same.kl.max() < 1e-12 and same.kl_bucket.max() < 1e-7 and not same.leak.any()
-    np.testing.assert_allclose(spread_tail(p, p_tail, q > 0).sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(spread_tail(p, p_tail, even_weights(q > 0)).sum(1), 1, atol=1e-5)
     everything = np.ones_like(q, bool)
-    np.testing.assert_allclose(spread_tail(p, p_tail, everything).sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(spread_tail(p, p_tail, even_weights(everything)).sum(1), 1, atol=1e-5)
+
+
+def test_a_format_may_say_how_its_tail_is_spread():
+    p, q = np.zeros((1, 257), np.float32), np.zeros((1, 257), np.float32)
+    p[0, :3], q[0, 0] = (0.5, 0.4, 0.1), 0.5
+    weights = np.zeros((1, 257))
+    weights[0, 1:3] = 0.8, 0.2
+    nothing, half = np.zeros(1, np.float32), np.full(1, 0.5, np.float32)
+    assert divergence(p, nothing, q, half, np.array([1]), weights).kl[0] == pytest.approx(0, abs=1e-7)
+    assert divergence(p, nothing, q, half, np.array([1])).kl[0] > 1
 
 
 def test_leak_is_positive_where_the_stored_row_knows_what_follows():
@@ -189,9 +199,10 @@ def test_states_of_another_version_are_refused():
 
 @pytest.mark.parametrize("position", [0, 60])
 def test_production_rows_of_a_reference_window_are_the_production_window(teacher, position):
-    window, asked = reference_window(teacher, TEXT, position)
+    window = marked(teacher, TEXT, position)
+    (asked,) = at(teacher, ASKED, [plan_of(teacher, TEXT, position, 24).plan])
     known = keep_rows(window, window.row_sampled == 1)
-    assert chains(known) and set(chains(known)) == set(chains(asked))
+    assert set(histories(known)) == set(histories(asked)) and len(known.row_start) < len(window.row_start)
     for name in ("probs", "tail", "logp", "unaccounted"):
         mine, theirs = (getattr(Lattice(w).targets(), name) for w in (known, asked))
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
@@ -209,9 +220,9 @@ def write_part(path: Path, windows: list[Window]) -> Path:
 
 
 def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_path, teacher):
-    window, _ = reference_window(teacher, TEXT)
+    window = marked(teacher, TEXT, 30)
     (back,) = read_windows(write_part(tmp_path / "a", [window]))
-    assert back.reference
+    assert back.reference and back.doc_position == window.doc_position == plan_of(teacher, TEXT, 30, 1).first
     np.testing.assert_array_equal(back.row_sampled, window.row_sampled)
     assert read_meta(tmp_path / "a")["reference"] == DEEP
     orphaned = window.row_sampled.copy()
@@ -225,21 +236,11 @@ def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_pat
         replace(window, row_sampled=orphaned),
         replace(window, row_sampled=uncanonical),
         replace(window, reference=False),
+        replace(window, doc_position=-1),
     ]
     for i, bad in enumerate(broken):
         with pytest.raises(IntegrityError, match="inconsistent"):
             list(read_windows(write_part(tmp_path / f"b{i}", [bad])))
-
-
-@pytest.mark.parametrize("end", [False, True])
-def test_round_trip_says_what_a_shard_says(teacher, end):
-    probs, tail = rows(4, 30 + end, 12)
-    text = np.arange(30, dtype=np.uint8)
-    stored, stored_tail = round_trip(ShardBuilder(prune=1e-2), text, probs, tail)
-    assert stored.shape == probs.shape and stored_tail.shape == tail.shape
-    assert stored_tail.sum() > tail.sum() + 0.01  # what was pruned
-    np.testing.assert_allclose(stored.sum(1) + stored_tail, 1, atol=1e-5)
-    assert np.abs(stored - probs).max() < 0.04
 
 
 def convert(tmp_path: Path, name: str, windows: list[Window], **settings) -> tuple[bytes, dict]:
@@ -250,7 +251,7 @@ def convert(tmp_path: Path, name: str, windows: list[Window], **settings) -> tup
 
 def test_convert_measures_reference_windows_and_writes_none_of_them(tmp_path, teacher):
     (ordinary,) = at(teacher, ASKED, [plan_of(teacher, TEXT, 0, 999).plan])
-    extra = [reference_window(teacher, TEXT, position)[0] for position in (0, 60)]
+    extra = [marked(teacher, TEXT, position) for position in (0, 60)]
     alone, without = convert(tmp_path, "alone", [ordinary])
     mixed, counts = convert(tmp_path, "mixed", [extra[0], ordinary, extra[1]])
     assert mixed == alone and without["fidelity"] is None
@@ -265,28 +266,38 @@ def test_convert_measures_reference_windows_and_writes_none_of_them(tmp_path, te
     )
     assert "KL" in summary_line(certificate)
 
-    # The figures are those of the definition: one more lattice, by hand.
+    # The figures are those of the definition, by hand.
+    shard = read_shard(tmp_path / "mixed.zarr.zip")
     total = 0.0
     for window in extra:
-        whole, known = Lattice(window).targets(), Lattice(keep_rows(window, window.row_sampled == 1)).targets()
-        text = window.text[window.score_start :]
-        stored, tail = round_trip(ShardBuilder(), text, known.probs, known.tail)
-        total += kl_spread(whole.probs, whole.tail, stored, tail).sum()
+        whole = Lattice(window).targets()
+        rows = slice(window.doc_position, window.doc_position + len(whole.tail))
+        stored = shard.dense(rows.start, rows.stop)
+        weights = shard.tail_weights(rows.start, rows.stop)
+        total += kl_spread(whole.probs, whole.tail, stored, shard.tail[rows], weights).sum()
     assert certificate["kl"]["mean"] == pytest.approx(total / sample["positions"], rel=1e-3)
 
 
+def test_a_reference_window_of_another_text_is_refused(tmp_path, teacher):
+    (ordinary,) = at(teacher, ASKED, [plan_of(teacher, TEXT, 0, 999).plan])
+    for i, bad in enumerate([marked(teacher, TEXT[3:]), replace(marked(teacher, TEXT), doc_position=9999)]):
+        with pytest.raises(IntegrityError, match="does not hold the reference window"):
+            convert(tmp_path, f"bad{i}", [ordinary, bad])
+
+
 def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_path, teacher):
-    window, _ = reference_window(teacher, TEXT)
-    everything = replace(window, row_sampled=np.ones_like(window.row_sampled))
-    fine, coarse = Fidelity(), Fidelity()
-    fine.add_window(everything, ShardBuilder(prune=0.0))
-    coarse.add_window(everything, ShardBuilder(prune=0.05))
-    a, b = (f.certificate({}, {}) for f in (fine, coarse))
-    assert a is not None and b is not None
-    assert a["branch_kl"]["max"] < 1e-9
-    assert a["kl"]["mean"] < 1e-3 < b["kl"]["mean"]
-    assert a["tail"]["pruned"] < 1e-4 < b["tail"]["pruned"]
-    assert a["kl"]["mean"] == pytest.approx(a["storing_kl"]["mean"])
+    (ordinary,) = at(teacher, DEEP, [plan_of(teacher, TEXT, 0, 999).plan])
+    window = marked(teacher, TEXT, 0, 24, **DEEP)
+    found = []
+    for name, prune in (("fine", 0.0), ("coarse", 0.05)):
+        _, counts = convert(tmp_path, name, [ordinary, window], precision="precise", rate=1e-7, prune=prune)
+        found.append(Fidelity([counts["fidelity"]]).certificate({}, {}) or {})
+    fine, coarse = found
+    assert fine["branch_kl"]["max"] < 1e-9
+    assert fine["kl"]["mean"] < 5e-3 < coarse["kl"]["mean"]
+    assert fine["tail"]["pruned"] < 1e-2 < coarse["tail"]["pruned"]
+    assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"])
+    assert fine["rows_per_token"]["production"] == fine["rows_per_token"]["reference"] > 1
 
 
 # --- stretches --------------------------------------------------------------------------------------------------------
@@ -359,8 +370,7 @@ def published(tmp_path_factory, tiny_checkpoint) -> Path:
     config = {
         "run.dir": folder / "run", "corpus.source": folder / "corpus.parquet", "corpus.unit_bytes": 2000,
         "teacher.model": tiny_checkpoint("bytelevel"), "teacher.backend": "hf", "teacher.tau": 0.001,
-        "teacher.depth": 3, "teacher.sample_tokens": 24,
-        "teacher.context": 128, "convert.prune": 1e-4,
+        "teacher.depth": 3, "teacher.sample_tokens": 24, "teacher.context": 128, "convert.prune": 1e-4,
     }  # fmt: skip
     lines: dict[str, list[str]] = {}
     for key, value in config.items():
@@ -407,7 +417,7 @@ def test_the_command_measures_what_convert_stored(published, tiny_checkpoint):
     assert "do not trust" in line
     inspected = bytecache("inspect", next(place.glob("*.zarr.zip")))
     assert inspected.exit_code == 0 and "KL 1e-09" in inspected.stdout
-    for odd in (float("nan"), "0.1", None):
+    for odd in ("0.1", None):
         claim(place, odd)
         assert "no mean KL" in refusal(run_fidelity(published, place, *teacher), 4)
 
@@ -428,7 +438,7 @@ def test_a_certificate_that_is_no_object_is_refused(published):
     place = published / "run" / "targets"
     dataset = read_dataset(place)
     document = json.loads((place / DATASET).read_text())
-    (place / DATASET).write_text(json.dumps(document | {"fidelity": [1]}))
+    (place / DATASET).write_bytes(seal(document | {"fidelity": [1]}))
     try:
         with pytest.raises(IntegrityError, match="fidelity"):
             read_dataset(place)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from schemas.errors import ConfigError, Interrupted
-from schemas.manifest import read_dataset
+from schemas.manifest import Dataset
 from schemas.settings import NEUTRAL
 from schemas.settings import Train as TrainSettings
 from stages.training import checkpoint, packing, stream, student
@@ -31,6 +31,7 @@ from stages.training.metrics import Metrics
 from stages.training.order import Order
 from stages.training.parallel import World, joined, whole
 from stages.training.run import backward_step, learning_rate, start_run
+from stages.training.source import open_dataset
 
 CLIP = 1.0
 
@@ -52,7 +53,7 @@ def _deterministic() -> Iterator[None]:
 def train(
     settings: TrainSettings,
     student_dir: Path,
-    targets_dir: Path,
+    targets_dir: Path | Dataset,
     out_dir: Path,
     *,
     name: str,
@@ -93,7 +94,7 @@ def train(
 
 
 def _train(
-    settings: TrainSettings, student_dir: Path, targets_dir: Path, out_dir: Path, world: World, *,
+    settings: TrainSettings, student_dir: Path, targets_dir: Path | Dataset, out_dir: Path, world: World, *,
     name: str, seed: int, lambda_kl: float | None, stop: Callable[[], bool], report: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
     if settings.batch < world.size:
@@ -102,7 +103,7 @@ def _train(
         )
     kl = settings.lambda_kl if lambda_kl is None else lambda_kl
     opened = student.load(student_dir)
-    dataset = read_dataset(targets_dir)
+    dataset = open_dataset(targets_dir)
     identity = {
         "format": 1,
         "seed": seed,
@@ -113,7 +114,7 @@ def _train(
     if settings.packing:
         packing.check(opened)
     reader = stream.ShardReader(
-        targets_dir, dataset, "train", opened.vocabulary, opened.end_id,
+        dataset.where, dataset, "train", opened.vocabulary, opened.end_id,
         template=opened.template, max_tokens=opened.max_tokens,
     )  # fmt: skip
     run = start_run(opened, settings, seed, world.device, lambda_kl=kl, world=world, reader=reader)

@@ -97,7 +97,8 @@ def ray(
 ) -> None:
     """Run workers as actors of a Ray cluster, placed by GPUs, and wait for the end of the stage.
 
-    Reads: the run folder, which all nodes must reach. Writes: what the stage writes. Ray moves the workers of a node that it loses.
+    Reads: the run folder, which all nodes must reach. Writes: what the stage writes. Ray
+    moves the workers of a node that it loses.
 
     Example: bytecache jobs ray --address auto --workers 16 --run-dir s3://bucket/books
     """

@@ -68,7 +68,7 @@ def local(
 ) -> None:
     """Run workers as processes of this machine, each on GPUs of its own, and wait for the end of the stage.
 
-    Reads and writes: the run folder, as the stage does. A worker that crashes is started again.
+    Reads: the run folder. Writes: the run folder, as the stage does. A worker that crashes is started again.
 
     Example: bytecache jobs local --workers 8 --run-dir runs/books
     """

@@ -97,7 +97,7 @@ def ray(
 ) -> None:
     """Run workers as actors of a Ray cluster, placed by GPUs, and wait for the end of the stage.
 
-    Reads and writes: the run folder, which all nodes must reach. Ray moves the workers of a node that it loses.
+    Reads: the run folder, which all nodes must reach. Writes: the same. Ray moves the workers of a node that it loses.
 
     Example: bytecache jobs ray --address auto --workers 16 --run-dir s3://bucket/books
     """

@@ -32,6 +32,8 @@ CONVERTER = (
     "schemas.byte_shard", "schemas.expansion", "schemas.zarr_zip",
 )  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
+_RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
+"""What an index says about its shards that may be corrected afterwards."""
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
@@ -51,15 +53,19 @@ def plan(context: Context) -> tuple[Plan, bool]:
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    from stages.identity import teacher_identity
+    from stages.chat import template_sha256
+    from stages.identity import resolve_model, teacher_identity
 
     store, settings = context.store, context.settings
     identity = teacher_identity(settings.teacher)
-    group = unit_key("teacher", identity)[:12]
+    # Units of conversations depend on the chat template that they are rendered with.
+    chat = planned.settings.get("kind") == "chat"
+    rendered = {"template": template_sha256(resolve_model(settings.teacher))} if chat else {}
+    group = unit_key("teacher", {**identity, **rendered})[:12]
 
     def task(index: int) -> Task:
         unit = planned.units[index]
-        inputs = {"slice": unit.sha256, "teacher": identity}
+        inputs = {"slice": unit.sha256, "teacher": identity, **rendered}
         name = f"{unit.index:05d}-{unit.split}"
         out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
         return Task("teacher", name, out, inputs, unit.n_bytes, group, unit)
@@ -89,7 +95,7 @@ def teacher_job(context: Context, planned: Plan) -> Job:
             engine.close()
 
     measures = [unit.n_bytes for unit in planned.units]
-    return Job("teacher", {"plan": planned.hash, "teacher": identity}, measures, task, open_work)
+    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, measures, task, open_work)
 
 
 def teacher(context: Context) -> Outcome:
@@ -202,7 +208,7 @@ def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump:
     from schemas import byte_shard
 
     store, settings = context.store, context.settings
-    shape = settings.convert.model_dump(exclude={"shard_bytes"})
+    shape = settings.convert.model_dump(exclude={"shard_bytes", "delete_dump"})
     code = receipts.code_fingerprint(*CONVERTER)[:16]
     groups = shard_groups(planned, settings.convert.shard_bytes)
     first = {"train": 0, "heldout": sum(split == "train" for split, _, _ in groups)}
@@ -229,6 +235,11 @@ def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump:
             split, parts = task.payload
             paths = []
             for part in parts:
+                if part.deleted:
+                    raise InputError(
+                        f"{task.name} needs the dump part {part.name}, which convert.delete_dump removed; run "
+                        "`bytecache verify --repair`, then `bytecache teacher`, or choose a new run.dir"
+                    )
                 problems = receipts.problems(store, part)
                 if problems:
                     raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
@@ -245,7 +256,7 @@ def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump:
     shared = {
         "plan": planned.hash,
         "teacher": identity,
-        "convert": settings.convert.model_dump(),
+        "convert": settings.convert.model_dump(exclude={"delete_dump"}),
         "format": [byte_shard.FORMAT, byte_shard.VERSION],
         "code": code,
     }
@@ -266,6 +277,8 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
     context.say(summary_line(_certificate(outcome.receipts, info["teacher"])))
+    if context.settings.convert.delete_dump:
+        _delete_dump(context, found)
     return outcome
 
 
@@ -277,6 +290,20 @@ def _certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, An
     return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
 
 
+def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
+    """Remove the dump of a published data set whose every byte was read back. Raises IntegrityError if one differs."""
+    from schemas.verification import verify_dataset
+
+    if all(receipt.deleted and not context.store.exists(file.path) for receipt in dumps for file in receipt.files):
+        return
+    problems = verify_dataset(context.store.folder(TARGETS), deep=True)
+    if problems:
+        listed = "; ".join(f"{problem.file}: {problem.detail}" for problem in problems[:3])
+        raise IntegrityError(f"the dump is kept, since its targets are not whole ({listed}); run `verify --repair`")
+    freed = sum(receipts.delete_files(context.store, receipt) for receipt in dumps)
+    context.say(f"convert: the targets are whole, the dump is deleted ({human_bytes(freed)})")
+
+
 def dataset_identity(context: Context, planned: Plan, teacher: dict[str, Any]) -> dict[str, Any]:
     """What tells one data set from another: whose targets, of which text, how converted. `teacher`: its identity."""
     return {
@@ -284,7 +311,7 @@ def dataset_identity(context: Context, planned: Plan, teacher: dict[str, Any]) -
         "corpus": planned.corpus,
         "settings": {
             "plan": planned.settings,
-            "convert": context.settings.convert.model_dump(),
+            "convert": context.settings.convert.model_dump(exclude={"delete_dump"}),
             "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
         },
     }
@@ -295,10 +322,16 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
     identity = dumps[0].inputs["teacher"]
     return {
         **dataset_identity(context, planned, identity),
-        "tokenizer": {"vocabulary_sha256": identity.get("vocabulary", "")},
+        "tokenizer": {
+            "vocabulary_sha256": identity.get("vocabulary", ""),
+            **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
+        },
         "software": receipts.software_versions(),
         "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
-        "license": context.settings.corpus.license,
+        "name": context.settings.dataset.name,
+        "license": context.settings.dataset.license,
+        "corpus_license": context.settings.corpus.license,
+        "teacher_license": context.settings.dataset.teacher_license,
         "attribution": context.settings.corpus.attribution,
     }
 
@@ -343,7 +376,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
     """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
-    from schemas.manifest import DATASET, MANIFEST, ShardEntry, index_documents
+    from schemas import card
+    from schemas.manifest import ShardEntry, index_documents
 
     store = context.store
     entries = []
@@ -366,8 +400,12 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
     certificate = _certificate(shards, info["teacher"])
     with suppress(IntegrityError):
         dataset = read_index(store)
-        same = dataset is not None and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file)
-        if dataset and same and dataset.fidelity == certificate:
+        if (
+            dataset is not None
+            and dataset.fidelity == certificate
+            and all(dataset.info.get(name) == info[name] for name in _RESTATED)
+            and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file)
+        ):
             return False
     # Shards of a conversion with other settings that was never published; an index must list all of its folder.
     listed = {entry.file for entry in entries}
@@ -378,8 +416,11 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
     for _, key in list(receipts.list_receipts(store, "convert")):
         if key not in keys:
             store.delete(receipts.receipt_path("convert", key))
-    for name, raw in zip((MANIFEST, DATASET), index_documents(entries, info, certificate), strict=True):
-        store.replace(f"{TARGETS}/{name}", store.write_temp(name, raw))
+    for name, raw in index_documents(entries, info, certificate).items():
+        key = f"{TARGETS}/{name}"
+        if name == card.FILE and store.exists(key) and not card.is_ours(store.get_path(key)):
+            continue  # somebody wrote their own
+        store.replace(key, store.write_temp(name, raw))
     return True
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.stores import Store, sha256_file
+from pipeline.stores import Store, json_bytes, sha256_file
 from schemas.errors import IntegrityError, StorageError
 
 RECEIPT_VERSION = 1
@@ -38,6 +38,7 @@ class Receipt(BaseModel):
 
     `inputs` is what the key was hashed from; `group` names the settings shared by a stage's units (empty: none).
     `counts` are the stage's own statistics, `timings` seconds, `versions` of the software that did the work.
+    `deleted`: the files served their purpose and were removed on request; the unit stays done.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +52,7 @@ class Receipt(BaseModel):
     counts: dict[str, Any] = {}
     timings: dict[str, float] = {}
     versions: dict[str, str] = {}
+    deleted: bool = False
 
 
 def canonical_json(value: Any) -> bytes:
@@ -105,6 +107,20 @@ def read_receipt(store: Store, stage: str, key: str) -> Receipt | None:
     return receipt
 
 
+def delete_files(store: Store, receipt: Receipt) -> int:
+    """Remove a unit's files on request, its receipt saying so first (a kill between leaves files, not a lost unit).
+
+    Returns how many bytes were there.
+    """
+    if not receipt.deleted:
+        text = receipt.model_copy(update={"deleted": True}).model_dump(mode="json")
+        store.replace_text(receipt_path(receipt.stage, receipt.key), json_bytes(text).decode())
+    present = [file for file in receipt.files if store.exists(file.path)]
+    for file in present:
+        store.delete(file.path)
+    return sum(file.size for file in present)
+
+
 def list_receipts(store: Store, stage: str = "") -> Iterator[tuple[str, str]]:
     """(stage, key) of every receipt, sorted; of one stage if named."""
     for place in store.list(f"{FOLDER}/{stage}" if stage else FOLDER):
@@ -118,7 +134,9 @@ def problems(store: Store, receipt: Receipt, *, deep: bool = False) -> list[str]
 
     `deep`: read every byte even where the store vouches for a recorded hash (see `Store.sha256`).
     """
-    found = []
+    found: list[str] = []
+    if receipt.deleted:
+        return found
     for record in receipt.files:
         size = store.size(record.path)
         if size is None:

@@ -1,21 +1,17 @@
-"""What a run folder holds, from its receipts: `status` counts them, `verify` recomputes every hash they state.
-
-Neither needs a model, a configuration or a GPU. Price: `status` reads receipts and file sizes; `verify` reads every
-byte once (about 1 GB/s per core).
-"""
+"""What a run folder holds, from its receipts; no model, no GPU. Price: receipts and file sizes are read, no content."""
 
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from pipeline import receipts, units
-from pipeline.commands_data import TARGETS, read_index, teacher_changes
+from pipeline.commands_data import read_index, teacher_changes
 from pipeline.context import Context
 from pipeline.fleet.report import fleet_status, fleet_table
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
-from pipeline.stores import LocalStore, Store, open_store
-from schemas.errors import InputError, IntegrityError
+from pipeline.stores import Store
+from schemas.errors import IntegrityError
 
 
 def status(context: Context) -> dict[str, Any]:
@@ -35,7 +31,8 @@ def status(context: Context) -> dict[str, Any]:
             continue
         if receipt is None:
             continue
-        wrong = [file.path for file in receipt.files if store.size(file.path) != file.size]
+        kept = () if receipt.deleted else receipt.files
+        wrong = [file.path for file in kept if store.size(file.path) != file.size]
         if wrong:
             damaged.append(f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size")
         else:
@@ -66,72 +63,12 @@ def status_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def verify(store: Store) -> tuple[list[str], int]:
-    """Recompute the hash of every file with a receipt, of the plan and of the data set.
-
-    Returns what is wrong, one line each, and how many files were checked. Raises InputError for a folder that
-    holds nothing to verify.
-    """
-    found: list[str] = []
-    checked: set[str] = set()
-    for stage, key in receipts.list_receipts(store):
-        try:
-            receipt = receipts.read_receipt(store, stage, key)
-        except IntegrityError as error:
-            found.append(str(error))
-            continue
-        if receipt is not None:
-            found += [f"{stage} {receipt.name}: {problem}" for problem in receipts.problems(store, receipt, deep=True)]
-            if receipts.unit_key(stage, receipt.inputs) != key and stage != "plan":
-                found.append(f"{stage} {receipt.name}: its inputs do not hash to its key; delete the receipt and rerun")
-            checked |= {file.path for file in receipt.files}
-    found += _verify_plan(store)
-    if store.exists(f"{TARGETS}/dataset.json") or store.exists(f"{TARGETS}/manifest.parquet"):
-        found += _verify_targets(store.folder(TARGETS))
-        checked |= {f"{TARGETS}/dataset.json", f"{TARGETS}/manifest.parquet"}
-    if not checked and not found:
-        raise InputError(f"{store.name} holds nothing with a receipt; name a run folder or a folder with dataset.json")
-    # Every damaged shard is found twice, by its receipt and by the manifest; both lines help.
-    return found, len(checked)
-
-
-def verify_place(place: str, scratch: str = "") -> tuple[list[str], int]:
-    """`verify` for a run folder, or for a data set on its own (a folder with dataset.json); a path or a URL."""
-    store = open_store(place, scratch)
-    if isinstance(store, LocalStore) and not store.root.is_dir():
-        raise InputError(f"{place} is not a folder; name a run folder or a folder with dataset.json")
-    if store.exists("dataset.json"):
-        shards = sum(key.endswith(".zarr.zip") for key in store.list(""))
-        return _verify_targets(store.folder("")), shards + 2
-    return verify(store)
-
-
-def _verify_plan(store: Store) -> list[str]:
-    try:
-        planned = units.read_plan(store)
-    except IntegrityError as error:
-        return [str(error)]
-    if planned is None:
-        return []
-    return [
-        f"plan {unit.slice}: missing or altered; run `bytecache plan` to repair it"
-        for unit in planned.units
-        if not units.slice_is_whole(store, unit)
-    ]
-
-
-def _verify_targets(folder: Path) -> list[str]:
-    from schemas.manifest import verify_dataset
-
-    return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder)]
-
-
 def _row(stage: str, what: str, done: int, total: int | None, size: int, note: str = "") -> dict[str, Any]:
     return {"stage": stage, "what": what, "done": done, "total": total, "bytes": size, "note": note}
 
 
 def _size(found: list[Receipt]) -> int:
-    return sum(file.size for receipt in found for file in receipt.files)
+    return sum(file.size for receipt in found for file in receipt.files if not receipt.deleted)
 
 
 def _plan_row(planned: units.Plan | None, found: list[Receipt]) -> dict[str, Any]:
@@ -153,7 +90,10 @@ def _teacher_rows(context: Context, planned: units.Plan | None, found: list[Rece
     for group, dumps in sorted(groups.items()):
         changes = teacher_changes(dumps[0], context.settings.teacher.resolved())
         note = f"other settings than the configuration: {'; '.join(changes)}" if changes else ""
-        rows.append(_row("teacher", group, len(dumps), total, _size(dumps), note))
+        gone = sum(receipt.deleted for receipt in dumps)
+        notes = [note] if note else []
+        notes += [f"{gone} parts deleted after conversion"] if gone else []
+        rows.append(_row("teacher", group, len(dumps), total, _size(dumps), "; ".join(notes)))
     return rows or [_row("teacher", "-", 0, total, 0)]
 
 

@@ -26,8 +26,8 @@ from pipeline import commands_data, commands_student
 from pipeline.context import Context, open_context
 from pipeline.fleet import commands
 from pipeline.fleet.ledger import CLAIM, DONE, LOST, RELEASED, STAGES, Layout
-from pipeline.status import verify
 from pipeline.stores import TEMP_FOLDER, LocalStore
+from pipeline.verification import verify
 from schemas.errors import BytecacheError, IntegrityError
 from schemas.settings import Settings
 

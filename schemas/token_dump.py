@@ -88,6 +88,8 @@ class Window:
     """Position in the document of a reference window's first target; -1 in the others."""
     row_sampled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     """uint8 [R] in a reference window, 1 = the row belongs to the production capture too; empty elsewhere."""
+    context: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """uint8; bytes that stand before the document in a shard, unsupervised; on its first window only."""
 
     @property
     def canonical_nll(self) -> float:
@@ -110,6 +112,7 @@ SCHEMA = pa.schema(
         pa.field("doc_id", pa.string(), nullable=False),
         pa.field("doc_index", pa.int32(), nullable=False),
         pa.field("text", pa.binary(), nullable=False),
+        pa.field("context", pa.binary(), nullable=False),
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
         pa.field("reference", pa.bool_(), nullable=False),
@@ -161,6 +164,7 @@ class DumpWriter:
             "doc_id": pa.array([w.doc_id for w in self._pending], pa.string()),
             "doc_index": pa.array([w.doc_index for w in self._pending], pa.int32()),
             "text": pa.array([w.text.tobytes() for w in self._pending], pa.binary()),
+            "context": pa.array([w.context.tobytes() for w in self._pending], pa.binary()),
             "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
             "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
             "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
@@ -243,8 +247,8 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
                     elif member.name in _LISTS:
                         a, b = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
                         values[member.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
-                    elif member.name == "text":
-                        values["text"] = np.frombuffer(column[i].as_py(), np.uint8)
+                    elif member.name in ("text", "context"):
+                        values[member.name] = np.frombuffer(column[i].as_py(), np.uint8)
                     else:
                         values[member.name] = column[i].as_py()
                 window = Window(**values)

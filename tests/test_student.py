@@ -19,7 +19,7 @@ from schemas.settings import Student, Train
 from stages.training import evaluate, export, student
 from stages.training.train import train
 
-SETTINGS = Train(steps=4, batch=3, window_bytes=4000, warmup=1)
+SETTINGS = Train(head="parallel", lambda_kl=0.1, byte_reduction="mean", steps=4, batch=3, window_bytes=4000, warmup=1)
 SMALL = Student(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)
 
 
@@ -100,7 +100,7 @@ def test_evaluation_equals_hand_sums(world):
         with torch.no_grad():
             logits, hidden = run.student.forward(torch.tensor([ids[:-1]]))
             token -= float(torch.log_softmax(logits[0], -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum())
-            slots = torch.einsum("th,ksh->tks", hidden[0], run.head.weight) + run.head.bias
+            slots = torch.einsum("th,ksh->tks", hidden[0], run.objective.head.weight) + run.objective.head.bias
             log_q = torch.log_softmax(slots.double(), -1).numpy()
         dense, tail = shard.dense(lo, hi).astype(np.float64), shard.tail[lo:hi].astype(np.float64)
         true = [*text, 256]

@@ -16,7 +16,8 @@ from schemas.settings import Student, Train
 from stages.training import checkpoint, student
 from stages.training.train import train
 
-SETTINGS = Train(steps=9, batch=3, window_bytes=96, warmup=2, checkpoint_every=2, learning_rate=3e-3)
+PAPER = {"head": "parallel", "lambda_kl": 0.1, "byte_reduction": "mean"}
+SETTINGS = Train(**PAPER, steps=9, batch=3, window_bytes=96, warmup=2, checkpoint_every=2, learning_rate=3e-3)
 SMALL = Student(tokenizer="bpe:300", hidden_size=32, layers=2, heads=2)
 
 
@@ -145,12 +146,36 @@ def test_the_control_never_reads_the_teacher(world, tmp_path, monkeypatch):
         train(SETTINGS, folder, targets, tmp_path / "kl", name="kl", seed=1, device="cpu")
 
 
-def test_losses_fall(world, tmp_path):
+def test_marginal_resumes_with_the_same_cuts_and_its_control_is_plain_cross_entropy(world, tmp_path, monkeypatch):
+    """The counted cuts are part of a checkpoint; the control reads no teacher and ends as CE alone ends."""
+    targets, folder, _ = world
+    settings = SETTINGS.model_copy(update={"head": "marginal", "lambda_kl": 1.0, "byte_reduction": "sum", "steps": 4})
+    whole = train(settings, folder, targets, tmp_path / "whole", name="m", seed=1, device="cpu")
+    steps: list[int] = []
+    with pytest.raises(errors.Interrupted):
+        train(
+            settings, folder, targets, tmp_path / "cut", name="m", seed=1, device="cpu",
+            stop=lambda: steps[-1] >= 2, report=lambda r: steps.append(r["step"]),
+        )  # fmt: skip
+    again = train(settings, folder, targets, tmp_path / "cut", name="m", seed=1, device="cpu")
+    assert again["sha256"] == whole["sha256"] and again["terms"]["byte_kl"] > 0
+    tensors, _ = checkpoint.load(Path(whole["checkpoint"]))
+    go = tensors["marginal.segmentation.go"]
+    assert ((go > 0) & (go < 1)).any(), "the cuts were counted on the training text"
+    monkeypatch.setattr(byte_shard.ByteShard, "triples", lambda *a: pytest.fail("the control read the teacher"))
+    control = train(settings, folder, targets, tmp_path / "control", name="c", seed=1, lambda_kl=0.0, device="cpu")
+    bare = settings.model_copy(update={"head": "parallel", "lambda_byte": 0.0})
+    alone = train(bare, folder, targets, tmp_path / "ce", name="c", seed=1, lambda_kl=0.0, device="cpu")
+    assert control["terms"]["token_nll"] == alone["terms"]["token_nll"] and control["terms"]["byte_kl"] == 0
+
+
+@pytest.mark.parametrize("head", ["parallel", "marginal"])
+def test_losses_fall(world, tmp_path, head):
     targets, folder, _ = world
     records: list[dict] = []
-    longer = SETTINGS.model_copy(update={"steps": 40, "learning_rate": 1e-2})
+    longer = SETTINGS.model_copy(update={"steps": 40, "learning_rate": 1e-2, "head": head})
     train(longer, folder, targets, tmp_path, name="long", seed=1, device="cpu", report=records.append)
-    for term in ("loss", "token_nll", "byte_ce", "byte_kl"):
+    for term in ("loss", "token_nll", "byte_kl") + (("byte_ce",) if head == "parallel" else ()):
         assert sum(r[term] for r in records[-4:]) < 0.8 * sum(r[term] for r in records[:4])
 
 

@@ -35,13 +35,16 @@ class ByteHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(SLOTS, SYMBOLS, hidden_size, generator=generator) * 0.02)
         self.bias = nn.Parameter(torch.zeros(SLOTS, SYMBOLS))
 
-    def forward(self, hidden: Tensor, slot_token: Tensor, slot_counts: Sequence[int]) -> Tensor:
+    def forward(
+        self, hidden: Tensor, slot_token: Tensor, slot_counts: Sequence[int], slot_symbol: Tensor | None = None
+    ) -> Tensor:
         """Logits of every slot.
 
         Args:
             hidden: float [P, hidden], one row per input position of the micro-batch, flattened.
             slot_token: int64 [S], the row of `hidden` that precedes the slot's token; sorted by slot number k.
             slot_counts: how many slots have k = 0, 1, ..., 9; sums to S.
+            slot_symbol: not read; heads that see the bytes before theirs need it (`heads.py`).
 
         Returns:
             float [S, 260].
@@ -49,6 +52,10 @@ class ByteHead(nn.Module):
         # An embedding lookup rather than indexing: its backward is fast and deterministic on every device.
         rows = torch.split(functional.embedding(slot_token, hidden), list(slot_counts))
         return torch.cat([functional.linear(r, self.weight[k], self.bias[k]) for k, r in enumerate(rows)])
+
+    def flops(self, tokens: int, slots: int) -> int:
+        """Matrix FLOPs, forward and backward."""
+        return 6 * SYMBOLS * self.weight.shape[2] * slots
 
     @property
     def n_parameters(self) -> int:

@@ -21,12 +21,17 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-
-from stages.training.byte_head import ByteHead
 
 IGNORE = -100
 """Label of positions that carry no token loss."""
+LISTABLE = 257
+"""Symbols a teacher can list: 256 bytes and END."""
+FLOOR = 1e-6
+"""Smallest probability that targets can hold; reverse KL charges the student no more than -log of it."""
+TINY = 1e-37
+"""Keeps a logarithm finite where it is multiplied by 0."""
+LOWEST = -1e4
+"""Stands for log 0 where it is multiplied by 0."""
 
 
 class SlotTargets(NamedTuple):
@@ -41,97 +46,107 @@ class SlotTargets(NamedTuple):
     tail: Tensor
 
 
-class _ByteTerms(torch.autograd.Function):
-    """logits [S, 260], true symbol [S], targets -> (CE [S], KL [S]) in nats."""
+class _LogProbs(torch.autograd.Function):
+    """logits [S, 260], true [S], slot [E], symbol [E] -> (log q(true) [S], log q of the entries [E], log u [S])."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, true: Tensor, slot: Tensor, symbol: Tensor, prob: Tensor, tail: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, true: Tensor, slot: Tensor, symbol: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logp = torch.log_softmax(logits, dim=-1)
-        ce = -logp.gather(1, true[:, None])[:, 0]
         unlisted = logp.clone()
         unlisted[slot, symbol] = -torch.inf
-        # Never empty: the three special symbols are not listed by any teacher.
         log_u = torch.logsumexp(unlisted, dim=-1)
-        cross = torch.zeros_like(ce).index_add_(0, slot, torch.xlogy(prob, prob) - prob * logp[slot, symbol])
-        mass = tail.clone().index_add_(0, slot, prob)
-        kl = cross + torch.xlogy(tail, tail) - tail * log_u
-        ctx.save_for_backward(logp.exp(), unlisted.sub_(log_u[:, None]).exp_(), true, slot, symbol, prob, tail, mass)
-        return ce, kl
+        rest = unlisted.sub_(log_u.clamp_min(LOWEST)[:, None]).exp_()
+        listed = logp[slot, symbol]
+        right = logp.gather(1, true[:, None])[:, 0]
+        ctx.save_for_backward(logp.exp_(), rest, true, slot, symbol)
+        return right, listed, log_u
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, rest, true, slot, symbol, prob, tail, mass = ctx.saved_tensors
-        g_ce, g_kl = grads
-        grad = q * (g_ce + g_kl * mass)[:, None]
-        grad.addcmul_(rest, (g_kl * tail)[:, None], value=-1)
-        grad[slot, symbol] -= g_kl[slot] * prob
-        grad[torch.arange(true.numel(), device=true.device), true] -= g_ce
-        return grad, None, None, None, None, None
+        q, rest, true, slot, symbol = ctx.saved_tensors
+        g_true, g_listed, g_u = grads
+        total = (g_true + g_u).index_add(0, slot, g_listed)
+        grad = q.mul(total[:, None]).neg_()
+        grad.addcmul_(rest, g_u[:, None])
+        grad[slot, symbol] += g_listed
+        grad[torch.arange(true.numel(), device=true.device), true] += g_true
+        return grad, None, None, None
 
 
-def byte_terms(logits: Tensor, true: Tensor, targets: SlotTargets) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the true symbol and KL(teacher || head), per slot.
+def _tempered(targets: SlotTargets, temperature: float) -> SlotTargets:
+    """The teacher at another temperature: p^(1/T) and, the tail being spread evenly over its symbols, renormalised."""
+    prob, tail = targets.prob, targets.tail
+    ones = torch.ones_like(prob)
+    unlisted = (LISTABLE - torch.zeros_like(tail).index_add_(0, targets.slot, ones)).clamp_min(1)
+    prob = prob ** (1 / temperature)
+    tail = unlisted * (tail / unlisted) ** (1 / temperature)
+    total = tail.clone().index_add_(0, targets.slot, prob)
+    return SlotTargets(targets.slot, targets.symbol, prob / total[targets.slot], tail / total)
+
+
+def _divergence(kind: str, p: Tensor, log_q: Tensor) -> Tensor:
+    """Elementwise share of the divergence between teacher p and student q; they sum to it over a partition."""
+    log_p = p.clamp_min(FLOOR if kind == "reverse" else TINY).log()
+    if kind == "forward":
+        return torch.where(p > 0, p * (log_p - log_q), 0.0)
+    q = log_q.exp()
+    if kind == "reverse":
+        return torch.where(q > 0, q * (log_q.clamp_min(LOWEST) - log_p), 0.0)
+    log_m = ((p + q) / 2).clamp_min(TINY).log()
+    mine = torch.where(q > 0, q * (log_q.clamp_min(LOWEST) - log_m), 0.0)
+    return (torch.where(p > 0, p * (log_p - log_m), 0.0) + mine) / 2
+
+
+def byte_terms(
+    logits: Tensor, true: Tensor, targets: SlotTargets, *, divergence: str = "forward", temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the true symbol, and the divergence between teacher and head, per slot.
 
     Args:
-        logits: float [S, 260], computed in float32 at least.
-        true: int64 [S], the text's own symbol, 0..256.
-        targets: the teacher's entries and tails of the same S slots.
+        logits: float [S, 260], computed in float32 at least; -inf for a symbol that cannot follow.
+        true: int64 [S], the text's own symbol.
+        targets: the teacher's entries and tails of the same S slots; no entry on a symbol of logit -inf.
+        divergence: "forward" KL(teacher || head), "reverse" KL(head || teacher) or "js" (Jensen-Shannon).
+        temperature: both sides of the divergence at T; it is multiplied by T squared, which keeps its gradients' size.
 
     Returns:
-        (CE float [S], KL float [S]) in nats; KL is 0 only where the head equals the teacher on every listed symbol.
+        (CE float [S], divergence float [S]) in nats; the latter is 0 only where the head equals the teacher on every
+        listed symbol.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
-    prob, tail = targets.prob.to(z.dtype), targets.tail.to(z.dtype)
-    terms = _ByteTerms.apply(z, true, targets.slot, targets.symbol, prob, tail)  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, Tensor], terms)
+    targets = SlotTargets(targets.slot, targets.symbol, targets.prob.to(z.dtype), targets.tail.to(z.dtype))
+    right, listed, log_u = cast(
+        tuple[Tensor, Tensor, Tensor],
+        _LogProbs.apply(z, true, targets.slot, targets.symbol),  # type: ignore[no-untyped-call]
+    )
+    ce = -right
+    if temperature != 1.0:
+        targets = _tempered(targets, temperature)
+        _, listed, log_u = cast(
+            tuple[Tensor, Tensor, Tensor],
+            _LogProbs.apply(z / temperature, true, targets.slot, targets.symbol),  # type: ignore[no-untyped-call]
+        )
+    return ce, diverge(listed, log_u, targets, divergence) * temperature**2
+
+
+def diverge(listed: Tensor, log_u: Tensor, targets: SlotTargets, divergence: str) -> Tensor:
+    """The divergence [S] from the student's log-probabilities of the entries [E] and of each slot's bucket [S]."""
+    shares = _divergence(divergence, targets.prob, listed)
+    return _divergence(divergence, targets.tail, log_u).index_add(0, targets.slot, shares)
 
 
 class LossParts(NamedTuple):
-    """Sums over a micro-batch, in nats, not yet divided: token NLL, weighted byte CE, weighted KL; each 0-dim."""
+    """Sums over a micro-batch in nats, not yet divided, 0-dim: token NLL, weighted byte CE, weighted divergence."""
 
     token: Tensor
     byte: Tensor
     kl: Tensor
 
-    def total(self, n_tokens: int, n_byte_tokens: int, lambda_byte: float, lambda_kl: float) -> Tensor:
+    def total(
+        self, n_tokens: int, n_byte_tokens: int, lambda_token: float, lambda_byte: float, lambda_kl: float
+    ) -> Tensor:
         """The objective's share of this micro-batch, given the counts of the whole step."""
-        loss = self.token / max(n_tokens, 1)
+        loss = lambda_token * self.token / max(n_tokens, 1)
         if lambda_byte or lambda_kl:
             loss = loss + (lambda_byte * self.byte + lambda_kl * self.kl) / max(n_byte_tokens, 1)
         return loss
-
-
-def loss_parts(
-    token_logits: Tensor,
-    labels: Tensor,
-    hidden: Tensor,
-    head: ByteHead | None,
-    slot_token: Tensor,
-    slot_counts: list[int],
-    slot_symbol: Tensor,
-    slot_weight: Tensor,
-    targets: SlotTargets | None,
-) -> LossParts:
-    """The three terms of one micro-batch.
-
-    Args:
-        token_logits: float [R, T, V]; row t predicts labels[:, t].
-        labels: int64 [R, T], already shifted; IGNORE where there is nothing to predict.
-        hidden: float [R, T, hidden], the lm_head's input.
-        head: the byte head, or None for CE_token alone.
-        slot_token, slot_counts, slot_symbol, slot_weight: see `stream.MicroBatch`.
-        targets: None leaves KL at 0 without touching any teacher data (the control).
-    """
-    flat = token_logits.flatten(0, 1).float()
-    token = functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    zero = token.new_zeros(())
-    if head is None or slot_token.numel() == 0:
-        return LossParts(token, zero, zero)
-    logits = head(hidden.flatten(0, 1), slot_token, slot_counts)
-    if targets is None:
-        ce = functional.cross_entropy(logits.float(), slot_symbol, reduction="none")
-        return LossParts(token, (ce * slot_weight).sum(), zero)
-    ce, kl = byte_terms(logits, slot_symbol, targets)
-    return LossParts(token, (ce * slot_weight).sum(), (kl * slot_weight).sum())

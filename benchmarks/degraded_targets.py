@@ -1,0 +1,113 @@
+"""Worse targets from the same dump, so that the value of exact ones can be shown; used by `student_gain.py`.
+
+    python benchmarks/degraded_targets.py runs/default OUT --kind fast
+
+fast: the canonical history only, renormalised: at every byte the mass of the tokens that go on, those that end there
+    dropped. Inside a token this leaks that the token goes on.
+topk: the same from the dumped top-k tokens of each row and its true token, as an engine returns them. Inside a token
+    often only the true token is left: the label leaks.
+Both are ordinary data sets of byte targets, tail 0 where anything is known, that any trainer reads. They are not part
+of the product.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from schemas import settings as st
+from schemas.byte_shard import ShardBuilder
+from schemas.manifest import ShardEntry, file_sha256, read_dataset, write_dataset
+from schemas.token_dump import Window, read_meta, read_windows
+from stages.teacher import resolve_model
+from stages.tokens.vocab import load_vocabulary
+
+END = 256
+KINDS = ("fast", "topk")
+
+
+def fast(window: Window) -> np.ndarray:
+    """[n + 1, 257] of a window; rows without anything known are 0."""
+    probs = np.zeros((len(window.text) + 1, END + 1))
+    level_start = np.cumsum(window.n_levels) - window.n_levels
+    entry_start = np.concatenate([[0], np.cumsum(window.fanout)])
+    rows = np.flatnonzero(window.row_depth == 0)
+    ends = np.append(window.row_start[rows[1:]], len(window.text) + 1)
+    for row, stop in zip(rows, ends, strict=True):
+        for depth in range(min(int(window.n_levels[row]), int(stop - window.row_start[row]))):
+            level = level_start[row] + depth
+            span = slice(entry_start[level], entry_start[level + 1])
+            position = window.row_start[row] + depth
+            probs[position, window.entry_byte[span]] = window.entry_mass[span]
+            if depth == 0:
+                probs[position, END] = window.end[row]
+    return probs
+
+
+def topk(window: Window, token_bytes: list[bytes | None], ends: set[int]) -> np.ndarray:
+    """[n + 1, 257] of a window from its rows' most likely tokens and the true one."""
+    probs = np.zeros((len(window.text) + 1, END + 1))
+    rows = np.flatnonzero(window.row_depth == 0)
+    k = len(window.topk_id) // len(window.row_start)
+    ids, logps = window.topk_id.reshape(-1, k), window.topk_logp.reshape(-1, k)
+    stops = np.append(window.row_start[rows[1:]], len(window.text) + 1)
+    for at, (row, stop) in enumerate(zip(rows, stops, strict=True)):
+        listed = dict(zip(ids[row].tolist(), np.exp(logps[row]).tolist(), strict=True))
+        if at + 1 < len(rows):
+            listed[int(window.row_token[rows[at + 1]])] = float(np.exp(window.row_logp[rows[at + 1]]))
+        first = int(window.row_start[row])
+        for position in range(first, int(stop)):
+            prefix = window.text[first:position].tobytes()
+            for token, p in listed.items():
+                spelled = token_bytes[token] if token < len(token_bytes) else None
+                if spelled and spelled.startswith(prefix) and len(spelled) > len(prefix):
+                    probs[position, spelled[len(prefix)]] += p
+                elif token in ends and not prefix:
+                    probs[position, END] += p
+    return probs
+
+
+def degrade(run: Path, out: Path, kind: str, prune: float = 1e-3) -> None:
+    """Write the data set `out` beside that of a run folder: the same documents and splits, other probabilities."""
+    out.mkdir(parents=True)
+    info: dict[str, Any] = {"teacher": {"degraded": kind}}
+    entries = []
+    for split in ("train", "heldout"):
+        builder = ShardBuilder(prune=prune)
+        for part in sorted((run / "teacher").glob(f"*-{split}-*.parquet")):
+            token_bytes, ends = _vocabulary(part) if kind == "topk" else ([], set())
+            for window in read_windows(part):
+                probs = fast(window) if kind == "fast" else topk(window, token_bytes, ends)
+                kept = probs[window.score_start : None if window.is_last else -1]
+                total = kept.sum(1, keepdims=True)
+                known = total[:, 0] > 0
+                kept = np.where(known[:, None], kept / np.where(known[:, None], total, 1), 0).astype(np.float32)
+                builder.append(window.text[window.score_start :], kept, np.where(known, 0, 1).astype(np.float32))
+                if window.is_last:
+                    builder.end_document(window.doc_id)
+        path = out / f"{split}-00000-{'0' * 12}.zarr.zip"
+        counts = builder.write(path, {"degraded": kind})
+        known_counts = {k: v for k, v in counts.items() if k in ShardEntry.model_fields}
+        identity = {"file": path.name, "split": split, "sha256": file_sha256(path), "size": path.stat().st_size}
+        entries.append(ShardEntry(**{**known_counts, **identity, "key": "00" * 32}))
+    write_dataset(out, entries, info)
+    read_dataset(out)
+
+
+def _vocabulary(part: Path) -> tuple[list[bytes | None], set[int]]:
+    vocabulary = load_vocabulary(str(resolve_model(st.Teacher(model=read_meta(part)["teacher"]["model"]))))
+    return vocabulary.token_bytes, set(vocabulary.end_ids.tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", choices=KINDS, required=True)
+    args = parser.parse_args()
+    degrade(args.run, args.out, args.kind, st.Convert().prune)
+
+
+if __name__ == "__main__":
+    main()

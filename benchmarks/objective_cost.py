@@ -1,0 +1,99 @@
+"""What each objective adds to the training step of the same student, in one run.
+
+    python benchmarks/objective_cost.py runs/default --work /tmp/cost --out benchmarks/results/objective_cost.json
+
+A step here is forward, loss and backward of the same micro-batches; the optimiser is left out, which makes the shares
+larger than they are. Steps with and without the teacher alternate; the median of the paired ratios is reported, in CPU
+time. FLOPs count matrix products only, so `marginal`, which is sums over the vocabulary, has none. Peak memory is not
+measured here. Students: a new Llama with a BPE of the run's text, of two sizes.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from schemas import settings as st
+from schemas.manifest import read_dataset
+from stages.training import stream, student
+from stages.training.objective import Objective
+from stages.training.order import sequential
+
+SIZES = {"small": st.Student(), "medium": st.Student(hidden_size=512, layers=8, heads=8)}
+HEADS = ("parallel", "mlp", "transformer", "autoregressive", "marginal")
+
+
+def step(opened: student.Student, objective: Objective, micros: list[stream.MicroBatch]) -> float:
+    """CPU seconds of one forward and backward over the micro-batches."""
+    began = time.process_time()
+    for micro in micros:
+        parts = objective(*opened.forward(micro.input_ids), micro)
+        objective.total(parts, micro.n_tokens, micro.n_byte_tokens).backward()
+    seconds = time.process_time() - began
+    opened.model.zero_grad(set_to_none=True)
+    objective.zero_grad(set_to_none=True)
+    return seconds
+
+
+def measure(opened: student.Student, reader: stream.ShardReader, rounds: int) -> list[dict[str, Any]]:
+    """One line per head: overhead of its step over cross-entropy alone."""
+    window = next(iter(sequential(reader.positions, 4096)))
+    rows = stream.cut(reader[window.shard], window.lo, window.hi, opened.max_tokens)
+    micros = [stream.collate(g, with_targets=True) for g in stream.group(rows)]
+    tokens = sum(m.input_ids.numel() for m in micros)
+    slots = sum(len(m.slot_token) for m in micros)
+    weights = sum(p.numel() for p in opened.model.parameters() if p.ndim > 1)
+    plain = Objective(st.Train(head="parallel", lambda_byte=0.0, lambda_kl=0.0), opened, 0)
+    lines = []
+    for head in HEADS:
+        objective = Objective(st.Train(head=head), opened, 0)
+        objective.observe(reader)
+        step(opened, objective, micros)
+        pairs = [(step(opened, plain, micros), step(opened, objective, micros)) for _ in range(rounds)]
+        flops = objective.flops(tokens, slots)
+        lines.append({
+            "head": head, "overhead": float(np.median([b / a for a, b in pairs])) - 1,
+            "ce_seconds": float(np.median([a for a, _ in pairs])), "parameters": objective.n_parameters,
+            "flops_overhead": flops / (6 * weights * tokens), "tokens": tokens, "bytes": slots,
+        })  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder with targets/")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder for the students")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    targets = args.run / "targets"
+    dataset = read_dataset(targets)
+    found: dict[str, Any] = {"machine": "2 cores, x86-64, one thread", "students": []}
+    torch.set_num_threads(1)
+    for size in args.sizes:
+        folder = args.work / f"student-{size}"
+        if not folder.exists():
+            student.prepare(SIZES[size], targets, folder, seed=0)
+        opened = student.load(folder)
+        opened.model.train()
+        reader = stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id)
+        parameters = sum(p.numel() for p in opened.model.parameters())
+        lines = measure(opened, reader, args.rounds)
+        found["students"].append({"size": size, "parameters": parameters, "objectives": lines})
+        print(f"\n{size} student, {parameters:,} parameters, {lines[0]['ce_seconds']:.2f} s a step with CE alone\n")
+        print("| objective | step over CE | matrix FLOPs over CE | own parameters |\n|---|---:|---:|---:|")
+        for x in lines:
+            print(
+                f"| {x['head']} | {x['overhead']:+.1%} | {x['flops_overhead']:+.1%} | {x['parameters']:,} |", flush=True
+            )
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

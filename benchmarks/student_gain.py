@@ -1,0 +1,196 @@
+"""What a student gains from the cache: held-out bits per byte by objective and by quality of the targets.
+
+    python benchmarks/student_gain.py runs/default --work /tmp/gain --out benchmarks/results/student_gain.json
+        [--arms ce marginal ...] [--seeds 0 1 2] [--steps 300] [--student FOLDER --rate 1e-3] [--pair NAME]
+    python benchmarks/student_gain.py --report --out benchmarks/results/student_gain.json
+
+Every arm starts from the same weights per seed, sees the same windows in the same order and takes the same number of
+steps; seeds change the weights (of a new student) and the order. Measured on the held-out split:
+
+    bits/byte   the student's token cross-entropy, END included, per text byte: an ordinary language model's figure
+    KL          KL(teacher || student) per text byte, of the student's own tokens seen as bytes, against the run's exact
+                targets, whatever the arm was trained on
+
+Results are appended run by run, so a stopped study continues. --report writes the table (.md) and the plot (.png)
+beside the JSON: mean over seeds, and the mean paired difference to `ce` with its 95 % t-interval.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from degraded_targets import degrade
+
+from schemas import settings as st
+from schemas.manifest import read_dataset
+from stages.training import checkpoint, stream, student
+from stages.training.objective import Objective
+from stages.training.order import sequential
+from stages.training.train import train
+
+PAPER = {"head": "parallel", "byte_reduction": "mean", "lambda_byte": 1.0}
+AUTO = {**PAPER, "head": "autoregressive", "lambda_kl": 1.0}
+PLAIN = {"lambda_byte": 0.0, "lambda_kl": 0.0}
+MARGINAL = {"head": "marginal", "byte_reduction": "sum", "lambda_token": 1.0, "lambda_kl": 1.0}
+ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ce": ("exact", "cross-entropy alone", {"head": "parallel", **PLAIN}),
+    "bytes": ("exact", "parallel heads, no teacher", {"head": "parallel", "lambda_byte": 1.0, "lambda_kl": 0.0}),
+    "parallel": ("exact", "parallel heads, the paper's weights", {**PAPER, "lambda_kl": 0.1}),
+    "parallel-1": ("exact", "parallel heads, KL weight 1", {**PAPER, "lambda_kl": 1.0}),
+    "autoregressive": ("exact", "autoregressive head, KL weight 1", AUTO),
+    "marginal": ("exact", "marginal", MARGINAL),
+    "marginal-fast": ("fast", "marginal, canonical-only targets", MARGINAL),
+    "marginal-topk": ("topk", "marginal, top-k targets", MARGINAL),
+}  # fmt: skip
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Student's t for a two-sided 95 % interval, by number of seeds."""
+
+
+def heldout(opened: student.Student, targets: Path, window_bytes: int = 1024) -> dict[str, float]:
+    """bits/byte and KL of a trained student (module docstring)."""
+    judge = Objective(st.Train(head="marginal", byte_reduction="sum"), opened, 0)
+    dataset = read_dataset(targets)
+    judge.observe(stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id))
+    reader = stream.ShardReader(targets, dataset, "heldout", opened.vocabulary, opened.end_id, resident=1)
+    token = kl = 0.0
+    n_bytes = 0
+    for window in sequential(reader.positions, 4 * window_bytes):
+        source = reader[window.shard]
+        rows = [
+            row
+            for lo in range(window.lo, window.hi, window_bytes)
+            for row in stream.cut(source, lo, min(lo + window_bytes, window.hi), opened.max_tokens)
+        ]
+        for members in stream.group(rows):
+            micro = stream.collate(members, with_targets=True, byte_reduction="sum")
+            with torch.inference_mode():
+                parts = judge(*opened.forward(micro.input_ids), micro, measure=True)
+            token, kl, n_bytes = token + float(parts.token), kl + float(parts.kl), n_bytes + micro.n_bytes
+    return {"bits_per_byte": token / n_bytes / math.log(2), "kl_nats_per_byte": kl / n_bytes, "text_bytes": n_bytes}
+
+
+def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
+    """Train one arm with one seed and measure it."""
+    kind, _, changes = ARMS[arm]
+    exact = args.run / "targets"
+    targets = exact
+    if kind != "exact":
+        targets = args.work / f"targets-{kind}"
+        if not targets.exists():
+            degrade(args.run, targets, kind)
+    shape = st.Student(model=str(args.student)) if args.student else st.Student()
+    folder = args.work / f"student-{args.pair}-{seed}"
+    if not folder.exists():
+        student.prepare(shape, exact, folder, seed=seed)
+    settings = st.Train(steps=args.steps, learning_rate=args.rate, checkpoint_every=args.steps, **changes)
+    began = time.process_time()
+    name = f"{args.pair}-{arm}-{seed}"
+    result = train(settings, folder, targets, args.work / name, name=name, seed=seed, device="cpu")
+    seconds = time.process_time() - began
+    opened = student.load(folder)
+    tensors, _ = checkpoint.load(Path(result["checkpoint"]))
+    with torch.no_grad():
+        for parameter_name, parameter in opened.model.named_parameters(prefix="model"):
+            parameter.copy_(tensors[parameter_name])
+    return {
+        "pair": args.pair, "arm": arm, "seed": seed, "steps": args.steps, "cpu_seconds": round(seconds, 1),
+        "text_bytes_seen": result["text_bytes"], **heldout(opened, exact),
+    }  # fmt: skip
+
+
+def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per pair and arm: means over seeds and the paired difference to `ce`."""
+    lines = []
+    for pair in dict.fromkeys(r["pair"] for r in records):
+        by_arm = {a: {r["seed"]: r for r in records if r["pair"] == pair and r["arm"] == a} for a in ARMS}
+        for arm, runs in by_arm.items():
+            if not runs:
+                continue
+            shared = sorted(set(runs) & set(by_arm["ce"]))
+            gaps = np.array([runs[s]["bits_per_byte"] - by_arm["ce"][s]["bits_per_byte"] for s in shared])
+            half = T_95[len(gaps)] * gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) in T_95 else float("nan")
+            lines.append({
+                "pair": pair, "arm": arm, "seeds": len(runs),
+                "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in runs.values()])),
+                "kl": float(np.mean([r["kl_nats_per_byte"] for r in runs.values()])),
+                "difference": float(gaps.mean()) if len(gaps) else float("nan"), "half": float(half),
+                "cpu_seconds": float(np.mean([r["cpu_seconds"] for r in runs.values()])),
+                "points": [r["bits_per_byte"] for r in runs.values()],
+            })  # fmt: skip
+    return lines
+
+
+def report(out: Path) -> None:
+    """Table and plot beside the JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = summarise(json.loads(out.read_text())["runs"])
+    table = ["| student | objective | bits/byte | difference to CE (95 %) | KL to teacher | seeds | CPU s |",
+             "|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for x in lines:
+        gap = "" if x["arm"] == "ce" else f"{x['difference']:+.4f} ± {x['half']:.4f}"
+        table.append(
+            f"| {x['pair']} | {ARMS[x['arm']][1]} | {x['bits_per_byte']:.4f} | {gap} | {x['kl']:.4f} | "
+            f"{x['seeds']} | {x['cpu_seconds']:.0f} |"
+        )
+    out.with_suffix(".md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+    pairs = list(dict.fromkeys(x["pair"] for x in lines))
+    figure, axes = plt.subplots(1, len(pairs), figsize=(5.5 * len(pairs), 3.6), squeeze=False)
+    for axis, pair in zip(axes[0], pairs, strict=True):
+        mine = [x for x in lines if x["pair"] == pair]
+        for y, x in enumerate(mine):
+            axis.plot(x["points"], [y] * len(x["points"]), "o", color="#3465a4", alpha=0.7)
+            axis.plot([x["bits_per_byte"]] * 2, [y - 0.3, y + 0.3], color="black")
+        axis.set_yticks(range(len(mine)), [ARMS[x["arm"]][1] for x in mine])
+        axis.invert_yaxis()
+        axis.set_xlabel("held-out bits/byte (dots: seeds, bar: mean)")
+        axis.set_title(pair)
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+
+
+def results(out: Path) -> dict[str, Any]:
+    """The file of results so far."""
+    empty: dict[str, Any] = {"machine": "2 cores, x86-64", "runs": []}
+    return json.loads(out.read_text()) if out.is_file() else empty
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="a run folder with teacher/ and targets/")
+    parser.add_argument("--work", type=Path, help="scratch folder for students, checkpoints and worse targets")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ce", "parallel", "marginal"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--student", type=Path, help="a checkpoint to start from; default: a new BPE student")
+    parser.add_argument("--pair", default="new BPE student")
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    if not args.report:
+        args.work.mkdir(parents=True, exist_ok=True)
+        for seed in args.seeds:
+            for arm in args.arms:
+                if any((r["pair"], r["arm"], r["seed"]) == (args.pair, arm, seed) for r in results(args.out)["runs"]):
+                    continue
+                record = run_arm(args, arm, seed)
+                print(json.dumps(record), flush=True)
+                found = results(args.out)  # again: another process may have added its runs meanwhile
+                found["runs"].append(record)
+                args.out.write_text(json.dumps(found, indent=1) + "\n")
+    report(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,9 +30,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
-from schemas.byte_shard import ByteShard, ShardBuilder, read_shard
+from schemas.byte_shard import ByteShard, read_shard
 from schemas.manifest import describe_shard, read_dataset, write_dataset
 from schemas.settings import Student
+from schemas.shard_builder import ShardBuilder
 from stages.training import stream, student
 from stages.training.dataset import ByteTargets
 from stages.training.order import sequential

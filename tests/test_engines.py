@@ -38,7 +38,16 @@ def test_vllm_gives_the_reference_rows(vllm_teacher, tiny_checkpoint):
     assert sum(int(a.row_static.sum()) for a in ours) > 5
     for a, b in zip(ours, theirs, strict=True):
         assert (a.row_depth > 0).any() or len(a.text) < 3
-        for name in ("text", "row_start", "row_parent", "row_token", "row_depth", "row_static", "stop_token", "n_levels"):
+        for name in (
+            "text",
+            "row_start",
+            "row_parent",
+            "row_token",
+            "row_depth",
+            "row_static",
+            "stop_token",
+            "n_levels",
+        ):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
         np.testing.assert_allclose(a.row_logp, b.row_logp, atol=1e-4)
         np.testing.assert_allclose(a.log_norm, b.log_norm, atol=1e-3)

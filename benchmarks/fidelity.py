@@ -28,8 +28,7 @@ def score(teacher: Teacher, text: str, tau: float, depth: int) -> tuple[np.ndarr
     """Distributions with the tail spread, tail, rows per canonical token."""
     teacher.settings = teacher.settings.model_copy(update={"tau": tau, "depth": depth})
     windows = [w for group in teacher.windows([("text", 0, teacher.vocabulary.encode(text))]) for w in group]
-    table = teacher.table_for(windows)
-    targets = [Lattice(window, table).targets() for window in windows]
+    targets = [Lattice(window).targets() for window in windows]
     probs = np.concatenate([t.probs for t in targets]).astype(np.float64)
     tail = np.concatenate([t.tail for t in targets]).astype(np.float64)
     rows = sum(len(w.row_depth) for w in windows) / sum(int((w.row_depth == 0).sum()) for w in windows)

@@ -21,8 +21,11 @@ from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
 
 TARGETS = "targets"
-CONVERTER = ("stages.convert", "stages.lattice", "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip")
-"""Modules whose code decides the bytes of a shard."""
+CONVERTER = (
+    "stages.convert", "stages.lattice", "stages.fidelity", "stages.divergence",
+    "schemas.byte_shard", "schemas.quantise", "schemas.zarr_zip",
+)  # fmt: skip
+"""Modules whose code decides the bytes of a shard and the figures of its certificate."""
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
@@ -54,7 +57,7 @@ def teacher_tasks(plan: Plan, identity: dict[str, Any]) -> list[Task]:
 
 def teacher(context: Context) -> Outcome:
     """Dump every unit that has no dump yet; the engine starts only if there is one."""
-    from stages.teacher import teacher_identity
+    from stages.identity import teacher_identity
 
     store, settings = context.store, context.settings
     planned = units.load_plan(store, settings)
@@ -117,7 +120,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
         found = [by_slice[sha256] for sha256 in wanted if sha256 in by_slice]
         if not found:
             continue
-        changes = teacher_changes(found[0], settings.teacher)
+        changes = teacher_changes(found[0], settings.teacher.resolved())
         if changes:
             differences = "; ".join(changes)
             continue
@@ -148,7 +151,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     """How the settings that a dump was made with differ from the current ones."""
-    from stages.teacher import model_name
+    from stages.identity import model_name
 
     identity = receipt.inputs["teacher"]
     old = {
@@ -181,6 +184,7 @@ def shard_groups(planned: Plan, dumps: list[Receipt], shard_bytes: int) -> list[
 def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
     from schemas import byte_shard
+    from stages.fidelity import summary_line
 
     store, settings = context.store, context.settings
     planned = units.load_plan(store, settings)
@@ -223,7 +227,16 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     index_is_new = _publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
+    context.say(summary_line(_certificate(outcome.receipts, info["teacher"])))
     return outcome
+
+
+def _certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:
+    """The fidelity of all shards together; None where no dump part had reference windows."""
+    from stages.fidelity import Fidelity
+
+    reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
+    return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
 
 
 def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
@@ -293,9 +306,12 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
             "the teacher's tokenizer could reproduce no training document; choose another teacher, or clean the corpus "
             f"(reasons: {info['creation']['set_aside']})"
         )
+    certificate = _certificate(shards, info["teacher"])
     if (folder / "dataset.json").is_file():
         try:
-            if sorted(read_dataset(folder).entries, key=_by_file) == sorted(entries, key=_by_file):
+            old = read_dataset(folder)
+            same = sorted(old.entries, key=_by_file) == sorted(entries, key=_by_file)
+            if same and old.fidelity == certificate:
                 return False
         except IntegrityError:
             pass
@@ -308,7 +324,7 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
     for _, key in list(receipts.list_receipts(store, "convert")):
         if key not in keys:
             store.delete(receipts.receipt_path("convert", key))
-    write_dataset(folder, entries, info)
+    write_dataset(folder, entries, info, certificate)
     return True
 
 

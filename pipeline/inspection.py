@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from schemas.errors import InputError
+from schemas.errors import InputError, IntegrityError, StorageError
 
 END = 256
 
@@ -55,12 +55,20 @@ def show_symbol(symbol: int | str) -> str:
 
 def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[str, Any]:
     from schemas.byte_shard import read_shard
+    from schemas.manifest import read_dataset
+    from stages.fidelity import summary_line
 
     shard = read_shard(path)
     summary = {**shard.statistics, "bytes_on_disk": path.stat().st_size}
     if shard.statistics.get("n_bytes"):
         summary["bytes_per_text_byte"] = round(path.stat().st_size / shard.statistics["n_bytes"], 3)
     summary |= shard.attrs
+    index = path.parent / "dataset.json"
+    if index.is_file():
+        try:
+            summary["fidelity"] = summary_line(read_dataset(path.parent).fidelity).removeprefix("fidelity: ")
+        except (IntegrityError, StorageError) as error:
+            summary["fidelity"] = f"the index cannot be read: {error}"
     if not shard.doc_id:
         return {"file": str(path), "kind": "byte targets", "summary": summary, "document": "", "positions": []}
     number = _find(path, shard.doc_id, document)
@@ -96,9 +104,11 @@ def _dump(path: Path, document: str, start: int, limit: int, top: int) -> dict[s
     from schemas.token_dump import read_meta, read_windows
 
     meta = read_meta(path)
-    windows = list(read_windows(path))
+    everything = list(read_windows(path))
+    windows = [window for window in everything if not window.reference]
     summary: dict[str, Any] = {
         "windows": len(windows),
+        "reference_windows": len(everything) - len(windows),
         "documents": len({window.doc_id for window in windows}),
         "histories": sum(len(window.row_start) for window in windows),
         "branches": sum(int((window.row_depth > 0).sum()) for window in windows),
@@ -161,4 +171,4 @@ def _top(probs: np.ndarray, top: int) -> list[list[Any]]:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 160 else text[:157] + "..."
+    return text if len(text) <= 240 else text[:237] + "..."

@@ -150,7 +150,7 @@ def _teacher_rows(context: Context, planned: units.Plan | None, found: list[Rece
     total = len(planned.units) if planned else None
     rows = []
     for group, dumps in sorted(groups.items()):
-        changes = teacher_changes(dumps[0], context.settings.teacher)
+        changes = teacher_changes(dumps[0], context.settings.teacher.resolved())
         note = f"other settings than the configuration: {'; '.join(changes)}" if changes else ""
         rows.append(_row("teacher", group, len(dumps), total, _size(dumps), note))
     return rows or [_row("teacher", "-", 0, total, 0)]

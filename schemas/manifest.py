@@ -77,6 +77,8 @@ class Dataset:
     """teacher, tokenizer, corpus, settings, software, creation: objects; license, attribution: text; and more"""
     manifest_hash: str
     """sha256 over the entries' values: the identity that data order depends on, whatever wrote the Parquet file"""
+    fidelity: dict[str, Any] | None = None
+    """how far the stored targets are from a reference of the same teacher (SPEC.md); None: not measured"""
 
     def split(self, name: str) -> list[ShardEntry]:
         return [entry for entry in self.entries if entry.split == name]
@@ -166,11 +168,17 @@ def _checked_info(info: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def write_dataset(folder: str | os.PathLike[str], entries: Iterable[ShardEntry], info: dict[str, Any]) -> Dataset:
+def write_dataset(
+    folder: str | os.PathLike[str],
+    entries: Iterable[ShardEntry],
+    info: dict[str, Any],
+    fidelity: dict[str, Any] | None = None,
+) -> Dataset:
     """Publish a folder of finished shards: write `manifest.parquet`, then `dataset.json`.
 
     `info`: any JSON object; `teacher`, `tokenizer`, `corpus`, `settings`, `software`, `creation` (no time of day,
     or equal runs differ) must be objects, `license` and `attribution` text; what is absent is written as empty.
+    `fidelity`: the certificate of `stages.fidelity`, plain JSON; None where nothing was measured.
     Raises InputError for entries that repeat a file or content or whose file is absent or of another size;
     StorageError when the disk refuses.
     """
@@ -200,10 +208,11 @@ def write_dataset(folder: str | os.PathLike[str], entries: Iterable[ShardEntry],
         "manifest": {"file": MANIFEST, "sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": content_hash},
         "splits": _totals(listed),
         "info": _checked_info(info),
+        "fidelity": fidelity,
     }
     _replace(folder / MANIFEST, manifest)
     _replace(folder / DATASET, json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return Dataset(folder, listed, document["info"], content_hash)  # type: ignore[arg-type]
+    return Dataset(folder, listed, document["info"], content_hash, fidelity)  # type: ignore[arg-type]
 
 
 def _load(path: Path, limit: int) -> bytes:
@@ -240,6 +249,9 @@ def read_dataset(folder: str | os.PathLike[str]) -> Dataset:
     manifest, info = document.get("manifest"), document.get("info")
     if not isinstance(manifest, dict) or not isinstance(info, dict) or manifest.get("file") != MANIFEST:
         raise IntegrityError(f"{path}: `info` must be an object and `manifest.file` {MANIFEST!r}; make the index again")
+    fidelity = document.get("fidelity", "absent")
+    if fidelity is not None and not isinstance(fidelity, dict):
+        raise IntegrityError(f"{path}: `fidelity` must be an object or null; fetch or make the index again")
     table_path = folder / MANIFEST
     data = _load(table_path, MAX_MANIFEST)
     found = hashlib.sha256(data).hexdigest()
@@ -266,7 +278,7 @@ def read_dataset(folder: str | os.PathLike[str]) -> Dataset:
     content_hash = _content_hash(entries)
     if manifest.get("content_sha256") != content_hash or document.get("splits") != _totals(entries):
         raise IntegrityError(f"{path}: content hash or totals do not match {MANIFEST}; make the index again")
-    return Dataset(folder, entries, info, content_hash)
+    return Dataset(folder, entries, info, content_hash, fidelity)
 
 
 def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> list[Problem]:

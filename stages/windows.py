@@ -4,7 +4,8 @@ A document longer than the context is cut into windows that overlap; the overlap
 The last `LEAD` tokens of the overlap are evaluated again, because tokens that straddle the cut begin there.
 """
 
-from typing import NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,6 +62,46 @@ def plan_windows(
         lo = hi
 
 
+class Stretch(NamedTuple):
+    """A stretch before evaluation."""
+
+    plan: WindowPlan
+    first: int
+    """Position in the document of the first target: bytes of text before it."""
+    n_targets: int
+    """Targets: bytes of the stretch, and END where the document ends with it."""
+
+
+def plan_stretch(
+    doc_id: str, encoded: Encoded, position: int, tokens: int, *, start_id: int, context: int, overlap: int
+) -> Stretch:
+    """The stretch of at most `tokens` tokens from the token that holds byte `position` of the text.
+
+    It ends early where its window or the document does. `context` and `overlap` in tokens, as in `plan_windows`.
+    """
+    room, total, starts = context - 2, len(encoded.ids), encoded.starts
+    first = int(np.searchsorted(starts, position + encoded.synthetic, side="right")) - 1
+    first = max(0, min(first, total - 1))
+    lo = begin = 0
+    while (hi := min(total, begin + room)) <= first:
+        lo = hi
+        begin = max(0, lo - overlap)
+    last = min(first + tokens, hi)
+    lead = max(begin, first - LEAD)
+    base = int(starts[lead])
+    prompt = Prompt(
+        f"document {doc_id!r}, bytes from {position}",
+        np.concatenate([np.array([start_id], np.int32), encoded.ids[begin:last]]),
+        lead - begin,
+        np.frombuffer(encoded.data, np.uint8)[base : int(starts[last])],
+        starts[lead : last + 1] - base,
+    )
+    scored = int(starts[first]) if first else encoded.synthetic
+    is_last = last == total
+    plan = WindowPlan(doc_id, 0, prompt, scored - base, is_last)
+    return Stretch(plan, scored - encoded.synthetic, int(starts[last]) - scored + is_last)
+
+
 def new_window(plan: WindowPlan, rows: RowMasses) -> Window:
     """The window of a plan's canonical rows."""
     prompt = plan.prompt
@@ -75,7 +116,7 @@ def new_window(plan: WindowPlan, rows: RowMasses) -> Window:
     )  # fmt: skip
 
 
-def _row_fields(rows: RowMasses) -> dict[str, np.ndarray]:
+def _row_fields(rows: RowMasses) -> dict[str, Any]:
     fields = rows._asdict()
     del fields["next_logp"]
     fields["topk_id"] = fields["topk_id"].reshape(-1)
@@ -106,3 +147,27 @@ def chain_of(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]
         chain.append(int(window.row_token[row]))
         row = int(window.row_parent[row])
     return row, tuple(reversed(chain))
+
+
+_PER_ROW = (
+    "row_start", "row_token", "row_logp", "row_depth", "row_static", "log_norm", "end", "control",
+    "n_levels", "n_stops",
+)  # fmt: skip
+
+
+def keep_rows(window: Window, kept: np.ndarray) -> Window:
+    """An ordinary window of the rows where `kept` (bool [R]) is true, parents (kept as well) numbered anew."""
+    number = np.cumsum(kept) - 1
+    parent = window.row_parent[kept]
+    levels = np.repeat(kept, window.n_levels)
+    entries = np.repeat(levels, window.fanout)
+    stops = np.repeat(kept, window.n_stops)
+    top = np.repeat(kept, len(window.topk_id) // len(kept))
+    chosen: dict[str, np.ndarray] = {name: getattr(window, name)[kept] for name in _PER_ROW}
+    chosen["row_parent"] = np.where(parent < 0, -1, number[parent]).astype(window.row_parent.dtype)
+    chosen["fanout"] = window.fanout[levels]
+    chosen |= {name: getattr(window, name)[entries] for name in ("entry_byte", "entry_mass")}
+    chosen |= {name: getattr(window, name)[stops] for name in ("stop_depth", "stop_token", "stop_mass")}
+    chosen |= {name: getattr(window, name)[top] for name in ("topk_id", "topk_logp")}
+    rest = {f.name: getattr(window, f.name) for f in fields(Window) if f.name not in chosen}
+    return Window(**(rest | {"reference": False, "doc_position": -1, "row_sampled": np.zeros(0, np.uint8)} | chosen))

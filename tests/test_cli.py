@@ -21,7 +21,7 @@ from schemas.settings import Settings
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
     "plan", "teacher", "convert", "train", "evaluate", "export",
-    "run", "status", "verify", "inspect", "probe", "config",
+    "run", "status", "verify", "inspect", "fidelity", "probe", "config",
 ]  # fmt: skip
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(40)]
 
@@ -77,15 +77,15 @@ class FakeTeacher:
 
 
 def fake_identity(settings: Any) -> dict[str, Any]:
-    shown = {"top_k": settings.top_k, "tau": settings.tau}
+    shown = {"top_k": settings.top_k, "tau": settings.resolved().tau}
     return {"model": settings.model, "revision": settings.revision, "settings": shown, "vocabulary": "v"}
 
 
 @pytest.fixture
 def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTeacher]]:
-    from stages import teacher
+    from stages import identity, teacher
 
-    monkeypatch.setattr(teacher, "teacher_identity", fake_identity)
+    monkeypatch.setattr(identity, "teacher_identity", fake_identity)
     monkeypatch.setattr(teacher, "open_teacher", FakeTeacher)
     FakeTeacher.opened, FakeTeacher.fail_at = 0, -1
     yield FakeTeacher

@@ -11,8 +11,9 @@ from schemas import settings as st
 from schemas.errors import ConfigError, EngineError, InputError, Interrupted
 from schemas.token_dump import read_windows
 from stages.engines.vllm_worker import Want
+from stages.identity import teacher_identity
 from stages.lattice import Lattice
-from stages.teacher import Teacher, open_teacher, teacher_identity
+from stages.teacher import Teacher, open_teacher
 
 TEXTS = ["A cache is a promise kept in advance. " * 12, "the naïve façade 日本語", "", "e"]
 BASE = {"context": 128, "overlap": 32, "tau": 0.01, "depth": 2, "top_k": 5, "floor": 1e-5, "max_batched_tokens": 96}

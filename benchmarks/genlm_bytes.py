@@ -1,0 +1,227 @@
+"""Beside genlm-bytes, the public reference for byte probabilities of token models: same checkpoint, same text, one run.
+
+genlm-bytes (0.2.0) walks the text byte by byte with a beam of K histories and drops what is below a threshold; its
+transformers backend is used as its documentation shows it, in float32, one thread pool for both sides. It is an
+optional dependency and wants its own environment, with this project's packages visible to it:
+
+    python3.11 -m venv /tmp/genlm
+    echo "$PWD/.venv/lib/python3.11/site-packages" > /tmp/genlm/lib/python3.11/site-packages/shared.pth
+    /tmp/genlm/bin/pip install --no-deps genlm-bytes==0.2.0 genlm-backend==0.3.1 arsenal==3.1.3
+    /tmp/genlm/bin/pip install pandas ipython scipy
+    PYTHONPATH=. /tmp/genlm/bin/python benchmarks/genlm_bytes.py --out benchmarks/results/genlm_bytes.json
+
+Reported: bytes per second of wall clock (loading, compilation, trie building and static rows excluded), tokens fed to
+the model per byte of text (padding included; genlm-bytes keeps no key/value cache unless told, so a history costs its
+whole context again, and waits 20 ms for others to batch with; "tuned" caches the best history every 16 tokens and
+waits 1 ms), histories evaluated per byte, and KL and JSD
+in nats per byte against the same teacher at tau = 2e-4, depth 5 (stages.divergence; genlm-bytes has no tail). "many"
+is all pieces of the text at once: batches of its own making there, windows one after the other here. "long" is this
+project alone on more of the same text: what a corpus runs at.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from texts import builtin_texts, folder_texts
+
+from schemas import settings as st
+from stages.divergence import divergence
+from stages.identity import resolve_model
+from stages.lattice import END, Lattice
+from stages.teacher import REFERENCE, Teacher, open_teacher
+
+THEIRS: list[tuple[str, dict[str, Any], int]] = [
+    ("K=10, prune 0.01", {"K": 10, "prune_threshold": 0.01}, 0),
+    ("K=10, prune 0.01, tuned", {"K": 10, "prune_threshold": 0.01}, 16),
+]
+Rows = tuple[np.ndarray, np.ndarray]
+
+
+@contextmanager
+def counted(model: torch.nn.Module) -> Iterator[list[int]]:
+    """Tokens that pass through `model` meanwhile, padding included."""
+    seen = [0]
+
+    def hook(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        seen[0] += ids.numel()
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def ours(teacher: Teacher, pieces: list[str], effort: dict[str, float]) -> tuple[list[Rows], int]:
+    """Rows and tails of each piece (END left out), and histories evaluated; `effort`: tau, depth, static."""
+    teacher.settings = teacher.settings.model_copy(update=effort)
+    documents = [(str(i), i, teacher.vocabulary.encode(piece)) for i, piece in enumerate(pieces)]
+    windows = [w for group in teacher.windows(documents) for w in group]
+    targets = [Lattice(window).targets() for window in windows]
+    return [(t.probs[:-1], t.tail[:-1]) for t in targets], sum(int((w.row_static == 0).sum()) for w in windows)
+
+
+async def walk(beam: Any, piece: bytes, llm: Any, kv_every: int) -> np.ndarray:
+    """genlm-bytes' distribution before every byte of a piece: float64 [n, 257]."""
+    out = np.zeros((len(piece), END + 1))
+    cached = 0
+    for i, byte in enumerate(piece):
+        beam = beam.prune()
+        logp = np.exp((await beam.logp_next()).ps)
+        out[i, :256], out[i, END] = logp[:256], logp[257]
+        if kv_every and len(beam.states[0].lm_state.context) >= cached + kv_every:
+            cached = len(beam.states[0].lm_state.context)
+            llm.cache_kv(beam.states[0].lm_state.context)
+        beam = await (beam << byte)
+    return out
+
+
+def theirs(llm: Any, initial: Callable[[], Any], pieces: list[str], kv_every: int) -> tuple[list[Rows], int]:
+    calls = [0]
+    ask = llm.next_token_logprobs
+
+    async def asked(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return await ask(*args, **kwargs)
+
+    async def everything() -> list[np.ndarray]:
+        beam = await initial()
+        return await asyncio.gather(*(walk(beam, piece.encode(), llm, kv_every) for piece in pieces))
+
+    llm.next_token_logprobs = asked
+    llm.timeout = 0.001 if kv_every else 0.02
+    try:
+        found = asyncio.run(everything())
+    finally:
+        llm.next_token_logprobs = ask
+    llm.clear_cache()
+    return [(rows, np.zeros(len(rows))) for rows in found], calls[0]
+
+
+def distance(reference: list[Rows], found: list[Rows], pieces: list[str]) -> dict[str, float]:
+    symbols = np.concatenate([np.frombuffer(piece.encode(), np.uint8) for piece in pieces]).astype(np.int64)
+    p, p_tail = (np.concatenate(parts) for parts in zip(*reference, strict=True))
+    q, q_tail = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    d = divergence(p, p_tail, q, q_tail, symbols)
+    return {
+        "kl": float(d.kl.mean()), "kl_p99": float(np.quantile(d.kl, 0.99)), "jsd": float(d.jsd.mean()),
+        "leak_bits": float(d.leak.mean()),
+    }  # fmt: skip
+
+
+def load_genlm(folder: Path, ends: list[bytes], warm: str) -> tuple[Any, Callable[[dict[str, Any]], Callable[[], Any]]]:
+    """The model, and a factory of beams that share one trie (building it is not timed)."""
+    from genlm.backend import load_model_by_name
+    from genlm.bytes import BeamParams, ByteBeamState
+    from genlm.bytes.byte_lm.trie_state import LazyTrieState
+    from genlm.bytes.trie import AsyncTokenByteTrie, TrieMode
+
+    llm = load_model_by_name(str(folder), backend="hf", llm_opts={"hf_opts": {"dtype": torch.float32}})
+    began = time.perf_counter()
+    trie = AsyncTokenByteTrie.from_vocab(llm.byte_vocab, eos_byte_strings=set(ends))
+    print(f"genlm-bytes: trie built in {time.perf_counter() - began:.1f} s", flush=True)
+
+    def beams(options: dict[str, Any]) -> Callable[[], Any]:
+        async def initial() -> Any:
+            state = LazyTrieState.initial(llm, trie, mode=TrieMode.WITH_EOS)
+            return ByteBeamState([await state.materialize()], BeamParams(eos_byte_strings=ends, **options))
+
+        return initial
+
+    theirs(llm, beams({"K": 2}), [warm], 0)
+    return llm, beams
+
+
+def split(text: str, parts: int) -> list[str]:
+    """`parts` runs of about equal length."""
+    size = -(-len(text) // parts)
+    return [text[a : a + size] for a in range(0, len(text), size)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
+    parser.add_argument("--bytes", type=int, default=400, help="of each text")
+    parser.add_argument("--long", type=int, default=2000, help="bytes of each text for `long`")
+    parser.add_argument("--pieces", type=int, default=4, help="documents that each text is cut into for `many`")
+    parser.add_argument("--texts", type=Path, help="a folder of further .txt files")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    texts, more = (
+        builtin_texts(limit) | (folder_texts(args.texts, limit) if args.texts else {})
+        for limit in (args.bytes, args.long)
+    )
+    settings = st.Teacher(model=args.model, backend="hf", top_k=0, floor=1e-6)
+    teacher = open_teacher(settings)
+    ours(teacher, ["warm up: compile every kernel"], st.PRESETS["balanced"])
+    folder = resolve_model(settings)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = [str(name).encode() for name in tokenizer.convert_ids_to_tokens(teacher.vocabulary.end_ids.tolist())]
+    if tokenizer.bos_token_id != teacher.vocabulary.start_id:
+        raise SystemExit(
+            f"the two start a document differently: {tokenizer.bos_token_id}, {teacher.vocabulary.start_id}"
+        )
+    llm, beams = load_genlm(folder, ends, "warm up")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    results: list[dict[str, Any]] = []
+    print("| text | streams | system | bytes/s | model tokens/byte | histories/byte | KL | JSD | leak, bits/byte |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
+
+    for name, text in texts.items():
+        for streams, pieces in (("single", [text]), ("many", split(text, args.pieces)), ("long", [more[name]])):
+            reference, _ = ours(teacher, pieces, {**REFERENCE, "static": 0.0})
+            for effort in st.PRESETS.values():  # static rows are made once per teacher, not per text
+                ours(teacher, pieces, effort)
+            size = sum(len(piece.encode()) for piece in pieces)
+
+            def report(
+                system: str, model: Any, run: Callable[[], tuple[list[Rows], int]], name: str = name,
+                streams: str = streams, pieces: list[str] = pieces, reference: list[Rows] = reference, size: int = size,
+            ) -> None:  # fmt: skip
+                with counted(model) as tokens:
+                    began = time.perf_counter()
+                    found, histories = run()
+                    seconds = time.perf_counter() - began
+                row = {
+                    "text": name, "streams": streams, "system": system, "bytes": size, "seconds": seconds,
+                    "bytes_per_s": size / seconds, "tokens_per_byte": tokens[0] / size,
+                    "histories_per_byte": histories / size, **distance(reference, found, pieces),
+                }  # fmt: skip
+                results.append(row)
+                print(
+                    f"| {name} | {streams} | {system} | {row['bytes_per_s']:.1f} | {row['tokens_per_byte']:.2f} | "
+                    f"{row['histories_per_byte']:.2f} | {row['kl']:.5f} | {row['jsd']:.6f} | {row['leak_bits']:+.4f} |",
+                    flush=True,
+                )
+
+            for preset, effort in st.PRESETS.items():
+                report(
+                    f"bytecache {preset}", teacher.engine.model,  # type: ignore[attr-defined]
+                    lambda pieces=pieces, effort=effort: ours(teacher, pieces, effort),
+                )  # fmt: skip
+            for label, options, kv in THEIRS:
+                if streams == "single" or (streams == "many" and not kv):
+                    report(
+                        f"genlm-bytes {label}", llm.model,
+                        lambda pieces=pieces, options=options, kv=kv: theirs(llm, beams(options), pieces, kv),
+                    )  # fmt: skip
+        if args.out:  # after every text: the peer is slow
+            facts = {"machine": machine, "model": args.model, "reference": REFERENCE, "presets": st.PRESETS}
+            args.out.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

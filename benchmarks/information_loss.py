@@ -1,0 +1,260 @@
+"""What is lost between a token model and its bytes: entropies, beam width, tau and depth, and storing.
+
+    python benchmarks/information_loss.py --out benchmarks/results/information_loss.json
+
+Writes the figures as JSON, a plot beside it (.png) and prints them as Markdown. Four questions, per text:
+
+    entropy   of the teacher's token distributions and of its byte distributions, along the text, nats per byte of text
+              (a token's entropy is spread over the bytes of the token that came), and beside them the surprise of the
+              text: canonical tokens alone, and bytes summed over all covers
+    beam      JSD against the number of histories that a byte-by-byte walk keeps (the K heaviest, renormalised; the
+              figure of arXiv 2604.07466): how many covers a byte distribution needs
+    effort    KL, JSD and leak of this project's own settings, and the histories they cost per canonical token
+              (static rows, which are kept from run to run, not counted)
+    prune     KL that storing adds: symbols below `convert.prune` summed into the tail, 8-bit codes
+
+The reference everywhere: tau = 2e-4, depth 5, float32, transformers. Stages.divergence has the formulas.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from texts import builtin_texts, folder_texts
+
+from schemas import settings as st
+from schemas.byte_shard import ShardBuilder, read_shard
+from schemas.token_dump import Window
+from stages.divergence import divergence, even_weights, spread_tail
+from stages.fidelity import true_symbols
+from stages.lattice import END, Lattice, Targets
+from stages.teacher import REFERENCE, Teacher, open_teacher
+
+EFFORTS: dict[str, dict[str, float]] = {
+    "spans": {"tau": 1.0, "depth": 0, "static": 0.0},
+    "0.1, 1": {"tau": 0.1, "depth": 1, "static": 0.005},
+    "0.01, 2": {"tau": 0.01, "depth": 2, "static": 0.005},
+    **st.PRESETS,
+}
+WIDTHS = [1, 2, 3, 4, 6, 8, 12, 16, 32]
+PRUNES = [1e-2, 3e-3, 1e-3, 1e-4, 0.0]
+
+
+def evaluate(teacher: Teacher, text: str, effort: dict[str, float]) -> tuple[Window, Targets]:
+    """The window of a text that fits one, and its targets; `effort`: tau, depth and static."""
+    teacher.settings = teacher.settings.model_copy(update=effort)
+    windows = [w for group in teacher.windows([("text", 0, teacher.vocabulary.encode(text))]) for w in group]
+    if len(windows) > 1:
+        raise SystemExit("a text is longer than one window of the teacher: lower --bytes")
+    return windows[0], Lattice(windows[0]).targets()
+
+
+def entropy(rows: np.ndarray) -> np.ndarray:
+    """Nats; rows float64 [m, symbols]."""
+    return -(rows * np.log(np.maximum(rows, 1e-300))).sum(axis=1)
+
+
+def token_entropies(teacher: Teacher, text: str) -> np.ndarray:
+    """Entropy of p(. | canonical tokens) before each token of the text, nats."""
+    ids = teacher.vocabulary.encode(text).ids
+    tokens = torch.from_numpy(np.concatenate([[teacher.vocabulary.start_id], ids]).astype(np.int64))[None]
+    with torch.inference_mode():
+        logp = torch.log_softmax(teacher.engine.model(tokens).logits[0, :-1].double(), -1)  # type: ignore[attr-defined]
+    return (-(logp.exp() * logp).sum(-1)).numpy()
+
+
+def beam(window: Window, width: int) -> tuple[np.ndarray, int]:
+    """Byte distributions float64 [n, 257] of a walk that keeps the `width` heaviest cells, and how often none was left.
+
+    A cell is a history (a row of the window) with its probability, and the share of it whose next token goes on with
+    the text so far. Where no kept cell can follow the text, the walk starts again from the canonical tokens, as a
+    healing beam does.
+    """
+    level = np.cumsum([0, *window.n_levels], dtype=np.int64)
+    entry = np.cumsum([0, *window.fanout], dtype=np.int64)
+    stop = np.cumsum([0, *window.n_stops], dtype=np.int64)
+    child = {(int(p), int(t)): r for r, (p, t) in enumerate(zip(window.row_parent, window.row_token, strict=True))}
+    text, canonical = window.text, np.flatnonzero(window.row_depth == 0)
+    out = np.zeros((len(text), END + 1))
+    cells, lost = {0: (1.0, 1.0)}, 0
+    for i in range(len(text)):
+        kept = sorted(cells.items(), key=lambda cell: -cell[1][0] * cell[1][1])[:width]
+        cells = {}
+        for row, (weight, _) in kept:
+            depth = i - int(window.row_start[row])
+            at = int(level[row]) + depth
+            symbols, masses = window.entry_byte[entry[at] : entry[at + 1]], window.entry_mass[entry[at] : entry[at + 1]]
+            out[i, symbols] += weight * masses
+            out[i, END] += weight * float(window.end[row]) * (depth == 0)
+            if at + 1 >= level[row + 1]:
+                continue
+            goes_on = float(masses[symbols == text[i]].sum())
+            for s in range(int(stop[row]), int(stop[row + 1])):
+                if window.stop_depth[s] == depth + 1:
+                    mass = float(window.stop_mass[s])
+                    goes_on -= mass
+                    ended = child.get((row, int(window.stop_token[s])))
+                    if ended is not None:
+                        cells[ended] = (weight * mass, 1.0)
+            if goes_on > 0:
+                cells[row] = (weight, goes_on)
+        out[i] /= max(out[i].sum(), 1e-300)
+        if not cells:
+            lost += 1
+            row = int(canonical[np.searchsorted(window.row_start[canonical], i + 1, side="right") - 1])
+            cells = {row: (1.0, 1.0)}
+        scale = sum(weight * goes_on for weight, goes_on in cells.values())
+        cells = {row: (weight / scale, goes_on) for row, (weight, goes_on) in cells.items()}
+    return out, lost
+
+
+def round_trip(text: np.ndarray, probs: np.ndarray, tail: np.ndarray, prune: float) -> tuple[np.ndarray, np.ndarray]:
+    """What a shard of this one document says: probs float32 [n + 1, 257] and tail float32 [n + 1]."""
+    builder = ShardBuilder(prune=prune)
+    builder.append(text, probs, tail)
+    builder.end_document("text")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.zarr.zip"
+        builder.write(path, {})
+        shard = read_shard(path)
+        return shard.dense(0, len(probs)), shard.tail
+
+
+def study(teacher: Teacher, text: str) -> dict[str, Any]:
+    """All figures of one text."""
+    window, reference = evaluate(teacher, text, {**REFERENCE, "static": 0.0})
+    symbol, n = true_symbols(window), len(text.encode())
+    at = np.arange(n)
+    bytewise = spread_tail(reference.probs, reference.tail, even_weights(reference.probs > 0))
+    tokenwise = token_entropies(teacher, text)
+    out: dict[str, Any] = {
+        "bytes": n,
+        "tokens": len(tokenwise),
+        "entropy": {"tokens": float(tokenwise.sum() / n), "bytes": float(entropy(bytewise[:n]).sum() / n)},
+        "surprise": {"tokens": window.canonical_nll / n, "bytes": float(-np.log(bytewise[at, symbol[:n]]).sum() / n)},
+        "beam": [], "effort": [], "prune": [],
+    }  # fmt: skip
+    for width in WIDTHS:
+        rows, lost = beam(window, width)
+        nothing = np.zeros(n)
+        found = divergence(reference.probs[:n], reference.tail[:n], rows, nothing, symbol[:n])
+        figures = {"kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean())}
+        out["beam"].append({"width": width, "restarts": lost, **figures})
+    for name, effort in EFFORTS.items():
+        asked, targets = evaluate(teacher, text, effort)
+        found = divergence(reference.probs, reference.tail, targets.probs, targets.tail, symbol)
+        figures = {"kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean())}
+        rows_per_token = int((asked.row_static == 0).sum()) / int((asked.row_depth == 0).sum())
+        out["effort"].append({"name": name, **effort, "rows_per_token": rows_per_token, **figures})
+    for prune in PRUNES:
+        stored, tail = round_trip(window.text[window.score_start :], reference.probs, reference.tail, prune)
+        found = divergence(reference.probs, reference.tail, stored, tail, symbol)
+        figures = {"kl": float(found.kl.mean()), "kl_bucket": float(found.kl_bucket.mean())}
+        listed = float((stored > 0).sum(axis=1).mean())
+        out["prune"].append({"prune": prune, "listed": listed, "tail": float(tail.mean()), **figures})
+    return out
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The figures as tables."""
+    lines = [
+        "| text | bytes per token | entropy of tokens | of bytes | surprise, canonical tokens | bytes, all covers |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, r in results.items():
+        e, s = r["entropy"], r["surprise"]
+        lines.append(
+            f"| {name} | {r['bytes'] / r['tokens']:.2f} | {e['tokens']:.4f} | {e['bytes']:.4f} | {s['tokens']:.4f} | "
+            f"{s['bytes']:.4f} |"
+        )
+    lines += ["", "| text | histories kept | KL | JSD | leak, bits/byte | restarts |", "|---|---:|---:|---:|---:|---:|"]
+    for name, r in results.items():
+        lines += [
+            f"| {name} | {b['width']} | {b['kl']:.5f} | {b['jsd']:.6f} | {b['leak_bits']:+.4f} | {b['restarts']} |"
+            for b in r["beam"]
+        ]
+    lines += [
+        "",
+        "| text | effort | tau | depth | static | rows per token | KL | JSD | leak, bits/byte |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, r in results.items():
+        lines += [
+            f"| {name} | {t['name']} | {t['tau']:g} | {t['depth']:g} | {t['static']:g} | {t['rows_per_token']:.2f} | "
+            f"{t['kl']:.5f} | {t['jsd']:.6f} | {t['leak_bits']:+.4f} |"
+            for t in r["effort"]
+        ]
+    lines += ["", "| text | prune | listed symbols | tail | KL | KL, one bucket |", "|---|---:|---:|---:|---:|---:|"]
+    for name, r in results.items():
+        lines += [
+            f"| {name} | {p['prune']:g} | {p['listed']:.1f} | {p['tail']:.5f} | {p['kl']:.5f} | {p['kl_bucket']:.6f} |"
+            for p in r["prune"]
+        ]
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Four panels, one per question."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 4, figsize=(15, 3.6), constrained_layout=True)
+    names = list(results)
+    at = np.arange(len(names))
+    for shift, (what, side) in enumerate(
+        (what, side) for what in ("entropy", "surprise") for side in ("tokens", "bytes")
+    ):
+        heights = [results[name][what][side] for name in names]
+        panels[0].bar(at + (shift - 1.5) * 0.2, heights, 0.19, label=f"{what}, {side}")
+    panels[0].set_xticks(at, names)
+    panels[0].set_ylabel("nats per byte of text")
+    panels[0].set_title("token and byte distributions")
+    for name in names:
+        r = results[name]
+        by_cost = sorted(r["effort"], key=lambda t: t["rows_per_token"])
+        panels[1].plot([b["width"] for b in r["beam"]], [b["jsd"] for b in r["beam"]], marker="o", label=name)
+        panels[2].plot([t["rows_per_token"] for t in by_cost], [t["jsd"] for t in by_cost], marker="o", label=name)
+        kept = [p for p in r["prune"] if p["prune"] > 0]
+        panels[3].plot([p["prune"] for p in kept], [p["kl_bucket"] for p in kept], marker="o", label=name)
+    panels[1].set(xscale="log", yscale="log", xlabel="histories kept", ylabel="JSD, nats per byte", title="beam width")
+    panels[2].set(yscale="log", xlabel="histories per canonical token", ylabel="JSD, nats per byte", title="effort")
+    panels[3].set(
+        xscale="log", yscale="log", xlabel="prune", ylabel="KL, nats per byte", title="storing (one rest bucket)"
+    )
+    for panel in panels:
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
+    parser.add_argument("--bytes", type=int, default=1500, help="of each text")
+    parser.add_argument("--texts", type=Path, help="a folder of further .txt files")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    texts = builtin_texts(args.bytes) | (folder_texts(args.texts, args.bytes) if args.texts else {})
+    teacher = open_teacher(st.Teacher(model=args.model, backend="hf", floor=1e-6, top_k=0))
+    results: dict[str, Any] = {}
+    for name, text in texts.items():
+        results[name] = study(teacher, text)
+        print(f"{name}: done", flush=True)
+    print(markdown(results))
+    if args.out:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        facts = {"machine": machine, "model": args.model, "reference": REFERENCE}
+        args.out.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+        plot(results, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

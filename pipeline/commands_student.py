@@ -8,7 +8,7 @@ receipt, written after the last step, is what makes the run done.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import receipts
 from pipeline.commands_data import TARGETS
@@ -16,9 +16,12 @@ from pipeline.context import Context
 from pipeline.progress import Reporter
 from pipeline.receipts import FileRecord, Receipt, record_file, unit_key
 from pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
-from pipeline.store import json_bytes
+from pipeline.stores import Store, json_bytes
 from schemas.errors import ConfigError, InputError, Interrupted
 from schemas.settings import Train
+
+if TYPE_CHECKING:
+    from schemas.manifest import Dataset
 
 DISTILLED, CONTROL = "distilled", "control"
 
@@ -31,25 +34,25 @@ def run_names(settings: Train, only: str = "") -> list[str]:
     return [only] if only else names
 
 
-def targets_folder(context: Context) -> Path:
-    """The data set's folder. Raises InputError if it was never published."""
-    folder = context.store.root / TARGETS
-    if not (folder / "dataset.json").is_file():
-        raise InputError(f"{folder} holds no data set; run `bytecache convert` with this run.dir first")
-    return folder
+def open_targets(context: Context) -> "Dataset":
+    """The data set to learn from: dataset.source (a folder or URL), else this run's own, if it was published.
+
+    Raises InputError if it was not, IntegrityError or StorageError for an index that is damaged or out of reach.
+    """
+    from stages.training.source import open_dataset
+
+    settings = context.settings.dataset
+    if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):
+        raise InputError(f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first")
+    limit = int(settings.cache_gib * 2**30)
+    place = settings.source or context.store.folder(TARGETS)
+    return open_dataset(place, cache_dir=settings.cache_dir, cache_bytes=limit)
 
 
-def manifest_hash(context: Context) -> str:
-    """Identity of the data set in the run folder."""
-    from schemas.manifest import read_dataset
-
-    return read_dataset(targets_folder(context)).manifest_hash
-
-
-def student_folder(context: Context, dataset: str) -> Path:
-    """Folder of the untrained student, named by its recipe; distilled and control begin from the same."""
+def student_prefix(context: Context, dataset: str) -> str:
+    """Key of the untrained student's folder, named by its recipe; distilled and control begin from the same."""
     recipe = {"dataset": dataset, "student": context.settings.student.model_dump(), "seed": context.settings.run.seed}
-    return context.store.root / f"train/student-{unit_key('student', recipe)[:12]}"
+    return f"train/student-{unit_key('student', recipe)[:12]}"
 
 
 def train_task(context: Context, name: str, dataset: str) -> Task:
@@ -70,7 +73,8 @@ def train_task(context: Context, name: str, dataset: str) -> Task:
 
 def train(context: Context, only: str = "") -> int:
     """Train what is not trained yet; returns how many runs this call finished."""
-    dataset = manifest_hash(context)
+    targets = open_targets(context)
+    dataset = targets.manifest_hash
     made = 0
     for name in run_names(context.settings.train, only):
         task = train_task(context, name, dataset)
@@ -78,18 +82,21 @@ def train(context: Context, only: str = "") -> int:
         if receipt is not None:
             context.say(f"train {name}: nothing to do, {task.measure} steps are done ({task.out})")
             continue
-        _train_one(context, task, dataset)
+        _train_one(context, task, targets)
         made += 1
     return made
 
 
-def _train_one(context: Context, task: Task, dataset: str) -> None:
+def _train_one(context: Context, task: Task, targets: "Dataset") -> None:
     from stages.training import student
     from stages.training.train import train as train_stage
 
     store, settings = context.store, context.settings
-    folder = student_folder(context, dataset)
-    student.prepare(settings.student, targets_folder(context), folder, seed=settings.run.seed)
+    start = student_prefix(context, targets.manifest_hash)
+    folder = store.folder(start, "student.json")
+    student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+    store.publish(start)
+    out = store.folder(task.out)
     steps = settings.train.steps
     with Reporter(f"train {task.name}", 1, steps, measure="steps") as progress:
         first = True
@@ -99,21 +106,28 @@ def _train_one(context: Context, task: Task, dataset: str) -> None:
             if first:
                 progress.done, first = int(record["step"]) - 1, False
             progress.tick({"steps": 1, "tokens": record.get("tokens", 0)})
+            if (int(record["step"]) - 1) % settings.train.checkpoint_every == 0:
+                store.publish(task.out)  # the step before this one may have ended with a checkpoint
             if record["step"] % settings.train.checkpoint_every == 0 or record["step"] == steps:
                 progress.line({"stage": "train", **record, **progress.rates()})
 
         started = time.monotonic()
-        result = train_stage(
-            settings.train,
-            folder,
-            targets_folder(context),
-            store.root / task.out,
-            name=task.name,
-            seed=settings.run.seed,
-            lambda_kl=task.inputs["train"]["lambda_kl"],
-            stop=context.stop,
-            report=report,
-        )
+        try:
+            result = train_stage(
+                settings.train,
+                folder,
+                targets,
+                out,
+                name=task.name,
+                seed=settings.run.seed,
+                lambda_kl=task.inputs["train"]["lambda_kl"],
+                stop=context.stop,
+                report=report,
+            )
+        except Interrupted:
+            store.publish(task.out)
+            raise
+    store.publish(task.out)
     checkpoint = Path(result["checkpoint"])
     files = [
         record_file(store, f"{task.out}/{name}") for name in (checkpoint.name, checkpoint.with_suffix(".json").name)
@@ -121,7 +135,7 @@ def _train_one(context: Context, task: Task, dataset: str) -> None:
     counts = {
         **result,
         "checkpoint": f"{task.out}/{checkpoint.name}",
-        "student": folder.relative_to(store.root).as_posix(),
+        "student": start,
     }
     context.save_config(f"{task.out}/config.toml")
     commit_receipt(store, _receipt(task, files, counts, time.monotonic() - started))
@@ -141,26 +155,35 @@ def _receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], second
     )
 
 
-def trained(context: Context, only: str = "") -> list[Receipt]:
-    """Receipts of the finished runs of the current settings. Raises InputError if one asked for is not finished."""
-    dataset = manifest_hash(context)
+def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt]:
+    """Receipts of the finished runs of the current settings; `dataset`: the manifest hash, if known already.
+
+    Raises InputError if one asked for is not finished.
+    """
+    dataset = dataset or open_targets(context).manifest_hash
     found = []
     for name in run_names(context.settings.train, only):
         receipt = finished(context.store, train_task(context, name, dataset))
         if receipt is not None:
             found.append(receipt)
         elif only:
-            raise InputError(f"{context.store.root} holds no finished run {name}; run `bytecache train` first")
+            raise InputError(f"{context.store.name} holds no finished run {name}; run `bytecache train` first")
     if not found:
-        raise InputError(f"{context.store.root} holds no run trained with these settings; run `bytecache train` first")
+        raise InputError(f"{context.store.name} holds no run trained with these settings; run `bytecache train` first")
     return found
 
 
-def evaluate_tasks(context: Context, only: str = "") -> list[Task]:
-    """One task per finished run."""
-    dataset = manifest_hash(context)
+def run_files(store: Store, run: Receipt) -> tuple[Path, Path]:
+    """Local folder of the student that a finished run began from, and local file of its last checkpoint."""
+    checkpoint = Path(run.counts["checkpoint"])
+    folder = store.folder(checkpoint.parent.as_posix())
+    return store.folder(run.counts["student"], "student.json"), folder / checkpoint.name
+
+
+def evaluate_tasks(context: Context, dataset: str, only: str = "") -> list[Task]:
+    """One task per finished run on the data set of this manifest hash."""
     tasks = []
-    for run in trained(context, only):
+    for run in trained(context, only, dataset):
         inputs = {"name": run.name, "checkpoint": run.counts["sha256"], "dataset": dataset, "split": "heldout"}
         inputs["windows"] = [context.settings.train.batch, context.settings.train.window_bytes]
         out = f"report/{run.name}-{unit_key('evaluate', inputs)[:12]}.json"
@@ -171,28 +194,28 @@ def evaluate_tasks(context: Context, only: str = "") -> list[Task]:
 def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], int]:
     """Held-out figures of every finished run, and how many were computed now; also report/report.json and .md."""
     store, settings = context.store, context.settings
-    targets = targets_folder(context)
+    targets = open_targets(context)
 
     def open_work() -> Work:
         from stages.training.evaluate import evaluate as evaluate_stage
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
             run: Receipt = task.payload
-            student, checkpoint = store.root / run.counts["student"], store.root / run.counts["checkpoint"]
+            student, checkpoint = run_files(store, run)
             result = evaluate_stage(settings.train, student, targets, checkpoint, name=run.name)
             out.write_bytes(json_bytes(result))
             return result
 
         return work
 
-    tasks = evaluate_tasks(context, only)
+    tasks = evaluate_tasks(context, targets.manifest_hash, only)
     outcome = run_units(store, tasks, open_work, context.stop, reporter=_reporter(len(tasks)))
     results = [receipt.counts for receipt in outcome.receipts]
     report = json_bytes(results).decode("utf-8")
     if (
         outcome.made
         or not store.exists("report/report.md")
-        or store.get_path("report/report.json").read_text("utf-8") != report
+        or store.read_bytes("report/report.json").decode("utf-8") != report
     ):
         from stages.training.evaluate import report_table
 
@@ -226,8 +249,9 @@ def export(context: Context, only: str = "") -> int:
         from stages.training.export import export as export_stage
 
         started = time.monotonic()
-        folder = store.root / task.out
-        result = export_stage(store.root / run.counts["student"], store.root / run.counts["checkpoint"], folder)
+        folder = store.folder(task.out, "export.json")
+        result = export_stage(*run_files(store, run), folder)
+        store.publish(task.out)
         files = [record_file(store, key) for key in store.list(task.out)]
         # Beside the folder, not in it: the folder is a plain checkpoint and nothing else.
         context.save_config(f"{task.out}.config.toml")

@@ -28,8 +28,10 @@ _TITLES = {
     "corpus": "The text (stage: plan)",
     "teacher": "The large model and its engine (stage: teacher)",
     "convert": "Token dump to byte targets (stage: convert)",
+    "dataset": "The byte targets: what is said of them, and where students read them",
     "student": "The small model (stage: train)",
     "train": "Training (stage: train)",
+    "fleet": "Many workers on one plan, and preemption (--worker)",
 }
 _LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

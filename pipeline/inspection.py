@@ -1,14 +1,47 @@
-"""A dump part or a shard, readable for a person or as JSON: what the teacher said, position by position."""
+"""A dump part or a shard, readable for a person or as JSON: what the teacher said, position by position.
+
+A shard's text is shown in heat colours of the teacher's entropy (`paint`); `inspection_page` makes the same a web page.
+"""
 
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
+from schemas.byte_shard import ByteShard, read_shard
 from schemas.errors import InputError, IntegrityError, StorageError
 
 END = 256
+HEAT = ("", "on #3a2a20", "on #553522", "on #6f3d24", "on #894529", "on #a34d30", "on #bd5538", "on #d65d42")
+"""Colours of 0, 0.5, 1, ... bits of entropy; light text on them reads well on a dark terminal and a light one."""
+PAINTED = 1200
+"""Bytes of text painted above the table."""
+
+F64 = npt.NDArray[np.float64]
+
+
+def bits_per_position(shard: ByteShard, lo: int, hi: int) -> tuple[F64, F64, F64]:
+    """(entropy, surprisal of the true symbol, its probability) of positions lo..hi, float64 [hi - lo], bits.
+
+    The tail is spread as the shard's prior says.
+    """
+    parts = [_bits(shard, at, min(at + 4096, hi)) for at in range(lo, hi, 4096)]
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True)) if parts else (np.zeros(0),) * 3
+
+
+def _bits(shard: ByteShard, lo: int, hi: int) -> tuple[F64, F64, F64]:
+    p = shard.dense(lo, hi, spread_tail=True).astype(np.float64)
+    true = np.asarray(shard.text[lo:hi]).astype(np.int64)
+    a, b = np.searchsorted(shard.doc_start, [lo + 1, hi + 1])
+    true[np.asarray(shard.doc_start[a:b]) - 1 - lo] = END
+    chance = p[np.arange(hi - lo), true]
+    entropy = -(p * np.log2(np.maximum(p, 1e-300))).sum(axis=1)
+    return np.maximum(entropy, 0.0), -np.log2(np.maximum(chance, 2.0**-24)), chance
 
 
 def inspect_file(path: Path, document: str = "", start: int = 0, limit: int = 40, top: int = 4) -> dict[str, Any]:
@@ -26,22 +59,66 @@ def inspect_file(path: Path, document: str = "", start: int = 0, limit: int = 40
     raise InputError(f"{path}: unknown kind of file; name a .parquet of teacher/ or a .zarr.zip of targets/")
 
 
-def render(report: dict[str, Any]) -> str:
-    """`inspect_file` for a person."""
-    lines = [f"{report['file']}: {report['kind']}"]
-    lines += [f"  {name}: {_short(value)}" for name, value in report["summary"].items()]
-    lines += [
-        "",
-        f"document {report['document']!r}",
-        f"  {'position':>8}  {'next':<8} {'p(next)':>8} {'tail':>8}  most likely",
-    ]
+def paint(report: dict[str, Any]) -> Group:
+    """`inspect_file` for a person at a terminal, in colour."""
+    head = Text(f"{report['file']}: {report['kind']}\n", style="bold")
+    for name, value in report["summary"].items():
+        head.append(f"  {name}: ", style="dim").append(_short(value) + "\n")
+    head.append(f"\ndocument {report['document']!r}\n", style="bold")
+    parts: list[Any] = [head]
+    if report.get("heat"):
+        parts += [_heat_text(*report["heat"]), _legend()]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("position", "next", "p(next)", "bits", "entropy", "tail", "most likely"):
+        table.add_column(title, justify="left" if title in ("next", "most likely") else "right", no_wrap=True)
     for row in report["positions"]:
-        tops = "  ".join(f"{show_symbol(symbol)} {prob:.3f}" for symbol, prob in row["top"])
-        chance = "-" if row["p"] is None else f"{row['p']:.4f}"
-        tail = "-" if row["tail"] is None else f"{row['tail']:.1e}"
-        name = row["text"] if "text" in row else show_symbol(row["symbol"])
-        lines.append(f"  {row['position']:>8}  {name:<8} {chance:>8} {tail:>8}  {tops}")
-    return "\n".join(lines)
+        cells: list[Any] = [str(row["position"]), row["text"] if "text" in row else show_symbol(row["symbol"])]
+        cells.append("-" if row["p"] is None else f"{row['p']:.4f}")
+        bits = (row.get("surprisal"), row.get("entropy"))
+        cells += ["-" if b is None else Text(f"{b:.2f}", style=_style(b)) for b in bits]
+        cells.append("-" if row["tail"] is None else f"{row['tail']:.1e}")
+        tops = Text()
+        for symbol, prob in row["top"]:
+            style = "bold green" if symbol == row.get("symbol") else ""
+            tops.append(f"{show_symbol(symbol)} {prob:.3f}  ", style=style)
+        table.add_row(*cells, tops)
+    return Group(*parts, table)
+
+
+def _style(bits: float) -> str:
+    colour = HEAT[min(int(bits * 2), len(HEAT) - 1)]
+    return f"#ffffff {colour}" if colour else ""
+
+
+def _heat_text(data: bytes, entropy: list[float]) -> Text:
+    """Characters, each in the colour of its most uncertain byte; bytes that are not text as hex."""
+    out = Text()
+    at = 0
+    while at < len(data):
+        width = next((w for w in (1, 2, 3, 4) if _is_character(data[at : at + w])), 1)
+        piece = data[at : at + width]
+        shown = piece.decode("utf-8") if _is_character(piece) else f"<{piece[0]:02x}>"
+        if shown == "\n":
+            shown = "\u21b5\n"
+        elif not shown.isprintable() and shown != "\t":
+            shown = f"<{piece[0]:02x}>"
+        out.append(shown, style=_style(max(entropy[at : at + width])))
+        at += width
+    return out
+
+
+def _is_character(piece: bytes) -> bool:
+    try:
+        return len(piece.decode("utf-8")) == 1
+    except UnicodeDecodeError:
+        return False
+
+
+def _legend() -> Text:
+    out = Text("\nentropy, bits: ", style="dim")
+    for step in range(len(HEAT)):
+        out.append(f" {step / 2:g}{'+' if step == len(HEAT) - 1 else ''} ", style=_style(step / 2))
+    return out.append("\n")
 
 
 def show_symbol(symbol: int | str) -> str:
@@ -54,7 +131,6 @@ def show_symbol(symbol: int | str) -> str:
 
 
 def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[str, Any]:
-    from schemas.byte_shard import read_shard
     from schemas.manifest import read_dataset
     from stages.fidelity import summary_line
 
@@ -71,11 +147,12 @@ def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[
             summary["fidelity"] = f"the index cannot be read: {error}"
     if not shard.doc_id:
         return {"file": str(path), "kind": "byte targets", "summary": summary, "document": "", "positions": []}
-    number = _find(path, shard.doc_id, document)
+    number = find_document(path, shard.doc_id, document)
     first, last = int(shard.doc_start[number]), int(shard.doc_start[number + 1])
     lo = min(first + start, last)
     hi = min(lo + limit, last)
     dense = shard.dense(lo, hi)
+    entropy, surprisal, _ = bits_per_position(shard, lo, max(hi, min(last, lo + PAINTED)))
     rows = []
     for position in range(lo, hi):
         symbol = END if position == last - 1 else int(shard.text[position])
@@ -85,6 +162,8 @@ def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[
                 "position": position - first,
                 "symbol": symbol,
                 "p": float(probs[symbol]),
+                "surprisal": float(surprisal[position - lo]),
+                "entropy": float(entropy[position - lo]),
                 "tail": float(shard.tail[position]),
                 "supervised": bool(shard.mask[position]),
                 "top": _top(probs, top),
@@ -96,6 +175,7 @@ def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[
         "summary": summary,
         "document": shard.doc_id[number],
         "positions": rows,
+        "heat": (shard.text[lo : min(lo + PAINTED, last - 1)].tobytes(), entropy.tolist()),
     }
 
 
@@ -116,7 +196,7 @@ def _dump(path: Path, document: str, start: int, limit: int, top: int) -> dict[s
         **{name: value for name, value in meta.items() if name not in ("format", "version")},
     }
     rows: list[dict[str, Any]] = []
-    chosen = windows[_find(path, [window.doc_id for window in windows], document)].doc_id if windows else ""
+    chosen = windows[find_document(path, [window.doc_id for window in windows], document)].doc_id if windows else ""
     position = 0
     for window in windows:
         if window.doc_id != chosen:
@@ -155,7 +235,8 @@ def _dump(path: Path, document: str, start: int, limit: int, top: int) -> dict[s
     return {"file": str(path), "kind": "token dump", "summary": summary, "document": chosen, "positions": rows}
 
 
-def _find(path: Path, ids: list[str], document: str) -> int:
+def find_document(path: Path, ids: list[str], document: str) -> int:
+    """Index of a document by its id (empty: the first). Raises InputError."""
     if not document:
         return 0
     if document not in ids:

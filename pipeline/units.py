@@ -23,12 +23,11 @@ from pipeline.receipts import (
     canonical_json,
     read_receipt,
     record_file,
-    sha256_file,
     software_versions,
     unit_key,
     write_receipt,
 )
-from pipeline.store import Store, disk_errors
+from pipeline.stores import Store, disk_errors, sha256_file
 from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from schemas.settings import Settings
 from stages.corpus import CorpusReader, Document
@@ -164,12 +163,12 @@ def read_plan(store: Store) -> Plan | None:
     """The plan of a run folder as written, or None. Raises IntegrityError if it is damaged or of another version."""
     if not store.exists(PLAN_KEY):
         return None
-    path = store.get_path(PLAN_KEY)
+    raw, path = store.read_bytes(PLAN_KEY), f"{store.name}/{PLAN_KEY}"
     try:
-        version = json.loads(path.read_bytes()).get("version")
+        version = json.loads(raw).get("version")
         if version != PLAN_VERSION:
             raise IntegrityError(f"{path} has version {version}, not {PLAN_VERSION}; plan again in a new run.dir")
-        plan = Plan.model_validate_json(path.read_bytes())
+        plan = Plan.model_validate_json(raw)
     except (ValueError, ValidationError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{path} is damaged ({reason}); delete it and run `bytecache plan` again") from None
@@ -229,7 +228,7 @@ def _receipt(store: Store, plan: Plan) -> Receipt:
 
 def slice_is_whole(store: Store, unit: Unit) -> bool:
     """Whether the unit's slice file is there and hashes to the plan's sha256."""
-    return store.exists(unit.slice) and sha256_file(store.get_path(unit.slice)) == unit.sha256
+    return store.exists(unit.slice) and store.sha256(unit.slice) == unit.sha256
 
 
 def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Callable[[], bool]) -> list[Unit]:
@@ -273,7 +272,7 @@ def _write_slice(store: Store, index: int, split: Split, docs: list[tuple[str, s
             temporary.unlink(missing_ok=True)
             raise
     sha256 = sha256_file(temporary)
-    if store.exists(key) and sha256_file(store.get_path(key)) != sha256:
+    if store.exists(key) and store.sha256(key) != sha256:
         store.replace(key, temporary)
     else:
         store.put_if_absent(key, temporary)

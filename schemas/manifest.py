@@ -1,11 +1,12 @@
 """The index of a dataset folder: `manifest.parquet` (one row per shard) and `dataset.json`, written last.
 
-A folder is a dataset once its `dataset.json` names the hash of its `manifest.parquet`, which names the hash of
-every shard. Both are written to a temporary name, flushed and renamed, so a kill leaves the old index or the new
-one, or (between the two renames) a pair whose hashes disagree, which is refused with the remedy. The index holds
-no time and no path, so equal shards and info give an equal index.
+A chain of hashes: `dataset.json` names its own hash and that of `manifest.parquet`, which names the hash of every
+shard; each file has one spelling, so a flipped bit anywhere breaks the chain. Both are written to a temporary name,
+flushed and renamed: a kill leaves the old index or the new one, or (between the two renames) a pair whose hashes
+disagree, which is refused with the remedy. The index holds no time and no path: equal shards and info, equal index.
+Beside it lies README.md, a card made from the index for people and hubs (`schemas.card`).
 
-Price: `read_dataset` reads two small files; `verify_dataset` hashes every shard (about 1 GB/s per core).
+Price: reading an index parses two small files; hashing all shards is `schemas.verification`'s work.
 """
 
 import hashlib
@@ -13,16 +14,17 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from schemas.byte_shard import read_shard
+from schemas import card, strict_json
 from schemas.errors import InputError, IntegrityError, StorageError
 
 FORMAT = "bytecache.dataset"
@@ -30,6 +32,8 @@ VERSION = 1
 MANIFEST, DATASET, SUFFIX = "manifest.parquet", "dataset.json", ".zarr.zip"
 MAX_JSON, MAX_MANIFEST = 1 << 24, 1 << 28
 """Bytes of the two index files that a reader is willing to load."""
+MAX_SHARDS, MAX_TABLE = 1 << 22, 1 << 31
+"""Rows of a manifest, and the bytes it may decompress to."""
 
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
@@ -62,8 +66,8 @@ _SCHEMA = pa.schema(
         for name in ShardEntry.model_fields
     ]
 )
-_IDENTITY = ("teacher", "tokenizer", "corpus", "settings", "software", "creation")
-_FREE_TEXT = ("license", "attribution")
+_OBJECTS = ("teacher", "tokenizer", "corpus", "settings", "software", "creation")
+_FREE_TEXT = ("name", "license", "corpus_license", "teacher_license", "attribution")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Dataset:
     entries: tuple[ShardEntry, ...]
     """sorted by split, then file"""
     info: dict[str, Any]
-    """teacher, tokenizer, corpus, settings, software, creation: objects; license, attribution: text; and more"""
+    """teacher, tokenizer, corpus, settings, software, creation: objects; name, license, corpus_license,
+    teacher_license, attribution: text; and more"""
     manifest_hash: str
     """sha256 over the entries' values: the identity that data order depends on, whatever wrote the Parquet file"""
     fidelity: dict[str, Any] | None = None
@@ -83,15 +88,18 @@ class Dataset:
     def split(self, name: str) -> list[ShardEntry]:
         return [entry for entry in self.entries if entry.split == name]
 
+    @property
+    def where(self) -> str:
+        """The folder or URL, for messages."""
+        return str(self.folder)
+
     def path(self, entry: ShardEntry) -> Path:
         return self.folder / entry.file
 
-
-class Problem(NamedTuple):
-    file: str
-    kind: str
-    """index | missing | truncated | altered | inconsistent | duplicated | foreign | unreadable"""
-    detail: str
+    @contextmanager
+    def held(self, entry: ShardEntry) -> Iterator[Path]:
+        """The shard as a local file that stays while the block runs (its bytes are not checked here)."""
+        yield self.path(entry)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -132,7 +140,7 @@ def _totals(entries: Sequence[ShardEntry]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Atomically give `path` this content: temporary name in the same folder, flush, rename, flush the folder."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -160,29 +168,34 @@ def _checked_info(info: dict[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps(info, allow_nan=False, ensure_ascii=False).encode())
     except (TypeError, ValueError) as error:
         raise InputError(f"dataset info is not plain JSON: {error}; use text, numbers, lists and objects") from error
-    out: dict[str, Any] = {name: {} for name in _IDENTITY} | dict.fromkeys(_FREE_TEXT, "") | plain
-    for names, kind in ((_IDENTITY, dict), (_FREE_TEXT, str)):
+    out: dict[str, Any] = {name: {} for name in _OBJECTS} | dict.fromkeys(_FREE_TEXT, "") | plain
+    for names, kind in ((_OBJECTS, dict), (_FREE_TEXT, str)):
         for name in names:
             if not isinstance(out[name], kind):
                 raise InputError(f"dataset info {name!r} is a {type(out[name]).__name__}, must be a {kind.__name__}")
     return out
 
 
-def write_dataset(
-    folder: str | os.PathLike[str],
-    entries: Iterable[ShardEntry],
-    info: dict[str, Any],
-    fidelity: dict[str, Any] | None = None,
-) -> Dataset:
-    """Publish a folder of finished shards: write `manifest.parquet`, then `dataset.json`.
+def seal(document: dict[str, Any]) -> bytes:
+    """The one spelling of an index document: sorted keys, its own sha256 (over the spelling without it) included."""
+
+    def spell(value: dict[str, Any]) -> bytes:
+        return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    bare = {key: value for key, value in document.items() if key != "sha256"}
+    return spell({**bare, "sha256": hashlib.sha256(spell(bare)).hexdigest()})
+
+
+def index_documents(
+    entries: Iterable[ShardEntry], info: dict[str, Any], fidelity: dict[str, Any] | None = None
+) -> dict[str, bytes]:
+    """Name and bytes of `manifest.parquet`, the card `README.md` and `dataset.json`; publish them in that order.
 
     `info`: any JSON object; `teacher`, `tokenizer`, `corpus`, `settings`, `software`, `creation` (no time of day,
-    or equal runs differ) must be objects, `license` and `attribution` text; what is absent is written as empty.
-    `fidelity`: the certificate of `stages.fidelity`, plain JSON; None where nothing was measured.
-    Raises InputError for entries that repeat a file or content or whose file is absent or of another size;
-    StorageError when the disk refuses.
+    or equal runs differ) must be objects; `name`, `license`, `corpus_license`, `teacher_license` and
+    `attribution` text; what is absent is written as empty. `fidelity`: the certificate of `stages.fidelity`,
+    plain JSON; None where nothing was measured. Raises InputError for entries that repeat a file or content.
     """
-    folder = Path(folder)
     listed = _in_order(entries)
     for what in ("file", "sha256"):
         seen: dict[str, str] = {}
@@ -193,26 +206,44 @@ def write_dataset(
                     f"{entry.file}: {what} {value} is already listed ({seen[value]}); list each shard once"
                 )
             seen[value] = entry.file
-    for entry in listed:
-        path = folder / entry.file
-        if not path.is_file() or path.stat().st_size != entry.size:
-            raise InputError(f"{path}: missing, or not of {entry.size} bytes; commit every shard before the index")
     sink = pa.BufferOutputStream()
     rows = [entry.model_dump() for entry in listed]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd", store_schema=False)
     manifest = sink.getvalue().to_pybytes()
-    content_hash = _content_hash(listed)
+    hashes = {"sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": _content_hash(listed)}
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "manifest": {"file": MANIFEST, "sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": content_hash},
+        "manifest": {"file": MANIFEST, **hashes},
         "splits": _totals(listed),
         "info": _checked_info(info),
         "fidelity": fidelity,
     }
-    _replace(folder / MANIFEST, manifest)
-    _replace(folder / DATASET, json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return Dataset(folder, listed, document["info"], content_hash, fidelity)  # type: ignore[arg-type]
+    return {MANIFEST: manifest, card.FILE: card.render(document).encode(), DATASET: seal(document)}
+
+
+def write_dataset(
+    folder: str | os.PathLike[str],
+    entries: Iterable[ShardEntry],
+    info: dict[str, Any],
+    fidelity: dict[str, Any] | None = None,
+) -> Dataset:
+    """Publish a local folder of finished shards (see `index_documents`). A README.md that somebody wrote is kept.
+
+    Raises InputError for entries that repeat a file or content or whose file is absent or of another size;
+    StorageError when the disk refuses.
+    """
+    folder = Path(folder)
+    listed = _in_order(entries)
+    documents = index_documents(listed, info, fidelity)
+    for entry in listed:
+        path = folder / entry.file
+        if not path.is_file() or path.stat().st_size != entry.size:
+            raise InputError(f"{path}: missing, or not of {entry.size} bytes; commit every shard before the index")
+    for name, raw in documents.items():
+        if name != card.FILE or card.is_ours(folder / name):
+            replace_file(folder / name, raw)
+    return Dataset(folder, listed, _checked_info(info), _content_hash(listed), fidelity)
 
 
 def _load(path: Path, limit: int) -> bytes:
@@ -232,106 +263,81 @@ def _load(path: Path, limit: int) -> bytes:
 def read_dataset(folder: str | os.PathLike[str]) -> Dataset:
     """Read and check a dataset's index; the shards themselves are not opened.
 
-    Raises IntegrityError, naming file and reason: no `dataset.json`, another format or version, a manifest whose
-    hash, columns, values, names or totals do not match; StorageError when a file cannot be read.
+    Raises IntegrityError, naming file and reason: no `dataset.json`, another format or version, an index whose
+    hashes, columns, values, names or totals do not match; StorageError when a file cannot be read.
     """
     folder = Path(folder)
-    path = folder / DATASET
+    document = _load(folder / DATASET, MAX_JSON)
+    return parse_index(folder, str(folder), document, lambda: _load(folder / MANIFEST, MAX_MANIFEST))
+
+
+def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: Callable[[], bytes]) -> Dataset:
+    """A dataset from the bytes of its two index files; `where` names their folder or URL in messages.
+
+    `load_manifest` is called once `dataset.json` is known to be whole. Raises IntegrityError as `read_dataset`.
+    """
+    path, table_path = f"{where}/{DATASET}", f"{where}/{MANIFEST}"
     try:
-        document = json.loads(_load(path, MAX_JSON))
-    except (ValueError, RecursionError) as error:
+        document = strict_json.parse(document_bytes)
+    except ValueError as error:
         raise IntegrityError(f"{path}: is not JSON ({error}); fetch or make the index again") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise IntegrityError(f"{path}: is not a {FORMAT!r} index; point at the folder that holds the shards")
     if document.get("version") != VERSION:
         version = str(document.get("version"))[:40]
         raise IntegrityError(f"{path}: version {version}, this reader knows {VERSION}; use the matching release")
+    try:
+        whole = seal(document) == document_bytes
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: cannot be hashed ({error}); fetch or make the index again") from error
+    if not whole:
+        raise IntegrityError(
+            f"{path}: does not match the sha256 that it states for itself; it was damaged or edited: fetch it again, "
+            "or rerun `bytecache convert`"
+        )
     manifest, info = document.get("manifest"), document.get("info")
     if not isinstance(manifest, dict) or not isinstance(info, dict) or manifest.get("file") != MANIFEST:
         raise IntegrityError(f"{path}: `info` must be an object and `manifest.file` {MANIFEST!r}; make the index again")
     fidelity = document.get("fidelity", "absent")
     if fidelity is not None and not isinstance(fidelity, dict):
         raise IntegrityError(f"{path}: `fidelity` must be an object or null; fetch or make the index again")
-    table_path = folder / MANIFEST
-    data = _load(table_path, MAX_MANIFEST)
+    data = load_manifest()
     found = hashlib.sha256(data).hexdigest()
     if found != manifest.get("sha256"):
         raise IntegrityError(
             f"{table_path}: sha256 is {found}, {DATASET} says {str(manifest.get('sha256'))[:80]}; fetch both again, "
             "or rerun the stage that makes them"
         )
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        if table.schema.names != _SCHEMA.names or table.schema.types != _SCHEMA.types:
-            raise IntegrityError(f"{table_path}: columns {table.schema.names} are not those of version {VERSION}")
-        entries = tuple(ShardEntry(**row) for row in table.to_pylist())
-    except ValidationError as error:
-        first = error.errors()[0]
-        value = repr(first.get("input"))[:120]
-        raise IntegrityError(
-            f"{table_path}: {first['loc'][0]} {value} refused: {first['msg']}; do not use it"
-        ) from error
-    except pa.ArrowException as error:
-        raise IntegrityError(f"{table_path}: is not Parquet ({error}); fetch or make the index again") from error
+    entries = _parse_manifest(table_path, data)
     if len({entry.file for entry in entries}) != len(entries) or entries != _in_order(entries):
         raise IntegrityError(f"{table_path}: shards must be sorted and listed once; make the index again")
     content_hash = _content_hash(entries)
     if manifest.get("content_sha256") != content_hash or document.get("splits") != _totals(entries):
         raise IntegrityError(f"{path}: content hash or totals do not match {MANIFEST}; make the index again")
+    for names, kind in ((_OBJECTS, dict), (_FREE_TEXT, str)):
+        for name in names:
+            if not isinstance(info.get(name, kind()), kind):
+                raise IntegrityError(f"{path}: info.{name} is not {kind.__name__}; make the index again")
     return Dataset(folder, entries, info, content_hash, fidelity)
 
 
-def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> list[Problem]:
-    """Everything that is wrong with a dataset folder, by file name; an empty list means every byte is as published.
-
-    Recomputes each shard's sha256; reports shards that are missing, truncated, altered, duplicated (listed twice
-    by content, or present under a second name) or foreign (`*.zarr.zip` that no entry lists). `deep` also opens
-    each shard and compares its structure and counts with the manifest. Never raises for a broken dataset.
-    """
+def _parse_manifest(path: str, data: bytes) -> tuple[ShardEntry, ...]:
+    """The rows of a manifest; what it would decompress to is bounded before anything is decompressed."""
     try:
-        dataset = read_dataset(folder)
-    except (IntegrityError, StorageError) as error:
-        return [Problem(DATASET, "index", str(error))]
-    problems: list[Problem] = []
-    by_hash: dict[str, str] = {}
-    for entry in dataset.entries:
-        if entry.sha256 in by_hash:
-            problems.append(Problem(entry.file, "duplicated", f"same content as {by_hash[entry.sha256]}"))
-        by_hash.setdefault(entry.sha256, entry.file)
-        path = dataset.path(entry)
-        try:
-            size = path.stat().st_size
-            found = file_sha256(path) if size == entry.size else ""
-        except FileNotFoundError:
-            problems.append(Problem(entry.file, "missing", f"the manifest lists {entry.size} bytes"))
-            continue
-        except OSError as error:
-            problems.append(Problem(entry.file, "unreadable", str(error)))
-            continue
-        if size < entry.size:
-            problems.append(Problem(entry.file, "truncated", f"{size} bytes, the manifest says {entry.size}"))
-        elif size > entry.size or found != entry.sha256:
-            detail = f"{size} bytes, the manifest says {entry.size}" if size > entry.size else f"sha256 is {found}"
-            problems.append(Problem(entry.file, "altered", f"{detail}, the manifest says {entry.sha256}"))
-        elif deep:
-            problems += _deep(path, entry)
-    known = {entry.file for entry in dataset.entries}
-    for path in sorted(dataset.folder.iterdir()):
-        if path.name.endswith(SUFFIX) and path.name not in known:
-            twin = by_hash.get(file_sha256(path)) if path.is_file() else None
-            kind, detail = ("duplicated", f"same content as {twin}") if twin else ("foreign", "no entry lists it")
-            problems.append(Problem(path.name, kind, detail))
-    return problems
-
-
-def _deep(path: Path, entry: ShardEntry) -> list[Problem]:
-    try:
-        statistics = read_shard(path).statistics
-    except (IntegrityError, StorageError) as error:
-        return [Problem(entry.file, "inconsistent", str(error))]
-    wrong = [
-        f"{name} is {statistics.get(name)}, the manifest says {getattr(entry, name)}"
-        for name in (*_COUNTS[1:], "tail_mean", "tail_max")
-        if statistics.get(name) != getattr(entry, name)
-    ]
-    return [Problem(entry.file, "inconsistent", "; ".join(wrong))] if wrong else []
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            meta = file.metadata
+            size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+            if not (0 <= meta.num_rows <= MAX_SHARDS and 0 <= size <= MAX_TABLE):
+                raise IntegrityError(
+                    f"{path}: {meta.num_rows} rows of {size} bytes, at most {MAX_SHARDS} rows and {MAX_TABLE} bytes "
+                    "are read; do not use it"
+                )
+            if file.schema_arrow.names != _SCHEMA.names or file.schema_arrow.types != _SCHEMA.types:
+                raise IntegrityError(f"{path}: columns {file.schema_arrow.names} are not those of version {VERSION}")
+            return tuple(ShardEntry(**row) for row in file.read().to_pylist())
+    except ValidationError as error:
+        first = error.errors()[0]
+        value = repr(first.get("input"))[:120]
+        raise IntegrityError(f"{path}: {first['loc'][0]} {value} refused: {first['msg']}; do not use it") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise IntegrityError(f"{path}: is not Parquet ({error}); fetch or make the index again") from error

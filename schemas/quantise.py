@@ -1,21 +1,23 @@
-"""The 8-bit probability code and the loops over positions: encode, check, decode. No I/O.
+"""What a position stores: the codes, and the loops that choose and quantise it. No I/O.
 
-Code: 0 is exactly zero, c in 1..255 is 10 ** (-6 * (255 - c) / 254), so 1e-6 .. 1 in steps of 5.6 %.
-One symbol per position, the most likely one, is not coded: it is 1 minus all the rest, so that the
-largest probability has the smallest error. What is cheap to get wrong and is guaranteed here:
+Codes: a listed symbol has (c / 256) ** 2, the unlisted mass (c / 256) ** 4. Steps are equal in the square root of a
+probability, where equal steps cost equal divergence; the fourth power reaches down to the small tails. Both are
+multiples of 2 ** -32, so sums are exact. One symbol per position, the most likely, is implied: 1 minus all the rest.
 
-* the decoded rest never reaches 1. Codes are rounded to the nearest, but the summed rounding error is
-  carried along the row and may lift the rest by at most 1/32 of the implied symbol; a code that would
-  exceed that is rounded down instead. The implied symbol keeps >= 31/32 of its value, hence is > 0;
-* mass is never dropped or renormalised: whatever is not listed is in the tail, and a tail > 0 never
-  gets code 0. A row whose most likely symbol is below 1e-6 lists nothing and has a tail of exactly 1;
-* the result does not depend on the width of the machine's vectors: thresholds come from exact decimal
-  arithmetic and sums run in 16 fixed lanes.
+What is listed is a trade of rate against distortion. A symbol that is not listed still gets its share of the tail from
+the prior (prior.py), so listing it gains p ln(p / q) - p + q nats over that share q; it is listed where this exceeds
+`rate` nats per bit of its price. Codes are rounded to multiples of a coarse step where that divergence is small beside
+what finer ones would cost. Guaranteed whatever the input:
 
-Price, one core, rows of 10 symbols: about 200 ns to encode a position, half of it the scan of its 1 KiB of input;
-15 to check one, 30 to decode one (SPEC.md, "Cost").
+* the implied symbol keeps at least half of its value (normally within a percent), hence is > 0;
+* mass is never dropped or renormalised: what is not listed is in the tail, and a tail > 0 never gets code 0;
+* the result does not depend on the machine: sums run in fixed point or in a fixed order, logarithms that decide
+  come from an integer table, square roots are IEEE's.
+
+Price, one core: SPEC.md, "Cost".
 """
 
+import math
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -24,330 +26,299 @@ from numpy.typing import NDArray
 
 SYMBOLS = 257
 END = 256
-FLOOR = 1e-6
-"""Smallest probability that has a code; anything rarer is summed into the tail."""
-END_IS_TOP = 255
-"""Value of the `end` column that says: END is the implied symbol of this row (P(END) <= 0.5 otherwise)."""
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
-SUM_TOLERANCE = 1e-4
-INDEX_STRIDE = 1024
-"""Rows between two entries of the sparse row -> entry index."""
+FLOOR = 1e-6
+"""A row whose most likely symbol is rarer than this lists nothing."""
+MAX_COUNT = 127
+FLAT_TAIL = 0.98
+"""Unlisted mass above which a row lists nothing: no code is near it."""
+FINE_TAIL = 20.0
+"""A tail leaves the multiples of its step where that spares more than so many bits are worth."""
 
 U8 = NDArray[np.uint8]
+I16 = NDArray[np.int16]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+I32 = NDArray[np.int32]
 
 # Reasons a row is refused (returned by the kernels, worded by byte_shard.py).
 OK, BAD_VALUE, BAD_SUM, BAD_ORDER, BAD_CODE, BAD_MASS, BAD_COUNT = range(7)
 
+VALUE: F64 = (np.arange(256) / 256.0) ** 2
+"""float64 [256]: probability of a listed symbol's code."""
+TAIL: F64 = np.append(((np.arange(255) / 256.0) ** 2) ** 2, 1.0)
+"""float64 [256]: mass of a `tail` code; 255 = 1."""
 
-def _power(half_steps: int) -> float:
-    """10 ** (-6 * half_steps / 508), correctly rounded on every machine (libm's pow is not)."""
+
+def _log2_table() -> I64:
+    """log2(1 + m / 4096) in units of 2 ** -20, rounded: the same on every machine."""
     with localcontext() as context:
-        context.prec = 40
-        return float(Decimal(10) ** (Decimal(-6 * half_steps) / Decimal(508)))
+        context.prec = 30
+        two = Decimal(2).ln()
+        return np.array([int(((1 + Decimal(m) / 4096).ln() / two * 2**20).to_integral_value()) for m in range(4096)])
 
 
-DECODE: F64 = np.array([0.0] + [_power(2 * (255 - c)) for c in range(1, 256)])
-"""float64 [256]: probability of each code."""
-_MIDDLE: F64 = np.array([0.0] + [_power(2 * (255 - c) - 1) for c in range(1, 255)] + [np.inf])
-"""float64 [256]: geometric mean of codes c and c + 1, where rounding to the nearest turns upwards."""
-_NEXT: F64 = np.append(DECODE[1:], np.inf)
-_INVERSE: F64 = np.append(0.0, 1.0 / DECODE[1:])
-_GUESS: U8 = np.maximum(
-    np.searchsorted(
-        DECODE, (np.arange(0x3F84, dtype=np.uint32) << np.uint32(16))[::4].view(np.float32).astype(np.float64), "right"
-    )
-    - 1,
-    1,
-).astype(np.uint8)
-"""uint8: first 14 bits of a float32 -> the code at or one below it (such a bucket is narrower than a step)."""
-_LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))
+_LOG2 = _log2_table()
+_LN2_UNIT = 0.6931471805599453 / 2**20
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _guess(bits: np.uint32, p: float) -> int:
-    """Largest code whose probability is <= p, a float32 with these bits; 1 when p is below the range."""
-    code = np.int64(_GUESS[bits >> np.uint32(18)])
-    return code + (p >= _NEXT[code])
+def _log2(bits: np.uint64) -> int:
+    """log2 of a positive float64 with these bits, units of 2 ** -20 above an arbitrary zero, within 2 ** -12."""
+    return (np.int64(bits >> np.uint64(52)) << 20) + _LOG2[np.int64(bits >> np.uint64(40)) & 4095]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _carry(p: float, below: int, error: float, limit: float) -> int:
-    """Code for p, given the one below it: the nearest, unless the row's summed error says otherwise.
+def _round_code(root: float, step: int, highest: int, p: float, power: int, error: float, top: float) -> int:
+    """The multiple of `step` next to 256 * root, `highest` at most, that errs least on p and on the implied symbol.
 
-    Invariant: the summed error stays <= limit. The other direction only pulls back towards zero.
+    `power` 2 or 4; `error` summed so far; `top` the implied symbol's true mass. 0: none above zero leaves the
+    implied symbol half of its value.
     """
-    code = below + (p >= _MIDDLE[below])
-    after = error + (DECODE[code] - p)
-    if after > limit:
-        return below
-    if after < -limit and code == below and below < 255:
-        above = error + (DECODE[below + 1] - p)
-        if above <= limit and above < -after:
-            return below + 1
-    return code
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _divergence(p: float, q: float, inverse: float) -> float:
-    """p ln(p / q), inverse = 1 / q; a series where they are a code's step apart, cheaper than a logarithm."""
-    x = (p - q) * inverse
-    if abs(x) > 0.06:
-        return p * np.log(p * inverse)
-    return p * x * (1.0 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5)))))
+    x = root * 256.0
+    below = int(x / step) * step
+    best = 0
+    least = np.inf
+    for code in (below, below + step):
+        code = min(code, highest)
+        if code < 1:
+            continue
+        value = (code / 256.0) * (code / 256.0)
+        if power == 4:
+            value *= value
+        off = value - p
+        after = error + off
+        if after > 0.5 * top:
+            continue
+        cost = off * off / max(value, p) + after * after / top
+        if cost < least:
+            least, best = cost, code
+    return best
 
 
 @njit(cache=True, nogil=True)
-def _scan(
-    probs: F32,
-    bits: NDArray[np.uint32],
-    start: np.uint64,
-    threshold: np.uint32,
-    scale: np.float32,
-    flags: U8,
-    words: NDArray[np.uint64],
-    found: I64,
-) -> tuple[np.uint32, int, int]:
-    """One row's 256 bytes: (largest value's bits, sum of those below threshold, how many are not), ids in `found`.
+def learn_masses(node: I32, skip: U8, count: I16, symbol: I16, prob: F32, unit: float, mass: I64) -> None:
+    """Add the probabilities of rows to int64 `mass` [K, 257] of their nodes, where `skip` [entries] is 0."""
+    at = 0
+    for i in range(node.shape[0]):
+        for k in range(at, at + count[i]):
+            if skip[k] == 0:
+                mass[node[i], symbol[k]] += np.int64(float(prob[k]) * unit)
+        at += count[i]
 
-    Two vectorised loops. The sum is in fixed point (`scale` units per 1, each summand rounded up), so that its
-    order does not matter and a summand > 0 never vanishes.
+
+@njit(cache=True, nogil=True)
+def _add_divergence(
+    order: I64,
+    listed: U8,
+    symbol: I16,
+    prob: F32,
+    coded: F64,
+    implied: float,
+    error: float,
+    rest: float,
+    given: float,
+    tail: float,
+    weight: F64,
+    unlisted_weight: float,
+    divergence: F64,
+) -> None:
+    """Bookkeeping, nothing is decided by it: the KL of one row, quantisation alone and with the tail spread.
+
+    `order`: the row's entries, the implied symbol's first; `coded` their decoded probabilities where listed;
+    `unlisted_weight`: prior weight of all symbols but the implied one. Of what the row did not keep, `rest`, the
+    input's own unlisted mass, `given`, is spread as the decoder spreads it, and the remainder counts as one symbol.
     """
-    biggest = np.uint32(0)
-    pruned = np.int64(0)
-    for j in range(np.uint64(256)):
-        value = bits[start + j]
-        biggest = value if value > biggest else biggest
-        fixed = np.int32(probs[start + j] * scale) + np.int32(value != 0)
-        pruned += np.int64(0) if value >= threshold else np.int64(fixed)
-    for j in range(np.uint64(256)):
-        flags[j] = bits[start + j] >= threshold
-    n = 0
-    for word in range(np.uint64(32)):
-        if words[word] != 0:
-            for j in range(word * np.uint64(8), word * np.uint64(8) + np.uint64(8)):
-                found[n] = j
-                n += flags[j]
-    return biggest, int(pruned), n
+    quantised = implied * math.log(implied / (implied - error))
+    whole = quantised
+    missing = rest
+    for k in range(1, order.shape[0]):
+        e = order[k]
+        p = float(prob[e])
+        if listed[e]:
+            unlisted_weight -= weight[symbol[e]]
+            x = p * math.log(p / coded[k])
+            quantised += x
+            whole += x
+        else:
+            missing += p
+    if missing > 1e-12 and tail > 0.0:
+        quantised += missing * math.log(missing / tail)
+        share = unlisted_weight
+        for k in range(1, order.shape[0]):
+            e = order[k]
+            if not listed[e] and prob[e] > 0:
+                w = weight[symbol[e]] / unlisted_weight
+                share -= weight[symbol[e]]
+                p = float(prob[e]) + given * w
+                whole += p * math.log(p / (tail * w))
+        w = max(share, 1e-12) / unlisted_weight
+        p = max(0.0, rest - given) + given * w
+        if p > 1e-12:
+            whole += p * math.log(p / (tail * w))
+    divergence[0] += quantised
+    divergence[1] += whole
 
 
 @njit(cache=True, nogil=True)
 def encode_rows(
-    probs: F32,
-    bits: NDArray[np.uint32],
-    unlisted: F32,
-    threshold: np.uint32,
-    floor: np.uint32,
-    scale: np.float32,
-    top: U8,
+    true: I16,
+    node: I32,
+    count: I16,
+    rest: F64,
+    given: F32,
+    symbol: I16,
+    prob: F32,
+    weight: F64,
+    total_weight: F64,
+    rank: I16,
+    price: F64,
+    rate: float,
+    prune: float,
+    value_step: int,
+    tail_step: int,
+    head: U8,
     tail: U8,
-    end: U8,
-    count: U8,
-    entry_byte: U8,
-    entry_code: U8,
+    top: U8,
+    gap: U8,
+    value: U8,
+    listed: U8,
     divergence: F64,
-) -> tuple[int, int, int, float]:
-    """Quantise m rows of next-symbol probabilities.
+) -> tuple[int, int]:
+    """Choose what rows list, quantise it, and lay it out.
 
-    probs float32 [m * 257], flat, and `bits`, the same memory as uint32; unlisted float32 [m]; `threshold` for
-    bytes and `floor` for END as float32 bits. Output columns uint8 [m] and entries uint8 [256 m]. `divergence[0]`
-    grows by the KL (nats) between each row (listed symbols + tail) and its decoding. Returns (entries, row,
-    reason, value); row is -1 when all rows are good, otherwise the first bad one.
+    true int16 [n]: the symbol that follows; node, count, rest, symbol, prob: rows as `gather_rows` keeps them; given
+    float32 [n]: the unlisted mass they came with;
+    weight, rank [K, 257], total_weight [K]: the prior; price float64 [257]: nats an entry at each rank must gain.
+    Output, as in `packing.Codes`: head, tail uint8 [n]; top uint8 [M]; gap, value uint8 [E]; `listed` uint8 [entries
+    of the input]: 1 = not in the tail. divergence[0] grows by the quantisation KL (rows over listed symbols and
+    tail), [1] by the whole KL, tail spread by the prior. Returns (M, E).
     """
-    words = np.empty(32, np.uint64)
-    flags = words.view(np.uint8)
-    found = np.empty(257, np.int64)
-    scratch = np.empty(1, np.float32)
-    scratch_bits = scratch.view(np.uint32)
-    n_entries = 0
-    total_divergence = 0.0
-    for i in range(unlisted.shape[0]):
-        start = np.uint64(i) * np.uint64(257)
-        # As unsigned integers, floats >= 0 keep their order; negative, NaN and infinite ones land above the limit.
-        top_bits, fixed, n = _scan(probs, bits, start, threshold, scale, flags, words, found)
-        pruned = fixed / float(scale)
-        end_bits = bits[start + np.uint64(256)]
-        p_end = float(probs[start + np.uint64(256)])
-        given = float(unlisted[i])
-        if top_bits > _LIMIT_BITS or end_bits > _LIMIT_BITS:
-            for j in range(257):
-                if bits[start + np.uint64(j)] > _LIMIT_BITS:
-                    return n_entries, i, BAD_VALUE, float(probs[start + np.uint64(j)])
-        if not (given >= 0.0 and given <= 1.0 + SUM_TOLERANCE):
-            return n_entries, i, BAD_VALUE, given
-        if end_bits > top_bits:
-            top_symbol = END
-            implied = p_end
-            p_end = 0.0
-        else:
-            top_symbol = -1
-            for k in range(n):
-                if bits[start + np.uint64(found[k])] == top_bits:
-                    top_symbol = found[k]
-                    break
-            if top_symbol < 0:  # the most likely symbol itself is below the threshold
-                top_symbol = 0
-                while bits[start + np.uint64(top_symbol)] != top_bits:
-                    top_symbol += 1
-                pruned = max(0.0, pruned - float(probs[start + np.uint64(top_symbol)]))
-            implied = float(probs[start + np.uint64(top_symbol)])
-            if end_bits < floor:
-                pruned += p_end
-                p_end = 0.0
-        skip = top_symbol
-        if n == 256 and top_symbol == END:  # `count` has no 256: the least likely byte goes to the tail
-            skip = 0
-            for j in range(1, 256):
-                if bits[start + np.uint64(j)] < bits[start + np.uint64(skip)]:
-                    skip = j
-            pruned += float(probs[start + np.uint64(skip)])
-        rest = p_end
-        for k in range(n):
-            if found[k] != skip:
-                rest += float(probs[start + np.uint64(found[k])])
-        missing = given + pruned
-        if not abs(implied + rest + missing - 1.0) <= SUM_TOLERANCE:
-            return n_entries, i, BAD_SUM, implied + rest + missing
-        implied = 1.0 - rest - missing
-        if implied < FLOOR:  # then every symbol is below 1.1e-4 and the tail above 0.97
-            top[i], tail[i], end[i], count[i] = 0, TAIL_IS_ALL, 0, 0
+    scratch = np.empty(1, np.float64)
+    scratch_bits = scratch.view(np.uint64)
+    order = np.empty(SYMBOLS, np.int64)
+    coded = np.empty(SYMBOLS)
+    codes = np.empty(SYMBOLS, np.int64)
+    spots = np.empty(SYMBOLS, np.int64)
+    at = 0
+    n_top = 0
+    out = 0
+    for i in range(node.shape[0]):
+        m = int(count[i])
+        row = node[i]
+        best = at
+        for k in range(at + 1, at + m):
+            if prob[k] > prob[best]:
+                best = k
+        implied = float(prob[best]) if m else 0.0
+        t = rest[i]
+        n_sorted, n_rest = 0, m
+        for k in range(at, at + m):  # what could be listed by descending probability, the top first; then the others
+            listed[k] = 0
+            if k != best:
+                t += float(prob[k])
+                if prob[k] < prune:
+                    n_rest -= 1
+                    order[n_rest] = k
+                    continue
+            j = n_sorted
+            while j > 0 and prob[order[j - 1]] < prob[k]:
+                order[j] = order[j - 1]
+                j -= 1
+            order[j] = k
+            n_sorted += 1
+        top_symbol = int(symbol[best]) if m else 0
+        if implied < FLOOR:
+            head[i], tail[i] = 0, TAIL_IS_ALL
+            at += m
             continue
-        limit = implied / 32.0
+        listed[best] = 1
+        w = total_weight[row] - weight[row, top_symbol]
+        top_rank = rank[row, top_symbol]
+        n_listed = 0
+        for _ in range(2):
+            for k in range(1, m):
+                e = order[k]
+                p = float(prob[e])
+                if p < prune or n_listed == MAX_COUNT:
+                    break
+                if listed[e]:
+                    continue
+                s = symbol[e]
+                q = t * weight[row, s] / w
+                if p <= q:
+                    continue
+                scratch[0] = p
+                lp = _log2(scratch_bits[0])
+                scratch[0] = q
+                gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
+                r = rank[row, s]
+                if gain > price[r - (r > top_rank)]:
+                    listed[e] = 1
+                    n_listed += 1
+                    t = max(t - p, rest[i])
+                    w -= weight[row, s]
+        t = rest[i]  # again, without the rounding of the subtractions above
+        for k in range(1, m):
+            if not listed[order[k]]:
+                t += float(prob[order[k]])
+        if t > FLAT_TAIL:
+            for k in range(m):
+                listed[at + k] = 0
+            head[i], tail[i] = 0, TAIL_IS_ALL
+            at += m
+            continue
         error = 0.0
         code = 0
-        if missing > 0.0:
-            scratch[0] = missing
-            code = _guess(scratch_bits[0], missing)
-            while code > 1 and missing < DECODE[code]:  # the cast to float32 may have rounded up
-                code -= 1
-            if missing >= FLOOR:
-                code = _carry(missing, code, 0.0, limit)
-            error = DECODE[code] - missing
-            total_divergence += _divergence(missing, DECODE[code], _INVERSE[code])
+        if t > 0.0:
+            root = math.sqrt(math.sqrt(t))
+            code = _round_code(root, tail_step, 254, t, 4, 0.0, implied)
+            off = TAIL[code] - t
+            if code == 0 or off * off / max(t, TAIL[code]) + off * off / implied > FINE_TAIL * rate:
+                code = max(1, _round_code(root, 1, 254, t, 4, 0.0, implied))
+            error = TAIL[code] - t
         tail[i] = code
-        code = 0
-        if p_end > 0.0:
-            code = _carry(p_end, _guess(end_bits, p_end), error, limit)
-            error += DECODE[code] - p_end
-            total_divergence += _divergence(p_end, DECODE[code], _INVERSE[code])
-        first = n_entries
-        for k in range(n):
-            if found[k] != skip:
-                at = start + np.uint64(found[k])
-                p = float(probs[at])
-                entry = _carry(p, _guess(bits[at], p), error, limit)
-                entry_byte[n_entries] = found[k]
-                entry_code[n_entries] = entry
-                n_entries += 1
-                error += DECODE[entry] - p
-                total_divergence += _divergence(p, DECODE[entry], _INVERSE[entry])
-        total_divergence += _divergence(implied, implied - error, 1.0 / (implied - error))
-        count[i] = n_entries - first
-        top[i] = 0 if top_symbol == END else top_symbol
-        end[i] = END_IS_TOP if top_symbol == END else code
-    divergence[0] += total_divergence
-    return n_entries, -1, OK, 0.0
-
-
-@njit(cache=True, nogil=True)
-def check_rows(top: U8, tail: U8, end: U8, count: U8, entry_byte: U8, entry_code: U8, index: I64) -> tuple[int, int]:
-    """Refuse columns that no writer produces, and fill `index` int64 [ceil(N / 1024) + 1] with entry offsets.
-
-    Returns (row, reason); row is -1 when every row decodes to a distribution: entries in range, bytes strictly
-    ascending and unlike `top`, no zero codes, mass below 1.
-    """
-    at = 0
-    for i in range(top.shape[0]):
-        if i % INDEX_STRIDE == 0:
-            index[i // INDEX_STRIDE] = at
-        stop = at + int(count[i])
-        if stop > entry_byte.shape[0]:
-            return i, BAD_COUNT
-        if tail[i] == TAIL_IS_ALL:
-            if stop != at or end[i] != 0 or top[i] != 0:
-                return i, BAD_MASS
-            continue
-        total = DECODE[tail[i]]
-        implied = int(top[i])
-        if end[i] == END_IS_TOP:
-            if implied != 0:
-                return i, BAD_CODE
-            implied = END
-        else:
-            total += DECODE[end[i]]
+        n = 0
+        for k in range(1, m):
+            e = order[k]
+            coded[k] = 0.0
+            if not listed[e]:
+                continue
+            p = float(prob[e])
+            code = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied)
+            if code == 0:  # no code leaves the implied symbol enough: this one stays unlisted, its mass with that
+                listed[e] = 0
+                error -= p
+                continue
+            coded[k] = VALUE[code]
+            error += VALUE[code] - p
+            r = int(rank[row, symbol[e]])
+            r -= r > top_rank
+            j = n
+            while j > 0 and spots[j - 1] > r:
+                spots[j] = spots[j - 1]
+                codes[j] = codes[j - 1]
+                j -= 1
+            spots[j] = r
+            codes[j] = code
+            n += 1
         before = -1
-        for k in range(at, stop):
-            byte = int(entry_byte[k])
-            if byte <= before or byte == implied:
-                return i, BAD_ORDER
-            if entry_code[k] == 0:
-                return i, BAD_CODE
-            before = byte
-            total += DECODE[entry_code[k]]
-        if total >= 1.0:
-            return i, BAD_MASS
-        at = stop
-    index[index.shape[0] - 1] = at
-    return (-1, OK) if at == entry_byte.shape[0] else (top.shape[0] - 1, BAD_COUNT)
-
-
-@njit(cache=True, nogil=True)
-def decode_rows(
-    lo: int,
-    hi: int,
-    at: int,
-    top: U8,
-    tail: U8,
-    end: U8,
-    count: U8,
-    entry_byte: U8,
-    entry_code: U8,
-    row: NDArray[np.int32],
-    symbol: NDArray[np.int16],
-    prob: F32,
-) -> int:
-    """Write rows lo..hi as (row - lo, symbol, probability), symbols ascending; `at` is the entry offset of lo.
-
-    Output arrays need sum(count) + 2 (hi - lo) places; returns how many were written. Implied symbols and END
-    are included, zero probabilities are not.
-    """
-    out = 0
-    for i in range(lo, hi):
-        stop = at + int(count[i])
-        code = end[i]
-        total = DECODE[tail[i]]
-        if code != END_IS_TOP:
-            total += DECODE[code]
-        for k in range(at, stop):
-            total += DECODE[entry_code[k]]
-        implied = 1.0 - total
-        relative = i - lo
-        top_symbol = int(top[i])
-        k = at
-        if code != END_IS_TOP and tail[i] != TAIL_IS_ALL:
-            while k < stop and entry_byte[k] < top_symbol:
-                row[out] = relative
-                symbol[out] = entry_byte[k]
-                prob[out] = DECODE[entry_code[k]]
-                out += 1
-                k += 1
-            row[out] = relative
-            symbol[out] = top_symbol
-            prob[out] = implied
+        for j in range(n):
+            gap[out] = spots[j] - before - 1
+            value[out] = codes[j]
+            before = spots[j]
             out += 1
-        while k < stop:
-            row[out] = relative
-            symbol[out] = entry_byte[k]
-            prob[out] = DECODE[entry_code[k]]
-            out += 1
-            k += 1
-        if code != 0:
-            row[out] = relative
-            symbol[out] = END
-            prob[out] = implied if code == END_IS_TOP else DECODE[code]
-            out += 1
-        at = stop
-    return out
+        miss = top_symbol != true[i]
+        if miss:
+            r = rank[row, top_symbol]
+            top[n_top] = r - (r > rank[row, true[i]])
+            n_top += 1
+        head[i] = 2 * n + miss
+        _add_divergence(
+            order[:m], listed, symbol, prob, coded, implied, error, rest[i], float(given[i]), TAIL[tail[i]],
+            weight[row], total_weight[row] - weight[row, top_symbol], divergence,
+        )  # fmt: skip
+        at += m
+    return n_top, out

@@ -16,7 +16,9 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: str = "runs/default"
-    """Folder that every stage reads from and writes to."""
+    """Folder that every stage reads from and writes to, or s3://bucket/prefix, gs://..., az://... (hf://: reading)."""
+    scratch: str = ""
+    """Local folder for copies and temporary files of a remote run.dir; empty = bytecache/runs in the cache folder."""
     seed: int = Field(0, ge=0)
     """Seed of everything random: held-out split, student initialisation, data order."""
 
@@ -97,10 +99,32 @@ class Teacher(Section):
 
 
 class Convert(Section):
-    prune: float = Field(1e-3, ge=0.0, le=0.1)
-    """Bytes rarer than this are summed into the position's tail."""
+    precision: Literal["small", "default", "precise"] = "default"
+    """What a shard spends: about 2.5, 4 or 8 bytes per byte of text at a KL of 0.03, 0.009 or 0.002 nats per byte."""
+    rate: float = Field(0.0, ge=0.0, le=1.0)
+    """Nats of divergence that a bit of file is worth, instead of the precision's own; 0 = the precision decides."""
+    prune: float = Field(0.0, ge=0.0, le=0.1)
+    """Symbols rarer than this, unless most likely, are never listed; 0 = the precision decides alone."""
     shard_bytes: int = Field(16 * 1024 * 1024, ge=1_000)
     """Bytes of text in one target shard; a unit is never split, a shard holds whole units."""
+    delete_dump: bool = False
+    """Delete the dump once its shards are published and read back whole; another conversion then needs the teacher."""
+
+
+class Dataset(Section):
+    source: str = ""
+    """Byte targets that train and evaluate read instead of this run's own: a folder, or a URL such as
+    `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`."""
+    cache_dir: str = ""
+    """Where shards read from a URL are kept; empty = $BYTECACHE_CACHE/shards, else ~/.cache/bytecache/shards."""
+    cache_gib: float = Field(50.0, gt=0)
+    """The most that folder may hold, GiB; the shards longest unused go first."""
+    name: str = ""
+    """Title of this run's data set on its card."""
+    license: str = ""
+    """Licence you share this run's targets under; written into dataset.json and its card, beside the corpus's."""
+    teacher_license: str = ""
+    """Licence of the teacher, or its terms for what it outputs; written into dataset.json and its card."""
 
 
 class Student(Section):
@@ -155,10 +179,41 @@ class Train(Section):
     """`run` also trains the same student without the teacher's targets."""
 
 
+class Fleet(Section):
+    heartbeat_s: float = Field(20.0, gt=0)
+    """Seconds between heartbeats of a worker (one small write each)."""
+    lease_s: float = Field(120.0, gt=0)
+    """Seconds without a heartbeat after which others take over a worker's unit; several heartbeats long."""
+    stall_s: float = Field(1800.0, gt=0)
+    """A worker whose engine has shown no progress for so many seconds stops its heartbeat."""
+    max_failures: int = Field(3, ge=0)
+    """Set a unit aside after so many attempts that failed; 0 = never."""
+    max_losses: int = Field(8, ge=0)
+    """Set a unit aside after so many workers died at it without a word; 0 = never."""
+    idle_exit_s: float = Field(0.0, ge=0)
+    """Leave after so many seconds with nothing to do but wait for others' units; 0 = stay to the end."""
+    notice_s: float = Field(25.0, ge=0)
+    """Seconds from SIGTERM or a notice to the kill: a unit that cannot finish within is given back at once."""
+    notice_file: str = ""
+    """A file whose appearance is a notice of preemption; empty = none."""
+    notice_url: str = ""
+    """A metadata address to poll for a notice of preemption; empty = none. See `pipeline/fleet/preemption.py`."""
+    notice_header: str = ""
+    """Header for notice_url, e.g. `Metadata-Flavor: Google`."""
+    notice_token_url: str = ""
+    """Where to PUT for a token first (AWS IMDSv2); empty = none."""
+    notice_match: str = "."
+    """Regular expression that the answer of notice_url must contain to be a notice; an error status never is."""
+    notice_poll_s: float = Field(5.0, gt=0)
+    """Seconds between looks at notice_file and notice_url."""
+
+
 class Settings(Section):
     run: Run = Run()
     corpus: Corpus = Corpus()
     teacher: Teacher = Teacher()
     convert: Convert = Convert()
+    dataset: Dataset = Dataset()
     student: Student = Student()
     train: Train = Train()
+    fleet: Fleet = Fleet()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
-from schemas.byte_shard import ShardBuilder, read_shard
+from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
 from schemas.token_dump import Window, read_meta, read_windows
 from stages.fidelity import Fidelity
@@ -35,7 +35,10 @@ def convert_units(
     `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
     damaged, inconsistent or of different teachers, Interrupted when `stop()` says so; the output is then incomplete.
     """
-    builder = ShardBuilder(prune=settings.prune)
+    precision = PRECISIONS[settings.precision]
+    if settings.rate:
+        precision = precision._replace(rate=settings.rate)
+    builder = ShardBuilder(settings.prune, precision)
     references: list[Window] = []
     teacher: Any = None
     reference: dict[str, Any] = {}

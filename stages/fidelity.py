@@ -135,10 +135,10 @@ class Fidelity:
         asked, deep = keep_rows(window, window.row_sampled == 1), keep_rows(window, window.row_static == 0)
         whole, known = Lattice(deep).targets(), Lattice(asked).targets()
         hi = lo + len(known.tail)
-        stored, tail = shard.dense(lo, hi), shard.tail[lo:hi]
-        self.add_positions(whole, stored, tail, true_symbols(window), (shard.path, window.doc_id))
+        stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
+        self.add_positions(whole, shard, lo, true_symbols(window), window.doc_id)
         self._add("branch_kl", kl_spread(whole.probs, whole.tail, known.probs, known.tail))
-        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, tail))
+        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, tail, weights))
         pruned = np.where(stored > 0, 0.0, known.probs).sum(dtype=np.float64)
         unevaluated = known.unaccounted.sum(dtype=np.float64)
         self.tail_parts["unevaluated"] += float(unevaluated)
@@ -148,11 +148,15 @@ class Fidelity:
         self.counts["production_rows"] += int((asked.row_static == 0).sum())
         self.counts["reference_rows"] += len(deep.row_depth)
 
-    def add_positions(
-        self, reference: Targets, stored: np.ndarray, tail: np.ndarray, symbol: np.ndarray, document: tuple[str, str]
-    ) -> None:
-        """Measure one stretch: stored [m, 257], tail [m] against `reference`; the stretches of a document in a row."""
-        found = divergence(reference.probs, reference.tail, stored, tail, symbol)
+    def add_positions(self, reference: Targets, shard: ByteShard, lo: int, symbol: np.ndarray, doc_id: str) -> None:
+        """Measure one stretch: the shard's positions from `lo` on against `reference`; a document's stretches in a row.
+
+        Tails are spread as the shard's prior says.
+        """
+        hi = lo + len(symbol)
+        stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
+        document = (shard.path, doc_id)
+        found = divergence(reference.probs, reference.tail, stored, tail, symbol, weights)
         for name, values in found._asdict().items():
             self._add(name, values)
         self._add("tail", tail.astype(np.float64))

@@ -49,5 +49,4 @@ def measure_stored(
         if not np.array_equal(symbol[symbol != END], text[: len(symbol)][symbol != END]):
             raise IntegrityError(f"{where}: its text changed at byte {stretch.first}; fetch or make this shard again")
         targets = Lattice(window).targets()
-        stored = shard.dense(lo, lo + stretch.n_targets)
-        found.add_positions(targets, stored, shard.tail[lo : lo + stretch.n_targets], symbol, (shard.path, name))
+        found.add_positions(targets, shard, lo, symbol, name)

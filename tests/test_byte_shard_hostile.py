@@ -48,6 +48,32 @@ def _at(index: int, value: int) -> Callable[[U8], U8]:
     return change
 
 
+def _flip(index: int, bits: int) -> Callable[[U8], U8]:
+    def change(values: U8) -> U8:
+        values[index] ^= bits
+        return values
+
+    return change
+
+
+def _or(index: int, bits: int) -> Callable[[U8], U8]:
+    def change(values: U8) -> U8:
+        values[index] |= bits
+        return values
+
+    return change
+
+
+def _longer(values: U8) -> U8:
+    return np.append(values, values[:1])
+
+
+def _size(members: Members, name: str, more: int) -> dict[str, Any]:
+    """Metadata of a column that is `more` elements longer."""
+    n = json.loads(members[f"{name}/zarr.json"])["shape"][0] + more
+    return {"shape": [n], "chunk_grid": _grid(n)}
+
+
 def _grid(n: int) -> dict[str, Any]:
     return {"name": "regular", "configuration": {"chunk_shape": [n]}}
 
@@ -55,7 +81,7 @@ def _grid(n: int) -> dict[str, Any]:
 def _bomb(members: Members) -> Members:
     """300 MiB of zeros per dense column in a few KiB each."""
     chunk = bytes(numcodecs.Zstd(3).encode(np.zeros(1 << 20, np.uint8)))
-    for name in ("text", "mask", "top", "tail", "end", "count"):
+    for name in ("text", "mask", "head", "tail_low", "top", "entry"):
         members = _array(members, name, shape=[300 << 20], chunk_grid=_grid(1 << 20))
         members |= {f"{name}/c/{k}": chunk for k in range(300)}
     return members
@@ -66,7 +92,7 @@ ATTACKS: dict[str, tuple[Callable[[Members], Members], str]] = {
     "climbing name": (lambda m: {**m, "../evil": b"x"}, r"\.\./evil.*does not belong"),
     "absolute name": (lambda m: {**m, "/etc/evil": b"x"}, "/etc/evil.*does not belong"),
     "extra chunk": (lambda m: {**m, "text/c/1": m["text/c/0"]}, "text/c/1.*does not belong"),
-    "missing chunk": (lambda m: _without(m, "tail/c/0"), "tail/c/0.*missing"),
+    "missing chunk": (lambda m: _without(m, "tail_low/c/0"), "tail_low/c/0.*missing"),
     "missing column": (lambda m: _without(m, "mask/zarr.json"), "mask/zarr.json.*missing"),
     "missing group": (lambda m: _without(m, "zarr.json"), "zarr.json.*missing"),
     "absurd shape": (lambda m: _array(m, "text", shape=[1 << 60]), "text/zarr.json.*shape"),
@@ -94,12 +120,33 @@ ATTACKS: dict[str, tuple[Callable[[Members], Members], str]] = {
         lambda m: _array(_column(m, "mask", lambda v: v[:-1]), "mask", shape=[902], chunk_grid=_grid(902)),
         "mask.*902 rows",
     ),
-    "count": (lambda m: _column(m, "count", _at(4, 255)), "position"),
-    "count sum": (lambda m: _column(m, "count", _at(-1, 0)), "count.*add up"),
+    "count": (lambda m: _column(m, "head", lambda v: (v & 240) + (v & 15) ** 0), "counts do not add up|count_over"),
+    "count sum": (lambda m: _column(m, "head", _flip(-1, 2)), "position.*counts do not add up|count_over"),
+    "miss sum": (lambda m: _column(m, "head", _flip(-1, 1)), "position.*counts do not add up"),
+    "longer overflow": (
+        lambda m: _array(_column(m, "gap_over", _longer), "gap_over", **_size(m, "gap_over", 1)),
+        "gap_over",
+    ),
+    "huge overflow": (lambda m: _column(m, "gap_over", _at(0, 255)), "gap_over.*255, at most 240"),
+    "huge count": (lambda m: _column(m, "count_over", _at(0, 121)), "count_over.*121, at most 120"),
+    "tail_low value": (lambda m: _column(m, "tail_low", _at(0, 16)), "tail_low.*16, at most 15"),
     "mask value": (lambda m: _column(m, "mask", _at(0, 2)), "mask"),
-    "zero code": (lambda m: _column(m, "logp", _at(0, 0)), "position 0.*code"),
-    "too much mass": (lambda m: _column(m, "logp", _at(0, 255)), "position 0.*reach 1"),
-    "unsorted": (lambda m: _column(m, "byte", lambda v: v[::-1].copy()), "ascending"),
+    "zero code": (lambda m: _column(m, "entry", _at(0, 0)), "position 0.*code"),
+    "too much mass": (lambda m: _column(m, "entry", lambda v: v | 240), "position 0.*reach 1"),
+    "all and more": (lambda m: _column(_column(m, "head", _or(0, 240)), "tail_low", _at(0, 15)), "position 0.*reach 1"),
+    "step": (lambda m: _group(m, precision={"value_step": 3}), "value_step is 3"),
+    "no step": (lambda m: _group(m, precision={}), "value_step is None"),
+    "no precision": (lambda m: _group(m, precision=7), "precision"),
+    "no root": (lambda m: _column(m, "prior_parent", _at(0, 0), "<i8"), "prior_parent.*tree"),
+    "loop": (lambda m: _column(m, "prior_parent", _at(1, 1), "<i8"), "prior_parent.*tree"),
+    "parent jump": (lambda m: _column(m, "prior_parent", _at(1, -(1 << 63)), "<i8"), "prior_parent.*tree"),
+    "chain": (lambda m: _column(m, "prior_parent", lambda v: np.arange(-1, len(v) - 1), "<i8"), "prior_parent.*bytes"),
+    "twins": (lambda m: _column(m, "prior_byte", lambda v: v * 0), "prior_byte.*twice"),
+    "weight": (lambda m: _column(m, "prior_code", _at(0, 61)), "prior_code.*at most 60"),
+    "few weights": (
+        lambda m: _array(_column(m, "prior_code", lambda v: v[:-1]), "prior_code", **_size(m, "prior_code", -1)),
+        "prior_code.*expected",
+    ),
     "end text": (lambda m: _column(m, "text", _at(300, 65)), "text.*END position"),
     "offset jump": (lambda m: _column(m, "doc_start", _at(1, 1 << 62), "<i8"), "doc_start.*offsets"),
     "offset wrap": (lambda m: _column(m, "doc_start", _at(1, -(1 << 63)), "<i8"), "doc_start.*offsets"),

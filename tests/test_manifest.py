@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from schemas import manifest
 from schemas.byte_shard import ShardBuilder
 from schemas.errors import InputError, IntegrityError, StorageError
-from schemas.manifest import ShardEntry, describe_shard, read_dataset, verify_dataset, write_dataset
+from schemas.manifest import ShardEntry, describe_shard, read_dataset, seal, write_dataset
+from schemas.verification import verify_dataset
 
 INFO = {"teacher": {"name": "none"}, "tokenizer": {"fingerprint": "0"}, "license": "CC0-1.0", "attribution": "Zoë"}
 NAMES = {
@@ -57,7 +58,7 @@ def rewrite(folder: Path, rows: list[dict[str, Any]], **document: Any) -> None:
     (folder / "manifest.parquet").write_bytes(data)
     index = json.loads((folder / "dataset.json").read_text())
     index["manifest"]["sha256"] = hashlib.sha256(data).hexdigest()
-    (folder / "dataset.json").write_text(json.dumps(index | document))
+    (folder / "dataset.json").write_bytes(seal(index | document))
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -106,15 +107,22 @@ def test_every_flipped_bit_of_a_shard_is_found(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.parquet", "dataset.json"])
 def test_every_flipped_bit_of_the_index_is_found(folder: Path, name: str) -> None:
-    """Free text in `info` has no second copy to disagree with; everything that decides what is read has one."""
     path = folder / name
     data = path.read_bytes()
-    free = range(data.index(b'"info"'), data.index(b'"manifest"')) if name == "dataset.json" else range(0)
-    for at in range(0, len(data), 7):
-        if at in free or (name == "dataset.json" and chr(data[at]).isspace()):
-            continue
-        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 7]) + data[at + 1 :])
+    for at in range(0, len(data), 5):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
         assert [p.kind for p in verify_dataset(folder)] == ["index"], (at, data[at - 9 : at + 9])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"CC0-1.0"', b'"CC0-1.1"'), (b"Zo", b"zo"), (b" ", b"  "), (b"\n", b"\r\n"), (b"}\n", b"}"), (b"{", b'{"a":1,')],
+)
+def test_an_edited_dataset_json_is_refused(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / "dataset.json"
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    with pytest.raises(IntegrityError, match="damaged or edited"):
+        read_dataset(folder)
 
 
 def test_each_kind_of_damage_has_its_name(folder: Path) -> None:
@@ -198,12 +206,14 @@ def test_a_manifest_that_fits_its_hash_but_not_the_rules_is_refused(folder: Path
         ({"format": "other"}, "is not a 'bytecache.dataset'"),
         ({"splits": {}}, "totals"),
         ({"info": []}, "must be an object"),
+        ({"info": {"license": 3}}, "info.license is not str"),
+        ({"fidelity": "good"}, "`fidelity` must be"),
         ({"manifest": {"file": "../manifest.parquet"}}, r"manifest\.file"),
     ],
 )
 def test_a_foreign_or_wrong_index_is_refused_with_its_reason(folder: Path, document: Any, words: str) -> None:
     index = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(index | document))
+    (folder / "dataset.json").write_bytes(seal(index | document))
     with pytest.raises(IntegrityError, match=words):
         read_dataset(folder)
     assert [p.kind for p in verify_dataset(folder)] == ["index"]
@@ -240,3 +250,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(folder: Path, monkeypa
         write_dataset(folder, read_dataset(folder).entries[:1], INFO)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert (folder / "manifest.parquet").read_bytes() == content
+
+
+def test_the_card_repeats_the_index_and_keeps_what_people_wrote(folder: Path) -> None:
+    readme = folder / "README.md"
+    entries = read_dataset(folder).entries
+    evil = "x\n---\n# Fake <script>alert(1)</script> | [a](b)"
+    write_dataset(folder, entries, INFO | {"name": evil, "attribution": evil, "license": "my own\n terms"})
+    text = readme.read_text()
+    header = text.split("---\n")[1]
+    assert 'pretty_name: "x --- # Fake' in header and 'license_name: "my own terms"' in header
+    assert "<script>" not in text.split("---\n", 2)[2] and text.count("\n---\n") == 1
+    assert read_dataset(folder).manifest_hash in text
+    write_dataset(folder, entries, INFO, {"kl": {"mean": 0.00123456}})
+    assert 'license: "cc0-1.0"' in readme.read_text() and "| kl.mean | 0.001235 |" in readme.read_text()
+    readme.write_text("my own card")
+    write_dataset(folder, entries, INFO)
+    assert readme.read_text() == "my own card"
+    assert verify_dataset(folder) == []

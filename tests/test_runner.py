@@ -16,9 +16,8 @@ import pytest
 
 from pipeline import receipts, units
 from pipeline.progress import Reporter
-from pipeline.receipts import sha256_file
 from pipeline.runner import StopFlag, Task, Tick, finished, run_units
-from pipeline.store import TEMP_FOLDER, LocalStore
+from pipeline.stores import TEMP_FOLDER, LocalStore, sha256_file
 from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted, StorageError
 from schemas.settings import Settings
 

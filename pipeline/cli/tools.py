@@ -1,6 +1,7 @@
 """Commands that look at a run, a file or a setting."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ from pipeline.cli.options import (
     run_stage,
 )
 from pipeline.config import render_template
-from schemas.errors import IntegrityError
+from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,31 +55,61 @@ def status(
 @app.command()
 def verify(
     folder: Annotated[
-        Path | None, typer.Argument(help="A run folder, or a folder with dataset.json; default: run.dir.")
-    ] = None,
+        str, typer.Argument(help="A run folder, or a folder with dataset.json, or its URL; default: run.dir.")
+    ] = "",
     config: ConfigOption = None,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
     as_json: JsonOption = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged and make or fetch just that again.")
+    ] = False,
+    source: Annotated[
+        str, typer.Option("--from", metavar="PLACE", help="With --repair: folder or URL the data set came from.")
+    ] = "",
 ) -> None:
     """Recompute the hash of everything that has a receipt, and of the data set.
 
-    Reads: every byte of the folder once. Writes nothing. Exit code 4 and a list if anything is wrong.
+    Reads: every byte of the folder once. Writes nothing without --repair. Exit code 4 and a list if anything is wrong.
 
-    Example: bytecache verify runs/books; or, for a data set that somebody gave you: bytecache verify downloaded/targets
+    --repair in a run folder removes damaged outputs with their receipts, makes slices, shards and the index again, and
+    leaves to `teacher`, `train`, `evaluate` or `export` what only they can make; it uses the run's own configuration.
+    In a data set on its own it fetches bad files again --from where it came.
+
+    Example: bytecache verify runs/books --repair; or: bytecache verify downloaded --repair --from hf://datasets/me/books
     """
     with refusals():
-        from pipeline import status as module
+        from pipeline import verification as module
 
-        place = folder or Path(resolve(config, overrides, run__dir=run_dir).run.dir).expanduser()
-        problems, checked = module.verify_folder(place)
+        run = resolve(config, overrides, run__dir=run_dir).run
+        place = str(folder) if folder else run.dir
+        local = Path(place).expanduser()
+        done: list[str] = []
+        if source and not repair:
+            raise ConfigError(f"--from {source}: only --repair fetches; add it")
+        if repair and (source or module.is_dataset(local)):
+            if not source:
+                raise ConfigError(f"{place} is a data set on its own; name where it came from: --from PLACE")
+            if not local.is_dir():
+                raise InputError(f"{place} is not a folder; --from repairs a local copy of a data set")
+            done = module.repair_dataset(local, source)
+        elif repair:
+            from pipeline.config import RESOLVED_FILE
+            from pipeline.context import open_context
+
+            own = local / RESOLVED_FILE
+            settings = resolve(config or (own if own.is_file() else None), overrides, run__dir=place)
+            done = module.repair_run(open_context(settings, lambda line: None if as_json else typer.echo(line)))
+        problems, checked = module.verify_place(place, run.scratch)
         if as_json:
-            typer.echo(json.dumps({"folder": str(place), "files": checked, "problems": problems}, indent=2))
+            report = {"folder": place, "files": checked, "problems": problems}
+            typer.echo(json.dumps(report | ({"repaired": done} if repair else {}), indent=2))
         else:
-            for problem in problems:
-                typer.echo(problem)
+            for line in [*done, *problems]:
+                typer.echo(line)
         if problems:
-            raise IntegrityError(f"{place}: {len(problems)} problems in {checked} files; rerun the stage to repair")
+            remedy = "what is left is named above" if repair else "rerun the stage, or `verify --repair`"
+            raise IntegrityError(f"{place}: {len(problems)} problems in {checked} files; {remedy}")
         if not as_json:
             typer.echo(f"{place}: {checked} files match their hashes")
 
@@ -88,21 +119,37 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A .parquet of teacher/ or a .zarr.zip of targets/.")],
     document: Annotated[str, typer.Option("--document", "-d", help="Document id; default: the first one.")] = "",
     start: Annotated[int, typer.Option(min=0, help="First position to show (bytes; tokens in a dump).")] = 0,
-    limit: Annotated[int, typer.Option(min=1, help="Positions to show.")] = 40,
-    top: Annotated[int, typer.Option(min=1, max=257, help="Alternatives per position.")] = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Positions to show; default: 40, in a page 65536 over documents.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, max=257, help="Alternatives per position.")] = None,
     as_json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page for a browser (shards only).")] = None,
 ) -> None:
-    """Print a dump part or a shard so that a person can read it: text, alternatives, tails.
+    """Show a dump part or a shard to a person: text in heat colours of entropy, alternatives, tails.
 
-    Reads: one file. Writes nothing.
+    Reads: one file. Writes nothing; with --html one self-contained page that works offline.
 
-    Example: bytecache inspect runs/books/targets/train-00000-0a1b2c3d4e5f.zarr.zip --start 100 --limit 20
+    Example: bytecache inspect runs/books/targets/train-00000-0a1b2c3d4e5f.zarr.zip --html page.html
     """
     with refusals():
-        from pipeline.inspection import inspect_file, render
+        from pipeline.inspection import inspect_file, paint
 
-        report = inspect_file(file, document, start, limit, top)
-        typer.echo(json.dumps(report, indent=2, default=str) if as_json else render(report))
+        if html is not None:
+            from pipeline.inspection_page import POSITIONS, shard_page
+
+            html.write_text(shard_page(file, document, start, limit or POSITIONS, top or 8), encoding="utf-8")
+            typer.echo(f"{html}: open it in a browser")
+            return
+        report = inspect_file(file, document, start, limit or 40, top or 4)
+        if as_json:
+            report.pop("heat", None)
+            typer.echo(json.dumps(report, indent=2, default=str))
+        else:
+            from rich.console import Console
+
+            # Wide enough where nothing limits it, so that a pipe gets whole rows.
+            Console(width=None if sys.stdout.isatty() else 240, highlight=False, soft_wrap=False).print(paint(report))
 
 
 @app.command()

@@ -26,11 +26,12 @@ import numpy.typing as npt
 import torch
 
 from schemas.errors import InputError
-from schemas.manifest import read_dataset
+from schemas.manifest import Dataset
 from schemas.settings import Train as TrainSettings
 from stages.training import checkpoint, stream, student
 from stages.training.loss import LISTABLE
 from stages.training.order import sequential
+from stages.training.source import open_dataset
 from stages.training.train import Run, micro_loss, start_run
 
 
@@ -122,7 +123,7 @@ def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> di
 def evaluate(
     settings: TrainSettings,
     student_dir: Path,
-    targets_dir: Path,
+    targets_dir: Path | Dataset,
     checkpoint_path: Path,
     *,
     name: str,
@@ -135,8 +136,8 @@ def evaluate(
     """
     run = load_trained(student_dir, checkpoint_path)
     opened = run.student
-    dataset = read_dataset(targets_dir)
-    reader = stream.ShardReader(targets_dir, dataset, split, opened.vocabulary, opened.end_id, resident=1)
+    dataset = open_dataset(targets_dir)
+    reader = stream.ShardReader(dataset.where, dataset, split, opened.vocabulary, opened.end_id, resident=1)
     token = head_ce = kl = teacher = teacher_covered = 0.0
     n_tokens = n_bytes = n_slots = n_positions = n_unlisted = 0
     sample: list[stream.MicroBatch] = []
@@ -165,7 +166,7 @@ def evaluate(
                 sample.append(micro)
     skipped = reader.skipped_documents()
     if not n_bytes:
-        raise InputError(f"{targets_dir}: nothing in split {split!r} can be evaluated; set aside: {skipped}")
+        raise InputError(f"{dataset.where}: nothing in split {split!r} can be evaluated; set aside: {skipped}")
     bits = 1 / math.log(2)
     return {
         "name": name,

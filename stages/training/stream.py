@@ -12,7 +12,6 @@ Price: a shard is resident as decoded plus about 9 bytes per text byte of token 
 `prefetch` steps are. Tokenising dominates the first reading (1-3 MB of text/s/core).
 """
 
-import hashlib
 import queue
 import threading
 from collections import Counter, OrderedDict
@@ -20,20 +19,21 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from schemas.byte_shard import ByteShard, read_shard
-from schemas.errors import InputError, IntegrityError
+from schemas.byte_shard import ByteShard
+from schemas.errors import InputError
 from schemas.manifest import Dataset, ShardEntry
 from stages.tokens.vocab import Misfit, Vocabulary
 from stages.training.byte_head import END, SLOTS
 from stages.training.loss import IGNORE, SlotTargets
 from stages.training.order import POOL, Order, Window
+from stages.training.source import load_shard, lookahead
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """Most padded tokens in one micro-batch (a single longer row excepted), by device type: bounds memory and padding.
@@ -42,6 +42,7 @@ On a CPU small is fast: padding was 6 % of tokens at 768, 10 % at 1024, 18 % at 
 """
 
 IntArray = npt.NDArray[np.int64]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -132,20 +133,6 @@ class Step:
     def n_bytes(self) -> int:
         """Text bytes of the predicted tokens."""
         return sum(m.n_bytes for m in self.micro)
-
-
-def verify_file(path: Path, sha256: str) -> None:
-    """Refuse a shard whose bytes are not those of the manifest; IntegrityError names it."""
-    if not path.is_file():
-        raise IntegrityError(f"{path}: the shard is missing; fetch or convert it again")
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
-        raise IntegrityError(
-            f"{path}: sha256 is {digest.hexdigest()[:12]}, the manifest says {sha256[:12]}; fetch or convert it again"
-        )
 
 
 def tokenise(shard: ByteShard, vocabulary: Vocabulary, end_id: int) -> TokenShard:
@@ -249,7 +236,7 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         n_bytes += int((mask & (src.symbol[lo:hi] != END)).sum())
         n_real += n
     k, slot_token, slot_symbol, slot_weight, tail = (np.concatenate(c) for c in zip(*parts, strict=True))
-    by_slot = np.argsort(k, kind="stable")
+    by_slot = np.argsort(k.astype(np.uint8), kind="stable")  # of bytes: a radix sort
     targets = None
     if with_targets:
         rank = np.empty(n_slots, np.int64)
@@ -276,15 +263,23 @@ class ShardReader:
     """Tokenised shards of one split by number, the last `resident` kept.
 
     Args:
-        folder: the data set's folder. dataset: its manifest. split: "train" or "heldout".
+        folder: the data set's name for messages. dataset: from `open_dataset`. split: "train" or "heldout".
 
     Raises:
         InputError: the split has no shards.
     """
 
     def __init__(
-        self, folder: Path, dataset: Dataset, split: str, vocabulary: Vocabulary, end_id: int, *, resident: int = POOL
+        self,
+        folder: Path | str,
+        dataset: Dataset,
+        split: str,
+        vocabulary: Vocabulary,
+        end_id: int,
+        *,
+        resident: int = POOL,
     ) -> None:
+        self.dataset = dataset
         self.folder, self.vocabulary, self.end_id, self.resident = folder, vocabulary, end_id, resident
         self.entries: list[ShardEntry] = [e for e in dataset.entries if e.split == split]
         if not self.entries:
@@ -296,12 +291,9 @@ class ShardReader:
         if number in self._cache:
             self._cache.move_to_end(number)
             return self._cache[number]
-        entry = self.entries[number]
-        path = self.folder / entry.file
-        verify_file(path, entry.sha256)
         while len(self._cache) >= self.resident:
             self._cache.popitem(last=False)
-        shard = tokenise(read_shard(path), self.vocabulary, self.end_id)
+        shard = tokenise(load_shard(self.dataset, self.entries[number]), self.vocabulary, self.end_id)
         self._cache[number] = shard
         self.skipped[number] = shard.skipped
         return shard
@@ -337,7 +329,7 @@ def steps(
     Raises:
         IntegrityError: a shard is corrupt or missing. InputError: a whole epoch has nothing to train on.
     """
-    windows = order.windows(start * batch)
+    windows = lookahead(order.windows(start * batch), reader.dataset, reader.entries)
     barren = 0
     for number in range(start, 2**62):
         mine = list(islice(windows, batch))[rank::ranks]
@@ -351,12 +343,12 @@ def steps(
         yield step
 
 
-def prefetch(source: Iterator[Step], depth: int = 2) -> Generator[Step, None, None]:
+def prefetch(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Run `source` in a thread, at most `depth` steps ahead; its exceptions are raised here; closing ends it."""
-    items: queue.Queue[Step | BaseException] = queue.Queue(depth)
+    items: queue.Queue[Item | BaseException] = queue.Queue(depth)
     closed = threading.Event()
 
-    def put(item: Step | BaseException) -> bool:
+    def put(item: Item | BaseException) -> bool:
         while not closed.is_set():
             try:
                 items.put(item, timeout=0.1)
@@ -367,8 +359,8 @@ def prefetch(source: Iterator[Step], depth: int = 2) -> Generator[Step, None, No
 
     def work() -> None:
         try:
-            for step in source:
-                if not put(step):
+            for item in source:
+                if not put(item):
                     return
             put(StopIteration())
         except BaseException as error:

@@ -31,13 +31,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from schemas.byte_shard import read_shard
 from schemas.errors import ConfigError, InputError, IntegrityError
-from schemas.manifest import read_dataset
+from schemas.manifest import Dataset
 from schemas.settings import Student as StudentSettings
 from stages.scratch import scratch_folder
 from stages.tokens.vocab import Vocabulary, load_vocabulary
-from stages.training.stream import verify_file
+from stages.training.source import load_shard, open_dataset
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 BPE_BYTES = 64 * 1024 * 1024
@@ -133,13 +132,13 @@ def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def split_texts(targets_dir: Path, split: str, limit: int) -> Iterator[str]:
+def split_texts(targets: Path | Dataset, split: str, limit: int) -> Iterator[str]:
     """The documents of a split as text, in manifest order, until `limit` bytes; shards verified first."""
-    for entry in read_dataset(targets_dir).entries:
-        if entry.split != split:
-            continue
-        verify_file(targets_dir / entry.file, entry.sha256)
-        shard = read_shard(targets_dir / entry.file)
+    dataset = open_dataset(targets)
+    for entry in dataset.split(split):
+        if limit <= 0:
+            return
+        shard = load_shard(dataset, entry)
         text = np.asarray(shard.text)
         for lo, hi in zip(shard.doc_start[:-1], shard.doc_start[1:], strict=True):
             if limit <= 0:
@@ -148,7 +147,7 @@ def split_texts(targets_dir: Path, split: str, limit: int) -> Iterator[str]:
             yield text[int(lo) : int(hi) - 1].tobytes().decode("utf-8", errors="ignore")
 
 
-def _tokenizer(settings: StudentSettings, targets_dir: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(settings: StudentSettings, targets_dir: Path | Dataset) -> PreTrainedTokenizerBase:
     if settings.tokenizer.startswith("bpe:"):
         size = settings.tokenizer.removeprefix("bpe:")
         if not size.isdigit():
@@ -202,7 +201,7 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def prepare(settings: StudentSettings, targets_dir: Path, out_dir: Path, *, seed: int) -> dict[str, Any]:
+def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Path, *, seed: int) -> dict[str, Any]:
     """Write the student's starting folder; done already with the same inputs, only verify it.
 
     Args:
@@ -217,7 +216,7 @@ def prepare(settings: StudentSettings, targets_dir: Path, out_dir: Path, *, seed
     Raises:
         ConfigError: impossible sizes, or `out_dir` holds another student. InputError: a model that cannot be opened.
     """
-    recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": read_dataset(targets_dir).manifest_hash}
+    recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": open_dataset(targets_dir).manifest_hash}
     record = out_dir / "student.json"
     if out_dir.exists():
         found = json.loads(record.read_text()) if record.is_file() else {}

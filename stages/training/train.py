@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import ConfigError, Interrupted
-from schemas.manifest import read_dataset
+from schemas.manifest import Dataset
 from schemas.settings import Train as TrainSettings
 from stages.scratch import scratch_folder
 from stages.training import checkpoint, stream, student
 from stages.training.loss import LossParts
 from stages.training.objective import Objective
 from stages.training.order import Order
+from stages.training.source import open_dataset
 from stages.training.student import Student
 
 BETAS = (0.9, 0.95)
@@ -171,7 +172,7 @@ class _Log:
 def train(
     settings: TrainSettings,
     student_dir: Path,
-    targets_dir: Path,
+    targets_dir: Path | Dataset,
     out_dir: Path,
     *,
     name: str,
@@ -207,7 +208,7 @@ def train(
     kl = settings.lambda_kl if lambda_kl is None else lambda_kl
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     opened = student.load(student_dir)
-    dataset = read_dataset(targets_dir)
+    dataset = open_dataset(targets_dir)
     identity = {
         "format": 1,
         "seed": seed,
@@ -227,7 +228,7 @@ def train(
         run.restore(tensors)
         first, terms = int(state["step"]), state["terms"]
     log = _Log(out_dir / "metrics.jsonl", first)
-    reader = stream.ShardReader(targets_dir, dataset, "train", opened.vocabulary, opened.end_id)
+    reader = stream.ShardReader(dataset.where, dataset, "train", opened.vocabulary, opened.end_id)
     run.objective.observe(reader)
     order = Order(dataset.manifest_hash, reader.positions, settings.window_bytes, seed)
     source = stream.steps(

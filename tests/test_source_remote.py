@@ -1,0 +1,142 @@
+"""Real services on loopback: an S3 server, and the protocol of a model hub (only what reading needs)."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import fsspec
+import pytest
+from student_data import make_dataset
+
+from schemas.errors import IntegrityError
+from schemas.manifest import Dataset, read_dataset
+from stages.training import source
+from stages.training.dataset import ByteTargets
+from stages.training.source import load_shard, open_dataset
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("remote") / "d", documents=6, per_shard=3)
+
+
+@pytest.fixture
+def s3_url(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    pytest.importorskip("s3fs")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_EC2_METADATA_DISABLED", "true"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    fs.mkdir("bucket")
+    fs.put(f"{folder}/", "bucket/sets/one/", recursive=True)
+    yield "s3://bucket/sets/one"
+    fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+def same(one: Dataset, other: Dataset) -> None:
+    assert one.entries == other.entries and one.info == other.info
+    for entry in one.entries:
+        a, b = load_shard(one, entry), load_shard(other, entry)
+        assert a.doc_id == b.doc_id and (a.dense(0, len(a)) == b.dense(0, len(b))).all()
+
+
+def test_s3(folder: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same(open_dataset(s3_url, cache_dir=tmp_path), read_dataset(folder))
+    local = [w.number for w in ByteTargets(folder, window=64, epochs=1)]
+    assert [w.number for w in ByteTargets(s3_url, window=64, epochs=1, cache_dir=tmp_path)] == local
+    monkeypatch.setattr(source, "BACKOFF", 0.0)
+    with pytest.raises(IntegrityError, match=r"s3://bucket/none/dataset\.json: missing at the source"):
+        open_dataset("s3://bucket/none", cache_dir=tmp_path)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The three kinds of request that the hub's file system makes to read a data set."""
+
+    folder: Path
+    asked: list[str]
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        wanted = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        names = json.loads(wanted).get("paths", []) if wanted.startswith("{") else []
+        self._json([self._entry(name) for name in names if (self.folder / name).is_file()])
+
+    def do_GET(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.asked.append(path)
+        if "/resolve/" in path:
+            file = self.folder / path.split("/resolve/")[1].split("/", 1)[1]
+            if not file.is_file():
+                return self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            data = file.read_bytes()
+            if "Range" in self.headers:
+                a, b = self.headers["Range"].removeprefix("bytes=").split("-")
+                data = data[int(a) : int(b) + 1 if b else None]
+            self._send(data, 206 if "Range" in self.headers else 200, {"X-Repo-Commit": "c" * 40, "ETag": '"e"'})
+            return None
+        if "/tree/" in path:
+            return self._json([self._entry(p.name) for p in sorted(self.folder.iterdir()) if p.is_file()])
+        return self._json({"id": "me/set", "sha": "c" * 40, "siblings": [], "tags": []})
+
+    def _entry(self, name: str) -> dict[str, object]:
+        return {"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": "0" * 40}
+
+    def _json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+
+    def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+def test_hub(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads its address when it is imported."""
+    handler = type("ThisHub", (Hub,), {"folder": folder, "asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = (
+            "import sys\nfrom stages.training.dataset import ByteTargets\n"
+            "data = ByteTargets('hf://datasets/me/set', window=64, epochs=1, cache_dir=sys.argv[1])\n"
+            "print(sum(len(w.text) for w in data), data.dataset.manifest_hash)"
+        )
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "cache")],
+            capture_output=True, text=True, env=environment, timeout=100, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        server.shutdown()
+    assert done.returncode == 0, (done.stderr[-2000:], handler.asked[-5:])  # type: ignore[attr-defined]
+    dataset = read_dataset(folder)
+    assert done.stdout.split() == [str(sum(e.n_positions for e in dataset.split("train"))), dataset.manifest_hash]

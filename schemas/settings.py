@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "balanced": {"tau": 0.03, "depth": 2, "static": 0.005},
     "exact": {"tau": 0.0015, "depth": 3, "static": 0.0005},
 }
-"""What `teacher.preset` stands for; measured by `benchmarks/fidelity.py`."""
+"""What `teacher.preset` stands for; measured by `benchmarks/information_loss.py`."""
 
 
 class Teacher(Section):

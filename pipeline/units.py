@@ -37,7 +37,9 @@ from stages.corpus import CorpusReader, Document
 PLAN_VERSION = 1
 PLAN_KEY = "plan/plan.json"
 Split = Literal["train", "heldout"]
-SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("context", pa.string())])
+SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string())])
+ANSWERS_SCHEMA = SLICE_SCHEMA.append(pa.field("context", pa.string()))
+"""Of slices whose documents answer something; their kind is in the schema's metadata."""
 # Only these shape the slices; where the text came from does not, its content does.
 _SHAPING = ("seed", "unit_bytes", "heldout_fraction")
 
@@ -272,13 +274,16 @@ def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Calla
 
 def _write_slice(store: Store, index: int, split: Split, docs: list[Document], n_bytes: int, kind: str) -> Unit:
     # The name holds the content, so a half-written plan of other settings can never lend a slice to this one.
-    content = hashlib.sha256(canonical_json([kind, *docs])).hexdigest()
+    plain = kind == "text"
+    rows = [document[:2] for document in docs] if plain else docs
+    content = hashlib.sha256(canonical_json(rows if plain else [kind, *rows])).hexdigest()
     key = f"plan/slices/{index:05d}-{split}-{content[:12]}.parquet"
     temporary = store.temp_path(key)
     with disk_errors(f"writing {temporary}"):
         try:
-            columns = [pa.array(column, pa.string()) for column in zip(*docs, strict=True)]
-            table = pa.Table.from_arrays(columns, schema=SLICE_SCHEMA.with_metadata({KIND_KEY: kind}))
+            columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+            schema = SLICE_SCHEMA if plain else ANSWERS_SCHEMA.with_metadata({KIND_KEY: kind})
+            table = pa.Table.from_arrays(columns, schema=schema)
             pq.write_table(table, temporary, compression="zstd", compression_level=3, row_group_size=1024)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def fast(window: Window) -> np.ndarray:
     """[n + 1, 257] of a window; rows without anything known are 0."""
     probs = np.zeros((len(window.text) + 1, END + 1))
     level_start = np.cumsum(window.n_levels) - window.n_levels
-    entry_start = np.concatenate([[0], np.cumsum(window.fanout)])
+    entry_start = np.concatenate([[0], np.cumsum(window.fanout, dtype=np.int64)])
     rows = np.flatnonzero(window.row_depth == 0)
     ends = np.append(window.row_start[rows[1:]], len(window.text) + 1)
     for row, stop in zip(rows, ends, strict=True):

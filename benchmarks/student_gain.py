@@ -4,8 +4,9 @@
         [--arms ce marginal ...] [--seeds 0 1 2] [--steps 300] [--student FOLDER --rate 1e-3] [--pair NAME]
     python benchmarks/student_gain.py --report --out benchmarks/results/student_gain.json
 
-Every arm starts from the same weights per seed, sees the same windows in the same order and takes the same number of
-steps; seeds change the weights (of a new student) and the order. Measured on the held-out split:
+Every arm starts from the same weights per seed and takes the same number of steps over the same text, in the same order
+where the targets are the exact ones (worse ones are another data set, so another order); seeds change the weights of a
+new student, and the order. Measured on the held-out split:
 
     bits/byte   the student's token cross-entropy, END included, per text byte: an ordinary language model's figure
     KL          KL(teacher || student) per text byte, of the student's own tokens seen as bytes, against the run's exact

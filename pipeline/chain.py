@@ -38,7 +38,7 @@ def run(context: Context) -> bool:
     )
     context.store.replace_text("report/summary.md", table)
     if not made:
-        context.say(f"run: nothing to do, every output of {context.store.root} is whole")
+        context.say(f"run: nothing to do, every output of {context.store.name} is whole")
     context.say("")
     context.say(table)
     return made > 0

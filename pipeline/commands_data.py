@@ -6,19 +6,24 @@ model nor the engine.
 """
 
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import receipts, units
 from pipeline.config import changed_keys
 from pipeline.context import Context
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt, unit_key
-from pipeline.runner import Outcome, Task, Tick, Work, run_units
+from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
+from pipeline.stores import Store, sha256_file
 from pipeline.units import Plan, Unit
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
+
+if TYPE_CHECKING:
+    from schemas.manifest import Dataset
 
 TARGETS = "targets"
 CONVERTER = (
@@ -46,51 +51,57 @@ def plan(context: Context) -> tuple[Plan, bool]:
     return made, new
 
 
-def teacher_tasks(plan: Plan, identity: dict[str, Any], template: str = "") -> list[Task]:
-    """One task per unit of the plan. `template`: hash of the chat template that the units are rendered with."""
-    rendered = {"template": template} if template else {}
-    group = unit_key("teacher", {**identity, **rendered})[:12]
-    tasks = []
-    for unit in plan.units:
-        inputs = {"slice": unit.sha256, "teacher": identity, **rendered}
-        name = f"{unit.index:05d}-{unit.split}"
-        out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
-        tasks.append(Task("teacher", name, out, inputs, unit.n_bytes, group, unit))
-    return tasks
-
-
-def teacher(context: Context) -> Outcome:
-    """Dump every unit that has no dump yet; the engine starts only if there is one."""
+def teacher_job(context: Context, planned: Plan) -> Job:
+    """One unit of work per unit of the plan."""
     from stages.chat import template_sha256
     from stages.identity import resolve_model, teacher_identity
 
     store, settings = context.store, context.settings
-    planned = units.load_plan(store, settings)
     identity = teacher_identity(settings.teacher)
+    # Units of conversations depend on the chat template that they are rendered with.
     chat = planned.settings.get("kind") == "chat"
-    template = template_sha256(resolve_model(settings.teacher)) if chat else ""
-    with ExitStack() as cleanup:
+    rendered = {"template": template_sha256(resolve_model(settings.teacher))} if chat else {}
+    group = unit_key("teacher", {**identity, **rendered})[:12]
 
-        def open_work() -> Work:
-            from stages.teacher import open_teacher
+    def task(index: int) -> Task:
+        unit = planned.units[index]
+        inputs = {"slice": unit.sha256, "teacher": identity, **rendered}
+        name = f"{unit.index:05d}-{unit.split}"
+        out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
+        return Task("teacher", name, out, inputs, unit.n_bytes, group, unit)
 
-            engine = open_teacher(settings.teacher)
-            cleanup.callback(engine.close)
+    @contextmanager
+    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
+        from stages.teacher import open_teacher
+
+        engine = open_teacher(settings.teacher)
+
+        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+            unit: Unit = task.payload
+            piece = store.get_path(unit.slice)
+            if sha256_file(piece) != unit.sha256:
+                raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
+            counts = engine.dump_unit(piece, out, task.key, stop, tick)
+            store.release(unit.slice)
+            return counts
+
+        try:
             if engine.identity() != identity:
                 raise EngineError(
                     f"teacher {settings.teacher.model} changed while it was loaded; rerun when it is at rest"
                 )
+            yield work
+        finally:
+            engine.close()
 
-            def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-                unit: Unit = task.payload
-                piece = store.get_path(unit.slice)
-                if receipts.sha256_file(piece) != unit.sha256:
-                    raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
-                return engine.dump_unit(piece, out, task.key, context.stop, tick)
+    measures = [unit.n_bytes for unit in planned.units]
+    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, measures, task, open_work)
 
-            return work
 
-        outcome = run_units(store, teacher_tasks(planned, identity, template), open_work, context.stop)
+def teacher(context: Context) -> Outcome:
+    """Dump every unit that has no dump yet; the engine starts only if there is one."""
+    job = teacher_job(context, units.load_plan(context.store, context.settings))
+    outcome = run_job(context.store, job, context.stop)
     context.save_config("teacher/config.toml", changed=outcome.made > 0)
     context.say(_summary("teacher", outcome))
     aside = set_aside(outcome.receipts)
@@ -127,7 +138,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
         found = [by_slice[sha256] for sha256 in wanted if sha256 in by_slice]
         if not found:
             continue
-        changes = teacher_changes(found[0], settings.teacher.resolved())
+        changes = teacher_changes(found[0], settings.teacher)
         if changes:
             differences = "; ".join(changes)
             continue
@@ -136,7 +147,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
             fitting[group] = found
     if len(fitting) > 1:
         raise ConfigError(
-            f"{store.root} holds whole dumps of {len(fitting)} versions of this teacher or its software "
+            f"{store.name} holds whole dumps of {len(fitting)} versions of this teacher or its software "
             f"({', '.join(fitting)}); delete the receipts of those you do not want in {receipts.FOLDER}/teacher"
         )
     if fitting:
@@ -148,73 +159,76 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
         return dumps
     if differences and not best:
         raise ConfigError(
-            f"{store.root} holds dumps of other teacher settings only ({differences}); "
+            f"{store.name} holds dumps of other teacher settings only ({differences}); "
             "restore them or run `bytecache teacher`"
         )
     raise InputError(
-        f"{store.root} holds {best} of {len(wanted)} dump parts; run `bytecache teacher` to make the others"
+        f"{store.name} holds {best} of {len(wanted)} dump parts; run `bytecache teacher` to make the others"
     )
 
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     """How the settings that a dump was made with differ from the current ones."""
+    return identity_changes(receipt.inputs["teacher"], settings)
+
+
+def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
+    """How the settings in a teacher's identity differ from the current ones."""
     from stages.identity import model_name
 
-    identity = receipt.inputs["teacher"]
     old = {
         **identity.get("settings", {}),
         **{name: identity[name] for name in ("model", "revision") if name in identity},
     }
-    now = settings.model_dump() | {"model": model_name(settings)}
+    now = settings.resolved().model_dump() | {"model": model_name(settings)}
     return list(changed_keys(old, {name: now[name] for name in old if name in now}))
 
 
-def shard_groups(planned: Plan, dumps: list[Receipt], shard_bytes: int) -> list[tuple[str, list[Receipt], int]]:
-    """(split, dump receipts, bytes of text) of every shard: whole units in order, up to `shard_bytes` of text."""
-    groups: list[tuple[str, list[Receipt], int]] = []
+def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[str, list[int], int]]:
+    """(split, units, bytes of text) of every shard: whole units in plan order, up to `shard_bytes` of text."""
+    groups: list[tuple[str, list[int], int]] = []
     for split in ("train", "heldout"):
-        parts: list[Receipt] = []
+        parts: list[int] = []
         size = 0
-        for unit, receipt in zip(planned.units, dumps, strict=True):
+        for index, unit in enumerate(planned.units):
             if unit.split != split:
                 continue
             if parts and size + unit.n_bytes > shard_bytes:
                 groups.append((split, parts, size))
                 parts, size = [], 0
-            parts.append(receipt)
+            parts.append(index)
             size += unit.n_bytes
         if parts:
             groups.append((split, parts, size))
     return groups
 
 
-def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
-    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
+def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump: Callable[[int], Receipt]) -> Job:
+    """One unit of work per shard. `identity`: the teacher's; `dump(i)`: the receipt of the plan's unit i."""
     from schemas import byte_shard
-    from stages.fidelity import summary_line
 
     store, settings = context.store, context.settings
-    planned = units.load_plan(store, settings)
-    dumps = dumps if dumps is not None else find_dumps(context, planned)
     shape = settings.convert.model_dump(exclude={"shard_bytes", "delete_dump"})
-    info = _dataset_info(context, planned, dumps)
-    _refuse_other_dataset(context, info)
-    tasks: list[Task] = []
-    numbers: dict[str, int] = defaultdict(int)
-    for split, parts, size in shard_groups(planned, dumps, settings.convert.shard_bytes):
+    code = receipts.code_fingerprint(*CONVERTER)[:16]
+    groups = shard_groups(planned, settings.convert.shard_bytes)
+    first = {"train": 0, "heldout": sum(split == "train" for split, _, _ in groups)}
+
+    def task(index: int) -> Task:
+        split, members, size = groups[index]
+        parts = [dump(member) for member in members]
         inputs = {
             "split": split,
             "parts": [file.sha256 for part in parts for file in part.files],
             "convert": shape,
             "format": [byte_shard.FORMAT, byte_shard.VERSION],
-            "code": info["settings"]["conversion_code"],
+            "code": code,
         }
-        name = f"{split}-{numbers[split]:05d}"
-        numbers[split] += 1
+        name = f"{split}-{index - first[split]:05d}"
         out = f"{TARGETS}/{name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
-        tasks.append(Task("convert", name, out, inputs, size, payload=(split, parts)))
+        return Task("convert", name, out, inputs, size, payload=(split, parts))
 
-    def open_work() -> Work:
+    @contextmanager
+    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
         from stages.convert import convert_units
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
@@ -231,17 +245,40 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
                     raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
                 paths += [store.get_path(file.path) for file in part.files]
             attrs = {"split": split, "convert": shape, "units": [part.name for part in parts]}
-            return convert_units(paths, out, settings.convert, attrs, context.stop, tick)
+            counts = convert_units(paths, out, settings.convert, attrs, stop, tick)
+            for part in parts:
+                for file in part.files:
+                    store.release(file.path)
+            return counts
 
-        return work
+        yield work
 
-    outcome = run_units(store, tasks, open_work, context.stop)
+    shared = {
+        "plan": planned.hash,
+        "teacher": identity,
+        "convert": settings.convert.model_dump(exclude={"delete_dump"}),
+        "format": [byte_shard.FORMAT, byte_shard.VERSION],
+        "code": code,
+    }
+    return Job("convert", shared, [size for _, _, size in groups], task, open_work)
+
+
+def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
+    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
+    from stages.fidelity import summary_line
+
+    planned = units.load_plan(context.store, context.settings)
+    found = dumps if dumps is not None else find_dumps(context, planned)
+    info = _dataset_info(context, planned, found)
+    refuse_other_dataset(context, info)
+    job = convert_job(context, planned, info["teacher"], lambda index: found[index])
+    outcome = run_job(context.store, job, context.stop)
     index_is_new = _publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
     context.say(summary_line(_certificate(outcome.receipts, info["teacher"])))
-    if settings.convert.delete_dump:
-        _delete_dump(context, dumps)
+    if context.settings.convert.delete_dump:
+        _delete_dump(context, found)
     return outcome
 
 
@@ -259,7 +296,7 @@ def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
 
     if all(receipt.deleted and not context.store.exists(file.path) for receipt in dumps for file in receipt.files):
         return
-    problems = verify_dataset(context.store.root / TARGETS, deep=True)
+    problems = verify_dataset(context.store.folder(TARGETS), deep=True)
     if problems:
         listed = "; ".join(f"{problem.file}: {problem.detail}" for problem in problems[:3])
         raise IntegrityError(f"the dump is kept, since its targets are not whole ({listed}); run `verify --repair`")
@@ -267,20 +304,27 @@ def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
     context.say(f"convert: the targets are whole, the dump is deleted ({human_bytes(freed)})")
 
 
-def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
-    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies."""
-    identity = dumps[0].inputs["teacher"]
+def dataset_identity(context: Context, planned: Plan, teacher: dict[str, Any]) -> dict[str, Any]:
+    """What tells one data set from another: whose targets, of which text, how converted. `teacher`: its identity."""
     return {
-        "teacher": identity,
-        "tokenizer": {
-            "vocabulary_sha256": identity.get("vocabulary", ""),
-            **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
-        },
+        "teacher": teacher,
         "corpus": planned.corpus,
         "settings": {
             "plan": planned.settings,
             "convert": context.settings.convert.model_dump(exclude={"delete_dump"}),
             "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
+        },
+    }
+
+
+def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
+    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies."""
+    identity = dumps[0].inputs["teacher"]
+    return {
+        **dataset_identity(context, planned, identity),
+        "tokenizer": {
+            "vocabulary_sha256": identity.get("vocabulary", ""),
+            **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
         },
         "software": receipts.software_versions(),
         "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
@@ -292,13 +336,25 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
     }
 
 
-def _refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
-    """A published data set is never changed: somebody may be reading it."""
-    from schemas.manifest import read_dataset
+def read_index(store: Store) -> "Dataset | None":
+    """The index of the data set in a run, or None if none was published; shards are not touched.
 
-    folder = context.store.root / TARGETS
+    Raises IntegrityError if it is damaged.
+    """
+    from schemas.manifest import DATASET, MANIFEST, read_dataset
+
+    if not store.exists(f"{TARGETS}/{DATASET}"):
+        return None
+    if store.exists(f"{TARGETS}/{MANIFEST}"):  # absent: read_dataset says so
+        store.get_path(f"{TARGETS}/{MANIFEST}")
+    return read_dataset(store.get_path(f"{TARGETS}/{DATASET}").parent)
+
+
+def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
+    """A published data set is never changed: somebody may be reading it. `info`: see `dataset_identity`."""
     try:
-        old = read_dataset(folder).info if (folder / "dataset.json").is_file() else info
+        dataset = read_index(context.store)
+        old = dataset.info if dataset else info
     except IntegrityError:
         return  # a damaged index is rebuilt
     changes: list[str] = []
@@ -306,8 +362,8 @@ def _refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
         changes += changed_keys(_flat(old.get(name, {})), _flat(info[name]))
     if changes:
         raise ConfigError(
-            f"{folder} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, delete the folder, "
-            "or choose a new run.dir"
+            f"{context.store.name}/{TARGETS} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, "
+            "delete the folder, or choose a new run.dir"
         )
 
 
@@ -320,9 +376,10 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
     """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
-    from schemas.manifest import ShardEntry, read_dataset, write_dataset
+    from schemas import card
+    from schemas.manifest import ShardEntry, index_documents
 
-    store, folder = context.store, context.store.root / TARGETS
+    store = context.store
     entries = []
     for receipt in shards:
         (file,) = receipt.files
@@ -341,15 +398,15 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
             f"(reasons: {info['creation']['set_aside']})"
         )
     certificate = _certificate(shards, info["teacher"])
-    if (folder / "dataset.json").is_file():
-        try:
-            old = read_dataset(folder)
-            same_text = all(old.info.get(name) == info[name] for name in _RESTATED)
-            same = sorted(old.entries, key=_by_file) == sorted(entries, key=_by_file)
-            if same_text and same and old.fidelity == certificate:
-                return False
-        except IntegrityError:
-            pass
+    with suppress(IntegrityError):
+        dataset = read_index(store)
+        if (
+            dataset is not None
+            and dataset.fidelity == certificate
+            and all(dataset.info.get(name) == info[name] for name in _RESTATED)
+            and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file)
+        ):
+            return False
     # Shards of a conversion with other settings that was never published; an index must list all of its folder.
     listed = {entry.file for entry in entries}
     for key in list(store.list(TARGETS)):
@@ -359,7 +416,11 @@ def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]
     for _, key in list(receipts.list_receipts(store, "convert")):
         if key not in keys:
             store.delete(receipts.receipt_path("convert", key))
-    write_dataset(folder, entries, info, certificate)
+    for name, raw in index_documents(entries, info, certificate).items():
+        key = f"{TARGETS}/{name}"
+        if name == card.FILE and store.exists(key) and not card.is_ours(store.get_path(key)):
+            continue  # somebody wrote their own
+        store.replace(key, store.write_temp(name, raw))
     return True
 
 

@@ -18,7 +18,7 @@ from pipeline.context import Context
 from pipeline.progress import Reporter
 from pipeline.receipts import FileRecord, Receipt, record_file, unit_key
 from pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
-from pipeline.store import json_bytes
+from pipeline.stores import Store, json_bytes
 from schemas.errors import ConfigError, InputError, Interrupted
 from schemas.settings import NEUTRAL, Train
 
@@ -47,17 +47,17 @@ def open_targets(context: Context) -> "Dataset":
     from stages.training.source import open_dataset
 
     settings = context.settings.dataset
-    folder = context.store.root / TARGETS
-    if not settings.source and not (folder / "dataset.json").is_file():
-        raise InputError(f"{folder} holds no data set; run `bytecache convert` with this run.dir first")
+    if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):
+        raise InputError(f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first")
     limit = int(settings.cache_gib * 2**30)
-    return open_dataset(settings.source or folder, cache_dir=settings.cache_dir, cache_bytes=limit)
+    place = settings.source or context.store.folder(TARGETS)
+    return open_dataset(place, cache_dir=settings.cache_dir, cache_bytes=limit)
 
 
-def student_folder(context: Context, dataset: str) -> Path:
-    """Folder of the untrained student, named by its recipe; distilled and control begin from the same."""
+def student_prefix(context: Context, dataset: str) -> str:
+    """Key of the untrained student's folder, named by its recipe; distilled and control begin from the same."""
     recipe = {"dataset": dataset, "student": context.settings.student.model_dump(), "seed": context.settings.run.seed}
-    return context.store.root / f"train/student-{unit_key('student', recipe)[:12]}"
+    return f"train/student-{unit_key('student', recipe)[:12]}"
 
 
 def train_task(context: Context, name: str, dataset: str) -> Task:
@@ -109,10 +109,13 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     from stages.training.train import train as train_stage
 
     store, settings = context.store, context.settings
-    folder = student_folder(context, targets.manifest_hash)
+    start = student_prefix(context, targets.manifest_hash)
+    folder = store.folder(start, "student.json")
     if world.main:
         student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+        store.publish(start)
     world.wait()
+    out = store.folder(task.out)
     steps = settings.train.steps
     silent = None if world.main else io.StringIO()
     with Reporter(f"train {task.name}", 1, steps, measure="steps", stream=silent) as progress:
@@ -123,23 +126,31 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
             if first:
                 progress.done, first = int(record["step"]) - 1, False
             progress.tick({"steps": 1, "tokens": record.get("tokens", 0)})
+            if (int(record["step"]) - 1) % settings.train.checkpoint_every == 0:
+                store.publish(task.out)  # the step before this one may have ended with a checkpoint
             if record["step"] % settings.train.checkpoint_every == 0 or record["step"] == steps:
                 progress.line({"stage": "train", **record, **progress.rates()})
 
         started = time.monotonic()
-        result = train_stage(
-            settings.train,
-            folder,
-            targets,
-            store.root / task.out,
-            name=task.name,
-            seed=settings.run.seed,
-            lambda_kl=task.inputs["train"]["lambda_kl"],
-            stop=context.stop,
-            report=report,
-        )
+        try:
+            result = train_stage(
+                settings.train,
+                folder,
+                targets,
+                out,
+                name=task.name,
+                seed=settings.run.seed,
+                lambda_kl=task.inputs["train"]["lambda_kl"],
+                stop=context.stop,
+                report=report,
+            )
+        except Interrupted:
+            if world.main:
+                store.publish(task.out)
+            raise
     if not world.main:
         return
+    store.publish(task.out)
     checkpoint = Path(result["checkpoint"])
     files = [
         record_file(store, f"{task.out}/{name}") for name in (checkpoint.name, checkpoint.with_suffix(".json").name)
@@ -147,7 +158,7 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     counts = {
         **result,
         "checkpoint": f"{task.out}/{checkpoint.name}",
-        "student": folder.relative_to(store.root).as_posix(),
+        "student": start,
     }
     context.save_config(f"{task.out}/config.toml")
     commit_receipt(store, _receipt(task, files, counts, time.monotonic() - started))
@@ -179,10 +190,17 @@ def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt
         if receipt is not None:
             found.append(receipt)
         elif only:
-            raise InputError(f"{context.store.root} holds no finished run {name}; run `bytecache train` first")
+            raise InputError(f"{context.store.name} holds no finished run {name}; run `bytecache train` first")
     if not found:
-        raise InputError(f"{context.store.root} holds no run trained with these settings; run `bytecache train` first")
+        raise InputError(f"{context.store.name} holds no run trained with these settings; run `bytecache train` first")
     return found
+
+
+def run_files(store: Store, run: Receipt) -> tuple[Path, Path]:
+    """Local folder of the student that a finished run began from, and local file of its last checkpoint."""
+    checkpoint = Path(run.counts["checkpoint"])
+    folder = store.folder(checkpoint.parent.as_posix())
+    return store.folder(run.counts["student"], "student.json"), folder / checkpoint.name
 
 
 def evaluate_tasks(context: Context, dataset: str, only: str = "") -> list[Task]:
@@ -207,7 +225,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
             run: Receipt = task.payload
-            student, checkpoint = store.root / run.counts["student"], store.root / run.counts["checkpoint"]
+            student, checkpoint = run_files(store, run)
             result = evaluate_stage(settings.train, student, targets, checkpoint, name=run.name)
             out.write_bytes(json_bytes(result))
             return result
@@ -221,7 +239,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
     if (
         outcome.made
         or not store.exists("report/report.md")
-        or store.get_path("report/report.json").read_text("utf-8") != report
+        or store.read_bytes("report/report.json").decode("utf-8") != report
     ):
         from stages.training.evaluate import report_table
 
@@ -247,7 +265,7 @@ def measure_exported(context: Context, tasks: list[str], limit: int, only: str =
     results = {}
     for run in trained(context, only):
         export(context, run.name)
-        results[run.name] = measure(context.store.root / export_task(run).out, tasks, limit=limit)
+        results[run.name] = measure(context.store.folder(export_task(run).out), tasks, limit=limit)
     context.store.replace_text("report/lm-eval.json", json_bytes({"limit": limit, "results": results}).decode("utf-8"))
     context.store.replace_text("report/lm-eval.md", table(results))
 
@@ -272,8 +290,9 @@ def export(context: Context, only: str = "") -> int:
         from stages.training.export import export as export_stage
 
         started = time.monotonic()
-        folder = store.root / task.out
-        result = export_stage(store.root / run.counts["student"], store.root / run.counts["checkpoint"], folder)
+        folder = store.folder(task.out, "export.json")
+        result = export_stage(*run_files(store, run), folder)
+        store.publish(task.out)
         files = [record_file(store, key) for key in store.list(task.out)]
         # Beside the folder, not in it: the folder is a plain checkpoint and nothing else.
         context.save_config(f"{task.out}.config.toml")

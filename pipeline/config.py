@@ -31,6 +31,7 @@ _TITLES = {
     "dataset": "The byte targets: what is said of them, and where students read them",
     "student": "The small model (stage: train)",
     "train": "Training (stage: train)",
+    "fleet": "Many workers on one plan, and preemption (--worker)",
 }
 _LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.config import RESOLVED_FILE, render_template
 from pipeline.runner import StopFlag
-from pipeline.store import LocalStore
+from pipeline.stores import Store, open_store
 from schemas.settings import Settings
 
 
@@ -15,7 +14,7 @@ class Context:
     """`say` takes one line for the user; results go to stdout, progress and warnings to stderr."""
 
     settings: Settings
-    store: LocalStore
+    store: Store
     stop: StopFlag = field(default_factory=StopFlag)
     say: Callable[[str], None] = print
 
@@ -28,4 +27,4 @@ class Context:
 
 def open_context(settings: Settings, say: Callable[[str], None] = print) -> Context:
     """A context on the run folder of the settings."""
-    return Context(settings, LocalStore(Path(settings.run.dir).expanduser()), say=say)
+    return Context(settings, open_store(settings.run.dir, settings.run.scratch), say=say)

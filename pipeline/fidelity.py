@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.context import Context
 from pipeline.receipts import software_versions
-from pipeline.store import disk_errors
+from pipeline.stores import disk_errors
 from schemas.errors import InputError, IntegrityError
 from schemas.manifest import DATASET, Dataset, file_sha256, read_dataset
 from schemas.settings import Teacher

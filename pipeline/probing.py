@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.store import disk_errors
+from pipeline.stores import disk_errors
 from schemas.errors import InputError
 from schemas.settings import Teacher
 

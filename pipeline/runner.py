@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from typing import Any
 from pipeline import receipts
 from pipeline.progress import Reporter
 from pipeline.receipts import FileRecord, Receipt
-from pipeline.store import Store, disk_errors
+from pipeline.stores import Store, disk_errors, sha256_file
 from schemas.errors import IntegrityError, Interrupted
 
 Tick = Callable[[dict[str, Any]], None]
@@ -88,6 +88,27 @@ Work = Callable[[Task, Path, Tick], dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Job:
+    """A stage's units, and how to do them.
+
+    `identity`: what everybody who works on it must agree on (JSON). `measures`: size of every unit (bytes of text).
+    `task(i)` names unit i; making it may read receipts, so it is made when needed. `open(stop)` gives the work, an
+    engine loaded behind it, which raises Interrupted soon after `stop()` turns true.
+    """
+
+    stage: str
+    identity: dict[str, Any]
+    measures: Sequence[int]
+    task: Callable[[int], Task]
+    open: Callable[[Callable[[], bool]], AbstractContextManager[Work]]
+
+    @property
+    def tasks(self) -> list[Task]:
+        """All of them."""
+        return [self.task(index) for index in range(len(self.measures))]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Receipts of all tasks in their order, and how many of them this call made."""
 
@@ -105,6 +126,12 @@ def finished(store: Store, task: Task, warn: Callable[[str], None] | None = None
     if faults and warn:
         warn(f"{task.stage} {task.name} will be redone: {'; '.join(faults)}")
     return None if faults else receipt
+
+
+def run_job(store: Store, job: Job, stop: Callable[[], bool]) -> Outcome:
+    """Finish every unit of a job in this process, in order; see `run_units`."""
+    with ExitStack() as cleanup:
+        return run_units(store, job.tasks, lambda: cleanup.enter_context(job.open(stop)), stop)
 
 
 def run_units(
@@ -136,17 +163,22 @@ def run_units(
             if stop():
                 raise _interrupted(task.stage, len(tasks) - len(pending) + number, len(tasks))
             started = time.monotonic()
-            known[task.key] = _run_one(store, task, work, progress.tick)
+            known[task.key], _ = run_one(store, task, work, progress.tick)
             progress.unit_done(task.name, task.measure, time.monotonic() - started)
     return Outcome([receipt for task in tasks if (receipt := known[task.key])], len(pending))
 
 
-def _run_one(store: Store, task: Task, work: Work, tick: Tick) -> Receipt:
+def run_one(store: Store, task: Task, work: Work, tick: Tick) -> tuple[Receipt, bool]:
+    """Do one unit and commit it; returns its receipt and whether it is ours (not that of a faster worker)."""
     temporary = store.temp_path(task.out)
     started = time.monotonic()
     try:
         with disk_errors(f"{task.stage} {task.name}, writing {temporary}"):
             counts = work(task, temporary, tick)
+        # Another worker that was taken for dead, or took us for it, may have been faster; its object is in use already.
+        other = finished(store, task)
+        if other is not None:
+            return other, False
         record = commit_file(store, task.out, temporary)
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,15 +193,16 @@ def _run_one(store: Store, task: Task, work: Work, tick: Tick) -> Receipt:
         timings={"seconds": round(time.monotonic() - started, 3)},
         versions=receipts.software_versions(),
     )
-    return commit_receipt(store, receipt)
+    kept = commit_receipt(store, receipt)
+    return kept, kept is receipt
 
 
 def commit_file(store: Store, key: str, temporary: Path) -> FileRecord:
     """Publish a finished temporary file. An object already there is kept if equal and replaced if damaged."""
     if not temporary.is_file():
         raise IntegrityError(f"{key}: the stage wrote nothing to {temporary}; this is a fault of the stage")
-    record = FileRecord(path=key, size=temporary.stat().st_size, sha256=receipts.sha256_file(temporary))
-    if store.exists(key) and receipts.sha256_file(store.get_path(key)) != record.sha256:
+    record = FileRecord(path=key, size=temporary.stat().st_size, sha256=sha256_file(temporary))
+    if store.exists(key) and store.sha256(key) != record.sha256:
         # Without a valid receipt the old object's wholeness is unproven; ours was just made.
         store.replace(key, temporary)
     else:
@@ -185,7 +218,7 @@ def commit_receipt(store: Store, receipt: Receipt) -> Receipt:
         other = receipts.read_receipt(store, receipt.stage, receipt.key)
     except IntegrityError:
         other = None
-    if other is not None and other.files == receipt.files:
+    if other is not None and (other.files == receipt.files or not receipts.problems(store, other)):
         return other
     store.delete(receipts.receipt_path(receipt.stage, receipt.key))
     if not receipts.write_receipt(store, receipt):

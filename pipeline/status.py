@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import receipts, units
-from pipeline.commands_data import TARGETS, teacher_changes
+from pipeline.commands_data import read_index, teacher_changes
 from pipeline.context import Context
+from pipeline.fleet.report import fleet_status, fleet_table
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
-from pipeline.store import LocalStore
+from pipeline.stores import Store
 from schemas.errors import IntegrityError
 
 
 def status(context: Context) -> dict[str, Any]:
     """Per stage what is done of what is planned. A receipt counts if its files are there with the right size.
 
-    {"run": folder, "stages": [{"stage", "what", "done", "total" (None: unknown), "bytes", "note"}], "damaged": [...]}
+    {"run": folder, "stages": [{"stage", "what", "done", "total" (None: unknown), "bytes", "note"}],
+    "fleet": see `pipeline.fleet.report.fleet_status`, "damaged": [...]}
     """
     store = context.store
     damaged: list[str] = []
@@ -30,7 +32,7 @@ def status(context: Context) -> dict[str, Any]:
         if receipt is None:
             continue
         kept = () if receipt.deleted else receipt.files
-        wrong = [file.path for file in kept if not _has_size(store, file.path, file.size)]
+        wrong = [file.path for file in kept if store.size(file.path) != file.size]
         if wrong:
             damaged.append(f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size")
         else:
@@ -41,7 +43,7 @@ def status(context: Context) -> dict[str, Any]:
     stages.append(_convert_row(store, by_stage["convert"]))
     stages += _train_rows(store, by_stage["train"])
     stages += [_simple_row(stage, receipt) for stage in ("evaluate", "export") for receipt in by_stage[stage]]
-    return {"run": str(store.root), "stages": stages, "damaged": damaged}
+    return {"run": store.name, "stages": stages, "fleet": fleet_status(context), "damaged": damaged}
 
 
 def status_table(report: dict[str, Any]) -> str:
@@ -53,14 +55,12 @@ def status_table(report: dict[str, Any]) -> str:
         done = f"{row['done']}/{total}"
         line = f"  {row['stage']:<9} {row['what']:<24} {done:>11} {size:>9}  {row['note']}"
         lines.append(line.rstrip())
+    if report["fleet"]:
+        lines.append(fleet_table(report["fleet"]))
     lines += [f"  damaged: {line}" for line in report["damaged"]]
     if report["damaged"]:
         lines.append("  rerun the stage to repair what is damaged")
     return "\n".join(lines)
-
-
-def _has_size(store: LocalStore, key: str, size: int) -> bool:
-    return store.exists(key) and store.get_path(key).stat().st_size == size
 
 
 def _row(stage: str, what: str, done: int, total: int | None, size: int, note: str = "") -> dict[str, Any]:
@@ -97,32 +97,32 @@ def _teacher_rows(context: Context, planned: units.Plan | None, found: list[Rece
     return rows or [_row("teacher", "-", 0, total, 0)]
 
 
-def _convert_row(store: LocalStore, found: list[Receipt]) -> dict[str, Any]:
-    from schemas.manifest import read_dataset
-
-    folder = store.root / TARGETS
-    if not (folder / "dataset.json").is_file():
-        return _row("convert", "-", len(found), None, _size(found), "no data set published yet")
+def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:
     try:
-        dataset = read_dataset(folder)
+        dataset = read_index(store)
     except IntegrityError as error:
         return _row("convert", "-", len(found), None, _size(found), str(error))
+    if dataset is None:
+        return _row("convert", "-", len(found), None, _size(found), "no data set published yet")
     listed = {entry.file for entry in dataset.entries}
     done = [receipt for receipt in found if Path(receipt.files[0].path).name in listed]
     return _row("convert", dataset.manifest_hash[:12], len(done), len(listed), _size(done), "data set published")
 
 
-def _train_rows(store: LocalStore, found: list[Receipt]) -> list[dict[str, Any]]:
+def _train_rows(store: Store, found: list[Receipt]) -> list[dict[str, Any]]:
     rows = []
     finished = {Path(receipt.counts["checkpoint"]).parent.name for receipt in found}
     for receipt in found:
         steps = receipt.inputs["train"]["steps"]
         rows.append(_row("train", Path(receipt.counts["checkpoint"]).parent.name, steps, steps, _size([receipt])))
-    for folder in sorted((store.root / "train").glob("*-*")):
-        names = sorted(path.stem for path in folder.glob("step-*.safetensors"))
-        if folder.name not in finished and names:
-            done = int(names[-1].removeprefix("step-"))
-            rows.append(_row("train", folder.name, done, None, 0, "unfinished: `bytecache train` continues here"))
+    last: dict[str, int] = {}
+    for key in store.list("train"):
+        path = Path(key)
+        if path.suffix == ".safetensors" and path.stem.startswith("step-"):
+            last[path.parent.name] = int(path.stem.removeprefix("step-"))  # listed in order: the last one stays
+    for name, done in sorted(last.items()):
+        if name not in finished:
+            rows.append(_row("train", name, done, None, 0, "unfinished: `bytecache train` continues here"))
     return rows or [_row("train", "-", 0, None, 0)]
 
 

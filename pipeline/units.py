@@ -23,12 +23,11 @@ from pipeline.receipts import (
     canonical_json,
     read_receipt,
     record_file,
-    sha256_file,
     software_versions,
     unit_key,
     write_receipt,
 )
-from pipeline.store import Store, disk_errors
+from pipeline.stores import Store, disk_errors, sha256_file
 from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from schemas.settings import Settings
 from stages.conversations import KIND_KEY, opening
@@ -37,9 +36,7 @@ from stages.corpus import CorpusReader, Document
 PLAN_VERSION = 1
 PLAN_KEY = "plan/plan.json"
 Split = Literal["train", "heldout"]
-SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string())])
-ANSWERS_SCHEMA = SLICE_SCHEMA.append(pa.field("context", pa.string()))
-"""Of slices whose documents answer something; their kind is in the schema's metadata."""
+SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("context", pa.string())])
 # Only these shape the slices; where the text came from does not, its content does.
 _SHAPING = ("seed", "unit_bytes", "heldout_fraction")
 
@@ -175,12 +172,12 @@ def read_plan(store: Store) -> Plan | None:
     """The plan of a run folder as written, or None. Raises IntegrityError if it is damaged or of another version."""
     if not store.exists(PLAN_KEY):
         return None
-    path = store.get_path(PLAN_KEY)
+    raw, path = store.read_bytes(PLAN_KEY), f"{store.name}/{PLAN_KEY}"
     try:
-        version = json.loads(path.read_bytes()).get("version")
+        version = json.loads(raw).get("version")
         if version != PLAN_VERSION:
             raise IntegrityError(f"{path} has version {version}, not {PLAN_VERSION}; plan again in a new run.dir")
-        plan = Plan.model_validate_json(path.read_bytes())
+        plan = Plan.model_validate_json(raw)
     except (ValueError, ValidationError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{path} is damaged ({reason}); delete it and run `bytecache plan` again") from None
@@ -240,7 +237,7 @@ def _receipt(store: Store, plan: Plan) -> Receipt:
 
 def slice_is_whole(store: Store, unit: Unit) -> bool:
     """Whether the unit's slice file is there and hashes to the plan's sha256."""
-    return store.exists(unit.slice) and sha256_file(store.get_path(unit.slice)) == unit.sha256
+    return store.exists(unit.slice) and store.sha256(unit.slice) == unit.sha256
 
 
 def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Callable[[], bool]) -> list[Unit]:
@@ -274,22 +271,19 @@ def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Calla
 
 def _write_slice(store: Store, index: int, split: Split, docs: list[Document], n_bytes: int, kind: str) -> Unit:
     # The name holds the content, so a half-written plan of other settings can never lend a slice to this one.
-    plain = kind == "text"
-    rows = [document[:2] for document in docs] if plain else docs
-    content = hashlib.sha256(canonical_json(rows if plain else [kind, *rows])).hexdigest()
+    content = hashlib.sha256(canonical_json([kind, *docs])).hexdigest()
     key = f"plan/slices/{index:05d}-{split}-{content[:12]}.parquet"
     temporary = store.temp_path(key)
     with disk_errors(f"writing {temporary}"):
         try:
-            columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-            schema = SLICE_SCHEMA if plain else ANSWERS_SCHEMA.with_metadata({KIND_KEY: kind})
-            table = pa.Table.from_arrays(columns, schema=schema)
+            columns = [pa.array(column, pa.string()) for column in zip(*docs, strict=True)]
+            table = pa.Table.from_arrays(columns, schema=SLICE_SCHEMA.with_metadata({KIND_KEY: kind}))
             pq.write_table(table, temporary, compression="zstd", compression_level=3, row_group_size=1024)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     sha256 = sha256_file(temporary)
-    if store.exists(key) and sha256_file(store.get_path(key)) != sha256:
+    if store.exists(key) and store.sha256(key) != sha256:
         store.replace(key, temporary)
     else:
         store.put_if_absent(key, temporary)

@@ -16,14 +16,14 @@ from pipeline import receipts, units
 from pipeline.commands_data import TARGETS, find_dumps
 from pipeline.context import Context
 from pipeline.receipts import Receipt
-from pipeline.store import LocalStore
+from pipeline.stores import LocalStore, Store, open_store
 from schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
 
 ASIDE = "set-aside"
 """Where repair of a run puts shards that no index lists; nothing of unknown origin is deleted."""
 
 
-def verify(store: LocalStore) -> tuple[list[str], int]:
+def verify(store: Store) -> tuple[list[str], int]:
     """Recompute the hash of every file with a receipt, of the plan and of the data set.
 
     Returns what is wrong, one line each, and how many files were checked. Raises InputError for a folder that
@@ -44,12 +44,11 @@ def verify(store: LocalStore) -> tuple[list[str], int]:
         found += [f"plan {key}: missing or altered; run `bytecache plan` to repair it" for key in _bad_slices(store)]
     except IntegrityError as error:
         found.append(str(error))
-    folder = store.root / TARGETS
-    if (folder / "dataset.json").is_file() or (folder / "manifest.parquet").is_file():
-        found += _verify_targets(folder)
+    if _has_targets(store):
+        found += _verify_targets(store.folder(TARGETS))
         checked |= {f"{TARGETS}/dataset.json", f"{TARGETS}/manifest.parquet"}
     if not checked and not found:
-        raise InputError(f"{store.root} holds nothing with a receipt; name a run folder or a folder with dataset.json")
+        raise InputError(f"{store.name} holds nothing with a receipt; name a run folder or a folder with dataset.json")
     # Every damaged shard is found twice, by its receipt and by the manifest; both lines help.
     return found, len(checked)
 
@@ -59,23 +58,29 @@ def is_dataset(folder: Path) -> bool:
     return (folder / "dataset.json").is_file() or (folder / "manifest.parquet").is_file()
 
 
-def verify_folder(folder: Path) -> tuple[list[str], int]:
-    """`verify` for a run folder, or for a data set on its own (a folder with dataset.json)."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name a run folder or a folder with dataset.json")
-    if is_dataset(folder):
-        return _verify_targets(folder), sum(path.name.endswith(".zarr.zip") for path in folder.iterdir()) + 2
-    return verify(LocalStore(folder))
+def _has_targets(store: Store) -> bool:
+    return store.exists(f"{TARGETS}/dataset.json") or store.exists(f"{TARGETS}/manifest.parquet")
 
 
-def _faults(store: LocalStore, stage: str, key: str, receipt: Receipt) -> list[str]:
-    found = receipts.problems(store, receipt)
+def verify_place(place: str, scratch: str = "") -> tuple[list[str], int]:
+    """`verify` for a run folder, or for a data set on its own (a folder with dataset.json); a path or a URL."""
+    store = open_store(place, scratch)
+    if isinstance(store, LocalStore) and not store.root.is_dir():
+        raise InputError(f"{place} is not a folder; name a run folder or a folder with dataset.json")
+    if store.exists("dataset.json") or store.exists("manifest.parquet"):
+        shards = sum(key.endswith(".zarr.zip") for key in store.list(""))
+        return _verify_targets(store.folder("")), shards + 2
+    return verify(store)
+
+
+def _faults(store: Store, stage: str, key: str, receipt: Receipt) -> list[str]:
+    found = receipts.problems(store, receipt, deep=True)
     if receipts.unit_key(stage, receipt.inputs) != key and stage != "plan":
         found.append("its inputs do not hash to its key; delete the receipt and rerun")
     return found
 
 
-def _bad_slices(store: LocalStore) -> list[str]:
+def _bad_slices(store: Store) -> list[str]:
     """Slices that are not as the plan states. Raises IntegrityError for a damaged plan."""
     planned = units.read_plan(store)
     return [unit.slice for unit in planned.units if not units.slice_is_whole(store, unit)] if planned else []
@@ -126,7 +131,7 @@ def repair_run(context: Context) -> list[str]:
         plan(context)
         done.append(f"made again: the plan and {len(slices)} slices, from the corpus")
     done += _settle_strangers(store)
-    bad_shards = _verify_targets(store.root / TARGETS) if is_dataset(store.root / TARGETS) else []
+    bad_shards = _verify_targets(store.folder(TARGETS)) if _has_targets(store) else []
     if pending["convert"] or bad_shards:
         from pipeline.commands_data import convert
 
@@ -143,7 +148,7 @@ def repair_run(context: Context) -> list[str]:
     return done
 
 
-def _requeue_deleted(store: LocalStore) -> int:
+def _requeue_deleted(store: Store) -> int:
     """Forget dump parts deleted after conversion (convert.delete_dump) whose shard is gone; returns how many."""
     held = {stage: list(_sound(store, stage)) for stage in ("teacher", "convert")}
     served = {part for receipt in held["convert"] for part in receipt.inputs.get("parts", ())}
@@ -153,22 +158,27 @@ def _requeue_deleted(store: LocalStore) -> int:
     return len(lost)
 
 
-def _sound(store: LocalStore, stage: str) -> Iterator[Receipt]:
+def _sound(store: Store, stage: str) -> Iterator[Receipt]:
     for _, key in list(receipts.list_receipts(store, stage)):
         receipt = receipts.read_receipt(store, stage, key)
         if receipt is not None:
             yield receipt
 
 
-def _settle_strangers(store: LocalStore) -> list[str]:
+def _settle_strangers(store: Store) -> list[str]:
     """Second copies of listed shards go; shards that nothing lists are moved out of the data set."""
     from schemas.verification import verify_dataset
 
-    done = []
-    folder = store.root / TARGETS
-    for problem in verify_dataset(folder) if (folder / "dataset.json").is_file() else []:
+    done: list[str] = []
+    if not store.exists(f"{TARGETS}/dataset.json"):
+        return done
+    folder, aside = store.folder(TARGETS), store.folder(ASIDE)
+    for problem in verify_dataset(folder):
         if problem.kind in ("duplicated", "foreign"):
-            done.append(_settle(folder, problem.file, problem.kind, store.root / ASIDE))
+            done.append(_settle(folder, problem.file, problem.kind, aside))
+    if done:
+        store.publish(ASIDE)
+        store.publish(TARGETS)
     return done
 
 

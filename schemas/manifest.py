@@ -186,22 +186,16 @@ def seal(document: dict[str, Any]) -> bytes:
     return spell({**bare, "sha256": hashlib.sha256(spell(bare)).hexdigest()})
 
 
-def write_dataset(
-    folder: str | os.PathLike[str],
-    entries: Iterable[ShardEntry],
-    info: dict[str, Any],
-    fidelity: dict[str, Any] | None = None,
-) -> Dataset:
-    """Publish a folder of finished shards: write `manifest.parquet`, the card `README.md`, then `dataset.json`.
+def index_documents(
+    entries: Iterable[ShardEntry], info: dict[str, Any], fidelity: dict[str, Any] | None = None
+) -> dict[str, bytes]:
+    """Name and bytes of `manifest.parquet`, the card `README.md` and `dataset.json`; publish them in that order.
 
     `info`: any JSON object; `teacher`, `tokenizer`, `corpus`, `settings`, `software`, `creation` (no time of day,
     or equal runs differ) must be objects; `name`, `license`, `corpus_license`, `teacher_license` and
     `attribution` text; what is absent is written as empty. `fidelity`: the certificate of `stages.fidelity`,
-    plain JSON; None where nothing was measured. A README.md that somebody wrote or edited is kept.
-    Raises InputError for entries that repeat a file or content or whose file is absent or of another size;
-    StorageError when the disk refuses.
+    plain JSON; None where nothing was measured. Raises InputError for entries that repeat a file or content.
     """
-    folder = Path(folder)
     listed = _in_order(entries)
     for what in ("file", "sha256"):
         seen: dict[str, str] = {}
@@ -212,29 +206,44 @@ def write_dataset(
                     f"{entry.file}: {what} {value} is already listed ({seen[value]}); list each shard once"
                 )
             seen[value] = entry.file
-    for entry in listed:
-        path = folder / entry.file
-        if not path.is_file() or path.stat().st_size != entry.size:
-            raise InputError(f"{path}: missing, or not of {entry.size} bytes; commit every shard before the index")
     sink = pa.BufferOutputStream()
     rows = [entry.model_dump() for entry in listed]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd", store_schema=False)
     manifest = sink.getvalue().to_pybytes()
-    content_hash = _content_hash(listed)
+    hashes = {"sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": _content_hash(listed)}
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "manifest": {"file": MANIFEST, "sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": content_hash},
+        "manifest": {"file": MANIFEST, **hashes},
         "splits": _totals(listed),
         "info": _checked_info(info),
         "fidelity": fidelity,
     }
-    replace_file(folder / MANIFEST, manifest)
-    readme = folder / card.FILE
-    if card.is_ours(readme):
-        replace_file(readme, card.render(document).encode())
-    replace_file(folder / DATASET, seal(document))
-    return Dataset(folder, listed, document["info"], content_hash, fidelity)  # type: ignore[arg-type]
+    return {MANIFEST: manifest, card.FILE: card.render(document).encode(), DATASET: seal(document)}
+
+
+def write_dataset(
+    folder: str | os.PathLike[str],
+    entries: Iterable[ShardEntry],
+    info: dict[str, Any],
+    fidelity: dict[str, Any] | None = None,
+) -> Dataset:
+    """Publish a local folder of finished shards (see `index_documents`). A README.md that somebody wrote is kept.
+
+    Raises InputError for entries that repeat a file or content or whose file is absent or of another size;
+    StorageError when the disk refuses.
+    """
+    folder = Path(folder)
+    listed = _in_order(entries)
+    documents = index_documents(listed, info, fidelity)
+    for entry in listed:
+        path = folder / entry.file
+        if not path.is_file() or path.stat().st_size != entry.size:
+            raise InputError(f"{path}: missing, or not of {entry.size} bytes; commit every shard before the index")
+    for name, raw in documents.items():
+        if name != card.FILE or card.is_ours(folder / name):
+            replace_file(folder / name, raw)
+    return Dataset(folder, listed, _checked_info(info), _content_hash(listed), fidelity)
 
 
 def _load(path: Path, limit: int) -> bytes:

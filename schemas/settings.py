@@ -16,7 +16,9 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: str = "runs/default"
-    """Folder that every stage reads from and writes to."""
+    """Folder that every stage reads from and writes to, or s3://bucket/prefix, gs://..., az://... (hf://: reading)."""
+    scratch: str = ""
+    """Local folder for copies and temporary files of a remote run.dir; empty = bytecache/runs in the cache folder."""
     seed: int = Field(0, ge=0)
     """Seed of everything random: held-out split, student initialisation, data order."""
 
@@ -215,6 +217,35 @@ NEUTRAL = frozenset(
 """Keys of `[train]` that leave the mathematics of a run as it is: a run may continue with others."""
 
 
+class Fleet(Section):
+    heartbeat_s: float = Field(20.0, gt=0)
+    """Seconds between heartbeats of a worker (one small write each)."""
+    lease_s: float = Field(120.0, gt=0)
+    """Seconds without a heartbeat after which others take over a worker's unit; several heartbeats long."""
+    stall_s: float = Field(1800.0, gt=0)
+    """A worker whose engine has shown no progress for so many seconds stops its heartbeat."""
+    max_failures: int = Field(3, ge=0)
+    """Set a unit aside after so many attempts that failed; 0 = never."""
+    max_losses: int = Field(8, ge=0)
+    """Set a unit aside after so many workers died at it without a word; 0 = never."""
+    idle_exit_s: float = Field(0.0, ge=0)
+    """Leave after so many seconds with nothing to do but wait for others' units; 0 = stay to the end."""
+    notice_s: float = Field(25.0, ge=0)
+    """Seconds from SIGTERM or a notice to the kill: a unit that cannot finish within is given back at once."""
+    notice_file: str = ""
+    """A file whose appearance is a notice of preemption; empty = none."""
+    notice_url: str = ""
+    """A metadata address to poll for a notice of preemption; empty = none. See `pipeline/fleet/preemption.py`."""
+    notice_header: str = ""
+    """Header for notice_url, e.g. `Metadata-Flavor: Google`."""
+    notice_token_url: str = ""
+    """Where to PUT for a token first (AWS IMDSv2); empty = none."""
+    notice_match: str = "."
+    """Regular expression that the answer of notice_url must contain to be a notice; an error status never is."""
+    notice_poll_s: float = Field(5.0, gt=0)
+    """Seconds between looks at notice_file and notice_url."""
+
+
 class Settings(Section):
     run: Run = Run()
     corpus: Corpus = Corpus()
@@ -223,3 +254,4 @@ class Settings(Section):
     dataset: Dataset = Dataset()
     student: Student = Student()
     train: Train = Train()
+    fleet: Fleet = Fleet()

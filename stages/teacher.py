@@ -139,7 +139,6 @@ class Teacher:
             row = np.where(homeless.row < asked, homeless.row, homeless.row + deeper).astype(np.int32)
             extend(window, homeless._replace(row=row), rows, static=True)
         window.row_sampled = ((np.arange(len(window.row_depth)) < asked) | (window.row_static == 1)).astype(np.uint8)
-        # In the shard the context stands before the text.
         window.reference, window.doc_position = True, len(encoded.context) + stretch.first
         return window
 

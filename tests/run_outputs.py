@@ -2,16 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.receipts import sha256_file
-from pipeline.store import LocalStore
+from pipeline.fleet import torture
+from pipeline.stores import LocalStore
 
 
 def outputs(folder: Path) -> dict[str, str]:
-    """Hashes of everything whose bytes are promised: not reports, logs, receipts or configurations (times, paths)."""
-    store = LocalStore(folder)
-    kept = [
-        key for key in store.list("")
-        if key.split("/")[0] in ("plan", "teacher", "targets", "train", "export")
-        and not key.endswith((".toml", "metrics.jsonl"))
-    ]  # fmt: skip
-    return {key: sha256_file(store.get_path(key)) for key in kept}
+    """Hashes of everything whose bytes are promised, see `pipeline.fleet.torture.outputs`."""
+    return torture.outputs(LocalStore(folder))

@@ -1,4 +1,4 @@
-"""The store: objects appear whole, once, and refusals of the disk come with a remedy."""
+"""The local store: links, temporary files, refusals of the disk with a remedy. The contract is in store_suite.py."""
 
 import errno
 import os
@@ -10,8 +10,8 @@ import pytest
 
 from pipeline import receipts
 from pipeline.receipts import FileRecord, Receipt, canonical_json, unit_key
-from pipeline.store import TEMP_FOLDER, LocalStore, disk_errors
-from schemas.errors import ConfigError, IntegrityError, StorageError
+from pipeline.stores import TEMP_FOLDER, LocalStore, disk_errors
+from schemas.errors import IntegrityError, StorageError
 
 
 @pytest.fixture
@@ -30,32 +30,6 @@ def test_first_writer_wins_and_nothing_temporary_is_left(store: LocalStore) -> N
     with store.open("a/b.bin") as stream:
         assert stream.read() == b"one"
     assert temporary_files(store) == []
-
-
-def test_replace_and_delete(store: LocalStore) -> None:
-    store.replace("x", store.write_temp("x", b"one"))
-    store.replace("x", store.write_temp("x", b"two"))
-    assert store.get_path("x").read_bytes() == b"two"
-    store.delete("x")
-    store.delete("x")
-    assert not store.exists("x")
-    with pytest.raises(StorageError, match="does not exist"):
-        store.get_path("x")
-
-
-def test_listing_is_sorted_and_without_temporary_files(store: LocalStore) -> None:
-    for key in ("b/2", "b/1/z", "a", "bb/1"):
-        store.put_json_if_absent(key, {})
-    store.write_temp("t", b"")
-    assert list(store.list("b")) == ["b/1/z", "b/2"]
-    assert list(store.list("")) == ["a", "b/1/z", "b/2", "bb/1"]
-    assert list(store.list("none")) == []
-
-
-@pytest.mark.parametrize("key", ["../x", "/x", "a/../../x", "", f"{TEMP_FOLDER}/x"])
-def test_keys_stay_inside(store: LocalStore, key: str) -> None:
-    with pytest.raises(ConfigError, match="not a path inside"):
-        store.put_json_if_absent(key, {})
 
 
 def test_reading_makes_no_folder(store: LocalStore) -> None:
@@ -79,7 +53,7 @@ def test_file_systems_without_links(store: LocalStore, monkeypatch: pytest.Monke
 def test_sweep_takes_only_what_dead_processes_left(store: LocalStore) -> None:
     mine = store.write_temp("mine", b"")
     code = (
-        "import sys; from pathlib import Path; from pipeline.store import LocalStore\n"
+        "import sys; from pathlib import Path; from pipeline.stores import LocalStore\n"
         "LocalStore(Path(sys.argv[1])).write_temp('theirs', b'x')"
     )
     root = Path(__file__).parent.parent
@@ -133,7 +107,7 @@ def test_other_system_errors_are_not_disguised() -> None:
 def test_a_real_limit_of_the_system(tmp_path: Path) -> None:
     """`ulimit -f` makes the kernel refuse the write, as a full disk does."""
     code = (
-        "import sys, resource; from pathlib import Path; from pipeline.store import LocalStore\n"
+        "import sys, resource; from pathlib import Path; from pipeline.stores import LocalStore\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "from schemas.errors import StorageError\n"
         "store = LocalStore(Path(sys.argv[1]))\n"

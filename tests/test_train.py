@@ -160,8 +160,8 @@ def test_marginal_resumes_with_the_same_cuts_and_its_control_is_plain_cross_entr
     again = train(settings, folder, targets, tmp_path / "cut", name="m", seed=1, device="cpu")
     assert again["sha256"] == whole["sha256"] and again["terms"]["byte_kl"] > 0
     tensors, _ = checkpoint.load(Path(whole["checkpoint"]))
-    go = tensors["marginal.segmentation.go"]
-    assert ((go > 0) & (go < 1)).any(), "the cuts were counted on the training text"
+    # Before any count the shares are 1, 1/2, 1/3, ...
+    assert tensors["marginal.segmentation.on"].unique().numel() > 30, "the cuts were counted on the training text"
     monkeypatch.setattr(byte_shard.ByteShard, "triples", lambda *a: pytest.fail("the control read the teacher"))
     control = train(settings, folder, targets, tmp_path / "control", name="c", seed=1, lambda_kl=0.0, device="cpu")
     bare = settings.model_copy(update={"head": "parallel", "lambda_byte": 0.0})

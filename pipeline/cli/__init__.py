@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipeline.cli import stages, tools
+from pipeline.cli import estimate, fleet, jobs, stages, tools
 
 app = typer.Typer(
     help=(
@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 app.add_typer(stages.app)
 app.add_typer(tools.app)
+app.add_typer(estimate.app)
+app.add_typer(jobs.app)
+app.add_typer(fleet.app)
 
 
 def main() -> None:

@@ -31,13 +31,16 @@ PresetOption = Annotated[str | None, typer.Option("--preset", help="fast, balanc
 TauOption = Annotated[str | None, typer.Option("--tau", help="Share above which a deviation is evaluated.")]
 DepthOption = Annotated[str | None, typer.Option("--depth", help="Passes of branch evaluation (teacher.depth).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WorkerOption = Annotated[
+    bool, typer.Option("--worker", help="Share the units with any number of other workers on this run folder.")
+]
 OnlyOption = Annotated[str, typer.Option("--only", help="One run: distilled or control; default: as configured.")]
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
     """One line and an exit code for whatever the user can act on."""
-    from pipeline.store import disk_errors
+    from pipeline.stores import disk_errors
 
     try:
         with disk_errors("writing"):

@@ -15,6 +15,7 @@ from pipeline.cli.options import (
     SourceOption,
     TauOption,
     TeacherOption,
+    WorkerOption,
     resolve,
     run_stage,
 )
@@ -56,6 +57,7 @@ def teacher(
     preset: PresetOption = None,
     tau: TauOption = None,
     depth: DepthOption = None,
+    worker: WorkerOption = False,
 ) -> None:
     """Run the teacher over every unit and dump its path masses.
 
@@ -64,9 +66,16 @@ def teacher(
     Units with a valid receipt are skipped; with all of them done the engine is not even started. SIGTERM finishes or
     abandons the unit in flight and exits with code 75; rerun the same command to continue.
 
+    With --worker, any number of processes on any machines share the units: same settings, same run folder.
+
     Example: bytecache teacher --run-dir runs/books --teacher HuggingFaceTB/SmolLM2-135M --depth 2 --tau 0.01
     """
-    from pipeline import commands_data
+
+    def command(context: "Context") -> None:
+        from pipeline import commands_data
+        from pipeline.fleet import commands
+
+        commands.teacher_worker(context) if worker else commands_data.teacher(context)
 
     run_stage(
         lambda: resolve(
@@ -79,22 +88,34 @@ def teacher(
             teacher__tau=tau,
             teacher__depth=depth,
         ),
-        commands_data.teacher,
+        command,
     )
 
 
 @app.command()
-def convert(config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None) -> None:
+def convert(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    worker: WorkerOption = False,
+) -> None:
     """Turn the dump into byte targets, the data set that students train from.
 
     Reads: plan/ and teacher/ (no model, no GPU). Writes: targets/, Zarr shards with manifest.parquet and
     dataset.json, a folder to share.
 
+    With --worker, any number of processes share the shards; the last to finish publishes the index.
+
     Example: bytecache convert --run-dir runs/books --set convert.prune=1e-4
     """
-    from pipeline import commands_data
 
-    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), commands_data.convert)
+    def command(context: "Context") -> None:
+        from pipeline import commands_data
+        from pipeline.fleet import commands
+
+        commands.convert_worker(context) if worker else commands_data.convert(context)
+
+    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
 
 
 @app.command()
@@ -141,10 +162,10 @@ def evaluate(
 
     def command(context: "Context") -> None:
         commands_student.evaluate(context, only)
-        typer.echo((context.store.root / "report/report.md").read_text(encoding="utf-8"))
+        typer.echo(context.store.read_bytes("report/report.md").decode("utf-8"))
         if lm_eval:
             commands_student.measure_exported(context, lm_eval.split(","), limit, only)
-            typer.echo((context.store.root / "report/lm-eval.md").read_text(encoding="utf-8"))
+            typer.echo(context.store.read_bytes("report/lm-eval.md").decode("utf-8"))
 
     run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
 

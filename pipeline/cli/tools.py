@@ -22,7 +22,7 @@ from pipeline.cli.options import (
     run_stage,
 )
 from pipeline.config import render_template
-from schemas.errors import ConfigError, IntegrityError
+from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def status(
 @app.command()
 def verify(
     folder: Annotated[
-        Path | None, typer.Argument(help="A run folder, or a folder with dataset.json; default: run.dir.")
-    ] = None,
+        str, typer.Argument(help="A run folder, or a folder with dataset.json, or its URL; default: run.dir.")
+    ] = "",
     config: ConfigOption = None,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
@@ -81,25 +81,28 @@ def verify(
     with refusals():
         from pipeline import verification as module
 
-        place = folder or Path(resolve(config, overrides, run__dir=run_dir).run.dir).expanduser()
+        run = resolve(config, overrides, run__dir=run_dir).run
+        place = str(folder) if folder else run.dir
+        local = Path(place).expanduser()
         done: list[str] = []
         if source and not repair:
             raise ConfigError(f"--from {source}: only --repair fetches; add it")
-        if repair and place.is_dir():
-            if source or module.is_dataset(place):
-                if not source:
-                    raise ConfigError(f"{place} is a data set on its own; name where it came from: --from PLACE")
-                done = module.repair_dataset(place, source)
-            else:
-                from pipeline.config import RESOLVED_FILE
-                from pipeline.context import open_context
+        if repair and (source or module.is_dataset(local)):
+            if not source:
+                raise ConfigError(f"{place} is a data set on its own; name where it came from: --from PLACE")
+            if not local.is_dir():
+                raise InputError(f"{place} is not a folder; --from repairs a local copy of a data set")
+            done = module.repair_dataset(local, source)
+        elif repair:
+            from pipeline.config import RESOLVED_FILE
+            from pipeline.context import open_context
 
-                own = place / RESOLVED_FILE
-                settings = resolve(config or (own if own.is_file() else None), overrides, run__dir=str(place))
-                done = module.repair_run(open_context(settings, lambda line: None if as_json else typer.echo(line)))
-        problems, checked = module.verify_folder(place)
+            own = local / RESOLVED_FILE
+            settings = resolve(config or (own if own.is_file() else None), overrides, run__dir=place)
+            done = module.repair_run(open_context(settings, lambda line: None if as_json else typer.echo(line)))
+        problems, checked = module.verify_place(place, run.scratch)
         if as_json:
-            report = {"folder": str(place), "files": checked, "problems": problems}
+            report = {"folder": place, "files": checked, "problems": problems}
             typer.echo(json.dumps(report | ({"repaired": done} if repair else {}), indent=2))
         else:
             for line in [*done, *problems]:

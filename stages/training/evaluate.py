@@ -225,8 +225,8 @@ def evaluate(
 
 ROWS = (
     ("token_bits_per_byte", "student tokens, bits/byte", ".4f"),
-    ("head_bits_per_byte", "byte head, bits/covered byte", ".4f"),
-    ("kl_nats_per_byte", "KL(teacher ‖ byte head), nats/covered byte", ".4f"),
+    ("head_bits_per_byte", "byte head or choices, bits/covered byte", ".4f"),
+    ("kl_nats_per_byte", "KL(teacher ‖ student), nats/covered byte", ".4f"),
     ("calibration_error", "calibration error of its bytes (ECE)", ".4f"),
     ("teacher_bits_per_byte", "teacher, bits/byte", ".4f"),
     ("teacher_bits_per_covered_byte", "teacher, bits/covered byte", ".4f"),
@@ -235,8 +235,8 @@ ROWS = (
     ("text_bytes", "held-out text, bytes", ",d"),
     ("model_parameters", "parameters of the student", ",d"),
     ("head_parameters", "parameters of the head (dropped at export)", ",d"),
-    ("head_flops_share", "head's share of a step, FLOPs", ".1%"),
-    ("head_time_share", "head's share of a step, time", ".1%"),
+    ("head_flops_share", "objective's share of a step, matrix FLOPs", ".1%"),
+    ("head_time_share", "objective's share of a step, time", ".1%"),
 )
 
 

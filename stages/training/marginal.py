@@ -8,8 +8,8 @@ bytes of the token, the student chooses between the *children* w + b and, where 
 
 The product of these choices along the token's path is its probability, so the token's cross-entropy is the sum of the
 choices' cross-entropies. Each is replaced, or joined, by KL against what the teacher would choose. The slots carry
-log m (symbol 0..255: children, 256: END at the root, 257: stop, 258: ids without bytes at the root), -inf where the
-trie has nothing; their softmax is q. One slot more per token asks at the token's own node: stop here, or go on?
+log m (symbol 0..255: children, 256: END at the root, 257: stop, 258: ids without bytes at the root); their softmax is
+q. One slot more per token asks at the token's own node: stop here, or go on?
 
 *What the teacher would choose.* It says P(b | text), not where the student's tokenizer cuts. That is a property of the
 tokenizer and of the text that follows, known as frequencies: among the places where a token starts and the text reads
@@ -18,10 +18,10 @@ earlier, which is excluded here. Hence, by Bayes' rule,
 
     target(b) ~ P(b) pass(w, b),     target(stop) ~ sum_b P(b) stop(w, b),     target(other) ~ tail,
 
-and the first byte of a token is weighted by stop(previous token, b): had the text gone on otherwise, the previous token
-would have been another. `Segmentation` counts the shares on training text; a byte that no token continues with is a
-stop. Unlisted children, stops and control ids form one bucket with the teacher's tail, as everywhere.
-No parameters are trained. Price: `node_sums.py`; the shares assume that a cut depends on no more than w and b.
+and every P(b) is first weighted by the share of places where the token before ended where it did, given its bytes, w
+and b: had the text gone on otherwise, that token would have been another. `segmentation.py` counts the shares; a byte
+that no token continues with is a stop. Unlisted children, stops and control ids form one bucket with the teacher's
+tail. No parameters are trained. Price: `node_sums.py`; the shares assume that a cut depends on no more than w and b.
 """
 
 from itertools import pairwise
@@ -90,6 +90,7 @@ class Marginal(nn.Module):
     """The student's token logits as byte choices, with the teacher's targets beside them."""
 
     def __init__(self, vocabulary: Vocabulary, rows: int) -> None:
+        """`rows`: width of the student's logits."""
         super().__init__()
         self.tables = NodeTables(vocabulary, rows)
         self.segmentation = Segmentation(self.tables)
@@ -99,23 +100,31 @@ class Marginal(nn.Module):
         tables = self.tables
         ids, labels = micro.input_ids.flatten(), micro.labels.flatten()
         device = labels.device
-        depth = torch.repeat_interleave(
-            torch.arange(len(micro.slot_counts), device=device), torch.tensor(micro.slot_counts, device=device)
-        )
         row, true = micro.slot_token, micro.slot_symbol
+        counts = torch.tensor(micro.slot_counts, device=device)
+        depth = torch.repeat_interleave(torch.arange(len(micro.slot_counts), device=device), counts)
         node = tables.node_of(labels[row], depth)
+        # The token before, and where the trie leads from its end along the bytes of this one: -1 once it leads nowhere.
+        length = tables.length_of(ids)
+        walk = torch.where(length > 0, tables.node_of(ids, length), -1)
+        passed = torch.full_like(row, -1)
+        for slots in torch.split(torch.arange(row.numel(), device=device), micro.slot_counts):
+            at = walk[row[slots]]
+            passed[slots] = at
+            walk[row[slots]] = torch.where(at >= 0, tables.child_of(at.clamp_min(0), true[slots]), -1)
         # Slots of number 0 lead the list: there the teacher also says how the token before could have gone on.
         first = torch.arange(micro.slot_counts[0], device=device)
         place = row[first]
         before = ids[place]
-        spelled = tables.length_of(before) > 0
-        ended = torch.full_like(row, -1)
-        ended[first] = torch.where(spelled, tables.node_of(before, tables.length_of(before)), -1)
-        follows = spelled & (place % micro.input_ids.shape[1] > 0) & (labels[(place - 1).clamp_min(0)] == before)
+        follows = (length[place] > 0) & (place % micro.input_ids.shape[1] > 0)
+        follows &= labels[(place - 1).clamp_min(0)] == before
         source = first[follows]
-        all_row = torch.cat([row, row[source] - 1])
-        all_node = torch.cat([node, ended[source]])
+        end_row = row[source] - 1
+        all_row = torch.cat([row, end_row])
+        all_node = torch.cat([node, tables.node_of(before[follows], length[place[follows]])])
+        all_depth = torch.cat([depth, length[place[follows]]])
         all_true = torch.cat([true, torch.full_like(source, STOP)])
+        all_passed = torch.cat([passed, walk[end_row]])
         weight = torch.ones(all_row.numel(), device=device)
         if reduction == "mean":
             weight = 1 / torch.zeros(ids.numel(), device=device).index_add_(0, all_row, weight)[all_row]
@@ -131,15 +140,16 @@ class Marginal(nn.Module):
                 torch.cat([t.prob, t.prob[again]]), torch.cat([t.tail, t.tail[source]]),
             )  # fmt: skip
             unlisted = joined.tail
-            targets = self.project(joined, all_node, torch.cat([ended, torch.full_like(source, -1)]))
+            targets = self.project(joined, all_node, all_depth, all_passed, length[all_row])
         return Choices(all_row, all_node, all_true, weight, targets, unlisted)
 
-    def project(self, targets: SlotTargets, node: Tensor, ended: Tensor) -> SlotTargets:
+    def project(self, targets: SlotTargets, node: Tensor, depth: Tensor, passed: Tensor, length: Tensor) -> SlotTargets:
         """The teacher's bytes as choices at trie nodes (module docstring).
 
         Args:
-            targets: of S slots. node: int64 [S]. ended: int64 [S], the node of the token that ended just before a
-                root slot; -1 where there is none.
+            targets: of S slots. node, depth: int64 [S], where the token stands. passed: int64 [S], where the trie
+                leads from the token before along this one's bytes; -1 where it leads nowhere. length: int64 [S],
+                bytes of the token before.
 
         Returns:
             Entries on children (and END) only, by slot; stops are part of the tail. A node that offers nothing else has
@@ -147,18 +157,20 @@ class Marginal(nn.Module):
         """
         tables, cut = self.tables, self.segmentation
         slot, symbol, prob, tail = targets
-        n = node[slot]
-        child = tables.child_of(n, symbol)
-        at = child.clamp_min(0)
-        root_end = (n == 0) & (symbol == END)
-        go = torch.where(child >= 0, cut.go[at], root_end.to(prob.dtype))
-        halt = torch.where(child >= 0, cut.halt[at], torch.where(root_end, 0.0, cut.off[n]))
-        last = ended[slot]
-        after = tables.child_of(last.clamp_min(0), symbol)
-        stopped = torch.where(after >= 0, cut.halt[after.clamp_min(0)], cut.off[last.clamp_min(0)])
-        prob = torch.where(last >= 0, prob * stopped, prob)
+        at = node[slot]
+        child = tables.child_of(at, symbol)
+        root_end = (at == 0) & (symbol == END)
+        go = torch.where(child >= 0, cut.reaches(child.clamp_min(0)), root_end.to(prob.dtype))
+        halt = torch.where(at > 0, cut.ended(at, child, depth[slot]), 0.0)
+        known = passed[slot].clamp_min(0)
+        stopped = cut.ended(known, tables.child_of(known, symbol), torch.where(passed[slot] >= 0, length[slot], 0))
+        prob = torch.where(passed[slot] >= 0, prob * stopped, prob)
         kept, stop = prob * go, torch.zeros_like(tail).index_add_(0, slot, prob * halt)
         listed = torch.zeros_like(tail).index_add_(0, slot, (kept > 0).to(tail.dtype))
+        # The tail shares the fate of the listed mass, so that it stays the same part of the whole.
+        seen = torch.zeros_like(tail).index_add_(0, slot, targets.prob)
+        used = kept + prob * halt
+        tail = tail * torch.zeros_like(tail).index_add_(0, slot, used) / seen.clamp_min(1e-12)
         first = tables.table("first_child")
         offered = (first[node + 1] - first[node]) + (node == 0)
         # The root always has a bucket: control ids.

@@ -1,74 +1,96 @@
 """How a student's tokenizer cuts, as frequencies on training text: the bridge from a teacher's bytes to its choices.
 
-Algorithm. A teacher says what the next byte is, not whether the student's tokenizer would go on with its token there.
-Wherever a token starts and the text reads c (a node of the byte trie, c = w b), the token passes c, or is w, or had
-ended before. Counting the three over training text gives, per node, the shares that Bayes' rule needs (`marginal.py`).
-Price: one walk through the trie per token, 3 M tokens/s; three floats per node.
+A teacher says what the next byte is, not whether the student's tokenizer would go on with its token there. Wherever a
+token starts and the text reads c (a node of the byte trie, c = w b), the token reaches c, or it has ended after j of
+c's bytes; where the text leaves the trie after w, it has ended after j of w's bytes. The shares of these outcomes are
+counted over training text, with half an observation more of each outcome that the vocabulary allows. Bayes' rule
+(`marginal.py`) needs no more than these. That a share depends on c alone, not on the text before, is an assumption.
+Price: one walk through the trie per token, about 3 M tokens/s; a float per node and byte of its prefix.
 """
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from numba import njit
-from torch import nn
+from torch import Tensor, nn
 
 from stages.tokens.byte_trie import find_child
 from stages.training.node_sums import IntArray, NodeTables
 
 
 @njit(cache=True)
-def _count(text, start, end, doc_end, first_child, byte, read, passed, stopped, off, off_stopped):  # type: ignore[no-untyped-def]
+def _count(text, start, end, doc_end, first_child, byte, base, on, off):  # type: ignore[no-untyped-def]
     for t in range(len(start)):
         n, d, i = 0, 0, start[t]
         length = end[t] - start[t]
         while True:
             c = find_child(first_child, byte, n, text[i]) if i < doc_end[t] else -1
             if c < 0:
-                off[n] += 1
-                off_stopped[n] += d == length
+                off[base[n] + min(length, d)] += 1
                 break
-            read[c] += 1
-            passed[c] += d < length
-            stopped[c] += d == length
-            n, d, i = c, d + 1, i + 1
+            d += 1
+            on[base[c] + (length if length < d else 0)] += 1
+            n, i = c, i + 1
 
 
 class Segmentation(nn.Module):
-    """How the student's tokenizer cuts: per trie node c = w b, shares of the places where a token starts and reads w b.
+    """Shares of where the token ends, per node; node c of depth D owns D + 1 cells from base[c].
 
-    go [N]: the token passes c. halt [N]: the token is w. off [N]: per node w, the token is w where the text ends or
-    goes on with a byte that w has no child for. Before any count: one half each after a token, else what is possible.
+    on [cells]: where the text reads c: cell 0, the token reaches c; cell j < D, it ended after j bytes.
+    off [cells]: where the text reads c and then leaves the trie or ends: cell j <= D, the token ended after j bytes.
     They are parameters without gradient, not buffers, because a run's checkpoint must hold them.
     """
 
     def __init__(self, tables: NodeTables) -> None:
         super().__init__()
+        first_child, _ = tables.walk()
         is_token = tables.table("n_equal").numpy() > 0
-        self._counts = np.zeros((5, is_token.size), np.int64)
-        first_child = tables.table("first_child").numpy()
-        # Children of a token: there the tokenizer has a choice.
-        self._choice = np.concatenate([[False], np.repeat(is_token, np.diff(first_child))])
-        self._is_token = is_token
-        self.go, self.halt, self.off = (nn.Parameter(torch.zeros(is_token.size), requires_grad=False) for _ in range(3))
+        size = is_token.size
+        parent = np.concatenate([[0], np.repeat(np.arange(size), np.diff(first_child))])
+        depth = np.zeros(size, np.int64)
+        lo, hi, level = 0, 1, 0
+        while lo < hi:  # numbered breadth first, so a level is a range
+            depth[lo:hi] = level
+            lo, hi, level = int(first_child[lo]), int(first_child[hi]), level + 1
+        base = np.cumsum(depth + 1) - (depth + 1)
+        possible = np.zeros((2, int((depth + 1).sum())), bool)
+        possible[0, base] = True
+        node, up = np.arange(size), np.arange(size)
+        while node.size:
+            possible[0, base[node] + depth[up]] |= is_token[up] & (depth[up] < depth[node]) & (depth[up] > 0)
+            possible[1, base[node] + depth[up]] |= is_token[up]
+            keep = up > 0
+            node, up = node[keep], parent[up[keep]]
+        self._counts = np.zeros(possible.shape, np.int64)
+        self._possible = possible
+        self._owner = np.repeat(np.arange(size), depth + 1)
+        self.register_buffer("base", torch.from_numpy(base), persistent=False)
+        self.on, self.off = (nn.Parameter(torch.zeros(possible.shape[1]), requires_grad=False) for _ in range(2))
         self.settle()
 
     def add(
         self, tables: NodeTables, text: npt.NDArray[np.uint8], start: IntArray, end: IntArray, doc_end: IntArray
     ) -> None:
         """Count tokens [start, end) of `text` (uint8); `doc_end` int64 is where each token's document ends."""
-        _count(text, start, end, doc_end, *tables.walk(), *self._counts)
+        _count(text, start, end, doc_end, *tables.walk(), self.get_buffer("base").numpy(), *self._counts)
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Turn counts into shares, each with one more observation of the average."""
-        read, passed, stopped, off, off_stopped = self._counts
-        chosen = passed[self._choice].sum(), stopped[self._choice].sum()
-        share = (chosen[0] + 1) / (chosen[0] + chosen[1] + 2)
-        go = (passed + np.where(self._choice, share, 1.0)) / (read + 1)
-        halt = (stopped + np.where(self._choice, 1 - share, 0.0)) / (read + 1)
-        for parameter, value in (
-            (self.go, go),
-            (self.halt, halt),
-            (self.off, (off_stopped + self._is_token) / (off + 1)),
-        ):
-            parameter.copy_(torch.from_numpy(value))
+        """Turn counts into shares."""
+        for parameter, counts, possible in zip((self.on, self.off), self._counts, self._possible, strict=True):
+            observed = counts + 0.5 * possible
+            total = np.bincount(self._owner, weights=observed)
+            parameter.copy_(torch.from_numpy(observed / np.maximum(total, 1e-9)[self._owner]))
+
+    def reaches(self, child: Tensor) -> Tensor:
+        """Share of tokens that reach node `child`, where the text does."""
+        return self.on[self._base(child)]
+
+    def ended(self, node: Tensor, child: Tensor, length: Tensor) -> Tensor:
+        """Share of tokens that ended after `length` bytes, where the text reads `node` and goes on to `child` (-1: to
+        nothing in the trie); length at most the depth of `node`."""
+        inside = self.on[self._base(child.clamp_min(0)) + length]
+        return torch.where(child >= 0, inside, self.off[self._base(node) + length])
+
+    def _base(self, node: Tensor) -> Tensor:
+        return self.get_buffer("base")[node]

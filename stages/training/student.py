@@ -68,7 +68,7 @@ class Student:
     end_id: int
     identity: str
     """sha256 over weights, configuration and vocabulary as prepared."""
-    folder: Path = Path()
+    folder: Path
 
     def template(self) -> Template:
         """Its chat template, proven (ConfigError if there is none that works)."""
@@ -99,7 +99,7 @@ class Student:
         return logits, seen[0]
 
 
-def split_model(opened: Student) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+def split_model(opened: Student) -> tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[Tensor], Tensor]]:
     """(input_ids and position_ids to hidden states, hidden states to logits), so that logits can be made in pieces.
 
     Raises:
@@ -110,7 +110,7 @@ def split_model(opened: Student) -> tuple[Callable[..., Tensor], Callable[[Tenso
     # Adapters sit inside the model that peft wraps.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def trunk(input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def trunk(input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         states: Tensor = inner.base_model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).last_hidden_state
@@ -124,7 +124,7 @@ def split_model(opened: Student) -> tuple[Callable[..., Tensor], Callable[[Tenso
     model.eval()
     with torch.no_grad():
         ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-        whole, pieces = model(input_ids=ids, use_cache=False).logits, to_logits(trunk(ids))
+        whole, pieces = model(input_ids=ids, use_cache=False).logits, to_logits(trunk(ids, None))
     model.train(training)
     if not torch.allclose(whole.float(), pieces.float(), rtol=1e-3, atol=1e-3):
         raise ConfigError("train.chunk: this student alters the logits of its lm_head; set train.chunk = 0")

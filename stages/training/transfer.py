@@ -67,8 +67,8 @@ def transfer(model: PreTrainedModel, old: Vocabulary, new: Vocabulary) -> dict[s
     made = {}
     with torch.no_grad():
         for key, module in tables.items():
-            rows = dict(module.named_parameters(recurse=False))
-            made[key] = {name: _averaged(value, tokens) for name, value in rows.items()}
+            rows: dict[str, Any] = {"weight": module.weight, "bias": getattr(module, "bias", None)}
+            made[key] = {name: _averaged(value, tokens) for name, value in rows.items() if value is not None}
     tied = len(tables) == 1
     model.resize_token_embeddings(new.size, mean_resizing=False)
     with torch.no_grad():

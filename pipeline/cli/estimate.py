@@ -1,0 +1,96 @@
+"""`bytecache estimate`: what a run will take, before it is paid for."""
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import (
+    BackendOption,
+    ConfigOption,
+    JsonOption,
+    RunDirOption,
+    SetOption,
+    SourceOption,
+    TeacherOption,
+    resolve,
+    run_stage,
+)
+
+if TYPE_CHECKING:
+    from pipeline.context import Context
+
+app = typer.Typer()
+
+
+@app.command()
+def estimate(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    source: SourceOption = None,
+    model: TeacherOption = None,
+    backend: BackendOption = None,
+    units: Annotated[int, typer.Option("--units", min=1, help="Units to pilot; more give narrower intervals.")] = 3,
+    all_presets: Annotated[
+        bool, typer.Option("--presets/--configured", help="Pilot every preset, or the configuration alone.")
+    ] = False,
+    price: Annotated[float, typer.Option("--price", min=0, help="Dollars an hour of the teacher's machine.")] = 0.0,
+    core_price: Annotated[
+        float, typer.Option("--core-price", min=0, help="Dollars an hour of a core that converts.")
+    ] = 0.0,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers; each pays for its engine's start.")] = 1,
+    max_ratio: Annotated[
+        float, typer.Option("--max-ratio", min=0, help="Budget: bytes of shards per byte of text; implies --presets.")
+    ] = math.inf,
+    max_dollars: Annotated[float, typer.Option("--max-dollars", min=0, help="Budget; implies --presets.")] = math.inf,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict tokens, hours, bytes and cost of the whole corpus from a pilot of a few units, with intervals.
+
+    Reads: the corpus, the teacher, and dumps that are already there. Writes: plan/, and the pilot's units of the
+    configured settings in teacher/, which the run then need not make again; other presets leave nothing.
+
+    With a budget the most precise presets that keep it are named. Run it on the kind of machine that will do the work.
+
+    Example: bytecache estimate --source books.jsonl --run-dir runs/books --units 5 --price 2.5 --max-dollars 40
+    """
+    from pipeline import estimate as module
+    from pipeline.units import load_plan
+    from schemas.settings import Convert, Teacher
+
+    budget = math.isfinite(max_ratio) or math.isfinite(max_dollars)
+
+    def command(context: "Context") -> None:
+        every = all_presets or budget
+        found = module.estimate(
+            context,
+            count=units,
+            teacher_presets=module.presets(Teacher) if every else [""],
+            convert_presets=module.presets(Convert) if every else [""],
+            price=price,
+            core_price=core_price,
+            workers=workers,
+        )
+        planned = load_plan(context.store, context.settings)
+        chosen = module.settings_of(module.within_budget(found, max_ratio, max_dollars)) if budget else ""
+        if as_json:
+            report = {"text_bytes": planned.n_bytes, "units": len(planned.units), "variants": module.as_json(found)}
+            typer.echo(json.dumps(report | ({"chosen": chosen} if budget else {}), indent=2))
+        else:
+            typer.echo(module.table(found, planned.n_bytes, price > 0 or core_price > 0))
+            if budget:
+                typer.echo(f"\nwithin the budget: {chosen}")
+
+    run_stage(
+        lambda: resolve(
+            config,
+            overrides,
+            run__dir=run_dir,
+            corpus__source=source,
+            teacher__model=model,
+            teacher__backend=backend,
+        ),
+        command,
+    )

@@ -1,0 +1,105 @@
+"""Commands for runs that many workers share."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import ConfigOption, RunDirOption, SetOption, refusals, resolve, run_stage
+from schemas.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.context import Context
+
+app = typer.Typer()
+
+
+@app.command()
+def retry(
+    stage: Annotated[str, typer.Argument(help="teacher or convert.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    lost: Annotated[
+        bool, typer.Option("--lost", help="Also open units again whose receipt is gone; when no worker runs.")
+    ] = False,
+    new_job: Annotated[
+        bool,
+        typer.Option("--new-job", help="Give the workers' job up, so that one with other settings can begin."),
+    ] = False,
+) -> None:
+    """Let units that workers set aside be tried again.
+
+    Reads: fleet/ in the run folder (and receipts/ with --lost). Writes: a mark per unit, which forgives its failed
+    attempts; what happened stays on record. Nothing that is made is touched.
+
+    Example: bytecache retry teacher --run-dir runs/books
+    """
+    from pipeline.fleet import commands
+
+    run_stage(
+        lambda: resolve(config, overrides, run__dir=run_dir),
+        lambda context: commands.retry_stage(context, stage, new_job, lost),
+    )
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[str], typer.Argument(help="Run folders or addresses with parts of the same plan.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Bring partial runs of one plan, made in different places, into one run folder.
+
+    Reads: receipts and files of every source, each hash recomputed. Writes: plan/, teacher/, targets/ (shards only)
+    and receipts/ in the run folder. Refused before anything is written: another plan, another teacher, two different
+    outputs of one unit.
+
+    Example: bytecache merge here/run there/run --run-dir runs/whole
+    """
+    from pipeline.fleet.ledger import STAGES
+    from pipeline.fleet.merge import merge as merge_runs
+    from pipeline.stores import open_store
+
+    def command(context: "Context") -> None:
+        result = merge_runs(context.store, [open_store(source) for source in sources])
+        for line in result.skipped:
+            typer.echo(f"skipped: {line}")
+        counts = (
+            f"{result.copied[stage]} units of {stage} copied, {result.present[stage]} were there" for stage in STAGES
+        )
+        typer.echo(f"merge: {'; '.join(counts)}; {len(result.skipped)} skipped")
+
+    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
+
+
+@app.command()
+def torture(
+    folder: Annotated[Path, typer.Argument(help="A new folder to work in; removed again if all is well.")],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    kills: Annotated[int, typer.Option(min=1, help="Processes to kill.")] = 200,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the moments and victims.")] = 0,
+) -> None:
+    """Kill workers at random moments of every stage until enough have died, and compare with an undisturbed run.
+
+    Reads: the corpus and the teacher. Writes: runs under the folder; prints a JSON report. Exit code 4 if any hash
+    differs, a unit is lost or a file is left over. Choose a corpus of seconds: it is run many times over.
+
+    Example: bytecache torture /tmp/torture --kills 50 --set corpus.max_bytes=20000 --set train.steps=20
+    """
+    with refusals():
+        from pipeline.fleet.torture import torture as command
+
+        if folder.exists():
+            raise ConfigError(f"{folder} exists; name a new folder")
+        settings = resolve(config, overrides)
+        report = command(
+            settings, folder, kills=kills, workers=workers, seed=seed, say=lambda line: typer.echo(line, err=True)
+        )
+        shutil.rmtree(folder)
+        typer.echo(json.dumps(report, indent=2))

@@ -1,0 +1,38 @@
+"""Where bytes live: the only package that knows. `Store` is the interface, `open_store` picks the backend by URL."""
+
+import os
+from pathlib import Path
+
+from pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, sha256_file
+from pipeline.stores.local import LocalStore
+from schemas.errors import ConfigError
+
+__all__ = ["TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "sha256_file"]
+
+
+def open_store(place: str, scratch: str = "") -> Store:
+    """The store of a run: a path, or a URL (s3://bucket/prefix, gs://..., az://account/container/..., hf://datasets/...).
+
+    `scratch`: local folder for copies and temporary files of remote runs; empty = `bytecache/runs` in the user's cache
+    folder. Raises ConfigError for a scheme that has no store here or whose library is not installed.
+    """
+    scheme, separator, _ = place.partition("://")
+    if not separator:
+        return LocalStore(Path(place).expanduser())
+    folder = Path(scratch or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/bytecache/runs").expanduser()
+    if scheme in READABLE:
+        from pipeline.stores.readonly import ReadOnlyStore
+
+        return ReadOnlyStore(place, folder)
+    if scheme not in WRITABLE:
+        known = ", ".join(f"{name}://" for name in (*WRITABLE, *READABLE))
+        raise ConfigError(f"run.dir = {place}: no store for {scheme}://; use a folder or one of {known}")
+    try:
+        from pipeline.stores.objects import ObjectStore
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"run.dir = {place} needs {error.name}; pip install 'bytecache[remote]'") from None
+    return ObjectStore(place, folder)
+
+
+WRITABLE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
+READABLE = ("hf",)

@@ -1,0 +1,136 @@
+"""Runs and data sets on a service that is only read here: hf:// through huggingface_hub, by way of fsspec.
+
+Copies go to a mirror folder, as with object stores; the version is the file's content id. Whatever would write is
+refused: publish a finished run with the service's own tools.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from pipeline.stores.base import check_key, disk_errors, sha256_file
+from pipeline.stores.local import LocalStore
+from pipeline.stores.mirror import Mirror
+from schemas.errors import ConfigError, StorageError
+
+
+class ReadOnlyStore:
+    """Any fsspec URL. Raises ConfigError where its file system cannot be made; see `Store` for the methods."""
+
+    def __init__(self, url: str, scratch: Path) -> None:
+        import fsspec
+
+        self._url = url.rstrip("/")
+        try:
+            self._files, self._base = fsspec.core.url_to_fs(self._url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{url}: {str(error).splitlines()[0][:300]}") from error
+        self._base = self._base.strip("/")
+        root = scratch / f"read-{hashlib.sha256(self._url.encode()).hexdigest()[:12]}"
+        self._temporary = LocalStore(root)
+        self._mirror = Mirror(root)
+
+    @property
+    def name(self) -> str:
+        return self._url
+
+    def _find(self, key: str) -> dict[str, Any] | None:
+        check_key(key, self.name)
+        try:
+            found: dict[str, Any] = self._files.info(f"{self._base}/{key}")
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # each file system has its own classes
+            raise StorageError(f"{self.name}: looking for {key}: {str(error).splitlines()[0][:300]}") from error
+        return found if found.get("type") == "file" else None
+
+    def get_path(self, key: str) -> Path:
+        found = self._find(key)
+        if found is None:
+            raise StorageError(f"{self.name}/{key} does not exist; check run.dir")
+        parts = [found.get("blob_id"), found.get("lfs"), found.get("ETag"), found.get("created"), found["size"]]
+        version = hashlib.sha256(repr(parts).encode()).hexdigest()
+        if self._mirror.fresh(key, version):
+            return self._mirror.path(key)
+        temporary = self._temporary.temp_path(key)
+        with disk_errors(f"writing {temporary}"):
+            try:
+                self._files.get_file(f"{self._base}/{key}", str(temporary))
+                if temporary.stat().st_size != found["size"]:
+                    raise StorageError(
+                        f"{self.name}/{key}: {temporary.stat().st_size} bytes of {found['size']} arrived; rerun"
+                    )
+                return self._mirror.adopt(key, temporary, version)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def read_bytes(self, key: str) -> bytes:
+        return self.get_path(key).read_bytes()
+
+    def open(self, key: str) -> BinaryIO:
+        return self.get_path(key).open("rb")
+
+    def exists(self, key: str) -> bool:
+        return self._find(key) is not None
+
+    def size(self, key: str) -> int | None:
+        found = self._find(key)
+        return int(found["size"]) if found else None
+
+    def sha256(self, key: str, *, deep: bool = False) -> str:
+        return sha256_file(self.get_path(key))
+
+    def list(self, prefix: str) -> Iterator[str]:
+        if prefix:
+            check_key(prefix, self.name)
+        top = f"{self._base}/{prefix}".strip("/")
+        try:
+            found = self._files.find(top) if self._files.isdir(top) else []
+        except FileNotFoundError:
+            found = []
+        keys = [str(path).strip("/").removeprefix(self._base).strip("/") for path in found]
+        # A listing is a stranger's text: what would leave the folder is not a key.
+        yield from sorted(key for key in keys if key and ".." not in key.split("/") and not key.startswith("."))
+
+    def folder(self, prefix: str, record: str = "") -> Path:
+        if prefix:
+            check_key(prefix, self.name)
+        for key in self.list(prefix):
+            self.get_path(key)
+        return self._mirror.path(prefix)
+
+    def release(self, key: str) -> None:
+        self._mirror.drop(key)
+
+    def sweep(self) -> int:
+        return self._temporary.sweep()
+
+    def _refuse(self, key: str = "") -> NoReturn:
+        raise StorageError(
+            f"{self.name} is only read here; use a folder or an object store as run.dir to write {key}".rstrip()
+        )
+
+    def temp_path(self, name: str) -> Path:
+        self._refuse(name)
+
+    def write_temp(self, name: str, raw: bytes) -> Path:
+        self._refuse(name)
+
+    def put_if_absent(self, key: str, source: Path) -> bool:
+        self._refuse(key)
+
+    def put_json_if_absent(self, key: str, value: Any) -> bool:
+        self._refuse(key)
+
+    def replace(self, key: str, source: Path) -> None:
+        self._refuse(key)
+
+    def replace_text(self, key: str, text: str) -> None:
+        self._refuse(key)
+
+    def delete(self, key: str) -> None:
+        self._refuse(key)
+
+    def publish(self, prefix: str) -> int:
+        self._refuse(prefix)

@@ -1,0 +1,59 @@
+"""Jobs of a few bytes a unit for tests of workers, and real processes to run them in."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.fleet.ledger import Layout
+from pipeline.fleet.worker import Share, Worker
+from pipeline.runner import Job, Task, Tick, Work
+from pipeline.stores import LocalStore
+from schemas.errors import Interrupted
+from schemas.settings import Fleet
+
+QUICK = Fleet(heartbeat_s=0.1, lease_s=1.0, notice_s=1.0, notice_poll_s=0.05)
+LAYOUT = Layout("teacher")
+Do = Callable[[int, Callable[[], bool]], None]
+
+
+def job(n_units: int, do: Do = lambda unit, stop: None, identity: str = "a") -> Job:
+    """Units of a few bytes; `do(unit, stop)` happens inside each."""
+
+    def task(index: int) -> Task:
+        return Task("teacher", f"unit {index}", f"teacher/{index:03d}.bin", {"unit": index, "identity": identity}, 10)
+
+    @contextmanager
+    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
+        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+            do(task.inputs["unit"], stop)
+            out.write_bytes(f"{task.inputs}".encode() * 10)
+            tick({"bytes": 10})
+            return {}
+
+        yield work
+
+    return Job("teacher", {"identity": identity}, [10] * n_units, task, open_work)
+
+
+def run(store: LocalStore, work: Job, settings: Fleet = QUICK) -> Share:
+    return Worker(store, work, settings, lambda: False).run()
+
+
+def marks(store: LocalStore, kind: str) -> list[str]:
+    return [key for key in store.list(f"{LAYOUT.root}/units") if key.rpartition(".")[2].startswith(kind)]
+
+
+def fork(step: Callable[[], Any]) -> int:
+    """Exit code (or minus the signal) of a child that does one step."""
+    pid = os.fork()
+    if not pid:
+        try:
+            step()
+            os._exit(0)
+        except Interrupted:
+            os._exit(75)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,146 @@
+"""Predictions: exact where they must be, honest intervals, budgets kept; a real pilot beside the run it foretells."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import make_checkpoint
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.estimate import (
+    Predicted,
+    Variant,
+    choose_units,
+    presets,
+    ratio_total,
+    settings_of,
+    with_preset,
+    within_budget,
+)
+from pipeline.stores import LocalStore
+from schemas.errors import ConfigError
+from schemas.settings import Convert, Teacher
+
+
+@given(st.lists(st.floats(1, 1e6), min_size=2, max_size=30), st.floats(0.01, 100), st.data())
+def test_proportional_quantities_are_predicted_exactly(sizes: list[float], rate: float, data: st.DataObject) -> None:
+    n = data.draw(st.integers(2, len(sizes)))
+    found = ratio_total(sizes[:n], [rate * size for size in sizes[:n]], sizes)
+    assert found.value == pytest.approx(rate * sum(sizes))
+    assert found.low == pytest.approx(found.value)
+    assert found.high == pytest.approx(found.value)
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e3), st.floats(0, 1e3)), min_size=1, max_size=20))
+def test_a_pilot_of_everything_is_the_truth(pairs: list[tuple[float, float]]) -> None:
+    sizes, values = zip(*pairs, strict=True)
+    truth = sum(values)
+    assert ratio_total(sizes, values, sizes) == Predicted(*[pytest.approx(truth)] * 3)
+
+
+def test_one_unit_gives_no_interval() -> None:
+    assert ratio_total([10], [30], [10, 10, 20]) == Predicted(120.0, 0.0, math.inf)
+
+
+@pytest.mark.parametrize("n", [3, 6, 15])
+def test_the_interval_holds_the_truth_nine_times_in_ten(n: int) -> None:
+    """On populations where the model of the estimator holds: noise about a rate, sizes that vary."""
+    generator = np.random.default_rng(n)
+    held = 0
+    for _ in range(600):
+        sizes = generator.uniform(50, 100, 40)
+        values = sizes * generator.normal(3, 0.4, 40)
+        at = generator.choice(40, n, replace=False)
+        found = ratio_total(sizes[at], values[at], sizes)
+        held += found.low <= values.sum() <= found.high
+    assert 0.85 < held / 600 < 0.95
+
+
+@given(st.integers(1, 50), st.integers(1, 500))
+def test_units_are_spread_over_the_plan(count: int, total: int) -> None:
+    chosen = choose_units(count, total)
+    assert len(set(chosen)) == len(chosen) == min(count, total)
+    assert all(0 <= index < total for index in chosen)
+    if count < total:
+        assert max(np.diff([-1, *chosen, total])) <= total / count + 1
+
+
+def test_presets_replace_what_they_decide() -> None:
+    assert presets(Teacher)[0] == "fast"
+    tuned = Teacher(tau=0.5, depth=1, top_k=3)
+    assert with_preset(tuned, "") == tuned
+    assert with_preset(tuned, "exact") == Teacher(preset="exact", top_k=3)
+
+    assert presets(Convert) == ["small", "default", "precise"]
+    assert with_preset(Convert(prune=0.01, shard_bytes=5000), "small") == Convert(precision="small", shard_bytes=5000)
+
+
+def variant(teacher: str, convert: str, ratio: float, dollars: float) -> Variant:
+    nothing = Predicted(1.0, 1.0, 1.0)
+    return Variant(
+        teacher, convert, nothing, nothing, nothing, nothing, nothing, nothing,
+        shard_ratio=Predicted(ratio, ratio - 1, ratio + 1), dollars=Predicted(dollars, dollars / 2, dollars * 2),
+    )  # fmt: skip
+
+
+def test_budgets_choose_the_most_precise_that_keeps_them() -> None:
+    found = [
+        variant(teacher, convert, ratio, dollars)
+        for teacher, dollars in (("fast", 10.0), ("exact", 25.0))
+        for convert, ratio in (("small", 3.0), ("precise", 9.0))
+    ]
+    assert settings_of(within_budget(found)) == "--set teacher.preset=exact --set convert.precision=precise"
+    assert within_budget(found, ratio=4.0) is found[2]
+    assert within_budget(found, dollars=20.0) is found[1]  # the upper bound of the exact one is 50
+    assert within_budget(found, ratio=4.0, dollars=49.0) is found[0]
+    with pytest.raises(ConfigError, match=r"up to 4\.00 bytes per text byte, the cheapest up to \$20\.00"):
+        within_budget(found, ratio=3.5)
+
+
+TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(80)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_pilot_beside_the_run_it_foretells(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    make_checkpoint(tmp_path / "teacher")
+    settings = [
+        f"run.dir={tmp_path / 'run'}", f"corpus.source={tmp_path / 'corpus.jsonl'}",
+        f"teacher.model={tmp_path / 'teacher'}", "corpus.unit_bytes=1000", "teacher.backend=hf", "teacher.context=128",
+        "teacher.overlap=32", "teacher.sample_tokens=0", "convert.shard_bytes=4000",
+    ]  # fmt: skip
+
+    def bytecache(*arguments: str, code: int = 0) -> str:
+        options = [part for setting in settings for part in ("--set", setting)]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == code, result.output
+        return result.stdout
+
+    report = json.loads(bytecache("estimate", "--units", "4", "--json", "--price", "2"))
+    store = LocalStore(tmp_path / "run")
+    assert len(list(store.list("receipts/teacher"))) == 4 < report["units"]
+    (found,) = report["variants"]
+    hours = found["teacher_hours"]["value"]
+    assert found["dollars"]["value"] == pytest.approx(2 * hours)
+    everything = bytecache("estimate", "--units", "2", "--max-ratio", "1000", "--max-dollars", "5", "--price", "1")
+    assert "within the budget: --set teacher.preset=exact" in everything
+    assert len(list(store.list("receipts/teacher"))) == 4  # other presets leave nothing
+    bytecache("estimate", "--units", "2", "--max-ratio", "0.001", code=2)
+    bytecache("teacher")
+    bytecache("convert")
+    made = [json.loads(store.read_bytes(key)) for key in store.list("receipts/teacher")]
+    shards = [json.loads(store.read_bytes(key)) for key in store.list("receipts/convert")]
+    truth = {
+        "tokens": sum(receipt["counts"]["tokens"] for receipt in made),
+        "dump_bytes": sum(receipt["files"][0]["size"] for receipt in made),
+        "shard_bytes": sum(receipt["files"][0]["size"] for receipt in shards),
+    }
+    for name, value in truth.items():
+        assert found[name]["value"] == pytest.approx(value, rel=0.15), name
+        assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]

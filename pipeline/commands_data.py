@@ -7,33 +7,32 @@ model nor the engine.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import receipts, units
 from pipeline.config import changed_keys
 from pipeline.context import Context
+from pipeline.dataset_index import (
+    CONVERTER,
+    TARGETS,
+    certificate,
+    dataset_info,
+    publish_index,
+    refuse_other_dataset,
+    set_aside,
+)
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt, unit_key
 from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
-from pipeline.stores import Store, sha256_file
+from pipeline.stores import sha256_file
 from pipeline.units import Plan, Unit
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
 
 if TYPE_CHECKING:
-    from schemas.manifest import Dataset
-
-TARGETS = "targets"
-CONVERTER = (
-    "stages.convert", "stages.lattice", "stages.fidelity", "stages.divergence",
-    "schemas.shard_builder", "schemas.gather", "schemas.prior", "schemas.quantise", "schemas.packing",
-    "schemas.byte_shard", "schemas.expansion", "schemas.zarr_zip",
-)  # fmt: skip
-"""Modules whose code decides the bytes of a shard and the figures of its certificate."""
-_RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
-"""What an index says about its shards that may be corrected afterwards."""
+    pass
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
@@ -109,15 +108,6 @@ def teacher(context: Context) -> Outcome:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(aside.items()))
         context.say(f"teacher: documents set aside because its tokenizer cannot reproduce them ({reasons})")
     return outcome
-
-
-def set_aside(dumps: list[Receipt]) -> dict[str, int]:
-    """Documents set aside by reason, over dump receipts."""
-    found: dict[str, int] = defaultdict(int)
-    for receipt in dumps:
-        for reason, count in receipt.counts.get("set_aside", {}).items():
-            found[reason] += count
-    return dict(found)
 
 
 def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
@@ -269,25 +259,17 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
 
     planned = units.load_plan(context.store, context.settings)
     found = dumps if dumps is not None else find_dumps(context, planned)
-    info = _dataset_info(context, planned, found)
+    info = dataset_info(context, planned, found)
     refuse_other_dataset(context, info)
     job = convert_job(context, planned, info["teacher"], lambda index: found[index])
     outcome = run_job(context.store, job, context.stop)
-    index_is_new = _publish_index(context, outcome.receipts, info)
+    index_is_new = publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
-    context.say(summary_line(_certificate(outcome.receipts, info["teacher"])))
+    context.say(summary_line(certificate(outcome.receipts, info["teacher"])))
     if context.settings.convert.delete_dump:
         _delete_dump(context, found)
     return outcome
-
-
-def _certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:
-    """The fidelity of all shards together; None where no dump part had reference windows."""
-    from stages.fidelity import Fidelity
-
-    reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
-    return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
 
 
 def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
@@ -302,130 +284,6 @@ def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
         raise IntegrityError(f"the dump is kept, since its targets are not whole ({listed}); run `verify --repair`")
     freed = sum(receipts.delete_files(context.store, receipt) for receipt in dumps)
     context.say(f"convert: the targets are whole, the dump is deleted ({human_bytes(freed)})")
-
-
-def dataset_identity(context: Context, planned: Plan, teacher: dict[str, Any]) -> dict[str, Any]:
-    """What tells one data set from another: whose targets, of which text, how converted. `teacher`: its identity."""
-    return {
-        "teacher": teacher,
-        "corpus": planned.corpus,
-        "settings": {
-            "plan": planned.settings,
-            "convert": context.settings.convert.model_dump(exclude={"delete_dump"}),
-            "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
-        },
-    }
-
-
-def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
-    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies."""
-    identity = dumps[0].inputs["teacher"]
-    return {
-        **dataset_identity(context, planned, identity),
-        "tokenizer": {
-            "vocabulary_sha256": identity.get("vocabulary", ""),
-            **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
-        },
-        "software": receipts.software_versions(),
-        "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
-        "name": context.settings.dataset.name,
-        "license": context.settings.dataset.license,
-        "corpus_license": context.settings.corpus.license,
-        "teacher_license": context.settings.dataset.teacher_license,
-        "attribution": context.settings.corpus.attribution,
-    }
-
-
-def read_index(store: Store) -> "Dataset | None":
-    """The index of the data set in a run, or None if none was published; shards are not touched.
-
-    Raises IntegrityError if it is damaged.
-    """
-    from schemas.manifest import DATASET, MANIFEST, read_dataset
-
-    if not store.exists(f"{TARGETS}/{DATASET}"):
-        return None
-    if store.exists(f"{TARGETS}/{MANIFEST}"):  # absent: read_dataset says so
-        store.get_path(f"{TARGETS}/{MANIFEST}")
-    return read_dataset(store.get_path(f"{TARGETS}/{DATASET}").parent)
-
-
-def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
-    """A published data set is never changed: somebody may be reading it. `info`: see `dataset_identity`."""
-    try:
-        dataset = read_index(context.store)
-        old = dataset.info if dataset else info
-    except IntegrityError:
-        return  # a damaged index is rebuilt
-    changes: list[str] = []
-    for name in ("teacher", "corpus", "settings"):
-        changes += changed_keys(_flat(old.get(name, {})), _flat(info[name]))
-    if changes:
-        raise ConfigError(
-            f"{context.store.name}/{TARGETS} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, "
-            "delete the folder, or choose a new run.dir"
-        )
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
-    """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
-    from schemas import card
-    from schemas.manifest import ShardEntry, index_documents
-
-    store = context.store
-    entries = []
-    for receipt in shards:
-        (file,) = receipt.files
-        fixed = {
-            "file": Path(file.path).name,
-            "split": receipt.inputs["split"],
-            "sha256": file.sha256,
-            "size": file.size,
-            "key": receipt.key,
-        }
-        counted = {name: receipt.counts[name] for name in ShardEntry.model_fields if name not in fixed}
-        entries.append(ShardEntry(**fixed, **counted))
-    if not any(entry.n_documents for entry in entries if entry.split == "train"):
-        raise InputError(
-            "the teacher's tokenizer could reproduce no training document; choose another teacher, or clean the corpus "
-            f"(reasons: {info['creation']['set_aside']})"
-        )
-    certificate = _certificate(shards, info["teacher"])
-    with suppress(IntegrityError):
-        dataset = read_index(store)
-        if (
-            dataset is not None
-            and dataset.fidelity == certificate
-            and all(dataset.info.get(name) == info[name] for name in _RESTATED)
-            and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file)
-        ):
-            return False
-    # Shards of a conversion with other settings that was never published; an index must list all of its folder.
-    listed = {entry.file for entry in entries}
-    for key in list(store.list(TARGETS)):
-        if key.endswith(".zarr.zip") and Path(key).name not in listed:
-            store.delete(key)
-    keys = {receipt.key for receipt in shards}
-    for _, key in list(receipts.list_receipts(store, "convert")):
-        if key not in keys:
-            store.delete(receipts.receipt_path("convert", key))
-    for name, raw in index_documents(entries, info, certificate).items():
-        key = f"{TARGETS}/{name}"
-        if name == card.FILE and store.exists(key) and not card.is_ours(store.get_path(key)):
-            continue  # somebody wrote their own
-        store.replace(key, store.write_temp(name, raw))
-    return True
-
-
-def _by_file(entry: Any) -> str:
-    return str(entry.file)
 
 
 def _summary(stage: str, outcome: Outcome) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import receipts
-from pipeline.commands_data import TARGETS
 from pipeline.context import Context
+from pipeline.dataset_index import TARGETS
 from pipeline.progress import Reporter
 from pipeline.receipts import FileRecord, Receipt, record_file, unit_key
 from pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import receipts, units
-from pipeline.commands_data import read_index, teacher_changes
+from pipeline.commands_data import teacher_changes
 from pipeline.context import Context
+from pipeline.dataset_index import read_index
 from pipeline.fleet.report import fleet_status, fleet_table
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import receipts, units
-from pipeline.commands_data import TARGETS, find_dumps
+from pipeline.commands_data import find_dumps
 from pipeline.context import Context
+from pipeline.dataset_index import TARGETS
 from pipeline.receipts import Receipt
 from pipeline.stores import LocalStore, Store, open_store
 from schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted

@@ -329,7 +329,7 @@ def test_another_version_of_the_conversion_code_never_mixes_into_a_data_set(
 
 
 def test_the_fingerprint_follows_the_source() -> None:
-    from pipeline.commands_data import CONVERTER
+    from pipeline.dataset_index import CONVERTER
     from pipeline.receipts import code_fingerprint
 
     assert code_fingerprint(*CONVERTER) == code_fingerprint(*CONVERTER)

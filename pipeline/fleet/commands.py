@@ -4,9 +4,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from pipeline import commands_data, receipts, units
-from pipeline.commands_data import TARGETS, teacher_job
+from pipeline import commands_data, dataset_index, receipts, units
+from pipeline.commands_data import teacher_job
 from pipeline.context import Context
+from pipeline.dataset_index import TARGETS
 from pipeline.fleet.job import join
 from pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
 from pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
@@ -86,7 +87,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
 
 
 def _refusing(context: Context, planned: Plan, identity: dict[str, Any], dump: Callable[[int], Receipt]) -> Job:
-    commands_data.refuse_other_dataset(context, commands_data.dataset_identity(context, planned, identity))
+    dataset_index.refuse_other_dataset(context, dataset_index.dataset_identity(context, planned, identity))
     return commands_data.convert_job(context, planned, identity, dump)
 
 

@@ -325,6 +325,7 @@ def scenarios(largest: int) -> dict[str, list[Scenario]]:
     scaling = [
         Scenario(n, 100, unit_s=450.0, unit_mb=10.0, preemptions=1 / 6) for n in (10, 100, 1000, 10000) if n <= largest
     ]
+    short = [Scenario(n, 10, unit_s=450.0, unit_mb=10.0) for n in (100, 1000, 10000) if n <= largest]
     rates = [Scenario(300, 60, preemptions=rate) for rate in (0.0, 0.1, 0.3, 1.0, 3.0)]
     latencies = [Scenario(300, 60, preemptions=1 / 6, latency_s=latency) for latency in (0.003, 0.1, 1.0)]
     sizes = [
@@ -332,7 +333,14 @@ def scenarios(largest: int) -> dict[str, list[Scenario]]:
         for unit_s in (30.0, 600.0, 1800.0)
     ]
     tail = [Scenario(n, 1, preemptions=1 / 6) for n in (100, 1000, 10000) if n <= largest]
-    return {"scaling": scaling, "preemption": rates, "latency": latencies, "unit_size": sizes, "one_unit_each": tail}
+    return {
+        "scaling": scaling,
+        "ten_units_each": short,
+        "preemption": rates,
+        "latency": latencies,
+        "unit_size": sizes,
+        "one_unit_each": tail,
+    }
 
 
 def main() -> None:
@@ -384,6 +392,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     middle.axhline(3500, color="grey", linewidth=0.8)
     middle.set(xlabel="workers", ylabel="requests per second", title="load on the store")
     middle.legend()
+    short = [Scenario(n, 10, unit_s=450.0, unit_mb=10.0) for n in (100, 1000, 10000) if n <= largest]
     rates = [row["scenario"]["preemptions"] for row in found["preemption"]]
     right.plot(rates, [row["wasted_share"] for row in found["preemption"]], "o-")
     right.set(

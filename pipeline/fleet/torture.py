@@ -1,7 +1,9 @@
 """Kill workers at random, for all stages, until enough have died; then compare with the undisturbed run.
 
-This process imports everything and makes the reference, then forks every worker from itself: the processes are real,
-and so are the signals, but none pays for its imports. In every round a new run folder goes through plan, teacher,
+This process imports what a run imports, then forks every worker from itself: the processes are real, and so are the
+signals, but none pays for its imports. It works on nothing itself, because libraries that have started threads do not
+survive a fork (an earlier version, which made the reference in this process, had all its workers hang after 800 kills);
+the reference and every comparison are made by children too. In every round a new run folder goes through plan, teacher,
 convert, train and export. Plan, teacher and convert have `workers` processes at a time on one store, train and export
 one. A random one is killed after a random time, three in four with SIGKILL, else SIGTERM, and another one started in
 its place, until the stage is done. A round has to end with the reference's hashes, every receipt sound, every unit
@@ -10,15 +12,20 @@ done, and no file left over; what was done twice is counted.
 Price: about 0.2 s of processor time a kill with a teacher of 2 layers (`benchmarks/torture.py`).
 """
 
+import contextlib
+import importlib
+import json
 import os
 import random
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +72,7 @@ def outputs(store: LocalStore) -> dict[str, str]:
     kept = [
         key for key in store.list("")
         if key.split("/")[0] in ("plan", "teacher", "targets", "train", "export")
-        and not key.endswith((".toml", "metrics.jsonl"))
+        and not key.endswith((".toml", "metrics.jsonl")) and "/tensorboard/" not in key
     ]  # fmt: skip
     return {key: store.sha256(key) for key in kept}
 
@@ -83,8 +90,8 @@ def torture(
     began = time.monotonic()
     reference = LocalStore(folder / "reference")
     log = folder / "log.txt"
-    seconds = _reference(_at(settings, reference.root), log)
-    expected = outputs(reference)
+    seconds = _reference(settings, reference.root, log)
+    expected: dict[str, str] = _in_child(lambda: outputs(reference), log)
     say(f"torture: undisturbed run made, {len(expected)} files, {sum(seconds.values()):.1f} s")
     tally = Tally()
     while sum(tally.kills.values()) < kills:
@@ -98,7 +105,10 @@ def torture(
             most = kills if stage in STAGES else at_a_time * 3
             limit = min(kills, sum(tally.kills.values()) + most)
             _disturb(here, stage, step, at_a_time, mean_s, generator, tally, log, limit)
-        faults = _compare(store, expected, tally)
+        found = _in_child(partial(_compare, store, expected), log)
+        faults = found.pop("faults")
+        for name, counts in found.items():
+            getattr(tally, name).update(counts)
         tally.faults += [f"round {tally.rounds}: {fault}" for fault in faults]
         say(f"torture: round {tally.rounds}, {sum(tally.kills.values())} of {kills} killed, {len(faults)} faults")
         if not faults:
@@ -125,38 +135,37 @@ def _at(settings: Settings, root: Path) -> Settings:
     return settings.model_copy(update={"run": run, "fleet": fleet, "train": train})
 
 
-def _reference(settings: Settings, log: Path) -> dict[str, float]:
-    """Run every stage in this process; returns the seconds of each a second time, when all is compiled and cached."""
-    seconds = {}
-    for folder in ("warm", ""):
-        root = Path(settings.run.dir)
-        here = _at(settings, root.with_name(f"{root.name}-{folder}") if folder else root)
-        with log.open("a") as sink, _stderr_to(sink.fileno()):
-            context = open_context(here, lambda line: None)
-            for stage, (step, _) in _STEPS.items():
-                started = time.monotonic()
-                step(context)
-                seconds[stage] = round(time.monotonic() - started, 3)
-        if folder:
-            shutil.rmtree(here.run.dir)
+def _reference(settings: Settings, root: Path, log: Path) -> dict[str, float]:
+    """Run every stage undisturbed; returns the seconds of each when everything is compiled, cached and imported."""
+
+    def run(place: Path) -> dict[str, Any]:
+        context = open_context(_at(settings, place), lambda line: None)
+        seconds = {}
+        for stage, (step, _) in _STEPS.items():
+            started = time.monotonic()
+            step(context)
+            seconds[stage] = round(time.monotonic() - started, 3)
+        return {"seconds": seconds, "modules": sorted(sys.modules)}
+
+    warm = root.with_name("warm")
+    for module in _in_child(lambda: run(warm), log)["modules"]:
+        if module not in sys.modules and not module.startswith(("_", "torch.", "transformers.models.")):
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+    shutil.rmtree(warm)
+    seconds: dict[str, float] = _in_child(lambda: run(root), log)["seconds"]
     return seconds
 
 
-class _stderr_to:  # noqa: N801 - reads as a verb
-    """Progress lines go to a file descriptor meanwhile."""
-
-    def __init__(self, target: int) -> None:
-        self.target = target
-
-    def __enter__(self) -> None:
-        sys.stderr.flush()
-        self.saved = os.dup(2)
-        os.dup2(self.target, 2)
-
-    def __exit__(self, *_: object) -> None:
-        sys.stderr.flush()
-        os.dup2(self.saved, 2)
-        os.close(self.saved)
+def _in_child(function: Callable[[], Any], log: Path) -> Any:
+    """What `function` returns (JSON), worked out in a fork. Raises IntegrityError if it failed there."""
+    answer = log.with_name("answer.json")
+    answer.unlink(missing_ok=True)
+    pid = _fork(lambda: answer.write_text(json.dumps(function())), log)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise IntegrityError(f"torture: an undisturbed run or a comparison failed; see {log}")
+    return json.loads(answer.read_text())
 
 
 def _disturb(
@@ -174,7 +183,7 @@ def _disturb(
     strike = time.monotonic() + generator.uniform(0, mean_s)
     while running or not finished:
         while not finished and len(running) < n:
-            running.add(_fork(settings, step, log))
+            running.add(_fork(partial(_run_step, settings, step), log))
             tally.started += 1
         for pid in list(running):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -202,8 +211,14 @@ def _disturb(
         time.sleep(0.002)
 
 
-def _fork(settings: Settings, step: Callable[[Context], Any], log: Path) -> int:
-    """A child that does one step and leaves with the exit code of the command line."""
+def _run_step(settings: Settings, step: Callable[[Context], Any]) -> None:
+    context = open_context(settings, lambda line: None)
+    with context.stop.installed():
+        step(context)
+
+
+def _fork(function: Callable[[], Any], log: Path) -> int:
+    """A child that does one thing and leaves with the exit code of the command line."""
     pid = os.fork()
     if pid:
         return pid
@@ -212,23 +227,22 @@ def _fork(settings: Settings, step: Callable[[Context], Any], log: Path) -> int:
         sink = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
-        context = open_context(settings, lambda line: None)
-        with context.stop.installed():
-            step(context)
+        import torch
+
+        torch.set_num_threads(1)  # many processes share the cores, and threads that spin would starve them all
+        function()
         code = 0
     except BytecacheError as error:
         code = error.exit_code
         os.write(2, f"{os.getpid()}: {error}\n".encode())
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
-def _compare(store: LocalStore, expected: dict[str, str], tally: Tally) -> list[str]:
-    """What differs from the undisturbed run; counts what was done twice."""
+def _compare(store: LocalStore, expected: dict[str, str]) -> dict[str, Any]:
+    """What differs from the undisturbed run ("faults"), and what was done twice, by stage."""
     faults = []
     found = outputs(store)
     for key in sorted(expected.keys() | found.keys()):
@@ -238,15 +252,16 @@ def _compare(store: LocalStore, expected: dict[str, str], tally: Tally) -> list[
     store.sweep()
     left = [path.name for path in (store.root / TEMP_FOLDER).iterdir()] if (store.root / TEMP_FOLDER).is_dir() else []
     faults += [f"left over: {name}" for name in left]
+    counts: dict[str, dict[str, int]] = {name: {} for name in ("units", "attempts", "lost", "released", "twice")}
     for stage in STAGES:
         names = [key.rpartition("/units/")[2].partition(".") for key in store.list(f"{Layout(stage).root}/units")]
         units = {unit for unit, _, _ in names}
         marks = Counter(mark[0] for _, _, mark in names)
         done = {unit for unit, _, mark in names if mark[0] == DONE}
         faults += [f"{stage}: unit {unit} was claimed and never done" for unit in sorted(units - done)]
-        tally.units[stage] += len(units)
-        tally.attempts[stage] += marks[CLAIM]
-        tally.lost[stage] += marks[LOST]
-        tally.released[stage] += marks[RELEASED]
-        tally.twice[stage] += marks[DONE] - len(done)
-    return faults
+        counts["units"][stage] = len(units)
+        counts["attempts"][stage] = marks[CLAIM]
+        counts["lost"][stage] = marks[LOST]
+        counts["released"][stage] = marks[RELEASED]
+        counts["twice"][stage] = marks[DONE] - len(done)
+    return {"faults": faults, **counts}

@@ -15,8 +15,8 @@ $(STAMP): lock/cpu.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-run: $(STAMP)  ## the main job: teacher, targets, student and control, table
-	$(BIN)/bytecache run
+run: $(STAMP)  ## the main job: teacher, targets, student and control, table; on a laptop the teacher goes without branches
+	$(BIN)/bytecache run --preset fast
 
 test: $(STAMP) check  ## everything CI runs: lint, types, fast and full tiers
 	$(BIN)/python -m pytest

@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=2000, help="bytes of each text for `long`")
     parser.add_argument("--pieces", type=int, default=4, help="documents that each text is cut into for `many`")
     parser.add_argument("--texts", type=Path, help="a folder of further .txt files")
+    parser.add_argument("--only", action="append", default=[], help="texts to run, by name; default: all")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     texts, more = (
@@ -181,6 +182,8 @@ def main() -> None:
     print("|---|---|---|---:|---:|---:|---:|---:|---:|")
 
     for name, text in texts.items():
+        if args.only and name not in args.only:
+            continue
         for streams, pieces in (("single", [text]), ("many", split(text, args.pieces)), ("long", [more[name]])):
             reference, _ = ours(teacher, pieces, {**REFERENCE, "static": 0.0})
             for effort in st.PRESETS.values():  # static rows are made once per teacher, not per text

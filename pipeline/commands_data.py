@@ -53,15 +53,19 @@ def plan(context: Context) -> tuple[Plan, bool]:
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    from stages.identity import teacher_identity
+    from stages.chat import template_sha256
+    from stages.identity import resolve_model, teacher_identity
 
     store, settings = context.store, context.settings
     identity = teacher_identity(settings.teacher)
-    group = unit_key("teacher", identity)[:12]
+    # Units of conversations depend on the chat template that they are rendered with.
+    chat = planned.settings.get("kind") == "chat"
+    rendered = {"template": template_sha256(resolve_model(settings.teacher))} if chat else {}
+    group = unit_key("teacher", {**identity, **rendered})[:12]
 
     def task(index: int) -> Task:
         unit = planned.units[index]
-        inputs = {"slice": unit.sha256, "teacher": identity}
+        inputs = {"slice": unit.sha256, "teacher": identity, **rendered}
         name = f"{unit.index:05d}-{unit.split}"
         out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
         return Task("teacher", name, out, inputs, unit.n_bytes, group, unit)
@@ -91,7 +95,7 @@ def teacher_job(context: Context, planned: Plan) -> Job:
             engine.close()
 
     measures = [unit.n_bytes for unit in planned.units]
-    return Job("teacher", {"plan": planned.hash, "teacher": identity}, measures, task, open_work)
+    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, measures, task, open_work)
 
 
 def teacher(context: Context) -> Outcome:
@@ -318,7 +322,10 @@ def _dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict
     identity = dumps[0].inputs["teacher"]
     return {
         **dataset_identity(context, planned, identity),
-        "tokenizer": {"vocabulary_sha256": identity.get("vocabulary", "")},
+        "tokenizer": {
+            "vocabulary_sha256": identity.get("vocabulary", ""),
+            **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
+        },
         "software": receipts.software_versions(),
         "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
         "name": context.settings.dataset.name,

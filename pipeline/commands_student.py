@@ -5,8 +5,10 @@ is `train/<name>-<key12>`. The stage writes checkpoints there and resumes from t
 receipt, written after the last step, is what makes the run done.
 """
 
+import io
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,10 @@ from pipeline.receipts import FileRecord, Receipt, record_file, unit_key
 from pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
 from pipeline.stores import Store, json_bytes
 from schemas.errors import ConfigError, InputError, Interrupted
-from schemas.settings import Train
+from schemas.settings import NEUTRAL, Train
+
+if TYPE_CHECKING:
+    from stages.training.parallel import World
 
 if TYPE_CHECKING:
     from schemas.manifest import Dataset
@@ -58,7 +63,7 @@ def student_prefix(context: Context, dataset: str) -> str:
 def train_task(context: Context, name: str, dataset: str) -> Task:
     """The task of one training run; `out` is its folder."""
     settings = context.settings
-    shape = settings.train.model_dump(exclude={"checkpoint_every", "control"})
+    shape = settings.train.model_dump(exclude=set(NEUTRAL))
     if name == CONTROL:
         shape["lambda_kl"] = 0.0
     inputs = {
@@ -72,7 +77,19 @@ def train_task(context: Context, name: str, dataset: str) -> Task:
 
 
 def train(context: Context, only: str = "") -> int:
-    """Train what is not trained yet; returns how many runs this call finished."""
+    """Train what is not trained yet; returns how many runs this call finished.
+
+    Every process of a torchrun calls this; the first one alone prepares, reports and writes.
+    """
+    from stages.training.parallel import joined
+
+    with joined(context.settings.train.parallel) as world:
+        if not world.main:
+            context = replace(context, say=lambda line: None)
+        return _train(context, world, only)
+
+
+def _train(context: Context, world: "World", only: str) -> int:
     targets = open_targets(context)
     dataset = targets.manifest_hash
     made = 0
@@ -82,23 +99,26 @@ def train(context: Context, only: str = "") -> int:
         if receipt is not None:
             context.say(f"train {name}: nothing to do, {task.measure} steps are done ({task.out})")
             continue
-        _train_one(context, task, targets)
+        _train_one(context, world, task, targets)
         made += 1
     return made
 
 
-def _train_one(context: Context, task: Task, targets: "Dataset") -> None:
+def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
     from stages.training import student
     from stages.training.train import train as train_stage
 
     store, settings = context.store, context.settings
     start = student_prefix(context, targets.manifest_hash)
     folder = store.folder(start, "student.json")
-    student.prepare(settings.student, targets, folder, seed=settings.run.seed)
-    store.publish(start)
+    if world.main:
+        student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+        store.publish(start)
+    world.wait()
     out = store.folder(task.out)
     steps = settings.train.steps
-    with Reporter(f"train {task.name}", 1, steps, measure="steps") as progress:
+    silent = None if world.main else io.StringIO()
+    with Reporter(f"train {task.name}", 1, steps, measure="steps", stream=silent) as progress:
         first = True
 
         def report(record: dict[str, Any]) -> None:
@@ -125,8 +145,11 @@ def _train_one(context: Context, task: Task, targets: "Dataset") -> None:
                 report=report,
             )
         except Interrupted:
-            store.publish(task.out)
+            if world.main:
+                store.publish(task.out)
             raise
+    if not world.main:
+        return
     store.publish(task.out)
     checkpoint = Path(result["checkpoint"])
     files = [
@@ -185,7 +208,8 @@ def evaluate_tasks(context: Context, dataset: str, only: str = "") -> list[Task]
     tasks = []
     for run in trained(context, only, dataset):
         inputs = {"name": run.name, "checkpoint": run.counts["sha256"], "dataset": dataset, "split": "heldout"}
-        inputs["windows"] = [context.settings.train.batch, context.settings.train.window_bytes]
+        shape = context.settings.train
+        inputs["windows"] = [shape.batch, shape.window_bytes, shape.context_bytes]
         out = f"report/{run.name}-{unit_key('evaluate', inputs)[:12]}.json"
         tasks.append(Task("evaluate", run.name, out, inputs, 1, payload=run))
     return tasks
@@ -234,13 +258,30 @@ def _reporter(total: int) -> Callable[[int, int], Reporter]:
     return make
 
 
+def measure_exported(context: Context, tasks: list[str], limit: int, only: str = "") -> None:
+    """Run lm-eval-harness tasks on the finished runs, exported first; report/lm-eval.json and .md."""
+    from stages.training.harness import measure, table
+
+    results = {}
+    for run in trained(context, only):
+        export(context, run.name)
+        results[run.name] = measure(context.store.folder(export_task(run).out), tasks, limit=limit)
+    context.store.replace_text("report/lm-eval.json", json_bytes({"limit": limit, "results": results}).decode("utf-8"))
+    context.store.replace_text("report/lm-eval.md", table(results))
+
+
+def export_task(run: Receipt) -> Task:
+    """The task of exporting a finished run; `out` is the folder of the plain checkpoint."""
+    inputs = {"name": run.name, "checkpoint": run.counts["sha256"]}
+    return Task("export", run.name, f"export/{run.name}-{unit_key('export', inputs)[:12]}", inputs, 1)
+
+
 def export(context: Context, only: str = "") -> int:
     """Write a finished run (the distilled one unless `only`) as a plain checkpoint; returns how many are new."""
     store = context.store
     made = 0
     for run in trained(context, only or DISTILLED):
-        inputs = {"name": run.name, "checkpoint": run.counts["sha256"]}
-        task = Task("export", run.name, f"export/{run.name}-{unit_key('export', inputs)[:12]}", inputs, 1)
+        task = export_task(run)
         if finished(store, task) is not None:
             context.say(f"export {run.name}: nothing to do, {task.out} is whole")
             continue

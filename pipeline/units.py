@@ -30,12 +30,13 @@ from pipeline.receipts import (
 from pipeline.stores import Store, disk_errors, sha256_file
 from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from schemas.settings import Settings
+from stages.conversations import KIND_KEY, opening
 from stages.corpus import CorpusReader, Document
 
 PLAN_VERSION = 1
 PLAN_KEY = "plan/plan.json"
 Split = Literal["train", "heldout"]
-SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string())])
+SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("context", pa.string())])
 # Only these shape the slices; where the text came from does not, its content does.
 _SHAPING = ("seed", "unit_bytes", "heldout_fraction")
 
@@ -69,14 +70,14 @@ class Plan(BaseModel):
 
 
 class TextHash:
-    """Identity of a corpus: sha256 over the length-prefixed id and text of every document, in order."""
+    """Identity of a corpus: sha256 over the length-prefixed id, text and context of every document, in order."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def add(self, document: Document) -> None:
         """Take in the next document."""
-        for part in document:
+        for part in document if document.context else document[:2]:
             raw = part.encode("utf-8")
             self._hash.update(len(raw).to_bytes(8, "little"))
             self._hash.update(raw)
@@ -98,19 +99,20 @@ class _Survey:
         for index, document in enumerate(reader):
             _check(stop)
             digest.add(document)
-            value = split_hash(settings.run.seed, document.text)
+            value = split_hash(settings.run.seed, _split_by(document, settings.corpus.kind))
             below += value < threshold
             lowest = min(lowest, (value, index))
             highest = max(highest, (value, index))
         self.threshold = threshold
-        self.forced: dict[int, Split] = {}
+        self.forced_train: tuple[int, int] = (-1, -1)
         # A small corpus can miss either side by chance: give it its nearest document, if a split was asked for.
         if settings.corpus.heldout_fraction > 0 and reader.n_documents >= 2:
             if below == 0:
                 self.threshold = lowest[0] + 1
                 below = reader.n_documents if lowest[0] == highest[0] else 1
             if below == reader.n_documents:
-                self.forced[highest[1]] = "train"
+                # All turns of a conversation, unless there is nothing else.
+                self.forced_train = (highest[0] if lowest[0] != highest[0] else -1, highest[1])
         self.corpus = {
             "sha256": digest.hexdigest(),
             "n_documents": reader.n_documents,
@@ -122,7 +124,14 @@ class _Survey:
         }
 
     def split(self, index: int, seed: int, text: str) -> Split:
-        return self.forced.get(index) or ("heldout" if split_hash(seed, text) < self.threshold else "train")
+        value = split_hash(seed, text)
+        forced = value == self.forced_train[0] or index == self.forced_train[1]
+        return "train" if forced or value >= self.threshold else "heldout"
+
+
+def _split_by(document: Document, kind: str) -> str:
+    """What decides a document's split: its text; where it answers something, what it answers."""
+    return document.text if kind == "text" else opening(document.context, kind)
 
 
 def split_hash(seed: int, text: str) -> int:
@@ -201,7 +210,7 @@ def _refuse_changes(store: Store, plan: Plan, settings: Settings, corpus: dict[s
 
 def _shape(settings: Settings) -> dict[str, Any]:
     shape = {"seed": settings.run.seed, **settings.corpus.model_dump()}
-    return {name: shape[name] for name in _SHAPING}
+    return {name: shape[name] for name in _SHAPING} | ({"kind": shape["kind"]} if shape["kind"] != "text" else {})
 
 
 def _identity(corpus: dict[str, Any]) -> dict[str, Any]:
@@ -233,23 +242,25 @@ def slice_is_whole(store: Store, unit: Unit) -> bool:
 
 def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Callable[[], bool]) -> list[Unit]:
     units: list[Unit] = []
-    open_docs: dict[Split, list[tuple[str, str]]] = {"train": [], "heldout": []}
+    open_docs: dict[Split, list[Document]] = {"train": [], "heldout": []}
     open_bytes: dict[Split, int] = {"train": 0, "heldout": 0}
 
     def close(split: Split) -> None:
         if open_docs[split]:
-            units.append(_write_slice(store, len(units), split, open_docs[split], open_bytes[split]))
+            units.append(
+                _write_slice(store, len(units), split, open_docs[split], open_bytes[split], settings.corpus.kind)
+            )
             open_docs[split], open_bytes[split] = [], 0
 
     digest = TextHash()
     for index, document in enumerate(CorpusReader(settings.corpus)):
         _check(stop)
         digest.add(document)
-        split = survey.split(index, settings.run.seed, document.text)
+        split = survey.split(index, settings.run.seed, _split_by(document, settings.corpus.kind))
         size = len(document.text.encode("utf-8"))
         if open_bytes[split] + size > settings.corpus.unit_bytes:
             close(split)
-        open_docs[split].append((document.doc_id, document.text))
+        open_docs[split].append(document)
         open_bytes[split] += size
     close("train")
     close("heldout")
@@ -258,15 +269,15 @@ def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Calla
     return units
 
 
-def _write_slice(store: Store, index: int, split: Split, docs: list[tuple[str, str]], n_bytes: int) -> Unit:
+def _write_slice(store: Store, index: int, split: Split, docs: list[Document], n_bytes: int, kind: str) -> Unit:
     # The name holds the content, so a half-written plan of other settings can never lend a slice to this one.
-    content = hashlib.sha256(canonical_json(docs)).hexdigest()
+    content = hashlib.sha256(canonical_json([kind, *docs])).hexdigest()
     key = f"plan/slices/{index:05d}-{split}-{content[:12]}.parquet"
     temporary = store.temp_path(key)
     with disk_errors(f"writing {temporary}"):
         try:
             columns = [pa.array(column, pa.string()) for column in zip(*docs, strict=True)]
-            table = pa.Table.from_arrays(columns, schema=SLICE_SCHEMA)
+            table = pa.Table.from_arrays(columns, schema=SLICE_SCHEMA.with_metadata({KIND_KEY: kind}))
             pq.write_table(table, temporary, compression="zstd", compression_level=3, row_group_size=1024)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -26,6 +26,9 @@ class Run(Section):
 class Corpus(Section):
     source: str = "builtin:pydoc-topics"
     """A .jsonl/.jsonl.gz/.parquet/.txt file, a folder of them, or `builtin:pydoc-topics` (Python's manual)."""
+    kind: Literal["text", "chat", "completion"] = "text"
+    """`text`: whole documents. `chat`: `messages`, or prompt and response, of which the assistant's words are learned,
+    rendered by the teacher's and the student's own chat template. `completion`: prompt and response, joined as text."""
     text_field: str = "text"
     """Name of the text column in JSONL and Parquet sources."""
     text_split: Literal["file", "paragraphs"] = "file"
@@ -129,9 +132,10 @@ class Dataset(Section):
 
 class Student(Section):
     model: str = ""
-    """A checkpoint folder or hub id to start from; empty = a new one from the sizes below."""
-    tokenizer: str = "bpe:2048"
-    """A tokenizer folder or hub id, or `bpe:N`: a byte-level BPE trained on the corpus; unused with `model`."""
+    """A checkpoint folder, hub id or builtin to start from; empty = a new one from the sizes below."""
+    tokenizer: str = ""
+    """A tokenizer folder or hub id; `bpe:N`, a byte-level BPE trained on the corpus; `bytes`, every byte a token.
+    Empty = the model's own, or bpe:2048. Another one than the model's: its embeddings are carried over."""
     hidden_size: int = Field(128, ge=8)
     """Width of a new student."""
     layers: int = Field(4, ge=1)
@@ -147,8 +151,32 @@ class Train(Section):
     """Windows per step."""
     window_bytes: int = Field(1024, ge=32)
     """Bytes of text in one training window."""
+    context_bytes: int = Field(0, ge=0)
+    """Bytes of the document before a window that the student reads and is not trained on: long documents."""
+    packing: bool = False
+    """Put several rows into one sequence, each attending to itself alone, instead of padding them to one length."""
+    micro_tokens: int = Field(0, ge=0)
+    """Tokens of one forward pass; a step accumulates as many as its windows need. 0 = 768 on a CPU, 16384 on a GPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward; weights, moments and sums of gradients are float32 always."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: a whole copy of the student on every process, or its weights and moments divided among them."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of low-rank adapters on a frozen student, merged at export; 0 = train every weight."""
+    lora_alpha: int = Field(32, ge=1)
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: str = "all-linear"
+    """Modules that get adapters: `all-linear` (all but the head), or ends of their names separated by spaces."""
+    lora_embeddings: bool = False
+    """Train the token embeddings beside the adapters; wanted where the student has a new vocabulary."""
     learning_rate: float = Field(2e-3, gt=0)
-    """Peak of the cosine schedule."""
+    """Peak of the schedule."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up, to `final_rate` of the peak at the last step."""
+    final_rate: float = Field(0.1, ge=0.0, le=1.0)
+    """Share of the peak that the schedule ends at; unused by `constant`."""
     warmup: int = Field(30, ge=0)
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
@@ -175,8 +203,18 @@ class Train(Section):
     """How a token's byte terms combine: `sum` makes them a token's own, as `marginal` needs (the paper: mean)."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside the checkpoints."""
+    wandb: str = ""
+    """Project to log to with wandb, which must be installed; empty = none."""
     control: bool = True
     """`run` also trains the same student without the teacher's targets."""
+
+
+NEUTRAL = frozenset(
+    {"checkpoint_every", "control", "tensorboard", "wandb", "parallel", "micro_tokens", "activation_checkpointing"}
+)
+"""Keys of `[train]` that leave the mathematics of a run as it is: a run may continue with others."""
 
 
 class Fleet(Section):

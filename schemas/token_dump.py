@@ -88,6 +88,8 @@ class Window:
     """Position in the document of a reference window's first target; -1 in the others."""
     row_sampled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     """uint8 [R] in a reference window, 1 = the row belongs to the production capture too; empty elsewhere."""
+    context: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """uint8; bytes that stand before the document in a shard, unsupervised; on its first window only."""
 
     @property
     def canonical_nll(self) -> float:
@@ -110,6 +112,7 @@ SCHEMA = pa.schema(
         pa.field("doc_id", pa.string(), nullable=False),
         pa.field("doc_index", pa.int32(), nullable=False),
         pa.field("text", pa.binary(), nullable=False),
+        pa.field("context", pa.binary(), nullable=False),
         pa.field("score_start", pa.int32(), nullable=False),
         pa.field("is_last", pa.bool_(), nullable=False),
         pa.field("reference", pa.bool_(), nullable=False),
@@ -161,6 +164,7 @@ class DumpWriter:
             "doc_id": pa.array([w.doc_id for w in self._pending], pa.string()),
             "doc_index": pa.array([w.doc_index for w in self._pending], pa.int32()),
             "text": pa.array([w.text.tobytes() for w in self._pending], pa.binary()),
+            "context": pa.array([w.context.tobytes() for w in self._pending], pa.binary()),
             "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
             "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
             "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
@@ -185,9 +189,10 @@ class DumpWriter:
 def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
     try:
         file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: the dump part is missing; rerun `bytecache teacher`") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
         raise IntegrityError(
             f"{path}: not a whole Parquet file ({error}); delete it and rerun `bytecache teacher`"
         ) from error
@@ -204,10 +209,8 @@ def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
             f"{path}: token dump version {meta.get('version')}, this software reads {VERSION}; "
             "convert it with the release that wrote it or rerun `bytecache teacher`"
         )
-    if file.schema_arrow.names != SCHEMA.names:
-        raise IntegrityError(
-            f"{path}: columns {file.schema_arrow.names} are not those of version {VERSION}; dump it again"
-        )
+    if names != SCHEMA.names:
+        raise IntegrityError(f"{path}: columns {names} are not those of version {VERSION}; dump it again")
     return file, meta
 
 
@@ -229,27 +232,35 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
         for group in range(file.num_row_groups):
             try:
                 table = file.read_row_group(group, columns=names)
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise IntegrityError(
                     f"{path}: row group {group} cannot be read ({error}); delete the part and rerun `bytecache teacher`"
                 ) from error
             columns = {name: table.column(name).combine_chunks() for name in names}
             for i in range(table.num_rows):
-                values: dict[str, Any] = {}
-                for member in fields(Window):
-                    column = columns.get(member.name)
-                    if column is None:
-                        values[member.name] = np.zeros(0, _LISTS[member.name])
-                    elif member.name in _LISTS:
-                        a, b = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
-                        values[member.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
-                    elif member.name == "text":
-                        values["text"] = np.frombuffer(column[i].as_py(), np.uint8)
-                    else:
-                        values[member.name] = column[i].as_py()
-                window = Window(**values)
+                try:
+                    window = _window(columns, i)
+                except UnicodeDecodeError as error:
+                    raise IntegrityError(f"{path}: row {i} of group {group} has a name that is no UTF-8") from error
                 _check(path, window)
                 yield window
+
+
+def _window(columns: dict[str, Any], i: int) -> Window:
+    """Row i of a row group's columns; columns that were not read are empty."""
+    values: dict[str, Any] = {}
+    for member in fields(Window):
+        column = columns.get(member.name)
+        if column is None:
+            values[member.name] = np.zeros(0, _LISTS[member.name])
+        elif member.name in _LISTS:
+            a, b = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
+            values[member.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
+        elif member.name in ("text", "context"):
+            values[member.name] = np.frombuffer(column[i].as_py(), np.uint8)
+        else:
+            values[member.name] = column[i].as_py()
+    return Window(**values)
 
 
 def _sampled_rows_stand_alone(w: Window) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from schemas import settings as st
 from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
+from schemas.quantise import SYMBOLS
 from schemas.token_dump import Window, read_meta, read_windows
 from stages.fidelity import Fidelity
 from stages.lattice import Lattice
@@ -41,6 +42,7 @@ def convert_units(
     builder = ShardBuilder(settings.prune, precision)
     references: list[Window] = []
     teacher: Any = None
+    kind, ends = "text", True
     reference: dict[str, Any] = {}
     marginal = canonical = unaccounted = 0.0
     for part in parts:
@@ -49,7 +51,7 @@ def convert_units(
             raise IntegrityError(
                 f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart"
             )
-        teacher = meta["teacher"]
+        teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
         reference = meta.get("reference") or reference
         open_document = ""
         for window in read_windows(part, top_k=False):
@@ -65,7 +67,12 @@ def convert_units(
             lattice = Lattice(window)
             targets = lattice.targets()
             text = window.text[window.score_start :]
-            builder.append(text, targets.probs, targets.tail)
+            if len(window.context):
+                _append_context(builder, window.context)
+            mask = np.ones(len(targets.tail), np.uint8)
+            if not ends and window.is_last:
+                mask[-1] = 0
+            builder.append(text, targets.probs, targets.tail, mask)
             marginal += lattice.marginal_nll
             canonical += window.canonical_nll
             unaccounted += float(targets.unaccounted.sum(dtype=np.float64))
@@ -76,6 +83,8 @@ def convert_units(
             tick({"bytes": len(text)})
         if open_document:
             raise IntegrityError(f"{part}: document {open_document!r} breaks off; delete the part and dump it again")
+    if kind != "text":
+        attrs = {**attrs, "kind": kind}
     counts = dict(builder.write(out_path, {**attrs, "teacher": teacher}))
     fidelity = Fidelity()
     if references:
@@ -90,3 +99,9 @@ def convert_units(
         "reference": reference,
     }
     return counts
+
+
+def _append_context(builder: ShardBuilder, context: np.ndarray) -> None:
+    """Bytes that are read and not learned: nothing listed, all of the mass unlisted."""
+    rows = len(context)
+    builder.append(context, np.zeros((rows, SYMBOLS), np.float32), np.ones(rows, np.float32), np.zeros(rows, np.uint8))

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from schemas.errors import ConfigError, InputError
 from schemas.settings import Corpus
+from stages import conversations
 
 BUILTIN = "builtin:pydoc-topics"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
@@ -28,10 +29,14 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """`text` always encodes to UTF-8 and is never empty; `doc_id` is unique within a corpus."""
+    """`text` always encodes to UTF-8 and is never empty; `doc_id` is unique within a corpus.
+
+    `context`: what is read before the text and not learned (`stages.conversations`); empty for plain text.
+    """
 
     doc_id: str
     text: str
+    context: str = ""
 
 
 class CorpusReader:
@@ -54,17 +59,18 @@ class CorpusReader:
         self.n_documents = self.n_bytes = self.n_empty = self.n_renamed = self.n_ignored_files = 0
         seen: dict[bytes, int] = {}
         limit = self.corpus.max_bytes
-        for where, doc_id, text in self._raw():
+        for where, doc_id, text, context in self._raw():
             if not text:
                 self.n_empty += 1
                 continue
+            _encode(context, where)
             size = len(_encode(text, where))
             # Whole documents up to the border nearest the limit; one document at least.
             if limit and self.n_documents and abs(self.n_bytes + size - limit) > abs(limit - self.n_bytes):
                 break
             self.n_documents += 1
             self.n_bytes += size
-            yield Document(self._unique(doc_id, seen), text)
+            yield Document(self._unique(doc_id, seen), text, context)
             if limit and self.n_bytes >= limit:
                 break
         if not self.n_documents:
@@ -90,13 +96,15 @@ class CorpusReader:
                 seen[digest(name)] = 1
                 return name
 
-    def _raw(self) -> Iterator[tuple[str, str, str]]:
-        """(place for messages, id, text) of every document, empty ones included."""
+    def _raw(self) -> Iterator[tuple[str, str, str, str]]:
+        """(place for messages, id, text, context) of every document, empty ones included."""
         source = self.corpus.source
         if source.startswith("builtin:"):
             if source != BUILTIN:
                 raise ConfigError(f"corpus.source = {source!r}: the only built-in corpus is {BUILTIN}")
-            yield from _pydoc_topics()
+            if self.corpus.kind != "text":
+                raise ConfigError(f"corpus.kind = {self.corpus.kind!r}: {BUILTIN} is plain text; name another source")
+            yield from ((*found, "") for found in _pydoc_topics())
             return
         root = Path(source).expanduser()
         if not root.exists():
@@ -124,7 +132,7 @@ class CorpusReader:
                     f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"
                 ) from error
 
-    def _read_file(self, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
+    def _read_file(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
         if name.endswith(".jsonl"):
             with path.open("rb") as stream:
                 yield from self._jsonl(stream, path, name)
@@ -134,11 +142,13 @@ class CorpusReader:
         elif name.endswith(".parquet"):
             yield from self._parquet(path, name)
         elif name.endswith(".txt"):
-            yield from self._txt(path, name)
+            if self.corpus.kind != "text":
+                raise InputError(f"{path}: corpus.kind = {self.corpus.kind!r} needs JSONL or Parquet; convert the file")
+            yield from ((*found, "") for found in self._txt(path, name))
         else:
             raise InputError(f"{path}: unknown kind of corpus file; known: {', '.join(SUFFIXES)}")
 
-    def _jsonl(self, stream: BinaryIO | gzip.GzipFile, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
+    def _jsonl(self, stream: BinaryIO | gzip.GzipFile, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
         field = self.corpus.text_field
         offset, number = 0, 0
         while True:
@@ -170,6 +180,9 @@ class CorpusReader:
                 raise InputError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
             if not isinstance(record, dict):
                 raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
+            if self.corpus.kind != "text":
+                yield from self._turns(record, f"{name}:{number}", where)
+                continue
             if field not in record:
                 raise InputError(f"{where}: no field {field!r}; {_offer(field, list(record))}")
             value = record[field]
@@ -177,9 +190,14 @@ class CorpusReader:
                 raise InputError(
                     f"{where}: field {field!r} is {type(value).__name__}, expected text; name another corpus.text_field"
                 )
-            yield where, _record_id(record, f"{name}:{number}", where), value or ""
+            yield where, _record_id(record, f"{name}:{number}", where), value or "", ""
 
-    def _parquet(self, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
+    def _turns(self, record: dict[str, Any], fallback: str, where: str) -> Iterator[tuple[str, str, str, str]]:
+        doc_id = _record_id(record, fallback, where)
+        for turn in conversations.turns(record, self.corpus.kind, where):
+            yield where, doc_id + turn.suffix, turn.text, turn.context
+
+    def _parquet(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -188,19 +206,19 @@ class CorpusReader:
         try:
             with pq.ParquetFile(path) as file:
                 columns = file.schema_arrow.names
-                if field not in columns:
-                    raise InputError(f"{path}: no column {field!r}; {_offer(field, columns)}")
-                kind = file.schema_arrow.field(field).type
-                kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                    raise InputError(
-                        f"{path}: column {field!r} is {kind}, expected text; name another corpus.text_field"
-                    )
-                wanted = [field, *(column for column in ID_FIELDS if column in columns and column != field)]
+                if self.corpus.kind == "text":
+                    _check_text_column(file.schema_arrow, field, path)
+                    wanted = [field]
+                else:
+                    wanted = [column for column in conversations.FIELDS if column in columns]
+                wanted += [column for column in ID_FIELDS if column in columns and column not in wanted]
                 for batch in file.iter_batches(batch_size=64, columns=wanted):
                     for record in batch.to_pylist():
                         where = f"{path}, row {row}"
-                        yield where, _record_id(record, f"{name}:{row}", where), record[field] or ""
+                        if self.corpus.kind == "text":
+                            yield where, _record_id(record, f"{name}:{row}", where), record[field] or "", ""
+                        else:
+                            yield from self._turns(record, f"{name}:{row}", where)
                         row += 1
         except UnicodeDecodeError as error:
             raise InputError(
@@ -225,6 +243,17 @@ class CorpusReader:
         with path.open("rb") as stream:
             for first, piece in _paragraph_runs(_lines(stream, path)):
                 yield f"{path}, line {first}", f"{name}:{first}", piece
+
+
+def _check_text_column(schema: Any, field: str, path: Path) -> None:
+    import pyarrow as pa
+
+    if field not in schema.names:
+        raise InputError(f"{path}: no column {field!r}; {_offer(field, schema.names)}")
+    kind = schema.field(field).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise InputError(f"{path}: column {field!r} is {kind}, expected text; name another corpus.text_field")
 
 
 def _lines(stream: BinaryIO, path: Path) -> Iterator[str]:
@@ -304,4 +333,6 @@ def _record_id(record: dict[str, Any], fallback: str, where: str) -> str:
 def _offer(field: str, present: list[str]) -> str:
     near = difflib.get_close_matches(field, present, n=1, cutoff=0.3)
     names = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
+    if "messages" in present or any(set(pair) <= set(present) for pair in conversations.PAIRS):
+        return f'present: {names}; set corpus.kind = "chat"'
     return f"present: {names or 'nothing'}; set corpus.text_field" + (f" = {near[0]!r}" if near else "")

@@ -27,6 +27,12 @@ def measure_stored(
     not the text that was evaluated, Interrupted when `stop()` says so.
     """
     context, overlap = teacher.settings.context, teacher.settings.overlap
+    kind = shard.attrs.get("kind", "text")
+    if kind != "text":
+        raise InputError(
+            f"{shard.path}: answers to prompts ({kind}) are measured while they are converted, and only then; "
+            "see fidelity in dataset.json"
+        )
     for position in positions:
         document = int(np.searchsorted(shard.doc_start, position, side="right")) - 1
         name, base = shard.doc_id[document], int(shard.doc_start[document])

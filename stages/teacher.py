@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from schemas import settings as st
 from schemas.errors import ConfigError, Interrupted
@@ -34,8 +33,9 @@ from stages.identity import (
     vocabulary_of,
 )
 from stages.lattice import Deviations, Lattice
+from stages.teacher_inputs import read_inputs
 from stages.tokens.vocab import Encoded, Misfit, Vocabulary
-from stages.windows import WindowPlan, chain_of, extend, keep_rows, new_window, plan_stretch, plan_windows
+from stages.windows import LEAD, WindowPlan, chain_of, extend, keep_rows, new_window, plan_stretch, plan_windows
 
 REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 5}
 """Settings of reference windows: within 1e-4 nats of every cover evaluated, on prose and code."""
@@ -139,7 +139,7 @@ class Teacher:
             row = np.where(homeless.row < asked, homeless.row, homeless.row + deeper).astype(np.int32)
             extend(window, homeless._replace(row=row), rows, static=True)
         window.row_sampled = ((np.arange(len(window.row_depth)) < asked) | (window.row_static == 1)).astype(np.uint8)
-        window.reference, window.doc_position = True, stretch.first
+        window.reference, window.doc_position = True, len(encoded.context) + stretch.first
         return window
 
     def _branch_once(
@@ -187,14 +187,16 @@ class Teacher:
         `stop()` says so; the part is then incomplete and must not be kept.
         """
         self.engine.forget()
-        table = pq.read_table(slice_path, columns=["doc_id", "text"])
-        ids, texts = table.column("doc_id").to_pylist(), table.column("text").to_pylist()
+        # A window needs room for the context, and for rows before and after its seam.
+        room = self.settings.context - 4 * LEAD
+        inputs = read_inputs(slice_path, self.vocabulary, resolve_model(self.settings), max_context=room)
+        ids = inputs.ids
         counts: dict[str, Any] = {
             "documents": 0, "bytes": 0, "tokens": 0, "branches": 0, "static": 0, "windows": 0, "canonical_nll": 0.0,
             "set_aside": {}, "set_aside_documents": [],
         }  # fmt: skip
         documents = []
-        for index, encoded in enumerate(self.vocabulary.encode_batch(texts)):
+        for index, encoded in enumerate(inputs.documents):
             if isinstance(encoded, Misfit):
                 reasons = counts["set_aside"]
                 reasons[encoded.reason] = reasons.get(encoded.reason, 0) + 1
@@ -208,6 +210,8 @@ class Teacher:
                 "teacher": self._identity,
                 "unit": unit_key,
                 "vocabulary": self.vocabulary.describe(),
+                "kind": inputs.kind,
+                "ends": inputs.ends,
                 "reference": {
                     **REFERENCE,
                     "tokens": self.settings.sample_tokens,

@@ -27,6 +27,7 @@ class WindowPlan(NamedTuple):
     prompt: Prompt
     score_start: int
     is_last: bool
+    context: bytes = b""
 
 
 def plan_windows(
@@ -34,9 +35,12 @@ def plan_windows(
 ) -> list[WindowPlan]:
     """Cut a document into windows of at most `context` - 1 tokens, the start token included.
 
-    One position of the context is left for the token that an engine must be allowed to sample.
+    One position of the context is left for the token that an engine must be allowed to sample. A document that
+    answers something has its context's tokens (`Encoded.prefix`) in the start token's place in every window.
     """
-    room = context - 2
+    head = encoded.prefix if encoded.prefix.size else np.array([start_id], np.int32)
+    room = context - 1 - len(head)
+    overlap = min(overlap, room // 2)
     total = len(encoded.ids)
     plans: list[WindowPlan] = []
     lo = 0
@@ -45,18 +49,18 @@ def plan_windows(
         hi = min(total, begin + room)
         row_lo = max(begin, lo - LEAD) if lo else 0
         is_last = hi == total
-        tokens = np.concatenate([np.array([start_id], np.int32), encoded.ids[begin:hi]])
+        tokens = np.concatenate([head, encoded.ids[begin:hi]])
         base = int(encoded.starts[row_lo])
         text = np.frombuffer(encoded.data, np.uint8)[base : int(encoded.starts[hi])]
         prompt = Prompt(
             f"document {doc_id!r}, window {len(plans)}",
             tokens,
-            row_lo - begin,
+            len(head) - 1 + row_lo - begin,
             text,
             encoded.starts[row_lo : hi + 1] - base,
         )
         score_start = encoded.synthetic if lo == 0 else int(encoded.starts[lo]) - base
-        plans.append(WindowPlan(doc_id, doc_index, prompt, score_start, is_last))
+        plans.append(WindowPlan(doc_id, doc_index, prompt, score_start, is_last, b"" if lo else encoded.context))
         if is_last:
             return plans
         lo = hi
@@ -79,7 +83,9 @@ def plan_stretch(
 
     It ends early where its window or the document does. `context` and `overlap` in tokens, as in `plan_windows`.
     """
-    room, total, starts = context - 2, len(encoded.ids), encoded.starts
+    head = encoded.prefix if encoded.prefix.size else np.array([start_id], np.int32)
+    room, total, starts = context - 1 - len(head), len(encoded.ids), encoded.starts
+    overlap = min(overlap, room // 2)
     first = int(np.searchsorted(starts, position + encoded.synthetic, side="right")) - 1
     first = max(0, min(first, total - 1))
     lo = begin = 0
@@ -91,12 +97,12 @@ def plan_stretch(
     base = int(starts[lead])
     prompt = Prompt(
         f"document {doc_id!r}, bytes from {position}",
-        np.concatenate([np.array([start_id], np.int32), encoded.ids[begin:last]]),
-        lead - begin,
+        np.concatenate([head, encoded.ids[begin:last]]),
+        len(head) - 1 + lead - begin,
         np.frombuffer(encoded.data, np.uint8)[base : int(starts[last])],
         starts[lead : last + 1] - base,
     )
-    scored = int(starts[first]) if first else encoded.synthetic
+    scored = max(int(starts[first]), encoded.synthetic)
     is_last = last == total
     plan = WindowPlan(doc_id, 0, prompt, scored - base, is_last)
     return Stretch(plan, scored - encoded.synthetic, int(starts[last]) - scored + is_last)
@@ -112,7 +118,7 @@ def new_window(plan: WindowPlan, rows: RowMasses) -> Window:
         plan.doc_id, plan.doc_index, prompt.text, plan.score_start, plan.is_last,
         prompt.starts.astype(np.int32), np.arange(-1, count - 1, dtype=np.int32),
         prompt.tokens[prompt.first_row :], logp, np.zeros(count, np.uint8), np.zeros(count, np.uint8),
-        **_row_fields(rows),
+        **_row_fields(rows), context=np.frombuffer(plan.context, np.uint8),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def settings_for(folder, **changes) -> st.Teacher:
     return st.Teacher(**{**base, **changes})
 
 
-@pytest.mark.parametrize("family", ["bytelevel", "sentencepiece"])
+@pytest.mark.parametrize("family", ["bytelevel", "sentencepiece", "sliding"])
 @pytest.mark.parametrize("text", ["the cache", "e", "", "notes né", "the the"])
 def test_every_cover_evaluated_equals_brute_force(tiny_checkpoint, family, text):
     teacher = open_teacher(settings_for(tiny_checkpoint(family), tau=0.0, depth=64))
@@ -101,11 +101,12 @@ def test_windows_agree_with_one_pass_over_the_document(tiny_checkpoint):
     np.testing.assert_allclose(probs_cut.sum(1) + tail_cut, 1, atol=1e-5)
 
 
-def test_static_rows_stand_in_where_nothing_was_evaluated(tiny_checkpoint):
+@pytest.mark.parametrize("family", ["bytelevel", "sliding"])
+def test_static_rows_stand_in_where_nothing_was_evaluated(tiny_checkpoint, family):
     """A static row is the geometric mean over short contexts; with it almost nothing is unaccounted."""
     base = {"tau": 0.5, "depth": 1}
-    teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), static=1e-4, **base))
-    without = open_teacher(settings_for(tiny_checkpoint("bytelevel"), static=0, **base))
+    teacher = open_teacher(settings_for(tiny_checkpoint(family), static=1e-4, **base))
+    without = open_teacher(settings_for(tiny_checkpoint(family), static=0, **base))
     vocabulary, ask = teacher.vocabulary, reference(without)
     text = "A cache is a promise kept in advance; the notes can be read."
     (window,) = next(teacher.windows([("t", 0, vocabulary.encode(text))]))

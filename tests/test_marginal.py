@@ -106,7 +106,7 @@ def micro_batch(ids: list[int], targets: SlotTargets | None = None) -> MicroBatc
     return MicroBatch(
         input_ids=torch.tensor([[START_ID, *ids]]), labels=torch.tensor([tokens]), slot_token=place,
         slot_counts=torch.bincount(k, minlength=10).tolist(), slot_symbol=symbol, slot_weight=torch.ones(len(k)),
-        targets=targets, n_tokens=len(tokens), n_byte_tokens=len(tokens), n_bytes=0, n_real=len(tokens),
+        targets=targets, n_tokens=len(tokens), n_byte_tokens=len(tokens), n_bytes=0, lengths=[len(tokens)],
     )  # fmt: skip
 
 

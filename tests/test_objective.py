@@ -1,5 +1,7 @@
 """Every head through the objective: dense references, sums over micro-batches, and no head reads what it predicts."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ def small_student(vocabulary: int = 50) -> Student:
         vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, tie_word_embeddings=True,
     )  # fmt: skip
-    return Student(LlamaForCausalLM(config).eval(), None, None, 1, "")  # type: ignore[arg-type]
+    return Student(LlamaForCausalLM(config).eval(), None, None, 1, "", Path())  # type: ignore[arg-type]
 
 
 def some_head(kind: str):
@@ -115,7 +117,7 @@ def batch(rows: list[int], ids, labels, lengths, symbols, reduction: str) -> Mic
     counts = np.bincount(k, minlength=SLOTS).tolist()
     return MicroBatch(
         input_ids=ids[rows], labels=labels[rows], slot_token=t(place), slot_counts=counts, slot_symbol=t(symbol),
-        slot_weight=t(weight).float(), targets=None, n_tokens=0, n_byte_tokens=0, n_bytes=0, n_real=0,
+        slot_weight=t(weight).float(), targets=None, n_tokens=0, n_byte_tokens=0, n_bytes=0, lengths=[0],
     )  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def test_chunks_of_positions_change_nothing(tmp_path, head):
         opened.model.zero_grad()
         if chunk:
             trunk, to_logits = student.split_model(opened)
-            parts = objective(to_logits, trunk(micro.input_ids), micro)
+            parts = objective(to_logits, trunk(micro.input_ids, None), micro)
         else:
             parts = objective(*opened.forward(micro.input_ids), micro)
         objective.total(parts, 5, 5).backward()

@@ -55,7 +55,7 @@ def test_slices_hold_every_document_once_in_order(tmp_path: Path) -> None:
     found: dict[str, list[str]] = {"train": [], "heldout": []}
     for number, unit in enumerate(plan.units):
         table = pq.read_table(store.get_path(unit.slice))
-        assert table.schema.names == ["doc_id", "text"]
+        assert table.schema.names == ["doc_id", "text", "context"]
         rows = table.column("text").to_pylist()
         found[unit.split] += rows
         assert (unit.index, unit.n_docs, unit.n_bytes) == (number, len(rows), sum(len(row.encode()) for row in rows))

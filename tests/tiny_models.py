@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 PROSE = (
     "A cache is a promise kept in advance. The teacher reads the text once, and what it said of every byte is written "
@@ -72,17 +72,34 @@ def sentencepiece_tokenizer() -> Tokenizer:
 def make_checkpoint(
     folder: Path, *, family: str = "bytelevel", vocabulary: int = 320, context: int = 256, seed: int = 0
 ) -> Path:
-    """A random two-layer Llama whose head is padded past its tokenizer, saved as an ordinary checkpoint."""
+    """A random two-layer Llama whose head is padded past its tokenizer, saved as an ordinary checkpoint.
+
+    Family `sliding`: a Gemma 3 with a window of four tokens and soft-capped logits instead, byte-level tokenizer.
+    """
     tokenizer = sentencepiece_tokenizer() if family == "sentencepiece" else byte_level_tokenizer(vocabulary)
     size = tokenizer.get_vocab_size()
     bos, eos = tokenizer.token_to_id("<|begin|>"), tokenizer.token_to_id("<|end|>")
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=size + 16, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=context, bos_token_id=bos, eos_token_id=eos,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    shape = {
+        "vocab_size": size + 16, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": context, "bos_token_id": bos,
+        "eos_token_id": eos, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model: PreTrainedModel
+    if family == "sliding":
+        layers = ["sliding_attention", "full_attention"]
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **shape,
+                head_dim=32,
+                sliding_window=4,
+                layer_types=layers,
+                final_logit_softcapping=30.0,
+                pad_token_id=eos,
+            )
+        )
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
     with torch.no_grad():
         # Random heads are nearly uniform; spread the logits so that masses span many orders of magnitude.
         model.lm_head.weight.mul_(25.0)

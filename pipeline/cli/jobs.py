@@ -68,7 +68,7 @@ def local(
 ) -> None:
     """Run workers as processes of this machine, each on GPUs of its own, and wait for the end of the stage.
 
-    Reads: the run folder, as the stage does. Writes: what the stage writes. A worker that crashes is started again.
+    Reads: the run folder. Writes: the run folder, as the stage does. A worker that crashes is started again.
 
     Example: bytecache jobs local --workers 8 --run-dir runs/books
     """
@@ -97,7 +97,7 @@ def ray(
 ) -> None:
     """Run workers as actors of a Ray cluster, placed by GPUs, and wait for the end of the stage.
 
-    Reads: the run folder, which all nodes must reach. Writes: what the stage writes. Ray moves the workers of a node that it loses.
+    Reads: the run folder, which all nodes must reach. Writes: the same. Ray moves the workers of a node that it loses.
 
     Example: bytecache jobs ray --address auto --workers 16 --run-dir s3://bucket/books
     """

@@ -1,6 +1,6 @@
 """The stages, one command each, and `run` for all of them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -126,7 +126,8 @@ def train(
 
     Reads: targets/. Writes: train/distilled-KEY/ and train/control-KEY/ with checkpoints and metrics.jsonl.
 
-    Resumes from the newest whole checkpoint; SIGTERM saves one and exits with code 75.
+    Resumes from the newest whole checkpoint, with any number of processes; SIGTERM saves one and exits with code 75.
+    Several processes: torchrun --nproc-per-node 8 -m pipeline.cli train ... (train.parallel: ddp or fsdp).
 
     Example: bytecache train --run-dir runs/books --set train.steps=2000 --only distilled
     """
@@ -139,19 +140,32 @@ def train(
 
 @app.command()
 def evaluate(
-    config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None, only: OnlyOption = ""
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    only: OnlyOption = "",
+    lm_eval: Annotated[
+        str, typer.Option("--lm-eval", metavar="TASKS", help="Also run these lm-eval-harness tasks (commas between).")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", help="Examples of each lm-eval task; 0 = all.")] = 0,
 ) -> None:
     """Measure the trained students on the held-out documents.
 
     Reads: targets/ and train/. Writes: report/report.json and report/report.md; prints the table.
 
-    Example: bytecache evaluate --run-dir runs/books
+    --lm-eval exports the students first and measures the exported checkpoints as any Hugging Face model, into
+    report/lm-eval.json and report/lm-eval.md. It needs the package lm-eval; a task is a name or a YAML file.
+
+    Example: bytecache evaluate --run-dir runs/books --lm-eval lambada_openai --limit 200
     """
     from pipeline import commands_student
 
     def command(context: "Context") -> None:
         commands_student.evaluate(context, only)
         typer.echo(context.store.read_bytes("report/report.md").decode("utf-8"))
+        if lm_eval:
+            commands_student.measure_exported(context, lm_eval.split(","), limit, only)
+            typer.echo(context.store.read_bytes("report/lm-eval.md").decode("utf-8"))
 
     run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
 

@@ -72,9 +72,13 @@ class HfEngine(Engine):
 
     @torch.inference_mode()
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
+        from transformers import DynamicCache
+
         for prompt, branches in jobs:
             tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None].to(self.device)
-            cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+            # Layers with a sliding window would keep too few keys: a branch may leave the window anywhere.
+            cache = DynamicCache()
+            self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             parts = []
             for a in range(0, len(branches), self.branch_chunk):
                 parts.append(self._packed(prompt, branches[a : a + self.branch_chunk], cache))

@@ -35,7 +35,11 @@ class Encoded(NamedTuple):
     data: bytes
     """`synthetic` bytes that the tokenizer puts in front, then the text in UTF-8."""
     synthetic: int
-    """0, or 1 for the leading space of SentencePiece."""
+    """0, or 1 for the leading space of SentencePiece; in front of an answer, the end of its rendered context."""
+    prefix: NDArray[np.int32] = np.zeros(0, np.int32)
+    """Tokens before `ids`, whose bytes are not asked for: an answer's context, start token included. Empty: none."""
+    context: bytes = b""
+    """Bytes that stand before the text in a shard, unsupervised (`stages.conversations`)."""
 
 
 class Misfit(ValueError):  # noqa: N818 -- a verdict on a text, returned as often as raised
@@ -108,6 +112,11 @@ class Vocabulary:
             return self.token_bytes.index(text.encode())
         except ValueError:
             raise KeyError(text) from None
+
+    @property
+    def control_names(self) -> dict[str, int]:
+        """Text and id of every token that is named and has no bytes."""
+        return {text: i for text, i in self._names.items() if i < self.size and self.token_bytes[i] is None and text}
 
     def describe(self) -> dict[str, Any]:
         """Provenance: family, counts, duplicate and missing byte strings, longest token in bytes."""

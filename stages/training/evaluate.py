@@ -1,7 +1,8 @@
 """Held-out figures of a trained student, each beside the teacher's own on the same text.
 
 Every held-out document that the student's tokenizer can align is read once in windows of `train.window_bytes`, cut at
-fixed places, each with one token of context before it (as in training). On supervised positions:
+fixed places, each with one token of context before it or `train.context_bytes`, as in training. On supervised
+positions:
 
 - token bits/byte: sum of token NLL, EOS included, / text bytes / ln 2. The student as an ordinary language model.
 - byte-head bits/byte: mean -log2 q(true symbol) over *covered* symbols, i.e. the first ten bytes of each token and END.
@@ -10,6 +11,8 @@ fixed places, each with one token of context before it (as in training). On supe
 - KL(teacher || head), nats per covered symbol, unlisted symbols as one bucket.
 - teacher bits/byte: the stored probability of the true symbol, END included, per text byte; an unlisted symbol gets an
   equal share of its position's tail (a floor: the truth is at most the tail). Also per covered symbol.
+- calibration error (ECE, Guo et al. 2017): |accuracy - confidence| of the most likely byte, over fifteen equal bins of
+  confidence, weighted by how many bytes fall into each. 0 is a student whose 80 % is right four times in five.
 
 The head's price is measured in the same call: parameters, share of FLOPs, share of CPU time (forward and backward with
 and without the head, alternating, median of several).
@@ -31,8 +34,8 @@ from schemas.settings import Train as TrainSettings
 from stages.training import checkpoint, stream, student
 from stages.training.loss import LISTABLE
 from stages.training.order import sequential
+from stages.training.run import Run, micro_loss, start_run
 from stages.training.source import open_dataset
-from stages.training.train import Run, micro_loss, start_run
 
 
 def true_nats(
@@ -81,7 +84,9 @@ def load_trained(student_dir: Path, checkpoint_path: Path) -> Run:
             f"{checkpoint_path}: trained from another student than {student_dir}; pass the folder it began from"
         )
     with torch.random.fork_rng(devices=[]):
-        run = start_run(opened, TrainSettings(**state["identity"]["settings"]), 0, torch.device("cpu"))
+        # Whatever it was trained in, it is measured and exported in float32.
+        settings = TrainSettings(**{**state["identity"]["settings"], "dtype": "float32"})
+        run = start_run(opened, settings, 0, torch.device("cpu"))
         run.restore(tensors)
     opened.model.eval()
     return run
@@ -120,6 +125,31 @@ def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> di
     }
 
 
+class Calibration:
+    """Expected calibration error of byte predictions, fifteen equal bins of confidence."""
+
+    BINS = 15
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((3, self.BINS))
+
+    def add(self, scores: torch.Tensor, true: torch.Tensor) -> None:
+        """scores float [S, symbols], log-probabilities up to a constant; true int64 [S]."""
+        if not true.numel():
+            return
+        confidence, guess = torch.softmax(scores.double(), dim=-1).max(dim=-1)
+        where = np.minimum((confidence.numpy() * self.BINS).astype(np.int64), self.BINS - 1)
+        right = (guess == true).double().numpy()
+        for row, weight in zip(self.sums, (None, confidence.numpy(), right), strict=True):
+            row += np.bincount(where, weights=weight, minlength=self.BINS)
+
+    @property
+    def error(self) -> float:
+        """Mean |accuracy - confidence|."""
+        n, confidence, right = self.sums
+        return float(np.abs(confidence - right).sum() / max(n.sum(), 1))
+
+
 def evaluate(
     settings: TrainSettings,
     student_dir: Path,
@@ -137,22 +167,29 @@ def evaluate(
     run = load_trained(student_dir, checkpoint_path)
     opened = run.student
     dataset = open_dataset(targets_dir)
-    reader = stream.ShardReader(dataset.where, dataset, split, opened.vocabulary, opened.end_id, resident=1)
+    reader = stream.ShardReader(
+        dataset.where, dataset, split, opened.vocabulary, opened.end_id, resident=1,
+        template=opened.template, max_tokens=opened.max_tokens,
+    )  # fmt: skip
     token = head_ce = kl = teacher = teacher_covered = 0.0
     n_tokens = n_bytes = n_slots = n_positions = n_unlisted = 0
     sample: list[stream.MicroBatch] = []
+    context = settings.context_bytes
+    calibration = Calibration()
     for window in sequential(reader.positions, settings.batch * settings.window_bytes):
         source = reader[window.shard]
         rows = [
             row
             for lo in range(window.lo, window.hi, settings.window_bytes)
-            for row in stream.cut(source, lo, min(lo + settings.window_bytes, window.hi), opened.max_tokens)
+            for row in stream.cut(source, lo, min(lo + settings.window_bytes, window.hi), opened.max_tokens, context)
         ]
         for members in stream.group(rows):
             # "sum" weighs every slot 1, so the parts are plain sums over slots.
             micro = stream.collate(members, with_targets=True, byte_reduction="sum")
             with torch.inference_mode():
-                parts = micro_loss(run, micro, measure=True)
+                logits, hidden = opened.forward(micro.input_ids)
+                parts = run.objective(logits, hidden, micro, measure=True)
+                calibration.add(*run.objective.byte_scores(logits, hidden, micro))
             token, head_ce, kl = token + float(parts.token), head_ce + float(parts.byte), kl + float(parts.kl)
             assert micro.targets is not None
             slot, symbol, prob, tail = (t.numpy() for t in micro.targets)
@@ -177,6 +214,7 @@ def evaluate(
         "token_bits_per_byte": token * bits / n_bytes,
         "head_bits_per_byte": head_ce * bits / n_slots,
         "kl_nats_per_byte": kl / n_slots,
+        "calibration_error": calibration.error,
         "teacher_bits_per_byte": teacher * bits / n_bytes,
         "teacher_bits_per_covered_byte": teacher_covered * bits / n_slots,
         "teacher_unlisted_share": n_unlisted / n_positions,
@@ -189,6 +227,7 @@ ROWS = (
     ("token_bits_per_byte", "student tokens, bits/byte", ".4f"),
     ("head_bits_per_byte", "byte head or choices, bits/covered byte", ".4f"),
     ("kl_nats_per_byte", "KL(teacher ‖ student), nats/covered byte", ".4f"),
+    ("calibration_error", "calibration error of its bytes (ECE)", ".4f"),
     ("teacher_bits_per_byte", "teacher, bits/byte", ".4f"),
     ("teacher_bits_per_covered_byte", "teacher, bits/covered byte", ".4f"),
     ("covered_share", "bytes covered by the head", ".2%"),

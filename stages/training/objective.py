@@ -165,6 +165,19 @@ class Objective(nn.Module):
         assert sums is not None
         return sums
 
+    def byte_scores(self, logits: Tensor, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Unnormalised log-probabilities of every byte choice of a micro-batch, [S, symbols], and the true ones [S].
+
+        Args:
+            logits: float [R, T, V]. hidden: float [R, T, hidden]. For measuring; all token logits are held at once.
+        """
+        if self.marginal is None:
+            assert self.head is not None
+            scores = self.head(hidden.flatten(0, 1), micro.slot_token, micro.slot_counts, micro.slot_symbol)
+            return scores, micro.slot_symbol
+        own = self.marginal.choices(micro, "sum")
+        return node_logits(logits.flatten(0, 1).float(), own.row, own.node, self.marginal.tables), own.true
+
     def total(self, parts: LossParts, n_tokens: int, n_byte_tokens: int) -> Tensor:
         """The scalar to differentiate: this micro-batch's share of a step with these counts (over all ranks)."""
         lambda_byte = 0.0 if self.marginal is not None else self.lambda_byte

@@ -26,14 +26,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from schemas.byte_shard import ByteShard
 from schemas.errors import InputError
 from schemas.manifest import Dataset, ShardEntry
-from stages.tokens.vocab import Misfit, Vocabulary
+from stages.tokens.vocab import Vocabulary
+from stages.training.answers import TemplateSource
 from stages.training.byte_head import END, SLOTS
 from stages.training.loss import IGNORE, SlotTargets
 from stages.training.order import POOL, Order, Window
 from stages.training.source import load_shard, lookahead
+from stages.training.token_shard import TokenShard, tokenise
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """Most padded tokens in one micro-batch (a single longer row excepted), by device type: bounds memory and padding.
@@ -41,38 +42,21 @@ MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 On a CPU small is fast: padding was 6 % of tokens at 768, 10 % at 1024, 18 % at 2048, and caches hold the logits.
 """
 
-IntArray = npt.NDArray[np.int64]
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class TokenShard:
-    """One shard seen through the student's tokenizer: K tokens of all its alignable documents, in position order.
-
-    ids, before int32 [K]: token and its predecessor in the document (start token at its head).
-    start, end int64 [K]: positions of the token's text bytes; an EOS owns its document's END position.
-    skip int64 [K]: bytes of the token in front of the text (a synthetic prefix space); they have no position.
-    row int32 [K]: index of the token's document. symbol int16 [N]: the text's own symbol per position, END included.
-    """
-
-    shard: ByteShard
-    ids: npt.NDArray[np.int32]
-    before: npt.NDArray[np.int32]
-    start: IntArray
-    end: IntArray
-    skip: IntArray
-    row: npt.NDArray[np.int32]
-    symbol: npt.NDArray[np.int16]
-    supervised: npt.NDArray[np.bool_]
-    skipped: Counter[str]
-
-
 class Row(NamedTuple):
-    """Tokens [first, last) of one document: one row of a batch."""
+    """Tokens [first, last) of one document, one row of a batch, after `lead` tokens that are only read."""
 
     source: TokenShard
     first: int
     last: int
+    lead: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return self.last - self.first + self.lead
 
 
 @dataclass(frozen=True)
@@ -83,7 +67,8 @@ class MicroBatch:
     slot_token int64 [S]: flat index (r * T + t) of the input position whose hidden state predicts the slot's token.
     slot_counts: slots per slot number, length 10. slot_symbol int64 [S], slot_weight float32 [S].
     targets: the teacher's share, None when not asked for. Counts: predicted tokens, those of them with a supervised
-    byte, supervised text bytes, and tokens before padding.
+    byte, supervised text bytes. lengths: tokens of each row before padding.
+    position_ids int64 [R, T]: only where rows are packed (`packing`), else a token's place in its row.
     """
 
     input_ids: Tensor
@@ -96,7 +81,13 @@ class MicroBatch:
     n_tokens: int
     n_byte_tokens: int
     n_bytes: int
-    n_real: int
+    lengths: list[int]
+    position_ids: Tensor | None = None
+
+    @property
+    def n_real(self) -> int:
+        """Tokens before padding."""
+        return sum(self.lengths)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on `device`."""
@@ -107,6 +98,7 @@ class MicroBatch:
             slot_token=self.slot_token.to(device),
             slot_symbol=self.slot_symbol.to(device),
             slot_weight=self.slot_weight.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
             targets=self.targets and SlotTargets(*(t.to(device) for t in self.targets)),
         )
 
@@ -135,64 +127,35 @@ class Step:
         return sum(m.n_bytes for m in self.micro)
 
 
-def tokenise(shard: ByteShard, vocabulary: Vocabulary, end_id: int) -> TokenShard:
-    """Flatten a shard's documents into student tokens (see `TokenShard`)."""
-    n_docs = len(shard.doc_id)
-    offsets = np.asarray(shard.doc_start, dtype=np.int64)
-    text = np.asarray(shard.text)
-    symbol = text.astype(np.int16)
-    symbol[offsets[1:] - 1] = END
-    skipped: Counter[str] = Counter()
-    texts, members = [], []
-    for d in range(n_docs):
-        raw = text[offsets[d] : offsets[d + 1] - 1].tobytes()
-        try:
-            texts.append(raw.decode("utf-8"))
-            members.append(d)
-        except UnicodeDecodeError:
-            skipped["not UTF-8"] += 1
-    columns: list[tuple[npt.NDArray[np.int64], ...]] = []
-    for d, encoded in zip(members, vocabulary.encode_batch(texts), strict=True):
-        if isinstance(encoded, Misfit):
-            skipped[encoded.reason] += 1
-            continue
-        ids = np.append(encoded.ids, end_id)
-        # Bytes of `data` in front of the text have no position: clamp them to the document's first.
-        edge = np.append(encoded.starts, encoded.starts[-1] + 1) - encoded.synthetic
-        place = offsets[d] + np.maximum(edge, 0)
-        lead = np.clip(-edge[:-1], 0, None) - np.clip(-edge[1:], 0, None)
-        before = np.concatenate([[vocabulary.start_id], ids[:-1]])
-        columns.append((ids, before, place[:-1], place[1:], lead, np.full(ids.size, d)))
-    flat = [np.concatenate(c) for c in zip(*columns, strict=True)] if columns else [np.zeros(0, np.int64)] * 6
-    ids, before, start, end, lead, row = flat
-    mask = np.concatenate([[0], np.cumsum(np.asarray(shard.mask) != 0)])
-    # A token is supervised when any of its bytes is: the first token of a response may begin in the prompt.
-    supervised = mask[np.maximum(end, np.minimum(start + 1, text.size))] > mask[start]
-    return TokenShard(
-        shard, ids.astype(np.int32), before.astype(np.int32), start, end, lead, row.astype(np.int32), symbol,
-        supervised, skipped,
-    )  # fmt: skip
+def cut(source: TokenShard, lo: int, hi: int, max_tokens: int, context_bytes: int = 0) -> list[Row]:
+    """Rows of the tokens that start in positions [lo, hi): one per document, split where longer than `max_tokens`.
 
-
-def cut(source: TokenShard, lo: int, hi: int, max_tokens: int) -> list[Row]:
-    """Rows of the tokens that start in positions [lo, hi): one per document, split where longer than `max_tokens`."""
-    a, b = (int(x) for x in np.searchsorted(source.start, [lo, hi]))
+    A row is led by the tokens of its document that start at most `context_bytes` before it, at most half of a row.
+    Documents that answer something are not cut by windows; one of them that is too long for a row leads its rest.
+    """
+    where = source.start if source.place is None else source.place
+    if source.place is not None:
+        context_bytes = max(context_bytes, hi)
+    a, b = (int(x) for x in np.searchsorted(where, [lo, hi]))
     if a == b:
         return []
     edges = np.concatenate([[a], a + 1 + np.flatnonzero(np.diff(source.row[a:b])), [b]])
-    return [
-        Row(source, i, min(i + max_tokens, int(y)))
-        for x, y in pairwise(edges)
-        for i in range(int(x), int(y), max_tokens)
-    ]
+    rows: list[Row] = []
+    for x, y in pairwise(edges.tolist()):
+        head = int(np.searchsorted(source.row, source.row[x])) if context_bytes else x
+        while x < y:
+            reach = int(np.searchsorted(source.start, source.start[x] - context_bytes)) if context_bytes else x
+            lead = min(x - max(head, reach), max_tokens // 2)
+            rows.append(Row(source, x, min(x + max_tokens - lead, y), lead))
+            x = rows[-1].last
+    return rows
 
 
 def group(rows: Sequence[Row], micro_tokens: int = MICRO_TOKENS["cpu"]) -> list[list[Row]]:
     """Sort rows by length (stable, longest first) and pack them so that rows * longest <= `micro_tokens`."""
     groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: r.first - r.last):
-        width = groups[-1][0].last - groups[-1][0].first if groups else 0
-        if groups and (len(groups[-1]) + 1) * width <= micro_tokens:
+    for row in sorted(rows, key=lambda r: -r.length):
+        if groups and (len(groups[-1]) + 1) * groups[-1][0].length <= micro_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -201,17 +164,17 @@ def group(rows: Sequence[Row], micro_tokens: int = MICRO_TOKENS["cpu"]) -> list[
 
 def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "mean") -> MicroBatch:
     """One micro-batch from rows; all arithmetic is per byte, nothing is [tokens, 10, 260]."""
-    width = max(r.last - r.first for r in rows)
+    width = max(r.length for r in rows)
     input_ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORE, np.int64)
     parts: list[list[npt.NDArray[np.generic]]] = []
     entries: list[list[npt.NDArray[np.generic]]] = []
-    n_slots = n_tokens = n_byte_tokens = n_bytes = n_real = 0
-    for r, (src, first, last) in enumerate(rows):
+    n_slots = n_tokens = n_byte_tokens = n_bytes = 0
+    for r, (src, first, last, lead) in enumerate(rows):
         n, span = last - first, slice(first, last)
         start, end, skip = src.start[span], src.end[span], src.skip[span]
-        input_ids[r, :n] = src.before[span]
-        labels[r, :n] = np.where(src.supervised[span], src.ids[span], IGNORE)
+        input_ids[r, : lead + n] = src.before[first - lead : last]
+        labels[r, lead : lead + n] = np.where(src.supervised[span], src.ids[span], IGNORE)
         lo, hi = int(start[0]), int(end[-1])
         mask = np.asarray(src.shard.mask[lo:hi]) != 0
         counts = np.clip(np.minimum(SLOTS - skip, end - start), 0, None)
@@ -222,7 +185,9 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         token, within, position = token[keep], within[keep], position[keep]
         per_token = np.bincount(token, minlength=n)
         weight = 1.0 / per_token[token] if byte_reduction == "mean" else np.ones(token.size)
-        parts.append([within + skip[token], r * width + token, src.symbol[position], weight, src.shard.tail[position]])
+        parts.append(
+            [within + skip[token], r * width + lead + token, src.symbol[position], weight, src.shard.tail[position]]
+        )
         if with_targets:
             slot_at = np.full(hi - lo, -1, np.int64)
             slot_at[position - lo] = n_slots + np.arange(position.size)
@@ -234,7 +199,6 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         n_tokens += int(src.supervised[span].sum())
         n_byte_tokens += int((per_token > 0).sum())
         n_bytes += int((mask & (src.symbol[lo:hi] != END)).sum())
-        n_real += n
     k, slot_token, slot_symbol, slot_weight, tail = (np.concatenate(c) for c in zip(*parts, strict=True))
     by_slot = np.argsort(k.astype(np.uint8), kind="stable")  # of bytes: a radix sort
     targets = None
@@ -255,7 +219,16 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         np.bincount(k, minlength=SLOTS).tolist(),
         torch.from_numpy(slot_symbol[by_slot].astype(np.int64)),
         torch.from_numpy(slot_weight[by_slot].astype(np.float32)),
-        targets, n_tokens, n_byte_tokens, n_bytes, n_real,
+        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows],
+    )  # fmt: skip
+
+
+def blank() -> MicroBatch:
+    """One token that predicts nothing: a micro-batch for a rank that has no other (`parallel`)."""
+    none, nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    return MicroBatch(
+        torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORE), none, [0] * SLOTS, none, nothing,
+        SlotTargets(none, none, nothing, nothing), 0, 0, 0, [1],
     )  # fmt: skip
 
 
@@ -264,23 +237,19 @@ class ShardReader:
 
     Args:
         folder: the data set's name for messages. dataset: from `open_dataset`. split: "train" or "heldout".
+        template, max_tokens: see `tokenise`.
 
     Raises:
         InputError: the split has no shards.
     """
 
     def __init__(
-        self,
-        folder: Path | str,
-        dataset: Dataset,
-        split: str,
-        vocabulary: Vocabulary,
-        end_id: int,
-        *,
-        resident: int = POOL,
-    ) -> None:
+        self, folder: Path | str, dataset: Dataset, split: str, vocabulary: Vocabulary, end_id: int, *,
+        resident: int = POOL, template: TemplateSource | None = None, max_tokens: int = 1 << 40,
+    ) -> None:  # fmt: skip
         self.dataset = dataset
         self.folder, self.vocabulary, self.end_id, self.resident = folder, vocabulary, end_id, resident
+        self.template, self.max_tokens = template, max_tokens
         self.entries: list[ShardEntry] = [e for e in dataset.entries if e.split == split]
         if not self.entries:
             raise InputError(f"{folder}: no shards of split {split!r}; convert documents of that split first")
@@ -293,7 +262,10 @@ class ShardReader:
             return self._cache[number]
         while len(self._cache) >= self.resident:
             self._cache.popitem(last=False)
-        shard = tokenise(load_shard(self.dataset, self.entries[number]), self.vocabulary, self.end_id)
+        shard = tokenise(
+            load_shard(self.dataset, self.entries[number]), self.vocabulary, self.end_id,
+            template=self.template, max_tokens=self.max_tokens,
+        )  # fmt: skip
         self._cache[number] = shard
         self.skipped[number] = shard.skipped
         return shard
@@ -309,11 +281,11 @@ class ShardReader:
 
 
 def make_step(
-    number: int, windows: Sequence[Window], reader: ShardReader, max_tokens: int, *,
-    with_targets: bool, byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"],
+    number: int, windows: Sequence[Window], reader: ShardReader, max_tokens: int, *, with_targets: bool,
+    byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"], context_bytes: int = 0,
 ) -> Step:  # fmt: skip
     """Read the windows of one step and collate them."""
-    rows = [row for w in windows for row in cut(reader[w.shard], w.lo, w.hi, max_tokens)]
+    rows = [row for w in windows for row in cut(reader[w.shard], w.lo, w.hi, max_tokens, context_bytes)]
     micro = [collate(g, with_targets=with_targets, byte_reduction=byte_reduction) for g in group(rows, micro_tokens)]
     return Step(number, micro, reader.skipped_documents())
 
@@ -321,6 +293,7 @@ def make_step(
 def steps(
     order: Order, reader: ShardReader, *, batch: int, max_tokens: int, start: int = 0, rank: int = 0, ranks: int = 1,
     with_targets: bool = True, byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"],
+    context_bytes: int = 0,
 ) -> Iterator[Step]:  # fmt: skip
     """Steps `start`, `start` + 1, ... without end; step s owns windows [s * batch, (s + 1) * batch).
 
@@ -336,6 +309,7 @@ def steps(
         step = make_step(
             number, mine, reader, max_tokens,
             with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
+            context_bytes=context_bytes,
         )  # fmt: skip
         barren = 0 if step.micro else barren + batch
         if barren > order.epoch_length(0) + 2 * batch:

@@ -1,8 +1,9 @@
 """The student: a folder with model and tokenizer, made once, that every training run starts from.
 
 `prepare` writes an ordinary Hugging Face folder (safetensors weights, tokenizer, `student.json` with its identity) from
-the settings: a new small Llama with tied embeddings, or a copy of an existing causal LM in float32. `bpe:N` trains a
-byte-level BPE on the training documents, so every text can be encoded and every token maps to bytes. `load` opens the
+the settings: a new small Llama with tied embeddings, a copy of an existing causal LM in float32, or such a copy under
+another tokenizer (`transfer`). `bpe:N` trains a byte-level BPE on the training documents, `bytes` has a token for every
+byte, so every text can be encoded and every token maps to bytes. `load` opens the
 folder and joins model, tokenizer and exact token bytes. The same settings, data set and seed give the same weights.
 Price: BPE training reads at most 64 MiB of text and takes about 1 s per 3 MB; the folder appears by one rename.
 """
@@ -34,13 +35,25 @@ from transformers import (
 from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.manifest import Dataset
 from schemas.settings import Student as StudentSettings
+from schemas.settings import Teacher as TeacherSettings
+from stages.chat import Template
 from stages.scratch import scratch_folder
+from stages.tokens.token_bytes import byte_alphabet
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.training.source import load_shard, open_dataset
+from stages.training.transfer import transfer
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + '\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' }}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
+"""Of a new student: plain words for roles, its end token after an answer."""
 BPE_BYTES = 64 * 1024 * 1024
 """Text that a `bpe:N` tokenizer is trained on, at most."""
+NEW_TOKENIZER = "bpe:2048"
+"""Of a new student that names none."""
 CONTEXT = 4096
 """Position limit written into a new student's configuration."""
 
@@ -55,6 +68,11 @@ class Student:
     end_id: int
     identity: str
     """sha256 over weights, configuration and vocabulary as prepared."""
+    folder: Path
+
+    def template(self) -> Template:
+        """Its chat template, proven (ConfigError if there is none that works)."""
+        return Template.open(self.folder, self.vocabulary, setting="student")
 
     @property
     def max_tokens(self) -> int:
@@ -66,27 +84,36 @@ class Student:
         """Width of the lm_head's input."""
         return int(self.model.get_output_embeddings().weight.shape[1])
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token logits [R, T, V] and the lm_head's own input [R, T, hidden], whatever the architecture calls it."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token logits [R, T, V] and the lm_head's own input [R, T, hidden], whatever the architecture calls it.
+
+        Args:
+            input_ids: int64 [R, T]. position_ids: int64 [R, T] where rows are packed (`packing`), else None.
+        """
         seen: list[Tensor] = []
         handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         finally:
             handle.remove()
         return logits, seen[0]
 
 
-def split_model(opened: Student) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """(input_ids to hidden states, hidden states to logits), so that logits can be made in pieces.
+def split_model(opened: Student) -> tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[Tensor], Tensor]]:
+    """(input_ids and position_ids to hidden states, hidden states to logits), so that logits can be made in pieces.
 
     Raises:
         ConfigError: the model does more to its logits than its lm_head (soft-capping, scaling), checked on a few ids.
     """
     model = opened.model
 
-    def trunk(input_ids: Tensor) -> Tensor:
-        states: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    # Adapters sit inside the model that peft wraps.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def trunk(input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        states: Tensor = inner.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
         return states
 
     def to_logits(hidden: Tensor) -> Tensor:
@@ -97,7 +124,7 @@ def split_model(opened: Student) -> tuple[Callable[[Tensor], Tensor], Callable[[
     model.eval()
     with torch.no_grad():
         ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-        whole, pieces = model(input_ids=ids, use_cache=False).logits, to_logits(trunk(ids))
+        whole, pieces = model(input_ids=ids, use_cache=False).logits, to_logits(trunk(ids, None))
     model.train(training)
     if not torch.allclose(whole.float(), pieces.float(), rtol=1e-3, atol=1e-3):
         raise ConfigError("train.chunk: this student alters the logits of its lm_head; set train.chunk = 0")
@@ -113,13 +140,31 @@ def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if size < len(alphabet) + 2:
         raise ConfigError(f"student.tokenizer = 'bpe:{size}': at least {len(alphabet) + 2} tokens are needed; raise N")
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False, min_frequency=2
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return _finished(tokenizer)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token: id 2 + byte, after the start and the end token."""
+    letters = {BOS: 0, EOS: 1, **{letter: 2 + byte for letter, byte in byte_alphabet().items()}}
+    tokenizer = _byte_level(models.BPE(vocab=letters, merges=[]), use_regex=False)
+    tokenizer.add_special_tokens([BOS, EOS])
+    return _finished(tokenizer)
+
+
+def _byte_level(model: Any, *, use_regex: bool) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
+    """As transformers loads it: the start token in front of every text, our chat template."""
     start = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.Sequence(
         [
@@ -128,8 +173,9 @@ def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
         ]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
 
 
 def split_texts(targets: Path | Dataset, split: str, limit: int) -> Iterator[str]:
@@ -147,18 +193,27 @@ def split_texts(targets: Path | Dataset, split: str, limit: int) -> Iterator[str
             yield text[int(lo) : int(hi) - 1].tobytes().decode("utf-8", errors="ignore")
 
 
-def _tokenizer(settings: StudentSettings, targets_dir: Path | Dataset) -> PreTrainedTokenizerBase:
-    if settings.tokenizer.startswith("bpe:"):
-        size = settings.tokenizer.removeprefix("bpe:")
+def _tokenizer(name: str, targets_dir: Path | Dataset) -> PreTrainedTokenizerBase:
+    if name == "bytes":
+        return byte_tokenizer()
+    if name.startswith("bpe:"):
+        size = name.removeprefix("bpe:")
         if not size.isdigit():
-            raise ConfigError(f"student.tokenizer = {settings.tokenizer!r}: write bpe:N with N a number, e.g. bpe:2048")
+            raise ConfigError(f"student.tokenizer = {name!r}: write bpe:N with N a number, e.g. bpe:2048")
         return train_bpe(split_texts(targets_dir, "train", BPE_BYTES), int(size))
-    tokenizer = _open(AutoTokenizer, settings.tokenizer)
+    tokenizer = _open(AutoTokenizer, name)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"student.tokenizer = {settings.tokenizer!r} declares no EOS token, so documents cannot end; declare one"
-        )
+        raise ConfigError(f"student.tokenizer = {name!r} declares no EOS token, so documents cannot end; declare one")
     return tokenizer
+
+
+def model_source(model: str) -> str:
+    """What transformers opens for `student.model`: a folder or hub id as it is, a builtin's folder in the cache."""
+    if not model.startswith("builtin:"):
+        return model
+    from stages.identity import resolve_model
+
+    return str(resolve_model(TeacherSettings(model=model)))
 
 
 def _open(factory: Any, source: str, **options: Any) -> Any:
@@ -211,7 +266,7 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
         seed: of a new model's weights.
 
     Returns:
-        `student.json`: recipe, file hashes, parameter and vocabulary counts.
+        `student.json`: recipe, file hashes, parameter and vocabulary counts, what a new tokenizer carried over.
 
     Raises:
         ConfigError: impossible sizes, or `out_dir` holds another student. InputError: a model that cannot be opened.
@@ -223,21 +278,23 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
         if found.get("recipe") == recipe and found.get("files") == folder_hashes(out_dir):
             return dict(found)
         raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
-    if settings.model:
-        tokenizer = _open(AutoTokenizer, settings.model)
-        model = _open(AutoModelForCausalLM, settings.model, dtype=torch.float32)
+    source = model_source(settings.model)
+    model = _open(AutoModelForCausalLM, source, dtype=torch.float32) if source else None
+    if model is not None and not settings.tokenizer:
+        tokenizer = _open(AutoTokenizer, source)
     else:
-        tokenizer = _tokenizer(settings, targets_dir)
-        model = new_model(settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, seed)
+        tokenizer = _tokenizer(settings.tokenizer or NEW_TOKENIZER, targets_dir)
     with scratch_folder(out_dir.parent) as scratch:
-        model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        info = {
-            "recipe": recipe,
-            "files": folder_hashes(scratch),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "vocabulary": len(tokenizer),
-        }
+        info: dict[str, Any] = {"recipe": recipe, "vocabulary": len(tokenizer)}
+        if model is None:
+            model = new_model(settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, seed)
+        elif settings.tokenizer:
+            new = load_vocabulary(str(scratch), lm_head_rows=len(tokenizer))
+            old = load_vocabulary(source, lm_head_rows=int(model.get_output_embeddings().weight.shape[0]))
+            info["transfer"] = transfer(model, old, new)
+        model.save_pretrained(scratch)
+        info |= {"files": folder_hashes(scratch), "parameters": sum(p.numel() for p in model.parameters())}
         (scratch / record.name).write_text(json.dumps(info, indent=1, sort_keys=True))
         for path in scratch.iterdir():
             with path.open("rb") as f:
@@ -266,4 +323,4 @@ def load(folder: Path) -> Student:
     for name, sha256 in folder_hashes(folder).items():
         if name.endswith((".safetensors", "config.json")):
             digest.update(f"{name}={sha256};".encode())
-    return Student(model.eval(), tokenizer, vocabulary, int(end_id), digest.hexdigest())
+    return Student(model.eval(), tokenizer, vocabulary, int(end_id), digest.hexdigest(), folder)

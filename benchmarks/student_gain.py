@@ -137,7 +137,8 @@ def report(out: Path) -> None:
     table = ["| student | objective | bits/byte | difference to CE (95 %) | KL to teacher | seeds | CPU s |",
              "|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     for x in lines:
-        gap = "" if x["arm"] == "ce" else f"{x['difference']:+.4f} ± {x['half']:.4f}"
+        spread = "(one seed)" if math.isnan(x["half"]) else f"± {x['half']:.4f}"
+        gap = "" if x["arm"] == "ce" else f"{x['difference']:+.4f} {spread}"
         table.append(
             f"| {x['pair']} | {ARMS[x['arm']][1]} | {x['bits_per_byte']:.4f} | {gap} | {x['kl']:.4f} | "
             f"{x['seeds']} | {x['cpu_seconds']:.0f} |"

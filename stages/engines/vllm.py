@@ -88,7 +88,8 @@ class VllmEngine(Engine):
             "max_num_batched_tokens": settings.max_batched_tokens,
             "max_num_seqs": min(128, settings.max_batched_tokens),
             "enable_chunked_prefill": True,
-            "enable_prefix_caching": settings.depth > 0,
+            # Reference windows branch even where production does not.
+            "enable_prefix_caching": settings.depth > 0 or settings.sample_tokens > 0,
             "block_size": _BLOCK["cpu" if on_cpu else "gpu"],
             "enforce_eager": on_cpu,
             "skip_tokenizer_init": True,

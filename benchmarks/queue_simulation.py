@@ -392,7 +392,6 @@ def plot(found: dict[str, Any], path: Path) -> None:
     middle.axhline(3500, color="grey", linewidth=0.8)
     middle.set(xlabel="workers", ylabel="requests per second", title="load on the store")
     middle.legend()
-    short = [Scenario(n, 10, unit_s=450.0, unit_mb=10.0) for n in (100, 1000, 10000) if n <= largest]
     rates = [row["scenario"]["preemptions"] for row in found["preemption"]]
     right.plot(rates, [row["wasted_share"] for row in found["preemption"]], "o-")
     right.set(

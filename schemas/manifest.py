@@ -219,7 +219,9 @@ def index_documents(
         "info": _checked_info(info),
         "fidelity": fidelity,
     }
-    return {MANIFEST: manifest, card.FILE: card.render(document).encode(), DATASET: seal(document)}
+    sealed = seal(document)
+    # The card lists what it finds in the order it finds it: give it the one order of the file.
+    return {MANIFEST: manifest, card.FILE: card.render(json.loads(sealed)).encode(), DATASET: sealed}
 
 
 def write_dataset(

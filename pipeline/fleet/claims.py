@@ -11,8 +11,8 @@ has not changed (or has been at another unit) for `lease_s` seconds *of the watc
 ever compared. Declaring a live worker dead costs a unit done twice, never a wrong result.
 
 Price: two small writes per unit (claim, result) and one per heartbeat; a listing per exhausted block or pair of misses,
-0.4 a unit where workers have hundreds of units each; up to six requests in a pause of an idle worker. Figures up to
-10,000 workers: `benchmarks/queue_simulation.py`.
+0.4 a unit where workers have hundreds of units each; up to six requests in a pause of an idle worker. Figures:
+`benchmarks/queue_simulation.py`.
 """
 
 import random

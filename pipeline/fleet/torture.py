@@ -9,7 +9,7 @@ one. A random one is killed after a random time, three in four with SIGKILL, els
 its place, until the stage is done. A round has to end with the reference's hashes, every receipt sound, every unit
 done, and no file left over; what was done twice is counted.
 
-Price: about 0.2 s of processor time a kill with a teacher of 2 layers (`benchmarks/torture.py`).
+Price: every child loads its own engine and compiled code; `benchmarks/torture.py` reports the processor time.
 """
 
 import contextlib

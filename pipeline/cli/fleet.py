@@ -98,8 +98,6 @@ def torture(
         if folder.exists():
             raise ConfigError(f"{folder} exists; name a new folder")
         settings = resolve(config, overrides)
-        report = command(
-            settings, folder, kills=kills, workers=workers, seed=seed, say=lambda line: typer.echo(line, err=True)
-        )
+        report = command(settings, folder, kills=kills, workers=workers, seed=seed)
         shutil.rmtree(folder)
         typer.echo(json.dumps(report, indent=2))

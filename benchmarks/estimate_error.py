@@ -37,13 +37,13 @@ def main() -> None:
         ])  # fmt: skip
         context = open_context(settings)
         planned, _ = units.make_plan(context.store, settings, context.stop)
-        whole = run_pilot(context, planned, len(planned.units))
+        whole = run_pilot(context, planned, len(planned.sizes))
         sizes, fixed, seconds = convert_pilot(settings.convert, whole, Path(folder), context.stop)
     truth = predict("", "", settings, planned, replace(whole, startup=0.0), (sizes, fixed, seconds), 0, 0, 1)
     generator = np.random.default_rng(0)
     report: dict[str, object] = {
         "machine": "2 cores, x86-64", "corpus": settings.corpus.source, "text_bytes": planned.n_bytes,
-        "units": len(planned.units), "preset": arguments.preset, "draws": arguments.draws,
+        "units": len(planned.sizes), "preset": arguments.preset, "draws": arguments.draws,
         "truth": {name: getattr(truth, name).value for name in FIGURES}, "pilots": {},
     }  # fmt: skip
     for count in PILOTS:

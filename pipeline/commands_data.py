@@ -23,11 +23,11 @@ from pipeline.dataset_index import (
     refuse_other_dataset,
     set_aside,
 )
+from pipeline.plan import Plan, Split, Unit, load_plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt, unit_key
 from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
 from pipeline.stores import sha256_file
-from pipeline.units import Plan, Unit
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
 
@@ -44,8 +44,8 @@ def plan(context: Context) -> tuple[Plan, bool]:
     skipped = f", {corpus['n_empty_skipped']} empty ones skipped" if corpus["n_empty_skipped"] else ""
     context.say(
         f"plan: {'new' if new else 'unchanged'}, {corpus['n_documents']} documents{skipped}, "
-        f"{human_bytes(corpus['n_bytes'])} of text in {len(made.units)} units "
-        f"({sum(unit.split == 'heldout' for unit in made.units)} held out)"
+        f"{human_bytes(corpus['n_bytes'])} of text in {len(made.sizes)} units "
+        f"({made.n_heldout} held out)"
     )
     return made, new
 
@@ -93,13 +93,12 @@ def teacher_job(context: Context, planned: Plan) -> Job:
         finally:
             engine.close()
 
-    measures = [unit.n_bytes for unit in planned.units]
-    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, measures, task, open_work)
+    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, planned.sizes, task, open_work)
 
 
 def teacher(context: Context) -> Outcome:
     """Dump every unit that has no dump yet; the engine starts only if there is one."""
-    job = teacher_job(context, units.load_plan(context.store, context.settings))
+    job = teacher_job(context, load_plan(context.store, context.settings))
     outcome = run_job(context.store, job, context.stop)
     context.save_config("teacher/config.toml", changed=outcome.made > 0)
     context.say(_summary("teacher", outcome))
@@ -177,17 +176,16 @@ def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
 def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[str, list[int], int]]:
     """(split, units, bytes of text) of every shard: whole units in plan order, up to `shard_bytes` of text."""
     groups: list[tuple[str, list[int], int]] = []
-    for split in ("train", "heldout"):
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
         parts: list[int] = []
         size = 0
-        for index, unit in enumerate(planned.units):
-            if unit.split != split:
-                continue
-            if parts and size + unit.n_bytes > shard_bytes:
+        for index in planned.of_split(split):
+            if parts and size + planned.sizes[index] > shard_bytes:
                 groups.append((split, parts, size))
                 parts, size = [], 0
             parts.append(index)
-            size += unit.n_bytes
+            size += planned.sizes[index]
         if parts:
             groups.append((split, parts, size))
     return groups
@@ -257,7 +255,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
     from stages.fidelity import summary_line
 
-    planned = units.load_plan(context.store, context.settings)
+    planned = load_plan(context.store, context.settings)
     found = dumps if dumps is not None else find_dumps(context, planned)
     info = dataset_info(context, planned, found)
     refuse_other_dataset(context, info)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline import receipts
 from pipeline.config import changed_keys
 from pipeline.context import Context
+from pipeline.plan import Plan
 from pipeline.receipts import Receipt
 from pipeline.stores import Store
-from pipeline.units import Plan
 from schemas.errors import ConfigError, InputError, IntegrityError
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ import numpy as np
 from pipeline import units
 from pipeline.commands_data import shard_groups, teacher_job
 from pipeline.context import Context
+from pipeline.plan import Plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
 from pipeline.runner import finished, run_job
 from pipeline.stores import LocalStore
-from pipeline.units import Plan
 from schemas.errors import ConfigError
 from schemas.settings import Convert, Section, Settings, Teacher
 
@@ -135,7 +135,7 @@ def run_pilot(context: Context, planned: Plan, count: int) -> Pilot:
     wall = time.monotonic() - began
     spent = sum(receipt.timings["seconds"] for receipt in outcome.receipts) if outcome.made == len(chosen) else wall
     files = [context.store.get_path(receipt.files[0].path) for receipt in outcome.receipts]
-    return Pilot(chosen, [planned.units[i].n_bytes for i in chosen], outcome.receipts, files, max(wall - spent, 0.0))
+    return Pilot(chosen, [planned.sizes[i] for i in chosen], outcome.receipts, files, max(wall - spent, 0.0))
 
 
 def estimate(
@@ -208,7 +208,7 @@ def predict(
     teacher: str, convert: str, settings: Settings, planned: Plan, pilot: Pilot,
     converted: tuple[list[int], float, list[float]], price: float, core_price: float, workers: int,
 ) -> Variant:  # fmt: skip
-    everything = [float(unit.n_bytes) for unit in planned.units]
+    everything = [float(size) for size in planned.sizes]
 
     def total(values: Sequence[float]) -> Predicted:
         return ratio_total(pilot.sizes, values, everything)

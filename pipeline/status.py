@@ -4,11 +4,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import receipts, units
+from pipeline import receipts
 from pipeline.commands_data import teacher_changes
 from pipeline.context import Context
 from pipeline.dataset_index import read_index
 from pipeline.fleet.report import fleet_status, fleet_table
+from pipeline.plan import Plan, read_plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
 from pipeline.stores import Store
@@ -38,7 +39,7 @@ def status(context: Context) -> dict[str, Any]:
             damaged.append(f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size")
         else:
             by_stage[stage].append(receipt)
-    planned = units.read_plan(store)
+    planned = read_plan(store)
     stages = [_plan_row(planned, by_stage["plan"])]
     stages += _teacher_rows(context, planned, by_stage["teacher"])
     stages.append(_convert_row(store, by_stage["convert"]))
@@ -72,21 +73,20 @@ def _size(found: list[Receipt]) -> int:
     return sum(file.size for receipt in found for file in receipt.files if not receipt.deleted)
 
 
-def _plan_row(planned: units.Plan | None, found: list[Receipt]) -> dict[str, Any]:
+def _plan_row(planned: Plan | None, found: list[Receipt]) -> dict[str, Any]:
     if planned is None:
         return _row("plan", "-", 0, 1, 0, "run `bytecache plan`")
-    heldout = sum(unit.split == "heldout" for unit in planned.units)
-    note = f"{human_bytes(planned.n_bytes)} of text, {len(planned.units)} units, {heldout} held out"
+    note = f"{human_bytes(planned.n_bytes)} of text, {len(planned.sizes)} units, {planned.n_heldout} held out"
     return _row("plan", planned.hash[:12], 1, 1, _size(found), note)
 
 
-def _teacher_rows(context: Context, planned: units.Plan | None, found: list[Receipt]) -> list[dict[str, Any]]:
+def _teacher_rows(context: Context, planned: Plan | None, found: list[Receipt]) -> list[dict[str, Any]]:
     groups: dict[str, list[Receipt]] = defaultdict(list)
     slices = {unit.sha256 for unit in planned.units} if planned else set()
     for receipt in found:
         if receipt.inputs.get("slice") in slices:
             groups[receipt.group].append(receipt)
-    total = len(planned.units) if planned else None
+    total = len(planned.sizes) if planned else None
     rows = []
     for group, dumps in sorted(groups.items()):
         changes = teacher_changes(dumps[0], context.settings.teacher.resolved())

@@ -293,7 +293,7 @@ def planned(tmp_path: Path) -> list[str]:
 def units_done(tmp_path: Path) -> tuple[int, int]:
     store = LocalStore(tmp_path / "run")
     plan = json.loads(store.read_bytes("plan/plan.json"))
-    return len(list(store.list("receipts/teacher"))), len(plan["units"])
+    return len(list(store.list("receipts/teacher"))), len(plan["sizes"])
 
 
 def assert_whole(tmp_path: Path, options: list[str]) -> None:

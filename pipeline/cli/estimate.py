@@ -57,7 +57,7 @@ def estimate(
     Example: bytecache estimate --source books.jsonl --run-dir runs/books --units 5 --price 2.5 --max-dollars 40
     """
     from pipeline import estimate as module
-    from pipeline.units import load_plan
+    from pipeline.plan import load_plan
     from schemas.settings import Convert, Teacher
 
     budget = math.isfinite(max_ratio) or math.isfinite(max_dollars)
@@ -76,7 +76,7 @@ def estimate(
         planned = load_plan(context.store, context.settings)
         chosen = module.settings_of(module.within_budget(found, max_ratio, max_dollars)) if budget else ""
         if as_json:
-            report = {"text_bytes": planned.n_bytes, "units": len(planned.units), "variants": module.as_json(found)}
+            report = {"text_bytes": planned.n_bytes, "units": len(planned.sizes), "variants": module.as_json(found)}
             typer.echo(json.dumps(report | ({"chosen": chosen} if budget else {}), indent=2))
         else:
             typer.echo(module.table(found, planned.n_bytes, price > 0 or core_price > 0))

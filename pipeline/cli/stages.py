@@ -35,7 +35,7 @@ def plan(
 ) -> None:
     """Cut the corpus into units of work.
 
-    Reads: corpus.source (JSONL, Parquet, text, a folder). Writes: plan/plan.json and plan/slices/ in the run folder.
+    Reads: corpus.source (JSONL, Parquet, text, a folder). Writes: plan/ in the run folder: plan.json, units/, slices/.
 
     The split into train and held-out documents and the slices are fixed here; planning again with the same text and
     settings changes nothing, with others it is refused.

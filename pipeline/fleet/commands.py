@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from pipeline import commands_data, dataset_index, receipts, units
+from pipeline import commands_data, dataset_index, receipts
 from pipeline.commands_data import teacher_job
 from pipeline.context import Context
 from pipeline.dataset_index import TARGETS
@@ -12,9 +12,9 @@ from pipeline.fleet.job import join
 from pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
 from pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
 from pipeline.fleet.worker import Share, Worker
+from pipeline.plan import Plan, load_plan
 from pipeline.receipts import Receipt
 from pipeline.runner import Job, Outcome, Task, Tick, Work
-from pipeline.units import Plan
 from schemas.errors import BytecacheError, ConfigError, InputError
 
 _SHOWN = 3
@@ -22,7 +22,7 @@ _SHOWN = 3
 
 def teacher_worker(context: Context) -> Share:
     """Work on the plan's dumps together with any number of others."""
-    planned = units.load_plan(context.store, context.settings)
+    planned = load_plan(context.store, context.settings)
     share = _work(context, teacher_job(context, planned))
     context.save_config("teacher/config.toml", changed=False)
     return share
@@ -30,7 +30,7 @@ def teacher_worker(context: Context) -> Share:
 
 def convert_worker(context: Context) -> Share:
     """Work on the shards together with others; whoever comes first when all are made publishes the index."""
-    planned = units.load_plan(context.store, context.settings)
+    planned = load_plan(context.store, context.settings)
     job = _convert_job(context, planned)
     share = _work(context, job)
     index = f"{TARGETS}/dataset.json"
@@ -78,7 +78,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
         receipt = receipts.read_receipt(store, "teacher", key)
         if receipt is None:
             raise InputError(
-                f"{store.name}: unit {index} of {len(planned.units)} has no dump; run `bytecache teacher --worker` to "
+                f"{store.name}: unit {index} of {len(planned.sizes)} has no dump; run `bytecache teacher --worker` to "
                 "the end first"
             )
         return receipt
@@ -128,7 +128,7 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
         raise InputError(f"{store.name} holds no {stage} job of workers; nothing to retry")
     forgiven = retry(store, layout)
     if lost:
-        planned = units.load_plan(store, context.settings)
+        planned = load_plan(store, context.settings)
         job = teacher_job(context, planned) if stage == "teacher" else _convert_job(context, planned)
         join(store, job)
         forgiven += requeue_lost(store, job)

@@ -31,7 +31,8 @@ PLAN_VERSION = 2
 PLAN_KEY = "plan/plan.json"
 PAGE = 1024
 """Units of a page: four blocks of claims."""
-_KEPT = 4
+KEPT = 4
+"""Pages that a worker keeps."""
 Split = Literal["train", "heldout"]
 # Only these shape the slices; where the text came from does not, its content does.
 _SHAPING = ("seed", "unit_bytes", "heldout_fraction")
@@ -148,7 +149,7 @@ class Units(Sequence[Unit]):
         found = self._pages.get(number)
         if found is None:
             found = read_page(self._plan.store, number, self._plan.index.pages[number])
-            while len(self._pages) >= _KEPT:
+            while len(self._pages) >= KEPT:
                 del self._pages[next(iter(self._pages))]
             self._pages[number] = found
         return found

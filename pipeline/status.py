@@ -9,6 +9,7 @@ from pipeline.commands_data import teacher_changes
 from pipeline.context import Context
 from pipeline.dataset_index import read_index
 from pipeline.fleet.report import fleet_status, fleet_table
+from pipeline.missing import summary
 from pipeline.plan import Plan, read_plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
@@ -107,7 +108,9 @@ def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:
         return _row("convert", "-", len(found), None, _size(found), "no data set published yet")
     listed = {entry.file for entry in dataset.entries}
     done = [receipt for receipt in found if Path(receipt.files[0].path).name in listed]
-    return _row("convert", dataset.manifest_hash[:12], len(done), len(listed), _size(done), "data set published")
+    missing = dataset.info["creation"].get("missing", [])
+    note = "data set published" + (f"; {summary(missing)}" if missing else "")
+    return _row("convert", dataset.manifest_hash[:12], len(done), len(listed), _size(done), note)
 
 
 def _train_rows(store: Store, found: list[Receipt]) -> list[dict[str, Any]]:

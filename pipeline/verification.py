@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import receipts
-from pipeline.commands_data import find_dumps
 from pipeline.context import Context
 from pipeline.dataset_index import TARGETS
-from pipeline.plan import PLAN_KEY, load_plan, read_plan
+from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.receipts import Receipt
 from pipeline.stores import LocalStore, Store, open_store
 from pipeline.units import slice_is_whole
@@ -139,7 +138,7 @@ def repair_run(context: Context) -> list[str]:
         from pipeline.commands_data import convert
 
         try:
-            made = convert(context, find_dumps(context, load_plan(store, context.settings))).made
+            made = convert(context).made
             done.append(f"made again: {made} shards and the index, from the dump")
         except Interrupted:
             raise

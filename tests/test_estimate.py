@@ -48,17 +48,18 @@ def test_one_unit_gives_no_interval() -> None:
 
 
 @pytest.mark.parametrize("n", [3, 6, 15])
-def test_the_interval_holds_the_truth_nine_times_in_ten(n: int) -> None:
-    """On populations where the model of the estimator holds: noise about a rate, sizes that vary."""
+@pytest.mark.parametrize("population", [8, 40])
+def test_the_interval_holds_the_truth_nine_times_in_ten(n: int, population: int) -> None:
+    """Noise about a rate, sizes that vary; a little on the safe side."""
     generator = np.random.default_rng(n)
     held = 0
     for _ in range(600):
-        sizes = generator.uniform(50, 100, 40)
-        values = sizes * generator.normal(3, 0.4, 40)
-        at = generator.choice(40, n, replace=False)
+        sizes = generator.uniform(20, 100, population)
+        values = sizes * generator.normal(3, 0.4, population)
+        at = generator.choice(population, min(n, population - 1), replace=False)
         found = ratio_total(sizes[at], values[at], sizes)
         held += found.low <= values.sum() <= found.high
-    assert 0.85 < held / 600 < 0.95
+    assert 0.86 < held / 600 < 0.98
 
 
 @given(st.integers(1, 50), st.integers(1, 500))

@@ -6,17 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    BackendOption,
-    ConfigOption,
-    JsonOption,
-    RunDirOption,
-    SetOption,
-    SourceOption,
-    TeacherOption,
-    resolve,
-    run_stage,
-)
+from pipeline.cli.options import Given, JsonOption, run_stage, takes_settings
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -25,13 +15,9 @@ app = typer.Typer()
 
 
 @app.command()
+@takes_settings("corpus.source", "teacher.model", "teacher.backend")
 def estimate(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    source: SourceOption = None,
-    model: TeacherOption = None,
-    backend: BackendOption = None,
+    given: Given,
     units: Annotated[int, typer.Option("--units", min=1, help="Units to pilot; more give narrower intervals.")] = 3,
     all_presets: Annotated[
         bool, typer.Option("--presets/--configured", help="Pilot every preset, or the configuration alone.")
@@ -83,14 +69,4 @@ def estimate(
             if budget:
                 typer.echo(f"\nwithin the budget: {chosen}")
 
-    run_stage(
-        lambda: resolve(
-            config,
-            overrides,
-            run__dir=run_dir,
-            corpus__source=source,
-            teacher__model=model,
-            teacher__backend=backend,
-        ),
-        command,
-    )
+    run_stage(given, command)

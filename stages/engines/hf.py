@@ -20,9 +20,8 @@ from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
 from stages.engines.static import StaticJob, StaticStates, batches, context_tokens
 
-
 KEPT_BYTES = 1 << 31
-"""Keys and values of a group's windows in memory at once; a window beyond it is run again for every pass of branches."""
+"""Bytes of keys and values of a group kept at once; a window beyond it is run again for every pass of branches."""
 
 
 class HfEngine(Engine):

@@ -85,8 +85,8 @@ class HfEngine(Engine):
     @torch.inference_mode()
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
         for prompt, branches in jobs:
-            kept, cache = self._kept.get(id(prompt), (None, None))
-            if kept is not prompt:
+            kept, cache = self._kept.get(id(prompt), (prompt, None))
+            if cache is None or kept is not prompt:
                 tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None].to(self.device)
                 cache = _full_cache()
                 self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)

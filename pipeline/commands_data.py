@@ -30,7 +30,7 @@ from pipeline.plan import Plan, Split, Unit, load_plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt, unit_key
 from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
-from pipeline.stores import sha256_file
+from pipeline.stores import overlapped, sha256_file
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
 
@@ -121,8 +121,8 @@ def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
     """
     store, settings = context.store, context.settings
     groups: dict[str, dict[str, Receipt]] = defaultdict(dict)
-    for _, key in receipts.list_receipts(store, "teacher"):
-        receipt = receipts.read_receipt(store, "teacher", key)
+    keys = [key for _, key in receipts.list_receipts(store, "teacher")]
+    for receipt in overlapped(lambda key: receipts.read_receipt(store, "teacher", key), keys):
         if receipt is not None:
             groups[receipt.group][str(receipt.inputs.get("slice"))] = receipt
     wanted = {unit.index: unit.sha256 for unit in planned.units}
@@ -147,8 +147,7 @@ def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
         )
     if fitting:
         (dumps,) = fitting.values()
-        for receipt in dumps.values():
-            problems = receipts.problems(store, receipt)
+        for problems in overlapped(lambda receipt: receipts.problems(store, receipt), dumps.values()):
             if problems:
                 raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
         return dumps

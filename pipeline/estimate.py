@@ -272,6 +272,16 @@ def settings_of(variant: Variant) -> str:
     return " ".join(f"--set {key}={name}" for key, name in named.items() if name) or "(the configuration as it is)"
 
 
+def meaning_of(variant: Variant, settings: Settings) -> str:
+    """The numbers that a variant's presets stand for."""
+    teacher = with_preset(settings.teacher, variant.teacher).resolved()
+    convert = with_preset(settings.convert, variant.convert)
+    return (
+        f"tau {teacher.tau:g}, depth {teacher.depth}, static {teacher.static:g}; precision {convert.precision}; "
+        f"top_k {teacher.top_k} as configured, since it changes the size of the dump alone"
+    )
+
+
 def as_json(found: Sequence[Variant]) -> list[dict[str, Any]]:
     """Plain objects; an interval without an end has null there."""
 

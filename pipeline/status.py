@@ -13,7 +13,7 @@ from pipeline.missing import summary
 from pipeline.plan import Plan, read_plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
-from pipeline.stores import Store
+from pipeline.stores import Store, overlapped
 from schemas.errors import IntegrityError
 
 
@@ -26,20 +26,11 @@ def status(context: Context) -> dict[str, Any]:
     store = context.store
     damaged: list[str] = []
     by_stage: dict[str, list[Receipt]] = defaultdict(list)
-    for stage, key in receipts.list_receipts(store):
-        try:
-            receipt = receipts.read_receipt(store, stage, key)
-        except IntegrityError as error:
-            damaged.append(str(error))
-            continue
-        if receipt is None:
-            continue
-        kept = () if receipt.deleted else receipt.files
-        wrong = [file.path for file in kept if store.size(file.path) != file.size]
-        if wrong:
-            damaged.append(f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size")
-        else:
-            by_stage[stage].append(receipt)
+    for found in overlapped(lambda place: _look(store, *place), receipts.list_receipts(store)):
+        if isinstance(found, Receipt):
+            by_stage[found.stage].append(found)
+        elif found:
+            damaged.append(found)
     planned = read_plan(store)
     stages = [_plan_row(planned, by_stage["plan"])]
     stages += _teacher_rows(context, planned, by_stage["teacher"])
@@ -47,6 +38,17 @@ def status(context: Context) -> dict[str, Any]:
     stages += _train_rows(store, by_stage["train"])
     stages += [_simple_row(stage, receipt) for stage in ("evaluate", "export") for receipt in by_stage[stage]]
     return {"run": store.name, "stages": stages, "fleet": fleet_status(context), "damaged": damaged}
+
+
+def _look(store: Store, stage: str, key: str) -> Receipt | str | None:
+    """A receipt whose files are there, what is wrong with it, or None if it went meanwhile."""
+    try:
+        receipt = receipts.read_receipt(store, stage, key)
+    except IntegrityError as error:
+        return str(error)
+    kept = () if receipt is None or receipt.deleted else receipt.files
+    wrong = [file.path for file in kept if store.size(file.path) != file.size]
+    return f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size" if receipt and wrong else receipt
 
 
 def status_table(report: dict[str, Any]) -> str:

@@ -57,6 +57,8 @@ def test_the_rest_is_converted_without_units_set_aside_and_the_data_set_says_so(
     quick = ["--set", "fleet.heartbeat_s=0.1", "--set", "fleet.lease_s=1.0", "--set", "convert.shard_bytes=2500"]
     convert = ["convert", *(["--worker"] if worker else []), *quick]
     allowed = [*convert, "--set", "convert.allow_quarantined=true"]
+    texts = [f"document {number} " * 20 for number in range(60)]
+    Path("corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert bytecache("plan").exit_code == 0
     assert bytecache("plan", "--run-dir", "whole").exit_code == 0
     dump = FakeTeacher.dump_unit

@@ -60,13 +60,15 @@ def estimate(
             workers=workers,
         )
         planned = load_plan(context.store, context.settings)
-        chosen = module.settings_of(module.within_budget(found, max_ratio, max_dollars)) if budget else ""
+        best = module.within_budget(found, max_ratio, max_dollars) if budget else None
+        chosen = module.settings_of(best) if best else ""
+        meaning = module.meaning_of(best, context.settings) if best else ""
         if as_json:
             report = {"text_bytes": planned.n_bytes, "units": len(planned.sizes), "variants": module.as_json(found)}
-            typer.echo(json.dumps(report | ({"chosen": chosen} if budget else {}), indent=2))
+            typer.echo(json.dumps(report | ({"chosen": chosen, "meaning": meaning} if budget else {}), indent=2))
         else:
             typer.echo(module.table(found, planned.n_bytes, price > 0 or core_price > 0))
             if budget:
-                typer.echo(f"\nwithin the budget: {chosen}")
+                typer.echo(f"\nwithin the budget: {chosen}\n({meaning})")
 
     run_stage(given, command)

@@ -113,6 +113,12 @@ class Convert(Section):
     """Bytes of text in one target shard; a unit is never split, a shard holds whole units."""
     delete_dump: bool = False
     """Delete the dump once its shards are published and read back whole; another conversion then needs the teacher."""
+    allow_quarantined: bool = False
+    """Convert without the units that workers of the teacher set aside; dataset.json then lists what is missing."""
+
+    def shaping(self) -> dict[str, object]:
+        """The keys that decide what a data set holds, given its dump."""
+        return self.model_dump(exclude={"delete_dump", "allow_quarantined"})
 
 
 class Dataset(Section):

@@ -197,7 +197,10 @@ def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump:
     """One unit of work per shard. `identity`: the teacher's; `dump(i)`: the receipt of the plan's unit i."""
     from schemas import byte_shard
 
+    from stages.coarser import coarser_effort
+
     store, settings = context.store, context.settings
+    coarser_effort(settings.convert, identity["settings"])
     shape = settings.convert.model_dump(exclude={"shard_bytes", "delete_dump"})
     code = receipts.code_fingerprint(*CONVERTER)[:16]
     groups = shard_groups(planned, settings.convert.shard_bytes)

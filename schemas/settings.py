@@ -109,6 +109,12 @@ class Convert(Section):
     """Nats of divergence that a bit of file is worth, instead of the precision's own; 0 = the precision decides."""
     prune: float = Field(0.0, ge=0.0, le=0.1)
     """Symbols rarer than this, unless most likely, are never listed; 0 = the precision decides alone."""
+    tau: float = Field(-1.0, ge=-1.0, le=1.0)
+    """Convert as if the teacher had run with this tau, not below its own; -1 = all that the dump holds."""
+    depth: int = Field(-1, ge=-1, le=200)
+    """Convert as if the teacher had run to this depth, not beyond its own; -1 = all that the dump holds."""
+    static: float = Field(-1.0, ge=-1.0, le=1.0)
+    """Convert as if the teacher had run with this `static`, not below its own; 0 = off, -1 = as captured."""
     shard_bytes: int = Field(16 * 1024 * 1024, ge=1_000)
     """Bytes of text in one target shard; a unit is never split, a shard holds whole units."""
     delete_dump: bool = False

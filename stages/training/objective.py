@@ -6,7 +6,8 @@
 gets sums in nats (`LossParts`); `total` weighs and divides them by the step's counts, `terms` names them for the log.
 Sums of micro-batches and of ranks add up, so `total` is exact for any split of a step. D_byte is a KL (or another
 divergence) per byte, of a byte head that reads the hidden state (`heads.py`), or of the student's own token
-distribution seen as bytes (`marginal.py`). Positions whose tail exceeds `max_tail` give no D_byte.
+distribution seen as bytes (`marginal.py`); the baselines of `baselines.py` match tokens in its place. Positions whose
+tail exceeds `max_tail` give no D_byte.
 With `chunk`, positions pass the lm_head in pieces that the backward pass computes again: memory for logits falls from
 [positions, V] to [chunk, V] for one more product with the lm_head.
 Parameters appear in checkpoints as `head.*` or `marginal.*` and are dropped at export.
@@ -21,6 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from schemas.settings import Train as TrainSettings
+from stages.training.baselines import BASELINES, TokenTargets, shared_distance, sorted_distance
 from stages.training.heads import make_head
 from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
 from stages.training.marginal import Choices, Marginal
@@ -58,7 +60,9 @@ class Objective(nn.Module):
         self.divergence, self.temperature = settings.divergence, settings.temperature
         self.chunk = settings.chunk
         self.max_tail, self.reduction = settings.max_tail, settings.byte_reduction
-        if settings.head == "marginal":
+        # A baseline is trained on tokens and measured, as a student without a head is, by the bytes of its own.
+        self.baseline = settings.head if settings.head in BASELINES else ""
+        if settings.head == "marginal" or self.baseline:
             rows = int(student.model.get_output_embeddings().weight.shape[0])
             self.marginal: Marginal | None = Marginal(student.vocabulary, rows)
             self.head = None
@@ -69,7 +73,7 @@ class Objective(nn.Module):
     @property
     def needs_targets(self) -> bool:
         """Whether micro-batches must carry the teacher's entries."""
-        return self.lambda_kl > 0
+        return self.lambda_kl > 0 and not self.baseline
 
     def observe(self, reader: ShardReader) -> None:
         """Learn from training text what the objective needs before step 0: how the student's tokenizer cuts.
@@ -103,6 +107,8 @@ class Objective(nn.Module):
         rows = hidden.flatten(0, 1) if callable(logits) else logits.flatten(0, 1)
         to_logits = logits if callable(logits) else _same
         labels = micro.labels.flatten()
+        if self.baseline and not measure:
+            return self._chunked(rows, to_logits, labels, micro.teacher if self.lambda_kl else None)
         wanted = (measure or bool(self.lambda_byte or self.lambda_kl)) and micro.slot_token.numel() > 0
         if self.marginal is not None and wanted and (measure or micro.targets is not None):
             choices = self.marginal.choices(micro, "sum" if measure else self.reduction)
@@ -126,22 +132,35 @@ class Objective(nn.Module):
         ce, apart = byte_terms(scores, true, targets, divergence=self.divergence, temperature=self.temperature)
         return (ce * weight).sum(), (apart * self._kept(weight, unlisted)).sum()
 
+    def _token_distance(self, z: Tensor, own: TokenTargets) -> Tensor:
+        """Sum of a baseline's distances over the common places; z float [P, V]."""
+        at, prob = z[own.row], own.prob.to(z.dtype)
+        if self.baseline == "uld":
+            return sorted_distance(at, prob, self.temperature).sum()
+        return shared_distance(at, own.ids, prob, self.divergence, self.temperature).sum()
+
     def _kept(self, weight: Tensor, unlisted: Tensor | None) -> Tensor:
         """Weights of the divergence: 0 where the teacher left more than `max_tail` unlisted."""
         return weight if self.max_tail >= 1 or unlisted is None else weight * (unlisted <= self.max_tail)
 
     def _chunked(
-        self, rows: Tensor, to_logits: Callable[[Tensor], Tensor], labels: Tensor, choices: Choices | None
+        self,
+        rows: Tensor,
+        to_logits: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        choices: Choices | TokenTargets | None,
     ) -> LossParts:
         """Terms that read token logits, over pieces of `chunk` positions so that few [positions, V] arrays live."""
 
-        def piece(part: Tensor, label: Tensor, own: Choices | None) -> LossParts:
+        def piece(part: Tensor, label: Tensor, own: Choices | TokenTargets | None) -> LossParts:
             z = to_logits(part)
             z = z if z.dtype == torch.float64 else z.float()
             token = functional.cross_entropy(z, label, ignore_index=IGNORE, reduction="sum")
             zero = token.new_zeros(())
             if own is None or own.row.numel() == 0:
                 return LossParts(token, zero, zero)
+            if isinstance(own, TokenTargets):
+                return LossParts(token, zero, self._token_distance(z, own))
             assert self.marginal is not None
             tables = self.marginal.tables
             if own.targets is None or self.temperature != 1 or not compiled(z.device):

@@ -192,6 +192,8 @@ class Train(Section):
     """Weight of the byte head's cross-entropy (paper: 1.0); `marginal` has none, it would be the token's."""
     lambda_kl: float = Field(1.0, ge=0)
     """Weight of the divergence from the teacher (paper: 0.1 on a parallel head); 0 = the control."""
+    kl_schedule: Literal["constant", "decay", "rise"] = "constant"
+    """How that weight moves over the run: not at all, down to 0 at the last step, or up from 0, linearly."""
     divergence: Literal["forward", "reverse", "js"] = "forward"
     """KL(teacher || student), KL(student || teacher) or Jensen-Shannon, unlisted symbols as one bucket."""
     temperature: float = Field(1.0, gt=0)

@@ -55,6 +55,8 @@ class Objective(nn.Module):
     def __init__(self, settings: TrainSettings, student: Student, seed: int, *, lambda_kl: float | None = None) -> None:
         super().__init__()
         self.lambda_kl = settings.lambda_kl if lambda_kl is None else lambda_kl
+        self.kl_share = 1.0
+        """Of `lambda_kl`, at the current step (`run.kl_share`)."""
         self.lambda_token = settings.lambda_token if self.lambda_kl else 1.0
         self.lambda_byte = settings.lambda_byte
         self.divergence, self.temperature = settings.divergence, settings.temperature
@@ -155,6 +157,14 @@ class Objective(nn.Module):
         def piece(part: Tensor, label: Tensor, own: Choices | TokenTargets | None) -> LossParts:
             z = to_logits(part)
             z = z if z.dtype == torch.float64 else z.float()
+            if isinstance(own, Choices) and own.targets is not None and own.row.numel():
+                assert self.marginal is not None
+                if self.temperature == 1 and compiled(z.device):
+                    asked = (own.row, own.node, own.true, own.targets.slot, own.targets.symbol)
+                    token, right, listed, log_u = node_log_probs(z, label, *asked, self.marginal.tables)
+                    apart = diverge(listed, log_u, own.targets, self.divergence)
+                    kl = (apart * self._kept(own.weight, own.unlisted)).sum()
+                    return LossParts(token, -(right * own.weight).sum(), kl)
             token = functional.cross_entropy(z, label, ignore_index=IGNORE, reduction="sum")
             zero = token.new_zeros(())
             if own is None or own.row.numel() == 0:
@@ -162,14 +172,8 @@ class Objective(nn.Module):
             if isinstance(own, TokenTargets):
                 return LossParts(token, zero, self._token_distance(z, own))
             assert self.marginal is not None
-            tables = self.marginal.tables
-            if own.targets is None or self.temperature != 1 or not compiled(z.device):
-                scores = node_logits(z, own.row, own.node, tables)
-                return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted))
-            asked = (own.true, own.targets.slot, own.targets.symbol)
-            right, listed, log_u = node_log_probs(z, own.row, own.node, *asked, tables)
-            apart = diverge(listed, log_u, own.targets, self.divergence)
-            return LossParts(token, -(right * own.weight).sum(), (apart * self._kept(own.weight, own.unlisted)).sum())
+            scores = node_logits(z, own.row, own.node, self.marginal.tables)
+            return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted))
 
         size = self.chunk or len(rows)
         if size >= len(rows):
@@ -200,7 +204,7 @@ class Objective(nn.Module):
     def total(self, parts: LossParts, n_tokens: int, n_byte_tokens: int) -> Tensor:
         """The scalar to differentiate: this micro-batch's share of a step with these counts (over all ranks)."""
         lambda_byte = 0.0 if self.marginal is not None else self.lambda_byte
-        return parts.total(n_tokens, n_byte_tokens, self.lambda_token, lambda_byte, self.lambda_kl)
+        return parts.total(n_tokens, n_byte_tokens, self.lambda_token, lambda_byte, self.lambda_kl * self.kl_share)
 
     def terms(self, sums: LossParts, n_tokens: int, n_byte_tokens: int) -> dict[str, float]:
         """A step's terms for the log, nats per token, from its summed parts; `loss` is their weighted sum."""

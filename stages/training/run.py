@@ -110,6 +110,12 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (floor + (1 - floor) * left[settings.schedule])
 
 
+def kl_share(step: int, settings: TrainSettings) -> float:
+    """Share of `train.lambda_kl` at step number `step` (from 0), by `train.kl_schedule`."""
+    progress = step / max(settings.steps - 1, 1)
+    return {"constant": 1.0, "decay": 1 - progress, "rise": progress}[settings.kl_schedule]
+
+
 def add_adapters(opened: Student, settings: TrainSettings) -> None:
     """Freeze the student and put low-rank adapters beside its linear maps (all but the lm_head by default).
 

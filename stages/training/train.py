@@ -31,7 +31,7 @@ from stages.training.baselines import BASELINES
 from stages.training.metrics import Metrics
 from stages.training.order import Order
 from stages.training.parallel import World, joined, whole
-from stages.training.run import backward_step, learning_rate, start_run
+from stages.training.run import backward_step, kl_share, learning_rate, start_run
 from stages.training.source import open_dataset
 from stages.training.teacher_tokens import TokenDump
 
@@ -157,6 +157,7 @@ def _train(
             rate = learning_rate(step.number, settings)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
+            run.objective.kl_share = kl_share(step.number, settings)
             run.optimizer.zero_grad(set_to_none=True)
             counts = _counts(step, world)
             terms = backward_step(run, step, counts["n_tokens"], counts["n_byte_tokens"], counts["n_micro"])

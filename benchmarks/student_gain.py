@@ -33,7 +33,8 @@ from degraded_targets import degrade
 
 from schemas import settings as st
 from schemas.manifest import read_dataset
-from stages.tokens.vocab import load_vocabulary
+from schemas.token_dump import read_meta
+from stages.identity import resolve_model, vocabulary_of
 from stages.training import evaluate, stream, student
 from stages.training.objective import Objective
 from stages.training.order import sequential
@@ -52,6 +53,7 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "parallel-1": ("exact", "parallel heads, KL weight 1", {**PAPER, "lambda_kl": 1.0}),
     "autoregressive": ("exact", "autoregressive head, KL weight 1", AUTO),
     "uld": ("exact", "ULD, its paper's weight 1.5", {"head": "uld", "lambda_kl": 1.5}),
+    "uld-0.1": ("exact", "ULD, weight 0.1", {"head": "uld", "lambda_kl": 0.1}),
     "shared_topk": ("exact", "shared-vocabulary top-64", {"head": "shared_topk", "lambda_kl": 1.0}),
     "marginal": ("exact", "marginal", MARGINAL),
     "marginal-fast": ("fast", "marginal, canonical-only targets", MARGINAL),
@@ -130,11 +132,14 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
         if not targets.exists():
             degrade(args.run, targets, kind, teacher=args.teacher)
     folder = prepared(args, seed)
+    teacher = st.Teacher(
+        model=args.teacher or read_meta(next((args.run / "teacher").glob("*.parquet")))["teacher"]["model"]
+    )
     settings = st.Train(
         steps=args.steps, learning_rate=args.rate, checkpoint_every=args.steps, batch=args.batch,
         window_bytes=args.window, lora_rank=args.lora, warmup=min(30, args.steps // 8), tensorboard=False, **changes,
     )  # fmt: skip
-    dump = TokenDump(args.run / "teacher", (lambda: load_vocabulary(args.teacher)) if args.teacher else None)
+    dump = TokenDump(args.run / "teacher", lambda: vocabulary_of(teacher, resolve_model(teacher)))
     began = time.process_time()
     name = f"{args.pair.replace(' ', '-')}-{arm}-{seed}"
     result = train(settings, folder, targets, args.work / name, name=name, seed=seed, device="cpu", dump=dump)

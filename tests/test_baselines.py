@@ -210,8 +210,13 @@ def test_what_the_dump_must_be(run, tmp_path):
         wrong.of(shard, vocabulary, end)
     shape = Train(head="uld", steps=1)
     student.prepare(settings.student, dataset, tmp_path / "s", seed=0)
-    with pytest.raises(ConfigError, match="pass the run's token dump"):
-        train(shape, tmp_path / "s", dataset, tmp_path / "out", name="r", device="cpu")
+    mute = TokenDump(context.store.folder("teacher"))
+    for head, given in (("uld", None), ("shared_topk", None), ("shared_topk", mute)):
+        with pytest.raises(ConfigError, match="pass the run's token dump"):
+            train(
+                shape.model_copy(update={"head": head}), tmp_path / "s", dataset, tmp_path / "out",
+                name="r", device="cpu", dump=given,
+            )  # fmt: skip
 
 
 def test_the_command_line_reads_the_runs_own_dump(run):

@@ -111,8 +111,10 @@ class NodeTables(nn.Module):
 
     def numpy(self) -> tuple[Any, ...]:
         """Arguments of the compiled loops."""
-        names = ("lo", "hi", "first_child", "byte", "n_equal", "order")
-        return (*(self.table(n).numpy() for n in names), self.end, self.control)
+        names = ("lo", "hi", "first_child", "byte", "n_equal")
+        # Unsigned: an index that cannot be negative needs no check.
+        order = self.table("order").numpy().view(np.uint64)
+        return (*(self.table(n).numpy() for n in names), order, self.end, self.control)
 
     def pairs(self, node: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(slot, symbol, lo, hi) of every symbol that each node offers, int64 [Q] each."""
@@ -219,8 +221,8 @@ def _by_row(row, rows):  # type: ignore[no-untyped-def]
 @njit(cache=True, fastmath={"reassoc", "nsz"})
 def _sum(values, lo, hi):  # type: ignore[no-untyped-def]
     total = 0.0
-    for j in range(lo, hi):
-        total += values[j]
+    for value in values[lo:hi]:  # a slice: its indices cannot be negative, so the loop is vectorised
+        total += value
     return total
 
 
@@ -332,8 +334,9 @@ def _add(given, mass, every, shared, values, grad, lo, hi):  # type: ignore[no-u
     if m == 0:
         return
     value = given / m - every + (shared if mass > 0 else 0.0)
-    for j in range(lo, hi):
-        grad[j] += value * values[j]
+    mine, out = values[lo:hi], grad[lo:hi]
+    for j in range(len(mine)):
+        out[j] += value * mine[j]
 
 
 class _Fused(torch.autograd.Function):

@@ -14,6 +14,7 @@ Parameters appear in checkpoints as `head.*` or `marginal.*` and are dropped at 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from stages.training.heads import make_head
 from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
 from stages.training.marginal import Choices, Marginal
 from stages.training.node_sums import compiled, node_log_probs, node_logits
-from stages.training.stream import MicroBatch, ShardReader
+from stages.training.stream import MicroBatch, ShardReader, Step
 from stages.training.student import Student
 
 COUNTED_POSITIONS = 4_000_000
@@ -97,6 +98,13 @@ class Objective(nn.Module):
             seen += positions
         self.marginal.segmentation.settle()
 
+    def prepare(self, step: Step) -> Step:
+        """The same step with what needs no student made ahead, for a thread beside the one that trains; CPU only."""
+        if self.marginal is None or not self.needs_targets:
+            return step
+        made = [replace(m, prepared=self.marginal.choices(m, self.reduction)) for m in step.micro]
+        return replace(step, micro=made)
+
     def forward(self, logits: Logits, hidden: Tensor, micro: MicroBatch, *, measure: bool = False) -> LossParts:
         """Sums of one micro-batch.
 
@@ -113,7 +121,8 @@ class Objective(nn.Module):
             return self._chunked(rows, to_logits, labels, micro.teacher if self.lambda_kl else None)
         wanted = (measure or bool(self.lambda_byte or self.lambda_kl)) and micro.slot_token.numel() > 0
         if self.marginal is not None and wanted and (measure or micro.targets is not None):
-            choices = self.marginal.choices(micro, "sum" if measure else self.reduction)
+            ready: Choices | None = None if measure else micro.prepared
+            choices = ready or self.marginal.choices(micro, "sum" if measure else self.reduction)
             return self._chunked(rows, to_logits, labels, choices)
         token = self._chunked(rows, to_logits, labels, None).token
         zero = token.new_zeros(())

@@ -19,7 +19,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,7 @@ class MicroBatch:
     targets: the teacher's share, None when not asked for. Counts: predicted tokens, those of them with a supervised
     byte, supervised text bytes. lengths: tokens of each row before padding.
     position_ids int64 [R, T]: only where rows are packed (`packing`), else a token's place in its row.
-    teacher: its tokens, where a baseline asks for them.
+    teacher: its tokens, where a baseline asks for them. prepared: what the objective made of the rest ahead of time.
     """
 
     input_ids: Tensor
@@ -87,6 +87,7 @@ class MicroBatch:
     lengths: list[int]
     position_ids: Tensor | None = None
     teacher: TokenTargets | None = None
+    prepared: Any = None
 
     @property
     def n_real(self) -> int:

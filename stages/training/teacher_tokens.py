@@ -47,6 +47,11 @@ class TokenDump:
         self._shared: npt.NDArray[np.int32] | None = None
 
     @property
+    def spells(self) -> bool:
+        """Whether the teacher's tokens can be compared by their bytes."""
+        return self._open is not None
+
+    @property
     def fingerprint(self) -> str:
         """Names of the parts, which carry the hashes of what they were made from."""
         return " ".join(sorted(path.name for path in self.folder.glob("*.parquet")))

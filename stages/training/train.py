@@ -118,8 +118,11 @@ def _train(
     }
     tokens = dump if settings.head in BASELINES and kl else None
     if settings.head in BASELINES and kl:
-        if tokens is None:
-            raise ConfigError(f"train.head = {settings.head!r} reads the teacher's tokens; pass the run's token dump")
+        if tokens is None or (settings.head == "shared_topk" and not tokens.spells):
+            raise ConfigError(
+                f"train.head = {settings.head!r} reads the teacher's tokens; pass the run's token dump, and for "
+                "shared_topk the teacher's vocabulary with it"
+            )
         identity["dump"] = tokens.fingerprint
     if settings.packing:
         packing.check(opened)
@@ -148,6 +151,8 @@ def _train(
         micro_tokens=settings.micro_tokens or automatic, context_bytes=settings.context_bytes,
     )  # fmt: skip
     source = islice(packing.packed(source) if settings.packing else source, settings.steps - first)
+    if world.device.type == "cpu":
+        source = map(run.objective.prepare, source)
     totals = dict.fromkeys(("n_bytes", "n_tokens", "n_real", "n_padded"), 0)
     began = time.perf_counter()
     with closing(stream.prefetch(source)) as data, closing(log or _Silent()):

@@ -161,6 +161,8 @@ class Train(Section):
     """Precision of forward and backward; weights, moments and sums of gradients are float32 always."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+    compile: bool = False
+    """Compile the student's layers with torch.compile; where that fails the run goes on without and says so."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole copy of the student on every process, or its weights and moments divided among them."""
     lora_rank: int = Field(0, ge=0)
@@ -215,7 +217,16 @@ class Train(Section):
 
 
 NEUTRAL = frozenset(
-    {"checkpoint_every", "control", "tensorboard", "wandb", "parallel", "micro_tokens", "activation_checkpointing"}
+    {
+        "checkpoint_every",
+        "control",
+        "tensorboard",
+        "wandb",
+        "parallel",
+        "micro_tokens",
+        "activation_checkpointing",
+        "compile",
+    }
 )
 """Keys of `[train]` that leave the mathematics of a run as it is: a run may continue with others."""
 

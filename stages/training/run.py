@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from schemas.errors import ConfigError
 from schemas.settings import Train as TrainSettings
 from stages.training import stream
+from stages.training.compiled import compile_trunk
 from stages.training.loss import LossParts
 from stages.training.objective import Objective
 from stages.training.parallel import World, like, whole
@@ -165,6 +166,8 @@ def start_run(
     opened.model.to(device).train()
     if settings.activation_checkpointing:
         opened.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile and world.strategy == "ddp":
+        compile_trunk(opened)
     scored = world.wrap(Scored(opened, objective, settings.dtype))
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in opened.model.parameters():

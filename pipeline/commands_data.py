@@ -210,9 +210,11 @@ def convert_job(
     Raises ConfigError if another data set was published here.
     """
     from schemas import byte_shard
+    from stages.coarser import coarser_effort
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
     store, settings = context.store, context.settings
+    coarser_effort(settings.convert, identity["settings"])
     shape = {name: value for name, value in settings.convert.shaping().items() if name != "shard_bytes"}
     code = receipts.code_fingerprint(*CONVERTER)[:16]
     cut = shard_groups(planned, settings.convert.shard_bytes)

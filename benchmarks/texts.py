@@ -4,6 +4,7 @@ The last is CJK prose from the standard library's own test data (`test.cjkencodi
 package lacks it, and the studies then say so. `--texts FOLDER` of the studies adds any UTF-8 .txt files.
 """
 
+import argparse
 import inspect
 import sysconfig
 import textwrap
@@ -13,7 +14,11 @@ from pydoc_data.topics import topics
 
 def builtin_texts(limit: int) -> dict[str, str]:
     """Name -> text of at most `limit` bytes of UTF-8, whole characters."""
-    texts = {"prose": topics["with"] + topics["objects"], "code": inspect.getsource(textwrap)}
+    prose = topics["with"] + topics["objects"]
+    texts = {
+        "prose": prose + "".join(topics.values()) if limit > len(prose) else prose,
+        "code": inspect.getsource(textwrap) + (inspect.getsource(argparse) if limit > 16_000 else ""),
+    }
     folder = Path(sysconfig.get_paths()["stdlib"]) / "test" / "cjkencodings"
     pieces = [folder / f"{name}-utf8.txt" for name in ("gb2312", "euc_jp", "euc_kr", "big5")]
     if all(piece.is_file() for piece in pieces):

@@ -11,7 +11,7 @@ from schemas.byte_shard import read_shard
 from schemas.errors import IntegrityError, StorageError
 from schemas.manifest import DATASET, SUFFIX, ShardEntry, file_sha256, read_dataset
 
-_COMPARED = ("n_documents", "n_bytes", "n_positions", "n_entries", "tail_mean", "tail_max")
+_COMPARED = ("n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries", "tail_mean", "tail_max")
 
 
 class Problem(NamedTuple):

@@ -94,7 +94,7 @@ def convert_units(
     counts |= {
         "teacher_nll": marginal,
         "canonical_nll": canonical,
-        "unaccounted_mean": unaccounted / max(1, counts["n_positions"]),
+        "unaccounted_mean": unaccounted / max(1, counts["n_supervised"]),
         "fidelity": fidelity.state(),
         "reference": reference,
     }

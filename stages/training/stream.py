@@ -8,14 +8,15 @@ is the token before it (the start token at a document's head), so nothing is pre
 The rows of one step are sorted by length and packed into micro-batches of similar length: padding is small (measured in
 `train`), and right padding needs no attention mask in a causal model, since every padded position comes last.
 Documents that the tokenizer cannot map to their own bytes are skipped and counted by reason, never misaligned.
-Price: a shard is resident as decoded plus about 9 bytes per text byte of token arrays; at most `pool` shards and
+Price: a shard is resident as decoded plus about 9 bytes per text byte of token arrays; at most two pools of shards and
 `prefetch` steps are. Tokenising dominates the first reading (1-3 MB of text/s/core).
 """
 
 import queue
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -33,7 +34,8 @@ from stages.training.answers import TemplateSource
 from stages.training.byte_head import END, SLOTS
 from stages.training.loss import IGNORE, SlotTargets
 from stages.training.order import POOL, Order, Window
-from stages.training.source import load_shard, lookahead
+from stages.training.shelf import Shelf
+from stages.training.source import fetch_ahead, load_shard
 from stages.training.token_shard import TokenShard, tokenise
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
@@ -233,7 +235,7 @@ def blank() -> MicroBatch:
 
 
 class ShardReader:
-    """Tokenised shards of one split by number, the last `resident` kept.
+    """Tokenised shards of one split by number, the last `resident` kept (`steps` keeps two pools, see `shelf`).
 
     Args:
         folder: the data set's name for messages. dataset: from `open_dataset`. split: "train" or "heldout".
@@ -248,27 +250,26 @@ class ShardReader:
         resident: int = POOL, template: TemplateSource | None = None, max_tokens: int = 1 << 40,
     ) -> None:  # fmt: skip
         self.dataset = dataset
-        self.folder, self.vocabulary, self.end_id, self.resident = folder, vocabulary, end_id, resident
+        self.folder, self.vocabulary, self.end_id = folder, vocabulary, end_id
         self.template, self.max_tokens = template, max_tokens
         self.entries: list[ShardEntry] = [e for e in dataset.entries if e.split == split]
         if not self.entries:
             raise InputError(f"{folder}: no shards of split {split!r}; convert documents of that split first")
         self.skipped: dict[int, Counter[str]] = {}
-        self._cache: OrderedDict[int, TokenShard] = OrderedDict()
+        self.shelf: Shelf[TokenShard] = Shelf(
+            self._load, lambda number: fetch_ahead(self.dataset, self.entries[number]), keep=resident
+        )
 
     def __getitem__(self, number: int) -> TokenShard:
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
-        while len(self._cache) >= self.resident:
-            self._cache.popitem(last=False)
-        shard = tokenise(
+        shard = self.shelf[number]
+        self.skipped[number] = shard.skipped
+        return shard
+
+    def _load(self, number: int) -> TokenShard:
+        return tokenise(
             load_shard(self.dataset, self.entries[number]), self.vocabulary, self.end_id,
             template=self.template, max_tokens=self.max_tokens,
         )  # fmt: skip
-        self._cache[number] = shard
-        self.skipped[number] = shard.skipped
-        return shard
 
     @property
     def positions(self) -> list[int]:
@@ -276,7 +277,7 @@ class ShardReader:
         return [e.n_positions for e in self.entries]
 
     def skipped_documents(self) -> dict[str, int]:
-        """Documents set aside so far, by reason."""
+        """Documents set aside in the shards used so far, by reason."""
         return dict(sum(self.skipped.values(), Counter[str]()))
 
 
@@ -302,19 +303,19 @@ def steps(
     Raises:
         IntegrityError: a shard is corrupt or missing. InputError: a whole epoch has nothing to train on.
     """
-    windows = lookahead(order.windows(start * batch), reader.dataset, reader.entries)
     barren = 0
-    for number in range(start, 2**62):
-        mine = list(islice(windows, batch))[rank::ranks]
-        step = make_step(
-            number, mine, reader, max_tokens,
-            with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
-            context_bytes=context_bytes,
-        )  # fmt: skip
-        barren = 0 if step.micro else barren + batch
-        if barren > order.epoch_length(0) + 2 * batch:
-            raise InputError(f"{reader.folder}: no document can be trained on; set aside: {step.skipped}")
-        yield step
+    with closing(reader.shelf.follow(order.pools(start * batch))) as windows:
+        for number in range(start, 2**62):
+            mine = list(islice(windows, batch))[rank::ranks]
+            step = make_step(
+                number, mine, reader, max_tokens,
+                with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
+                context_bytes=context_bytes,
+            )  # fmt: skip
+            barren = 0 if step.micro else barren + batch
+            if barren > order.epoch_length(0) + 2 * batch:
+                raise InputError(f"{reader.folder}: no document can be trained on; set aside: {step.skipped}")
+            yield step
 
 
 def prefetch(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:

@@ -29,7 +29,17 @@ from schemas.quantise import F32, F64, I16, I64, SYMBOLS, U8
 from schemas.shard_builder import PRECISIONS, Precision, ShardBuilder
 from schemas.zarr_zip import read_zarr_zip
 
-__all__ = ["FORMAT", "PRECISIONS", "VERSION", "ByteShard", "Precision", "ShardBuilder", "Triples", "read_shard"]
+__all__ = [
+    "FORMAT",
+    "PRECISIONS",
+    "TAIL_MASS",
+    "VERSION",
+    "ByteShard",
+    "Precision",
+    "ShardBuilder",
+    "Triples",
+    "read_shard",
+]
 
 _REASONS = {
     quantise.BAD_ORDER: ("entry", "ranks run beyond the last symbol"),
@@ -42,7 +52,8 @@ _REASONS = {
 """Why `expand_rows` refuses: the member to blame, and the words."""
 
 
-_TAIL: F32 = quantise.TAIL.astype(np.float32)
+TAIL_MASS: F32 = quantise.TAIL.astype(np.float32)
+"""float32 [256]: unlisted mass of a `tail` code."""
 
 
 class Triples(NamedTuple):
@@ -87,7 +98,7 @@ class ByteShard:
 
     def tails(self, lo: int, hi: int) -> F32:
         """float32 [hi - lo]: decoded unlisted mass of positions lo..hi."""
-        return _TAIL[self.codes["tail"][lo:hi]]
+        return TAIL_MASS[self.codes["tail"][lo:hi]]
 
     @cached_property
     def _spread(self) -> tuple[I16, F64]:

@@ -386,7 +386,7 @@ def test_writer_still_makes_the_golden_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["golden", "contexts", "new"])
 def test_reader_of_the_specification_agrees_and_needs_nothing_of_ours(case: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", SPEC.read_text(), re.S)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     path = {"golden": GOLDEN, "contexts": GOLDEN_CONTEXTS}.get(case, tmp_path / "new.zarr.zip")
     if case == "new":
         builder = ShardBuilder(precision="precise")
@@ -395,11 +395,26 @@ def test_reader_of_the_specification_agrees_and_needs_nothing_of_ours(case: str,
             builder.end_document(f"{k}")
         builder.write(path, {})
     ban = "import sys\nfor name in ('schemas', 'stages', 'pipeline', 'numba'): sys.modules[name] = None\n"
-    out = tmp_path / "p.npy"
-    code = f"{ban}{blocks[0]}\na, p = read({str(path)!r})\nnp.save({str(out)!r}, p)\n"
+    out = tmp_path / "p.npz"
+    readers = "\n".join(blocks)
+    code = f"""{ban}{readers}
+text, mask, tail, top, right = skim({str(path)!r})
+a, p = read({str(path)!r})
+assert (a["text"] == text).all() and (a["mask"] == mask).all()
+np.savez({str(out)!r}, p=p, tail=tail, top=top, right=right)
+"""
     subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=60)
     shard = read_shard(path)
-    p = np.load(out)
+    found = np.load(out)
+    p = found["p"]
+    _, symbol, prob = shard.triples(0, len(shard))
+    known = np.flatnonzero(shard.tail < 1)
+    implied = shard.codes["place"][known] & 127
+    first = (np.cumsum(shard.codes["count"].astype(np.int64)) - shard.codes["count"])[known]
+    true = shard.text.astype(int)
+    true[shard.doc_start[1:] - 1] = END
+    assert np.allclose(found["top"][known], prob[first + implied], atol=1e-6) and np.allclose(found["tail"], shard.tail)
+    assert (found["right"][known] == (symbol[first + implied] == true[known])).all()
     assert np.allclose(p, shard.dense(0, len(shard), spread_tail=True), atol=1e-6, rtol=1e-5)
     assert len(p) == len(shard) and (case == "golden" or len(shard.prior.parent) > 8)
 

@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from schemas.byte_shard import TAIL_MASS
 from schemas.errors import InputError
 from schemas.manifest import Dataset, ShardEntry
 from stages.tokens.vocab import Vocabulary
+from stages.training import slots
 from stages.training.answers import TemplateSource
-from stages.training.byte_head import END, SLOTS
+from stages.training.byte_head import SLOTS
 from stages.training.loss import IGNORE, SlotTargets
 from stages.training.order import POOL, Order, Window
 from stages.training.shelf import Shelf
@@ -169,58 +170,45 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
     width = max(r.length for r in rows)
     input_ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORE, np.int64)
-    parts: list[list[npt.NDArray[np.generic]]] = []
-    entries: list[list[npt.NDArray[np.generic]]] = []
-    n_slots = n_tokens = n_byte_tokens = n_bytes = 0
+    spans = [(int(r.source.start[r.first]), int(r.source.end[r.last - 1])) for r in rows]
+    room = 0
+    for src, first, last, _ in rows:
+        taken = np.minimum(SLOTS - src.skip[first:last], src.end[first:last] - src.start[first:last])
+        room += int(taken.clip(0).sum())
+    number = np.empty(room, np.uint8)
+    token, true, position = (np.empty(room, np.int64) for _ in range(3))
+    weight, tail = np.empty(room, np.float32), np.empty(room, np.float32)
+    edges = [0]
+    n_tokens = n_byte_tokens = n_bytes = 0
     for r, (src, first, last, lead) in enumerate(rows):
         n, span = last - first, slice(first, last)
-        start, end, skip = src.start[span], src.end[span], src.skip[span]
         input_ids[r, : lead + n] = src.before[first - lead : last]
         labels[r, lead : lead + n] = np.where(src.supervised[span], src.ids[span], IGNORE)
-        lo, hi = int(start[0]), int(end[-1])
-        mask = np.asarray(src.shard.mask[lo:hi]) != 0
-        counts = np.clip(np.minimum(SLOTS - skip, end - start), 0, None)
-        token = np.repeat(np.arange(n), counts)
-        within = np.arange(token.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        position = start[token] + within
-        keep = mask[position - lo]
-        token, within, position = token[keep], within[keep], position[keep]
-        per_token = np.bincount(token, minlength=n)
-        weight = 1.0 / per_token[token] if byte_reduction == "mean" else np.ones(token.size)
-        parts.append(
-            [within + skip[token], r * width + lead + token, src.symbol[position], weight, src.shard.tail[position]]
-        )
-        if with_targets:
-            slot_at = np.full(hi - lo, -1, np.int64)
-            slot_at[position - lo] = n_slots + np.arange(position.size)
-            triples = src.shard.triples(lo, hi)
-            slot = slot_at[triples.row]
-            listed = slot >= 0
-            entries.append([slot[listed], triples.symbol[listed], triples.prob[listed]])
-        n_slots += position.size
+        n_slots, tokens, text_bytes = slots.row_slots(
+            src.start[span], src.end[span], src.skip[span], src.shard.mask, src.symbol, src.shard.codes["tail"],
+            TAIL_MASS, r * width + lead, byte_reduction == "mean", edges[-1],
+            number, token, true, weight, tail, position,
+        )  # fmt: skip
+        edges.append(n_slots)
         n_tokens += int(src.supervised[span].sum())
-        n_byte_tokens += int((per_token > 0).sum())
-        n_bytes += int((mask & (src.symbol[lo:hi] != END)).sum())
-    k, slot_token, slot_symbol, slot_weight, tail = (np.concatenate(c) for c in zip(*parts, strict=True))
-    by_slot = np.argsort(k.astype(np.uint8), kind="stable")  # of bytes: a radix sort
+        n_byte_tokens, n_bytes = n_byte_tokens + tokens, n_bytes + text_bytes
+    order, place, counts = slots.by_number(number[: edges[-1]])
     targets = None
     if with_targets:
-        rank = np.empty(n_slots, np.int64)
-        rank[by_slot] = np.arange(n_slots)
-        slot, symbol, prob = (np.concatenate(c) for c in zip(*entries, strict=True))
-        targets = SlotTargets(
-            torch.from_numpy(rank[slot]),
-            torch.from_numpy(symbol.astype(np.int64)),
-            torch.from_numpy(prob.astype(np.float32)),
-            torch.from_numpy(tail[by_slot].astype(np.float32)),
-        )
+        triples = [r.source.shard.triples(lo, hi) for r, (lo, hi) in zip(rows, spans, strict=True)]
+        n = sum(len(t.row) for t in triples)
+        slot, symbol, prob = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.float32)
+        n = 0
+        for t, (lo, hi), (a, b) in zip(triples, spans, pairwise(edges), strict=True):
+            n = slots.row_targets(*t, lo, hi, position[a:b], place[a:b], n, slot, symbol, prob)
+        targets = SlotTargets(*(torch.from_numpy(x) for x in (slot[:n], symbol[:n], prob[:n], tail[order])))
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
-        torch.from_numpy(slot_token[by_slot].astype(np.int64)),
-        np.bincount(k, minlength=SLOTS).tolist(),
-        torch.from_numpy(slot_symbol[by_slot].astype(np.int64)),
-        torch.from_numpy(slot_weight[by_slot].astype(np.float32)),
+        torch.from_numpy(token[order]),
+        counts.tolist(),
+        torch.from_numpy(true[order]),
+        torch.from_numpy(weight[order]),
         targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows],
     )  # fmt: skip
 

@@ -222,7 +222,7 @@ def index_documents(
     }
     sealed = seal(document)
     # The card lists what it finds in the order it finds it: give it the one order of the file.
-    return {MANIFEST: manifest, card.FILE: card.render(json.loads(sealed)).encode(), DATASET: sealed}
+    return {MANIFEST: manifest, card.FILE: card.render(json.loads(sealed)), DATASET: sealed}
 
 
 def write_dataset(

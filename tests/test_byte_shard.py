@@ -247,6 +247,33 @@ def test_presets_trade_bytes_for_divergence_and_the_prior_pays(tmp_path: Path) -
     assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True) and losses[-1] < 0.02
 
 
+def test_prompts_are_no_part_of_the_prior_nor_of_the_statistics(tmp_path: Path) -> None:
+    prompt = np.frombuffer(b'[{"role": "user", "content": "?"}]' * 40, np.uint8)
+    nothing = np.zeros((len(prompt), 257), np.float32), np.ones(len(prompt), np.float32)
+    builders = {"text": ShardBuilder(), "chat": ShardBuilder()}
+    for k in range(4):
+        text, probs, tail = natural_rows(800)
+        tail = tail + np.float32(0.01)
+        probs = probs / (probs.sum(1, keepdims=True) / (1 - tail[:, None]))
+        builders["chat"].append(prompt, *nothing, np.zeros(len(prompt), np.uint8))
+        for builder in builders.values():
+            builder.append(text, probs, tail)
+            builder.end_document(str(k))
+    made = {name: builder.write(tmp_path / f"{name}.zarr.zip", {}) for name, builder in builders.items()}
+    shards = {name: read_shard(tmp_path / f"{name}.zarr.zip") for name in builders}
+    chat = shards["chat"]
+    supervised = chat.mask == 1
+    assert made["chat"]["n_supervised"] == supervised.sum() == made["text"]["n_positions"] < made["chat"]["n_positions"]
+    for name in ("tail_mean", "tail_max", "kl_mean", "quantisation_kl_mean"):
+        assert made["chat"][name] == pytest.approx(made["text"][name], rel=0.05), name
+    assert made["chat"]["tail_mean"] == pytest.approx(chat.tail[supervised].mean(), rel=1e-4)
+    # Every context is frequent before what the teacher said, and none is the prompt's alone.
+    before = [chat.text[max(0, i - 3) : i].tobytes() for i in np.flatnonzero(supervised)]
+    found = contexts(chat)[1:]
+    assert len(found) > 8 and abs(len(found) - len(contexts(shards["text"])[1:])) < 5
+    assert all(sum(b.endswith(c) for b in before) >= priors.MINIMUM[len(c)] for c in found)
+
+
 def test_uniform_rows_keep_an_implied_symbol_close_to_its_share(tmp_path: Path) -> None:
     """All rounding errors have the same sign here: together they must not eat the implied symbol, nor feed it."""
     for name in PRECISIONS:

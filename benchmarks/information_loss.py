@@ -1,8 +1,8 @@
-"""What is lost between a token model and its bytes: entropies, beam width, tau and depth, and storing.
+"""What is lost between a token model and its bytes: entropies, beam width, tau and depth.
 
     python benchmarks/information_loss.py --out benchmarks/results/information_loss.json
 
-Writes the figures as JSON, a plot beside it (.png) and prints them as Markdown. Four questions, per text:
+Writes the figures as JSON, a plot beside it (.png) and prints them as Markdown. Three questions, per text:
 
     entropy   of the teacher's token distributions and of its byte distributions, along the text, nats per byte of text
               (a token's entropy is spread over the bytes of the token that came), and beside them the surprise of the
@@ -12,16 +12,15 @@ Writes the figures as JSON, a plot beside it (.png) and prints them as Markdown.
               histories that the reference did not evaluate either and joined to the others
     effort    KL, JSD and leak of this project's own settings, and the histories they cost per canonical token
               (static rows, which are kept from run to run, not counted)
-    prune     KL that storing adds: symbols below `convert.prune` summed into the tail, 8-bit codes
 
-The reference everywhere: tau = 2e-4, depth 5, float32, transformers. Stages.divergence has the formulas.
+Reference: tau = 2e-4, depth 5, float32, transformers; stages.divergence has the formulas. What storing loses is
+measured by benchmarks/rate_distortion.py.
 """
 
 import argparse
 import json
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ import torch
 from texts import builtin_texts, folder_texts
 
 from schemas import settings as st
-from schemas.byte_shard import ShardBuilder, read_shard
 from schemas.token_dump import Window
 from stages.divergence import divergence, even_weights, spread_tail
 from stages.fidelity import true_symbols
@@ -44,7 +42,6 @@ EFFORTS: dict[str, dict[str, float]] = {
     **st.PRESETS,
 }
 WIDTHS = [1, 2, 3, 4, 6, 8, 12, 16, 32]
-PRUNES = [1e-2, 3e-3, 1e-3, 1e-4, 0.0]
 
 
 def evaluate(teacher: Teacher, text: str, effort: dict[str, float]) -> tuple[Window, Targets]:
@@ -115,18 +112,6 @@ def beam(window: Window, width: int) -> tuple[np.ndarray, int]:
     return out, lost
 
 
-def round_trip(text: np.ndarray, probs: np.ndarray, tail: np.ndarray, prune: float) -> tuple[np.ndarray, np.ndarray]:
-    """What a shard of this one document says: probs float32 [n + 1, 257] and tail float32 [n + 1]."""
-    builder = ShardBuilder(prune=prune)
-    builder.append(text, probs, tail)
-    builder.end_document("text")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "one.zarr.zip"
-        builder.write(path, {})
-        shard = read_shard(path)
-        return shard.dense(0, len(probs)), shard.tail
-
-
 def study(teacher: Teacher, text: str) -> dict[str, Any]:
     """All figures of one text."""
     window, reference = evaluate(teacher, text, {**REFERENCE, "static": 0.0})
@@ -139,7 +124,7 @@ def study(teacher: Teacher, text: str) -> dict[str, Any]:
         "tokens": len(tokenwise),
         "entropy": {"tokens": float(tokenwise.sum() / n), "bytes": float(entropy(bytewise[:n]).sum() / n)},
         "surprise": {"tokens": window.canonical_nll / n, "bytes": float(-np.log(bytewise[at, symbol[:n]]).sum() / n)},
-        "beam": [], "effort": [], "prune": [],
+        "beam": [], "effort": [],
     }  # fmt: skip
     for width in WIDTHS:
         rows, lost = beam(window, width)
@@ -153,12 +138,6 @@ def study(teacher: Teacher, text: str) -> dict[str, Any]:
         figures = {"kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean())}
         rows_per_token = int((asked.row_static == 0).sum()) / int((asked.row_depth == 0).sum())
         out["effort"].append({"name": name, **effort, "rows_per_token": rows_per_token, **figures})
-    for prune in PRUNES:
-        stored, tail = round_trip(window.text[window.score_start :], reference.probs, reference.tail, prune)
-        found = divergence(reference.probs, reference.tail, stored, tail, symbol)
-        figures = {"kl": float(found.kl.mean()), "kl_bucket": float(found.kl_bucket.mean())}
-        listed = float((stored > 0).sum(axis=1).mean())
-        out["prune"].append({"prune": prune, "listed": listed, "tail": float(tail.mean()), **figures})
     return out
 
 
@@ -191,23 +170,17 @@ def markdown(results: dict[str, Any]) -> str:
             f"{t['kl']:.5f} | {t['jsd']:.6f} | {t['leak_bits']:+.4f} |"
             for t in r["effort"]
         ]
-    lines += ["", "| text | prune | listed symbols | tail | KL | KL, one bucket |", "|---|---:|---:|---:|---:|---:|"]
-    for name, r in results.items():
-        lines += [
-            f"| {name} | {p['prune']:g} | {p['listed']:.1f} | {p['tail']:.5f} | {p['kl']:.5f} | {p['kl_bucket']:.6f} |"
-            for p in r["prune"]
-        ]
     return "\n".join(lines)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Four panels, one per question."""
+    """Three panels, one per question."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 4, figsize=(15, 3.6), constrained_layout=True)
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     names = list(results)
     at = np.arange(len(names))
     for shift, (what, side) in enumerate(
@@ -223,13 +196,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         by_cost = sorted(r["effort"], key=lambda t: t["rows_per_token"])
         panels[1].plot([b["width"] for b in r["beam"]], [b["jsd"] for b in r["beam"]], marker="o", label=name)
         panels[2].plot([t["rows_per_token"] for t in by_cost], [t["jsd"] for t in by_cost], marker="o", label=name)
-        kept = [p for p in r["prune"] if p["prune"] > 0]
-        panels[3].plot([p["prune"] for p in kept], [p["kl"] for p in kept], marker="o", label=name)
     panels[1].set(xscale="log", yscale="log", xlabel="histories kept", ylabel="JSD, nats per byte", title="beam width")
     panels[2].set(yscale="log", xlabel="histories per canonical token", ylabel="JSD, nats per byte", title="effort")
-    panels[3].set(
-        xscale="log", yscale="log", xlabel="prune", ylabel="KL, nats per byte", title="storing, tail spread evenly"
-    )
     for panel in panels:
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)

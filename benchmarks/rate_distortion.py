@@ -2,9 +2,9 @@
 
     python -m benchmarks.rate_distortion --out benchmarks/results/rate_distortion
 
-Two teachers that packages bring (`--model`, repeatable) read three kinds of text that Python itself carries
-(`benchmarks.texts`: prose, source code, and Chinese, Japanese and Korean), `--bytes` of each. A capture holds the
-teacher's rows unpruned: preset balanced, next bytes down to 1e-6, float32, transformers backend. Captures are kept in
+Two teachers that packages bring (`--model`, repeatable) read three kinds of text that packages bring too
+(`benchmarks.texts`: Python's manual, source code, and Chinese, Japanese, Korean, Spanish and French), `--bytes` of each.
+A capture holds the teacher's rows unpruned: tau 0.03, depth 2, next bytes down to 1e-6, float32, transformers backend. Captures are kept in
 `--captures` as TEACHER TEXT.npz, each written once; a second run with the same folder takes them from there, and what
 else lies there. For each capture and setting of the writer:
 
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numcodecs
 import numpy as np
 
-from benchmarks.texts import builtin_texts
+from benchmarks.texts import builtin_texts, multilingual_text
 from schemas import prior as priors
 from schemas import settings as st
 from schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
@@ -48,6 +48,8 @@ SWEEP = {
     "      ": Precision(1.2e-2, 32, 32),
 }
 MODELS = ("builtin:smollm2-135m-instruct", "builtin:gemma-3-270m")
+TAU, DEPTH = 0.03, 2
+"""Effort of the captures: nothing else than the rows of a normal run, but unpruned."""
 EQUAL_KL = (0.005, 0.007, 0.01, 0.02, 0.05)
 
 
@@ -79,7 +81,7 @@ def capture(model: str, context: int, texts: dict[str, str], folder: Path) -> No
         if path.exists():
             continue
         teacher = teacher or open_teacher(
-            st.Teacher(model=model, backend="hf", preset="balanced", floor=1e-6, context=context)
+            st.Teacher(model=model, backend="hf", tau=TAU, depth=DEPTH, floor=1e-6, context=context)
         )
         began = time.process_time()
         probs, tail, data = probe_with(teacher, text)
@@ -256,8 +258,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = args.captures or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
+        texts = {name: builtin_texts(args.bytes)[name] for name in ("prose", "code")}
+        texts["multilingual"] = multilingual_text(args.bytes)
         for model in args.model or MODELS:
-            capture(model, args.context, builtin_texts(args.bytes), folder)
+            capture(model, args.context, texts, folder)
         captures = {file.stem: Capture(**np.load(file)) for file in sorted(folder.glob("*.npz"))}
     results: dict[str, Any] = {}
     for name, c in captures.items():

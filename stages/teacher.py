@@ -85,10 +85,14 @@ class Teacher:
         """The windows of a group of plans: canonical rows, branches in passes, static rows for what is left."""
         windows = self._canonical(plans, stop)
         self.branch(plans, windows, stop, tau=self.settings.tau, depth=self.settings.depth)
-        for _ in range(STATIC_PASSES if self.settings.static > 0 else 0):
+        for _ in self._static_passes:
             if not self.add_static(windows, stop):
                 break
         return windows
+
+    @property
+    def _static_passes(self) -> range:
+        return range(STATIC_PASSES if self.settings.static > 0 else 0)
 
     def _canonical(self, plans: list[WindowPlan], stop: Callable[[], bool]) -> list[Window]:
         windows = []
@@ -129,7 +133,7 @@ class Teacher:
         known = keep_rows(window, np.ones(asked, bool))
         self.branch([plan], [window], stop, **REFERENCE)
         deeper = len(window.row_depth) - asked
-        for _ in range(STATIC_PASSES if s.static > 0 else 0):
+        for _ in self._static_passes:
             homeless = Lattice(known).homeless(share=s.static)
             if not len(homeless.row):
                 break

@@ -120,6 +120,34 @@ def test_groups_bound_what_is_held_at_once(tiny_checkpoint, monkeypatch):
         np.testing.assert_allclose(a.entry_mass, b.entry_mass, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["bytelevel", "sliding"])
+def test_keys_kept_between_passes_change_nothing(tiny_checkpoint, monkeypatch, family):
+    """Long windows, and short ones that were evaluated as a batch; with room for none of them, for all, for some."""
+    settings = st.Teacher(
+        model=str(tiny_checkpoint(family)), backend="hf", context=64, overlap=8, tau=0.001, depth=3, static=0.0
+    )
+    teacher = open_teacher(settings)
+    texts = ["the cache", "the notes", "the chess", TEXTS[0][:400]]
+    documents = [("same name", 0, teacher.vocabulary.encode(text)) for text in texts]
+    found = []
+    for room in (0, 40_000, 1 << 30):
+        monkeypatch.setattr("stages.engines.hf.KEPT_BYTES", room)
+        runs = []
+        run = teacher.engine.model.forward
+        monkeypatch.setattr(
+            teacher.engine.model, "forward", lambda *a, runs=runs, run=run, **k: runs.append(1) or run(*a, **k)
+        )
+        found.append([w for group in teacher.windows(documents) for w in group])
+        monkeypatch.setattr(teacher.engine.model, "forward", run)
+        found[-1].append(len(runs))
+    assert found[0].pop() > found[1].pop() > found[2].pop()
+    assert any((w.row_depth > 1).any() for w in found[0])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(a.row_token, b.row_token)
+            np.testing.assert_allclose(a.entry_mass, b.entry_mass, rtol=1e-4, atol=1e-7)
+
+
 def test_stop_is_an_interruption(tiny_checkpoint, tmp_path):
     piece = tmp_path / "slice.parquet"
     pq.write_table(pa.table({"doc_id": ["a"], "text": ["the"]}), piece)

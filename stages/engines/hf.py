@@ -1,9 +1,11 @@
 """The teacher through transformers: the reference engine. The same rows as vLLM's, one window at a time.
 
-Canonical rows come from one forward pass over a window. Branches are packed: one forward pass over the cached
-window with a tree attention mask, so a branch costs one token of compute (DESIGN section 2, rule 2).
+Canonical rows come from one forward pass over a window, whose keys and values are kept until the next group of
+windows, as many as fit `KEPT_BYTES`. Branches are packed: one forward pass over the cached window with a tree
+attention mask, so a branch costs one token of compute.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,9 @@ from schemas.errors import ConfigError, InputError
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
 from stages.engines.static import StaticJob, StaticStates, batches, context_tokens
+
+KEPT_BYTES = 1 << 31
+"""Bytes of keys and values of a group kept at once; a window beyond it is run again for every pass of branches."""
 
 
 class HfEngine(Engine):
@@ -51,9 +56,12 @@ class HfEngine(Engine):
             self.model.set_output_embeddings(_Float32Head(head))
         self._contexts = context_tokens(reducer.vocabulary)
         self._static = StaticStates(reducer, len(self._contexts))
+        self._kept: dict[int, tuple[Prompt, Any]] = {}
+        self._kept_bytes = 0
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
+        self.forget()
         for (length, _), same in itertools.groupby(prompts, key=lambda p: (len(p.tokens), p.first_row)):
             # Windows go one by one; short prompts of one length together.
             group, size = list(same), max(1, self.batch_tokens // length)
@@ -64,7 +72,11 @@ class HfEngine(Engine):
         """Prompts of one length and one first row, as one batch."""
         tokens = torch.from_numpy(np.stack([p.tokens for p in prompts]).astype(np.int64)).to(self.device)
         first = prompts[0].first_row
-        out = self.model(input_ids=tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first)
+        cache = _full_cache()
+        out = self.model(
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=tokens.shape[1] - first
+        )
+        self._keep(prompts, cache)
         for prompt, logits in zip(prompts, out.logits, strict=True):
             plan = plan_paths(self.reducer.vocabulary, prompt.text, prompt.starts)
             following = np.append(prompt.tokens[first + 1 :], -1).astype(np.int64)
@@ -72,18 +84,33 @@ class HfEngine(Engine):
 
     @torch.inference_mode()
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
-        from transformers import DynamicCache
-
         for prompt, branches in jobs:
-            tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None].to(self.device)
-            # Layers with a sliding window would keep too few keys: a branch may leave the window anywhere.
-            cache = DynamicCache()
-            self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            kept, cache = self._kept.get(id(prompt), (prompt, None))
+            if cache is None or kept is not prompt:
+                tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None].to(self.device)
+                cache = _full_cache()
+                self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             parts = []
             for a in range(0, len(branches), self.branch_chunk):
                 parts.append(self._packed(prompt, branches[a : a + self.branch_chunk], cache))
                 cache.crop(len(prompt.tokens) - cache.get_seq_length())
             yield concatenate(parts)
+
+    def _keep(self, prompts: Sequence[Prompt], cache: Any) -> None:
+        """Remember the keys and values of the prompts of a batch while there is room; in order, so that it repeats."""
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        if self._kept_bytes + size > KEPT_BYTES:
+            return
+        self._kept_bytes += size
+        for index, prompt in enumerate(prompts):
+            own = cache
+            if len(prompts) > 1:
+                own = copy.deepcopy(cache)
+                own.batch_select_indices(torch.tensor([index]))
+            self._kept[id(prompt)] = (prompt, own)
+
+    def forget(self) -> None:
+        self._kept, self._kept_bytes = {}, 0
 
     @torch.inference_mode()
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
@@ -177,6 +204,14 @@ class HfEngine(Engine):
         far = (position[:, None] - key_position[None, :]) >= window
         sliding = mask.masked_fill(far.view(1, 1, width, past + width).to(mask.device), torch.finfo(mask.dtype).min)
         return {"full_attention": mask, "sliding_attention": sliding}
+
+
+def _full_cache() -> Any:
+    """An empty cache that keeps all keys: one made for a model's sliding window would drop some, and a branch may
+    leave the window anywhere."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 class _Float32Head(torch.nn.Module):

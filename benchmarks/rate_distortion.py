@@ -3,10 +3,10 @@
     python -m benchmarks.rate_distortion --out benchmarks/results/rate_distortion
 
 Two teachers that packages bring (`--model`, repeatable) read three kinds of text that packages bring too
-(`benchmarks.texts`: Python's manual, source code, and Chinese, Japanese, Korean, Spanish and French), `--bytes` of each.
-A capture holds the teacher's rows unpruned: tau 0.03, depth 2, next bytes down to 1e-6, float32, transformers backend. Captures are kept in
-`--captures` as TEACHER TEXT.npz, each written once; a second run with the same folder takes them from there, and what
-else lies there. For each capture and setting of the writer:
+(`benchmarks.texts`: Python's manual, source code, and Chinese, Japanese, Korean, Spanish and French), `--bytes` of
+each. A capture holds the teacher's rows unpruned: tau 0.03, depth 2, next bytes down to 1e-6, float32, transformers
+backend. Captures are kept in `--captures` as TEACHER TEXT.npz, each written once; a second run with the same folder
+takes them, and what else lies there, from it. For each capture and setting of the writer:
 
 * size: bytes of file per byte of text, text and offsets included, less the size of a shard without documents (8 kB of
   names and metadata, which a capture would pay for and a real shard of 16 MiB does not notice). `prior` is the part

@@ -101,6 +101,10 @@ class ByteShard:
         return TAIL_MASS[self.codes["tail"][lo:hi]]
 
     @cached_property
+    def _rows(self) -> tuple[NDArray[Any], ...]:
+        return self.key_index, *(self.codes[name] for name in ("tail", "count", "place", "key"))
+
+    @cached_property
     def _spread(self) -> tuple[I16, F64]:
         return self.prior.child(), self.prior.weights()
 
@@ -112,10 +116,9 @@ class ByteShard:
 
         A row's probabilities and its `tail` sum to 1 (float32 rounding aside). Raises IndexError.
         """
-        if not 0 <= lo <= hi <= len(self):
+        if not 0 <= lo <= hi <= len(self.text):
             raise IndexError(f"{self.path}: positions {lo}..{hi} are outside 0..{len(self)}")
-        c = self.codes
-        return Triples(*decode_rows(lo, hi, self.key_index, c["tail"], c["count"], c["place"], c["key"]))
+        return Triples._make(decode_rows(lo, hi, *self._rows))
 
     def dense(self, lo: int, hi: int, spread_tail: bool = False) -> F32:
         """float32 [hi - lo, 257]: the same as a table; 1028 bytes per position, for small ranges. Raises IndexError.

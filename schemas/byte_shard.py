@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from schemas import prior as priors
 from schemas import quantise
+from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
 from schemas.errors import IntegrityError
 from schemas.expansion import INDEX_STRIDE, SPARE, decode_rows, expand_rows
 from schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, check_bounds
 from schemas.prior import Prior
-from schemas.quantise import F32, F64, I16, I64, SYMBOLS, U8
 from schemas.shard_builder import PRECISIONS, Precision, ShardBuilder
 from schemas.zarr_zip import read_zarr_zip
 

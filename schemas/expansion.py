@@ -17,8 +17,8 @@ Price, one core: SPEC.md, "Cost".
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
+from schemas.arrays import END, F32, I16, I32, I64, SYMBOLS, U8, U16
 from schemas.packing import COUNT_OVER
 from schemas.prior import find_block
 from schemas.quantise import (
@@ -28,19 +28,11 @@ from schemas.quantise import (
     BAD_GAP_OVER,
     BAD_MASS,
     BAD_ORDER,
-    END,
-    F32,
-    I16,
-    I64,
     MAX_COUNT,
     OK,
-    SYMBOLS,
     TAIL_IS_ALL,
-    U8,
 )
 from schemas.sorting import LANES, insertion_sort, network, sort_lanes
-
-U16 = NDArray[np.uint16]
 
 INDEX_STRIDE = 1024
 """Rows between two entries of the sparse row -> key index; a multiple of LANES."""
@@ -239,7 +231,7 @@ def expand_rows(
 @njit(cache=True, nogil=True)
 def decode_rows(
     lo: int, hi: int, index: I64, tail: U8, count: U8, place: U8, key: U16
-) -> tuple[NDArray[np.int32], I16, F32]:
+) -> tuple[I32, I16, F32]:
     """Rows lo..hi as (row - lo, symbol, probability), symbols ascending; columns as `expand_rows` made them.
 
     Implied symbols and END are included, zero probabilities are not.

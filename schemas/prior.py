@@ -19,12 +19,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
-I16 = NDArray[np.int16]
+from schemas.arrays import F64, I16, I64, SYMBOLS, U8
 
-SYMBOLS = 257
 DEPTH = 3
 NODES = 4096
 MAX_CODE = 60

@@ -22,12 +22,10 @@ from decimal import Decimal, localcontext
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
+from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
 from schemas.sorting import insertion_sort
 
-SYMBOLS = 257
-END = 256
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
 FLOOR = 1e-6
@@ -38,11 +36,6 @@ FLAT_TAIL = 0.98
 FINE_TAIL = 20.0
 """A tail leaves the multiples of its step where that spares more than so many bits are worth."""
 
-U8 = NDArray[np.uint8]
-I16 = NDArray[np.int16]
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
 
 # Reasons a row is refused (returned by the kernels, worded by byte_shard.py).
 OK, BAD_VALUE, BAD_SUM, BAD_ORDER, BAD_CODE, BAD_MASS, BAD_COUNT, BAD_COUNT_OVER, BAD_GAP_OVER = range(9)

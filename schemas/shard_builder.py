@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from schemas import gather, quantise
 from schemas import prior as priors
+from schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
 from schemas.errors import IntegrityError
 from schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, Codes, pack_columns
 from schemas.prior import Prior
-from schemas.quantise import END, F32, F64, I16, I64, SYMBOLS, U8
 from schemas.zarr_zip import write_zarr_zip
 
 _BLOCK = 1 << 14

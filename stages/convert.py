@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
+from schemas.arrays import SYMBOLS
 from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
-from schemas.quantise import SYMBOLS
 from schemas.token_dump import Window, read_meta, read_windows
 from stages.fidelity import Fidelity
 from stages.lattice import Lattice

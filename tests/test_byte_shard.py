@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import prior as priors
+from schemas.arrays import END, F32, U8
 from schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, StorageError
-from schemas.quantise import END, F32, TAIL, U8, VALUE
+from schemas.quantise import TAIL, VALUE
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden-shard.zarr.zip"

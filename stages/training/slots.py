@@ -5,16 +5,10 @@ for each byte of text.
 """
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
+from schemas.arrays import F32, I16, I32, I64, U8
 from stages.training.byte_head import END, SLOTS
-
-U8 = npt.NDArray[np.uint8]
-I16 = npt.NDArray[np.int16]
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-F32 = npt.NDArray[np.float32]
 
 
 @njit(cache=True, nogil=True)

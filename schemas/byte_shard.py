@@ -91,9 +91,9 @@ class ByteShard:
     key_index: I64 = field(repr=False)
     """int64: key offset of every 1024th position, and of N"""
 
-    @property
+    @cached_property
     def tail(self) -> F32:
-        """float32 [N]: decoded unlisted mass (a new array; `tails` gives a part of it)."""
+        """float32 [N]: decoded unlisted mass; kept once asked for (`tails` gives a part and keeps nothing)."""
         return self.tails(0, len(self))
 
     def tails(self, lo: int, hi: int) -> F32:
@@ -130,7 +130,7 @@ class ByteShard:
         out = np.zeros((hi - lo, SYMBOLS), np.float32)
         out[row, symbol] = prob
         if spread_tail and hi > lo:
-            out += (self.tail_weights(lo, hi) * self.tail[lo:hi, None].astype(np.float64)).astype(np.float32)
+            out += (self.tail_weights(lo, hi) * self.tails(lo, hi)[:, None].astype(np.float64)).astype(np.float32)
         return out
 
     def tail_weights(self, lo: int, hi: int) -> F64:

@@ -229,9 +229,7 @@ def expand_rows(
 
 
 @njit(cache=True, nogil=True)
-def decode_rows(
-    lo: int, hi: int, index: I64, tail: U8, count: U8, place: U8, key: U16
-) -> tuple[I32, I16, F32]:
+def decode_rows(lo: int, hi: int, index: I64, tail: U8, count: U8, place: U8, key: U16) -> tuple[I32, I16, F32]:
     """Rows lo..hi as (row - lo, symbol, probability), symbols ascending; columns as `expand_rows` made them.
 
     Implied symbols and END are included, zero probabilities are not.

@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import prior as priors
-from schemas.arrays import END, F32, U8
+from schemas.arrays import END, F32, SYMBOLS, U8
 from schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, StorageError
 from schemas.quantise import TAIL, VALUE
+from schemas.sorting import LANES
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden-shard.zarr.zip"
@@ -445,6 +446,29 @@ np.savez({str(out)!r}, p=p, tail=tail, top=top, right=right)
     assert (found["right"][known] == (symbol[first + implied] == true[known])).all()
     assert np.allclose(p, shard.dense(0, len(shard), spread_tail=True), atol=1e-6, rtol=1e-5)
     assert len(p) == len(shard) and (case == "golden" or len(shard.prior.parent) > 8)
+
+
+@pytest.mark.parametrize("precision", [Precision(1e-7, 1, 1), Precision(1e-5, 8, 8), PRECISIONS["default"]])
+def test_rows_of_every_length_agree_with_the_reader_of_the_specification(precision: Precision, tmp_path: Path) -> None:
+    builder = ShardBuilder(precision=precision)
+    rng = np.random.default_rng(7)
+    for k, sharpness in enumerate((0.3, 2.0, 4.0, 30.0, 8.0, 1.0)):  # lists from 0 to 127 symbols, all in one block
+        for piece in range(5):
+            n = int(rng.integers(0, 120))
+            probs, tail = random_rows(100 * k + piece, n + 1, sharpness, (-0.01, -5.0)[piece % 2], piece == 3)
+            builder.append(rng.integers(97, 101, n).astype(np.uint8), probs, tail)
+            builder.end_document(f"{k} {piece}")
+    builder.write(tmp_path / "s.zarr.zip", {})
+    shard = read_shard(tmp_path / "s.zarr.zip")
+    space: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", SPEC.read_text(), re.S):
+        exec(block, space)
+    _, expected = space["read"](tmp_path / "s.zarr.zip")
+    assert np.allclose(shard.dense(0, len(shard), spread_tail=True), expected, atol=1e-7, rtol=1e-5)
+    row, symbol, prob = shard.triples(0, len(shard))
+    assert (np.diff(row.astype(np.int64) * SYMBOLS + symbol) > 0).all() and (prob > 0).all()
+    lengths = np.bincount(row, minlength=len(shard))
+    assert len(shard) > 2 * LANES and lengths.min() == 0 and lengths.max() > (100 if precision.value_step == 1 else 12)
 
 
 @pytest.mark.parametrize(

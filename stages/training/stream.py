@@ -328,6 +328,9 @@ def prefetch(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, No
             put(StopIteration())
         except BaseException as error:
             put(error)
+        finally:
+            if isinstance(source, Generator):  # its threads end with it, not when it is collected some day
+                source.close()
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()

@@ -239,10 +239,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axes.plot(
                 *zip(*points, strict=True), style, color=f"C{k}", marker=".", label=name if key == "shards" else None
             )
+        for preset, symbol in zip(PRECISIONS, "svD", strict=True):
+            chosen = [(p["kl"], p["size"]) for p in result["shards"] if p["preset"] == preset]
+            axes.plot(*zip(*chosen, strict=True), symbol, color=f"C{k}", markersize=6)
     axes.set(xscale="log", yscale="log", xlabel="KL, nats per position", ylabel="bytes per byte of text")
     axes.set_yticks([1, 2, 3, 4, 6, 8, 12, 16], labels=["1", "2", "3", "4", "6", "8", "12", "16"])
     axes.grid(alpha=0.3)
-    axes.legend(title="solid: shards; dashed: prototype")
+    axes.legend(
+        title=f"solid: shards ({', '.join(PRECISIONS)}: square, triangle, diamond);\ndashed: prototype",
+        fontsize="small",
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -245,10 +245,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="KL, nats per position", ylabel="bytes per byte of text")
     axes.set_yticks([1, 2, 3, 4, 6, 8, 12, 16], labels=["1", "2", "3", "4", "6", "8", "12", "16"])
     axes.grid(alpha=0.3)
-    axes.legend(
-        title=f"solid: shards ({', '.join(PRECISIONS)}: square, triangle, diamond);\ndashed: prototype",
-        fontsize="small",
-    )
+    title = "solid: shards\n■ small ▼ default ◆ precise\ndashed: prototype"
+    axes.legend(title=title, fontsize="small", loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

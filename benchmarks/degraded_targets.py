@@ -1,6 +1,6 @@
 """Worse targets from the same dump, so that the value of exact ones can be shown; used by `student_gain.py`.
 
-    python benchmarks/degraded_targets.py runs/default OUT --kind fast
+    python benchmarks/degraded_targets.py runs/default OUT --kind fast [--teacher FOLDER]
 
 fast: the canonical history only, renormalised: at every byte the mass of the tokens that go on, those that end there
     dropped. Inside a token this leaks that the token goes on.
@@ -68,16 +68,21 @@ def topk(window: Window, token_bytes: list[bytes | None], ends: set[int]) -> np.
     return probs
 
 
-def degrade(run: Path, out: Path, kind: str, prune: float = 1e-3) -> None:
-    """Write the data set `out` beside that of a run folder: the same documents and splits, other probabilities."""
+def degrade(run: Path, out: Path, kind: str, teacher: str = "") -> None:
+    """Write the data set `out` beside that of a run folder: the same documents and splits, other probabilities.
+
+    `teacher`: its checkpoint folder, where the dump's own name for it (a builtin, a hub id) does not lead there.
+    """
     out.mkdir(parents=True)
     info: dict[str, Any] = {"teacher": {"degraded": kind}}
     entries = []
     for split in ("train", "heldout"):
-        builder = ShardBuilder(prune=prune)
+        builder = ShardBuilder()
         for part in sorted((run / "teacher").glob(f"*-{split}-*.parquet")):
-            token_bytes, ends = _vocabulary(part) if kind == "topk" else ([], set())
+            token_bytes, ends = _vocabulary(part, teacher) if kind == "topk" else ([], set())
             for window in read_windows(part):
+                if window.reference:
+                    continue
                 probs = fast(window) if kind == "fast" else topk(window, token_bytes, ends)
                 kept = probs[window.score_start : None if window.is_last else -1]
                 total = kept.sum(1, keepdims=True)
@@ -95,8 +100,9 @@ def degrade(run: Path, out: Path, kind: str, prune: float = 1e-3) -> None:
     read_dataset(out)
 
 
-def _vocabulary(part: Path) -> tuple[list[bytes | None], set[int]]:
-    vocabulary = load_vocabulary(str(resolve_model(st.Teacher(model=read_meta(part)["teacher"]["model"]))))
+def _vocabulary(part: Path, teacher: str) -> tuple[list[bytes | None], set[int]]:
+    model = teacher or read_meta(part)["teacher"]["model"]
+    vocabulary = load_vocabulary(str(resolve_model(st.Teacher(model=model))))
     return vocabulary.token_bytes, set(vocabulary.end_ids.tolist())
 
 
@@ -105,8 +111,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kind", choices=KINDS, required=True)
+    parser.add_argument("--teacher", default="", help="the teacher's folder")
     args = parser.parse_args()
-    degrade(args.run, args.out, args.kind, st.Convert().prune)
+    degrade(args.run, args.out, args.kind, args.teacher)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """What each objective adds to the training step of the same student, in one run.
 
     python benchmarks/objective_cost.py runs/default --work /tmp/cost --out benchmarks/results/objective_cost.json
+        [--sizes small medium smollm2] [--bytes 4096] [--rounds 5]
 
 A step here is forward, loss and backward of the same micro-batches; the optimiser is left out, which makes the shares
 larger than they are. Steps with and without the teacher alternate; the median of the paired ratios is reported, in CPU
-time. FLOPs count matrix products only, so `marginal`, which is sums over the vocabulary, has none. Peak memory is not
-measured here. Students: a new Llama with a BPE of the run's text, of two sizes.
+time. What needs no student (`Objective.prepare`: which byte choices there are and what the teacher says of them) is
+made in the loader's thread, as in training, and listed apart. FLOPs count matrix products only, so `marginal`, which is
+sums over the vocabulary, has none. Peak memory is not measured here. Students: a new Llama with a BPE of the run's
+text, of two sizes, and SmolLM2-135M with its own tokenizer of 49k.
 """
 
 import argparse
@@ -23,7 +26,11 @@ from stages.training import stream, student
 from stages.training.objective import Objective
 from stages.training.order import sequential
 
-SIZES = {"small": st.Student(), "medium": st.Student(hidden_size=512, layers=8, heads=8)}
+SIZES = {
+    "small": st.Student(),
+    "medium": st.Student(hidden_size=512, layers=8, heads=8),
+    "smollm2": st.Student(model="builtin:smollm2-135m-instruct"),
+}
 HEADS = ("parallel", "mlp", "transformer", "autoregressive", "marginal")
 
 
@@ -39,24 +46,31 @@ def step(opened: student.Student, objective: Objective, micros: list[stream.Micr
     return seconds
 
 
-def measure(opened: student.Student, reader: stream.ShardReader, rounds: int) -> list[dict[str, Any]]:
+def measure(opened: student.Student, reader: stream.ShardReader, rounds: int, size: int) -> list[dict[str, Any]]:
     """One line per head: overhead of its step over cross-entropy alone."""
-    window = next(iter(sequential(reader.positions, 4096)))
+    window = next(iter(sequential(reader.positions, size)))
     rows = stream.cut(reader[window.shard], window.lo, window.hi, opened.max_tokens)
     micros = [stream.collate(g, with_targets=True) for g in stream.group(rows)]
     tokens = sum(m.input_ids.numel() for m in micros)
     slots = sum(len(m.slot_token) for m in micros)
+    begun = stream.Step(0, micros, {})
     weights = sum(p.numel() for p in opened.model.parameters() if p.ndim > 1)
     plain = Objective(st.Train(head="parallel", lambda_byte=0.0, lambda_kl=0.0), opened, 0)
     lines = []
     for head in HEADS:
         objective = Objective(st.Train(head=head), opened, 0)
         objective.observe(reader)
-        step(opened, objective, micros)
-        pairs = [(step(opened, plain, micros), step(opened, objective, micros)) for _ in range(rounds)]
+        step(opened, objective, objective.prepare(begun).micro)
+        pairs, ahead = [], []
+        for _ in range(rounds):
+            began = time.process_time()
+            ready = objective.prepare(begun).micro
+            ahead.append(time.process_time() - began)
+            pairs.append((step(opened, plain, micros), step(opened, objective, ready)))
         flops = objective.flops(tokens, slots)
         lines.append({
             "head": head, "overhead": float(np.median([b / a for a, b in pairs])) - 1,
+            "loader": float(np.median([x / a for x, (a, _) in zip(ahead, pairs, strict=True)])),
             "ce_seconds": float(np.median([a for a, _ in pairs])), "parameters": objective.n_parameters,
             "flops_overhead": flops / (6 * weights * tokens), "tokens": tokens, "bytes": slots,
         })  # fmt: skip
@@ -68,6 +82,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run folder with targets/")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder for the students")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bytes", type=int, default=4096, help="text of a step")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -83,13 +98,17 @@ def main() -> None:
         opened.model.train()
         reader = stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id)
         parameters = sum(p.numel() for p in opened.model.parameters())
-        lines = measure(opened, reader, args.rounds)
+        lines = measure(opened, reader, args.rounds, args.bytes)
         found["students"].append({"size": size, "parameters": parameters, "objectives": lines})
         print(f"\n{size} student, {parameters:,} parameters, {lines[0]['ce_seconds']:.2f} s a step with CE alone\n")
-        print("| objective | step over CE | matrix FLOPs over CE | own parameters |\n|---|---:|---:|---:|")
+        print(
+            "| objective | step over CE | loader's thread | matrix FLOPs | own parameters |\n|---|---:|---:|---:|---:|"
+        )
         for x in lines:
             print(
-                f"| {x['head']} | {x['overhead']:+.1%} | {x['flops_overhead']:+.1%} | {x['parameters']:,} |", flush=True
+                f"| {x['head']} | {x['overhead']:+.1%} | {x['loader']:+.1%} | {x['flops_overhead']:+.1%} | "
+                f"{x['parameters']:,} |",
+                flush=True,
             )
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

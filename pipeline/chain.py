@@ -27,7 +27,7 @@ def run(context: Context) -> bool:
     converted = commands_data.convert(context, dumped.receipts)
     made = int(new) + dumped.made + converted.made + commands_student.train(context)
     results: list[dict[str, Any]] = []
-    if any(unit.split == "heldout" for unit in planned.units):
+    if planned.n_heldout:
         results, count = commands_student.evaluate(context)
         made += count
     else:

@@ -6,7 +6,7 @@ model nor the engine.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,20 @@ from pipeline.dataset_index import (
     CONVERTER,
     TARGETS,
     certificate,
+    dataset_identity,
     dataset_info,
     publish_index,
     refuse_other_dataset,
     set_aside,
 )
+from pipeline.fleet.ledger import Layout
+from pipeline.fleet.quarantine import quarantined
+from pipeline.missing import describe, summary, units_aside
+from pipeline.plan import Plan, Split, Unit, load_plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt, unit_key
 from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
-from pipeline.stores import sha256_file
-from pipeline.units import Plan, Unit
+from pipeline.stores import overlapped, sha256_file
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
 
@@ -44,8 +48,8 @@ def plan(context: Context) -> tuple[Plan, bool]:
     skipped = f", {corpus['n_empty_skipped']} empty ones skipped" if corpus["n_empty_skipped"] else ""
     context.say(
         f"plan: {'new' if new else 'unchanged'}, {corpus['n_documents']} documents{skipped}, "
-        f"{human_bytes(corpus['n_bytes'])} of text in {len(made.units)} units "
-        f"({sum(unit.split == 'heldout' for unit in made.units)} held out)"
+        f"{human_bytes(corpus['n_bytes'])} of text in {len(made.sizes)} units "
+        f"({made.n_heldout} held out)"
     )
     return made, new
 
@@ -93,13 +97,12 @@ def teacher_job(context: Context, planned: Plan) -> Job:
         finally:
             engine.close()
 
-    measures = [unit.n_bytes for unit in planned.units]
-    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, measures, task, open_work)
+    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, planned.sizes, task, open_work)
 
 
 def teacher(context: Context) -> Outcome:
     """Dump every unit that has no dump yet; the engine starts only if there is one."""
-    job = teacher_job(context, units.load_plan(context.store, context.settings))
+    job = teacher_job(context, load_plan(context.store, context.settings))
     outcome = run_job(context.store, job, context.stop)
     context.save_config("teacher/config.toml", changed=outcome.made > 0)
     context.say(_summary("teacher", outcome))
@@ -110,30 +113,33 @@ def teacher(context: Context) -> Outcome:
     return outcome
 
 
-def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
+def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
     """Sound dump receipts of every unit, made with the current teacher settings, in plan order.
+
+    Units that workers set aside may be missing; what to make of that: `pipeline.missing`.
 
     Raises InputError if some are missing, ConfigError if only dumps of other settings exist or several sets fit.
     """
     store, settings = context.store, context.settings
     groups: dict[str, dict[str, Receipt]] = defaultdict(dict)
-    for _, key in receipts.list_receipts(store, "teacher"):
-        receipt = receipts.read_receipt(store, "teacher", key)
+    keys = [key for _, key in receipts.list_receipts(store, "teacher")]
+    for receipt in overlapped(lambda key: receipts.read_receipt(store, "teacher", key), keys):
         if receipt is not None:
             groups[receipt.group][str(receipt.inputs.get("slice"))] = receipt
-    wanted = [unit.sha256 for unit in planned.units]
-    fitting: dict[str, list[Receipt]] = {}
+    wanted = {unit.index: unit.sha256 for unit in planned.units}
+    aside = {entry.unit for entry in quarantined(store, Layout("teacher"))}
+    fitting: dict[str, dict[int, Receipt]] = {}
     best, differences = 0, ""
     for group, by_slice in sorted(groups.items()):
-        found = [by_slice[sha256] for sha256 in wanted if sha256 in by_slice]
+        found = {index: by_slice[sha256] for index, sha256 in wanted.items() if sha256 in by_slice}
         if not found:
             continue
-        changes = teacher_changes(found[0], settings.teacher)
+        changes = teacher_changes(next(iter(found.values())), settings.teacher)
         if changes:
             differences = "; ".join(changes)
             continue
         best = max(best, len(found))
-        if len(found) == len(wanted):
+        if wanted.keys() - found.keys() <= aside:
             fitting[group] = found
     if len(fitting) > 1:
         raise ConfigError(
@@ -142,8 +148,7 @@ def find_dumps(context: Context, planned: Plan) -> list[Receipt]:
         )
     if fitting:
         (dumps,) = fitting.values()
-        for receipt in dumps:
-            problems = receipts.problems(store, receipt)
+        for problems in overlapped(lambda receipt: receipts.problems(store, receipt), dumps.values()):
             if problems:
                 raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
         return dumps
@@ -177,34 +182,52 @@ def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
 def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[str, list[int], int]]:
     """(split, units, bytes of text) of every shard: whole units in plan order, up to `shard_bytes` of text."""
     groups: list[tuple[str, list[int], int]] = []
-    for split in ("train", "heldout"):
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
         parts: list[int] = []
         size = 0
-        for index, unit in enumerate(planned.units):
-            if unit.split != split:
-                continue
-            if parts and size + unit.n_bytes > shard_bytes:
+        for index in planned.of_split(split):
+            if parts and size + planned.sizes[index] > shard_bytes:
                 groups.append((split, parts, size))
                 parts, size = [], 0
             parts.append(index)
-            size += unit.n_bytes
+            size += planned.sizes[index]
         if parts:
             groups.append((split, parts, size))
     return groups
 
 
-def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump: Callable[[int], Receipt]) -> Job:
-    """One unit of work per shard. `identity`: the teacher's; `dump(i)`: the receipt of the plan's unit i."""
-    from schemas import byte_shard
+def convert_job(
+    context: Context,
+    planned: Plan,
+    identity: dict[str, Any],
+    dump: Callable[[int], Receipt],
+    missing: Sequence[int] = (),
+) -> Job:
+    """One unit of work per shard. `identity`: the teacher's; `dump(i)`: the receipt of the plan's unit i.
 
+    `missing`: units of the plan to go without; shards that hold none of them are the same as with all units.
+    Raises ConfigError if another data set was published here.
+    """
+    from schemas import byte_shard
+    from stages.coarser import coarser_effort
+
+    refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
     store, settings = context.store, context.settings
-    shape = settings.convert.model_dump(exclude={"shard_bytes", "delete_dump"})
+    coarser_effort(settings.convert, identity["settings"])
+    shape = {name: value for name, value in settings.convert.shaping().items() if name != "shard_bytes"}
     code = receipts.code_fingerprint(*CONVERTER)[:16]
-    groups = shard_groups(planned, settings.convert.shard_bytes)
-    first = {"train": 0, "heldout": sum(split == "train" for split, _, _ in groups)}
+    cut = shard_groups(planned, settings.convert.shard_bytes)
+    n_train = sum(split == "train" for split, _, _ in cut)
+    numbers = [index - (0 if split == "train" else n_train) for index, (split, _, _) in enumerate(cut)]
+    groups = [
+        (split, kept, sum(planned.sizes[member] for member in kept), number)
+        for (split, members, _), number in zip(cut, numbers, strict=True)
+        if (kept := [member for member in members if member not in missing])
+    ]
 
     def task(index: int) -> Task:
-        split, members, size = groups[index]
+        split, members, size, number = groups[index]
         parts = [dump(member) for member in members]
         inputs = {
             "split": split,
@@ -213,7 +236,7 @@ def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump:
             "format": [byte_shard.FORMAT, byte_shard.VERSION],
             "code": code,
         }
-        name = f"{split}-{index - first[split]:05d}"
+        name = f"{split}-{number:05d}"
         out = f"{TARGETS}/{name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
         return Task("convert", name, out, inputs, size, payload=(split, parts))
 
@@ -246,29 +269,33 @@ def convert_job(context: Context, planned: Plan, identity: dict[str, Any], dump:
     shared = {
         "plan": planned.hash,
         "teacher": identity,
-        "convert": settings.convert.model_dump(exclude={"delete_dump"}),
+        "convert": settings.convert.shaping(),
         "format": [byte_shard.FORMAT, byte_shard.VERSION],
         "code": code,
+        **({"missing": list(missing)} if missing else {}),
     }
-    return Job("convert", shared, [size for _, _, size in groups], task, open_work)
+    return Job("convert", shared, [size for _, _, size, _ in groups], task, open_work)
 
 
 def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
     from stages.fidelity import summary_line
 
-    planned = units.load_plan(context.store, context.settings)
-    found = dumps if dumps is not None else find_dumps(context, planned)
-    info = dataset_info(context, planned, found)
-    refuse_other_dataset(context, info)
-    job = convert_job(context, planned, info["teacher"], lambda index: found[index])
+    planned = load_plan(context.store, context.settings)
+    found = dict(enumerate(dumps)) if dumps is not None else find_dumps(context, planned)
+    aside = units_aside(context, found.__contains__)
+    parts = list(found.values())
+    info = dataset_info(context, planned, parts, describe(context, planned, aside))
+    job = convert_job(context, planned, info["teacher"], found.__getitem__, [one.unit for one in aside])
     outcome = run_job(context.store, job, context.stop)
     index_is_new = publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
     context.say(_summary("convert", outcome))
     context.say(summary_line(certificate(outcome.receipts, info["teacher"])))
+    if aside:
+        context.say(f"convert: {summary(info['creation']['missing'])}")
     if context.settings.convert.delete_dump:
-        _delete_dump(context, found)
+        _delete_dump(context, parts)
     return outcome
 
 

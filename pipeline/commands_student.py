@@ -23,10 +23,9 @@ from schemas.errors import ConfigError, InputError, Interrupted
 from schemas.settings import NEUTRAL, Train
 
 if TYPE_CHECKING:
-    from stages.training.parallel import World
-
-if TYPE_CHECKING:
     from schemas.manifest import Dataset
+    from stages.training.parallel import World
+    from stages.training.teacher_tokens import TokenDump
 
 DISTILLED, CONTROL = "distilled", "control"
 
@@ -143,6 +142,7 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
                 lambda_kl=task.inputs["train"]["lambda_kl"],
                 stop=context.stop,
                 report=report,
+                dump=_token_dump(context),
             )
         except Interrupted:
             if world.main:
@@ -163,6 +163,21 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     context.save_config(f"{task.out}/config.toml")
     commit_receipt(store, _receipt(task, files, counts, time.monotonic() - started))
     context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
+
+
+def _token_dump(context: Context) -> "TokenDump | None":
+    """The teacher's tokens, where `train.head` is a baseline that asks for them."""
+    from stages.identity import resolve_model, vocabulary_of
+    from stages.training.baselines import BASELINES
+    from stages.training.teacher_tokens import TokenDump
+
+    settings = context.settings
+    if settings.train.head not in BASELINES:
+        return None
+    folder = context.store.folder("teacher")
+    if settings.train.head == "uld":
+        return TokenDump(folder)
+    return TokenDump(folder, lambda: vocabulary_of(settings.teacher, resolve_model(settings.teacher)))
 
 
 def _receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:

@@ -1,6 +1,7 @@
 """The index of a run's data set: what identifies it, when it is refused, and its publication after the last shard."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline import receipts
 from pipeline.config import changed_keys
 from pipeline.context import Context
+from pipeline.plan import Plan
 from pipeline.receipts import Receipt
 from pipeline.stores import Store
-from pipeline.units import Plan
 from schemas.errors import ConfigError, InputError, IntegrityError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 TARGETS = "targets"
 CONVERTER = (
-    "stages.convert", "stages.lattice", "stages.fidelity", "stages.divergence",
+    "stages.convert", "stages.coarser", "stages.windows", "stages.lattice", "stages.fidelity", "stages.divergence",
     "schemas.shard_builder", "schemas.gather", "schemas.prior", "schemas.quantise", "schemas.packing",
     "schemas.byte_shard", "schemas.expansion", "schemas.zarr_zip",
 )  # fmt: skip
@@ -44,30 +45,45 @@ def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any
     return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
 
 
-def dataset_identity(context: Context, planned: Plan, teacher: dict[str, Any]) -> dict[str, Any]:
-    """What tells one data set from another: whose targets, of which text, how converted. `teacher`: its identity."""
+def dataset_identity(
+    context: Context, planned: Plan, teacher: dict[str, Any], missing: Sequence[int] = ()
+) -> dict[str, Any]:
+    """What tells one data set from another: whose targets, of which text, how converted. `teacher`: its identity.
+
+    `missing`: units of the plan that it goes without.
+    """
     return {
         "teacher": teacher,
         "corpus": planned.corpus,
         "settings": {
             "plan": planned.settings,
-            "convert": context.settings.convert.model_dump(exclude={"delete_dump"}),
+            "convert": context.settings.convert.shaping(),
             "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
+            **({"missing_units": list(missing)} if missing else {}),
         },
     }
 
 
-def dataset_info(context: Context, planned: Plan, dumps: list[Receipt]) -> dict[str, Any]:
-    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies."""
+def dataset_info(
+    context: Context, planned: Plan, dumps: list[Receipt], missing: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies.
+
+    `missing`: see `pipeline.missing.describe`.
+    """
     identity = dumps[0].inputs["teacher"]
     return {
-        **dataset_identity(context, planned, identity),
+        **dataset_identity(context, planned, identity, [unit["unit"] for unit in missing]),
         "tokenizer": {
             "vocabulary_sha256": identity.get("vocabulary", ""),
             **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
         },
         "software": receipts.software_versions(),
-        "creation": {"plan": planned.hash, "set_aside": set_aside(dumps)},
+        "creation": {
+            "plan": planned.hash,
+            "set_aside": set_aside(dumps),
+            **({"missing": list(missing)} if missing else {}),
+        },
         "name": context.settings.dataset.name,
         "license": context.settings.dataset.license,
         "corpus_license": context.settings.corpus.license,

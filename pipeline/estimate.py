@@ -1,12 +1,14 @@
 """What a whole corpus will take, from a pilot of a few units: tokens, hours, bytes, money, each with an interval.
 
 The pilot takes units evenly spread over the plan. A quantity y (tokens, seconds, bytes) of a unit is nearly
-proportional to its text x, so the total is the ratio estimate X sum(y) / sum(x), and its standard error that of a ratio
-from n of N units without replacement: N sqrt((1 - n/N) s2 / n), s2 the variance of y - x sum(y) / sum(x)
-(Cochran, Sampling Techniques, 1977, eq. 6.9). The interval is Student's t at 90 % with n - 1 degrees of freedom: wide
-from two or three units, as it should be. A shard's fixed size is told apart by converting the units singly and
-together. Work of the configured settings stays in the run; that of other presets is done in a scratch folder.
-Price: the pilot's own teacher time. Measured error: benchmarks/results/estimate_error.json.
+proportional to its text x and made of its documents, so its variance is about s2 x. The total is the ratio estimate
+X sum(y) / sum(x); with r the text that was not piloted, its squared error is s2 r X / sum(x) (Royall, Biometrika 57,
+1970). s2 is the mean of e2 / x over the pilot, e = y - x sum(y) / sum(x), each residual divided by 1 - x / sum(x) as if
+its unit had been left out (the jackknife): two or three units that happen to agree are no proof. The interval is
+Student's t at 90 % with n - 1 degrees of freedom: wide from two or three units, as it should be. A shard's fixed size
+is told apart by converting the units singly and together. Work of the configured settings stays in the run; that of
+other presets is done in a scratch folder. Price: the pilot's own teacher time. Measured error:
+benchmarks/results/estimate_error.json.
 """
 
 import math
@@ -23,11 +25,11 @@ import numpy as np
 from pipeline import units
 from pipeline.commands_data import shard_groups, teacher_job
 from pipeline.context import Context
+from pipeline.plan import Plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
 from pipeline.runner import finished, run_job
 from pipeline.stores import LocalStore
-from pipeline.units import Plan
 from schemas.errors import ConfigError
 from schemas.settings import Convert, Section, Settings, Teacher
 
@@ -76,16 +78,16 @@ class Variant:
 
 def ratio_total(sizes: Sequence[float], values: Sequence[float], all_sizes: Sequence[float]) -> Predicted:
     """Predict the sum of a quantity over all units from its `values` in units of `sizes` (bytes of text)."""
-    x, y, population = np.asarray(sizes, float), np.asarray(values, float), len(all_sizes)
+    x, y = np.asarray(sizes, float), np.asarray(values, float)
     n, total = len(x), float(np.sum(all_sizes))
     rate = float(y.sum() / x.sum())
-    if n >= population:
+    if n >= len(all_sizes):
         return Predicted(float(y.sum()), float(y.sum()), float(y.sum()))
     if n < 2:
         return Predicted(rate * total, 0.0, math.inf)
-    residual = float(np.sum((y - rate * x) ** 2) / (n - 1))
-    error = population * math.sqrt((1 - n / population) * residual / n)
-    error *= (total / population) / float(x.mean())  # units of the sample may be larger or smaller than the rest
+    left_out = (y - rate * x) / (1 - x / x.sum())
+    variance = float(np.mean(left_out**2 / x))
+    error = math.sqrt(variance * max(total - float(x.sum()), 0.0) * total / float(x.sum()))
     quantile = _T90[n - 2] if n - 1 <= len(_T90) else 1.645 + 1.6 / (n - 1)
     # What the sample has been counted already: the rest cannot be negative.
     return Predicted(
@@ -135,7 +137,7 @@ def run_pilot(context: Context, planned: Plan, count: int) -> Pilot:
     wall = time.monotonic() - began
     spent = sum(receipt.timings["seconds"] for receipt in outcome.receipts) if outcome.made == len(chosen) else wall
     files = [context.store.get_path(receipt.files[0].path) for receipt in outcome.receipts]
-    return Pilot(chosen, [planned.units[i].n_bytes for i in chosen], outcome.receipts, files, max(wall - spent, 0.0))
+    return Pilot(chosen, [planned.sizes[i] for i in chosen], outcome.receipts, files, max(wall - spent, 0.0))
 
 
 def estimate(
@@ -208,7 +210,7 @@ def predict(
     teacher: str, convert: str, settings: Settings, planned: Plan, pilot: Pilot,
     converted: tuple[list[int], float, list[float]], price: float, core_price: float, workers: int,
 ) -> Variant:  # fmt: skip
-    everything = [float(unit.n_bytes) for unit in planned.units]
+    everything = [float(size) for size in planned.sizes]
 
     def total(values: Sequence[float]) -> Predicted:
         return ratio_total(pilot.sizes, values, everything)
@@ -268,6 +270,16 @@ def settings_of(variant: Variant) -> str:
     """The options that choose a variant."""
     named = {"teacher.preset": variant.teacher, "convert.precision": variant.convert}
     return " ".join(f"--set {key}={name}" for key, name in named.items() if name) or "(the configuration as it is)"
+
+
+def meaning_of(variant: Variant, settings: Settings) -> str:
+    """The numbers that a variant's presets stand for."""
+    teacher = with_preset(settings.teacher, variant.teacher).resolved()
+    convert = with_preset(settings.convert, variant.convert)
+    return (
+        f"tau {teacher.tau:g}, depth {teacher.depth}, static {teacher.static:g}; precision {convert.precision}; "
+        f"top_k {teacher.top_k} as configured, since it changes the size of the dump alone"
+    )
 
 
 def as_json(found: Sequence[Variant]) -> list[dict[str, Any]]:

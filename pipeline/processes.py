@@ -36,7 +36,10 @@ def has_ended(name: str) -> bool:
         return True
     except OSError:
         return False
-    return (_process_start(int(parts[1])) or "0") != parts[2]
+    started = _process_start(int(parts[1]))
+    if started is None or parts[2] == "0":
+        return False  # whoever cannot be told from the living is one of them
+    return started != parts[2]
 
 
 def is_ours(name: str) -> bool:
@@ -45,10 +48,12 @@ def is_ours(name: str) -> bool:
     return len(parts) >= 3 and parts[0] == machine() and parts[1].isdigit()
 
 
-def _process_start(pid: int) -> str:
-    """Start time of a process in clock ticks; tells a recycled id from the writer. Empty where unknown or a zombie."""
+def _process_start(pid: int) -> str | None:
+    """Start time of a process in clock ticks; tells a recycled id from the writer. Empty of a zombie, None unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except FileNotFoundError:
+        return "" if Path("/proc/self/stat").exists() else None
     except (OSError, IndexError):
-        return ""
+        return None
     return "" if fields[0] == "Z" else fields[19]

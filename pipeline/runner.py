@@ -24,7 +24,7 @@ from typing import Any
 from pipeline import receipts
 from pipeline.progress import Reporter
 from pipeline.receipts import FileRecord, Receipt
-from pipeline.stores import Store, disk_errors, sha256_file
+from pipeline.stores import Store, disk_errors, overlapped, sha256_file
 from schemas.errors import IntegrityError, Interrupted
 
 Tick = Callable[[dict[str, Any]], None]
@@ -149,7 +149,8 @@ def run_units(
     every case units already committed stay.
     """
     store.sweep()
-    known = {task.key: finished(store, task, _warn) for task in tasks}
+    found = overlapped(lambda task: finished(store, task, _warn), tasks)
+    known = {task.key: receipt for task, receipt in zip(tasks, found, strict=True)}
     pending = list({task.key: task for task in tasks if known[task.key] is None}.values())
     if not pending:
         return Outcome([receipt for task in tasks if (receipt := known[task.key])], 0)

@@ -4,14 +4,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import receipts, units
+from pipeline import receipts
 from pipeline.commands_data import teacher_changes
 from pipeline.context import Context
 from pipeline.dataset_index import read_index
 from pipeline.fleet.report import fleet_status, fleet_table
+from pipeline.missing import summary
+from pipeline.plan import Plan, read_plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
-from pipeline.stores import Store
+from pipeline.stores import Store, overlapped
 from schemas.errors import IntegrityError
 
 
@@ -24,27 +26,29 @@ def status(context: Context) -> dict[str, Any]:
     store = context.store
     damaged: list[str] = []
     by_stage: dict[str, list[Receipt]] = defaultdict(list)
-    for stage, key in receipts.list_receipts(store):
-        try:
-            receipt = receipts.read_receipt(store, stage, key)
-        except IntegrityError as error:
-            damaged.append(str(error))
-            continue
-        if receipt is None:
-            continue
-        kept = () if receipt.deleted else receipt.files
-        wrong = [file.path for file in kept if store.size(file.path) != file.size]
-        if wrong:
-            damaged.append(f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size")
-        else:
-            by_stage[stage].append(receipt)
-    planned = units.read_plan(store)
+    for found in overlapped(lambda place: _look(store, *place), receipts.list_receipts(store)):
+        if isinstance(found, Receipt):
+            by_stage[found.stage].append(found)
+        elif found:
+            damaged.append(found)
+    planned = read_plan(store)
     stages = [_plan_row(planned, by_stage["plan"])]
     stages += _teacher_rows(context, planned, by_stage["teacher"])
     stages.append(_convert_row(store, by_stage["convert"]))
     stages += _train_rows(store, by_stage["train"])
     stages += [_simple_row(stage, receipt) for stage in ("evaluate", "export") for receipt in by_stage[stage]]
     return {"run": store.name, "stages": stages, "fleet": fleet_status(context), "damaged": damaged}
+
+
+def _look(store: Store, stage: str, key: str) -> Receipt | str | None:
+    """A receipt whose files are there, what is wrong with it, or None if it went meanwhile."""
+    try:
+        receipt = receipts.read_receipt(store, stage, key)
+    except IntegrityError as error:
+        return str(error)
+    kept = () if receipt is None or receipt.deleted else receipt.files
+    wrong = [file.path for file in kept if store.size(file.path) != file.size]
+    return f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size" if receipt and wrong else receipt
 
 
 def status_table(report: dict[str, Any]) -> str:
@@ -72,21 +76,20 @@ def _size(found: list[Receipt]) -> int:
     return sum(file.size for receipt in found for file in receipt.files if not receipt.deleted)
 
 
-def _plan_row(planned: units.Plan | None, found: list[Receipt]) -> dict[str, Any]:
+def _plan_row(planned: Plan | None, found: list[Receipt]) -> dict[str, Any]:
     if planned is None:
         return _row("plan", "-", 0, 1, 0, "run `bytecache plan`")
-    heldout = sum(unit.split == "heldout" for unit in planned.units)
-    note = f"{human_bytes(planned.n_bytes)} of text, {len(planned.units)} units, {heldout} held out"
+    note = f"{human_bytes(planned.n_bytes)} of text, {len(planned.sizes)} units, {planned.n_heldout} held out"
     return _row("plan", planned.hash[:12], 1, 1, _size(found), note)
 
 
-def _teacher_rows(context: Context, planned: units.Plan | None, found: list[Receipt]) -> list[dict[str, Any]]:
+def _teacher_rows(context: Context, planned: Plan | None, found: list[Receipt]) -> list[dict[str, Any]]:
     groups: dict[str, list[Receipt]] = defaultdict(list)
     slices = {unit.sha256 for unit in planned.units} if planned else set()
     for receipt in found:
         if receipt.inputs.get("slice") in slices:
             groups[receipt.group].append(receipt)
-    total = len(planned.units) if planned else None
+    total = len(planned.sizes) if planned else None
     rows = []
     for group, dumps in sorted(groups.items()):
         changes = teacher_changes(dumps[0], context.settings.teacher.resolved())
@@ -107,7 +110,9 @@ def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:
         return _row("convert", "-", len(found), None, _size(found), "no data set published yet")
     listed = {entry.file for entry in dataset.entries}
     done = [receipt for receipt in found if Path(receipt.files[0].path).name in listed]
-    return _row("convert", dataset.manifest_hash[:12], len(done), len(listed), _size(done), "data set published")
+    missing = dataset.info["creation"].get("missing", [])
+    note = "data set published" + (f"; {summary(missing)}" if missing else "")
+    return _row("convert", dataset.manifest_hash[:12], len(done), len(listed), _size(done), note)
 
 
 def _train_rows(store: Store, found: list[Receipt]) -> list[dict[str, Any]]:

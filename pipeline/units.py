@@ -1,72 +1,52 @@
-"""The plan: the corpus cut once into immutable slices, the units of all later work.
+"""Planning: the corpus cut once into immutable slices, the units of all later work.
 
 Two streaming passes. The first hashes every document and finds the held-out threshold; it is all that a
 repeated `plan` costs. The second writes slices: documents in corpus order, each split apart, a slice closed
 before it would exceed `corpus.unit_bytes` (a longer document is a slice alone). A document is held out if
 sha256(seed, text) falls under `corpus.heldout_fraction`, so equal texts never straddle the splits.
-`plan.json` is committed after every slice it names: a plan that exists is whole. Memory: two open slices.
+What is written, and in which order: `pipeline.plan`. Memory: two open slices, a page of units and a number a unit.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.config import changed_keys
+from pipeline.plan import (
+    PAGE,
+    PLAN_KEY,
+    Index,
+    Plan,
+    Split,
+    Unit,
+    corpus_identity,
+    index_bytes,
+    make_index,
+    page_bytes,
+    page_key,
+    read_plan,
+    refuse_changes,
+    shape_of,
+)
 from pipeline.receipts import (
+    FileRecord,
     Receipt,
     canonical_json,
     read_receipt,
     record_file,
     software_versions,
-    unit_key,
     write_receipt,
 )
 from pipeline.stores import Store, disk_errors, sha256_file
-from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
+from schemas.errors import InputError, IntegrityError, Interrupted
 from schemas.settings import Settings
 from stages.conversations import KIND_KEY, opening
 from stages.corpus import CorpusReader, Document
 
-PLAN_VERSION = 1
-PLAN_KEY = "plan/plan.json"
-Split = Literal["train", "heldout"]
 SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("context", pa.string())])
-# Only these shape the slices; where the text came from does not, its content does.
-_SHAPING = ("seed", "unit_bytes", "heldout_fraction")
-
-
-class Unit(BaseModel):
-    """One slice: `slice` is its store key, `sha256` that of the slice file, `n_bytes` of UTF-8 text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    index: int
-    split: Split
-    slice: str
-    sha256: str
-    n_docs: int
-    n_bytes: int
-
-
-class Plan(BaseModel):
-    """`corpus`: identity and counts of the text; `settings`: what shaped the slices; `hash` names the whole plan."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    version: int
-    corpus: dict[str, Any]
-    settings: dict[str, Any]
-    units: tuple[Unit, ...]
-    hash: str
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of text in all units."""
-        return sum(unit.n_bytes for unit in self.units)
 
 
 class TextHash:
@@ -148,90 +128,48 @@ def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambd
     survey = _Survey(settings, stop)
     old = read_plan(store)
     if old is not None:
-        _refuse_changes(store, old, settings, survey.corpus)
-        damaged = [unit for unit in old.units if not slice_is_whole(store, unit)]
-        if not damaged:
-            if read_receipt(store, "plan", old.hash) is None:
-                write_receipt(store, _receipt(store, old))
+        refuse_changes(old, settings, survey.corpus)
+        if _is_whole(old):
+            _write_receipts(old)
             return old, False
-    units = _write_slices(store, settings, survey, stop)
-    corpus, shape = survey.corpus, _shape(settings)
-    plan = Plan(
-        version=PLAN_VERSION, corpus=corpus, settings=shape, units=tuple(units), hash=_plan_hash(corpus, shape, units)
-    )
-    if old is not None and old.hash != plan.hash:
+    index = _write_slices(store, settings, survey, stop)
+    if old is not None and old.hash != index.hash:
         raise IntegrityError(f"{store.name}: damaged slices cannot be rewritten alike; plan again in a new run.dir")
-    if not store.put_json_if_absent(PLAN_KEY, plan.model_dump(mode="json")):
+    plan = Plan(index, store)
+    if not store.put_if_absent(PLAN_KEY, store.write_temp(PLAN_KEY, index_bytes(index))):
         plan = read_plan(store) or plan
-        _refuse_changes(store, plan, settings, corpus)
-    write_receipt(store, _receipt(store, plan))
+        refuse_changes(plan, settings, survey.corpus)
+    _write_receipts(plan)
     return plan, old is None
 
 
-def read_plan(store: Store) -> Plan | None:
-    """The plan of a run folder as written, or None. Raises IntegrityError if it is damaged or of another version."""
-    if not store.exists(PLAN_KEY):
-        return None
-    raw, path = store.read_bytes(PLAN_KEY), f"{store.name}/{PLAN_KEY}"
+def _is_whole(plan: Plan) -> bool:
     try:
-        version = json.loads(raw).get("version")
-        if version != PLAN_VERSION:
-            raise IntegrityError(f"{path} has version {version}, not {PLAN_VERSION}; plan again in a new run.dir")
-        plan = Plan.model_validate_json(raw)
-    except (ValueError, ValidationError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise IntegrityError(f"{path} is damaged ({reason}); delete it and run `bytecache plan` again") from None
-    if plan.hash != _plan_hash(plan.corpus, plan.settings, plan.units):
-        raise IntegrityError(f"{path} was edited: its hash differs; delete it and run `bytecache plan` again")
-    return plan
+        return all(slice_is_whole(plan.store, unit) for unit in plan.units)
+    except IntegrityError:  # a page
+        return False
 
 
-def load_plan(store: Store, settings: Settings) -> Plan:
-    """The plan a stage works from. Raises InputError if there is none, ConfigError if settings changed since."""
-    plan = read_plan(store)
-    if plan is None:
-        raise InputError(f"{store.name} holds no plan; run `bytecache plan` with this run.dir first")
-    _refuse_changes(store, plan, settings, None)
-    return plan
+def _write_receipts(plan: Plan) -> None:
+    """One for every page and its slices, one for the index."""
+    store = plan.store
+    for number, (key, sha256) in enumerate(zip(plan.page_keys, plan.index.pages, strict=True)):
+        if read_receipt(store, "plan", sha256) is None:
+            page = plan.units.page(number)
+            files = tuple(record_file(store, name) for name in (key, *(unit.slice for unit in page)))
+            counts = {"units": len(page), "bytes": sum(unit.n_bytes for unit in page)}
+            write_receipt(store, _receipt(sha256, f"page {number}", files, {"plan": plan.hash}, counts))
+    if read_receipt(store, "plan", plan.hash) is None:
+        inputs = {"corpus": corpus_identity(plan.corpus), "settings": plan.settings}
+        counts = {**plan.corpus, "units": len(plan.sizes)}
+        write_receipt(store, _receipt(plan.hash, "plan", (record_file(store, PLAN_KEY),), inputs, counts))
 
 
-def _refuse_changes(store: Store, plan: Plan, settings: Settings, corpus: dict[str, Any] | None) -> None:
-    changes = list(changed_keys(plan.settings, _shape(settings)))
-    if corpus is not None and plan.corpus["sha256"] != corpus["sha256"]:
-        changes.append(
-            "corpus text: {n_documents} documents, {n_bytes} bytes, sha256 {sha256:.12}".format(**plan.corpus)
-            + " -> {n_documents} documents, {n_bytes} bytes, sha256 {sha256:.12}".format(**corpus)
-        )
-    if changes:
-        raise ConfigError(
-            f"{store.name} was planned otherwise ({'; '.join(changes)}); restore that, or use a new run.dir"
-        )
-
-
-def _shape(settings: Settings) -> dict[str, Any]:
-    shape = {"seed": settings.run.seed, **settings.corpus.model_dump()}
-    return {name: shape[name] for name in _SHAPING} | ({"kind": shape["kind"]} if shape["kind"] != "text" else {})
-
-
-def _identity(corpus: dict[str, Any]) -> dict[str, Any]:
-    return {name: corpus[name] for name in ("sha256", "n_documents", "n_bytes")}
-
-
-def _plan_hash(corpus: dict[str, Any], shape: dict[str, Any], units: Sequence[Unit]) -> str:
-    listed = [unit.model_dump() for unit in units]
-    return unit_key("plan", {"version": PLAN_VERSION, "corpus": _identity(corpus), "settings": shape, "units": listed})
-
-
-def _receipt(store: Store, plan: Plan) -> Receipt:
-    files = [record_file(store, key) for key in (PLAN_KEY, *(unit.slice for unit in plan.units))]
+def _receipt(
+    key: str, name: str, files: tuple[FileRecord, ...], inputs: dict[str, Any], counts: dict[str, Any]
+) -> Receipt:
     return Receipt(
-        stage="plan",
-        key=plan.hash,
-        name="plan",
-        files=tuple(files),
-        inputs={"corpus": _identity(plan.corpus), "settings": plan.settings},
-        counts={**plan.corpus, "units": len(plan.units)},
-        versions=software_versions(),
+        stage="plan", key=key, name=name, files=files, inputs=inputs, counts=counts, versions=software_versions()
     )
 
 
@@ -240,17 +178,32 @@ def slice_is_whole(store: Store, unit: Unit) -> bool:
     return store.exists(unit.slice) and store.sha256(unit.slice) == unit.sha256
 
 
-def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Callable[[], bool]) -> list[Unit]:
-    units: list[Unit] = []
+def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Callable[[], bool]) -> Index:
+    sizes: list[int] = []
+    heldout: list[int] = []
+    pages: list[str] = []
+    page: list[Unit] = []
     open_docs: dict[Split, list[Document]] = {"train": [], "heldout": []}
     open_bytes: dict[Split, int] = {"train": 0, "heldout": 0}
 
+    def close_page() -> None:
+        raw = page_bytes(page)
+        sha256 = hashlib.sha256(raw).hexdigest()
+        key = page_key(len(pages), sha256)
+        _commit(store, key, store.write_temp(key, raw), sha256)
+        pages.append(sha256)
+        page.clear()
+
     def close(split: Split) -> None:
-        if open_docs[split]:
-            units.append(
-                _write_slice(store, len(units), split, open_docs[split], open_bytes[split], settings.corpus.kind)
-            )
-            open_docs[split], open_bytes[split] = [], 0
+        if not open_docs[split]:
+            return
+        kind = settings.corpus.kind
+        page.append(_write_slice(store, len(sizes), split, open_docs[split], open_bytes[split], kind))
+        heldout.extend([len(sizes)] if split == "heldout" else [])
+        sizes.append(open_bytes[split])
+        open_docs[split], open_bytes[split] = [], 0
+        if len(page) == PAGE:
+            close_page()
 
     digest = TextHash()
     for index, document in enumerate(CorpusReader(settings.corpus)):
@@ -264,9 +217,19 @@ def _write_slices(store: Store, settings: Settings, survey: _Survey, stop: Calla
         open_bytes[split] += size
     close("train")
     close("heldout")
+    if page:
+        close_page()
     if digest.hexdigest() != survey.corpus["sha256"]:
         raise InputError(f"corpus {settings.corpus.source} changed while it was being read; rerun when it is at rest")
-    return units
+    return make_index(survey.corpus, shape_of(settings), sizes, heldout, pages, PAGE)
+
+
+def _commit(store: Store, key: str, temporary: Path, sha256: str) -> None:
+    """Publish a file that nothing vouches for yet; one that is there already and differs is damaged."""
+    if store.exists(key) and store.sha256(key) != sha256:
+        store.replace(key, temporary)
+    else:
+        store.put_if_absent(key, temporary)
 
 
 def _write_slice(store: Store, index: int, split: Split, docs: list[Document], n_bytes: int, kind: str) -> Unit:
@@ -283,10 +246,7 @@ def _write_slice(store: Store, index: int, split: Split, docs: list[Document], n
             temporary.unlink(missing_ok=True)
             raise
     sha256 = sha256_file(temporary)
-    if store.exists(key) and store.sha256(key) != sha256:
-        store.replace(key, temporary)
-    else:
-        store.put_if_absent(key, temporary)
+    _commit(store, key, temporary, sha256)
     return Unit(index=index, split=split, slice=key, sha256=sha256, n_docs=len(docs), n_bytes=n_bytes)
 
 

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import receipts, units
-from pipeline.commands_data import find_dumps
+from pipeline import receipts
 from pipeline.context import Context
 from pipeline.dataset_index import TARGETS
+from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.receipts import Receipt
 from pipeline.stores import LocalStore, Store, open_store
+from pipeline.units import slice_is_whole
 from schemas import card, strict_json
 from schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
 from schemas.manifest import DATASET, replace_file
@@ -85,8 +86,8 @@ def _faults(store: Store, stage: str, key: str, receipt: Receipt) -> list[str]:
 
 def _bad_slices(store: Store) -> list[str]:
     """Slices that are not as the plan states. Raises IntegrityError for a damaged plan."""
-    planned = units.read_plan(store)
-    return [unit.slice for unit in planned.units if not units.slice_is_whole(store, unit)] if planned else []
+    planned = read_plan(store)
+    return [unit.slice for unit in planned.units if not slice_is_whole(store, unit)] if planned else []
 
 
 def _verify_targets(folder: Path) -> list[str]:
@@ -125,8 +126,8 @@ def repair_run(context: Context) -> list[str]:
     try:
         slices = _bad_slices(store)
     except IntegrityError as error:
-        store.delete(units.PLAN_KEY)
-        done.append(f"removed: {units.PLAN_KEY} ({error})")
+        store.delete(PLAN_KEY)
+        done.append(f"removed: {PLAN_KEY} ({error})")
         slices, pending["plan"] = [], 1
     if slices or pending["plan"]:
         from pipeline.commands_data import plan
@@ -139,7 +140,7 @@ def repair_run(context: Context) -> list[str]:
         from pipeline.commands_data import convert
 
         try:
-            made = convert(context, find_dumps(context, units.load_plan(store, context.settings))).made
+            made = convert(context).made
             done.append(f"made again: {made} shards and the index, from the dump")
         except Interrupted:
             raise

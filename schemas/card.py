@@ -127,6 +127,11 @@ def _facts(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "corpus", _line(", ".join(f"{k} = {v}" for k, v in _leaves(corpus)))
     if settings.get("convert"):
         yield "conversion", _line(", ".join(f"{k} = {v}" for k, v in _leaves(settings["convert"])))
+    missing = (info.get("creation") or {}).get("missing") or []
+    if missing:
+        documents, size = (sum(unit["n_documents"] for unit in missing), sum(unit["n_bytes"] for unit in missing))
+        listed = "; ".join(f"unit {unit['unit']} ({unit['reason']})" for unit in missing)
+        yield "missing", _line(f"{documents} documents, {size} bytes of the corpus (dataset.json lists them): {listed}")
     if software:
         yield "software", _line(", ".join(f"{k} {v}" for k, v in _leaves(software)))
 

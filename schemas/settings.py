@@ -109,10 +109,22 @@ class Convert(Section):
     """Nats of divergence that a bit of file is worth, instead of the precision's own; 0 = the precision decides."""
     prune: float = Field(0.0, ge=0.0, le=0.1)
     """Symbols rarer than this, unless most likely, are never listed; 0 = the precision decides alone."""
+    tau: float = Field(-1.0, ge=-1.0, le=1.0)
+    """Convert as if the teacher had run with this tau, not below its own; -1 = all that the dump holds."""
+    depth: int = Field(-1, ge=-1, le=200)
+    """Convert as if the teacher had run to this depth, not beyond its own; -1 = all that the dump holds."""
+    static: float = Field(-1.0, ge=-1.0, le=1.0)
+    """Convert as if the teacher had run with this `static`, not below its own; 0 = off, -1 = as captured."""
     shard_bytes: int = Field(16 * 1024 * 1024, ge=1_000)
     """Bytes of text in one target shard; a unit is never split, a shard holds whole units."""
     delete_dump: bool = False
     """Delete the dump once its shards are published and read back whole; another conversion then needs the teacher."""
+    allow_quarantined: bool = False
+    """Convert without the units that workers of the teacher set aside; dataset.json then lists what is missing."""
+
+    def shaping(self) -> dict[str, object]:
+        """The keys that decide what a data set holds, given its dump."""
+        return self.model_dump(exclude={"delete_dump", "allow_quarantined"})
 
 
 class Dataset(Section):
@@ -162,6 +174,8 @@ class Train(Section):
     """Precision of forward and backward; weights, moments and sums of gradients are float32 always."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+    compile: bool = False
+    """Compile the student's layers with torch.compile; where that fails the run goes on without and says so."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole copy of the student on every process, or its weights and moments divided among them."""
     lora_rank: int = Field(0, ge=0)
@@ -182,8 +196,9 @@ class Train(Section):
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW weight decay on matrices."""
-    head: Literal["marginal", "parallel", "mlp", "transformer", "autoregressive"] = "marginal"
-    """What meets the teacher: the student's own token distribution as bytes, or a byte head (the paper: parallel)."""
+    head: Literal["marginal", "parallel", "mlp", "transformer", "autoregressive", "uld", "shared_topk"] = "marginal"
+    """What meets the teacher: the student's own token distribution as bytes, or a byte head (the paper: parallel).
+    Baselines that read the run's token dump: `uld` (sorted probabilities), `shared_topk` (tokens of equal bytes)."""
     head_width: int = Field(0, ge=0)
     """Hidden width of the heads mlp, transformer and autoregressive; 0 = the student's own, 256 at most."""
     lambda_token: float = Field(1.0, ge=0)
@@ -192,6 +207,8 @@ class Train(Section):
     """Weight of the byte head's cross-entropy (paper: 1.0); `marginal` has none, it would be the token's."""
     lambda_kl: float = Field(1.0, ge=0)
     """Weight of the divergence from the teacher (paper: 0.1 on a parallel head); 0 = the control."""
+    kl_schedule: Literal["constant", "decay", "rise"] = "constant"
+    """How that weight moves over the run: not at all, down to 0 at the last step, or up from 0, linearly."""
     divergence: Literal["forward", "reverse", "js"] = "forward"
     """KL(teacher || student), KL(student || teacher) or Jensen-Shannon, unlisted symbols as one bucket."""
     temperature: float = Field(1.0, gt=0)
@@ -213,7 +230,16 @@ class Train(Section):
 
 
 NEUTRAL = frozenset(
-    {"checkpoint_every", "control", "tensorboard", "wandb", "parallel", "micro_tokens", "activation_checkpointing"}
+    {
+        "checkpoint_every",
+        "control",
+        "tensorboard",
+        "wandb",
+        "parallel",
+        "micro_tokens",
+        "activation_checkpointing",
+        "compile",
+    }
 )
 """Keys of `[train]` that leave the mathematics of a run as it is: a run may continue with others."""
 

@@ -1,7 +1,8 @@
 """The convert stage: dump parts in, one byte-target shard out. CPU only, one pass, one window in memory.
 
 Deterministic: the same parts and settings give the same bytes. Measured price: see `benchmarks/`.
-Reference windows of the parts give no targets: they are kept aside and compared with the
+With `tau`, `depth` or `static` set, windows are first reduced to what a capture at that effort
+would hold (stages.coarser). Reference windows of the parts give no targets: they are kept aside and compared with the
 finished shard (stages.fidelity).
 """
 
@@ -16,8 +17,10 @@ from schemas.arrays import SYMBOLS
 from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
 from schemas.token_dump import Window, read_meta, read_windows
+from stages.coarser import Effort, coarsen, coarser_effort, settings_of
 from stages.fidelity import Fidelity
 from stages.lattice import Lattice
+from stages.windows import keep_rows
 
 
 def convert_units(
@@ -31,10 +34,12 @@ def convert_units(
     """Convert dump parts of one teacher, in order, into one shard at `out_path`.
 
     Returns the shard's counts plus `teacher_nll` (marginal, nats over the text, END not included), `canonical_nll`
-    and `unaccounted_mean`, the tail's part that no evaluated history explains; `fidelity` is the state of a
+    and `unaccounted_mean`, the tail's part that no evaluated history explains; at a coarser effort than the dump's
+    `stand_ins`, branches in the place of static rows; `fidelity` is the state of a
     `stages.fidelity.Fidelity` over the parts' reference windows (None without any), `reference` how these were made.
     `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
-    damaged, inconsistent or of different teachers, Interrupted when `stop()` says so; the output is then incomplete.
+    damaged, inconsistent or of different teachers, ConfigError for a tau, depth or static that asks for more than the
+    dump holds, Interrupted when `stop()` says so; the output is then incomplete.
     """
     precision = PRECISIONS[settings.precision]
     if settings.rate:
@@ -45,6 +50,8 @@ def convert_units(
     kind, ends = "text", True
     reference: dict[str, Any] = {}
     marginal = canonical = unaccounted = 0.0
+    effort: Effort | None = None
+    stand_ins = 0
     for part in parts:
         meta = read_meta(part)
         if teacher is not None and meta["teacher"] != teacher:
@@ -53,6 +60,7 @@ def convert_units(
             )
         teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
         reference = meta.get("reference") or reference
+        effort = _effort(settings, meta)
         open_document = ""
         for window in read_windows(part, top_k=False):
             if stop():
@@ -60,6 +68,9 @@ def convert_units(
             if window.reference:
                 references.append(window)
                 continue
+            if effort is not None:
+                window, stood_in = coarsen(window, effort)
+                stand_ins += stood_in
             if open_document and window.doc_id != open_document:
                 raise IntegrityError(
                     f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
@@ -90,7 +101,8 @@ def convert_units(
     if references:
         shard = read_shard(out_path)
         for window in references:
-            fidelity.add_window(window, shard)
+            asked = keep_rows(window, window.row_sampled == 1)
+            fidelity.add_window(window, asked if effort is None else coarsen(asked, effort)[0], shard)
     counts |= {
         "teacher_nll": marginal,
         "canonical_nll": canonical,
@@ -98,7 +110,14 @@ def convert_units(
         "fidelity": fidelity.state(),
         "reference": reference,
     }
-    return counts
+    return counts if effort is None else counts | {"stand_ins": stand_ins}
+
+
+def _effort(settings: st.Convert, meta: dict[str, Any]) -> Effort | None:
+    """What to reduce windows to; None: nothing asked for, or no more than the part has."""
+    if max(settings_of(settings)) < 0:
+        return None
+    return coarser_effort(settings, meta["teacher"]["settings"])
 
 
 def _append_context(builder: ShardBuilder, context: np.ndarray) -> None:

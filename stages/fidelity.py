@@ -2,7 +2,8 @@
 
 A dump part holds *reference windows* (schemas.token_dump): short stretches whose histories were evaluated far deeper
 than production asks. All rows of such a window but the static ones give the reference, the rows marked `row_sampled`
-give what production knew. Once the shard is written it is read back, and for the very positions of the stretch
+give what production knew (less, where the conversion asked for less). Once the shard is written it is read back, and
+for the very positions of the stretch
 
     kl, kl_bucket, jsd, leak   reference against what the shard says (stages.divergence has the formulas)
     branch_kl                  reference against the production targets before they are stored
@@ -129,10 +130,13 @@ class Fidelity:
             if state is not None:
                 self.merge(state)
 
-    def add_window(self, window: Window, shard: ByteShard) -> None:
-        """Measure a reference window against the shard that holds its document. Raises IntegrityError if none does."""
+    def add_window(self, window: Window, asked: Window, shard: ByteShard) -> None:
+        """Measure a reference window against the shard that holds its document. Raises IntegrityError if none does.
+
+        `asked`: of its rows, what the shard was made from.
+        """
         lo = locate(window, shard)
-        asked, deep = keep_rows(window, window.row_sampled == 1), keep_rows(window, window.row_static == 0)
+        deep = keep_rows(window, window.row_static == 0)
         whole, known = Lattice(deep).targets(), Lattice(asked).targets()
         hi = lo + len(known.tail)
         stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)

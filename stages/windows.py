@@ -155,25 +155,39 @@ def chain_of(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]
     return row, tuple(reversed(chain))
 
 
-_PER_ROW = (
-    "row_start", "row_token", "row_logp", "row_depth", "row_static", "log_norm", "end", "control",
-    "n_levels", "n_stops",
-)  # fmt: skip
+_PER_ROW = ("row_start", "row_token", "row_logp", "row_static", "log_norm", "end", "control", "n_levels", "n_stops")
 
 
 def keep_rows(window: Window, kept: np.ndarray) -> Window:
     """An ordinary window of the rows where `kept` (bool [R]) is true, parents (kept as well) numbered anew."""
     number = np.cumsum(kept) - 1
-    parent = window.row_parent[kept]
-    levels = np.repeat(kept, window.n_levels)
-    entries = np.repeat(levels, window.fanout)
-    stops = np.repeat(kept, window.n_stops)
-    top = np.repeat(kept, len(window.topk_id) // len(kept))
-    chosen: dict[str, np.ndarray] = {name: getattr(window, name)[kept] for name in _PER_ROW}
-    chosen["row_parent"] = np.where(parent < 0, -1, number[parent]).astype(window.row_parent.dtype)
+    row = np.flatnonzero(kept)
+    parent = window.row_parent[row]
+    return take_rows(window, row, np.where(parent < 0, -1, number[parent]), window.row_depth[row])
+
+
+def take_rows(window: Window, row: np.ndarray, parent: np.ndarray, depth: np.ndarray) -> Window:
+    """An ordinary window of the rows `row` int [K], in that order, extending the rows `parent` of the new window."""
+    levels = _ragged(window.n_levels, row)
+    entries = _ragged(window.fanout, levels)
+    stops = _ragged(window.n_stops, row)
+    k = len(window.topk_id) // len(window.row_start)
+    top = (row[:, None] * k + np.arange(k)).ravel()
+    chosen: dict[str, np.ndarray] = {name: getattr(window, name)[row] for name in _PER_ROW}
+    chosen["row_parent"] = parent.astype(window.row_parent.dtype)
+    chosen["row_depth"] = depth.astype(window.row_depth.dtype)
     chosen["fanout"] = window.fanout[levels]
     chosen |= {name: getattr(window, name)[entries] for name in ("entry_byte", "entry_mass")}
     chosen |= {name: getattr(window, name)[stops] for name in ("stop_depth", "stop_token", "stop_mass")}
     chosen |= {name: getattr(window, name)[top] for name in ("topk_id", "topk_logp")}
     rest = {f.name: getattr(window, f.name) for f in fields(Window) if f.name not in chosen}
     return Window(**(rest | {"reference": False, "doc_position": -1, "row_sampled": np.zeros(0, np.uint8)} | chosen))
+
+
+def _ragged(counts: np.ndarray, picked: np.ndarray) -> np.ndarray:
+    """Places of the items of the groups `picked`, where groups of `counts` items lie one after the other."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    count = counts[picked].astype(np.int64)
+    first = ends[picked] - count
+    before = np.cumsum(count) - count
+    return np.arange(int(count.sum())) + np.repeat(first - before, count)

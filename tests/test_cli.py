@@ -396,6 +396,7 @@ def test_status_and_verify_follow_the_work(world: Path, fake_teacher: type[FakeT
     ("pattern", "expected"),
     [
         ("plan/plan.json", "plan"),
+        ("plan/units/*", "run `bytecache plan`"),
         ("plan/slices/*", "run `bytecache plan`"),
         ("teacher/*.parquet", "teacher 0000"),
         ("targets/*.zarr.zip", "targets heldout-00000"),

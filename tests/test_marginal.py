@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from schemas.settings import Train
 from stages.tokens.vocab import Vocabulary
@@ -257,14 +258,19 @@ def test_one_pass_equals_masses_then_loss():
     targets = SlotTargets(entries, torch.tensor(symbol), torch.tensor(prob, dtype=torch.float64), tail)
     truth = torch.tensor(true)
     weight = torch.rand(len(names), generator=generator, dtype=torch.float64)
+    label = torch.tensor([2, IGNORE, 7, ROWS - 1, 0, 5])  # the last row has no slot
+    z = torch.cat([z.detach(), torch.randn(1, ROWS, generator=generator, dtype=torch.float64)]).requires_grad_()
     for kind in ("forward", "reverse", "js"):
         ce, apart = byte_terms(node_logits(z, row, node, model.tables), truth, targets, divergence=kind)
-        (want,) = torch.autograd.grad((weight * (0.3 * ce + apart)).sum(), z)
-        right, listed, log_u = node_log_probs(z, row, node, truth, targets.slot, targets.symbol, model.tables)
+        nll = functional.cross_entropy(z, label, ignore_index=IGNORE, reduction="sum")
+        (want,) = torch.autograd.grad((weight * (0.3 * ce + apart)).sum() + 0.7 * nll, z)
+        asked = (row, node, truth, targets.slot, targets.symbol)
+        token, right, listed, log_u = node_log_probs(z, label, *asked, model.tables)
+        torch.testing.assert_close(token, nll)
         value = diverge(listed, log_u, targets, kind)
         torch.testing.assert_close(-right, ce, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(value, apart, rtol=1e-9, atol=1e-9)
-        (got,) = torch.autograd.grad((weight * (value - 0.3 * right)).sum(), z)
+        (got,) = torch.autograd.grad((weight * (value - 0.3 * right)).sum() + 0.7 * token, z)
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 

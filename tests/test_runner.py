@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import receipts, units
+from pipeline.plan import PLAN_KEY, load_plan, read_plan
 from pipeline.progress import Reporter
 from pipeline.runner import StopFlag, Task, Tick, finished, run_units
 from pipeline.stores import TEMP_FOLDER, LocalStore, sha256_file
@@ -85,7 +86,7 @@ def test_planning_again_does_nothing(tmp_path: Path) -> None:
     again, new = units.make_plan(store, settings)
     assert (again, new) == (plan, False)
     assert stamps == {key: store.get_path(key).stat().st_mtime_ns for key in store.list("")}
-    assert units.load_plan(store, settings) == plan
+    assert load_plan(store, settings) == plan
 
 
 def test_changed_corpus_or_settings_are_refused_with_what_changed(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_changed_corpus_or_settings_are_refused_with_what_changed(tmp_path: Path
     with pytest.raises(ConfigError, match=r"seed: 0 -> 1.*new run.dir"):
         units.make_plan(store, planning(source, seed=1))
     with pytest.raises(ConfigError, match="unit_bytes: 1000 -> 2000"):
-        units.load_plan(store, planning(source, unit_bytes=2000))
+        load_plan(store, planning(source, unit_bytes=2000))
     corpus(source, ["a" * 500, "b" * 899 + "c"])
     with pytest.raises(ConfigError, match=r"corpus text: 2 documents, 1400 bytes, sha256 .* -> 2 documents"):
         units.make_plan(store, planning(source))
@@ -133,21 +134,49 @@ def test_damaged_slices_and_plans_are_noticed(tmp_path: Path) -> None:
     settings = planning(corpus(tmp_path / "c.jsonl", ["a" * 500, "b" * 900]))
     store = LocalStore(tmp_path / "run")
     with pytest.raises(InputError, match="bytecache plan"):
-        units.load_plan(store, settings)
+        load_plan(store, settings)
     plan, _ = units.make_plan(store, settings)
     before = hashes(store)
     path = store.get_path(plan.units[0].slice)
     path.write_bytes(path.read_bytes()[:-5])
     assert units.make_plan(store, settings) == (plan, False)
     assert hashes(store) == before
-    place = store.get_path(units.PLAN_KEY)
+    place = store.get_path(PLAN_KEY)
     whole = place.read_text()
-    place.write_text(whole.replace('"n_docs": 1', '"n_docs": 2'))
+    place.write_text(whole.replace('"sizes":[500', '"sizes":[501'))
     with pytest.raises(IntegrityError, match="was edited"):
-        units.read_plan(store)
+        read_plan(store)
     place.write_text(whole[:50])
     with pytest.raises(IntegrityError, match="damaged"):
-        units.read_plan(store)
+        read_plan(store)
+
+
+def test_pages_are_read_as_they_are_asked_for_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "PAGE", 4)
+    texts = [f"document {i} " * 60 for i in range(30)]
+    settings = planning(corpus(tmp_path / "c.jsonl", texts), heldout_fraction=0.2)
+    store = LocalStore(tmp_path / "run")
+    units.make_plan(store, settings)
+    plan = load_plan(store, settings)
+    assert len(plan.page_keys) == -(-len(plan.sizes) // 4) > 6
+    assert sorted(store.list("plan/units")) == sorted(plan.page_keys)
+    assert [unit.n_bytes for unit in plan.units] == list(plan.sizes)
+    assert [unit.index for unit in plan.units if unit.split == "heldout"] == plan.of_split("heldout")
+    assert [unit.index for unit in plan.units if unit.split == "train"] == plan.of_split("train")
+    assert plan.units[2:9] == list(plan.units)[2:9]
+    with pytest.raises(IndexError):
+        plan.units[len(plan.sizes)]
+    for key in plan.page_keys[1:]:
+        store.delete(key)
+    again = load_plan(store, settings)
+    assert again.units[3].index == 3  # of the page that is left
+    with pytest.raises(IntegrityError, match=r"00001.* missing or altered; run `bytecache plan`"):
+        again.units[4]
+    assert units.make_plan(store, settings) == (plan, False)
+    assert sorted(store.list("plan/units")) == sorted(plan.page_keys)
+    covered = {file.path for _, key in receipts.list_receipts(store, "plan")
+               for file in receipts.read_receipt(store, "plan", key).files}  # type: ignore[union-attr]  # fmt: skip
+    assert covered == {PLAN_KEY, *plan.page_keys, *(unit.slice for unit in plan.units)}
 
 
 def test_a_stopped_plan_leaves_no_plan(tmp_path: Path) -> None:
@@ -157,7 +186,7 @@ def test_a_stopped_plan_leaves_no_plan(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="rerun"):
         units.make_plan(store, settings, lambda: next(calls))
     assert list(store.list("plan/slices"))
-    assert units.read_plan(store) is None
+    assert read_plan(store) is None
     assert units.make_plan(store, settings)[1]
 
 

@@ -127,6 +127,20 @@ def test_run_folder_under_a_file(tmp_path: Path) -> None:
         LocalStore(tmp_path / "file" / "run").put_json_if_absent("a", {})
 
 
+def test_many_answers_come_in_order_and_the_first_failure_is_raised() -> None:
+    from pipeline.stores import overlapped
+
+    for count in (3, 500):
+        assert overlapped(lambda number: number * 2, range(count)) == [2 * number for number in range(count)]
+        with pytest.raises(StorageError, match="number 2"):
+            overlapped(fail_from_two, range(count))
+
+
+def fail_from_two(number: int) -> None:
+    if number >= 2:
+        raise StorageError(f"number {number}")
+
+
 def test_keys_depend_on_content_only() -> None:
     assert unit_key("s", {"a": 1, "b": [1.5, "ü"]}) == unit_key("s", {"b": [1.5, "ü"], "a": 1})
     assert (

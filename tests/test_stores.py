@@ -144,6 +144,32 @@ def test_large_objects_go_up_in_parts_and_still_only_once(proxied: Proxied) -> N
     assert first.sha256("dump") == first.sha256("dump", deep=True) == second.sha256("dump")
 
 
+@pytest.mark.parametrize("fault", ["refuse", "torn_up", "lost"])
+def test_objects_too_large_for_a_copy_go_up_in_parts(
+    proxied: Proxied, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above 5 GiB, with smaller numbers: parts grow where there would be too many, and a fault tears nothing."""
+    monkeypatch.setattr("pipeline.stores.objects.PART", 5 * 2**20)
+    monkeypatch.setattr("pipeline.stores.objects.N_PARTS", 3)
+    first, second = proxied.store(), proxied.store()
+    for store in (first, second):
+        store._single_put, store._copy_limit, store._largest = 1_000_000, 6_000_000, 30_000_000
+    path = write_big(first, 20_000_000)
+    proxied.proxy.choose = once(fault, "PUT")
+    assert first.put_if_absent("dump", path)
+    assert proxied.proxy.seen[fault] == 1
+    assert first.size("dump") == 20_000_000
+    assert first.sha256("dump") == first.sha256("dump", deep=True)
+    assert not path.exists()
+    assert not second.put_if_absent("dump", second.write_temp("dump", bytes(7_000_000)))
+    assert second.put_if_absent("dump", write_big(second, 20_000_000))  # equal: as good as ours
+    assert first.size("dump") == 20_000_000
+    assert list(first.list("")) == ["dump"]
+    with pytest.raises(StorageError, match=r"30000001 bytes, and an object holds 30000000 at most; use smaller"):
+        first.put_if_absent("other", first.write_temp("other", bytes(30_000_001)))
+    assert not first.exists("other")
+
+
 def test_copies_follow_the_store(proxied: Proxied) -> None:
     here, there = proxied.store(), proxied.store()
     here.replace("x", here.write_temp("x", b"one"))

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import nn
 from schemas import errors
 from schemas.manifest import read_dataset
 from schemas.settings import NEUTRAL, Student, Train
-from stages.training import packing, stream, student
+from stages.training import compiled, packing, stream, student
 from stages.training.evaluate import load_trained
 from stages.training.order import Order
 from stages.training.run import Run, backward_step, learning_rate, start_run
@@ -150,6 +152,48 @@ def test_schedules():
         assert rates[2:] == sorted(rates[2:], reverse=True) and rates[6] == pytest.approx(0.6)
     constant = Train(steps=10, warmup=2, learning_rate=1.0, schedule="constant")
     assert [learning_rate(i, constant) for i in range(3, 11)] == [1.0] * 8
+
+
+def test_the_weight_of_the_divergence_moves_as_its_schedule_says(world, tmp_path):
+    from stages.training.run import kl_share
+
+    for kind, want in (("constant", [1, 1, 1]), ("decay", [1, 0.5, 0]), ("rise", [0, 0.5, 1])):
+        settings = SETTINGS.model_copy(update={"kl_schedule": kind, "steps": 3, "lambda_byte": 0.0})
+        assert [kl_share(step, settings) for step in range(3)] == want
+        lines: list[dict] = []
+        train(settings, world[1], world[0], tmp_path / kind, name="r", device="cpu", report=lines.append)
+        for line, share in zip(lines, want, strict=True):
+            assert line["loss"] == pytest.approx(line["token_nll"] + 0.5 * share * line["byte_kl"], rel=1e-4)
+
+
+def test_without_a_compiler_a_run_goes_on_as_before(world, monkeypatch):
+    """What fails, at the first forward or backward, leaves the student as it was."""
+    opened, again = student.load(world[1]), student.load(world[1])
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler\nfound")
+
+    monkeypatch.setattr(compiled, "_try", refuse)
+    with pytest.warns(RuntimeWarning, match=r"train\.compile: RuntimeError: no C\+\+ compiler found; .* without"):
+        assert not compiled.compile_trunk(opened)
+    ids = torch.arange(10)[None]
+    assert opened.model.base_model._compiled_call_impl is None
+    torch.testing.assert_close(opened.forward(ids)[0], again.forward(ids)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_student_learns_the_same(world):
+    targets, folder, _ = world
+    opened = student.load(folder)
+    step = steps_of(targets, opened)[2]
+    want = gradients(start_run(opened, SETTINGS, 0, CPU), step)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="train.compile")
+        other = start_run(student.load(folder), SETTINGS.model_copy(update={"compile": True}), 0, CPU)
+    assert other.student.model.base_model._compiled_call_impl is not None
+    assert not any(p.grad is not None for _, p in other.parameters())
+    assert_same(want, gradients(other, step))
 
 
 def test_bfloat16_computes_in_half_and_keeps_whole_weights(world, tmp_path):

@@ -31,7 +31,7 @@ def flip(path: Path, at: int = -1) -> None:
     "pattern",
     [
         "targets/*.zarr.zip", "targets/manifest.parquet", "targets/dataset.json", "plan/slices/*", "plan/plan.json",
-        "receipts/convert/*", "receipts/plan/*",
+        "plan/units/*", "receipts/convert/*", "receipts/plan/*",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

@@ -8,7 +8,9 @@ import pytest
 from test_cli import FakeTeacher, bytecache, fake_convert, fake_teacher, refusal, world  # noqa: F401
 
 from pipeline import receipts
+from pipeline.plan import read_plan
 from pipeline.stores import LocalStore
+from schemas.errors import InputError
 
 # ---- the commands
 
@@ -25,7 +27,7 @@ def test_worker_commands_make_a_data_set_and_status_shows_it() -> None:
     report = json.loads(bytecache("status", "--json").stdout)["fleet"][0]
     assert report["quarantine"][0]["reasons"][0].endswith("poisoned unit; remove it")
     assert "set aside: unit" in bytecache("status").stdout
-    assert "has no dump" in refusal(bytecache("convert", "--worker", *quick), 3)
+    assert "poisoned unit; remove it" in refusal(bytecache("convert", "--worker", *quick), 3)
     assert "may be tried again" in bytecache("retry", "teacher").stdout
     assert bytecache("teacher", "--worker", *quick).exit_code == 0
     other = bytecache("convert", "--worker", *quick, "--set", "teacher.top_k=3")
@@ -43,6 +45,63 @@ def test_worker_commands_make_a_data_set_and_status_shows_it() -> None:
     assert "top_k: 16 -> 3" in refusal(other, 2)
     assert "given up" in bytecache("retry", "teacher", "--new-job").stdout
     assert "no stage of workers" in refusal(bytecache("retry", "train"), 3)
+
+
+@pytest.mark.usefixtures("world", "fake_teacher", "fake_convert")
+@pytest.mark.parametrize("worker", [True, False])
+def test_the_rest_is_converted_without_units_set_aside_and_the_data_set_says_so(
+    worker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from schemas.manifest import read_dataset
+
+    quick = ["--set", "fleet.heartbeat_s=0.1", "--set", "fleet.lease_s=1.0", "--set", "convert.shard_bytes=2500"]
+    convert = ["convert", *(["--worker"] if worker else []), *quick]
+    allowed = [*convert, "--set", "convert.allow_quarantined=true"]
+    texts = [f"document {number} " * 20 for number in range(60)]
+    Path("corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert bytecache("plan").exit_code == 0
+    assert bytecache("plan", "--run-dir", "whole").exit_code == 0
+    dump = FakeTeacher.dump_unit
+    poisoned = [3, 5]
+
+    def poison(self: FakeTeacher, piece: Path, *rest: object) -> dict:
+        if int(piece.name[:5]) in poisoned:
+            raise InputError("this text is poison")
+        return dump(self, piece, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FakeTeacher, "dump_unit", poison)
+    teacher = ["teacher", "--worker", *quick, "--set", "fleet.max_failures=1"]
+    assert "allow_quarantined" in refusal(bytecache(*teacher), 1)
+    refused = refusal(bytecache(*convert), 3)
+    assert "2 units have no dump" in refused and "this text is poison" in refused and "retry teacher" in refused
+    assert not Path("run/targets/dataset.json").exists()
+    done = bytecache(*allowed)
+    assert done.exit_code == 0, done.output
+    assert bytecache("verify").exit_code == 0
+    plan = read_plan(LocalStore(Path("run")))
+    assert plan is not None
+    dataset = read_dataset(Path("run/targets"))
+    lost = sum(plan.sizes[unit] for unit in poisoned)
+    assert sum(entry.n_bytes for entry in dataset.entries) == plan.n_bytes - lost
+    missing = dataset.info["creation"]["missing"]
+    assert [unit["unit"] for unit in missing] == poisoned
+    assert all(len(unit["documents"]) == unit["n_documents"] and "poison" in unit["reason"] for unit in missing)
+    assert sum(unit["n_bytes"] for unit in missing) == lost
+    assert "2 units (3, 5) with" in bytecache("status").stdout
+    assert "this text is poison" in Path("run/targets/README.md").read_text()
+    # Again: nothing to do; without the permission: refused; shards that miss nothing are those of the whole data set.
+    assert "made 0" in bytecache(*allowed).stdout or "nothing to do" in bytecache(*allowed).stdout
+    assert "2 units have no dump" in refusal(bytecache(*convert), 3)
+    poisoned.clear()
+    assert bytecache("teacher", "--run-dir", "whole", *quick).exit_code == 0
+    assert bytecache("convert", "--run-dir", "whole", *quick).exit_code == 0
+    whole = {entry.file for entry in read_dataset(Path("whole/targets")).entries}
+    here = {entry.file for entry in dataset.entries}
+    assert 0 < len(whole - here) <= 2 < len(whole & here)
+    # Once all is there, the same folder is not changed behind its readers' backs.
+    assert bytecache("retry", "teacher").exit_code == 0
+    assert bytecache(*teacher).exit_code == 0
+    assert "missing" in refusal(bytecache(*convert), 2)
 
 
 def halves(place: Path) -> tuple[LocalStore, LocalStore]:

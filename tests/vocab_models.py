@@ -58,6 +58,13 @@ def sentencepiece(*, style: str = "prepend", byte_fallback: bool = True) -> Toke
     return tokenizer
 
 
+def without_byte_pieces(tokenizer: Tokenizer) -> Tokenizer:
+    """The same without the byte pieces of U+2581, so that a literal one can only be read as a space."""
+    spec = json.loads(tokenizer.to_str())
+    spec["model"]["vocab"]["<0x00 again>"] = spec["model"]["vocab"].pop("<0x96>")
+    return Tokenizer.from_str(json.dumps(spec))
+
+
 def lossy() -> dict[str, Tokenizer]:
     """Tokenizers whose tokens do not spell the text, by the word their refusal must contain."""
     word_piece = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))

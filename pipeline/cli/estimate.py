@@ -6,17 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    BackendOption,
-    ConfigOption,
-    JsonOption,
-    RunDirOption,
-    SetOption,
-    SourceOption,
-    TeacherOption,
-    resolve,
-    run_stage,
-)
+from pipeline.cli.options import Given, JsonOption, run_stage, takes_settings
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -25,13 +15,9 @@ app = typer.Typer()
 
 
 @app.command()
+@takes_settings("corpus.source", "teacher.model", "teacher.backend")
 def estimate(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    source: SourceOption = None,
-    model: TeacherOption = None,
-    backend: BackendOption = None,
+    given: Given,
     units: Annotated[int, typer.Option("--units", min=1, help="Units to pilot; more give narrower intervals.")] = 3,
     all_presets: Annotated[
         bool, typer.Option("--presets/--configured", help="Pilot every preset, or the configuration alone.")
@@ -57,7 +43,7 @@ def estimate(
     Example: bytecache estimate --source books.jsonl --run-dir runs/books --units 5 --price 2.5 --max-dollars 40
     """
     from pipeline import estimate as module
-    from pipeline.units import load_plan
+    from pipeline.plan import load_plan
     from schemas.settings import Convert, Teacher
 
     budget = math.isfinite(max_ratio) or math.isfinite(max_dollars)
@@ -74,23 +60,15 @@ def estimate(
             workers=workers,
         )
         planned = load_plan(context.store, context.settings)
-        chosen = module.settings_of(module.within_budget(found, max_ratio, max_dollars)) if budget else ""
+        best = module.within_budget(found, max_ratio, max_dollars) if budget else None
+        chosen = module.settings_of(best) if best else ""
+        meaning = module.meaning_of(best, context.settings) if best else ""
         if as_json:
-            report = {"text_bytes": planned.n_bytes, "units": len(planned.units), "variants": module.as_json(found)}
-            typer.echo(json.dumps(report | ({"chosen": chosen} if budget else {}), indent=2))
+            report = {"text_bytes": planned.n_bytes, "units": len(planned.sizes), "variants": module.as_json(found)}
+            typer.echo(json.dumps(report | ({"chosen": chosen, "meaning": meaning} if budget else {}), indent=2))
         else:
             typer.echo(module.table(found, planned.n_bytes, price > 0 or core_price > 0))
             if budget:
-                typer.echo(f"\nwithin the budget: {chosen}")
+                typer.echo(f"\nwithin the budget: {chosen}\n({meaning})")
 
-    run_stage(
-        lambda: resolve(
-            config,
-            overrides,
-            run__dir=run_dir,
-            corpus__source=source,
-            teacher__model=model,
-            teacher__backend=backend,
-        ),
-        command,
-    )
+    run_stage(given, command)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ConfigOption, RunDirOption, SetOption, refusals, resolve, run_stage
+from pipeline.cli.options import Given, refusals, run_stage, takes_settings
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,11 +17,10 @@ app = typer.Typer()
 
 
 @app.command()
+@takes_settings()
 def retry(
     stage: Annotated[str, typer.Argument(help="teacher or convert.")],
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
+    given: Given,
     lost: Annotated[
         bool, typer.Option("--lost", help="Also open units again whose receipt is gone; when no worker runs.")
     ] = False,
@@ -39,18 +38,14 @@ def retry(
     """
     from pipeline.fleet import commands
 
-    run_stage(
-        lambda: resolve(config, overrides, run__dir=run_dir),
-        lambda context: commands.retry_stage(context, stage, new_job, lost),
-    )
+    run_stage(given, lambda context: commands.retry_stage(context, stage, new_job, lost))
 
 
 @app.command()
+@takes_settings()
 def merge(
     sources: Annotated[list[str], typer.Argument(help="Run folders or addresses with parts of the same plan.")],
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
+    given: Given,
 ) -> None:
     """Bring partial runs of one plan, made in different places, into one run folder.
 
@@ -73,14 +68,14 @@ def merge(
         )
         typer.echo(f"merge: {'; '.join(counts)}; {len(result.skipped)} skipped")
 
-    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
+    run_stage(given, command)
 
 
 @app.command()
+@takes_settings(run_dir=False)
 def torture(
     folder: Annotated[Path, typer.Argument(help="A new folder to work in; removed again if all is well.")],
-    config: ConfigOption = None,
-    overrides: SetOption = None,
+    given: Given,
     kills: Annotated[int, typer.Option(min=1, help="Processes to kill.")] = 200,
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the moments and victims.")] = 0,
@@ -97,9 +92,6 @@ def torture(
 
         if folder.exists():
             raise ConfigError(f"{folder} exists; name a new folder")
-        settings = resolve(config, overrides)
-        report = command(
-            settings, folder, kills=kills, workers=workers, seed=seed, say=lambda line: typer.echo(line, err=True)
-        )
+        report = command(given.settings(), folder, kills=kills, workers=workers, seed=seed)
         shutil.rmtree(folder)
         typer.echo(json.dumps(report, indent=2))

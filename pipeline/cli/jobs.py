@@ -1,11 +1,13 @@
 """`bytecache jobs ...`: start many workers, here or elsewhere."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ConfigOption, RunDirOption, SetOption, refusals, resolve, run_stage
+from pipeline.cli.options import Given, injected, refusals, run_stage, takes_settings
+from schemas.settings import Settings
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -41,29 +43,40 @@ def _emit(text: str, out: Path | None) -> None:
         typer.echo(f"{out} written")
 
 
-def _spec(
-    config: Path | None,
-    overrides: list[str] | None,
-    run_dir: str | None,
-    stage: str,
-    workers: int,
-    gpus: int | None,
-    cpus: int,
-) -> "JobSpec":
-    from pipeline.jobs.command import plan_job
+@dataclass(frozen=True)
+class Asked:
+    """The options that every launcher takes."""
 
-    return plan_job(resolve(config, overrides, run__dir=run_dir), stage, workers, gpus, cpus)
+    stage: str
+    workers: int
+    gpus: int | None
+    cpus: int
+
+    def of(self, settings: Settings) -> "JobSpec":
+        """What to start. Raises ConfigError."""
+        from pipeline.jobs.command import plan_job
+
+        return plan_job(settings, self.stage, self.workers, self.gpus, self.cpus)
+
+
+starts_workers = injected(
+    "asked",
+    {
+        "stage": (StageOption, "teacher"),
+        "workers": (WorkersOption, 1),
+        "gpus": (GpusOption, None),
+        "cpus": (CpusOption, 4),
+    },
+    Asked,
+)
 
 
 @app.command()
+@takes_settings()
+@starts_workers
 def local(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    stage: StageOption = "teacher",
-    workers: WorkersOption = 1,
-    gpus: GpusOption = None,
-    cpus: CpusOption = 4,
+    given: Given,
+    asked: Asked,
     restarts: RestartsOption = 3,
 ) -> None:
     """Run workers as processes of this machine, each on GPUs of its own, and wait for the end of the stage.
@@ -74,22 +87,15 @@ def local(
     """
     from pipeline.jobs.local import run_local
 
-    def command(context: "Context") -> None:
-        spec = _spec(config, overrides, run_dir, stage, workers, gpus, cpus)
-        run_local(spec, context.stop, restarts=restarts)
-
-    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
+    run_stage(given, lambda context: run_local(asked.of(context.settings), context.stop, restarts=restarts))
 
 
 @app.command()
+@takes_settings()
+@starts_workers
 def ray(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    stage: StageOption = "teacher",
-    workers: WorkersOption = 1,
-    gpus: GpusOption = None,
-    cpus: CpusOption = 4,
+    given: Given,
+    asked: Asked,
     restarts: RestartsOption = 3,
     address: Annotated[
         str, typer.Option("--address", help="auto, or the cluster's address; empty = a cluster of this machine.")
@@ -104,21 +110,17 @@ def ray(
     from pipeline.jobs.ray_cluster import run_on_ray
 
     def command(context: "Context") -> None:
-        spec = _spec(config, overrides, run_dir, stage, workers, gpus, cpus)
-        run_on_ray(spec, context.stop, address=address, restarts=restarts)
+        run_on_ray(asked.of(context.settings), context.stop, address=address, restarts=restarts)
 
-    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
+    run_stage(given, command)
 
 
 @app.command()
+@takes_settings()
+@starts_workers
 def slurm(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    stage: StageOption = "teacher",
-    workers: WorkersOption = 1,
-    gpus: GpusOption = None,
-    cpus: CpusOption = 4,
+    given: Given,
+    asked: Asked,
     time_limit: Annotated[str, typer.Option("--time", help="Time limit of a task, as Slurm writes it.")] = "04:00:00",
     partition: Annotated[str, typer.Option("--partition", help="Slurm partition.")] = "",
     setup: Annotated[
@@ -135,19 +137,16 @@ def slurm(
     with refusals():
         from pipeline.jobs.slurm import slurm_script
 
-        spec = _spec(config, overrides, run_dir, stage, workers, gpus, cpus)
+        spec = asked.of(given.settings())
         _emit(slurm_script(spec, time_limit=time_limit, partition=partition, setup=setup), out)
 
 
 @app.command()
+@takes_settings()
+@starts_workers
 def skypilot(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    stage: StageOption = "teacher",
-    workers: WorkersOption = 1,
-    gpus: GpusOption = None,
-    cpus: CpusOption = 4,
+    given: Given,
+    asked: Asked,
     accelerator: Annotated[str, typer.Option("--accelerator", help="GPU by SkyPilot's name.")] = "L4",
     spot: Annotated[bool, typer.Option("--spot/--on-demand", help="Spot machines.")] = True,
     setup: Annotated[
@@ -166,20 +165,17 @@ def skypilot(
 
         from pipeline.jobs.skypilot import SETUP, launch_lines, skypilot_task
 
-        spec = _spec(config, overrides, run_dir, stage, workers, gpus, cpus)
+        spec = asked.of(given.settings())
         task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, spot=spot)
         _emit(launch_lines(spec, str(out or "job.yaml")) + yaml.safe_dump(task, sort_keys=False, width=10_000), out)
 
 
 @app.command()
+@takes_settings()
+@starts_workers
 def kubernetes(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    stage: StageOption = "teacher",
-    workers: WorkersOption = 1,
-    gpus: GpusOption = None,
-    cpus: CpusOption = 4,
+    given: Given,
+    asked: Asked,
     image: Annotated[
         str, typer.Option("--image", help="Container image with bytecache installed.")
     ] = "bytecache:latest",
@@ -199,6 +195,6 @@ def kubernetes(
 
         from pipeline.jobs.kubernetes import kubernetes_job
 
-        spec = _spec(config, overrides, run_dir, stage, workers, gpus, cpus)
+        spec = asked.of(given.settings())
         job = kubernetes_job(spec, image=image, secret=secret, namespace=namespace, memory=memory)
         _emit(yaml.safe_dump(job, sort_keys=False, width=10_000), out)

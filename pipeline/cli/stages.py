@@ -4,21 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    BackendOption,
-    ConfigOption,
-    DepthOption,
-    OnlyOption,
-    PresetOption,
-    RunDirOption,
-    SetOption,
-    SourceOption,
-    TauOption,
-    TeacherOption,
-    WorkerOption,
-    resolve,
-    run_stage,
-)
+from pipeline.cli.options import Given, OnlyOption, WorkerOption, run_stage, takes_settings
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -27,15 +13,11 @@ app = typer.Typer()
 
 
 @app.command()
-def plan(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    source: SourceOption = None,
-) -> None:
+@takes_settings("corpus.source")
+def plan(given: Given) -> None:
     """Cut the corpus into units of work.
 
-    Reads: corpus.source (JSONL, Parquet, text, a folder). Writes: plan/plan.json and plan/slices/ in the run folder.
+    Reads: corpus.source (JSONL, Parquet, text, a folder). Writes: plan/ in the run folder: plan.json, units/, slices/.
 
     The split into train and held-out documents and the slices are fixed here; planning again with the same text and
     settings changes nothing, with others it is refused.
@@ -44,21 +26,12 @@ def plan(
     """
     from pipeline import commands_data
 
-    run_stage(lambda: resolve(config, overrides, run__dir=run_dir, corpus__source=source), commands_data.plan)
+    run_stage(given, commands_data.plan)
 
 
 @app.command()
-def teacher(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    model: TeacherOption = None,
-    backend: BackendOption = None,
-    preset: PresetOption = None,
-    tau: TauOption = None,
-    depth: DepthOption = None,
-    worker: WorkerOption = False,
-) -> None:
+@takes_settings("teacher.model", "teacher.backend", "teacher.preset", "teacher.tau", "teacher.depth")
+def teacher(given: Given, worker: WorkerOption = False) -> None:
     """Run the teacher over every unit and dump its path masses.
 
     Reads: plan/. Writes: teacher/, one Parquet part per unit, each with a receipt.
@@ -77,28 +50,12 @@ def teacher(
 
         commands.teacher_worker(context) if worker else commands_data.teacher(context)
 
-    run_stage(
-        lambda: resolve(
-            config,
-            overrides,
-            run__dir=run_dir,
-            teacher__model=model,
-            teacher__backend=backend,
-            teacher__preset=preset,
-            teacher__tau=tau,
-            teacher__depth=depth,
-        ),
-        command,
-    )
+    run_stage(given, command)
 
 
 @app.command()
-def convert(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    worker: WorkerOption = False,
-) -> None:
+@takes_settings()
+def convert(given: Given, worker: WorkerOption = False) -> None:
     """Turn the dump into byte targets, the data set that students train from.
 
     Reads: plan/ and teacher/ (no model, no GPU). Writes: targets/, Zarr shards with manifest.parquet and
@@ -115,13 +72,12 @@ def convert(
 
         commands.convert_worker(context) if worker else commands_data.convert(context)
 
-    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
+    run_stage(given, command)
 
 
 @app.command()
-def train(
-    config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None, only: OnlyOption = ""
-) -> None:
+@takes_settings()
+def train(given: Given, only: OnlyOption = "") -> None:
     """Train the student, and its control without the teacher's targets (train.control).
 
     Reads: targets/. Writes: train/distilled-KEY/ and train/control-KEY/ with checkpoints and metrics.jsonl.
@@ -133,16 +89,13 @@ def train(
     """
     from pipeline import commands_student
 
-    run_stage(
-        lambda: resolve(config, overrides, run__dir=run_dir), lambda context: commands_student.train(context, only)
-    )
+    run_stage(given, lambda context: commands_student.train(context, only))
 
 
 @app.command()
+@takes_settings()
 def evaluate(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
+    given: Given,
     only: OnlyOption = "",
     lm_eval: Annotated[
         str, typer.Option("--lm-eval", metavar="TASKS", help="Also run these lm-eval-harness tasks (commas between).")
@@ -167,13 +120,12 @@ def evaluate(
             commands_student.measure_exported(context, lm_eval.split(","), limit, only)
             typer.echo(context.store.read_bytes("report/lm-eval.md").decode("utf-8"))
 
-    run_stage(lambda: resolve(config, overrides, run__dir=run_dir), command)
+    run_stage(given, command)
 
 
 @app.command()
-def export(
-    config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None, only: OnlyOption = ""
-) -> None:
+@takes_settings()
+def export(given: Given, only: OnlyOption = "") -> None:
     """Write the distilled student as a plain checkpoint, the byte head gone.
 
     Reads: train/. Writes: export/distilled-KEY/, which AutoModelForCausalLM.from_pretrained loads; its token logits are
@@ -183,21 +135,12 @@ def export(
     """
     from pipeline import commands_student
 
-    run_stage(
-        lambda: resolve(config, overrides, run__dir=run_dir), lambda context: commands_student.export(context, only)
-    )
+    run_stage(given, lambda context: commands_student.export(context, only))
 
 
 @app.command()
-def run(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    source: SourceOption = None,
-    model: TeacherOption = None,
-    backend: BackendOption = None,
-    preset: PresetOption = None,
-) -> None:
+@takes_settings("corpus.source", "teacher.model", "teacher.backend", "teacher.preset")
+def run(given: Given) -> None:
     """Every stage in order: plan, teacher, convert, train, evaluate, export; ends with a table.
 
     Reads: the corpus and the teacher. Writes: everything under the run folder, and report/summary.md.
@@ -208,15 +151,4 @@ def run(
     """
     from pipeline import chain
 
-    run_stage(
-        lambda: resolve(
-            config,
-            overrides,
-            run__dir=run_dir,
-            corpus__source=source,
-            teacher__model=model,
-            teacher__backend=backend,
-            teacher__preset=preset,
-        ),
-        chain.run,
-    )
+    run_stage(given, chain.run)

@@ -7,20 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    BackendOption,
-    ConfigOption,
-    DepthOption,
-    JsonOption,
-    PresetOption,
-    RunDirOption,
-    SetOption,
-    TauOption,
-    TeacherOption,
-    refusals,
-    resolve,
-    run_stage,
-)
+from pipeline.cli.options import Given, JsonOption, refusals, run_stage, takes_settings
 from pipeline.config import render_template
 from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.settings import Settings
@@ -32,12 +19,8 @@ app = typer.Typer()
 
 
 @app.command()
-def status(
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@takes_settings()
+def status(given: Given, as_json: JsonOption = False) -> None:
     """Show what is done of each stage: units, bytes, and what is damaged.
 
     Reads: the receipts of the run folder (sizes only; `bytecache verify` recomputes hashes). Writes nothing.
@@ -48,18 +31,17 @@ def status(
         from pipeline import status as module
         from pipeline.context import open_context
 
-        report = module.status(open_context(resolve(config, overrides, run__dir=run_dir)))
+        report = module.status(open_context(given.settings()))
         typer.echo(json.dumps(report, indent=2) if as_json else module.status_table(report))
 
 
 @app.command()
+@takes_settings()
 def verify(
+    given: Given,
     folder: Annotated[
         str, typer.Argument(help="A run folder, or a folder with dataset.json, or its URL; default: run.dir.")
     ] = "",
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
     as_json: JsonOption = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Remove what is damaged and make or fetch just that again.")
@@ -81,7 +63,7 @@ def verify(
     with refusals():
         from pipeline import verification as module
 
-        run = resolve(config, overrides, run__dir=run_dir).run
+        run = given.settings().run
         place = str(folder) if folder else run.dir
         local = Path(place).expanduser()
         done: list[str] = []
@@ -98,7 +80,7 @@ def verify(
             from pipeline.context import open_context
 
             own = local / RESOLVED_FILE
-            settings = resolve(config or (own if own.is_file() else None), overrides, run__dir=place)
+            settings = given.settings(own if own.is_file() else None, run__dir=place)
             done = module.repair_run(open_context(settings, lambda line: None if as_json else typer.echo(line)))
         problems, checked = module.verify_place(place, run.scratch)
         if as_json:
@@ -153,15 +135,12 @@ def inspect(
 
 
 @app.command()
+@takes_settings("teacher.model", "teacher.backend")
 def fidelity(
+    given: Given,
     folder: Annotated[
         Path | None, typer.Argument(help="A run folder, or a folder with dataset.json; default: run.dir.")
     ] = None,
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-    model: TeacherOption = None,
-    backend: BackendOption = None,
     sample: Annotated[int, typer.Option("--sample", "-n", min=1, help="Stretches of text to evaluate.")] = 16,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens in a stretch.")] = 128,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which positions are drawn.")] = 0,
@@ -186,23 +165,17 @@ def fidelity(
     def command(context: "Context") -> None:
         place = folder or Path(context.settings.run.dir).expanduser()
         wanted = module.Sample(sample, tokens, seed)
-        module.fidelity(context, place, model, wanted, out, any_teacher=any_teacher)
+        module.fidelity(context, place, given.chosen["teacher.model"], wanted, out, any_teacher=any_teacher)
 
-    settings = {"run__dir": run_dir, "teacher__backend": backend or "hf"}
-    run_stage(lambda: resolve(config, overrides, **settings), command)
+    run_stage(given, command, teacher__backend=given.chosen["teacher.backend"] or "hf")
 
 
 @app.command()
+@takes_settings("teacher.model", "teacher.backend", "teacher.preset", "teacher.tau", "teacher.depth", run_dir=False)
 def probe(
+    given: Given,
     text_file: Annotated[Path, typer.Option("--text-file", help="UTF-8 text to score.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .npz to write.")],
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    model: TeacherOption = None,
-    backend: BackendOption = None,
-    preset: PresetOption = None,
-    tau: TauOption = None,
-    depth: DepthOption = None,
 ) -> None:
     """Score one text in memory: how to check a setting before paying for a corpus.
 
@@ -217,25 +190,16 @@ def probe(
     with refusals():
         from pipeline.probing import probe as command
 
-        if tau is not None and depth is None:
-            depth = "3"
-
-        settings = resolve(
-            config,
-            overrides,
-            teacher__model=model,
-            teacher__backend=backend or "hf",
-            teacher__preset=preset,
-            teacher__tau=tau,
-            teacher__depth=depth,
-        )
+        chosen = given.chosen
+        depth = "3" if chosen["teacher.tau"] is not None and chosen["teacher.depth"] is None else None
+        settings = given.settings(teacher__backend=chosen["teacher.backend"] or "hf", teacher__depth=depth)
         typer.echo(command(settings.teacher, text_file, out))
 
 
 @app.command()
+@takes_settings(run_dir=False)
 def config(
-    path: ConfigOption = None,
-    overrides: SetOption = None,
+    given: Given,
     defaults: Annotated[bool, typer.Option("--defaults", help="The defaults, whatever ./pipeline.toml says.")] = False,
 ) -> None:
     """Print the resolved configuration as a complete, commented pipeline.toml.
@@ -245,4 +209,4 @@ def config(
     Example: bytecache config --set teacher.depth=2 > pipeline.toml
     """
     with refusals():
-        typer.echo(render_template(Settings() if defaults else resolve(path, overrides)), nl=False)
+        typer.echo(render_template(Settings() if defaults else given.settings()), nl=False)

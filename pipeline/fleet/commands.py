@@ -1,10 +1,9 @@
 """`teacher --worker`, `convert --worker` and `retry`."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from pipeline import commands_data, dataset_index, receipts, units
+from pipeline import commands_data, receipts
 from pipeline.commands_data import teacher_job
 from pipeline.context import Context
 from pipeline.dataset_index import TARGETS
@@ -12,9 +11,10 @@ from pipeline.fleet.job import join
 from pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
 from pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
 from pipeline.fleet.worker import Share, Worker
+from pipeline.missing import units_aside
+from pipeline.plan import Plan, load_plan
 from pipeline.receipts import Receipt
 from pipeline.runner import Job, Outcome, Task, Tick, Work
-from pipeline.units import Plan
 from schemas.errors import BytecacheError, ConfigError, InputError
 
 _SHOWN = 3
@@ -22,7 +22,7 @@ _SHOWN = 3
 
 def teacher_worker(context: Context) -> Share:
     """Work on the plan's dumps together with any number of others."""
-    planned = units.load_plan(context.store, context.settings)
+    planned = load_plan(context.store, context.settings)
     share = _work(context, teacher_job(context, planned))
     context.save_config("teacher/config.toml", changed=False)
     return share
@@ -30,7 +30,7 @@ def teacher_worker(context: Context) -> Share:
 
 def convert_worker(context: Context) -> Share:
     """Work on the shards together with others; whoever comes first when all are made publishes the index."""
-    planned = units.load_plan(context.store, context.settings)
+    planned = load_plan(context.store, context.settings)
     job = _convert_job(context, planned)
     share = _work(context, job)
     index = f"{TARGETS}/dataset.json"
@@ -49,6 +49,7 @@ def _work(context: Context, job: Job) -> Share:
         raise BytecacheError(
             f"{job.stage}: all units are done but {len(entries)}, which are set aside after repeated failure: {shown}; "
             f"`bytecache status` names them all; mend the cause and run `bytecache retry {job.stage}`, then a worker"
+            + ("; or convert the rest with `--set convert.allow_quarantined=true`" if job.stage == "teacher" else "")
         )
     context.say(
         f"{job.stage}: this worker made {share.made} of {len(job.measures)} units"
@@ -62,8 +63,9 @@ def _convert_job(context: Context, planned: Plan) -> Job:
     store = context.store
     begun = read_json(store, Layout("teacher").job)
     if begun is None:  # the dump was made without workers: find it by its receipts
-        found = commands_data.find_dumps(context, planned)
-        return _refusing(context, planned, found[0].inputs["teacher"], lambda index: found[index])
+        found = commands_data.find_dumps(context, planned)  # no quarantine either
+        identity = next(iter(found.values())).inputs["teacher"]
+        return commands_data.convert_job(context, planned, identity, found.__getitem__)
     identity = begun["identity"]["teacher"]
     changes = commands_data.identity_changes(identity, context.settings.teacher)
     if changes:
@@ -72,23 +74,24 @@ def _convert_job(context: Context, planned: Plan) -> Job:
             "them, or run `bytecache teacher`"
         )
 
+    # The teacher, and the chat template where there is one: what `commands_data.teacher_job` puts into a unit's key.
+    shared = {name: value for name, value in begun["identity"].items() if name != "plan"}
+
+    def made(index: int) -> Receipt | None:
+        key = receipts.unit_key("teacher", {"slice": planned.units[index].sha256, **shared})
+        return receipts.read_receipt(store, "teacher", key)
+
     def dump(index: int) -> Receipt:
-        unit = planned.units[index]
-        key = receipts.unit_key("teacher", {"slice": unit.sha256, "teacher": identity})
-        receipt = receipts.read_receipt(store, "teacher", key)
+        receipt = made(index)
         if receipt is None:
             raise InputError(
-                f"{store.name}: unit {index} of {len(planned.units)} has no dump; run `bytecache teacher --worker` to "
+                f"{store.name}: unit {index} of {len(planned.sizes)} has no dump; run `bytecache teacher --worker` to "
                 "the end first"
             )
         return receipt
 
-    return _refusing(context, planned, identity, dump)
-
-
-def _refusing(context: Context, planned: Plan, identity: dict[str, Any], dump: Callable[[int], Receipt]) -> Job:
-    dataset_index.refuse_other_dataset(context, dataset_index.dataset_identity(context, planned, identity))
-    return commands_data.convert_job(context, planned, identity, dump)
+    aside = units_aside(context, lambda index: made(index) is not None)
+    return commands_data.convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
 
 
 def _index_job(context: Context, shards: Job) -> Job:
@@ -128,7 +131,7 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
         raise InputError(f"{store.name} holds no {stage} job of workers; nothing to retry")
     forgiven = retry(store, layout)
     if lost:
-        planned = units.load_plan(store, context.settings)
+        planned = load_plan(store, context.settings)
         job = teacher_job(context, planned) if stage == "teacher" else _convert_job(context, planned)
         join(store, job)
         forgiven += requeue_lost(store, job)

@@ -12,13 +12,13 @@ Price: each file is read once and written once; memory: one receipt per unit.
 import shutil
 from dataclasses import dataclass, field
 
-from pipeline import receipts, units
+from pipeline import receipts
 from pipeline.config import changed_keys
 from pipeline.fleet.ledger import STAGES
+from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.receipts import FileRecord, Receipt
 from pipeline.runner import commit_receipt
 from pipeline.stores import Store, disk_errors, sha256_file
-from pipeline.units import PLAN_KEY, Plan
 from schemas.errors import ConfigError, InputError, IntegrityError
 
 
@@ -39,13 +39,14 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
     """
     result = Merged()
     plan, giver = _common_plan(destination, sources)
+    slices = {unit.sha256 for unit in plan.units}
     wanted: list[tuple[Store, Receipt]] = []
     for stage in STAGES:
         here = _receipts(destination, stage, result)
         claimed: dict[str, tuple[Store, Receipt]] = {key: (destination, receipt) for key, receipt in here.items()}
         for source in sources:
             for key, receipt in sorted(_receipts(source, stage, result).items()):
-                if stage == "teacher" and receipt.inputs.get("slice") not in {unit.sha256 for unit in plan.units}:
+                if stage == "teacher" and receipt.inputs.get("slice") not in slices:
                     result.skipped.append(f"{source.name}: {stage} {receipt.name} is of no unit of the plan")
                     continue
                 known = claimed.setdefault(key, (source, receipt))
@@ -61,13 +62,15 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
                     result.present[stage] += 1
         if stage == "teacher":
             _refuse_two_teachers(list(claimed.values()))
-    if units.read_plan(destination) is None and giver is not None:
+    if read_plan(destination) is None and giver is not None:
         for unit in plan.units:
             _copy(giver, destination, FileRecord(path=unit.slice, size=giver.size(unit.slice) or 0, sha256=unit.sha256))
-        _copy(giver, destination, receipts.record_file(giver, PLAN_KEY))
-        planned = receipts.read_receipt(giver, "plan", plan.hash)
-        if planned is not None:
-            receipts.write_receipt(destination, planned)
+        for key in (*plan.page_keys, PLAN_KEY):
+            _copy(giver, destination, receipts.record_file(giver, key))
+        for sha256 in (*plan.index.pages, plan.hash):
+            planned = receipts.read_receipt(giver, "plan", sha256)
+            if planned is not None:
+                receipts.write_receipt(destination, planned)
     for source, receipt in wanted:
         try:
             for file in receipt.files:
@@ -82,10 +85,10 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
 
 def _common_plan(destination: Store, sources: list[Store]) -> tuple[Plan, Store | None]:
     """The plan of all, and a source to copy it from if the destination has none."""
-    plan, owner = units.read_plan(destination), destination
+    plan, owner = read_plan(destination), destination
     giver = None
     for source in sources:
-        other = units.read_plan(source)
+        other = read_plan(source)
         if other is None:
             raise InputError(f"{source.name} holds no plan; name run folders")
         if plan is None:

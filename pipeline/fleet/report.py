@@ -8,6 +8,7 @@ from pipeline.fleet.ledger import STAGES, Layout, block_size, n_blocks, read_jso
 from pipeline.fleet.quarantine import facts_of, quarantined
 from pipeline.processes import has_ended
 from pipeline.progress import human_bytes
+from pipeline.stores import overlapped
 from schemas.settings import Fleet
 
 
@@ -67,18 +68,18 @@ def _progress(context: Context, layout: Layout, n_units: int) -> tuple[int, int,
     whole = {int(key.rpartition("/")[2]) for key in context.store.list(layout.blocks)}
     done = attempts = sum(block_size(block, n_units) for block in whole)
     held = 0
-    for block in range(n_blocks(n_units)):
-        if block not in whole:
-            states = read_names(context.store.list(layout.units(block))).values()
-            done += sum(state.done for state in states)
-            held += sum(state.held for state in states)
-            attempts += sum(state.epoch for state in states)
+    unfinished = [block for block in range(n_blocks(n_units)) if block not in whole]
+    for found in overlapped(lambda block: read_names(context.store.list(layout.units(block))), unfinished):
+        states = found.values()
+        done += sum(state.done for state in states)
+        held += sum(state.held for state in states)
+        attempts += sum(state.epoch for state in states)
     return done, held, attempts
 
 
 def _heartbeats(context: Context, layout: Layout) -> list[dict[str, Any]]:
     keys = list(context.store.list(f"{layout.root}/workers"))
-    return [record for key in keys if (record := read_json(context.store, key)) is not None]
+    return [record for record in overlapped(lambda key: read_json(context.store, key), keys) if record is not None]
 
 
 def _worker(record: dict[str, Any], settings: Fleet) -> dict[str, Any]:

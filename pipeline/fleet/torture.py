@@ -1,27 +1,27 @@
 """Kill workers at random, for all stages, until enough have died; then compare with the undisturbed run.
 
-This process imports what a run imports, then forks every worker from itself: the processes are real, and so are the
-signals, but none pays for its imports. It works on nothing itself, because libraries that have started threads do not
-survive a fork (an earlier version, which made the reference in this process, had all its workers hang after 800 kills);
-the reference and every comparison are made by children too. In every round a new run folder goes through plan, teacher,
-convert, train and export. Plan, teacher and convert have `workers` processes at a time on one store, train and export
-one. A random one is killed after a random time, three in four with SIGKILL, else SIGTERM, and another one started in
-its place, until the stage is done. A round has to end with the reference's hashes, every receipt sound, every unit
-done, and no file left over; what was done twice is counted.
+A process of its own imports what a run imports and forks every worker from itself (`pipeline.fleet.children`): the
+processes are real, and so are the signals, but none pays for its imports. That process works on nothing; the reference
+and every comparison are made by children too. In every round a new run folder goes through all stages. Plan, teacher
+and convert have `workers` processes at a time on one store, train, evaluate and export one. A random one is killed
+after a random time, three in four with SIGKILL, else SIGTERM, and another one started in its place, until the stage is
+done. A round has to end with the reference's hashes, every receipt sound, every unit done, and no file left over; what
+was done twice is counted. Nothing waits for ever: a stage that is late ends the torture with the stacks of its workers.
 
 Price: every child loads its own engine and compiled code; `benchmarks/torture.py` reports the processor time.
 """
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,21 +31,28 @@ from typing import Any
 
 from pipeline import commands_data, commands_student
 from pipeline.context import Context, open_context
-from pipeline.fleet import commands
+from pipeline.fleet import children, commands
+from pipeline.fleet.children import Child
 from pipeline.fleet.ledger import CLAIM, DONE, LOST, RELEASED, STAGES, Layout
+from pipeline.receipts import canonical_json
 from pipeline.stores import TEMP_FOLDER, LocalStore
 from pipeline.verification import verify
 from schemas.errors import BytecacheError, IntegrityError
 from schemas.settings import Settings
 
-PATIENCE_S = 600.0
-"""A stage that takes longer than this without its end is a failure: work was lost or workers wait for each other."""
+PATIENCE_S = 300.0
+"""A stage or a comparison that takes longer than this is a failure: work was lost, or processes wait for each other."""
+_EXPECTED = (0, 75, -signal.SIGKILL, -signal.SIGTERM)
+"""How a worker may leave here: done, drained, or killed by us (SIGTERM before its handler stands)."""
+_TIMES = ("head_time_share",)
+"""Figures of a report that are times."""
 
 _STEPS: dict[str, tuple[Callable[[Context], Any], bool]] = {
     "plan": (commands_data.plan, True),
     "teacher": (commands.teacher_worker, True),
     "convert": (commands.convert_worker, True),
     "train": (commands_student.train, False),
+    "evaluate": (commands_student.evaluate, False),
     "export": (commands_student.export, False),
 }
 """Stage: what a worker does, and whether several may do it at a time."""
@@ -68,31 +75,84 @@ class Tally:
 
 
 def outputs(store: LocalStore) -> dict[str, str]:
-    """Hashes of everything whose bytes are promised: not reports, logs, receipts or configurations (times, paths)."""
+    """Hashes of everything whose bytes are promised: not logs, receipts or configurations (times, paths)."""
     kept = [
         key for key in store.list("")
-        if key.split("/")[0] in ("plan", "teacher", "targets", "train", "export")
-        and not key.endswith((".toml", "metrics.jsonl")) and "/tensorboard/" not in key
+        if key.split("/")[0] in ("plan", "teacher", "targets", "train", "export", "report")
+        and not key.endswith((".toml", "metrics.jsonl", "report.md")) and "/tensorboard/" not in key
     ]  # fmt: skip
-    return {key: store.sha256(key) for key in kept}
+    return {key: _report_hash(store, key) if key.startswith("report/") else store.sha256(key) for key in kept}
+
+
+def _report_hash(store: LocalStore, key: str) -> str:
+    """Of the figures of a report that are no times."""
+    found = json.loads(store.read_bytes(key))
+    for facts in found if isinstance(found, list) else [found]:
+        for name in _TIMES:
+            facts.pop(name, None)
+    return hashlib.sha256(canonical_json(found)).hexdigest()
 
 
 def torture(
-    settings: Settings, folder: Path, *, kills: int, workers: int, seed: int = 0, say: Callable[[str], None] = print
+    settings: Settings, folder: Path, *, kills: int, workers: int, seed: int = 0, patience_s: float = PATIENCE_S
 ) -> dict[str, Any]:
-    """Rounds until `kills` processes have been killed. Returns the facts; raises IntegrityError if any round is not
-    as the undisturbed run. `folder` must be new; rounds without fault are removed again.
+    """Rounds until `kills` processes have been killed; progress goes to stderr. Returns the facts.
+
+    `folder` must be new; rounds without fault are removed again. Raises IntegrityError if any round is not as the
+    undisturbed run, or something hangs or fails, with the reason that it left.
 
     The fleet's times are set short, and its limit of losses off: here units meet more deaths than they ever should.
     """
     folder.mkdir(parents=True)
+    request = {
+        "settings": settings.model_dump(mode="json"), "folder": str(folder), "kills": kills, "workers": workers,
+        "seed": seed, "patience_s": patience_s,
+    }  # fmt: skip
+    # Apart from this process, which may have threads of all kinds.
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.fleet.torture"],
+        input=json.dumps(request), stdout=subprocess.PIPE, text=True, env={**os.environ, **children.ENVIRONMENT},
+        check=False,
+    )  # fmt: skip
+    try:
+        report: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        raise IntegrityError(f"torture: its process ended with code {done.returncode} and no report") from None
+    if report["faults"]:
+        raise IntegrityError(
+            f"torture: {len(report['faults'])} faults, the first: {report['faults'][0]}; the folders are kept in "
+            f"{folder}"
+        )
+    return report
+
+
+def _main() -> None:
+    request = json.loads(sys.stdin.read())
+    settings, folder = Settings.model_validate(request.pop("settings")), Path(request.pop("folder"))
+    try:
+        report = _rounds(settings, folder, **request)
+    except BytecacheError as error:
+        report = {"faults": [str(error)]}
+    sys.stdout.write(json.dumps(report))
+    sys.stdout.flush()
+    os._exit(0)  # the libraries' threads may abort the interpreter's end
+
+
+def _say(line: str) -> None:
+    print(f"torture: {line}", file=sys.stderr, flush=True)
+
+
+def _rounds(
+    settings: Settings, folder: Path, *, kills: int, workers: int, seed: int, patience_s: float
+) -> dict[str, Any]:
     generator = random.Random(seed)
     began = time.monotonic()
     reference = LocalStore(folder / "reference")
-    log = folder / "log.txt"
-    seconds = _reference(settings, reference.root, log)
-    expected: dict[str, str] = _in_child(lambda: outputs(reference), log)
-    say(f"torture: undisturbed run made, {len(expected)} files, {sum(seconds.values()):.1f} s")
+    logs = folder / "logs"
+    logs.mkdir()
+    seconds = _reference(settings, reference.root, logs, patience_s)
+    expected: dict[str, str] = children.answer(lambda: outputs(reference), "hashing", logs / "hashing.txt", patience_s)
+    _say(f"undisturbed run made, {len(expected)} files, {sum(seconds.values()):.1f} s")
     tally = Tally()
     while sum(tally.kills.values()) < kills:
         tally.rounds += 1
@@ -104,28 +164,23 @@ def torture(
             mean_s = min(max(0.25 * seconds[stage], 0.03), 0.3)
             most = kills if stage in STAGES else at_a_time * 3
             limit = min(kills, sum(tally.kills.values()) + most)
-            _disturb(here, stage, step, at_a_time, mean_s, generator, tally, log, limit)
-        found = _in_child(partial(_compare, store, expected), log)
+            _disturb(here, stage, step, at_a_time, mean_s, generator, tally, logs, limit, patience_s)
+        found = children.answer(partial(_compare, store, expected), "comparison", logs / "comparison.txt", patience_s)
         faults = found.pop("faults")
         for name, counts in found.items():
             getattr(tally, name).update(counts)
         tally.faults += [f"round {tally.rounds}: {fault}" for fault in faults]
-        say(f"torture: round {tally.rounds}, {sum(tally.kills.values())} of {kills} killed, {len(faults)} faults")
+        _say(f"round {tally.rounds}, {sum(tally.kills.values())} of {kills} killed, {len(faults)} faults")
         if not faults:
             shutil.rmtree(store.root)
-    report = {
-        "kills": dict(tally.kills), "killed": sum(tally.kills.values()), "workers": workers, "seed": seed,
-        "rounds": tally.rounds, "processes": tally.started, "exits": dict(tally.exits), "files": len(expected),
-        "units": dict(tally.units), "attempts": dict(tally.attempts), "attempts_lost": dict(tally.lost),
-        "attempts_given_back": dict(tally.released),
+    return {
+        "kills": dict(sorted(tally.kills.items())), "killed": sum(tally.kills.values()), "workers": workers,
+        "seed": seed, "rounds": tally.rounds, "processes": tally.started, "exits": dict(tally.exits),
+        "files": len(expected), "units": dict(tally.units), "attempts": dict(tally.attempts),
+        "attempts_lost": dict(tally.lost), "attempts_given_back": dict(tally.released),
         "finished_twice": dict(tally.twice), "faults": tally.faults, "undisturbed_s": seconds,
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
-    if tally.faults:
-        raise IntegrityError(
-            f"torture: {len(tally.faults)} faults, the first: {tally.faults[0]}; the folders are kept in {folder}"
-        )
-    return report
 
 
 def _at(settings: Settings, root: Path) -> Settings:
@@ -135,7 +190,7 @@ def _at(settings: Settings, root: Path) -> Settings:
     return settings.model_copy(update={"run": run, "fleet": fleet, "train": train})
 
 
-def _reference(settings: Settings, root: Path, log: Path) -> dict[str, float]:
+def _reference(settings: Settings, root: Path, logs: Path, patience_s: float) -> dict[str, float]:
     """Run every stage undisturbed; returns the seconds of each when everything is compiled, cached and imported."""
 
     def run(place: Path) -> dict[str, Any]:
@@ -147,98 +202,76 @@ def _reference(settings: Settings, root: Path, log: Path) -> dict[str, float]:
             seconds[stage] = round(time.monotonic() - started, 3)
         return {"seconds": seconds, "modules": sorted(sys.modules)}
 
+    def made(place: Path) -> dict[str, Any]:
+        found: dict[str, Any] = children.answer(
+            lambda: run(place), "the undisturbed run", logs / f"{place.name}.txt", patience_s
+        )
+        return found
+
     warm = root.with_name("warm")
-    for module in _in_child(lambda: run(warm), log)["modules"]:
+    for module in made(warm)["modules"]:
         if module not in sys.modules and not module.startswith(("_", "torch.", "transformers.models.")):
             with contextlib.suppress(Exception):
                 importlib.import_module(module)
     shutil.rmtree(warm)
-    seconds: dict[str, float] = _in_child(lambda: run(root), log)["seconds"]
+    seconds: dict[str, float] = made(root)["seconds"]
     return seconds
-
-
-def _in_child(function: Callable[[], Any], log: Path) -> Any:
-    """What `function` returns (JSON), worked out in a fork. Raises IntegrityError if it failed there."""
-    answer = log.with_name("answer.json")
-    answer.unlink(missing_ok=True)
-    pid = _fork(lambda: answer.write_text(json.dumps(function())), log)
-    _, status = os.waitpid(pid, 0)
-    if status:
-        raise IntegrityError(f"torture: an undisturbed run or a comparison failed; see {log}")
-    return json.loads(answer.read_text())
 
 
 def _disturb(
     settings: Settings, stage: str, step: Callable[[Context], Any], n: int, mean_s: float, generator: random.Random,
-    tally: Tally, log: Path, limit: int,
+    tally: Tally, logs: Path, limit: int, patience_s: float,
 ) -> None:  # fmt: skip
     """Run a stage by `n` processes at a time and kill them at random, until one of them finds the stage done.
 
     Not more than `limit` kills in all; the time between two grows, so that a stage ends even where nobody lives long
-    enough at first.
+    enough at first. Raises IntegrityError if a worker leaves as none should, or the stage is not done in time.
     """
-    running: set[int] = set()
+    running: list[Child] = []
     finished = False
-    stage_began = time.monotonic()
+    late = time.monotonic() + patience_s
     strike = time.monotonic() + generator.uniform(0, mean_s)
     while running or not finished:
         while not finished and len(running) < n:
-            running.add(_fork(partial(_run_step, settings, step), log))
             tally.started += 1
-        for pid in list(running):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                running.remove(pid)
-                code = os.waitstatus_to_exitcode(status)
-                tally.exits[str(code)] += 1
-                finished = finished or code == 0
-                if code not in (0, 75, -signal.SIGKILL, -signal.SIGTERM):
-                    tally.faults.append(f"a worker of {stage} ended with code {code}, see {log}")
-                    finished = True
+            name = f"{tally.started:05d}-{stage}"
+            running.append(children.start(partial(_run_step, settings, step), name, logs / f"{name}.txt"))
+        for child in list(running):
+            code = child.poll()
+            if code is None:
+                continue
+            running.remove(child)
+            tally.exits[str(code)] += 1
+            finished = finished or code == 0
+            if code not in _EXPECTED:
+                reason = f"a worker of {stage} ended with code {code}; it said: {child.said()}"
+                _end(running)
+                raise IntegrityError(f"torture: round {tally.rounds}: {reason}")
+            child.log.unlink()
         now = time.monotonic()
         if running and now >= strike and sum(tally.kills.values()) < limit:
             number = signal.SIGKILL if generator.random() < 0.75 else signal.SIGTERM
-            os.kill(generator.choice(sorted(running)), number)
+            os.kill(generator.choice(running).pid, number)
             tally.kills[f"{stage} {number.name}"] += 1
             strike = now + generator.uniform(0, 2 * mean_s)
             mean_s *= 1.03
-        if now - stage_began > PATIENCE_S:
-            for pid in running:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            tally.faults.append(f"{stage} was not done after {PATIENCE_S:.0f} s")
-            return
+        if now > late:
+            reasons = "; ".join(f"{child.name}: {child.give_up()}" for child in running)
+            raise IntegrityError(
+                f"torture: round {tally.rounds}: {stage} was not done after {patience_s:.0f} s; they said: {reasons}"
+            )
         time.sleep(0.002)
+
+
+def _end(running: list[Child]) -> None:
+    for child in running:
+        child.give_up()
 
 
 def _run_step(settings: Settings, step: Callable[[Context], Any]) -> None:
     context = open_context(settings, lambda line: None)
     with context.stop.installed():
         step(context)
-
-
-def _fork(function: Callable[[], Any], log: Path) -> int:
-    """A child that does one thing and leaves with the exit code of the command line."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 99
-    try:
-        sink = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        import torch
-
-        torch.set_num_threads(1)  # many processes share the cores, and threads that spin would starve them all
-        function()
-        code = 0
-    except BytecacheError as error:
-        code = error.exit_code
-        os.write(2, f"{os.getpid()}: {error}\n".encode())
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
 
 
 def _compare(store: LocalStore, expected: dict[str, str]) -> dict[str, Any]:
@@ -265,3 +298,7 @@ def _compare(store: LocalStore, expected: dict[str, str]) -> dict[str, Any]:
         counts["released"][stage] = marks[RELEASED]
         counts["twice"][stage] = marks[DONE] - len(done)
     return {"faults": faults, **counts}
+
+
+if __name__ == "__main__":
+    _main()

@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
-from pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, sha256_file
+from pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped, sha256_file
 from pipeline.stores.local import LocalStore
 from schemas.errors import ConfigError
 
-__all__ = ["TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "sha256_file"]
+__all__ = [
+    "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped", "sha256_file",
+]  # fmt: skip
 
 
 def open_store(place: str, scratch: str = "") -> Store:

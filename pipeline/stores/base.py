@@ -10,12 +10,17 @@ import contextlib
 import errno
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from schemas.errors import ConfigError, StorageError
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+AT_ONCE = 64
+"""Requests under way at a time in `overlapped`."""
 TEMP_FOLDER = ".tmp"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free space or point run.dir at a larger disk, then rerun the same command",
@@ -136,6 +141,18 @@ def disk_errors(doing: str) -> Iterator[None]:
         if remedy is None:
             raise
         raise StorageError(f"{doing}: {remedy}") from error
+
+
+def overlapped(function: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
+    """`function` of every item, in order; many at a time where there are many, since a remote store answers each late.
+
+    At 30 ms a request a million take 8 minutes instead of 8 hours. Raises what the first call that fails raises.
+    """
+    every = list(items)
+    if len(every) <= AT_ONCE:
+        return [function(item) for item in every]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(function, every))
 
 
 def check_key(key: str, where: str) -> tuple[str, ...]:

@@ -4,12 +4,14 @@ Commit: one PUT with "If-None-Match: *" carries the whole object, its sha256 and
 service itself lets one writer win. A response lost after success shows as "exists already" in the retry; the tag tells
 that the object is ours. Above `SINGLE_PUT` bytes (a single PUT holds them in memory): multipart upload to a staging key
 under `.tmp/`, then a server-side copy that fails if the key exists (on S3: UploadPartCopy and a conditional
-CompleteMultipartUpload), at most 5 GiB there. S3 loses an object's metadata in that copy, so the hash goes to
-`.sha256/<key>` beside the version it belongs to.
+CompleteMultipartUpload). S3 loses an object's metadata in that copy, so the hash goes to `.sha256/<key>` beside the
+version it belongs to. Above `COPY_LIMIT`, the most that one UploadPartCopy moves: look, then a multipart upload to the
+key itself, whose completion makes it appear whole (the client library has no conditional one). What a killed upload
+leaves is invisible but billed: give the bucket a rule that aborts incomplete uploads.
 
 Where a service has no conditional writes (set AWS_CONDITIONAL_PUT=disabled for it): look, put, and look whose tag
-stands. Two writers may then both believe they won if they met within milliseconds. For units that is harmless (equal
-keys hold equal bytes); for leases it costs a unit done twice.
+stands. Two writers may then both believe they won if they met within milliseconds, as above `COPY_LIMIT` while one of
+them uploads. For units that is harmless (equal keys hold equal bytes); for leases it costs a unit done twice.
 
 Reading: `get_path` downloads to a mirror folder, checks size and sha256, and asks the service for the version each
 time (one HEAD). Writing: `temp_path` is a file of that local folder. Credentials, endpoint and region come from the
@@ -40,7 +42,14 @@ from pipeline.stores.retry import Damaged, patiently
 from schemas.errors import ConfigError, StorageError
 
 SINGLE_PUT = 128 * 1024 * 1024
+COPY_LIMIT = 5 * 1024**3
+LARGEST = 5 * 1024**4
+"""What S3 takes as one object; other services take as much."""
 PART = 16 * 1024 * 1024
+N_PARTS = 10_000
+"""Parts that an upload may have; above PART x N_PARTS bytes the parts grow."""
+IN_FLIGHT = 192 * 1024 * 1024
+"""Bytes of parts in memory during an upload (one part, where that is more)."""
 CHUNK = 4 * 1024 * 1024
 HASHES = ".sha256"
 PATIENCE = 120.0
@@ -74,7 +83,7 @@ class ObjectStore:
         self.root = scratch / f"{_plain(self._url)}-{hashlib.sha256(self._url.encode()).hexdigest()[:12]}"
         self._files = LocalStore(self.root)
         self._mirror = Mirror(self.root)
-        self._single_put = SINGLE_PUT
+        self._single_put, self._copy_limit, self._largest = SINGLE_PUT, COPY_LIMIT, LARGEST
         try:
             self._backend = backend or _open_backend(self._url, timeout)
         except Exception as error:  # the library's own classes, and ValueError
@@ -89,7 +98,10 @@ class ObjectStore:
     def put_if_absent(self, key: str, source: Path) -> bool:
         check_key(key, self.name)
         try:
-            if source.stat().st_size > self._single_put:
+            size = source.stat().st_size
+            if size > self._copy_limit:
+                return self._create_huge(key, source)
+            if size > self._single_put:
                 return self._create_large(key, source)
             return self._create(key, source.read_bytes())
         finally:
@@ -134,6 +146,14 @@ class ObjectStore:
             with contextlib.suppress(StorageError):
                 self._remove(staged)
 
+    def _create_huge(self, key: str, source: Path) -> bool:
+        """Look, and upload in parts. An equal object that is already there counts as ours."""
+        sha256 = sha256_file(source)
+        if self._head(key) is not None:
+            return self.sha256(key) == sha256
+        self._upload(key, source, sha256)
+        return True
+
     def replace(self, key: str, source: Path) -> None:
         check_key(key, self.name)
         try:
@@ -156,10 +176,19 @@ class ObjectStore:
         )
 
     def _upload(self, key: str, source: Path, sha256: str) -> None:
-        self._try(
-            f"writing {key}",
-            lambda: obstore.put(self._backend, key, source, attributes={"sha256": sha256}, chunk_size=PART),
-        )
+        size = source.stat().st_size
+        if size > self._largest:
+            raise StorageError(
+                f"{self.name}, writing {key}: {size} bytes, and an object holds {self._largest} at most; use smaller "
+                "units (corpus.unit_bytes, convert.shard_bytes), or a folder as run.dir"
+            )
+        part = max(PART, -(-size // N_PARTS))
+
+        def put() -> None:
+            tags, at_once = {"sha256": sha256}, max(IN_FLIGHT // part, 1)
+            obstore.put(self._backend, key, source, attributes=tags, chunk_size=part, max_concurrency=at_once)
+
+        self._try(f"writing {key}", put)
 
     def delete(self, key: str) -> None:
         check_key(key, self.name)

@@ -18,7 +18,7 @@ from schemas import settings as st
 from schemas.errors import ConfigError, InputError
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
-from stages.engines.static import StaticJob, StaticStates, batches, context_tokens
+from stages.engines.static import StaticJob, StaticStates, batches, context_tokens, tokens_of
 
 KEPT_BYTES = 1 << 31
 """Bytes of keys and values of a group kept at once; a window beyond it is run again for every pass of branches."""
@@ -114,11 +114,11 @@ class HfEngine(Engine):
 
     @torch.inference_mode()
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
+        for run in batches(self._static.missing(tokens_of(jobs))):
+            for number, context in enumerate(self._contexts):
+                for token, state in zip(run, self._states(context, run), strict=True):
+                    self._static.put(token, number, state)
         for job in jobs:
-            for run in batches(self._static.missing(job.token)):
-                for number, context in enumerate(self._contexts):
-                    for token, state in zip(run, self._states(context, run), strict=True):
-                        self._static.put(token, number, state)
             rows = self._static.rows(job, self._head)
             assert rows is not None
             yield rows

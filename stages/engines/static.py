@@ -146,6 +146,11 @@ def _digest(tokens: torch.Tensor, states: torch.Tensor) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+def tokens_of(jobs: Sequence[StaticJob]) -> np.ndarray:
+    """int32; the tokens that the jobs of a group need, asked for together because batches are filled up."""
+    return np.concatenate([job.token for job in jobs] or [np.zeros(0, np.int32)])
+
+
 def batches(tokens: Sequence[int]) -> list[list[int]]:
     """Runs of BATCH tokens, the last one filled up by repeating its last token."""
     out = [list(tokens[a : a + BATCH]) for a in range(0, len(tokens), BATCH)]

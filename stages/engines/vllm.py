@@ -20,7 +20,7 @@ from schemas import settings as st
 from schemas.errors import ConfigError, EngineError
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate
-from stages.engines.static import StaticJob, batches, context_tokens
+from stages.engines.static import StaticJob, batches, context_tokens, tokens_of
 from stages.engines.vllm_worker import Want, WantState
 
 TOKENS_IN_FLIGHT = 16_384
@@ -199,10 +199,10 @@ class VllmEngine(Engine):
                 given += 1
 
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
+        missing = self._engine.collective_rpc("bytecache_static_missing", args=(tokens_of(jobs),))[0]
+        for tokens in batches(missing):
+            self._ask_states(tokens)
         for job in jobs:
-            missing = self._engine.collective_rpc("bytecache_static_missing", args=(job.token,))[0]
-            for tokens in batches(missing):
-                self._ask_states(tokens)
             answers = self._engine.collective_rpc("bytecache_static_rows", args=(job,))
             rows = next((rows for rows in answers if rows is not None), None)
             if rows is None:

@@ -1,8 +1,9 @@
 """Text -> ids, the teacher's own way, with no text ever read as a control token.
 
 Two encodings exist of a text: the canonical one, exactly what the model was trained on, and a plain one for the
-documents that the canonical one would change (Unicode normalisation, spaces injected after added tokens). The caller
-compares bytes and decides. Price: the tokenizers library's own speed, 2-5 MB/s per core.
+documents that the canonical one would change (Unicode normalisation, spaces injected after added tokens, a literal
+U+2581, which SentencePiece takes for a space and the plain one spells by bytes). The caller compares bytes and
+decides. Price: the tokenizers library's own speed, 2-5 MB/s per core.
 """
 
 import json
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 from schemas.errors import InputError
 from stages.tokens.byte_trie import Trie, longest_match
-from stages.tokens.token_bytes import UNICODE_FORMS, Json, parts
+from stages.tokens.token_bytes import SPACE_MARK, UNICODE_FORMS, Json, parts
 
 
 class Encoder(Protocol):
@@ -56,6 +57,7 @@ class HfEncoder:
         # Nothing to leave out: a second encoding would only repeat the first.
         self._plain_spec = plain if plain != self._spec else None
         self._plain: Tokenizer | None = None
+        self._mark = _spelled_mark(spec)
         self._prepends = any(part["type"] == "Prepend" for part in normalizers)
         self._prefixes = any(
             (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
@@ -68,14 +70,20 @@ class HfEncoder:
         return [encoding.ids for encoding in batch]
 
     def plain(self, text: str) -> list[int] | None:
-        if self._plain_spec is None:
+        marked = bool(self._mark) and SPACE_MARK in text
+        if self._plain_spec is None and not marked:
             return None
         if self._plain is None:
-            self._plain = _load(self._plain_spec)
+            self._plain = _load(self._plain_spec or self._spec)
         # The one space the model expects at the start is kept; only those injected elsewhere are not.
         if self._prepends or (self._prefixes and not text.startswith(" ")):
             text = " " + text
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        if not marked:
+            return list(self._plain.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        for number, piece in enumerate(text.split(SPACE_MARK)):
+            ids += self._mark if number else []
+            ids += self._plain.encode(piece, add_special_tokens=False).ids
         return ids
 
 
@@ -124,9 +132,17 @@ def _load(spec: Json) -> Tokenizer:
     return tokenizer
 
 
+def _spelled_mark(spec: Json) -> list[int]:
+    """Ids of the three byte pieces of U+2581, which such a tokenizer reads as a space; empty where it has none."""
+    model = spec["model"]
+    vocab = model["vocab"] if isinstance(model["vocab"], dict) else {row[0]: i for i, row in enumerate(model["vocab"])}
+    names = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+    return [vocab[name] for name in names] if model.get("byte_fallback") and all(n in vocab for n in names) else []
+
+
 def _is_space(part: Json) -> bool:
     """SentencePiece's own Replace(" " -> U+2581), which the table undoes."""
-    return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == "\u2581"
+    return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == SPACE_MARK
 
 
 def _without_rewrites(spec: Json) -> Json:

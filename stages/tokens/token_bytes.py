@@ -24,7 +24,8 @@ Json = dict[str, Any]
 UNICODE_FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 """Normalisers that can be left out of the encoding of a document they would change."""
 
-_SPACE = "\u2581"
+SPACE_MARK = "\u2581"
+"""SentencePiece's letter for a space."""
 _LOSSY_NORMALIZERS = frozenset({"BertNormalizer", "Lowercase", "StripAccents", "Strip", "Nmt", "Precompiled"})
 _LOSSY_PRE_TOKENIZERS = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "CharDelimiterSplit"})
 _SENTENCEPIECE_DECODERS = frozenset({"ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"})

@@ -43,10 +43,10 @@ class Encoded(NamedTuple):
 
 
 class Misfit(ValueError):  # noqa: N818 -- a verdict on a text, returned as often as raised
-    """A text that this vocabulary cannot spell; `reason` is short and names the cause."""
+    """A text that this vocabulary cannot spell; `reason` is short, names the cause, and is what reports count by."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} {detail}".strip())
         self.reason = reason
 
 
@@ -142,7 +142,7 @@ class Vocabulary:
         second = self._match(data, plain) if plain is not None else first
         if isinstance(second, Encoded):
             return second
-        if second.reason.startswith("mismatch") and self._encoder.rewrites:
+        if second.reason == "mismatch" and self._encoder.rewrites:
             return Misfit("normalised")
         return second
 
@@ -160,13 +160,13 @@ class Vocabulary:
         elif spelled == b" " + data:
             synthetic, data = 1, spelled
         else:
-            return Misfit(self._explain(data, spelled))
+            return self._explain(data, spelled)
         array = np.asarray(ids, dtype=np.int32)
         starts = np.zeros(len(ids) + 1, dtype=np.int64)
         np.cumsum(self._lengths[array], out=starts[1:])
         return Encoded(array, starts, data, synthetic)
 
-    def _explain(self, data: bytes, spelled: bytes) -> str:
+    def _explain(self, data: bytes, spelled: bytes) -> Misfit:
         if spelled[:1] == b" " and data[:1] != b" ":
             spelled = spelled[1:]
         at = next(
@@ -174,8 +174,8 @@ class Vocabulary:
         )
         # A byte-level BPE without an unknown token drops what it cannot spell.
         if at < len(data) and data[at] in self.missing_bytes:
-            return "missing-byte"
-        return f"mismatch at byte {at}"
+            return Misfit("missing-byte")
+        return Misfit("mismatch", f"at byte {at}")
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(b"bytecache vocabulary 1\0")

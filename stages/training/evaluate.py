@@ -104,8 +104,11 @@ def _time(run: Run, micros: list[stream.MicroBatch], *, use_head: bool) -> float
     return time.process_time() - began
 
 
-def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> dict[str, float]:
-    """Parameters of the head and its share of a training step (optimiser excluded), by FLOPs and by the clock."""
+def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> dict[str, float | None]:
+    """Parameters of the head and its share of a training step (optimiser excluded), by FLOPs and by the clock.
+
+    The clock is not asked for the baselines, whose targets are not at hand here.
+    """
     weights = sum(p.numel() for p in run.student.model.parameters() if p.ndim > 1)
     embedding = run.student.model.get_input_embeddings().weight
     tied = embedding is run.student.model.get_output_embeddings().weight
@@ -114,14 +117,17 @@ def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> di
     # 2 FLOPs per weight forward, 4 backward; looking an input embedding up is free, attention scores are left out.
     body = 6 * (weights - (0 if tied else embedding.numel())) * tokens
     head = run.objective.flops(tokens, slots)
-    _time(run, micros, use_head=True)
-    # Pairs run back to back and their median is taken: other work on the machine slows both halves of a pair.
-    ratios = [_time(run, micros, use_head=False) / _time(run, micros, use_head=True) for _ in range(repeats)]
+    share: float | None = None
+    if not run.objective.baseline:
+        _time(run, micros, use_head=True)
+        # Pairs run back to back and their median is taken: other work on the machine slows both halves of a pair.
+        ratios = [_time(run, micros, use_head=False) / _time(run, micros, use_head=True) for _ in range(repeats)]
+        share = max(0.0, 1 - float(np.median(ratios)))
     return {
         "head_parameters": run.objective.n_parameters,
         "model_parameters": sum(p.numel() for p in run.student.model.parameters()),
         "head_flops_share": head / (head + body),
-        "head_time_share": max(0.0, 1 - float(np.median(ratios))),
+        "head_time_share": share,
     }
 
 
@@ -244,5 +250,7 @@ def report_table(results: list[dict[str, Any]]) -> str:
     """The results of `evaluate`, one column each, as a Markdown table."""
     lines = ["| held out | " + " | ".join(str(r["name"]) for r in results) + " |"]
     lines.append("|---|" + "---:|" * len(results))
-    lines += [f"| {label} | " + " | ".join(format(r[key], spec) for r in results) + " |" for key, label, spec in ROWS]
+    for key, label, spec in ROWS:
+        values = ["not measured" if r[key] is None else format(r[key], spec) for r in results]
+        lines.append(f"| {label} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"

@@ -73,13 +73,14 @@ class _LogProbs(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _tempered(targets: SlotTargets, temperature: float) -> SlotTargets:
+def _tempered(targets: SlotTargets, temperature: float, symbols: int) -> SlotTargets:
     """The teacher at another temperature: p^(1/T) and, the tail being spread evenly over its symbols, renormalised."""
     prob, tail = targets.prob, targets.tail
     ones = torch.ones_like(prob)
-    unlisted = (LISTABLE - torch.zeros_like(tail).index_add_(0, targets.slot, ones)).clamp_min(1)
+    unlisted = symbols - torch.zeros_like(tail).index_add_(0, targets.slot, ones)
     prob = prob ** (1 / temperature)
-    tail = unlisted * (tail / unlisted) ** (1 / temperature)
+    # With nothing left to list a tail is rounding, which a power would blow up.
+    tail = torch.where(unlisted > 0, unlisted * (tail / unlisted.clamp_min(1)) ** (1 / temperature), 0.0)
     total = tail.clone().index_add_(0, targets.slot, prob)
     return SlotTargets(targets.slot, targets.symbol, prob / total[targets.slot], tail / total)
 
@@ -98,8 +99,9 @@ def _divergence(kind: str, p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def byte_terms(
-    logits: Tensor, true: Tensor, targets: SlotTargets, *, divergence: str = "forward", temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, true: Tensor, targets: SlotTargets, *, divergence: str = "forward", temperature: float = 1.0,
+    symbols: int = LISTABLE,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of the true symbol, and the divergence between teacher and head, per slot.
 
     Args:
@@ -108,6 +110,7 @@ def byte_terms(
         targets: the teacher's entries and tails of the same S slots; no entry on a symbol of logit -inf.
         divergence: "forward" KL(teacher || head), "reverse" KL(head || teacher) or "js" (Jensen-Shannon).
         temperature: both sides of the divergence at T; it is multiplied by T squared, which keeps its gradients' size.
+        symbols: how many the teacher's tail is spread over, the listed ones included.
 
     Returns:
         (CE float [S], divergence float [S]) in nats; the latter is 0 only where the head equals the teacher on every
@@ -121,7 +124,7 @@ def byte_terms(
     )
     ce = -right
     if temperature != 1.0:
-        targets = _tempered(targets, temperature)
+        targets = _tempered(targets, temperature, symbols)
         _, listed, log_u = cast(
             tuple[Tensor, Tensor, Tensor],
             _LogProbs.apply(z / temperature, true, targets.slot, targets.symbol),  # type: ignore[no-untyped-call]

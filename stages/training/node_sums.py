@@ -111,8 +111,10 @@ class NodeTables(nn.Module):
 
     def numpy(self) -> tuple[Any, ...]:
         """Arguments of the compiled loops."""
-        names = ("lo", "hi", "first_child", "byte", "n_equal", "order")
-        return (*(self.table(n).numpy() for n in names), self.end, self.control)
+        names = ("lo", "hi", "first_child", "byte", "n_equal")
+        # Unsigned: an index that cannot be negative needs no check.
+        order = self.table("order").numpy().view(np.uint64)
+        return (*(self.table(n).numpy() for n in names), order, self.end, self.control)
 
     def pairs(self, node: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(slot, symbol, lo, hi) of every symbol that each node offers, int64 [Q] each."""
@@ -201,43 +203,75 @@ def node_logits(z: Tensor, row: Tensor, node: Tensor, tables: NodeTables) -> Ten
 
 
 @njit(cache=True)
-def _choose(  # type: ignore[no-untyped-def]
-    e, row, node, true, first_entry, symbol, first_mass, lo, hi, first_child, byte, n_equal, order, end, control,
-    mass, right, listed, log_u,
-):  # fmt: skip
-    """Per slot: masses of what the node offers (ragged), log q of the truth, of the entries and of the bucket."""
-    at = np.zeros(SYMBOLS, np.int64)
+def _by_row(row, rows):  # type: ignore[no-untyped-def]
+    """Slots in order of their row, as (first [rows + 1], slot [S])."""
+    first = np.zeros(rows + 1, np.int64)
+    for r in row:
+        first[r + 1] += 1
+    for r in range(rows):
+        first[r + 1] += first[r]
+    at = first[:-1].copy()
+    slot = np.empty(len(row), np.int64)
     for s in range(len(row)):
-        r, n, q = row[s], node[s], first_mass[s]
-        begin = q
-        total = 0.0
-        for c in range(first_child[n], first_child[n + 1]):
-            m = 0.0
-            for j in range(lo[c], hi[c]):
-                m += e[r, order[j]]
-            mass[q] = m
-            at[byte[c]] = q
-            total += m
-            q += 1
-        for symbol_, a, b in ((STOP, lo[n], lo[n] + n_equal[n]), (END, end, control), (CONTROL, control, len(order))):
-            if symbol_ != STOP and n != 0:
-                continue
-            m = 0.0
-            for j in range(a, b):
-                m += e[r, order[j]]
-            mass[q] = m
-            at[symbol_] = q
-            total += m
-            q += 1
-        right[s] = _log(mass[at[true[s]]] / total) if total > 0 else LOWEST
-        for i in range(first_entry[s], first_entry[s + 1]):
-            listed[i] = _log(mass[at[symbol[i]]] / total) if total > 0 else LOWEST
-            mass[at[symbol[i]]] *= -1  # marks it as listed
-        rest = 0.0
-        for i in range(begin, q):
-            if mass[i] > 0:
-                rest += mass[i]
-        log_u[s] = _log(rest / total) if total > 0 else LOWEST
+        slot[at[row[s]]] = s
+        at[row[s]] += 1
+    return first, slot
+
+
+@njit(cache=True, fastmath={"reassoc", "nsz"})
+def _sum(values, lo, hi):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for value in values[lo:hi]:  # a slice: its indices cannot be negative, so the loop is vectorised
+        total += value
+    return total
+
+
+@njit(cache=True)
+def _choose(  # type: ignore[no-untyped-def]
+    e, label, first_slot, slots, node, true, first_entry, symbol, first_mass, lo, hi, first_child, byte, n_equal,
+    order, end, control, mass, right, listed, log_u, total,
+):  # fmt: skip
+    """Per slot: masses of what the node offers (ragged), log q of the truth, of the entries and of the bucket.
+
+    Per row: its sum, where it has a label. A row is gathered into byte order once, so every range is contiguous.
+    """
+    at = np.zeros(SYMBOLS, np.int64)
+    sorted_ = np.empty(len(order), e.dtype)
+    for r in range(len(e)):
+        if label[r] >= 0:
+            total[r] = _sum(e[r], 0, len(order))
+        if first_slot[r] == first_slot[r + 1]:
+            continue
+        for j in range(len(order)):
+            sorted_[j] = e[r, order[j]]
+        for i in range(first_slot[r], first_slot[r + 1]):
+            s = slots[i]
+            n, q = node[s], first_mass[s]
+            begin = q
+            whole = 0.0
+            for c in range(first_child[n], first_child[n + 1]):
+                m = _sum(sorted_, lo[c], hi[c])
+                mass[q] = m
+                at[byte[c]] = q
+                whole += m
+                q += 1
+            for x, a, b in ((STOP, lo[n], lo[n] + n_equal[n]), (END, end, control), (CONTROL, control, len(order))):
+                if x != STOP and n != 0:
+                    continue
+                m = _sum(sorted_, a, b)
+                mass[q] = m
+                at[x] = q
+                whole += m
+                q += 1
+            right[s] = _log(mass[at[true[s]]] / whole) if whole > 0 else LOWEST
+            for k in range(first_entry[s], first_entry[s + 1]):
+                listed[k] = _log(mass[at[symbol[k]]] / whole) if whole > 0 else LOWEST
+                mass[at[symbol[k]]] *= -1  # marks it as listed
+            rest = 0.0
+            for k in range(begin, q):
+                if mass[k] > 0:
+                    rest += mass[k]
+            log_u[s] = _log(rest / whole) if whole > 0 else LOWEST
 
 
 @njit(cache=True)
@@ -247,84 +281,109 @@ def _log(x):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _choose_back(  # type: ignore[no-untyped-def]
-    g_right, g_listed, g_u, e, row, node, true, first_entry, symbol, first_mass, lo, hi, first_child, byte, n_equal,
-    order, end, control, mass, out,
+    g_token, g_right, g_listed, g_u, e, label, first_slot, slots, node, true, first_entry, symbol, first_mass, lo, hi,
+    first_child, byte, n_equal, order, end, control, mass, total, out,
 ):  # fmt: skip
-    """d log q(x) / d z_v = e_v ([v in x] / m(x) - 1 / m(node)); the bucket is one x. Adds to out[row]."""
+    """d log q(x) / d z_v = e_v ([v in x] / m(x) - 1 / m(node)); the bucket is one x. Token: softmax - label."""
     g = np.zeros(SYMBOLS)
-    for s in range(len(row)):
-        r, n, q = row[s], node[s], first_mass[s]
-        total = rest = 0.0
-        for i in range(q, first_mass[s + 1]):
-            total += abs(mass[i])
-            if mass[i] > 0:
-                rest += mass[i]
-        if total <= 0:
-            continue
-        every = g_right[s] + g_u[s]
-        for i in range(first_entry[s], first_entry[s + 1]):
-            g[symbol[i]] += g_listed[i]
-            every += g_listed[i]
-        g[true[s]] += g_right[s]
-        shared = g_u[s] / rest if rest > 0 else 0.0
-        for c in range(first_child[n], first_child[n + 1]):
-            _add(g, byte[c], mass[q], every / total, shared, e, r, order, lo[c], hi[c], out)
-            q += 1
-        _add(g, STOP, mass[q], every / total, shared, e, r, order, lo[n], lo[n] + n_equal[n], out)
-        if n == 0:
-            _add(g, END, mass[q + 1], every / total, shared, e, r, order, end, control, out)
-            _add(g, CONTROL, mass[q + 2], every / total, shared, e, r, order, control, len(order), out)
-        for i in range(first_entry[s], first_entry[s + 1]):
-            g[symbol[i]] = 0.0
-        g[true[s]] = 0.0
+    sorted_, grad = np.empty(len(order), e.dtype), np.empty(len(order), e.dtype)
+    for r in range(len(e)):
+        share = g_token / total[r] if label[r] >= 0 else 0.0
+        if first_slot[r] == first_slot[r + 1]:
+            for v in range(len(order)):
+                out[r, v] = share * e[r, v]
+        else:
+            for j in range(len(order)):
+                sorted_[j] = e[r, order[j]]
+                grad[j] = share * sorted_[j]
+            for i in range(first_slot[r], first_slot[r + 1]):
+                s = slots[i]
+                n, q = node[s], first_mass[s]
+                whole = rest = 0.0
+                for k in range(q, first_mass[s + 1]):
+                    whole += abs(mass[k])
+                    if mass[k] > 0:
+                        rest += mass[k]
+                if whole <= 0:
+                    continue
+                every = g_right[s] + g_u[s]
+                for k in range(first_entry[s], first_entry[s + 1]):
+                    g[symbol[k]] += g_listed[k]
+                    every += g_listed[k]
+                g[true[s]] += g_right[s]
+                every, shared = every / whole, g_u[s] / rest if rest > 0 else 0.0
+                for c in range(first_child[n], first_child[n + 1]):
+                    _add(g[byte[c]], mass[q], every, shared, sorted_, grad, lo[c], hi[c])
+                    q += 1
+                _add(g[STOP], mass[q], every, shared, sorted_, grad, lo[n], lo[n] + n_equal[n])
+                if n == 0:
+                    _add(g[END], mass[q + 1], every, shared, sorted_, grad, end, control)
+                    _add(g[CONTROL], mass[q + 2], every, shared, sorted_, grad, control, len(order))
+                for k in range(first_entry[s], first_entry[s + 1]):
+                    g[symbol[k]] = 0.0
+                g[true[s]] = 0.0
+            for j in range(len(order)):
+                out[r, order[j]] = grad[j]
+        if label[r] >= 0:
+            out[r, label[r]] -= g_token
 
 
 @njit(cache=True)
-def _add(g, symbol, mass, average, shared, e, r, order, lo, hi, out):  # type: ignore[no-untyped-def]
+def _add(given, mass, every, shared, values, grad, lo, hi):  # type: ignore[no-untyped-def]
     m = abs(mass)
     if m == 0:
         return
-    value = g[symbol] / m - average + (shared if mass > 0 else 0.0)
-    for j in range(lo, hi):
-        out[r, order[j]] += value * e[r, order[j]]
+    value = given / m - every + (shared if mass > 0 else 0.0)
+    mine, out = values[lo:hi], grad[lo:hi]
+    for j in range(len(mine)):
+        out[j] += value * mine[j]
 
 
-class _NodeLogProbs(torch.autograd.Function):
-    """`node_logits` and what the loss reads of it in one pass, where loops are compiled; no [S, 260] array."""
+class _Fused(torch.autograd.Function):
+    """Token cross-entropy and what the loss reads of `node_logits`, in one pass; no [S, 260] array."""
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, row: Tensor, node: Tensor, true: Tensor, slot: Tensor, symbol: Tensor, tables: NodeTables
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        e = torch.exp(z - z.amax(dim=1, keepdim=True))
+        ctx: Any, z: Tensor, label: Tensor, row: Tensor, node: Tensor, true: Tensor, slot: Tensor, symbol: Tensor,
+        tables: NodeTables,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        peak = z.amax(dim=1, keepdim=True)
+        e = (z - peak).exp_()
         first_child = tables.table("first_child")
         offered = first_child[node + 1] - first_child[node] + 1 + 2 * (node == 0)
         first_mass = functional.pad(offered.cumsum(0), (1, 0))
         first_entry = functional.pad(torch.bincount(slot, minlength=row.numel()).cumsum(0), (1, 0))
+        first_slot, slots = (torch.from_numpy(a) for a in _by_row(row.numpy(), len(z)))
         mass = torch.empty(int(first_mass[-1]), dtype=torch.float64)
+        total = torch.ones(len(z), dtype=torch.float64)
         right, log_u, listed = z.new_empty(row.numel()), z.new_empty(row.numel()), z.new_empty(slot.numel())
-        places = [t.numpy() for t in (e, row, node, true, first_entry, symbol, first_mass)]
-        _choose(*places, *tables.numpy(), mass.numpy(), right.numpy(), listed.numpy(), log_u.numpy())
+        places = (e, label, first_slot, slots, node, true, first_entry, symbol, first_mass)
+        found = (mass, right, listed, log_u, total)
+        _choose(*(t.numpy() for t in places), *tables.numpy(), *(t.numpy() for t in found))
+        learned = label >= 0
+        of_label = (z.gather(1, label.clamp_min(0)[:, None]) - peak)[:, 0]
+        token = torch.where(learned, total.log() - of_label.double(), 0.0).sum().to(z.dtype)
         ctx.tables = tables
-        ctx.save_for_backward(e, row, node, true, first_entry, symbol, first_mass, mass)
-        return right, listed, log_u
+        ctx.save_for_backward(*places, mass, total)
+        return token, right, listed, log_u
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *places, mass = ctx.saved_tensors
-        out = torch.zeros_like(places[0])
-        given = [g.contiguous().numpy() for g in grads]
-        _choose_back(*given, *(t.numpy() for t in places), *ctx.tables.numpy(), mass.numpy(), out.numpy())
-        return out, *[None] * 6
+        *places, mass, total = ctx.saved_tensors
+        out = torch.empty_like(places[0])
+        given = [g.contiguous().numpy() for g in grads[1:]]
+        ends = (t.numpy() for t in (mass, total, out))
+        _choose_back(float(grads[0]), *given, *(t.numpy() for t in places), *ctx.tables.numpy(), *ends)
+        return out, *[None] * 7
 
 
 def node_log_probs(
-    z: Tensor, row: Tensor, node: Tensor, true: Tensor, slot: Tensor, symbol: Tensor, tables: NodeTables
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of each slot's truth [S], of the entries [E] and of each slot's unlisted symbols [S].
+    z: Tensor, label: Tensor, row: Tensor, node: Tensor, true: Tensor, slot: Tensor, symbol: Tensor, tables: NodeTables
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum of token NLL, and log-probabilities of each slot's truth [S], the entries [E], the unlisted symbols [S].
 
-    As `node_logits`, on the CPU. slot int64 [E] ascending, symbol int64 [E]: the teacher's entries, each on something
-    that its node offers.
+    As cross-entropy and `node_logits`, on the CPU. label int64 [P], negative where nothing is learned. slot int64 [E]
+    ascending, symbol int64 [E]: the teacher's entries, each on something that its node offers.
     """
-    found = _NodeLogProbs.apply(z, row, node, true, slot, symbol, tables)  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, Tensor, Tensor], found)
+    found = _Fused.apply(z, label, row, node, true, slot, symbol, tables)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], found)

@@ -6,13 +6,15 @@
 gets sums in nats (`LossParts`); `total` weighs and divides them by the step's counts, `terms` names them for the log.
 Sums of micro-batches and of ranks add up, so `total` is exact for any split of a step. D_byte is a KL (or another
 divergence) per byte, of a byte head that reads the hidden state (`heads.py`), or of the student's own token
-distribution seen as bytes (`marginal.py`). Positions whose tail exceeds `max_tail` give no D_byte.
+distribution seen as bytes (`marginal.py`); the baselines of `baselines.py` match tokens in its place. Positions whose
+tail exceeds `max_tail` give no D_byte.
 With `chunk`, positions pass the lm_head in pieces that the backward pass computes again: memory for logits falls from
 [positions, V] to [chunk, V] for one more product with the lm_head.
 Parameters appear in checkpoints as `head.*` or `marginal.*` and are dropped at export.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,11 +23,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from schemas.settings import Train as TrainSettings
+from stages.training.baselines import BASELINES, TokenTargets, shared_distance, sorted_distance
 from stages.training.heads import make_head
 from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
 from stages.training.marginal import Choices, Marginal
 from stages.training.node_sums import compiled, node_log_probs, node_logits
-from stages.training.stream import MicroBatch, ShardReader
+from stages.training.stream import MicroBatch, ShardReader, Step
 from stages.training.student import Student
 
 COUNTED_POSITIONS = 4_000_000
@@ -53,12 +56,16 @@ class Objective(nn.Module):
     def __init__(self, settings: TrainSettings, student: Student, seed: int, *, lambda_kl: float | None = None) -> None:
         super().__init__()
         self.lambda_kl = settings.lambda_kl if lambda_kl is None else lambda_kl
+        self.kl_share = 1.0
+        """Of `lambda_kl`, at the current step (`run.kl_share`)."""
         self.lambda_token = settings.lambda_token if self.lambda_kl else 1.0
         self.lambda_byte = settings.lambda_byte
         self.divergence, self.temperature = settings.divergence, settings.temperature
         self.chunk = settings.chunk
         self.max_tail, self.reduction = settings.max_tail, settings.byte_reduction
-        if settings.head == "marginal":
+        # A baseline is trained on tokens and measured, as a student without a head is, by the bytes of its own.
+        self.baseline = settings.head if settings.head in BASELINES else ""
+        if settings.head == "marginal" or self.baseline:
             rows = int(student.model.get_output_embeddings().weight.shape[0])
             self.marginal: Marginal | None = Marginal(student.vocabulary, rows)
             self.head = None
@@ -69,7 +76,7 @@ class Objective(nn.Module):
     @property
     def needs_targets(self) -> bool:
         """Whether micro-batches must carry the teacher's entries."""
-        return self.lambda_kl > 0
+        return self.lambda_kl > 0 and not self.baseline
 
     def observe(self, reader: ShardReader) -> None:
         """Learn from training text what the objective needs before step 0: how the student's tokenizer cuts.
@@ -91,6 +98,13 @@ class Objective(nn.Module):
             seen += positions
         self.marginal.segmentation.settle()
 
+    def prepare(self, step: Step) -> Step:
+        """The same step with what needs no student made ahead, for a thread beside the one that trains; CPU only."""
+        if self.marginal is None or not self.needs_targets:
+            return step
+        made = [replace(m, prepared=self.marginal.choices(m, self.reduction)) for m in step.micro]
+        return replace(step, micro=made)
+
     def forward(self, logits: Logits, hidden: Tensor, micro: MicroBatch, *, measure: bool = False) -> LossParts:
         """Sums of one micro-batch.
 
@@ -103,9 +117,12 @@ class Objective(nn.Module):
         rows = hidden.flatten(0, 1) if callable(logits) else logits.flatten(0, 1)
         to_logits = logits if callable(logits) else _same
         labels = micro.labels.flatten()
+        if self.baseline and not measure:
+            return self._chunked(rows, to_logits, labels, micro.teacher if self.lambda_kl else None)
         wanted = (measure or bool(self.lambda_byte or self.lambda_kl)) and micro.slot_token.numel() > 0
         if self.marginal is not None and wanted and (measure or micro.targets is not None):
-            choices = self.marginal.choices(micro, "sum" if measure else self.reduction)
+            ready: Choices | None = None if measure else micro.prepared
+            choices = ready or self.marginal.choices(micro, "sum" if measure else self.reduction)
             return self._chunked(rows, to_logits, labels, choices)
         token = self._chunked(rows, to_logits, labels, None).token
         zero = token.new_zeros(())
@@ -126,31 +143,46 @@ class Objective(nn.Module):
         ce, apart = byte_terms(scores, true, targets, divergence=self.divergence, temperature=self.temperature)
         return (ce * weight).sum(), (apart * self._kept(weight, unlisted)).sum()
 
+    def _token_distance(self, z: Tensor, own: TokenTargets) -> Tensor:
+        """Sum of a baseline's distances over the common places; z float [P, V]."""
+        at, prob = z[own.row], own.prob.to(z.dtype)
+        if self.baseline == "uld":
+            return sorted_distance(at, prob, self.temperature).sum()
+        return shared_distance(at, own.ids, prob, self.divergence, self.temperature).sum()
+
     def _kept(self, weight: Tensor, unlisted: Tensor | None) -> Tensor:
         """Weights of the divergence: 0 where the teacher left more than `max_tail` unlisted."""
         return weight if self.max_tail >= 1 or unlisted is None else weight * (unlisted <= self.max_tail)
 
     def _chunked(
-        self, rows: Tensor, to_logits: Callable[[Tensor], Tensor], labels: Tensor, choices: Choices | None
+        self,
+        rows: Tensor,
+        to_logits: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        choices: Choices | TokenTargets | None,
     ) -> LossParts:
         """Terms that read token logits, over pieces of `chunk` positions so that few [positions, V] arrays live."""
 
-        def piece(part: Tensor, label: Tensor, own: Choices | None) -> LossParts:
+        def piece(part: Tensor, label: Tensor, own: Choices | TokenTargets | None) -> LossParts:
             z = to_logits(part)
             z = z if z.dtype == torch.float64 else z.float()
+            if isinstance(own, Choices) and own.targets is not None and own.row.numel():
+                assert self.marginal is not None
+                if self.temperature == 1 and compiled(z.device):
+                    asked = (own.row, own.node, own.true, own.targets.slot, own.targets.symbol)
+                    token, right, listed, log_u = node_log_probs(z, label, *asked, self.marginal.tables)
+                    apart = diverge(listed, log_u, own.targets, self.divergence)
+                    kl = (apart * self._kept(own.weight, own.unlisted)).sum()
+                    return LossParts(token, -(right * own.weight).sum(), kl)
             token = functional.cross_entropy(z, label, ignore_index=IGNORE, reduction="sum")
             zero = token.new_zeros(())
             if own is None or own.row.numel() == 0:
                 return LossParts(token, zero, zero)
+            if isinstance(own, TokenTargets):
+                return LossParts(token, zero, self._token_distance(z, own))
             assert self.marginal is not None
-            tables = self.marginal.tables
-            if own.targets is None or self.temperature != 1 or not compiled(z.device):
-                scores = node_logits(z, own.row, own.node, tables)
-                return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted))
-            asked = (own.true, own.targets.slot, own.targets.symbol)
-            right, listed, log_u = node_log_probs(z, own.row, own.node, *asked, tables)
-            apart = diverge(listed, log_u, own.targets, self.divergence)
-            return LossParts(token, -(right * own.weight).sum(), (apart * self._kept(own.weight, own.unlisted)).sum())
+            scores = node_logits(z, own.row, own.node, self.marginal.tables)
+            return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted))
 
         size = self.chunk or len(rows)
         if size >= len(rows):
@@ -181,7 +213,7 @@ class Objective(nn.Module):
     def total(self, parts: LossParts, n_tokens: int, n_byte_tokens: int) -> Tensor:
         """The scalar to differentiate: this micro-batch's share of a step with these counts (over all ranks)."""
         lambda_byte = 0.0 if self.marginal is not None else self.lambda_byte
-        return parts.total(n_tokens, n_byte_tokens, self.lambda_token, lambda_byte, self.lambda_kl)
+        return parts.total(n_tokens, n_byte_tokens, self.lambda_token, lambda_byte, self.lambda_kl * self.kl_share)
 
     def terms(self, sums: LossParts, n_tokens: int, n_byte_tokens: int) -> dict[str, float]:
         """A step's terms for the log, nats per token, from its summed parts; `loss` is their weighted sum."""

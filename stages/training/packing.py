@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from schemas.errors import ConfigError
 from stages.training.stream import MicroBatch, Step
@@ -29,12 +30,17 @@ def pack(micro: MicroBatch) -> MicroBatch:
     offset = np.cumsum(count) - count
     within = np.arange(int(count.sum())) - np.repeat(offset, count)
     source = torch.from_numpy(np.repeat(np.arange(len(count)) * width, count) + within)
-    row, column = micro.slot_token // width, micro.slot_token % width
+    start = torch.from_numpy(offset)
+
+    def moved(place: Tensor) -> Tensor:
+        return start[place // width] + place % width
+
     return replace(
         micro,
         input_ids=micro.input_ids.flatten()[source][None],
         labels=micro.labels.flatten()[source][None],
-        slot_token=torch.from_numpy(offset)[row] + column,
+        slot_token=moved(micro.slot_token),
+        teacher=micro.teacher and micro.teacher._replace(row=moved(micro.teacher.row)),
         lengths=[int(count.sum())],
         position_ids=torch.from_numpy(within)[None],
     )

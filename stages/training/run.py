@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from schemas.errors import ConfigError
 from schemas.settings import Train as TrainSettings
 from stages.training import stream
+from stages.training.compiled import compile_trunk
 from stages.training.loss import LossParts
 from stages.training.objective import Objective
 from stages.training.parallel import World, like, whole
@@ -110,6 +111,12 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (floor + (1 - floor) * left[settings.schedule])
 
 
+def kl_share(step: int, settings: TrainSettings) -> float:
+    """Share of `train.lambda_kl` at step number `step` (from 0), by `train.kl_schedule`."""
+    progress = step / max(settings.steps - 1, 1)
+    return {"constant": 1.0, "decay": 1 - progress, "rise": progress}[settings.kl_schedule]
+
+
 def add_adapters(opened: Student, settings: TrainSettings) -> None:
     """Freeze the student and put low-rank adapters beside its linear maps (all but the lm_head by default).
 
@@ -159,6 +166,8 @@ def start_run(
     opened.model.to(device).train()
     if settings.activation_checkpointing:
         opened.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile and world.strategy == "ddp":
+        compile_trunk(opened)
     scored = world.wrap(Scored(opened, objective, settings.dtype))
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in opened.model.parameters():

@@ -20,7 +20,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,11 +32,13 @@ from schemas.manifest import Dataset, ShardEntry
 from stages.tokens.vocab import Vocabulary
 from stages.training import slots
 from stages.training.answers import TemplateSource
+from stages.training.baselines import TokenTargets
 from stages.training.byte_head import SLOTS
 from stages.training.loss import IGNORE, SlotTargets
 from stages.training.order import POOL, Order, Window
 from stages.training.shelf import Shelf
 from stages.training.source import fetch_ahead, load_shard
+from stages.training.teacher_tokens import TokenDump
 from stages.training.token_shard import TokenShard, tokenise
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
@@ -72,6 +74,7 @@ class MicroBatch:
     targets: the teacher's share, None when not asked for. Counts: predicted tokens, those of them with a supervised
     byte, supervised text bytes. lengths: tokens of each row before padding.
     position_ids int64 [R, T]: only where rows are packed (`packing`), else a token's place in its row.
+    teacher: its tokens, where a baseline asks for them. prepared: what the objective made of the rest ahead of time.
     """
 
     input_ids: Tensor
@@ -86,6 +89,8 @@ class MicroBatch:
     n_bytes: int
     lengths: list[int]
     position_ids: Tensor | None = None
+    teacher: TokenTargets | None = None
+    prepared: Any = None
 
     @property
     def n_real(self) -> int:
@@ -103,6 +108,7 @@ class MicroBatch:
             slot_weight=self.slot_weight.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
             targets=self.targets and SlotTargets(*(t.to(device) for t in self.targets)),
+            teacher=self.teacher and TokenTargets(*(t.to(device) for t in self.teacher)),
         )
 
 
@@ -180,6 +186,7 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
     weight, tail = np.empty(room, np.float32), np.empty(room, np.float32)
     edges = [0]
     n_tokens = n_byte_tokens = n_bytes = 0
+    teacher: list[list[Any]] = []
     for r, (src, first, last, lead) in enumerate(rows):
         n, span = last - first, slice(first, last)
         input_ids[r, : lead + n] = src.before[first - lead : last]
@@ -190,6 +197,13 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
             number, token, true, weight, tail, position,
         )  # fmt: skip
         edges.append(n_slots)
+        if src.teacher is not None:
+            # The student's token begins where one of the teacher's does; of an answer's context nothing is asked.
+            start, end = src.start[span], src.end[span]
+            at = np.searchsorted(src.teacher.position, start).clip(max=len(src.teacher.position) - 1)
+            common = (src.teacher.position[at] == start) & (end > start) & (src.skip[span] == 0) & src.supervised[span]
+            which = np.flatnonzero(common)
+            teacher.append([r * width + lead + which, src.teacher.ids[at[which]], src.teacher.prob[at[which]]])
         n_tokens += int(src.supervised[span].sum())
         n_byte_tokens, n_bytes = n_byte_tokens + tokens, n_bytes + text_bytes
     order, place, counts = slots.by_number(number[: edges[-1]])
@@ -202,6 +216,10 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         for t, (lo, hi), (a, b) in zip(triples, spans, pairwise(edges), strict=True):
             n = slots.row_targets(*t, lo, hi, position[a:b], place[a:b], n, slot, symbol, prob)
         targets = SlotTargets(*(torch.from_numpy(x) for x in (slot[:n], symbol[:n], prob[:n], tail[order])))
+    listed = None
+    if teacher:
+        cells, ids, masses = (np.concatenate(c) for c in zip(*teacher, strict=True))
+        listed = TokenTargets(*(torch.from_numpy(c) for c in (cells, ids.astype(np.int64), masses)))
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
@@ -209,7 +227,7 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         counts.tolist(),
         torch.from_numpy(true[order]),
         torch.from_numpy(weight[order]),
-        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows],
+        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows], teacher=listed,
     )  # fmt: skip
 
 
@@ -227,7 +245,7 @@ class ShardReader:
 
     Args:
         folder: the data set's name for messages. dataset: from `open_dataset`. split: "train" or "heldout".
-        template, max_tokens: see `tokenise`.
+        template, max_tokens: see `tokenise`. dump: the teacher's tokens, if they are asked for.
 
     Raises:
         InputError: the split has no shards.
@@ -236,8 +254,9 @@ class ShardReader:
     def __init__(
         self, folder: Path | str, dataset: Dataset, split: str, vocabulary: Vocabulary, end_id: int, *,
         resident: int = POOL, template: TemplateSource | None = None, max_tokens: int = 1 << 40,
+        dump: TokenDump | None = None,
     ) -> None:  # fmt: skip
-        self.dataset = dataset
+        self.dataset, self.dump = dataset, dump
         self.folder, self.vocabulary, self.end_id = folder, vocabulary, end_id
         self.template, self.max_tokens = template, max_tokens
         self.entries: list[ShardEntry] = [e for e in dataset.entries if e.split == split]
@@ -254,10 +273,13 @@ class ShardReader:
         return shard
 
     def _load(self, number: int) -> TokenShard:
-        return tokenise(
+        shard = tokenise(
             load_shard(self.dataset, self.entries[number]), self.vocabulary, self.end_id,
             template=self.template, max_tokens=self.max_tokens,
         )  # fmt: skip
+        if self.dump is not None:
+            shard = replace(shard, teacher=self.dump.of(shard.shard, self.vocabulary, self.end_id))
+        return shard
 
     @property
     def positions(self) -> list[int]:

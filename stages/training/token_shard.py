@@ -16,6 +16,7 @@ from schemas.errors import InputError
 from stages.tokens.vocab import Misfit, Vocabulary
 from stages.training.answers import Columns, TemplateSource, answer_start, chat_columns
 from stages.training.byte_head import END
+from stages.training.teacher_tokens import TeacherTokens
 
 IntArray = npt.NDArray[np.int64]
 
@@ -42,6 +43,8 @@ class TokenShard:
     skipped: Counter[str]
     place: IntArray | None = None
     """int64 [K]: position that decides a token's window, where documents are not cut (`answers`); None: `start`."""
+    teacher: TeacherTokens | None = None
+    """The teacher's tokens, where a baseline asks for them."""
 
 
 def tokenise(

@@ -27,11 +27,13 @@ from schemas.manifest import Dataset
 from schemas.settings import NEUTRAL
 from schemas.settings import Train as TrainSettings
 from stages.training import checkpoint, packing, stream, student
+from stages.training.baselines import BASELINES
 from stages.training.metrics import Metrics
 from stages.training.order import Order
 from stages.training.parallel import World, joined, whole
-from stages.training.run import backward_step, learning_rate, start_run
+from stages.training.run import backward_step, kl_share, learning_rate, start_run
 from stages.training.source import open_dataset
+from stages.training.teacher_tokens import TokenDump
 
 CLIP = 1.0
 
@@ -62,6 +64,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
     device: str = "",
+    dump: TokenDump | None = None,
 ) -> dict[str, Any]:
     """Train, or continue training, one student; under torchrun every process calls this.
 
@@ -77,6 +80,7 @@ def train(
         stop: asked after every step, on every rank; True anywhere saves a checkpoint and raises Interrupted.
         report: called after every step with the line of `metrics.jsonl`, on the first rank.
         device: torch device; empty = CUDA where there is one.
+        dump: the teacher's tokens, for the heads `uld` and `shared_topk`.
 
     Returns:
         name, checkpoint (path), sha256, step, step resumed from, the last step's loss terms, throughput, share of
@@ -89,13 +93,14 @@ def train(
     with joined(settings.parallel, device) as world, _deterministic():
         return _train(
             settings, student_dir, targets_dir, out_dir, world,
-            name=name, seed=seed, lambda_kl=lambda_kl, stop=stop, report=report,
+            name=name, seed=seed, lambda_kl=lambda_kl, stop=stop, report=report, dump=dump,
         )  # fmt: skip
 
 
 def _train(
     settings: TrainSettings, student_dir: Path, targets_dir: Path | Dataset, out_dir: Path, world: World, *,
     name: str, seed: int, lambda_kl: float | None, stop: Callable[[], bool], report: Callable[[dict[str, Any]], None],
+    dump: TokenDump | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     if settings.batch < world.size:
         raise ConfigError(
@@ -111,11 +116,19 @@ def _train(
         "dataset": dataset.manifest_hash,
         "settings": {**settings.model_dump(exclude=set(NEUTRAL)), "lambda_kl": kl},
     }
+    tokens = dump if settings.head in BASELINES and kl else None
+    if settings.head in BASELINES and kl:
+        if tokens is None or (settings.head == "shared_topk" and not tokens.spells):
+            raise ConfigError(
+                f"train.head = {settings.head!r} reads the teacher's tokens; pass the run's token dump, and for "
+                "shared_topk the teacher's vocabulary with it"
+            )
+        identity["dump"] = tokens.fingerprint
     if settings.packing:
         packing.check(opened)
     reader = stream.ShardReader(
         dataset.where, dataset, "train", opened.vocabulary, opened.end_id,
-        template=opened.template, max_tokens=opened.max_tokens,
+        template=opened.template, max_tokens=opened.max_tokens, dump=tokens,
     )  # fmt: skip
     run = start_run(opened, settings, seed, world.device, lambda_kl=kl, world=world, reader=reader)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -138,6 +151,8 @@ def _train(
         micro_tokens=settings.micro_tokens or automatic, context_bytes=settings.context_bytes,
     )  # fmt: skip
     source = islice(packing.packed(source) if settings.packing else source, settings.steps - first)
+    if world.device.type == "cpu":
+        source = map(run.objective.prepare, source)
     totals = dict.fromkeys(("n_bytes", "n_tokens", "n_real", "n_padded"), 0)
     began = time.perf_counter()
     with closing(stream.prefetch(source)) as data, closing(log or _Silent()):
@@ -147,6 +162,7 @@ def _train(
             rate = learning_rate(step.number, settings)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
+            run.objective.kl_share = kl_share(step.number, settings)
             run.optimizer.zero_grad(set_to_none=True)
             counts = _counts(step, world)
             terms = backward_step(run, step, counts["n_tokens"], counts["n_byte_tokens"], counts["n_micro"])

@@ -165,7 +165,7 @@ def _round_by_share(
             following = prefix
             for _ in range(fanout[level]):
                 exponent = np.int64(bits[e] >> np.uint32(23))
-                keep = min(SHARE_BITS, max(LEAST_BITS, SHARE_BITS + exponent - prefix))
+                keep = min(SHARE_BITS, max(LEAST_BITS, SHARE_BITS + int(exponent - prefix)))
                 drop = np.uint32(23 - keep)
                 half = np.uint32(1) << (drop - np.uint32(1))
                 out[e] = ((bits[e] + half) >> drop) << drop

@@ -21,11 +21,8 @@ import numpy as np
 from schemas import settings as st
 from schemas.errors import ConfigError
 from schemas.token_dump import Window
-from stages.lattice import Deviations, Lattice
+from stages.lattice import STATIC_PASSES, Deviations, Lattice
 from stages.windows import take_rows
-
-STATIC_PASSES = 2
-"""As many as the capture makes: static rows end in tokens too."""
 
 
 class Effort(NamedTuple):
@@ -42,8 +39,11 @@ def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | N
     `captured`: tau, depth and static of the teacher's identity. Raises ConfigError for more effort than the capture's.
     """
     own = Effort(float(captured["tau"]), int(captured["depth"]), float(captured["static"]))
+    given = settings_of(settings)
     asked = Effort(
-        *(mine if theirs < 0 else theirs for mine, theirs in zip(own, settings_of(settings), strict=True)),
+        own.tau if given.tau < 0 else given.tau,
+        own.depth if given.depth < 0 else given.depth,
+        own.static if given.static < 0 else given.static,
     )
     too_much = {
         "tau": asked.tau < own.tau,

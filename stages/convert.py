@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
+from schemas.arrays import SYMBOLS
 from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
-from schemas.quantise import SYMBOLS
 from schemas.token_dump import Window, read_meta, read_windows
 from stages.coarser import Effort, coarsen, coarser_effort, settings_of
 from stages.fidelity import Fidelity
@@ -106,7 +106,7 @@ def convert_units(
     counts |= {
         "teacher_nll": marginal,
         "canonical_nll": canonical,
-        "unaccounted_mean": unaccounted / max(1, counts["n_positions"]),
+        "unaccounted_mean": unaccounted / max(1, counts["n_supervised"]),
         "fidelity": fidelity.state(),
         "reference": reference,
     }

@@ -37,10 +37,12 @@ class Effort(NamedTuple):
 
 
 def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | None:
-    """The effort that a conversion asks for, None where it is the capture's own.
+    """The effort that a conversion asks for, None where it asks for none or for the capture's own.
 
     `captured`: tau, depth and static of the teacher's identity. Raises ConfigError for more effort than the capture's.
     """
+    if max(settings_of(settings)) < 0:
+        return None
     own = Effort(float(captured["tau"]), int(captured["depth"]), float(captured["static"]))
     asked = Effort(
         *(mine if theirs < 0 else theirs for mine, theirs in zip(own, settings_of(settings), strict=True)),

@@ -187,6 +187,7 @@ class DumpWriter:
 
     def __init__(self, path: Path, meta: dict[str, Any], *, windows_per_group: int = 32):
         text = json.dumps({"format": FORMAT, "version": VERSION, **meta}, sort_keys=True)
+        self._path = path
         self._schema = SCHEMA.with_metadata({_META: text.encode()})
         self._group = windows_per_group
         self._pending: list[Window] = []
@@ -202,6 +203,7 @@ class DumpWriter:
 
     def append(self, window: Window) -> None:
         """Add a window; masses are rounded here."""
+        _check(self._path, window)  # before anything trusts its offsets
         self._pending.append(window)
         if len(self._pending) >= self._group:
             self._flush()
@@ -345,6 +347,7 @@ def _check(path: Path, w: Window) -> None:
             and bool((w.row_parent[1:] >= 0).all() and (w.row_parent < np.arange(rows)).all())
             and bool((w.n_levels >= 1).all() and (w.n_levels <= n - w.row_start + 1).all() and (w.n_stops >= 0).all())
             and len(w.fanout) == int(w.n_levels.sum())
+            and bool((w.fanout >= 0).all())
             and len(w.entry_byte) == len(w.entry_mass) == int(w.fanout.sum())
             and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass) == int(w.n_stops.sum())
             and bool((w.stop_depth >= 1).all())

@@ -72,8 +72,8 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Student's t for a two-sided 95 % interval, by number of seeds."""
 
 
-def heldout(opened: student.Student, targets: Path, window_bytes: int = 1024) -> dict[str, float]:
-    """bits/byte and KL of a trained student (module docstring)."""
+def heldout(opened: student.Student, targets: Path, window_bytes: int, limit: int) -> dict[str, float]:
+    """bits/byte and KL of a trained student (module docstring), on about the first `limit` bytes; 0 = all."""
     judge = Objective(st.Train(head="marginal", byte_reduction="sum"), opened, 0)
     dataset = read_dataset(targets)
     judge.observe(stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id))
@@ -81,6 +81,8 @@ def heldout(opened: student.Student, targets: Path, window_bytes: int = 1024) ->
     token = kl = 0.0
     n_bytes = 0
     for window in sequential(reader.positions, 4 * window_bytes):
+        if limit and n_bytes >= limit:
+            break
         source = reader[window.shard]
         rows = [
             row
@@ -109,7 +111,7 @@ def anchors(args: argparse.Namespace) -> dict[str, float]:
         n_bytes += len(true) - len(shard.doc_id)
     found = {"teacher_bits_per_byte": nats / n_bytes / math.log(2)}
     if args.student:
-        start = heldout(student.load(prepared(args, args.seeds[0])), args.run / "targets", args.window)
+        start = heldout(student.load(prepared(args, args.seeds[0])), args.run / "targets", args.window, args.heldout)
         found |= {"start_bits_per_byte": start["bits_per_byte"], "start_kl": start["kl_nats_per_byte"]}
     return found
 
@@ -147,30 +149,40 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     opened = evaluate.load_trained(folder, Path(result["checkpoint"])).student
     return {
         "pair": args.pair, "arm": arm, "seed": seed, "steps": args.steps, "cpu_seconds": round(seconds, 1),
-        "text_bytes_seen": result["text_bytes"], **heldout(opened, exact, args.window),
+        "text_bytes_seen": result["text_bytes"], **heldout(opened, exact, args.window, args.heldout),
     }  # fmt: skip
 
 
+def paired(runs: dict[int, dict[str, Any]], control: dict[int, dict[str, Any]], key: str) -> tuple[float, float]:
+    """Mean difference to the control over shared seeds, and the half of its 95 % interval (nan for one seed)."""
+    gaps = np.array([runs[seed][key] - control[seed][key] for seed in sorted(set(runs) & set(control))])
+    half = T_95[len(gaps)] * gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) in T_95 else float("nan")
+    return float(gaps.mean()) if len(gaps) else float("nan"), float(half)
+
+
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per pair and arm: means over seeds and the paired difference to `ce`."""
+    """One line per pair and arm: means over seeds and the paired differences to `ce`."""
     lines = []
     for pair in dict.fromkeys(r["pair"] for r in records):
         by_arm = {a: {r["seed"]: r for r in records if r["pair"] == pair and r["arm"] == a} for a in ARMS}
         for arm, runs in by_arm.items():
             if not runs:
                 continue
-            shared = sorted(set(runs) & set(by_arm["ce"]))
-            gaps = np.array([runs[s]["bits_per_byte"] - by_arm["ce"][s]["bits_per_byte"] for s in shared])
-            half = T_95[len(gaps)] * gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) in T_95 else float("nan")
+            gap, half = paired(runs, by_arm["ce"], "bits_per_byte")
+            kl_gap, kl_half = paired(runs, by_arm["ce"], "kl_nats_per_byte")
             lines.append({
                 "pair": pair, "arm": arm, "seeds": len(runs),
                 "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in runs.values()])),
                 "kl": float(np.mean([r["kl_nats_per_byte"] for r in runs.values()])),
-                "difference": float(gaps.mean()) if len(gaps) else float("nan"), "half": float(half),
+                "difference": gap, "half": half, "kl_difference": kl_gap, "kl_half": kl_half,
                 "cpu_seconds": float(np.mean([r["cpu_seconds"] for r in runs.values()])),
                 "points": [r["bits_per_byte"] for r in runs.values()],
             })  # fmt: skip
     return lines
+
+
+def _signed(value: float, half: float) -> str:
+    return f"{value:+.4f} {'(one seed)' if math.isnan(half) else f'± {half:.4f}'}"
 
 
 def report(out: Path) -> None:
@@ -180,16 +192,29 @@ def report(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = summarise(json.loads(out.read_text())["runs"])
-    table = ["| student | objective | bits/byte | difference to CE (95 %) | KL to teacher | seeds | CPU s |",
-             "|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
-    for x in lines:
-        spread = "(one seed)" if math.isnan(x["half"]) else f"± {x['half']:.4f}"
-        gap = "" if x["arm"] == "ce" else f"{x['difference']:+.4f} {spread}"
-        table.append(
-            f"| {x['pair']} | {ARMS[x['arm']][1]} | {x['bits_per_byte']:.4f} | {gap} | {x['kl']:.4f} | "
-            f"{x['seeds']} | {x['cpu_seconds']:.0f} |"
-        )
+    found = json.loads(out.read_text())
+    lines = summarise(found["runs"])
+    table = [
+        "| objective | bits/byte | to CE (95 %) | KL to teacher | to CE (95 %) | seeds | CPU s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for pair in dict.fromkeys(x["pair"] for x in lines):
+        anchor = found.get("pairs", {}).get(pair, {})
+        steps = sorted({r["steps"] for r in found["runs"] if r["pair"] == pair})
+        table.append(f"| **{pair}**, {', '.join(map(str, steps))} steps | | | | | | |")
+        if anchor:
+            table.append(f"| the teacher itself | {anchor['teacher_bits_per_byte']:.4f} | | | | | |")
+        if "start_bits_per_byte" in anchor:
+            at = anchor["start_bits_per_byte"], anchor["start_kl"]
+            table.append(f"| the student before training | {at[0]:.4f} | | {at[1]:.4f} | | | |")
+        for x in (x for x in lines if x["pair"] == pair):
+            plain = x["arm"] == "ce"
+            gap = "" if plain else _signed(x["difference"], x["half"])
+            kl_gap = "" if plain else _signed(x["kl_difference"], x["kl_half"])
+            table.append(
+                f"| {ARMS[x['arm']][1]} | {x['bits_per_byte']:.4f} | {gap} | {x['kl']:.4f} | {kl_gap} | "
+                f"{x['seeds']} | {x['cpu_seconds']:.0f} |"
+            )
     out.with_suffix(".md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
     pairs = list(dict.fromkeys(x["pair"] for x in lines))
@@ -229,6 +254,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=4, help="windows a step")
     parser.add_argument("--window", type=int, default=1024, help="bytes a window")
+    parser.add_argument("--heldout", type=int, default=0, help="bytes of held-out text that are read; 0 = all")
     parser.add_argument("--student", default="", help="a checkpoint to start from; default: a new BPE student")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = train every weight")
     parser.add_argument("--teacher", default="", help="the teacher's folder, for its tokenizer")

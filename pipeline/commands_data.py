@@ -214,7 +214,7 @@ def convert_job(
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
     store, settings = context.store, context.settings
-    coarser_effort(settings.convert, identity["settings"])
+    coarser_effort(settings.convert, identity.get("settings", {}))
     shape = {name: value for name, value in settings.convert.shaping().items() if name != "shard_bytes"}
     code = receipts.code_fingerprint(*CONVERTER)[:16]
     cut = shard_groups(planned, settings.convert.shard_bytes)

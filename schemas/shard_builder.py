@@ -197,11 +197,12 @@ class ShardBuilder:
         tree = priors.grow(text, starts, rows.n_kept > 0)
         node = priors.find_nodes(text, starts, tree.child(), 0, n)
         skip = np.zeros(m, np.uint8)
-        for _ in range(2):  # what everything looks like; then what is left over once some of it is listed
+        for round_ in range(2):  # what everything looks like; then what is left over once some of it is listed
+            if round_:
+                _, skip = self._encode(rows, node, _Table(tree), np.zeros(2))
             mass = np.zeros((len(tree.parent), SYMBOLS), np.int64)
             quantise.learn_masses(node, skip, rows.n_kept, rows.symbol, rows.prob, float(priors.UNIT), mass)
             tree = priors.weigh(tree, mass)
-            _, skip = self._encode(rows, node, _Table(tree), np.zeros(2))
         return tree
 
     def _encode(self, rows: _Rows, node: I16, table: "_Table", divergence: F64) -> tuple[dict[str, U8], U8]:

@@ -32,7 +32,8 @@ VERSION = 1
 MASS_BITS = 13
 """Bits of mantissa of a stop's mass."""
 SHARE_BITS = 15
-"""Bits of mantissa of an entry that has all of its prefix's mass; one less for each halving of its share."""
+"""Bits of mantissa of an entry that has all of its prefix's mass, and of the text's own; one less for each halving of
+the share."""
 LEAST_BITS = 5
 """Bits of mantissa of the rarest entries."""
 _META = b"bytecache"
@@ -141,7 +142,10 @@ def round_masses(mass: np.ndarray) -> np.ndarray:
 
 
 def round_entries(window: "Window") -> np.ndarray:
-    """`entry_mass` as a dump keeps it, float32 [E]: wrong by at most 2^-16 of the prefix's mass, or 2^-6 of its own."""
+    """`entry_mass` as a dump keeps it, float32 [E]: wrong by at most 2^-16 of the prefix's mass, or 2^-6 of its own.
+
+    The text's own next byte, the prefix of all that follows, keeps `SHARE_BITS`.
+    """
     bits = window.entry_mass.astype(np.float32).view(np.uint32)
     return _round_by_share(window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits).view(
         np.float32
@@ -166,11 +170,12 @@ def _round_by_share(
             for _ in range(fanout[level]):
                 exponent = np.int64(bits[e] >> np.uint32(23))
                 keep = min(SHARE_BITS, max(LEAST_BITS, SHARE_BITS + int(exponent - prefix)))
+                if i < len(text) and entry_byte[e] == text[i]:  # all that follows is a part of it
+                    following = exponent
+                    keep = SHARE_BITS
                 drop = np.uint32(23 - keep)
                 half = np.uint32(1) << (drop - np.uint32(1))
                 out[e] = ((bits[e] + half) >> drop) << drop
-                if i < len(text) and entry_byte[e] == text[i]:
-                    following = exponent
                 e += 1
             prefix = following
             level += 1

@@ -34,10 +34,12 @@ class Effort(NamedTuple):
 
 
 def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | None:
-    """The effort that a conversion asks for, None where it is the capture's own.
+    """The effort that a conversion asks for, None where it asks for none or for the capture's own.
 
     `captured`: tau, depth and static of the teacher's identity. Raises ConfigError for more effort than the capture's.
     """
+    if max(settings_of(settings)) < 0:
+        return None
     own = Effort(float(captured["tau"]), int(captured["depth"]), float(captured["static"]))
     given = settings_of(settings)
     asked = Effort(

@@ -3,8 +3,10 @@
     m(c) = sum of exp(z_v) over tokens v that start with c      (a contiguous range of the sorted vocabulary)
 
 Two forms of the same sums, both direct (never differences), so a mass of 1e-30 keeps its digits. `node_log_probs` is
-one compiled pass on a CPU from token logits to the few log-probabilities that a loss reads, and one back; its arrays
-are as large as what nodes offer. `node_logits` gives all symbols as [S, 260] from segment sums of torch, on any device.
+one compiled pass on a CPU from token logits to the few log-probabilities that a loss reads and to the tokens' own
+cross-entropy, and one back, so that there is one exponential and one gradient of the logits; a row is put in byte order
+once, and then every range lies together. `node_logits` gives all symbols as [S, 260] from segment sums of torch, on any
+device.
 Price: a slot at the root reads the vocabulary once, a slot deeper the tokens that still fit: about two passes over
 [tokens, vocabulary] forward and two backward; `benchmarks/objective_cost.py` measures it.
 """

@@ -158,7 +158,7 @@ def _round_by_share(
     bits: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """The rounded float32 bits of entries; shares are compared by their exponents."""
-    out = np.empty_like(bits)
+    out = bits.copy()
     one = np.int64(127)
     level = 0
     e = 0
@@ -167,6 +167,8 @@ def _round_by_share(
         for depth in range(n_levels[r]):
             i = row_start[r] + depth
             following = prefix
+            if level == len(fanout) or e + fanout[level] > len(bits):  # inconsistent: refused by whoever reads it
+                return out
             for _ in range(fanout[level]):
                 exponent = np.int64(bits[e] >> np.uint32(23))
                 keep = min(SHARE_BITS, max(LEAST_BITS, SHARE_BITS + int(exponent - prefix)))

@@ -1,55 +1,89 @@
 """Convert megabytes of text per second and core, from an existing run's dump parts.
 
-    python benchmarks/convert_throughput.py runs/default --out benchmarks/results/convert_throughput.json
+    python -m benchmarks.convert_throughput runs/default --out benchmarks/results/convert_throughput.json
 
-Runs the whole conversion once to compile, then `--rounds` times on one core, and the lattice alone beside it.
+Processor time of one core, so that neighbours do not count. The run's windows are written again as parts: as they
+are (`branches`), without branches and static rows (`spans`), and as a single document (`one document`); each is
+converted once to compile, and with the part repeated 1, 4 and `--repeat` times. A shard learns its prior from the first
+2^20 positions, so `marginal` is the rate of what the longest conversion adds to the one before.
 """
 
 import argparse
 import json
-import os
-import statistics
 import tempfile
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from schemas import settings as st
-from schemas.token_dump import read_windows
+from schemas.token_dump import DumpWriter, Window, read_windows
 from stages.convert import convert_units
 from stages.lattice import Lattice
+from stages.windows import keep_rows
+
+
+def spans(window: Window) -> Window:
+    """Canonical rows alone: what `teacher.preset = "fast"` evaluates, static rows aside."""
+    return keep_rows(window, window.row_depth == 0)
+
+
+def write_part(path: Path, windows: Iterable[Window]) -> Path:
+    writer = DumpWriter(path, {"teacher": {}})
+    for window in windows:
+        writer.append(window)
+    writer.close()
+    return path
+
+
+def as_one_document(windows: list[Window]) -> list[Window]:
+    last = len(windows) - 1
+    return [replace(w, doc_id="all", doc_index=0, is_last=i == last) for i, w in enumerate(windows)]
+
+
+def measure(part: Path, n_bytes: int, repeat: int, out: Path) -> dict[str, float]:
+    began = time.process_time()
+    counts = convert_units([part] * repeat, out, st.Convert(), {}, lambda: False, lambda _: None)
+    seconds = time.process_time() - began
+    size = n_bytes * repeat
+    return {
+        "text_mb": round(size / 1e6, 3),
+        "seconds": round(seconds, 3),
+        "mb_per_s": round(size / seconds / 1e6, 3),
+        "shard_bytes_per_text_byte": round(counts["size"] / size, 2),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=32)
+    parser.add_argument("--parts", type=int, default=0, help="use the first parts only; 0 = all")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    parts = sorted((args.run / "teacher").glob("*.parquet"))
-    windows = [w for part in parts for w in read_windows(part)]
+    parts = sorted((args.run / "teacher").glob("*.parquet"))[: args.parts or None]
+    windows = [w for part in parts for w in read_windows(part, top_k=False) if not w.reference]
     n_bytes = sum(len(w.text) - w.score_start for w in windows)
-    whole, lattice = [], []
-    size = 0
+    result: dict[str, Any] = {"text_bytes": n_bytes, "documents": sum(w.is_last for w in windows)}
+    kinds = {"branches": windows, "spans": [spans(w) for w in windows], "one document": as_one_document(windows)}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(args.rounds + 1):
-            out = Path(folder) / "shard.zarr.zip"
-            began = time.perf_counter()
-            convert_units(parts, out, st.Convert(), {}, lambda: False, lambda _: None)
-            whole.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            for window in windows:
+        out = Path(folder) / "shard.zarr.zip"
+        for name, chosen in kinds.items():
+            part = write_part(Path(folder) / "part.parquet", chosen)
+            measure(part, n_bytes, 1, out)  # compiles
+            lengths = [measure(part, n_bytes, n, out) for n in sorted({1, 4, args.repeat})]
+            added = lengths[-1]["text_mb"] - lengths[-2]["text_mb"]
+            began = time.process_time()
+            for window in chosen:
                 Lattice(window)
-            lattice.append(time.perf_counter() - began)
-            size = out.stat().st_size
-    result = {
-        "text_bytes": n_bytes,
-        "rows_per_text_byte": sum(len(w.row_start) for w in windows) / n_bytes,
-        "convert_mb_per_s": n_bytes / statistics.median(whole[1:]) / 1e6,
-        "lattice_mb_per_s": n_bytes / statistics.median(lattice[1:]) / 1e6,
-        "dump_bytes_per_text_byte": sum(p.stat().st_size for p in parts) / n_bytes,
-        "shard_bytes_per_text_byte": size / n_bytes,
-    }
+            result[name] = {
+                "rows_per_text_byte": round(sum(len(w.row_start) for w in chosen) / n_bytes, 3),
+                "entries_per_text_byte": round(sum(len(w.entry_byte) for w in chosen) / n_bytes, 1),
+                "lattice_mb_per_s": round(n_bytes / (time.process_time() - began) / 1e6, 2),
+                "marginal_mb_per_s": round(added / (lengths[-1]["seconds"] - lengths[-2]["seconds"]), 3),
+                "lengths": lengths,
+            }
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

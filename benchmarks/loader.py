@@ -6,7 +6,8 @@ Size is that of the data set's own train split. Speed needs more text than a sma
 are drawn again in runs of 16 positions (no long repeats for a compressor to find) until `--mb` megabytes, and every
 layout stores those. Load means: from files in the page cache to arrays a training step can use, window after window of
 1024 positions: flat (row, symbol, probability) triples, or dense rows where the layout is dense. Processor seconds,
-median of `--rounds`. `collate` is the trainer's last step, from shard and tokens to a micro-batch's tensors.
+median of `--rounds`. `parts` says where a cold load spends its time. `collate` is the trainer's last step, from shard
+and tokens to a micro-batch's tensors.
 
 HF datasets and webdataset are compared if they can be imported (PYTHONPATH=... is enough); absent ones are left out.
 """
@@ -31,9 +32,11 @@ import pyarrow.parquet as pq
 import zarr
 
 from schemas.byte_shard import ByteShard, read_shard
-from schemas.manifest import describe_shard, read_dataset, write_dataset
+from schemas.manifest import describe_shard, file_sha256, read_dataset, write_dataset
+from schemas.packing import COLUMNS
 from schemas.settings import Student
 from schemas.shard_builder import ShardBuilder
+from schemas.zarr_zip import read_zarr_zip
 from stages.training import stream, student
 from stages.training.dataset import ByteTargets
 from stages.training.order import sequential
@@ -105,6 +108,21 @@ def copies(shard: ByteShard) -> Callable[[ByteShard], int]:
     """What merely writing the triples of every window costs: the bound of any decoder with this output."""
     row, symbol, prob = shard.triples(0, min(WINDOW, len(shard)))
     return lambda shard: sum(len((row.copy(), symbol.copy(), prob.copy())[0]) for _ in range(0, len(shard), WINDOW))
+
+
+def parts(folder: Path, rounds: int) -> dict[str, float]:
+    """Nanoseconds of a position, one step after the other, from a file in the page cache to triples."""
+    path = next(folder.glob("*.zarr.zip"))
+    shard = read_shard(path)
+    spent = {
+        "sha256": seconds(lambda: file_sha256(path), rounds),
+        "zip, CRC-32, zstd": seconds(lambda: read_zarr_zip(path, COLUMNS), rounds),
+        "read and check all": seconds(lambda: read_shard(path), rounds),
+        "triples": seconds(lambda: ours_resident(shard), rounds),
+        "copies of triples": seconds(lambda: copies(shard)(shard), rounds),
+    }
+    spent["ranks to rows by symbol"] = spent.pop("read and check all") - spent["zip, CRC-32, zstd"]
+    return {name: round(taken / len(shard) * 1e9, 2) for name, taken in spent.items()}
 
 
 def ours_stream(folder: Path) -> int:
@@ -286,6 +304,7 @@ def main() -> None:
                     continue
                 found[f"{label}, MB/s"] = len(rows) / spent / 1e6
             if name == "bytecache shard":
+                result["parts_ns_per_position"] = parts(folder, args.rounds)
                 shard = read_shard(next(folder.glob("*.zarr.zip")))
                 for label, work in (("triples of a resident shard", ours_resident), ("copies of them", copies(shard))):
                     found[f"{label}, MB/s"] = len(rows) / seconds(lambda w=work, s=shard: w(s), args.rounds) / 1e6

@@ -1,10 +1,12 @@
 """What a byte of shard buys: file size against divergence, for real targets of real teachers.
 
-    python -m benchmarks.rate_distortion --out benchmarks/results/rate_distortion [--bytes 12000] [--text NAME=FILE ...]
-    python -m benchmarks.rate_distortion --out ... --captures FOLDER    (captures that an earlier run kept with --keep)
+    python -m benchmarks.rate_distortion --out benchmarks/results/rate_distortion
 
-A capture holds the teacher's rows unpruned: preset balanced, next bytes down to 1e-6, float32, transformers backend.
-Default texts: prose and source code that Python itself carries. For each capture and setting of the writer:
+Two teachers that packages bring (`--model`, repeatable) read three kinds of text that packages bring too
+(`benchmarks.texts`: Python's manual, source code, and Chinese, Japanese, Korean, Spanish and French), `--bytes` of
+each. A capture holds the teacher's rows unpruned: tau 0.03, depth 2, next bytes down to 1e-6, float32, transformers
+backend. Captures are kept in `--captures` as TEACHER TEXT.npz, each written once; a second run with the same folder
+takes them, and what else lies there, from it. For each capture and setting of the writer:
 
 * size: bytes of file per byte of text, text and offsets included, less the size of a shard without documents (8 kB of
   names and metadata, which a capture would pay for and a real shard of 16 MiB does not notice). `prior` is the part
@@ -18,18 +20,18 @@ Writes OUT.json, OUT.md and OUT.png.
 """
 
 import argparse
-import inspect
+import contextlib
 import json
 import tempfile
-import textwrap
+import time
 import zipfile
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numcodecs
 import numpy as np
 
+from benchmarks.texts import builtin_texts, multilingual_text
 from schemas import prior as priors
 from schemas import settings as st
 from schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
@@ -45,6 +47,9 @@ SWEEP = {
     "     ": Precision(6e-3, 32, 32),
     "      ": Precision(1.2e-2, 32, 32),
 }
+MODELS = ("builtin:smollm2-135m-instruct", "builtin:gemma-3-270m")
+TAU, DEPTH = 0.03, 2
+"""Effort of the captures: nothing else than the rows of a normal run, but unpruned."""
 EQUAL_KL = (0.005, 0.007, 0.01, 0.02, 0.05)
 
 
@@ -65,19 +70,28 @@ class Capture(NamedTuple):
         return len(self.text) - len(self.start) + 1
 
 
-def capture(model: str, context: int, texts: dict[str, str]) -> dict[str, Capture]:
-    """Rows of each text from one running teacher."""
+def capture(model: str, context: int, texts: dict[str, str], folder: Path) -> None:
+    """Rows of those of the texts that `folder` lacks, from one running teacher."""
     from stages.probe import probe_with
     from stages.teacher import open_teacher
 
-    settings = st.Teacher(model=model, backend="hf", preset="balanced", floor=1e-6, context=context)
-    teacher = open_teacher(settings)
-    out = {}
+    teacher = None
     for name, text in texts.items():
+        path = folder / f"{model.removeprefix('builtin:').replace('/', ' ')} {name}.npz"
+        if path.exists():
+            continue
+        teacher = teacher or open_teacher(
+            st.Teacher(model=model, backend="hf", tau=TAU, depth=DEPTH, floor=1e-6, context=context)
+        )
+        began = time.process_time()
         probs, tail, data = probe_with(teacher, text)
-        out[name] = Capture(probs, tail, np.append(data, np.uint8(0)), np.array([0, len(data) + 1]))
-    teacher.close()
-    return out
+        found = Capture(probs, tail, np.append(data, np.uint8(0)), np.array([0, len(data) + 1]))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            np.savez_compressed(Path(scratch) / "capture.npz", **found._asdict())
+            (Path(scratch) / "capture.npz").replace(path)
+        print(f"{path.stem}: {found.n_bytes} bytes, {time.process_time() - began:.0f} s of processor time", flush=True)
+    if teacher:
+        teacher.close()
 
 
 def entropy_bytes(values: np.ndarray) -> float:
@@ -225,10 +239,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axes.plot(
                 *zip(*points, strict=True), style, color=f"C{k}", marker=".", label=name if key == "shards" else None
             )
+        for preset, symbol in zip(PRECISIONS, "svD", strict=True):
+            chosen = [(p["kl"], p["size"]) for p in result["shards"] if p["preset"] == preset]
+            axes.plot(*zip(*chosen, strict=True), symbol, color=f"C{k}", markersize=6)
     axes.set(xscale="log", yscale="log", xlabel="KL, nats per position", ylabel="bytes per byte of text")
     axes.set_yticks([1, 2, 3, 4, 6, 8, 12, 16], labels=["1", "2", "3", "4", "6", "8", "12", "16"])
     axes.grid(alpha=0.3)
-    axes.legend(title="solid: shards; dashed: prototype")
+    title = "solid: shards\n■ small ▼ default ◆ precise\ndashed: prototype"
+    axes.legend(title=title, fontsize="small", loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -236,28 +254,19 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="prefix of .json, .md, .png")
-    parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
+    parser.add_argument("--model", action="append", help=f"default: {' and '.join(MODELS)}")
     parser.add_argument("--context", type=int, default=0, help="tokens of a window")
     parser.add_argument("--bytes", type=int, default=12_000, help="of each text")
-    parser.add_argument("--text", action="append", default=[], help="NAME=FILE, instead of the default texts")
-    parser.add_argument("--keep", type=Path, help="folder to keep the captures in, as NAME.npz")
-    parser.add_argument("--captures", type=Path, help="folder of kept captures to use instead of a teacher")
+    parser.add_argument("--captures", type=Path, help="folder that keeps the captures; default: a temporary one")
     args = parser.parse_args()
-    if args.captures:
-        captures = {file.stem: Capture(**np.load(file)) for file in sorted(args.captures.glob("*.npz"))}
-    else:
-        texts = dict(entry.split("=", 1) for entry in args.text)
-        texts = {name: Path(file).read_text(encoding="utf-8") for name, file in texts.items()}
-        texts = texts or {
-            "prose": "".join(topics.values()),
-            "code": inspect.getsource(argparse) + inspect.getsource(textwrap),
-        }
-        pieces = {name: text.encode()[: args.bytes].decode(errors="ignore") for name, text in texts.items()}
-        captures = capture(args.model, args.context, pieces)
-    if args.keep:
-        args.keep.mkdir(parents=True, exist_ok=True)
-        for name, c in captures.items():
-            np.savez_compressed(args.keep / f"{name}.npz", **c._asdict())
+    with contextlib.ExitStack() as stack:
+        folder = args.captures or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {name: builtin_texts(args.bytes)[name] for name in ("prose", "code")}
+        texts["multilingual"] = multilingual_text(args.bytes)
+        for model in args.model or MODELS:
+            capture(model, args.context, texts, folder)
+        captures = {file.stem: Capture(**np.load(file)) for file in sorted(folder.glob("*.npz"))}
     results: dict[str, Any] = {}
     for name, c in captures.items():
         print(f"{name}: {c.n_bytes} bytes", flush=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from pipeline.fleet.ledger import Delete, Get, Layout, List, Put, Replace, Request, UnitState, read_names
+from pipeline.fleet.ledger import Delete, Get, Layout, List, Put, Reading, Replace, Request, read_block
 from pipeline.plan import PAGE, PLAN_KEY, Unit, index_bytes, make_index, page_bytes
 
 LAYOUT = Layout("teacher")
@@ -19,12 +19,15 @@ NAMES = 1000
 """Names of one page of a listing."""
 
 
+EMPTY = Reading(frozenset(), {})
+
+
 class Listing(list[str]):
     """What a listing of a block of units answers: its names parsed, a copy that later writes leave alone."""
 
-    def __init__(self, states: dict[int, UnitState]) -> None:
+    def __init__(self, reading: Reading) -> None:
         super().__init__()
-        self.states = states
+        self.reading = reading
 
 
 @dataclass
@@ -32,13 +35,15 @@ class Block:
     """The names of a block of units by unit, and what the claiming code's own parser reads from them."""
 
     names: dict[int, list[str]] = field(default_factory=dict)
-    states: dict[int, UnitState] = field(default_factory=dict)
+    reading: Reading = EMPTY
 
     def add(self, name: str) -> None:
         slot = int(name[:3])
         of_unit = self.names.setdefault(slot, [])
         of_unit.append("/" + name)
-        self.states = {**self.states, **read_names(of_unit)}
+        fresh, before = read_block(of_unit), self.reading
+        others = {unit: state for unit, state in before.others.items() if unit != slot} | fresh.others
+        self.reading = Reading(before.done - {slot} | fresh.done, others)
 
 
 class ModelStore:
@@ -121,14 +126,14 @@ class ModelStore:
 
     def _list(self, folder: str) -> list[str]:
         if folder.startswith(UNITS):
-            return Listing(self.blocks[folder].states if folder in self.blocks else {})
+            return Listing(self.blocks[folder].reading if folder in self.blocks else EMPTY)
         return sorted(self.by_folder.get(folder, {}))
 
 
-def parsed(names: Iterable[str]) -> dict[int, UnitState]:
+def parsed(names: Iterable[str]) -> Reading:
     """What `Claimer` reads from a listing."""
     assert isinstance(names, Listing)
-    return names.states
+    return names.reading
 
 
 @cache

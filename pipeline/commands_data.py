@@ -18,6 +18,7 @@ from pipeline.dataset_index import (
     CONVERTER,
     TARGETS,
     certificate,
+    dataset_identity,
     dataset_info,
     publish_index,
     refuse_other_dataset,
@@ -206,12 +207,14 @@ def convert_job(
     """One unit of work per shard. `identity`: the teacher's; `dump(i)`: the receipt of the plan's unit i.
 
     `missing`: units of the plan to go without; shards that hold none of them are the same as with all units.
+    Raises ConfigError if another data set was published here.
     """
     from schemas import byte_shard
     from stages.coarser import coarser_effort
 
+    refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
     store, settings = context.store, context.settings
-    coarser_effort(settings.convert, identity["settings"])
+    coarser_effort(settings.convert, identity.get("settings", {}))
     shape = {name: value for name, value in settings.convert.shaping().items() if name != "shard_bytes"}
     code = receipts.code_fingerprint(*CONVERTER)[:16]
     cut = shard_groups(planned, settings.convert.shard_bytes)
@@ -283,7 +286,6 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     aside = units_aside(context, found.__contains__)
     parts = list(found.values())
     info = dataset_info(context, planned, parts, describe(context, planned, aside))
-    refuse_other_dataset(context, info)
     job = convert_job(context, planned, info["teacher"], found.__getitem__, [one.unit for one in aside])
     outcome = run_job(context.store, job, context.stop)
     index_is_new = publish_index(context, outcome.receipts, info)

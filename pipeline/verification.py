@@ -19,7 +19,9 @@ from pipeline.plan import PLAN_KEY, read_plan
 from pipeline.receipts import Receipt
 from pipeline.stores import LocalStore, Store, open_store
 from pipeline.units import slice_is_whole
+from schemas import card, strict_json
 from schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
+from schemas.manifest import DATASET, replace_file
 
 ASIDE = "set-aside"
 """Where repair of a run puts shards that no index lists; nothing of unknown origin is deleted."""
@@ -168,7 +170,7 @@ def _sound(store: Store, stage: str) -> Iterator[Receipt]:
 
 
 def _settle_strangers(store: Store) -> list[str]:
-    """Second copies of listed shards go; shards that nothing lists are moved out of the data set."""
+    """Second copies of listed shards go; shards that nothing lists and a damaged card are moved out of the data set."""
     from schemas.verification import verify_dataset
 
     done: list[str] = []
@@ -176,7 +178,7 @@ def _settle_strangers(store: Store) -> list[str]:
         return done
     folder, aside = store.folder(TARGETS), store.folder(ASIDE)
     for problem in verify_dataset(folder):
-        if problem.kind in ("duplicated", "foreign"):
+        if problem.kind in ("duplicated", "foreign") or problem.file == card.FILE:
             done.append(_settle(folder, problem.file, problem.kind, aside))
     if done:
         store.publish(ASIDE)
@@ -190,6 +192,10 @@ def _settle(folder: Path, file: str, kind: str, aside: Path) -> str:
         return f"removed: {file}, a second copy of a listed shard"
     aside.mkdir(parents=True, exist_ok=True)
     os.replace(folder / file, aside / file)
+    if file == card.FILE:
+        document = strict_json.parse((folder / DATASET).read_bytes())
+        replace_file(folder / file, card.render(document))
+        return f"made again: {file}, which was damaged; the old one is in {aside}"
     return f"moved: {file}, which no index lists, to {aside}"
 
 
@@ -199,7 +205,7 @@ def repair_dataset(folder: Path, source: str) -> list[str]:
     Raises IntegrityError when the source does not hold the bytes that the manifest states, StorageError when it
     cannot be read.
     """
-    from schemas.manifest import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset, replace_file
+    from schemas.manifest import MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
     from schemas.verification import verify_dataset
     from stages.scratch import scratch_folder
     from stages.training.source import fetch_bytes, fetch_file
@@ -223,7 +229,7 @@ def repair_dataset(folder: Path, source: str) -> list[str]:
         done.append(f"fetched: the index ({error})")
     entries = {entry.file: entry for entry in read_dataset(folder).entries}
     for problem in verify_dataset(folder):
-        if problem.kind in ("duplicated", "foreign"):
+        if problem.kind in ("duplicated", "foreign") or problem.file == card.FILE:
             done.append(_settle(folder, problem.file, problem.kind, folder / ASIDE))
             continue
         entry = entries[problem.file]

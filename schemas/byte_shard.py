@@ -6,7 +6,7 @@ context prior does not predict well enough. SPEC.md is the normative description
 reader, and the writer's names. `shard_builder` writes, `prior` holds the context tree, `quantise` what a writer
 chooses, `packing` the columns, `expansion` the reader's loops, `zarr_zip` the file.
 
-Price in memory: 6 bytes a position and 2 a listed symbol. Sizes, speeds and the commands that measure them: SPEC.md,
+Price in memory: 7 bytes a position and 2 a listed symbol. Sizes, speeds and the commands that measure them: SPEC.md,
 "Cost".
 """
 
@@ -21,22 +21,39 @@ from numpy.typing import NDArray
 
 from schemas import prior as priors
 from schemas import quantise
+from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
 from schemas.errors import IntegrityError
-from schemas.expansion import INDEX_STRIDE, decode_rows, expand_rows
-from schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, unpack_columns
+from schemas.expansion import INDEX_STRIDE, SPARE, decode_rows, expand_rows
+from schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, check_bounds
 from schemas.prior import Prior
-from schemas.quantise import F32, F64, I32, I64, SYMBOLS, U8
 from schemas.shard_builder import PRECISIONS, Precision, ShardBuilder
 from schemas.zarr_zip import read_zarr_zip
 
-__all__ = ["FORMAT", "PRECISIONS", "VERSION", "ByteShard", "Precision", "ShardBuilder", "Triples", "read_shard"]
+__all__ = [
+    "FORMAT",
+    "PRECISIONS",
+    "TAIL_MASS",
+    "VERSION",
+    "ByteShard",
+    "Precision",
+    "ShardBuilder",
+    "Triples",
+    "read_shard",
+]
 
 _REASONS = {
-    quantise.BAD_ORDER: "ranks run beyond the last symbol",
-    quantise.BAD_CODE: "a code that no writer produces",
-    quantise.BAD_MASS: "listed mass and tail reach 1",
-    quantise.BAD_COUNT: "the counts do not add up to the lengths of `entry` and `top`",
+    quantise.BAD_ORDER: ("entry", "ranks run beyond the last symbol"),
+    quantise.BAD_CODE: ("entry", "a code that no writer produces"),
+    quantise.BAD_MASS: ("entry", "listed mass and tail reach 1"),
+    quantise.BAD_COUNT: ("head", "the counts do not add up to the lengths of `entry` and `top`"),
+    quantise.BAD_COUNT_OVER: ("count_over", "its length is not the number of counts of 7 and more"),
+    quantise.BAD_GAP_OVER: ("gap_over", "its length is not the number of widest gaps"),
 }
+"""Why `expand_rows` refuses: the member to blame, and the words."""
+
+
+TAIL_MASS: F32 = quantise.TAIL.astype(np.float32)
+"""float32 [256]: unlisted mass of a `tail` code."""
 
 
 class Triples(NamedTuple):
@@ -58,7 +75,7 @@ class ByteShard:
     attrs: dict[str, Any]
     """what the writer was given"""
     statistics: dict[str, Any]
-    """n_documents, n_bytes, n_positions, n_entries, tail_mean, tail_max, kl_mean, quantisation_kl_mean"""
+    """n_documents, n_bytes, n_positions, n_supervised, n_entries, tail_mean, tail_max, kl_mean, quantisation_kl_mean"""
     precision: dict[str, Any]
     """what the writer spent: prune, rate, value_step, tail_step"""
     text: U8
@@ -69,45 +86,39 @@ class ByteShard:
     """int64 [D + 1]: document d owns positions doc_start[d]..doc_start[d + 1], the last of them END"""
     doc_id: list[str]
     prior: Prior = field(repr=False)
-    codes: dict[str, U8] = field(repr=False)
-    """rows by symbol: top, tail, end, count uint8 [N]; byte, value uint8 [E]"""
-    entry_index: I64 = field(repr=False)
-    """int64: entry offset of every 1024th position, and of N"""
+    codes: dict[str, NDArray[Any]] = field(repr=False)
+    """rows by symbol, as `expansion.expand_rows` makes them: tail, count, place uint8 [N]; key uint16 [<= E + N]"""
+    key_index: I64 = field(repr=False)
+    """int64: key offset of every 1024th position, and of N"""
 
     @cached_property
     def tail(self) -> F32:
-        """float32 [N]: decoded unlisted mass."""
-        return quantise.TAIL.astype(np.float32)[self.codes["tail"]]
+        """float32 [N]: decoded unlisted mass; kept once asked for (`tails` gives a part and keeps nothing)."""
+        return self.tails(0, len(self))
+
+    def tails(self, lo: int, hi: int) -> F32:
+        """float32 [hi - lo]: decoded unlisted mass of positions lo..hi."""
+        return TAIL_MASS[self.codes["tail"][lo:hi]]
 
     @cached_property
-    def _spread(self) -> tuple[I32, F64]:
+    def _rows(self) -> tuple[NDArray[Any], ...]:
+        return self.key_index, *(self.codes[name] for name in ("tail", "count", "place", "key"))
+
+    @cached_property
+    def _spread(self) -> tuple[I16, F64]:
         return self.prior.child(), self.prior.weights()
 
     def __len__(self) -> int:
         return len(self.text)
-
-    def _entries(self, lo: int, hi: int) -> tuple[int, int]:
-        """Offset of lo's first entry, and how many rows lo..hi have."""
-        if not 0 <= lo <= hi <= len(self):
-            raise IndexError(f"{self.path}: positions {lo}..{hi} are outside 0..{len(self)}")
-        count = self.codes["count"]
-        offsets = []
-        for at in (lo, hi):
-            known = at // INDEX_STRIDE
-            offsets.append(int(self.entry_index[known]) + int(count[known * INDEX_STRIDE : at].sum(dtype=np.int64)))
-        return offsets[0], offsets[1] - offsets[0]
 
     def triples(self, lo: int, hi: int) -> Triples:
         """Non-zero probabilities of positions lo..hi, implied symbol and END included, the tail left out.
 
         A row's probabilities and its `tail` sum to 1 (float32 rounding aside). Raises IndexError.
         """
-        at, n_entries = self._entries(lo, hi)
-        room = n_entries + 2 * (hi - lo)
-        row, symbol, prob = np.empty(room, np.int32), np.empty(room, np.int16), np.empty(room, np.float32)
-        c = self.codes
-        n = decode_rows(lo, hi, at, c["top"], c["tail"], c["end"], c["count"], c["byte"], c["value"], row, symbol, prob)
-        return Triples(row[:n], symbol[:n], prob[:n])
+        if not 0 <= lo <= hi <= len(self.text):
+            raise IndexError(f"{self.path}: positions {lo}..{hi} are outside 0..{len(self)}")
+        return Triples._make(decode_rows(lo, hi, *self._rows))
 
     def dense(self, lo: int, hi: int, spread_tail: bool = False) -> F32:
         """float32 [hi - lo, 257]: the same as a table; 1028 bytes per position, for small ranges. Raises IndexError.
@@ -119,7 +130,7 @@ class ByteShard:
         out = np.zeros((hi - lo, SYMBOLS), np.float32)
         out[row, symbol] = prob
         if spread_tail and hi > lo:
-            out += (self.tail_weights(lo, hi) * self.tail[lo:hi, None].astype(np.float64)).astype(np.float32)
+            out += (self.tail_weights(lo, hi) * self.tails(lo, hi)[:, None].astype(np.float64)).astype(np.float32)
         return out
 
     def tail_weights(self, lo: int, hi: int) -> F64:
@@ -192,6 +203,8 @@ def read_shard(path: str | os.PathLike[str]) -> ByteShard:
         "n_positions": n,
         "n_entries": len(columns["entry"]),
     }
+    # The first golden shard does not say how many are supervised.
+    counts |= {"n_supervised": int(columns["mask"].sum(dtype=np.int64))} if "n_supervised" in statistics else {}
     for key, value in counts.items():
         if statistics.get(key) != value:
             raise refuse("zarr.json", f"{key} is {str(statistics.get(key))[:40]}, the columns hold {value}")
@@ -202,24 +215,24 @@ def read_shard(path: str | os.PathLike[str]) -> ByteShard:
 
 def _expand(
     columns: dict[str, NDArray[Any]], step: int, prior: Prior, refuse: Callable[[str, str], IntegrityError]
-) -> tuple[dict[str, U8], I64]:
-    """The rows by symbol, and the index of their entries."""
+) -> tuple[dict[str, NDArray[Any]], I64]:
+    """The rows by symbol, and the index of their keys."""
     try:
-        packed = unpack_columns(columns, step)
+        check_bounds(columns, step)
     except ValueError as error:
         raise refuse(str(error).partition(" ")[0], str(error).partition(" ")[2]) from error
-    n, m = len(packed.head), len(packed.gap)
-    count, top, end = (np.empty(n, np.uint8) for _ in range(3))
-    byte, value = np.empty(m, np.uint8), np.empty(m, np.uint8)
-    index = np.zeros(-(-n // INDEX_STRIDE) + 1, np.int64)
+    stored = [columns[name] for name in ("head", "tail_low", "count_over", "top", "entry", "gap_over")]
+    n, m = len(columns["head"]), len(columns["entry"])
+    if n == 0 and any(len(column) for column in stored):
+        raise refuse("entry", "entries, but no rows")
+    tail, count, place = (np.empty(n, np.uint8) for _ in range(3))
+    key, index = np.empty(n + m + SPARE, np.uint16), np.zeros(-(-n // INDEX_STRIDE) + 1, np.int64)
     order = prior.order()
-    row, reason, n_entries = expand_rows(
-        columns["text"], columns["doc_start"], prior.child(), order, priors.ranks(order),
-        *packed, count, top, end, byte, value, index,
+    row, reason, n_keys = expand_rows(
+        columns["text"], columns["doc_start"], prior.child(), order.reshape(-1), priors.ranks(order).reshape(-1),
+        *stored, step, tail, count, place, key, index,
     )  # fmt: skip
     if row >= 0:
-        raise refuse("head" if reason == quantise.BAD_COUNT else "entry", f"position {row}: {_REASONS[reason]}")
-    if n == 0 and (m or len(packed.top)):
-        raise refuse("entry", "entries, but no rows")
-    codes = {"top": top, "tail": packed.tail, "end": end, "count": count}
-    return codes | {"byte": byte[:n_entries], "value": value[:n_entries]}, index
+        member, why = _REASONS[reason]
+        raise refuse(member, f"position {row}: {why}")
+    return {"tail": tail, "count": count, "place": place, "key": key[:n_keys]}, index

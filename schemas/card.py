@@ -1,16 +1,19 @@
 """The card of a dataset: a README.md in the form of data hubs (a YAML header, then Markdown), made from the index.
 
 A folder with its card can be uploaded as it is. Text from the maker is quoted, so that it cannot end the header or
-pose as a heading; the card repeats the index and decides nothing.
+pose as a heading; the card repeats the index and decides nothing. Its last line is its own hash: a damaged card is
+found by whatever release looks at it. Whoever deletes the first mark and that line has a card of their own.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 FILE = "README.md"
-MARK = "<!-- made by bytecache from dataset.json; delete this line to keep your own text -->"
+MARK = "<!-- made by bytecache from dataset.json; delete this line and the last to keep your own text -->"
+_SEAL = b"<!-- bytecache: sha256 of all above "
 _SIZES = ((10**9, "1B<n<10B"), (10**6, "1M<n<10M"), (10**5, "100K<n<1M"), (10**4, "10K<n<100K"), (10**3, "1K<n<10K"))
 
 
@@ -24,8 +27,22 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def render(document: dict[str, Any]) -> str:
-    """The card of an index document (`dataset.json` as an object)."""
+def fault(raw: bytes) -> str:
+    """Why a card is not as it was made; "" where it is, or where nothing says that it is one of ours."""
+    above, found, seal = raw.rpartition(_SEAL)
+    if not found:
+        return "its last line, its hash, is missing" if MARK.encode() in raw else ""
+    if seal != _seal(above)[len(_SEAL) :]:
+        return "it does not match the hash in its last line"
+    return ""
+
+
+def _seal(above: bytes) -> bytes:
+    return _SEAL + hashlib.sha256(above).hexdigest().encode() + b" -->\n"
+
+
+def render(document: dict[str, Any]) -> bytes:
+    """The card of an index document (`dataset.json` as an object), UTF-8."""
     info, splits = document["info"], document["splits"]
     name = _line(info.get("name")) or "Byte targets"
     lines = ["---", f"pretty_name: {json.dumps(name)}", *_license(str(info.get("license", "")))]
@@ -80,7 +97,8 @@ def render(document: dict[str, Any]) -> str:
         "",
         f"Content: sha256 `{document['manifest']['content_sha256']}`",
     ]
-    return "\n".join(lines) + "\n"
+    text = "\n".join([*lines, "", ""]).encode()
+    return text + _seal(text)
 
 
 def _license(text: str) -> list[str]:

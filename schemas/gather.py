@@ -7,7 +7,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.quantise import BAD_SUM, BAD_VALUE, F32, F64, I16, I64, OK, U8
+from schemas.arrays import F32, F64, I16, I64, U8
+from schemas.quantise import BAD_SUM, BAD_VALUE, OK
 
 SUM_TOLERANCE = 1e-4
 _LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))

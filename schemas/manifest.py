@@ -52,13 +52,14 @@ class ShardEntry(BaseModel):
     n_documents: Count
     n_bytes: Count
     n_positions: Count
+    n_supervised: Count
     n_entries: Count
     tail_mean: Mass
     tail_max: Mass
     key: Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
-_COUNTS = ("size", "n_documents", "n_bytes", "n_positions", "n_entries")
+_COUNTS = ("size", "n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries")
 _ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 _SCHEMA = pa.schema(
     [
@@ -127,14 +128,14 @@ def _in_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:
 
 
 def _totals(entries: Sequence[ShardEntry]) -> dict[str, dict[str, Any]]:
-    """Per split: number of shards, summed counts, mean tail per position, largest tail."""
+    """Per split: number of shards, summed counts, mean tail per supervised position, largest tail."""
     out: dict[str, dict[str, Any]] = {}
     for split in sorted({entry.split for entry in entries}):
         mine = [entry for entry in entries if entry.split == split]
         totals: dict[str, Any] = {"n_shards": len(mine)}
         totals |= {name: sum(getattr(entry, name) for entry in mine) for name in _COUNTS}
-        mass = math.fsum(entry.tail_mean * entry.n_positions for entry in mine)
-        totals["tail_mean"] = float(f"{mass / max(1, totals['n_positions']):.6g}")
+        mass = math.fsum(entry.tail_mean * entry.n_supervised for entry in mine)
+        totals["tail_mean"] = float(f"{mass / max(1, totals['n_supervised']):.6g}")
         totals["tail_max"] = max(entry.tail_max for entry in mine)
         out[split] = totals
     return out
@@ -221,7 +222,7 @@ def index_documents(
     }
     sealed = seal(document)
     # The card lists what it finds in the order it finds it: give it the one order of the file.
-    return {MANIFEST: manifest, card.FILE: card.render(json.loads(sealed)).encode(), DATASET: sealed}
+    return {MANIFEST: manifest, card.FILE: card.render(json.loads(sealed)), DATASET: sealed}
 
 
 def write_dataset(

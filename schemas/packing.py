@@ -1,4 +1,4 @@
-"""The stored columns, and codes to columns and back.
+"""The stored columns, and what a writer chose to columns (`expansion` is the way back).
 
 Two small numbers share a byte, and what is too large for its half is in a column apart: zstd's entropy stage codes
 single bytes. A byte that holds value and gap is coded with their joint statistics, never costs a whole bit for a
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-U8 = NDArray[np.uint8]
+from schemas.arrays import U8
+from schemas.quantise import MAX_COUNT
 
 FORMAT = "bytecache.byte-targets"
 VERSION = 1
@@ -67,28 +68,9 @@ def pack_columns(codes: Codes, step: int) -> dict[str, U8]:
     }
 
 
-def unpack_columns(columns: dict[str, NDArray[Any]], step: int) -> Codes:
-    """The inverse. Raises ValueError, the column's name first, for what `pack_columns` does not make."""
-    if columns["tail_low"].max(initial=0) > 15:
-        raise ValueError(f"tail_low holds {columns['tail_low'].max()}, at most 15")
-    halves: list[U8] = []
-    for name, column, limit, most in (
-        ("count_over", columns["head"] >> 1 & 7, COUNT_OVER, 127),
-        ("gap_over", columns["entry"] & np.uint8(step - 1), step - 1, 255),
-    ):
-        over = columns[name]
-        full = np.flatnonzero(column == limit)
-        if len(over) != len(full):
-            raise ValueError(f"{name} has {len(over)} numbers, expected {len(full)}")
-        if over.max(initial=0) > most - limit:
-            raise ValueError(f"{name} holds {over.max()}, at most {most - limit}")
-        column[full] += over
-        halves.append(np.asarray(column, np.uint8))
-    count, gap = halves
-    return Codes(
-        (count << 1 | columns["head"] & 1).astype(np.uint8, copy=False),
-        (columns["head"] & 240 | columns["tail_low"]).astype(np.uint8, copy=False),
-        columns["top"],
-        gap,
-        (columns["entry"] & np.uint8(256 - step)).astype(np.uint8, copy=False),
-    )
+def check_bounds(columns: dict[str, NDArray[Any]], step: int) -> None:
+    """Raises ValueError, the column's name first, for numbers that `pack_columns` does not make."""
+    for name, most in (("tail_low", 15), ("count_over", MAX_COUNT - COUNT_OVER), ("gap_over", 256 - step)):
+        found = columns[name].max(initial=0)
+        if found > most:
+            raise ValueError(f"{name} holds {found}, at most {most}")

@@ -22,10 +22,10 @@ from decimal import Decimal, localcontext
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-SYMBOLS = 257
-END = 256
+from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
+from schemas.sorting import insertion_sort
+
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
 FLOOR = 1e-6
@@ -36,15 +36,9 @@ FLAT_TAIL = 0.98
 FINE_TAIL = 20.0
 """A tail leaves the multiples of its step where that spares more than so many bits are worth."""
 
-U8 = NDArray[np.uint8]
-I16 = NDArray[np.int16]
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
-I32 = NDArray[np.int32]
 
 # Reasons a row is refused (returned by the kernels, worded by byte_shard.py).
-OK, BAD_VALUE, BAD_SUM, BAD_ORDER, BAD_CODE, BAD_MASS, BAD_COUNT = range(7)
+OK, BAD_VALUE, BAD_SUM, BAD_ORDER, BAD_CODE, BAD_MASS, BAD_COUNT, BAD_COUNT_OVER, BAD_GAP_OVER = range(9)
 
 VALUE: F64 = (np.arange(256) / 256.0) ** 2
 """float64 [256]: probability of a listed symbol's code."""
@@ -99,7 +93,7 @@ def _round_code(root: float, step: int, highest: int, p: float, power: int, erro
 
 
 @njit(cache=True, nogil=True)
-def learn_masses(node: I32, skip: U8, count: I16, symbol: I16, prob: F32, unit: float, mass: I64) -> None:
+def learn_masses(node: I16, skip: U8, count: I16, symbol: I16, prob: F32, unit: float, mass: I64) -> None:
     """Add the probabilities of rows to int64 `mass` [K, 257] of their nodes, where `skip` [entries] is 0."""
     at = 0
     for i in range(node.shape[0]):
@@ -165,7 +159,8 @@ def _add_divergence(
 @njit(cache=True, nogil=True)
 def encode_rows(
     true: I16,
-    node: I32,
+    node: I16,
+    mask: U8,
     count: I16,
     rest: F64,
     given: F32,
@@ -189,9 +184,9 @@ def encode_rows(
 ) -> tuple[int, int]:
     """Choose what rows list, quantise it, and lay it out.
 
-    true int16 [n]: the symbol that follows; node, count, rest, symbol, prob: rows as `gather_rows` keeps them; given
-    float32 [n]: the unlisted mass they came with;
-    weight, rank [K, 257], total_weight [K]: the prior; price float64 [257]: nats an entry at each rank must gain.
+    true int16 [n]: the symbol that follows; node int16 [n]: its context; mask uint8 [n]: 1 where `divergence` counts
+    the row; count, rest, symbol, prob: rows as `gather_rows` keeps them; given float32 [n]: the unlisted mass they came
+    with; weight, rank [K, 257], total_weight [K]: the prior; price float64 [257]: nats an entry at each rank must gain.
     Output, as in `packing.Codes`: head, tail uint8 [n]; top uint8 [M]; gap, value uint8 [E]; `listed` uint8 [entries
     of the input]: 1 = not in the tail. divergence[0] grows by the quantisation KL (rows over listed symbols and
     tail), [1] by the whole KL, tail spread by the prior. Returns (M, E).
@@ -200,8 +195,7 @@ def encode_rows(
     scratch_bits = scratch.view(np.uint64)
     order = np.empty(SYMBOLS, np.int64)
     coded = np.empty(SYMBOLS)
-    codes = np.empty(SYMBOLS, np.int64)
-    spots = np.empty(SYMBOLS, np.int64)
+    spots = np.empty(SYMBOLS, np.int64)  # 256 * rank + code
     at = 0
     n_top = 0
     out = 0
@@ -295,20 +289,15 @@ def encode_rows(
             coded[k] = VALUE[code]
             error += VALUE[code] - p
             r = int(rank[row, symbol[e]])
-            r -= r > top_rank
-            j = n
-            while j > 0 and spots[j - 1] > r:
-                spots[j] = spots[j - 1]
-                codes[j] = codes[j - 1]
-                j -= 1
-            spots[j] = r
-            codes[j] = code
+            spots[n] = (r - (r > top_rank)) << 8 | code
             n += 1
+        insertion_sort(spots, 0, n)
         before = -1
         for j in range(n):
-            gap[out] = spots[j] - before - 1
-            value[out] = codes[j]
-            before = spots[j]
+            r = spots[j] >> 8
+            gap[out] = r - before - 1
+            value[out] = spots[j] & 255
+            before = r
             out += 1
         miss = top_symbol != true[i]
         if miss:
@@ -316,7 +305,8 @@ def encode_rows(
             top[n_top] = r - (r > rank[row, true[i]])
             n_top += 1
         head[i] = 2 * n + miss
-        _add_divergence(
+        if mask[i]:
+            _add_divergence(
             order[:m], listed, symbol, prob, coded, implied, error, rest[i], float(given[i]), TAIL[tail[i]],
             weight[row], total_weight[row] - weight[row, top_symbol], divergence,
         )  # fmt: skip

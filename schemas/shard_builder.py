@@ -2,7 +2,8 @@
 
 Rows are gathered as sparse rows; once `prior.SAMPLE` of them wait (or the shard ends) the prior is learned from them,
 they are encoded, and from then on rows are encoded as they come. The prior is learned in two rounds: first from all
-the masses, then from those that the first one leaves unlisted, which is what it has to spread.
+the masses, then from those that the first one leaves unlisted, which is what it has to spread. Positions that say
+nothing, prompts, teach it nothing, nor are unsupervised ones part of the statistics.
 
 Price in memory: up to 100 bytes for each of the first 2 ** 20 positions, then 4 a position and 1 a listed symbol.
 """
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 
 from schemas import gather, quantise
 from schemas import prior as priors
+from schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
 from schemas.errors import IntegrityError
 from schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, Codes, pack_columns
 from schemas.prior import Prior
-from schemas.quantise import END, F32, F64, I16, I32, I64, SYMBOLS, U8
 from schemas.zarr_zip import write_zarr_zip
 
 _BLOCK = 1 << 14
@@ -50,10 +51,12 @@ class _Rows(NamedTuple):
 
     true: I16
     """int16 [n]: the symbol that follows"""
+    mask: U8
     n_kept: I16
     rest: F64
     given: F32
     symbol: I16
+    """int16, prob float32 [entries]: what was kept, row after row"""
     prob: F32
 
 
@@ -131,8 +134,8 @@ class ShardBuilder:
         true = np.full(n, END, np.int16)
         true[: len(text)] = text
         self._rows += [
-            self._gather(true[lo : lo + _BLOCK], probs[lo : lo + _BLOCK], tail[lo : lo + _BLOCK], lo)
-            for lo in range(0, n, _BLOCK)
+            self._gather(lo, true[lo:hi], mask[lo:hi], probs[lo:hi], tail[lo:hi])
+            for lo, hi in zip(range(0, n, _BLOCK), range(_BLOCK, n + _BLOCK, _BLOCK), strict=True)
         ]
         self._n_rows += n
         self._columns["text"] += text.tobytes() + bytes(n - len(text))
@@ -141,7 +144,7 @@ class ShardBuilder:
         if self._n_rows >= (priors.SAMPLE if self._prior is None else _BLOCK):
             self._flush()
 
-    def _gather(self, true: I16, probs: F32, tail: F32, first: int) -> _Rows:
+    def _gather(self, first: int, true: I16, mask: U8, probs: F32, tail: F32) -> _Rows:
         n = len(probs)
         flat = probs.reshape(-1)
         count, rest = np.empty(n, np.int16), np.empty(n, np.float64)
@@ -150,9 +153,11 @@ class ShardBuilder:
             flat, flat.view(np.uint32), tail, self._threshold, self._scale, count, rest, symbol, prob
         )
         if row < 0:
-            return _Rows(true, count, rest, tail.copy(), symbol[:n_entries].copy(), prob[:n_entries].copy())
+            return _Rows(
+                true, mask.copy(), count, rest, tail.copy(), symbol[:n_entries].copy(), prob[:n_entries].copy()
+            )
         if reason == quantise.BAD_VALUE and value == 0.0:  # -0.0: the kernel orders floats by their bits
-            return self._gather(true, probs + np.float32(0.0), tail, first)
+            return self._gather(first, true, mask, probs + np.float32(0.0), tail)
         document = len(self._doc_start) - 1
         position = self.n_positions + first + row - self._doc_start[-1]
         what = (
@@ -185,19 +190,22 @@ class ShardBuilder:
     def _learn(self, text: U8, starts: I64, rows: _Rows) -> Prior:
         n = min(len(rows.true), priors.SAMPLE)
         m = int(rows.n_kept[:n].sum(dtype=np.int64))
-        rows = _Rows(rows.true[:n], rows.n_kept[:n], rows.rest[:n], rows.given[:n], rows.symbol[:m], rows.prob[:m])
+        rows = _Rows(
+            rows.true[:n], rows.mask[:n], rows.n_kept[:n], rows.rest[:n], rows.given[:n], rows.symbol[:m], rows.prob[:m]
+        )
         text, starts = text[:n], starts[starts <= n]
-        tree = priors.grow(text, starts)
+        tree = priors.grow(text, starts, rows.n_kept > 0)
         node = priors.find_nodes(text, starts, tree.child(), 0, n)
         skip = np.zeros(m, np.uint8)
-        for _ in range(2):  # what everything looks like; then what is left over once some of it is listed
+        for round_ in range(2):  # what everything looks like; then what is left over once some of it is listed
+            if round_:
+                _, skip = self._encode(rows, node, _Table(tree), np.zeros(2))
             mass = np.zeros((len(tree.parent), SYMBOLS), np.int64)
             quantise.learn_masses(node, skip, rows.n_kept, rows.symbol, rows.prob, float(priors.UNIT), mass)
             tree = priors.weigh(tree, mass)
-            _, skip = self._encode(rows, node, _Table(tree), np.zeros(2))
         return tree
 
-    def _encode(self, rows: _Rows, node: I32, table: "_Table", divergence: F64) -> tuple[dict[str, U8], U8]:
+    def _encode(self, rows: _Rows, node: I16, table: "_Table", divergence: F64) -> tuple[dict[str, U8], U8]:
         """The coded columns of rows, and which of their entries are listed."""
         n, m = len(rows.true), len(rows.symbol)
         head, tail, top = (np.empty(n, np.uint8) for _ in range(3))
@@ -223,15 +231,14 @@ class ShardBuilder:
         """Write the shard to `path` (directly: the caller renames and commits) and return its statistics.
 
         `attrs` is any JSON object; it comes back as `ByteShard.attrs`. Equal documents and attrs give equal
-        bytes. Returns n_documents, n_bytes (text), n_positions, n_entries, tail_mean, tail_max (decoded), kl_mean
-        (nats per position, input against decoded with the tail spread by the prior), quantisation_kl_mean (over
-        the listed symbols and the tail only), size (bytes of the file). Raises ValueError for an open document or
-        attrs that are not JSON, StorageError when the disk refuses.
+        bytes. Returns n_documents, n_bytes (text), n_positions, n_supervised, n_entries; of supervised positions
+        tail_mean, tail_max (decoded), kl_mean (nats, input against decoded with the tail spread by the prior),
+        quantisation_kl_mean (over the listed symbols and the tail only); size (bytes of the file). Raises ValueError
+        for an open document or attrs that are not JSON, StorageError when the disk refuses.
         """
         if self.n_positions != self._doc_start[-1]:
             raise ValueError("the last document is open: call end_document before write")
         self._flush()
-        n = self.n_positions
         prior = self._prior or priors.flat_prior()
         columns: dict[str, NDArray[Any]] = {
             "prior_parent": prior.parent,
@@ -242,18 +249,21 @@ class ShardBuilder:
             "doc_id_start": np.array(self._doc_id_start, np.int64),
         }
         columns |= {name: np.frombuffer(column, np.uint8) for name, column in self._columns.items()}
-        histogram = np.bincount(columns["head"] & 240 | columns["tail_low"], minlength=256)
+        supervised = columns["mask"] == 1
+        n_supervised = int(supervised.sum())
+        histogram = np.bincount((columns["head"] & 240 | columns["tail_low"])[supervised], minlength=256)
         used = np.flatnonzero(histogram)
         mass = math.fsum(quantise.TAIL[code] * histogram[code] for code in used)
         statistics = {
             "n_documents": len(self._doc_start) - 1,
             "n_bytes": self.n_bytes,
-            "n_positions": n,
+            "n_positions": self.n_positions,
+            "n_supervised": n_supervised,
             "n_entries": len(columns["entry"]),
-            "tail_mean": _rounded(mass / max(1, n)),
-            "tail_max": _rounded(quantise.TAIL[used[-1]]) if n else 0.0,
-            "kl_mean": _rounded(max(0.0, float(self._divergence[1])) / max(1, n)),
-            "quantisation_kl_mean": _rounded(max(0.0, float(self._divergence[0])) / max(1, n)),
+            "tail_mean": _rounded(mass / max(1, n_supervised)),
+            "tail_max": _rounded(quantise.TAIL[used[-1]]) if n_supervised else 0.0,
+            "kl_mean": _rounded(max(0.0, float(self._divergence[1])) / max(1, n_supervised)),
+            "quantisation_kl_mean": _rounded(max(0.0, float(self._divergence[0])) / max(1, n_supervised)),
         }
         attributes = {
             "format": FORMAT,

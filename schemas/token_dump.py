@@ -9,8 +9,9 @@ SPEC.md gives the sums that delimit them.
 A *reference window* is a second record of a short stretch that ordinary windows of the part score too, evaluated
 much deeper. It gives no targets; the converter compares (stages.fidelity).
 
-Masses are float32 rounded to `MASS_BITS` bits of mantissa (relative error below 2^-14) and byte-stream-split
-before zstd: the entries are most of a part and their low bits are noise.
+Masses are float32 with low bits rounded away, byte-stream-split before zstd: the entries are most of a part and their
+low bits are noise. An entry keeps as many bits as its share of its prefix deserves (`round_entries`): divergence grows
+with p times the square of a relative error, so the many rare ones need few. `benchmarks/dump_columns.py` measures it.
 """
 
 import json
@@ -22,12 +23,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numba import njit
 
 from schemas.errors import IntegrityError
 
 FORMAT = "bytecache.token-dump"
 VERSION = 1
 MASS_BITS = 13
+"""Bits of mantissa of a stop's mass."""
+SHARE_BITS = 15
+"""Bits of mantissa of an entry that has all of its prefix's mass, and of the text's own; one less for each halving of
+the share."""
+LEAST_BITS = 5
+"""Bits of mantissa of the rarest entries."""
 _META = b"bytecache"
 
 
@@ -127,10 +135,51 @@ _SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32"
 
 
 def round_masses(mass: np.ndarray) -> np.ndarray:
-    """Round float32 to MASS_BITS of mantissa, to nearest: the precision a dump keeps."""
+    """Round float32 to MASS_BITS of mantissa, to nearest: the precision a dump keeps of stops."""
     drop = 23 - MASS_BITS
     bits = mass.astype(np.float32).view(np.uint32)
     return ((bits + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
+
+
+def round_entries(window: "Window") -> np.ndarray:
+    """`entry_mass` as a dump keeps it, float32 [E]: wrong by at most 2^-16 of the prefix's mass, or 2^-6 of its own.
+
+    The text's own next byte, the prefix of all that follows, keeps `SHARE_BITS`.
+    """
+    bits = window.entry_mass.astype(np.float32).view(np.uint32)
+    return _round_by_share(window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits).view(
+        np.float32
+    )
+
+
+@njit(cache=True, nogil=True)
+def _round_by_share(
+    text: np.ndarray, row_start: np.ndarray, n_levels: np.ndarray, fanout: np.ndarray, entry_byte: np.ndarray,
+    bits: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """The rounded float32 bits of entries; shares are compared by their exponents."""
+    out = np.empty_like(bits)
+    one = np.int64(127)
+    level = 0
+    e = 0
+    for r in range(len(row_start)):
+        prefix = one
+        for depth in range(n_levels[r]):
+            i = row_start[r] + depth
+            following = prefix
+            for _ in range(fanout[level]):
+                exponent = np.int64(bits[e] >> np.uint32(23))
+                keep = min(SHARE_BITS, max(LEAST_BITS, SHARE_BITS + int(exponent - prefix)))
+                if i < len(text) and entry_byte[e] == text[i]:  # all that follows is a part of it
+                    following = exponent
+                    keep = SHARE_BITS
+                drop = np.uint32(23 - keep)
+                half = np.uint32(1) << (drop - np.uint32(1))
+                out[e] = ((bits[e] + half) >> drop) << drop
+                e += 1
+            prefix = following
+            level += 1
+    return out
 
 
 class DumpWriter:
@@ -171,10 +220,12 @@ class DumpWriter:
             "doc_position": pa.array([w.doc_position for w in self._pending], pa.int32()),
         }
         for name, kind in _LISTS.items():
-            values = [np.asarray(getattr(w, name), kind) for w in self._pending]
+            values = [
+                round_entries(w) if name == "entry_mass" else np.asarray(getattr(w, name), kind) for w in self._pending
+            ]
             offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
             flat = np.concatenate(values)
-            if name in ("entry_mass", "stop_mass"):
+            if name == "stop_mass":
                 flat = round_masses(flat)
             columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type)
         arrays = [columns[name] for name in SCHEMA.names]

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from schemas import card
 from schemas.byte_shard import read_shard
 from schemas.errors import IntegrityError, StorageError
 from schemas.manifest import DATASET, SUFFIX, ShardEntry, file_sha256, read_dataset
 
-_COMPARED = ("n_documents", "n_bytes", "n_positions", "n_entries", "tail_mean", "tail_max")
+_COMPARED = ("n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries", "tail_mean", "tail_max")
 
 
 class Problem(NamedTuple):
@@ -27,8 +28,9 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
     """Everything that is wrong with a dataset folder, by file name; an empty list means every byte is as published.
 
     Recomputes each shard's sha256; reports shards that are missing, truncated, altered, duplicated (listed twice
-    by content, or present under a second name) or foreign (`*.zarr.zip` that no entry lists). `deep` also opens
-    each shard and compares its structure and counts with the manifest. Never raises for a broken dataset.
+    by content, or present under a second name) or foreign (`*.zarr.zip` that no entry lists), and a card that is not
+    as it was made (one that people took over is theirs). `deep` also opens each shard and compares its structure and
+    counts with the manifest. Never raises for a broken dataset.
     """
     try:
         dataset = read_dataset(folder)
@@ -48,7 +50,17 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
             twin = by_hash.get(file_sha256(path)) if path.is_file() else None
             kind, detail = ("duplicated", f"same content as {twin}") if twin else ("foreign", "no entry lists it")
             problems.append(Problem(path.name, kind, detail))
-    return problems
+    return problems + _check_card(dataset.folder / card.FILE)
+
+
+def _check_card(path: Path) -> list[Problem]:
+    try:
+        fault = card.fault(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [Problem(card.FILE, "unreadable", str(error))]
+    return [Problem(card.FILE, "altered", fault)] if fault else []
 
 
 def check_shard(path: Path, entry: ShardEntry, *, deep: bool = False) -> Problem | None:

@@ -21,11 +21,8 @@ import numpy as np
 from schemas import settings as st
 from schemas.errors import ConfigError
 from schemas.token_dump import Window
-from stages.lattice import Deviations, Lattice
+from stages.lattice import STATIC_PASSES, Deviations, Lattice
 from stages.windows import take_rows
-
-STATIC_PASSES = 2
-"""As many as the capture makes: static rows end in tokens too."""
 
 
 class Effort(NamedTuple):
@@ -37,13 +34,18 @@ class Effort(NamedTuple):
 
 
 def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | None:
-    """The effort that a conversion asks for, None where it is the capture's own.
+    """The effort that a conversion asks for, None where it asks for none or for the capture's own.
 
     `captured`: tau, depth and static of the teacher's identity. Raises ConfigError for more effort than the capture's.
     """
+    if max(settings_of(settings)) < 0:
+        return None
     own = Effort(float(captured["tau"]), int(captured["depth"]), float(captured["static"]))
+    given = settings_of(settings)
     asked = Effort(
-        *(mine if theirs < 0 else theirs for mine, theirs in zip(own, settings_of(settings), strict=True)),
+        own.tau if given.tau < 0 else given.tau,
+        own.depth if given.depth < 0 else given.depth,
+        own.static if given.static < 0 else given.static,
     )
     too_much = {
         "tau": asked.tau < own.tau,

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
+from schemas.arrays import SYMBOLS
 from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
-from schemas.quantise import SYMBOLS
 from schemas.token_dump import Window, read_meta, read_windows
-from stages.coarser import Effort, coarsen, coarser_effort, settings_of
+from stages.coarser import Effort, coarsen, coarser_effort
 from stages.fidelity import Fidelity
 from stages.lattice import Lattice
 from stages.windows import keep_rows
@@ -60,7 +60,7 @@ def convert_units(
             )
         teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
         reference = meta.get("reference") or reference
-        effort = _effort(settings, meta)
+        effort = coarser_effort(settings, meta["teacher"].get("settings", {}))
         open_document = ""
         for window in read_windows(part, top_k=False):
             if stop():
@@ -106,18 +106,11 @@ def convert_units(
     counts |= {
         "teacher_nll": marginal,
         "canonical_nll": canonical,
-        "unaccounted_mean": unaccounted / max(1, counts["n_positions"]),
+        "unaccounted_mean": unaccounted / max(1, counts["n_supervised"]),
         "fidelity": fidelity.state(),
         "reference": reference,
     }
     return counts if effort is None else counts | {"stand_ins": stand_ins}
-
-
-def _effort(settings: st.Convert, meta: dict[str, Any]) -> Effort | None:
-    """What to reduce windows to; None: nothing asked for, or no more than the part has."""
-    if max(settings_of(settings)) < 0:
-        return None
-    return coarser_effort(settings, meta["teacher"]["settings"])
 
 
 def _append_context(builder: ShardBuilder, context: np.ndarray) -> None:

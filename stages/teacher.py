@@ -32,15 +32,13 @@ from stages.identity import (
     resolve_model,
     vocabulary_of,
 )
-from stages.lattice import Deviations, Lattice
+from stages.lattice import STATIC_PASSES, Deviations, Lattice
 from stages.teacher_inputs import read_inputs
 from stages.tokens.vocab import Encoded, Misfit, Vocabulary
 from stages.windows import LEAD, WindowPlan, chain_of, extend, keep_rows, new_window, plan_stretch, plan_windows
 
 REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 5}
 """Settings of reference windows: within 1e-4 nats of every cover evaluated, on prose and code."""
-STATIC_PASSES = 2
-"""Static rows end in tokens too; a third pass would find less than 1e-4 of the mass."""
 MAX_BRANCHES = 200_000
 """Branches of one window in one pass: tau = 0 asks for every way to cut the text, exponential in its length."""
 GROUP_TOKENS = 16_384

@@ -1,6 +1,10 @@
 """Jobs of a few bytes a unit for tests of workers, and real processes to run them in."""
 
+import faulthandler
 import os
+import signal
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,15 +49,25 @@ def marks(store: LocalStore, kind: str) -> list[str]:
     return [key for key in store.list(f"{LAYOUT.root}/units") if key.rpartition(".")[2].startswith(kind)]
 
 
-def fork(step: Callable[[], Any]) -> int:
-    """Exit code (or minus the signal) of a child that does one step."""
+def fork(step: Callable[[], Any], seconds: float = 60.0) -> int:
+    """Exit code (or minus the signal) of a child that does one step; one that hangs is killed, its stacks on stderr."""
     pid = os.fork()
     if not pid:
+        code = 99
         try:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=2)
             step()
-            os._exit(0)
+            code = 0
         except Interrupted:
-            os._exit(75)
+            code = 75
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
         finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os._exit(code)
+    end = time.monotonic() + seconds + 5
+    while not (found := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            end += 1000
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(found[1])

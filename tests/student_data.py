@@ -11,7 +11,7 @@ from schemas.manifest import ShardEntry, write_dataset
 
 SUBJECTS = ("the cache", "a teacher", "the student", "every byte", "naïve façade", "日本語", "one shard", "the token")
 VERBS = ("reads", "keeps", "predicts", "forgets", "hashes", "cuts", "verifies", "writes")
-COUNTS = ("n_documents", "n_bytes", "n_positions", "n_entries", "tail_mean", "tail_max")
+COUNTS = ("n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries", "tail_mean", "tail_max")
 
 
 def document(seed: int, sentences: int) -> str:

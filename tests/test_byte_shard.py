@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import prior as priors
+from schemas.arrays import END, F32, SYMBOLS, U8
 from schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, StorageError
-from schemas.quantise import END, F32, TAIL, VALUE
+from schemas.quantise import TAIL, VALUE
+from schemas.sorting import LANES
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden-shard.zarr.zip"
@@ -60,6 +62,30 @@ def golden_builder() -> ShardBuilder:
     return builder
 
 
+def golden_columns(shard: ByteShard) -> dict[str, U8]:
+    """Rows by symbol as the golden files record them, whatever form the reader keeps them in.
+
+    top: the implied byte, 0 where END is implied; end: code of P(END), 255 where END is implied; count: listed bytes;
+    byte, value: those bytes, ascending, and their codes.
+    """
+    code = shard.codes
+    row = np.repeat(np.arange(len(shard)), code["count"])
+    byte, value = (code["key"] >> 8).astype(np.uint8), code["key"].astype(np.uint8)
+    is_end = np.zeros(len(row), bool)
+    is_end[(np.cumsum(code["count"].astype(np.int64)) - 1)[code["place"] > 127]] = True
+    first = np.cumsum(code["count"].astype(np.int64)) - code["count"]
+    is_implied = value == 0
+    assert (np.flatnonzero(is_implied) == (first + (code["place"] & 127))[code["count"] > 0]).all()
+    top, end = np.zeros(len(shard), np.uint8), np.zeros(len(shard), np.uint8)
+    top[row[is_implied & ~is_end]] = byte[is_implied & ~is_end]
+    end[row[is_end]] = np.where(is_implied, 255, value)[is_end]
+    listed = ~is_end & ~is_implied
+    count = np.bincount(row[listed], minlength=len(shard)).astype(np.uint8)
+    return {
+        "top": top, "tail": code["tail"], "end": end, "count": count, "byte": byte[listed], "value": value[listed],
+    }  # fmt: skip
+
+
 def golden_values(shard: ByteShard) -> dict[str, Any]:
     t = shard.triples(0, len(shard))
     return {
@@ -69,7 +95,7 @@ def golden_values(shard: ByteShard) -> dict[str, Any]:
         "doc_start": shard.doc_start.tolist(),
         "text": shard.text.tolist(),
         "mask": shard.mask.tolist(),
-        **{name: column.tolist() for name, column in shard.codes.items()},
+        **{name: column.tolist() for name, column in golden_columns(shard).items()},
         "spread_end": [float(f"{p:.5g}") for p in shard.dense(0, len(shard), spread_tail=True)[:, END]],
         "tail_mass": [float(f"{p:.6g}") for p in shard.tail],
         "triples": [
@@ -85,7 +111,7 @@ def golden_digest(shard: ByteShard) -> dict[str, Any]:
         "statistics": shard.statistics,
         "contexts": len(shard.prior.parent),
         "depths": [int(count) for count in np.bincount([len(context) for context in contexts(shard)])],
-        **{name: hashlib.sha256(column.tobytes()).hexdigest() for name, column in shard.codes.items()},
+        **{name: hashlib.sha256(column.tobytes()).hexdigest() for name, column in golden_columns(shard).items()},
         "weights": hashlib.sha256(shard.prior.code.tobytes()).hexdigest(),
         "spread": [float(f"{p:.5g}") for p in spread.sum(0)[::16]],
     }
@@ -223,6 +249,33 @@ def test_presets_trade_bytes_for_divergence_and_the_prior_pays(tmp_path: Path) -
     assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True) and losses[-1] < 0.02
 
 
+def test_prompts_are_no_part_of_the_prior_nor_of_the_statistics(tmp_path: Path) -> None:
+    prompt = np.frombuffer(b'[{"role": "user", "content": "?"}]' * 40, np.uint8)
+    nothing = np.zeros((len(prompt), 257), np.float32), np.ones(len(prompt), np.float32)
+    builders = {"text": ShardBuilder(), "chat": ShardBuilder()}
+    for k in range(4):
+        text, probs, tail = natural_rows(800)
+        tail = tail + np.float32(0.01)
+        probs = probs / (probs.sum(1, keepdims=True) / (1 - tail[:, None]))
+        builders["chat"].append(prompt, *nothing, np.zeros(len(prompt), np.uint8))
+        for builder in builders.values():
+            builder.append(text, probs, tail)
+            builder.end_document(str(k))
+    made = {name: builder.write(tmp_path / f"{name}.zarr.zip", {}) for name, builder in builders.items()}
+    shards = {name: read_shard(tmp_path / f"{name}.zarr.zip") for name in builders}
+    chat = shards["chat"]
+    supervised = chat.mask == 1
+    assert made["chat"]["n_supervised"] == supervised.sum() == made["text"]["n_positions"] < made["chat"]["n_positions"]
+    for name in ("tail_mean", "tail_max", "kl_mean", "quantisation_kl_mean"):
+        assert made["chat"][name] == pytest.approx(made["text"][name], rel=0.05), name
+    assert made["chat"]["tail_mean"] == pytest.approx(chat.tail[supervised].mean(), rel=1e-4)
+    # Every context is frequent before what the teacher said, and none is the prompt's alone.
+    before = [chat.text[max(0, i - 3) : i].tobytes() for i in np.flatnonzero(supervised)]
+    found = contexts(chat)[1:]
+    assert len(found) >= 8 and abs(len(found) - len(contexts(shards["text"])[1:])) < 5
+    assert all(sum(b.endswith(c) for b in before) >= priors.MINIMUM[len(c)] for c in found)
+
+
 def test_uniform_rows_keep_an_implied_symbol_close_to_its_share(tmp_path: Path) -> None:
     """All rounding errors have the same sign here: together they must not eat the implied symbol, nor feed it."""
     for name in PRECISIONS:
@@ -317,7 +370,7 @@ def test_end_as_most_likely_symbol_and_the_longest_list(tmp_path: Path) -> None:
     builder.write(tmp_path / "s.zarr.zip", {})
     shard = read_shard(tmp_path / "s.zarr.zip")
     row = shard.dense(0, 1)[0]
-    assert shard.codes["count"][0] <= 127 and row[END] == pytest.approx(0.5, abs=0.01)
+    assert golden_columns(shard)["count"][0] <= 127 and row[END] == pytest.approx(0.5, abs=0.01)
     assert shard.dense(0, 1, spread_tail=True)[0].sum() == pytest.approx(1, abs=1e-6)
 
 
@@ -353,13 +406,16 @@ def test_writer_still_makes_the_golden_columns(tmp_path: Path) -> None:
     golden_builder().write(
         tmp_path / "s.zarr.zip", json.loads(GOLDEN.with_name("golden-shard.json").read_text())["attrs"]
     )
-    assert golden_values(read_shard(tmp_path / "s.zarr.zip")) == golden_values(read_shard(GOLDEN))
+    new, golden = golden_values(read_shard(tmp_path / "s.zarr.zip")), golden_values(read_shard(GOLDEN))
+    # Its statistics were over all positions, one of them unsupervised.
+    assert new.pop("statistics")["n_supervised"] == 8 and golden.pop("statistics")["n_positions"] == 9
+    assert new == golden
 
 
 @pytest.mark.parametrize("case", ["golden", "contexts", "new"])
 def test_reader_of_the_specification_agrees_and_needs_nothing_of_ours(case: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", SPEC.read_text(), re.S)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     path = {"golden": GOLDEN, "contexts": GOLDEN_CONTEXTS}.get(case, tmp_path / "new.zarr.zip")
     if case == "new":
         builder = ShardBuilder(precision="precise")
@@ -368,13 +424,51 @@ def test_reader_of_the_specification_agrees_and_needs_nothing_of_ours(case: str,
             builder.end_document(f"{k}")
         builder.write(path, {})
     ban = "import sys\nfor name in ('schemas', 'stages', 'pipeline', 'numba'): sys.modules[name] = None\n"
-    out = tmp_path / "p.npy"
-    code = f"{ban}{blocks[0]}\na, p = read({str(path)!r})\nnp.save({str(out)!r}, p)\n"
+    out = tmp_path / "p.npz"
+    readers = "\n".join(blocks)
+    code = f"""{ban}{readers}
+text, mask, tail, top, right = skim({str(path)!r})
+a, p = read({str(path)!r})
+assert (a["text"] == text).all() and (a["mask"] == mask).all()
+np.savez({str(out)!r}, p=p, tail=tail, top=top, right=right)
+"""
     subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=60)
     shard = read_shard(path)
-    p = np.load(out)
+    found = np.load(out)
+    p = found["p"]
+    _, symbol, prob = shard.triples(0, len(shard))
+    known = np.flatnonzero(shard.tail < 1)
+    implied = shard.codes["place"][known] & 127
+    first = (np.cumsum(shard.codes["count"].astype(np.int64)) - shard.codes["count"])[known]
+    true = shard.text.astype(int)
+    true[shard.doc_start[1:] - 1] = END
+    assert np.allclose(found["top"][known], prob[first + implied], atol=1e-6) and np.allclose(found["tail"], shard.tail)
+    assert (found["right"][known] == (symbol[first + implied] == true[known])).all()
     assert np.allclose(p, shard.dense(0, len(shard), spread_tail=True), atol=1e-6, rtol=1e-5)
     assert len(p) == len(shard) and (case == "golden" or len(shard.prior.parent) > 8)
+
+
+@pytest.mark.parametrize("precision", [Precision(1e-7, 1, 1), Precision(1e-5, 8, 8), PRECISIONS["default"]])
+def test_rows_of_every_length_agree_with_the_reader_of_the_specification(precision: Precision, tmp_path: Path) -> None:
+    builder = ShardBuilder(precision=precision)
+    rng = np.random.default_rng(7)
+    for k, sharpness in enumerate((0.3, 2.0, 4.0, 30.0, 8.0, 1.0)):  # lists from 0 to 127 symbols, all in one block
+        for piece in range(5):
+            n = int(rng.integers(0, 120))
+            probs, tail = random_rows(100 * k + piece, n + 1, sharpness, (-0.01, -5.0)[piece % 2], piece == 3)
+            builder.append(rng.integers(97, 101, n).astype(np.uint8), probs, tail)
+            builder.end_document(f"{k} {piece}")
+    builder.write(tmp_path / "s.zarr.zip", {})
+    shard = read_shard(tmp_path / "s.zarr.zip")
+    space: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", SPEC.read_text(), re.S):
+        exec(block, space)
+    _, expected = space["read"](tmp_path / "s.zarr.zip")
+    assert np.allclose(shard.dense(0, len(shard), spread_tail=True), expected, atol=1e-7, rtol=1e-5)
+    row, symbol, prob = shard.triples(0, len(shard))
+    assert (np.diff(row.astype(np.int64) * SYMBOLS + symbol) > 0).all() and (prob > 0).all()
+    lengths = np.bincount(row, minlength=len(shard))
+    assert len(shard) > 2 * LANES and lengths.min() == 0 and lengths.max() > (100 if precision.value_step == 1 else 12)
 
 
 @pytest.mark.parametrize(

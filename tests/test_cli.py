@@ -78,7 +78,8 @@ class FakeTeacher:
 
 
 def fake_identity(settings: Any) -> dict[str, Any]:
-    shown = {"top_k": settings.top_k, "tau": settings.resolved().tau}
+    effort = {name: getattr(settings.resolved(), name) for name in ("tau", "depth", "static")}
+    shown = {"top_k": settings.top_k, **effort}
     return {"model": settings.model, "revision": settings.revision, "settings": shown, "vocabulary": "v"}
 
 

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from schemas import manifest
+from schemas import card, manifest
 from schemas.byte_shard import ShardBuilder
 from schemas.errors import InputError, IntegrityError, StorageError
-from schemas.manifest import ShardEntry, describe_shard, read_dataset, seal, write_dataset
+from schemas.manifest import ShardEntry, describe_shard, index_documents, read_dataset, seal, write_dataset
 from schemas.verification import verify_dataset
 
 INFO = {"teacher": {"name": "none"}, "tokenizer": {"fingerprint": "0"}, "license": "CC0-1.0", "attribution": "Zoë"}
@@ -144,6 +144,15 @@ def test_each_kind_of_damage_has_its_name(folder: Path) -> None:
     assert str(second.size) in problems[second.file].detail
 
 
+def test_means_of_a_split_count_supervised_positions(folder: Path) -> None:
+    entry = read_dataset(folder).split("train")[0]
+    answers = {"file": "train-00008-aaaaaaaaaaaa.zarr.zip", "n_supervised": 2, "tail_mean": 0.5, "sha256": "0" * 64}
+    chat = entry.model_copy(update=answers)
+    index = json.loads(index_documents([entry.model_copy(update={"tail_mean": 0.25}), chat], {})["dataset.json"])
+    assert entry.n_supervised == 6
+    assert index["splits"]["train"]["n_supervised"] == 8 and index["splits"]["train"]["tail_mean"] == 0.3125
+
+
 def test_duplicates_are_found_under_any_name(folder: Path) -> None:
     entry = read_dataset(folder).entries[0]
     copy = "train-00009-ffffffffffff.zarr.zip"
@@ -264,6 +273,12 @@ def test_the_card_repeats_the_index_and_keeps_what_people_wrote(folder: Path) ->
     assert read_dataset(folder).manifest_hash in text
     write_dataset(folder, entries, INFO, {"kl": {"mean": 0.00123456}})
     assert 'license: "cc0-1.0"' in readme.read_text() and "| kl.mean | 0.001235 |" in readme.read_text()
+    made = readme.read_bytes()
+    for at in range(len(made)):
+        assert card.fault(made[:at] + bytes([made[at] ^ 1 << at % 8]) + made[at + 1 :]), at
+    assert card.fault(made) == "" and card.fault(made[:-1]) and card.fault(made + b"\n")
+    readme.write_bytes(made.replace(b"kl.mean", b"kl.meen"))
+    assert [(p.file, p.kind) for p in verify_dataset(folder)] == [("README.md", "altered")]
     readme.write_text("my own card")
     write_dataset(folder, entries, INFO)
     assert readme.read_text() == "my own card"

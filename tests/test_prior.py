@@ -34,7 +34,7 @@ def test_positions_belong_to_the_longest_frequent_context_of_their_document(
     seed: int, n_documents: int, letters: int
 ) -> None:
     text, start = documents(seed, n_documents, letters)
-    prior = priors.grow(text, start)
+    prior = priors.grow(text, start, np.ones(len(text), bool))
     seen: Counter[bytes] = Counter()
     before = []
     for lo, hi in itertools.pairwise(start):
@@ -52,16 +52,16 @@ def test_positions_belong_to_the_longest_frequent_context_of_their_document(
 
 def test_the_most_frequent_contexts_are_kept_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     text, start = documents(3, 12, 3)
-    whole = priors.grow(text, start)
+    whole = priors.grow(text, start, np.ones(len(text), bool))
     monkeypatch.setattr(priors, "NODES", 8)
-    few = priors.grow(text, start)
+    few = priors.grow(text, start, np.ones(len(text), bool))
     assert len(whole.parent) > 8 == len(few.parent)
     assert (few.parent == whole.parent[:8]).all() and (few.byte == whole.byte[:8]).all()
 
 
 def test_weights_are_masses_mixed_with_the_parents() -> None:
     text, start = documents(1, 8, 3)
-    tree = priors.grow(text, start)
+    tree = priors.grow(text, start, np.ones(len(text), bool))
     nodes = priors.find_nodes(text, start, tree.child(), 0, len(text))
     probs = np.random.default_rng(0).dirichlet(np.full(257, 0.05), len(text))
     mass = np.zeros((len(tree.parent), 257), np.int64)
@@ -82,7 +82,7 @@ def test_weights_are_masses_mixed_with_the_parents() -> None:
 
 def test_stored_form_comes_back_and_ranks_invert_the_order() -> None:
     text, start = documents(2, 10, 4)
-    tree = priors.grow(text, start)
+    tree = priors.grow(text, start, np.ones(len(text), bool))
     code = np.random.default_rng(1).integers(0, 61, tree.code.shape).astype(np.uint8)
     prior = Prior(tree.parent, tree.byte, code)
     again = priors.check_prior(prior.parent, prior.byte, priors.pack_code(prior))

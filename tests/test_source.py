@@ -5,7 +5,9 @@ import http.server
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import fsspec
@@ -16,8 +18,9 @@ from schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageE
 from schemas.manifest import Dataset, read_dataset
 from stages.training import source
 from stages.training.cache import FileCache
-from stages.training.order import sequential
-from stages.training.source import RemoteDataset, load_shard, lookahead, open_dataset
+from stages.training.order import Order
+from stages.training.shelf import Shelf
+from stages.training.source import RemoteDataset, fetch_ahead, load_shard, open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -194,24 +197,32 @@ def test_processes_share_a_cache_that_is_too_small(folder: Path, tmp_path: Path)
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*.zarr.zip")) <= limit + 3 * limit // 2
 
 
-def test_lookahead_fetches_before_it_is_asked(memory: str, tmp_path: Path) -> None:
+def test_files_are_fetched_before_they_are_asked_for(memory: str, tmp_path: Path) -> None:
     remote = open_dataset(memory, cache_dir=tmp_path)
     assert isinstance(remote, RemoteDataset) and remote.cache is not None
     entries = remote.split("train")
-    windows = list(sequential([entry.n_positions for entry in entries], 64))
-    seen = lookahead(iter(windows), remote, entries, ahead=10_000)
-    got = [next(seen)]
-    for _ in range(500):
-        if all(remote.cache.has(entry.sha256) for entry in entries):
-            break
-        threading.Event().wait(0.01)
-    assert all(remote.cache.has(entry.sha256) for entry in entries)
-    assert got + list(seen) == windows
+    order = Order("x", [entry.n_positions for entry in entries], 64, 0, pool=1)
+
+    def shelf_of(dataset: Dataset) -> Shelf[int]:
+        loaded: Callable[[int], int] = lambda number: len(load_shard(dataset, entries[number]))  # noqa: E731
+        return Shelf(loaded, lambda number: fetch_ahead(dataset, entries[number]))
+
+    with closing(shelf_of(remote).follow(order.pools())) as windows:
+        first = next(windows)  # no shard has been asked for yet, and one pool is one shard
+        second = next(pool for pool in islice(order.pools(), 1, None)).shards[0]
+        for _ in range(500):
+            if remote.cache.has(entries[second].sha256):
+                break
+            threading.Event().wait(0.01)
+        assert first.shard != second and remote.cache.has(entries[second].sha256)
     broken = open_dataset(memory, cache_dir=tmp_path / "other")
-    fsspec.filesystem("memory").rm("/bucket/set/" + entries[1].file)
-    assert list(lookahead(iter(windows), broken, entries)) == windows, "a failed fetch is the load's to report"
-    with pytest.raises(BytecacheError, match=entries[1].file):
-        load_shard(broken, entries[1])
+    fsspec.filesystem("memory").rm("/bucket/set/" + entries[second].file)
+    shelf = shelf_of(broken)
+    with closing(shelf.follow(order.pools(0, 1))) as windows:
+        seen = list(windows)  # a failed fetch is the load's to report
+        assert len(seen) == order.epoch_length(0)
+    with pytest.raises(BytecacheError, match=entries[second].file):
+        shelf[second]
 
 
 def test_the_commands_train_from_a_url(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

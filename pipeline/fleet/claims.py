@@ -32,11 +32,11 @@ from pipeline.fleet.ledger import (
     Limits,
     List,
     Put,
+    Reading,
     Steps,
-    UnitState,
     block_size,
     n_blocks,
-    read_names,
+    read_block,
 )
 
 PROBES = 8
@@ -97,7 +97,7 @@ class Claimer:
         lease_s: float,
         clock: Callable[[], float],
         gone: Callable[[str], bool] = lambda worker: False,
-        read: Callable[[Iterable[str]], dict[int, UnitState]] = read_names,
+        read: Callable[[Iterable[str]], Reading] = read_block,
     ) -> None:
         self.layout, self.n_units, self.worker = layout, n_units, worker
         self.limits, self.lease_s, self.clock, self.gone, self._read = limits, lease_s, clock, gone, read
@@ -209,30 +209,26 @@ class Claimer:
 
     def _look(self, block: int) -> Steps[None]:
         """List a block: what is free in it, what is held, whether it is settled."""
-        states = self._read((yield List(self.layout.units(block))))
+        found = self._read((yield List(self.layout.units(block))))
         size = block_size(block, self.n_units)
         start = self._random.randrange(size)
-        self._free, self._attempts, self._held = [], {}, []
-        n_done = n_aside = 0
-        for step in range(size - 1, -1, -1):  # taken from the end
-            slot = (start + step) % size
-            state = states.get(slot)
-            if state is None:
-                self._free.append(slot)
-            elif state.done:
-                n_done += 1
-            elif state.held:
+        self._attempts, self._held = {}, []
+        n_aside = 0
+        for slot, state in found.others.items():
+            if state.held:
                 self._held.append(Claim(block * BLOCK + slot, state.epoch, state.failures, state.losses))
             elif state.aside(self.limits):
                 n_aside += 1
                 yield from self._note_aside(block * BLOCK + slot, state.epoch)
             else:
-                self._free.append(slot)
                 self._attempts[slot] = Claim(block * BLOCK + slot, state.epoch, state.failures, state.losses)
+        rotated = (*range(start - 1, -1, -1), *range(size - 1, start - 1, -1))  # taken from the end: from `start` on
+        taken = found.done | (found.others.keys() - self._attempts.keys())
+        self._free = [slot for slot in rotated if slot not in taken]
         self._looked = self._fresh = True
-        if n_done == size:
+        if len(found.done) == size:
             yield Put(self.layout.block(block), {"worker": self.worker})
-        if n_done + n_aside == size:
+        if len(found.done) + n_aside == size:
             self._settled[block] = 1
 
     def _note_aside(self, unit: int, epoch: int) -> Steps[None]:
@@ -316,7 +312,7 @@ class Claimer:
     def _succeed(self, claim: Claim, holder: str) -> Steps[Claim | None]:
         """Declare the holder of a unit dead and take the unit, or set it aside if it has cost enough workers."""
         block = claim.unit // BLOCK
-        state = self._read((yield List(self.layout.units(block)))).get(claim.unit % BLOCK)
+        state = self._read((yield List(self.layout.units(block)))).others.get(claim.unit % BLOCK)
         if state is None or not state.held or state.epoch != claim.epoch:
             return None
         yield Put(self.layout.mark(claim.unit, LOST, claim.epoch), {"worker": holder, "declared_by": self.worker})

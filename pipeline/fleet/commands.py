@@ -1,10 +1,9 @@
 """`teacher --worker`, `convert --worker` and `retry`."""
 
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from pipeline import commands_data, dataset_index, receipts
+from pipeline import commands_data, receipts
 from pipeline.commands_data import teacher_job
 from pipeline.context import Context
 from pipeline.dataset_index import TARGETS
@@ -65,7 +64,8 @@ def _convert_job(context: Context, planned: Plan) -> Job:
     begun = read_json(store, Layout("teacher").job)
     if begun is None:  # the dump was made without workers: find it by its receipts
         found = commands_data.find_dumps(context, planned)  # no quarantine either
-        return _refusing(context, planned, next(iter(found.values())).inputs["teacher"], found.__getitem__)
+        identity = next(iter(found.values())).inputs["teacher"]
+        return commands_data.convert_job(context, planned, identity, found.__getitem__)
     identity = begun["identity"]["teacher"]
     changes = commands_data.identity_changes(identity, context.settings.teacher)
     if changes:
@@ -91,19 +91,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
         return receipt
 
     aside = units_aside(context, lambda index: made(index) is not None)
-    return _refusing(context, planned, identity, dump, [entry.unit for entry in aside])
-
-
-def _refusing(
-    context: Context,
-    planned: Plan,
-    identity: dict[str, Any],
-    dump: Callable[[int], Receipt],
-    missing: Sequence[int] = (),
-) -> Job:
-    wanted = dataset_index.dataset_identity(context, planned, identity, missing)
-    dataset_index.refuse_other_dataset(context, wanted)
-    return commands_data.convert_job(context, planned, identity, dump, missing)
+    return commands_data.convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
 
 
 def _index_job(context: Context, shards: Job) -> Job:

@@ -233,6 +233,21 @@ def read_names(names: Iterable[str]) -> dict[int, UnitState]:
     return states
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A listing of a block: the units that are done, and the state of the others that have been touched."""
+
+    done: frozenset[int]
+    others: dict[int, UnitState]
+
+
+def read_block(names: Iterable[str]) -> Reading:
+    """What the names of a block say."""
+    states = read_names(names)
+    done = frozenset(slot for slot, state in states.items() if state.done)
+    return Reading(done, {slot: state for slot, state in states.items() if slot not in done})
+
+
 def block_size(block: int, n_units: int) -> int:
     """Units in a block; the last one may be short."""
     return min(BLOCK, n_units - block * BLOCK)

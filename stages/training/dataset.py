@@ -13,14 +13,15 @@ can be loaded at any number of ranks and workers. `torchdata.stateful_dataloader
 it by itself with the same workers; `position` reads the integer out of its state for another layout.
 Nothing is skipped: a shard that is not the manifest's is an IntegrityError that names it.
 
-Price: about 26 bytes of memory per byte of text for at most `pool` shards in each process (a worker is a process: 0 or
-1 suffices, since reading runs in a thread beside your step), and the figures of `benchmarks/loader.py`.
+Price: 7 bytes of memory per byte of text and 2 per listed probability (14 together at the default precision), for the
+shards of the present pool and, loaded meanwhile, of the next (`shelf`), in each process: with shards of 16 MiB of text
+and 16 in a pool 3.7 GB, 7.5 at most; `pool` = 4 takes a quarter of it. A worker is a process: 0 or 1 suffices, since
+reading runs in threads beside your step. Speeds: `benchmarks/loader.py`.
 """
 
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import islice
@@ -35,7 +36,8 @@ from schemas.byte_shard import ByteShard
 from schemas.errors import ConfigError, InputError
 from schemas.manifest import Dataset
 from stages.training.order import POOL, Order, Window
-from stages.training.source import CACHE_BYTES, load_shard, lookahead, open_dataset
+from stages.training.shelf import Shelf
+from stages.training.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
 from stages.training.stream import prefetch
 
 END = 256
@@ -76,7 +78,7 @@ class ByteTargets(IterableDataset[TargetWindow]):
         split: "train" or "heldout". window: positions per window, at least 1. seed: of the order.
         epochs: stop after this many readings of the split; 0 = never.
         rank, ranks: this process's share; by default those of torch.distributed, if it is initialised, when iterated.
-        pool: shards mixed together, and the most kept in memory. depth: windows read ahead by a thread; 0 = none.
+        pool: shards mixed together; twice as many are in memory at most. depth: windows decoded ahead; 0 = none.
         manifest_hash: the content you expect (`content_sha256` of dataset.json); "" = any.
         cache_dir, cache_bytes: see `open_dataset`.
 
@@ -114,7 +116,10 @@ class ByteTargets(IterableDataset[TargetWindow]):
         self._start = 0  # global position at which the present reading began
         self._taken = 0  # windows this process has handed out since
         self._loaded: list[int] | None = None  # [rank, ranks, worker, workers] of a loaded worker state
-        self._shards: OrderedDict[int, ByteShard] = OrderedDict()
+        self._shelf: Shelf[ByteShard] = Shelf(
+            lambda number: load_shard(self.dataset, self.entries[number]),
+            lambda number: fetch_ahead(self.dataset, self.entries[number]),
+        )
 
     def layout(self) -> tuple[int, int, int, int]:
         """(rank, ranks, worker, workers) of the calling process."""
@@ -147,26 +152,12 @@ class ByteTargets(IterableDataset[TargetWindow]):
                 yield window
 
     def _windows(self, first: int, stride: int) -> Generator[TargetWindow, None, None]:
-        stop = sum(self.order.epoch_length(epoch) for epoch in range(self.epochs)) if self.epochs else None
-        numbered = enumerate(self.order.windows(first), first)
-        mine = islice(numbered, 0, None if stop is None else max(0, stop - first), stride)
-        numbers: list[int] = []
-
-        def windows() -> Iterator[Window]:
-            for number, window in mine:
-                numbers.append(number)
-                yield window
-
-        for window in lookahead(windows(), self.dataset, self.entries):
-            yield self._read(numbers.pop(0), window)
+        with closing(self._shelf.follow(self.order.pools(first, self.epochs))) as windows:
+            for number, window in islice(enumerate(windows, first), 0, None, stride):
+                yield self._read(number, window)
 
     def _read(self, number: int, window: Window) -> TargetWindow:
-        shard = self._shards.get(window.shard)
-        if shard is None:
-            while len(self._shards) >= self.order.pool:
-                self._shards.popitem(last=False)
-            shard = self._shards[window.shard] = load_shard(self.dataset, self.entries[window.shard])
-        self._shards.move_to_end(window.shard)
+        shard = self._shelf[window.shard]
         lo, hi = window.lo, window.hi
         text = np.array(shard.text[lo:hi])  # a copy: a view would keep the shard alive
         true = text.astype(np.int64)
@@ -175,7 +166,7 @@ class ByteTargets(IterableDataset[TargetWindow]):
         triples = shard.triples(lo, hi)
         return TargetWindow(
             number, window.epoch, window.shard, lo, text, true, np.array(shard.mask[lo:hi]),
-            np.array(shard.tail[lo:hi]), triples.row, triples.symbol, triples.prob,
+            shard.tails(lo, hi), triples.row, triples.symbol, triples.prob,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,15 +8,18 @@ which numbers of the one global sequence they serve; they never enter the comput
 
 Permutations sort splitmix64 keys rather than use `numpy.random`, whose streams may change between versions.
 Price: 8 bytes per window of one pool (16 shards of 16 MiB and 1 KiB windows: 2 MB), and one pass over the shard sizes
-for each epoch that a resume skips. Shards of one pool are resident together in the reader: `pool` bounds its memory.
+for each epoch that a resume skips. The reader holds the shards of the present and the next pool (`shelf`).
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+Int = npt.NDArray[np.int64]
 
 POOL = 16
 """Shards whose windows are mixed together."""
@@ -31,6 +34,20 @@ class Window(NamedTuple):
     shard: int
     lo: int
     hi: int
+
+
+class Pool:
+    """Shards whose windows are mixed, `shards`, and those of their windows that are still to be read, in order."""
+
+    def __init__(self, shards: list[int], rest: int, windows: Iterator[Window]) -> None:
+        self.shards, self._rest, self._windows = shards, rest, windows
+
+    def __len__(self) -> int:
+        """Windows to be read when the pool was made."""
+        return self._rest
+
+    def __iter__(self) -> Iterator[Window]:
+        return self._windows
 
 
 def _splitmix64(key: int, n: int) -> npt.NDArray[np.uint64]:
@@ -70,14 +87,14 @@ class Order:
         text = f"{self.dataset_hash}:{self.seed}:{epoch}:{purpose}:{index}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
-    def _permutation(self, n: int, key: int) -> npt.NDArray[np.int64]:
+    def _permutation(self, n: int, key: int) -> Int:
         return np.argsort(_splitmix64(key, n), kind="stable").astype(np.int64)
 
-    def _offsets(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _offsets(self, epoch: int) -> Int:
         keys = _splitmix64(self._key(epoch, "offset"), self.positions.size)
         return (keys % np.uint64(self.window)).astype(np.int64)
 
-    def _counts(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _counts(self, epoch: int) -> Int:
         counts = (self.positions + self._offsets(epoch) + self.window - 1) // self.window
         return np.where(self.positions > 0, counts, 0)
 
@@ -87,11 +104,15 @@ class Order:
 
     def windows(self, start: int = 0) -> Iterator[Window]:
         """Windows number `start`, `start` + 1, ... without end."""
+        return chain.from_iterable(self.pools(start))
+
+    def pools(self, start: int = 0, epochs: int = 0) -> Iterator[Pool]:
+        """The same windows pool by pool; of the first `epochs` epochs alone, unless that is 0."""
         epoch = 0
         while start >= (length := self.epoch_length(epoch)):
             start -= length
             epoch += 1
-        while True:
+        while not epochs or epoch < epochs:
             counts, offsets = self._counts(epoch), self._offsets(epoch)
             shards = self._permutation(self.positions.size, self._key(epoch, "shards"))
             for number, first in enumerate(range(0, shards.size, self.pool)):
@@ -100,16 +121,21 @@ class Order:
                 if start >= total:
                     start -= total
                     continue
-                ends = np.cumsum(counts[members])
-                for index in self._permutation(total, self._key(epoch, "windows", number))[start:]:
-                    member = int(np.searchsorted(ends, index, side="right"))
-                    shard = int(members[member])
-                    cell = int(index - (ends[member] - counts[shard]))
-                    lo = cell * self.window - int(offsets[shard])
-                    hi = min(lo + self.window, int(self.positions[shard]))
-                    yield Window(epoch, shard, max(lo, 0), hi)
+                windows = self._mixed(epoch, number, members, counts, offsets, start)
+                yield Pool(members[counts[members] > 0].tolist(), total - start, windows)
                 start = 0
             epoch += 1
+
+    def _mixed(self, epoch: int, number: int, members: Int, counts: Int, offsets: Int, start: int) -> Iterator[Window]:
+        """Windows of pool `number` of an epoch from the `start`-th on."""
+        ends = np.cumsum(counts[members])
+        for index in self._permutation(int(ends[-1]), self._key(epoch, "windows", number))[start:]:
+            member = int(np.searchsorted(ends, index, side="right"))
+            shard = int(members[member])
+            cell = int(index - (ends[member] - counts[shard]))
+            lo = cell * self.window - int(offsets[shard])
+            hi = min(lo + self.window, int(self.positions[shard]))
+            yield Window(epoch, shard, max(lo, 0), hi)
 
 
 def sequential(positions: Sequence[int], window: int) -> Iterator[Window]:

@@ -4,14 +4,12 @@ A dataset is opened by its two small index files, which are checked before a sha
 when first needed, named only by the manifest (plain names, so nothing outside the dataset's folder can be asked for),
 written to the cache only if size and sha256 are the manifest's, and hashed again at every load, because disks forget.
 A shard that cannot be had whole is refused by name; none is ever skipped.
-Price: hashing 1 GB/s per core. The cache's bound is `cache_bytes`; `lookahead` hides latency by fetching ahead.
+Price: hashing 1 GB/s per core. The cache's bound is `cache_bytes`; `shelf` hides latency by fetching ahead.
 """
 
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +32,11 @@ from schemas.manifest import (
 )
 from stages.scratch import scratch_folder
 from stages.training.cache import FileCache, receive
-from stages.training.order import Window
 
 CACHE_BYTES = 50 << 30
 ATTEMPTS, BACKOFF = 4, 1.0
 """Tries of one transfer, and seconds before the second; each further one waits four times longer."""
 PIECE = 1 << 22
-AHEAD, FETCHERS = 1 << 14, 4
-"""Windows that `lookahead` looks ahead, and transfers it runs at a time."""
 
 
 def cache_folder() -> Path:
@@ -202,30 +197,3 @@ def fetch_ahead(dataset: Dataset, entry: ShardEntry) -> None:
     if isinstance(dataset, RemoteDataset) and dataset.cache is not None and not dataset.cache.has(entry.sha256):
         with suppress(BytecacheError), dataset.held(entry):
             pass
-
-
-def lookahead(
-    windows: Iterable[Window], dataset: Dataset, entries: list[ShardEntry], ahead: int = AHEAD
-) -> Iterator[Window]:
-    """The same windows; of a remote dataset, shards that appear within the next `ahead` are fetched meanwhile."""
-    if not isinstance(dataset, RemoteDataset):
-        yield from windows
-        return
-    queue: deque[Window] = deque()
-    queued: Counter[int] = Counter()
-    source = iter(windows)
-    pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
-    try:
-        while True:
-            while len(queue) < ahead and (window := next(source, None)) is not None:
-                queue.append(window)
-                queued[window.shard] += 1
-                if queued[window.shard] == 1:
-                    pool.submit(fetch_ahead, dataset, entries[window.shard])
-            if not queue:
-                return
-            window = queue.popleft()
-            queued[window.shard] -= 1
-            yield window
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -8,33 +8,36 @@ is the token before it (the start token at a document's head), so nothing is pre
 The rows of one step are sorted by length and packed into micro-batches of similar length: padding is small (measured in
 `train`), and right padding needs no attention mask in a causal model, since every padded position comes last.
 Documents that the tokenizer cannot map to their own bytes are skipped and counted by reason, never misaligned.
-Price: a shard is resident as decoded plus about 9 bytes per text byte of token arrays; at most `pool` shards and
+Price: a shard is resident as decoded plus about 9 bytes per text byte of token arrays; at most two pools of shards and
 `prefetch` steps are. Tokenising dominates the first reading (1-3 MB of text/s/core).
 """
 
 import queue
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from schemas.byte_shard import TAIL_MASS
 from schemas.errors import InputError
 from schemas.manifest import Dataset, ShardEntry
 from stages.tokens.vocab import Vocabulary
+from stages.training import slots
 from stages.training.answers import TemplateSource
 from stages.training.baselines import TokenTargets
-from stages.training.byte_head import END, SLOTS
+from stages.training.byte_head import SLOTS
 from stages.training.loss import IGNORE, SlotTargets
 from stages.training.order import POOL, Order, Window
-from stages.training.source import load_shard, lookahead
+from stages.training.shelf import Shelf
+from stages.training.source import fetch_ahead, load_shard
 from stages.training.teacher_tokens import TokenDump
 from stages.training.token_shard import TokenShard, tokenise
 
@@ -173,70 +176,58 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
     width = max(r.length for r in rows)
     input_ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORE, np.int64)
-    parts: list[list[npt.NDArray[np.generic]]] = []
-    entries: list[list[npt.NDArray[np.generic]]] = []
-    teacher: list[list[npt.NDArray[np.generic]]] = []
-    n_slots = n_tokens = n_byte_tokens = n_bytes = 0
+    spans = [(int(r.source.start[r.first]), int(r.source.end[r.last - 1])) for r in rows]
+    room = 0
+    for src, first, last, _ in rows:
+        taken = np.minimum(SLOTS - src.skip[first:last], src.end[first:last] - src.start[first:last])
+        room += int(taken.clip(0).sum())
+    number = np.empty(room, np.uint8)
+    token, true, position = (np.empty(room, np.int64) for _ in range(3))
+    weight, tail = np.empty(room, np.float32), np.empty(room, np.float32)
+    edges = [0]
+    n_tokens = n_byte_tokens = n_bytes = 0
+    teacher: list[list[Any]] = []
     for r, (src, first, last, lead) in enumerate(rows):
         n, span = last - first, slice(first, last)
-        start, end, skip = src.start[span], src.end[span], src.skip[span]
         input_ids[r, : lead + n] = src.before[first - lead : last]
         labels[r, lead : lead + n] = np.where(src.supervised[span], src.ids[span], IGNORE)
-        lo, hi = int(start[0]), int(end[-1])
-        mask = np.asarray(src.shard.mask[lo:hi]) != 0
-        counts = np.clip(np.minimum(SLOTS - skip, end - start), 0, None)
-        token = np.repeat(np.arange(n), counts)
-        within = np.arange(token.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        position = start[token] + within
-        keep = mask[position - lo]
-        token, within, position = token[keep], within[keep], position[keep]
-        per_token = np.bincount(token, minlength=n)
-        weight = 1.0 / per_token[token] if byte_reduction == "mean" else np.ones(token.size)
-        parts.append(
-            [within + skip[token], r * width + lead + token, src.symbol[position], weight, src.shard.tail[position]]
-        )
-        if with_targets:
-            slot_at = np.full(hi - lo, -1, np.int64)
-            slot_at[position - lo] = n_slots + np.arange(position.size)
-            triples = src.shard.triples(lo, hi)
-            slot = slot_at[triples.row]
-            listed = slot >= 0
-            entries.append([slot[listed], triples.symbol[listed], triples.prob[listed]])
+        n_slots, tokens, text_bytes = slots.row_slots(
+            src.start[span], src.end[span], src.skip[span], src.shard.mask, src.symbol, src.shard.codes["tail"],
+            TAIL_MASS, r * width + lead, byte_reduction == "mean", edges[-1],
+            number, token, true, weight, tail, position,
+        )  # fmt: skip
+        edges.append(n_slots)
         if src.teacher is not None:
             # The student's token begins where one of the teacher's does; of an answer's context nothing is asked.
+            start, end = src.start[span], src.end[span]
             at = np.searchsorted(src.teacher.position, start).clip(max=len(src.teacher.position) - 1)
-            common = (src.teacher.position[at] == start) & (end > start) & (skip == 0) & src.supervised[span]
-            token = np.flatnonzero(common)
-            teacher.append([r * width + lead + token, src.teacher.ids[at[token]], src.teacher.prob[at[token]]])
-        n_slots += position.size
+            common = (src.teacher.position[at] == start) & (end > start) & (src.skip[span] == 0) & src.supervised[span]
+            which = np.flatnonzero(common)
+            teacher.append([r * width + lead + which, src.teacher.ids[at[which]], src.teacher.prob[at[which]]])
         n_tokens += int(src.supervised[span].sum())
-        n_byte_tokens += int((per_token > 0).sum())
-        n_bytes += int((mask & (src.symbol[lo:hi] != END)).sum())
-    k, slot_token, slot_symbol, slot_weight, tail = (np.concatenate(c) for c in zip(*parts, strict=True))
-    by_slot = np.argsort(k.astype(np.uint8), kind="stable")  # of bytes: a radix sort
+        n_byte_tokens, n_bytes = n_byte_tokens + tokens, n_bytes + text_bytes
+    order, place, counts = slots.by_number(number[: edges[-1]])
     targets = None
     if with_targets:
-        rank = np.empty(n_slots, np.int64)
-        rank[by_slot] = np.arange(n_slots)
-        slot, symbol, prob = (np.concatenate(c) for c in zip(*entries, strict=True))
-        targets = SlotTargets(
-            torch.from_numpy(rank[slot]),
-            torch.from_numpy(symbol.astype(np.int64)),
-            torch.from_numpy(prob.astype(np.float32)),
-            torch.from_numpy(tail[by_slot].astype(np.float32)),
-        )
-    tokens = None
+        triples = [r.source.shard.triples(lo, hi) for r, (lo, hi) in zip(rows, spans, strict=True)]
+        n = sum(len(t.row) for t in triples)
+        slot, symbol, prob = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.float32)
+        n = 0
+        for t, (lo, hi), (a, b) in zip(triples, spans, pairwise(edges), strict=True):
+            n = slots.row_targets(*t, lo, hi, position[a:b], place[a:b], n, slot, symbol, prob)
+        targets = SlotTargets(*(torch.from_numpy(x) for x in (slot[:n], symbol[:n], prob[:n], tail[order])))
+    listed = None
     if teacher:
-        place, ids, prob = (np.concatenate(c) for c in zip(*teacher, strict=True))
-        tokens = TokenTargets(*(torch.from_numpy(c) for c in (place, ids.astype(np.int64), prob)))
+        cells, ids, masses = (np.concatenate(c) for c in zip(*teacher, strict=True))
+        listed = TokenTargets(*(torch.from_numpy(c) for c in (cells, ids.astype(np.int64), masses)))
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
-        torch.from_numpy(slot_token[by_slot].astype(np.int64)),
-        np.bincount(k, minlength=SLOTS).tolist(),
-        torch.from_numpy(slot_symbol[by_slot].astype(np.int64)),
-        torch.from_numpy(slot_weight[by_slot].astype(np.float32)),
-        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows], teacher=tokens,
+        torch.from_numpy(token[order]),
+        counts.tolist(),
+        torch.from_numpy(true[order]),
+        torch.from_numpy(weight[order]),
+        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows], teacher=listed,
     )  # fmt: skip
 
 
@@ -250,7 +241,7 @@ def blank() -> MicroBatch:
 
 
 class ShardReader:
-    """Tokenised shards of one split by number, the last `resident` kept.
+    """Tokenised shards of one split by number, the last `resident` kept (`steps` keeps two pools, see `shelf`).
 
     Args:
         folder: the data set's name for messages. dataset: from `open_dataset`. split: "train" or "heldout".
@@ -266,28 +257,28 @@ class ShardReader:
         dump: TokenDump | None = None,
     ) -> None:  # fmt: skip
         self.dataset, self.dump = dataset, dump
-        self.folder, self.vocabulary, self.end_id, self.resident = folder, vocabulary, end_id, resident
+        self.folder, self.vocabulary, self.end_id = folder, vocabulary, end_id
         self.template, self.max_tokens = template, max_tokens
         self.entries: list[ShardEntry] = [e for e in dataset.entries if e.split == split]
         if not self.entries:
             raise InputError(f"{folder}: no shards of split {split!r}; convert documents of that split first")
         self.skipped: dict[int, Counter[str]] = {}
-        self._cache: OrderedDict[int, TokenShard] = OrderedDict()
+        self.shelf: Shelf[TokenShard] = Shelf(
+            self._load, lambda number: fetch_ahead(self.dataset, self.entries[number]), keep=resident
+        )
 
     def __getitem__(self, number: int) -> TokenShard:
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
-        while len(self._cache) >= self.resident:
-            self._cache.popitem(last=False)
+        shard = self.shelf[number]
+        self.skipped[number] = shard.skipped
+        return shard
+
+    def _load(self, number: int) -> TokenShard:
         shard = tokenise(
             load_shard(self.dataset, self.entries[number]), self.vocabulary, self.end_id,
             template=self.template, max_tokens=self.max_tokens,
         )  # fmt: skip
         if self.dump is not None:
             shard = replace(shard, teacher=self.dump.of(shard.shard, self.vocabulary, self.end_id))
-        self._cache[number] = shard
-        self.skipped[number] = shard.skipped
         return shard
 
     @property
@@ -296,7 +287,7 @@ class ShardReader:
         return [e.n_positions for e in self.entries]
 
     def skipped_documents(self) -> dict[str, int]:
-        """Documents set aside so far, by reason."""
+        """Documents set aside in the shards used so far, by reason."""
         return dict(sum(self.skipped.values(), Counter[str]()))
 
 
@@ -322,19 +313,19 @@ def steps(
     Raises:
         IntegrityError: a shard is corrupt or missing. InputError: a whole epoch has nothing to train on.
     """
-    windows = lookahead(order.windows(start * batch), reader.dataset, reader.entries)
     barren = 0
-    for number in range(start, 2**62):
-        mine = list(islice(windows, batch))[rank::ranks]
-        step = make_step(
-            number, mine, reader, max_tokens,
-            with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
-            context_bytes=context_bytes,
-        )  # fmt: skip
-        barren = 0 if step.micro else barren + batch
-        if barren > order.epoch_length(0) + 2 * batch:
-            raise InputError(f"{reader.folder}: no document can be trained on; set aside: {step.skipped}")
-        yield step
+    with closing(reader.shelf.follow(order.pools(start * batch))) as windows:
+        for number in range(start, 2**62):
+            mine = list(islice(windows, batch))[rank::ranks]
+            step = make_step(
+                number, mine, reader, max_tokens,
+                with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
+                context_bytes=context_bytes,
+            )  # fmt: skip
+            barren = 0 if step.micro else barren + batch
+            if barren > order.epoch_length(0) + 2 * batch:
+                raise InputError(f"{reader.folder}: no document can be trained on; set aside: {step.skipped}")
+            yield step
 
 
 def prefetch(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
@@ -359,6 +350,9 @@ def prefetch(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, No
             put(StopIteration())
         except BaseException as error:
             put(error)
+        finally:
+            if isinstance(source, Generator):  # its threads end with it, not when it is collected some day
+                source.close()
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()

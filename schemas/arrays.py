@@ -1,0 +1,16 @@
+"""Names of the arrays that the format's loops pass around, and the symbols that rows are over."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+U8 = NDArray[np.uint8]
+U16 = NDArray[np.uint16]
+I16 = NDArray[np.int16]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+SYMBOLS = 257
+"""256 bytes and END."""
+END = 256

@@ -10,6 +10,12 @@ the start of an engine, replacement machines, reading the plan (its index at eve
 from them, at their real sizes). The requests that move a unit's data (`IO_PER_UNIT`) are counted, not
 simulated: their keys are spread by hash or by unit. Not modelled: the service's own throttling; the peaks say where
 it would begin (S3 documents 3,500 writes and 5,500 reads a second per partition of the key space).
+
+What it shows (10 TB in a million units, 10 to 10,000 workers): 7.1 to 7.4 units per worker and hour at every size, none
+lost, none done twice; 529 requests a second to the ledger, 500 of them heartbeats, 2,800 in the worst second (without
+heartbeats); no folder above 520. Where it breaks next: *planning*, one process at 45 MB/s, takes 62 hours for 10 TB,
+longer than the teacher (plan parts of the corpus in runs of their own); heartbeats alone reach 3,500 writes a second at
+70,000 workers (raise `fleet.heartbeat_s`); the index of the plan, 9 bytes a unit, is 90 MB at ten million units.
 """
 
 import argparse

@@ -142,7 +142,7 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
                 lambda_kl=task.inputs["train"]["lambda_kl"],
                 stop=context.stop,
                 report=report,
-                dump=_token_dump(context),
+                dump=_token_dump(context) if task.inputs["train"]["lambda_kl"] else None,
             )
         except Interrupted:
             if world.main:

@@ -147,6 +147,10 @@ def round_entries(window: "Window") -> np.ndarray:
     The text's own next byte, the prefix of all that follows, keeps `SHARE_BITS`.
     """
     bits = window.entry_mass.astype(np.float32).view(np.uint32)
+    levels, entries = int(window.n_levels.sum(dtype=np.int64)), int(window.fanout.sum(dtype=np.int64))
+    whole = (len(window.n_levels), len(window.fanout), len(window.entry_byte), len(bits))
+    if whole != (len(window.row_start), levels, entries, entries) or (window.row_start < 0).any():
+        return round_masses(window.entry_mass)  # readers refuse such a window; a kernel would read beyond its arrays
     return _round_by_share(window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits).view(
         np.float32
     )
@@ -158,7 +162,7 @@ def _round_by_share(
     bits: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """The rounded float32 bits of entries; shares are compared by their exponents."""
-    out = np.empty_like(bits)
+    out = bits.copy()
     one = np.int64(127)
     level = 0
     e = 0
@@ -167,6 +171,8 @@ def _round_by_share(
         for depth in range(n_levels[r]):
             i = row_start[r] + depth
             following = prefix
+            if level == len(fanout) or e + fanout[level] > len(bits):  # inconsistent: refused by whoever reads it
+                return out
             for _ in range(fanout[level]):
                 exponent = np.int64(bits[e] >> np.uint32(23))
                 keep = min(SHARE_BITS, max(LEAST_BITS, SHARE_BITS + int(exponent - prefix)))
@@ -187,6 +193,7 @@ class DumpWriter:
 
     def __init__(self, path: Path, meta: dict[str, Any], *, windows_per_group: int = 32):
         text = json.dumps({"format": FORMAT, "version": VERSION, **meta}, sort_keys=True)
+        self._path = path
         self._schema = SCHEMA.with_metadata({_META: text.encode()})
         self._group = windows_per_group
         self._pending: list[Window] = []
@@ -202,6 +209,7 @@ class DumpWriter:
 
     def append(self, window: Window) -> None:
         """Add a window; masses are rounded here."""
+        _check(self._path, window)  # before anything trusts its offsets
         self._pending.append(window)
         if len(self._pending) >= self._group:
             self._flush()
@@ -345,6 +353,7 @@ def _check(path: Path, w: Window) -> None:
             and bool((w.row_parent[1:] >= 0).all() and (w.row_parent < np.arange(rows)).all())
             and bool((w.n_levels >= 1).all() and (w.n_levels <= n - w.row_start + 1).all() and (w.n_stops >= 0).all())
             and len(w.fanout) == int(w.n_levels.sum())
+            and bool((w.fanout >= 0).all())
             and len(w.entry_byte) == len(w.entry_mass) == int(w.fanout.sum())
             and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass) == int(w.n_stops.sum())
             and bool((w.stop_depth >= 1).all())

@@ -170,7 +170,7 @@ def test_a_baseline_trains_resumes_and_is_measured_by_its_bytes(run, tmp_path):
     lines: list[dict] = []
     common = {"name": "r", "device": "cpu", "dump": dump_of(run)}
     one = train(shape, tmp_path / "s", dataset, tmp_path / "one", report=lines.append, **common)
-    assert all(line["byte_kl"] > 0 for line in lines)
+    assert all(line["byte_kl"] > 0 for line in lines) and one["head_parameters"] == one["head_flops"] == 0
     lines.clear()
     for last in (2, 4):
         short = [i == last for i in range(1, 5)]

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from schemas import settings as st
@@ -128,9 +130,16 @@ def test_other_versions_and_other_files_are_refused(tmp_path, windows, monkeypat
 
 @pytest.mark.parametrize("name", ["row_parent", "n_levels", "stop_depth", "fanout", "row_start"])
 def test_inconsistent_window_is_refused(tmp_path, windows, name):
-    values = dict(vars(windows[0]))
-    values[name] = values[name].copy()
-    values[name][-1] = 30_000
-    path = write(tmp_path / "a.parquet", [Window(**values)])
+    path = write(tmp_path / "a.parquet", windows[:1])
+    table = pq.read_table(path)
+    column = table.schema.get_field_index(name)
+    (values,) = table.column(column).to_pylist()
+    values[-1] = 30_000
+    pq.write_table(
+        table.set_column(column, table.schema.field(column), pa.array([values], table.schema[column].type)), path
+    )
     with pytest.raises(IntegrityError, match="inconsistent"):
         list(read_windows(path))
+    written = Window(**{**vars(windows[0]), name: np.array(values, getattr(windows[0], name).dtype)})
+    with pytest.raises(IntegrityError, match="inconsistent"):
+        write(tmp_path / "b.parquet", [written])

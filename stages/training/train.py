@@ -84,7 +84,7 @@ def train(
 
     Returns:
         name, checkpoint (path), sha256, step, step resumed from, the last step's loss terms, throughput, share of
-        padding, documents skipped by reason.
+        padding, parameters of the head and its matrix FLOPs, documents skipped by reason.
 
     Raises:
         Interrupted: `stop` said so. ConfigError: the folder belongs to other settings, or the loss is not finite.
@@ -153,7 +153,7 @@ def _train(
     source = islice(packing.packed(source) if settings.packing else source, settings.steps - first)
     if world.device.type == "cpu":
         source = map(run.objective.prepare, source)
-    totals = dict.fromkeys(("n_bytes", "n_tokens", "n_real", "n_padded"), 0)
+    totals = dict.fromkeys(("n_bytes", "n_tokens", "n_real", "n_padded", "n_slots"), 0)
     began = time.perf_counter()
     with closing(stream.prefetch(source)) as data, closing(log or _Silent()):
         for step in data:
@@ -210,6 +210,8 @@ def _train(
         "text_bytes_per_s": totals["n_bytes"] / elapsed,
         "tokens_per_s": totals["n_tokens"] / elapsed,
         "padding": 1 - totals["n_real"] / max(totals["n_padded"], 1),
+        "head_parameters": run.objective.n_parameters,
+        "head_flops": run.objective.flops(totals["n_padded"], totals["n_slots"]),
         "skipped_documents": reader.skipped_documents(),
         "terms": terms,
     }
@@ -230,6 +232,7 @@ def _counts(step: stream.Step, world: World) -> dict[str, int]:
         "n_bytes": step.n_bytes,
         "n_real": sum(m.n_real for m in step.micro),
         "n_padded": sum(m.input_ids.numel() for m in step.micro),
+        "n_slots": sum(m.slot_token.numel() for m in step.micro),
     }
     summed = world.sum(list(mine.values()))
     counts = {name: int(value) for name, value in zip(mine, summed, strict=True)}

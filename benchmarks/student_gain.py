@@ -218,8 +218,11 @@ def report(out: Path) -> None:
     out.with_suffix(".md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
     pairs = list(dict.fromkeys(x["pair"] for x in lines))
-    figure, axes = plt.subplots(1, len(pairs), figsize=(5.5 * len(pairs), 3.6), squeeze=False)
-    for axis, pair in zip(axes[0], pairs, strict=True):
+    high = -(-len(pairs) // 2)
+    figure, axes = plt.subplots(high, 2, figsize=(13, 3.4 * high), squeeze=False)
+    for axis in axes.flat[len(pairs) :]:
+        axis.remove()
+    for axis, pair in zip(axes.flat, pairs, strict=False):
         mine = [x for x in lines if x["pair"] == pair]
         for y, x in enumerate(mine):
             axis.plot(x["points"], [y] * len(x["points"]), "o", color="#3465a4", alpha=0.7)

@@ -219,7 +219,7 @@ def test_an_index_that_was_sealed_again_is_refused_or_sound(dataset: Path, data:
 def a_window(number: int) -> Window:
     """Twelve bytes, three histories of two levels each, four entries per level, one stop and two tokens per row."""
     rng = np.random.default_rng(number)
-    lengths = {"fanout": 6, "entry_byte": 24, "entry_mass": 24, "topk_id": 6, "topk_logp": 6}
+    lengths = {"fanout": 6, "entry_byte": 24, "entry_mass": 24, "topk_id": 6, "topk_logp": 6, "row_sampled": 0}
     columns = {name: rng.random(lengths.get(name, 3)).astype(kind) for name, kind in token_dump._LISTS.items()}
     columns |= {"row_start": np.array([0, 2, 8], np.int32), "row_parent": np.array([-1, 0, 1], np.int32)}
     columns |= {"n_levels": np.full(3, 2, np.int32), "fanout": np.full(6, 4, np.uint16)}

@@ -9,7 +9,7 @@ from typing import Any
 import numcodecs  # type: ignore[import-untyped]
 import numpy as np
 import pytest
-from test_byte_shard import GOLDEN, golden_values, make
+from shard_cases import GOLDEN, golden_values, make
 
 from schemas.arrays import U8
 from schemas.byte_shard import read_shard

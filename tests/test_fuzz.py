@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shard_cases import GOLDEN, golden_values, make
 from student_data import make_dataset
-from test_byte_shard import GOLDEN, golden_values, make
 
 from schemas import manifest, strict_json, token_dump
 from schemas.byte_shard import read_shard

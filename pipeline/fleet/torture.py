@@ -75,11 +75,12 @@ class Tally:
 
 
 def outputs(store: LocalStore) -> dict[str, str]:
-    """Hashes of everything whose bytes are promised: not logs, receipts or configurations (times, paths)."""
+    """Hashes of everything whose bytes are promised: not logs, tables, receipts or configurations (times, paths)."""
     kept = [
         key for key in store.list("")
         if key.split("/")[0] in ("plan", "teacher", "targets", "train", "export", "report")
-        and not key.endswith((".toml", "metrics.jsonl", "report.md")) and "/tensorboard/" not in key
+        and not key.endswith((".toml", "metrics.jsonl")) and "/tensorboard/" not in key
+        and (key.endswith(".json") or not key.startswith("report/"))
     ]  # fmt: skip
     return {key: _report_hash(store, key) if key.startswith("report/") else store.sha256(key) for key in kept}
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -99,8 +100,11 @@ class Objective(nn.Module):
         self.marginal.segmentation.settle()
 
     def prepare(self, step: Step) -> Step:
-        """The same step with what needs no student made ahead, for a thread beside the one that trains; CPU only."""
-        if self.marginal is None or not self.needs_targets:
+        """The same step with what needs no student made ahead, for a thread beside the one that trains; CPU only.
+
+        Where FSDP holds the tokenizer's cuts in shards, only `forward` sees them whole.
+        """
+        if self.marginal is None or not self.needs_targets or isinstance(self.marginal.segmentation.on, DTensor):
             return step
         made = [replace(m, prepared=self.marginal.choices(m, self.reduction)) for m in step.micro]
         return replace(step, micro=made)

@@ -25,7 +25,7 @@ from stages.windows import keep_rows
 
 
 def spans(window: Window) -> Window:
-    """Canonical rows alone: what `teacher.preset = "fast"` evaluates, static rows aside."""
+    """Canonical rows alone: what a teacher without branches (depth 0) and static rows evaluates."""
     return keep_rows(window, window.row_depth == 0)
 
 

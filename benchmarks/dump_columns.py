@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from schemas import token_dump
-from schemas.token_dump import DumpWriter, Window, read_windows
+from schemas.token_dump import DumpWriter, Window, read_windows, round_masses
 from stages.divergence import kl_spread
 from stages.lattice import Lattice
 
@@ -41,13 +41,7 @@ def columns_of(part: Path) -> tuple[int, int, dict[str, list[int]]]:
 
 def _flat(bits: int) -> Callable[[Window], np.ndarray]:
     """Every entry with the same bits of mantissa."""
-
-    def rounded(window: Window) -> np.ndarray:
-        raw = window.entry_mass.astype(np.float32).view(np.uint32)
-        drop = np.uint32(23 - bits)
-        return (((raw + (np.uint32(1) << (drop - np.uint32(1)))) >> drop) << drop).view(np.float32)
-
-    return rounded
+    return lambda window: round_masses(window.entry_mass, bits)
 
 
 def rounding(parts: list[Path]) -> dict[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """What a student gains from the cache: held-out bits per byte by objective and by quality of the targets.
 
-    python benchmarks/student_gain.py runs/default --work /tmp/gain --out benchmarks/results/student_gain.json
+    python benchmarks/student_gain.py runs/default --work runs/gain --out benchmarks/results/student_gain.json
         [--arms ce marginal ...] [--seeds 0 1 2] [--steps 250] [--pair NAME] [--teacher FOLDER]
         [--student builtin:smollm2-135m-instruct --lora 16 --rate 5e-4 --batch 2 --window 512]
     python benchmarks/student_gain.py --report --out benchmarks/results/student_gain.json

@@ -134,9 +134,9 @@ SCHEMA = pa.schema(
 _SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32"]
 
 
-def round_masses(mass: np.ndarray) -> np.ndarray:
-    """Round float32 to MASS_BITS of mantissa, to nearest: the precision a dump keeps of stops."""
-    drop = 23 - MASS_BITS
+def round_masses(mass: np.ndarray, kept: int = MASS_BITS) -> np.ndarray:
+    """Round float32 to `kept` bits of mantissa, to nearest; by default the precision a dump keeps of stops."""
+    drop = 23 - kept
     bits = mass.astype(np.float32).view(np.uint32)
     return ((bits + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
 

@@ -85,7 +85,7 @@ def torture(
     Reads: the corpus and the teacher. Writes: runs under the folder; prints a JSON report. Exit code 4 if any hash
     differs, a unit is lost or a file is left over. Choose a corpus of seconds: it is run many times over.
 
-    Example: bytecache torture /tmp/torture --kills 50 --set corpus.max_bytes=20000 --set train.steps=20
+    Example: bytecache torture runs/torture --kills 50 --set corpus.max_bytes=20000 --set train.steps=20
     """
     with refusals():
         from pipeline.fleet.torture import torture as command

@@ -38,10 +38,10 @@ def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | N
 
     `captured`: tau, depth and static of the teacher's identity. Raises ConfigError for more effort than the capture's.
     """
-    if max(settings_of(settings)) < 0:
+    given = Effort(settings.tau, settings.depth, settings.static)  # -1: the capture's own
+    if max(given) < 0:
         return None
     own = Effort(float(captured["tau"]), int(captured["depth"]), float(captured["static"]))
-    given = settings_of(settings)
     asked = Effort(
         own.tau if given.tau < 0 else given.tau,
         own.depth if given.depth < 0 else given.depth,
@@ -63,11 +63,6 @@ def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | N
                 f"raise the effort of the teacher and run `bytecache teacher`, or leave convert.{name} at -1"
             )
     return None if asked == own else asked
-
-
-def settings_of(settings: st.Convert) -> Effort:
-    """The settings as given; -1 is the capture's own."""
-    return Effort(settings.tau, settings.depth, settings.static)
 
 
 def coarsen(window: Window, effort: Effort) -> tuple[Window, int]:

@@ -37,7 +37,8 @@ LOWEST = -1e4
 class SlotTargets(NamedTuple):
     """Teacher targets of S slots as E flat entries; (slot, symbol) pairs are unique.
 
-    slot int64 [E], symbol int64 [E] in 0..256, prob float32 [E], tail float32 [S] (unlisted mass, 0..1).
+    slot int64 [E], symbol int64 [E] in 0..256 (`marginal.py` has one more), prob float32 [E]; tail float32 [S], the
+    unlisted mass, 0..1.
     """
 
     slot: Tensor

@@ -172,11 +172,8 @@ class Marginal(nn.Module):
         seen = torch.zeros_like(tail).index_add_(0, slot, targets.prob)
         used = kept + prob * halt
         tail = tail * torch.zeros_like(tail).index_add_(0, slot, used) / seen.clamp_min(1e-12)
-        first = tables.table("first_child")
-        offered = (first[node + 1] - first[node]) + (node == 0)
         ends = tables.table("n_equal")[node] > 0
-        # What else the bucket may hold; at the root at least the control ids.
-        others = (offered > listed) | (node == 0)
+        others = tables.offered(node) - ends.long() > listed  # something is left for the bucket
         halted = torch.where(ends, torch.where(others, cut.rare[node].to(prob.dtype), 1.0), 0.0)
         stop = stop + tail * halted
         rest = torch.where(others, tail * (1 - halted), 0.0)

@@ -92,7 +92,7 @@ class Segmentation(nn.Module):
         often = (self._bytes / self._bytes.sum())[self._byte]
 
         def over_children(shares: FloatArray) -> FloatArray:
-            return np.bincount(self._parent, weights=often * shares, minlength=depth.size)
+            return np.bincount(self._parent, weights=often * shares, minlength=depth.size).astype(np.float64)
 
         ends = over_children(on[base[1:] + depth[self._parent]])
         ends += (1 - over_children(np.ones_like(often))) * off[base + depth]

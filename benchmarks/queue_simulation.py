@@ -23,7 +23,6 @@ import heapq
 import json
 import math
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -35,9 +34,7 @@ from benchmarks.simulated_store import LAYOUT, NAMES, ModelStore, parsed
 from pipeline.fleet.claims import Claim, Claimer, Idle
 from pipeline.fleet.ledger import BLOCK, Delete, Get, Limits, Replace, Request, n_blocks
 from pipeline.plan import KEPT, PAGE, PLAN_KEY
-from pipeline.stores import LocalStore
-from pipeline.units import make_plan
-from schemas.settings import Fleet, Settings
+from schemas.settings import Fleet
 
 BANDWIDTH = 100e6
 """Bytes a second that a worker reads an object with."""
@@ -287,25 +284,6 @@ def naive_listing(scenario: Scenario) -> dict[str, float]:
     return {"list_requests": pages * scenario.workers, "seconds_at_5500_per_s": pages * scenario.workers / 5500}
 
 
-def planning_speed(n_bytes: int = 30_000_000) -> dict[str, float]:
-    """`bytecache plan` for real, one process: two passes over JSONL in documents of 4 kB, units of 4 MB."""
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randrange(2, 9))) for _ in range(5000)]
-    with tempfile.TemporaryDirectory() as place:
-        source = Path(place) / "corpus.jsonl"
-        with source.open("w") as stream:
-            written = 0
-            while written < n_bytes:
-                text = " ".join(generator.choices(words, k=700))
-                written += stream.write(json.dumps({"text": text}) + "\n")
-        corpus = {"source": str(source), "max_bytes": 0, "unit_bytes": 4_000_000}
-        began = time.process_time()
-        plan, _ = make_plan(LocalStore(Path(place) / "run"), Settings.model_validate({"corpus": corpus}))
-        seconds = time.process_time() - began
-    speed = plan.n_bytes / 1e6 / seconds
-    return {"mb_per_processor_s": round(speed, 1), "hours_for_10_tb": round(10e6 / speed / 3600, 1)}
-
-
 def scenarios(largest: int) -> dict[str, list[Scenario]]:
     """What is asked, by question."""
     scaling = [
@@ -342,7 +320,6 @@ def main() -> None:
         "settings": {"block": BLOCK, "heartbeat_s": settings.heartbeat_s, "lease_s": settings.lease_s},
         "data_requests_per_unit": IO_PER_UNIT,
         "naive_listing_at_10000": naive_listing(Scenario(10000, 100)),
-        "planning": planning_speed(),
     }
     if args.only and args.out and args.out.is_file():
         found = json.loads(args.out.read_text()) | found

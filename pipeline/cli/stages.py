@@ -13,7 +13,7 @@ app = typer.Typer()
 
 
 @app.command()
-@takes_settings("corpus.source")
+@takes_settings("corpus.source", "corpus.jobs")
 def plan(given: Given) -> None:
     """Cut the corpus into units of work.
 

@@ -13,13 +13,13 @@ it would begin (S3 documents 3,500 writes and 5,500 reads a second per partition
 
 What it shows (10 TB in a million units, 10 to 10,000 workers): 7.1 to 7.4 units per worker and hour at every size, none
 lost, none done twice; 529 requests a second to the ledger, 500 of them heartbeats, 2,800 in the worst second (without
-heartbeats); no folder above 520. A short job is mostly its beginning and its end: with ten units a worker the rate falls
-from 6.7 (100 workers) to 6.1 (10,000), since more workers wait for the last of more units; with one it is 4.3 to 4.9 at
-every size, a third of the time of the worst unit. Claims collide most there: twice a unit, and 10,000 workers that come
-within a minute ask for 6,100 things in the worst second. Where it breaks next: that peak, if S3's documented 5,500 reads
-a second were of one partition (stagger the start of so many); heartbeats alone reach 3,500 writes a second at 70,000
-workers (raise `fleet.heartbeat_s`); the index of the plan, 9 bytes a unit, is 90 MB at ten million units. Planning 10 TB
-is `benchmarks/planning.py`.
+heartbeats); no folder above 520. A short job is mostly its beginning and its end: with ten units a worker the rate
+falls from 6.7 (100 workers) to 6.1 (10,000), since more workers wait for the slowest of more units; with one unit it is
+4.3 to 4.9 at every size, a quarter of what units alone would take, the rest being starts of engines and waiting. Claims
+collide twice a unit there, and 10,000 workers make 6,100 requests in the worst second, most of them reads of heartbeats
+by those that found nothing to do. Where it breaks next: that peak, if it met one partition (S3 documents 5,500 reads a
+second); heartbeats alone reach 3,500 writes a second at 70,000 workers (raise `fleet.heartbeat_s`); the index of the
+plan, 9 bytes a unit, is 90 MB at ten million units. Planning 10 TB is `benchmarks/planning.py`.
 """
 
 import argparse

@@ -212,6 +212,8 @@ def test_a_folder_without_its_record_does_not_count(proxied: Proxied) -> None:
 def test_the_service_refuses_or_stays_away(proxied: Proxied, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="bucket"):
         list(ObjectStore("s3://nobody/x", tmp_path, patience=5).list(""))
+    with pytest.raises(StorageError, match="bucket"):
+        ObjectStore("s3://nobody/x", tmp_path, patience=5).put_json_if_absent("x", {})
     store = proxied.store(patience=1)
     proxied.proxy.choose = lambda method, path: "refuse"
     began = time.monotonic()

@@ -348,10 +348,10 @@ class ObjectStore:
             path, temporary = self._mirror.path(key), self.temp_path(key)
             with disk_errors(f"writing {temporary}"):
                 before = path.stat()
-                if key.endswith(".jsonl"):
-                    shutil.copyfile(path, temporary)  # a log may be appended to while it goes up
-                else:
+                if key.endswith(".safetensors"):
                     os.link(path, temporary)
+                else:
+                    shutil.copyfile(path, temporary)  # a log may be appended to while it goes up
             self.replace(key, temporary)
             found = self._head(key)
             if found is not None:

@@ -38,7 +38,7 @@ def bits_per_byte(checkpoint: Path, texts: list[str]) -> float:
     nats = 0.0
     for text in texts:
         ids = torch.tensor([[start, *tokenizer.encode(text, add_special_tokens=False)]])
-        logp = model(ids).logits[0, :-1].log_softmax(-1)
+        logp = model(ids).logits[0, :-1].detach().log_softmax(-1)
         nats -= float(logp.gather(1, ids[0, 1:, None]).sum())
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 

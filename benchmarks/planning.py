@@ -1,17 +1,21 @@
 """How fast `bytecache plan` is: one process and several, JSONL files of 4 kB documents, units of 4 MB.
 
 Plans the same corpus with every number of processes, checks that the plans are equal, and reports MB of text a second
-by the clock and by the processor's own time (all processes, their start included).
+by the clock and by the processor's own time (all processes, their start included). Beside it, in the same rounds, what
+so many processes gain on this machine at work that shares nothing (hashing): others use it too, and no plan can gain
+more.
 
     python -m benchmarks.planning [--megabytes 240] [--jobs 1 2] [--rounds 3]
 """
 
 import argparse
+import hashlib
 import json
 import random
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,6 +64,25 @@ def settings_of(source: Path, jobs: int) -> Settings:
     return Settings.model_validate({"corpus": corpus})
 
 
+def hash_a_while(task: int, stop: Callable[[], bool]) -> None:
+    """Work of a second or so that needs nothing but a core."""
+    raw = bytes(1_000_000)
+    for _ in range(300):
+        hashlib.sha256(raw).digest()
+
+
+def gain(jobs: int) -> float:
+    """How much faster so many processes hash than one does, their start left out."""
+    seconds = []
+    for n in (1, jobs):
+        with Processes[int, None](n, lambda: False) as processes:
+            list(processes.map(hash_a_while, range(n)))
+            began = time.perf_counter()
+            list(processes.map(hash_a_while, range(4 * jobs)))
+            seconds.append(time.perf_counter() - began)
+    return seconds[0] / seconds[1]
+
+
 def survey_speed(source: Path) -> float:
     """MB a processor second of the first pass, which is all of a second plan."""
     began = time.process_time()
@@ -82,14 +105,14 @@ def main() -> None:
             for jobs in arguments.jobs:
                 plan, speeds = plan_once(Path(place), jobs)
                 hashes.add(plan)
-                found[jobs].append(speeds)
+                found[jobs].append(speeds | ({"machine_gains": gain(jobs)} if jobs > 1 else {}))
         survey = survey_speed(Path(place))
     assert len(hashes) == 1, "plans differ"
     report: dict[str, Any] = {"machine": "2 cores, x86-64", "megabytes": arguments.megabytes, "processes": {}}
     for jobs, every in found.items():
-        medians = {name: round(median(one[name] for one in every), 1) for name in every[0]}
-        hours = round(10e6 / medians["mb_per_s"] / 3600, 1)
-        report["processes"][str(jobs)] = medians | {"hours_for_10_tb": hours}
+        medians = {name: round(median(one[name] for one in every), 2) for name in every[0]}
+        hours = round(10e6 / medians["mb_per_processor_s"] / 3600, 1)
+        report["processes"][str(jobs)] = medians | {"processor_hours_for_10_tb": hours}
     report["survey_mb_per_processor_s"] = round(survey, 1)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

@@ -23,9 +23,11 @@ class DocumentIds:
         self._runs: list[U64] = []  # sorted; each at most half as long as the one before
         self._counts: dict[int, int] = {}
 
-    def add(self, ids: Sequence[str]) -> dict[int, str]:
-        """Take in the ids of the next documents; returns {place in `ids`: new id} of those that were taken before."""
-        hashes = np.fromiter(map(_hash, ids), np.uint64, len(ids))
+    def add(self, ids: Sequence[str], hashes: U64) -> dict[int, str]:
+        """Take in the ids of the next documents; returns {place in `ids`: new id} of those that were taken before.
+
+        `hashes`: what `hash_ids` says of them.
+        """
         fresh, first = np.unique(hashes, return_index=True)
         firsts = dict(zip(fresh.tolist(), first.tolist(), strict=True))
         repeated = self._known(hashes)
@@ -68,6 +70,11 @@ class DocumentIds:
             run = np.union1d(self._runs.pop(), run)
         if len(run):
             self._runs.append(run)
+
+
+def hash_ids(ids: Sequence[str]) -> U64:
+    """64 bits of each id."""
+    return np.fromiter(map(_hash, ids), np.uint64, len(ids))
 
 
 def _hash(doc_id: str) -> int:

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as some
 
-from stages.document_ids import DocumentIds
+from stages.document_ids import DocumentIds, hash_ids
 
 
 def one_by_one(ids: list[str]) -> list[str]:
@@ -27,7 +27,7 @@ def in_batches(ids: list[str], cuts: list[int]) -> tuple[list[str], int]:
     edges = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
     for begin, end in pairwise(edges):
         batch = ids[begin:end]
-        renamed = names.add(batch)
+        renamed = names.add(batch, hash_ids(batch))
         found += [renamed.get(at, doc_id) for at, doc_id in enumerate(batch)]
     return found, names.n_renamed
 

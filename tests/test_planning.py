@@ -10,8 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
 from pipeline import receipts, survey, units
 from pipeline.parallel import Processes
@@ -55,6 +58,27 @@ def planned(store: LocalStore, wanted: Settings) -> dict[str, str]:
 def contents(found: dict[str, str]) -> dict[str, str]:
     """All but the index, which names the source and counts its files."""
     return {key: sha256 for key, sha256 in found.items() if key != "plan/plan.json"}
+
+
+@given(
+    some.lists(some.tuples(some.sampled_from([0, 1, 5, 2**63, 2**64 - 1]), some.integers(1, 40)), max_size=40),
+    some.sampled_from([0, 2, 2**63, 2**64]), some.sampled_from([-1, 1, 2**64 - 1]), some.integers(-1, 12),
+    some.integers(0, 30),
+)  # fmt: skip
+def test_documents_together_are_as_one_by_one(
+    documents: list[tuple[int, int]], threshold: int, train_hash: int, train_index: int, begun: int
+) -> None:
+    rule = survey.Rule(0, "text", threshold, train_hash, train_index)
+    hashes, sizes = np.array([h for h, _ in documents], np.uint64), np.array([n for _, n in documents], np.int64)
+    heldout = rule.heldout(hashes, 3)
+    assert heldout.tolist() == [rule.split(h, 3 + at) == "heldout" for at, (h, _) in enumerate(documents)]
+    alone, together = (survey.Packing(25, 7, {"train": begun, "heldout": 0}) for _ in range(2))
+    for size in sizes.tolist():
+        if alone.closes("train", size):
+            alone.close("train")
+        alone.add("train", size)
+    together.add_all("train", sizes)
+    assert alone == together
 
 
 @pytest.mark.parametrize("limit", [0, 30_000])

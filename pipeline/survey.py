@@ -5,8 +5,8 @@ the hash that decides its split; this process goes through them in corpus order,
 processes there are: it makes ids unique, stops at `corpus.max_bytes`, closes slices where they would exceed
 `corpus.unit_bytes`, and notes for each part what it begins with.
 
-Price: 200 MB of text a processor second on JSONL; 1.3 us a document in this one process. Memory: 8 bytes a document, and
-150 for those of the parts under way.
+Price: 200 MB of text a processor second on JSONL; 1.3 us a document in this one process. Memory: 8 bytes a document,
+and 150 for those of the parts under way.
 """
 
 import hashlib
@@ -220,7 +220,7 @@ class Survey:
         self._lowest = min(self._lowest, (int(hashes[least]), first + least))
         self._highest = max(self._highest, (int(hashes[most]), first + most))
         heldout = self.rule.heldout(hashes, first)
-        for split, mask in (("train", ~heldout), ("heldout", heldout)):
+        for split, mask in zip(SPLITS, (~heldout, heldout), strict=True):
             packing.add_all(split, sizes[mask])
         self._n_documents += len(sizes)
         self._n_bytes += int(sizes.sum())

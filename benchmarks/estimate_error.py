@@ -18,7 +18,8 @@ import numpy as np
 from pipeline import units
 from pipeline.config import load_settings
 from pipeline.context import open_context
-from pipeline.estimate import convert_pilot, ratio_total, run_pilot
+from pipeline.estimate import convert_pilot, run_pilot
+from pipeline.prediction import ratio_total
 
 RESULT = Path(__file__).parent / "results" / "estimate_error.json"
 PILOTS = (2, 3, 5)

@@ -1,14 +1,8 @@
 """What a whole corpus will take, from a pilot of a few units: tokens, hours, bytes, money, each with an interval.
 
-The pilot takes units evenly spread over the plan. A quantity y (tokens, seconds, bytes) of a unit is nearly
-proportional to its text x and made of its documents, so its variance is about s2 x. The total is the ratio estimate
-X sum(y) / sum(x); with r the text that was not piloted, its squared error is s2 r X / sum(x) (Royall, Biometrika 57,
-1970). s2 is the mean of e2 / x over the pilot, e = y - x sum(y) / sum(x), each residual divided by 1 - x / sum(x) as if
-its unit had been left out (the jackknife): two or three units that happen to agree are no proof. The interval is
-Student's t at 90 % with n - 1 degrees of freedom: wide from two or three units, as it should be. A shard's fixed size
-is told apart by converting the units singly and together. Work of the configured settings stays in the run; that of
-other presets is done in a scratch folder. Price: the pilot's own teacher time. Measured error:
-benchmarks/results/estimate_error.json.
+The pilot takes units evenly spread over the plan; `pipeline.prediction` has the statistics, `pipeline.budget` chooses.
+A shard's fixed size is told apart by converting the units singly and together. Work of the configured settings stays in
+the run; that of other presets is done in a scratch folder. Price: the pilot's own teacher time.
 """
 
 import math
@@ -20,79 +14,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-
 from pipeline import units
+from pipeline.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
 from pipeline.commands_data import shard_groups, teacher_job
 from pipeline.context import Context
 from pipeline.plan import Plan
+from pipeline.prediction import Predicted, ratio_total
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt
 from pipeline.runner import finished, run_job
 from pipeline.stores import LocalStore
-from schemas.errors import ConfigError
 from schemas.settings import Convert, Section, Settings, Teacher
 
-_T90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-"""Student's t, two-sided 90 %, for 1 to 10 degrees of freedom; above, 1.645 + 1.6 / df is within 0.01."""
-
-
+NO_BUDGET = Budget()
 _PRESETS: dict[type[Section], tuple[str, tuple[str, ...]]] = {
     Teacher: ("preset", ("tau", "depth", "static")),
     Convert: ("precision", ("rate", "prune")),
 }
 """The key that names a section's preset, and the keys that would override what it stands for."""
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """A total and its 90 % interval; from one unit there is no interval and `low`, `high` are 0 and infinity."""
-
-    value: float
-    low: float
-    high: float
-
-    def times(self, factor: float, plus: float = 0.0) -> "Predicted":
-        """factor x + plus, for a factor of at least 0."""
-        return Predicted(*(bound * factor + plus for bound in (self.value, self.low, self.high)))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What one pair of presets will take: totals over the corpus. Hours are of one machine like the pilot's.
-
-    `teacher`, `convert`: names of presets, "" = as configured. `branch_ratio`: rows per canonical token.
-    """
-
-    teacher: str
-    convert: str
-    tokens: Predicted
-    branch_ratio: Predicted
-    teacher_hours: Predicted
-    convert_hours: Predicted
-    dump_bytes: Predicted
-    shard_bytes: Predicted
-    shard_ratio: Predicted
-    dollars: Predicted
-
-
-def ratio_total(sizes: Sequence[float], values: Sequence[float], all_sizes: Sequence[float]) -> Predicted:
-    """Predict the sum of a quantity over all units from its `values` in units of `sizes` (bytes of text)."""
-    x, y = np.asarray(sizes, float), np.asarray(values, float)
-    n, total = len(x), float(np.sum(all_sizes))
-    rate = float(y.sum() / x.sum())
-    if n >= len(all_sizes):
-        return Predicted(float(y.sum()), float(y.sum()), float(y.sum()))
-    if n < 2:
-        return Predicted(rate * total, 0.0, math.inf)
-    left_out = (y - rate * x) / (1 - x / x.sum())
-    variance = float(np.mean(left_out**2 / x))
-    error = math.sqrt(variance * max(total - float(x.sum()), 0.0) * total / float(x.sum()))
-    quantile = _T90[n - 2] if n - 1 <= len(_T90) else 1.645 + 1.6 / (n - 1)
-    # What the sample has been counted already: the rest cannot be negative.
-    return Predicted(
-        rate * total, max(rate * total - quantile * error, float(y.sum())), rate * total + quantile * error
-    )
 
 
 def presets(section: type[Section]) -> list[str]:
@@ -149,11 +88,13 @@ def estimate(
     price: float = 0.0,
     core_price: float = 0.0,
     workers: int = 1,
+    budget: Budget = NO_BUDGET,
 ) -> list[Variant]:
     """Pilot every named preset ("" = as configured) and predict; plans first if that was not done.
 
     `price`: dollars an hour of the teacher's machine; `core_price`: of a core that converts; `workers`: each pays for
-    its engine's start. Raises what planning, the teacher and the converter raise.
+    its engine's start; `budget`: the price of bytes, and whether other top_k are weighed. Raises what planning, the
+    teacher and the converter raise.
     """
     planned, _ = units.make_plan(context.store, context.settings, context.stop)
     found = []
@@ -164,10 +105,12 @@ def estimate(
             if settings.teacher != context.settings.teacher:
                 mine.store = _copy_slices(context, planned, Path(scratch) / f"run-{number}", count)
             pilot = run_pilot(mine, planned, count)
+            dumps = dump_sizes(pilot.files, candidates(settings, budget))
             for convert in convert_presets:
                 section = with_preset(settings.convert, convert)
                 converted = convert_pilot(section, pilot, Path(scratch), context.stop)
-                found.append(predict(teacher, convert, settings, planned, pilot, converted, price, core_price, workers))
+                work = predict(teacher, convert, settings, planned, pilot, converted, price, core_price, workers)
+                found.append(with_dumps(work, settings, planned, pilot, dumps, budget.gb_price))
             if mine.store is not context.store:
                 shutil.rmtree(Path(scratch) / f"run-{number}", ignore_errors=True)
     return found
@@ -235,50 +178,50 @@ def predict(
         branch_ratio=ratio.times(1 / tokens.value),
         teacher_hours=hours,
         convert_hours=convert_hours,
-        dump_bytes=total([float(receipt.files[0].size) for receipt in pilot.dumps]),
+        dump_bytes=Predicted(0.0, 0.0, 0.0),
         shard_bytes=shard_bytes,
         shard_ratio=shard_bytes.times(1 / planned.n_bytes),
         dollars=Predicted(*(
             price * one + core_price * two
             for one, two in zip(_bounds(hours), _bounds(convert_hours), strict=True)
         )),
+        by_top_k={},
     )  # fmt: skip
+
+
+def with_dumps(
+    work: Variant, settings: Settings, planned: Plan, pilot: Pilot, sizes: dict[int, list[float]], gb_price: float
+) -> Variant:
+    """The variant with its dump: `sizes` of the pilot's parts for every top_k, the configured one first."""
+    by_top_k = {}
+    for k, parts in sizes.items():
+        dump = ratio_total(pilot.sizes, parts, [float(size) for size in planned.sizes])
+        kept = work.shard_bytes if settings.convert.delete_dump else work.shard_bytes.plus(dump)
+        by_top_k[k] = Kept(dump, kept, work.dollars.plus(kept.times(gb_price / 1e9)))
+    configured = by_top_k[settings.teacher.top_k]
+    return replace(work, dump_bytes=configured.dump_bytes, dollars=configured.dollars, by_top_k=by_top_k)
 
 
 def _bounds(found: Predicted) -> tuple[float, float, float]:
     return found.value, found.low, found.high
 
 
-def within_budget(found: Sequence[Variant], ratio: float = math.inf, dollars: float = math.inf) -> Variant:
-    """The most precise of `found` (given from cheap to precise) whose upper bounds keep the budgets.
-
-    `ratio`: bytes of shards per byte of text. Teacher effort counts before storage precision. Raises ConfigError,
-    naming the cheapest, if none does.
-    """
-    fitting = [one for one in found if one.shard_ratio.high <= ratio and one.dollars.high <= dollars]
-    if fitting:
-        return fitting[-1]
-    least = min(found, key=lambda one: one.shard_ratio.high)
-    cheapest = min(found, key=lambda one: one.dollars.high)
-    raise ConfigError(
-        f"no preset keeps the budget: the smallest takes up to {least.shard_ratio.high:.2f} bytes per text byte, the "
-        f"cheapest up to ${cheapest.dollars.high:.2f}; raise the budget, or pilot more units for narrower intervals"
-    )
-
-
-def settings_of(variant: Variant) -> str:
-    """The options that choose a variant."""
+def settings_of(choice: Choice, settings: Settings) -> str:
+    """The options that choose a variant and its k."""
+    variant = choice.variant
     named = {"teacher.preset": variant.teacher, "convert.precision": variant.convert}
+    if choice.top_k != settings.teacher.top_k:
+        named["teacher.top_k"] = str(choice.top_k)
     return " ".join(f"--set {key}={name}" for key, name in named.items() if name) or "(the configuration as it is)"
 
 
-def meaning_of(variant: Variant, settings: Settings) -> str:
-    """The numbers that a variant's presets stand for."""
-    teacher = with_preset(settings.teacher, variant.teacher).resolved()
-    convert = with_preset(settings.convert, variant.convert)
+def meaning_of(choice: Choice, settings: Settings) -> str:
+    """The numbers that a variant's presets stand for, and why its k."""
+    teacher = with_preset(settings.teacher, choice.variant.teacher).resolved()
+    convert = with_preset(settings.convert, choice.variant.convert)
     return (
         f"tau {teacher.tau:g}, depth {teacher.depth}, static {teacher.static:g}; precision {convert.precision}; "
-        f"top_k {teacher.top_k} as configured, since it changes the size of the dump alone"
+        f"top_k {choice.top_k}, {choice.why}"
     )
 
 

@@ -27,7 +27,7 @@ from pipeline.stores import Store
 from schemas.errors import ConfigError, InputError, IntegrityError
 from schemas.settings import Settings
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 PLAN_KEY = "plan/plan.json"
 PAGE = 1024
 """Units of a page: four blocks of claims."""
@@ -206,8 +206,8 @@ def read_plan(store: Store) -> Plan | None:
         raise IntegrityError(f"{path} is damaged ({reason}); delete it and run `bytecache plan` again") from None
     if version != PLAN_VERSION:
         raise IntegrityError(
-            f"{path} has version {version}, this software reads {PLAN_VERSION}; delete it and run `bytecache plan` "
-            "again: slices and dumps that are made already are found again"
+            f"{path} has version {version}, this software reads {PLAN_VERSION}; finish the run with the version "
+            "that planned it, or plan again in a new run.dir"
         )
     if index.hash != _plan_hash(index):
         raise IntegrityError(f"{path} was edited: its hash differs; delete it and run `bytecache plan` again")

@@ -37,6 +37,8 @@ class Corpus(Section):
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
     unit_bytes: int = Field(50_000, ge=1_000)
     """Bytes of text in one unit of teacher work, the most that a kill can lose: minutes of a CPU; 1-4 MB on a GPU."""
+    jobs: int = Field(0, ge=0)
+    """Processes of this machine that plan the corpus, each with files of its own; 0 = one a core."""
     license: str = ""
     """Licence of the text, for those you share the targets with; copied into dataset.json."""
     attribution: str = ""

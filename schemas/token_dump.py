@@ -241,7 +241,8 @@ class DumpWriter:
         self._writer.close()
 
 
-def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
+def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
+    """A part and its metadata. Raises IntegrityError unless it is a whole one of this version."""
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
@@ -271,7 +272,7 @@ def _open(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """Format, version and provenance of a part. Raises IntegrityError."""
-    file, meta = _open(path)
+    file, meta = open_part(path)
     file.close()
     return meta
 
@@ -282,7 +283,7 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
     Raises IntegrityError, also for inconsistent lengths.
     """
     names = [name for name in SCHEMA.names if top_k or not name.startswith("topk_")]
-    file, _ = _open(path)
+    file, _ = open_part(path)
     with file:
         for group in range(file.num_row_groups):
             try:

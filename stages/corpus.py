@@ -2,8 +2,8 @@
 
 One streaming pass in a fixed order (folders: by path, recursively; files: as they lie), never more than one
 document and one Parquet batch in memory. A document is kept to the byte: no newline or Unicode normalisation.
-Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; repeated ids get `#2`, `#3`, ...
-in order of appearance, at a price of about 100 bytes of memory per document.
+Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; `stages.document_ids` makes repeated
+ones unique.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,7 +29,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """`text` always encodes to UTF-8 and is never empty; `doc_id` is unique within a corpus.
+    """`text` always encodes to UTF-8 and is never empty; `doc_id` is the source's own.
 
     `context`: what is read before the text and not learned (`stages.conversations`); empty for plain text.
     """
@@ -39,8 +39,58 @@ class Document(NamedTuple):
     context: str = ""
 
 
+File = tuple[str, str]
+"""Path, and the name within the corpus that ids are made of."""
+
+
+def corpus_files(corpus: Corpus) -> tuple[list[File], int]:
+    """The files of a corpus in order, none for a built-in one, and how many others its folder holds.
+
+    Raises InputError where there is no such source, nothing in it that can be read, or a name that is not UTF-8;
+    ConfigError for a built-in corpus that does not exist or is not of `corpus.kind`.
+    """
+    source = corpus.source
+    if source.startswith("builtin:"):
+        if source != BUILTIN:
+            raise ConfigError(f"corpus.source = {source!r}: the only built-in corpus is {BUILTIN}")
+        if corpus.kind != "text":
+            raise ConfigError(f"corpus.kind = {corpus.kind!r}: {BUILTIN} is plain text; name another source")
+        return [], 0
+    root = Path(source).expanduser()
+    if not root.exists():
+        raise InputError(f"corpus.source = {source!r} does not exist; name a file, a folder or {BUILTIN}")
+    ignored = 0
+    if root.is_dir():
+        files = sorted(_walk(root), key=lambda pair: pair[1].encode("utf-8", "surrogateescape"))
+        known = [pair for pair in files if pair[1].endswith(SUFFIXES)]
+        ignored = len(files) - len(known)
+        if not known:
+            raise InputError(
+                f"folder {source} holds none of {', '.join(SUFFIXES)} ({len(files)} other files); "
+                "convert the text to one of them"
+            )
+    else:
+        known = [(root, root.name)]
+    for _, name in known:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"file name {name!r} is not UTF-8; rename it") from None
+    return [(str(path), name) for path, name in known], ignored
+
+
+def is_past(limit: int, documents: int, n_bytes: int, size: int) -> bool:
+    """Whether a document of `size` bytes, after so many, is one too many: the end is the border nearest `limit`.
+
+    0 = no limit; there is one document at least.
+    """
+    if not limit or not documents:
+        return False
+    return n_bytes >= limit or abs(n_bytes + size - limit) > abs(limit - n_bytes)
+
+
 class CorpusReader:
-    """Iterates the documents of `corpus.source`; the counters describe the latest iteration.
+    """Iterates the documents of `corpus.source`, or of some of its files; the counters are of the latest iteration.
 
     Iterating raises InputError, naming file, line or row, byte offset and remedy, on: a missing file, no text
     at all, bytes that are not UTF-8, malformed JSON, a missing text field, unpaired surrogates, truncated
@@ -52,79 +102,46 @@ class CorpusReader:
         self.n_documents = 0
         self.n_bytes = 0
         self.n_empty = 0
-        self.n_renamed = 0
         self.n_ignored_files = 0
 
     def __iter__(self) -> Iterator[Document]:
-        self.n_documents = self.n_bytes = self.n_empty = self.n_renamed = self.n_ignored_files = 0
-        seen: dict[bytes, int] = {}
+        files, self.n_ignored_files = corpus_files(self.corpus)
+        yield from (document for document, _ in self.encoded(files))
+        if not self.n_documents:
+            raise self.no_text(self.n_empty)
+
+    def encoded(self, files: Sequence[File]) -> Iterator[tuple[Document, bytes]]:
+        """The documents of these files (none: of the built-in corpus), each with its text in UTF-8; up to max_bytes."""
+        self.n_documents = self.n_bytes = self.n_empty = 0
         limit = self.corpus.max_bytes
-        for where, doc_id, text, context in self._raw():
+        for where, doc_id, text, context in self._raw(files):
             if not text:
                 self.n_empty += 1
                 continue
-            _encode(context, where)
-            size = len(_encode(text, where))
-            # Whole documents up to the border nearest the limit; one document at least.
-            if limit and self.n_documents and abs(self.n_bytes + size - limit) > abs(limit - self.n_bytes):
-                break
+            if context:
+                _encode(context, where)
+            raw = _encode(text, where)
+            if is_past(limit, self.n_documents, self.n_bytes, len(raw)):
+                return
             self.n_documents += 1
-            self.n_bytes += size
-            yield Document(self._unique(doc_id, seen), text, context)
+            self.n_bytes += len(raw)
+            yield Document(doc_id, text, context), raw
             if limit and self.n_bytes >= limit:
-                break
-        if not self.n_documents:
-            raise InputError(
-                f"corpus {self.corpus.source} holds no text ({self.n_empty} empty documents); "
-                "name a source with text in corpus.source"
-            )
+                return
 
-    def _unique(self, doc_id: str, seen: dict[bytes, int]) -> str:
-        # Digests instead of the ids themselves: a fixed price however long the ids are.
-        def digest(name: str) -> bytes:
-            return hashlib.blake2b(name.encode("utf-8"), digest_size=12).digest()
+    def no_text(self, n_empty: int) -> InputError:
+        """What to say of a corpus without a document."""
+        return InputError(
+            f"corpus {self.corpus.source} holds no text ({n_empty} empty documents); "
+            "name a source with text in corpus.source"
+        )
 
-        first = digest(doc_id)
-        if first not in seen:
-            seen[first] = 1
-            return doc_id
-        self.n_renamed += 1
-        while True:
-            seen[first] += 1
-            name = f"{doc_id}#{seen[first]}"
-            if digest(name) not in seen:
-                seen[digest(name)] = 1
-                return name
-
-    def _raw(self) -> Iterator[tuple[str, str, str, str]]:
+    def _raw(self, files: Sequence[File]) -> Iterator[tuple[str, str, str, str]]:
         """(place for messages, id, text, context) of every document, empty ones included."""
-        source = self.corpus.source
-        if source.startswith("builtin:"):
-            if source != BUILTIN:
-                raise ConfigError(f"corpus.source = {source!r}: the only built-in corpus is {BUILTIN}")
-            if self.corpus.kind != "text":
-                raise ConfigError(f"corpus.kind = {self.corpus.kind!r}: {BUILTIN} is plain text; name another source")
+        if not files:
             yield from ((*found, "") for found in _pydoc_topics())
-            return
-        root = Path(source).expanduser()
-        if not root.exists():
-            raise InputError(f"corpus.source = {source!r} does not exist; name a file, a folder or {BUILTIN}")
-        if root.is_dir():
-            files = sorted(_walk(root), key=lambda pair: pair[1].encode("utf-8", "surrogateescape"))
-            known = [pair for pair in files if pair[1].endswith(SUFFIXES)]
-            self.n_ignored_files = len(files) - len(known)
-            if not known:
-                raise InputError(
-                    f"folder {source} holds none of {', '.join(SUFFIXES)} ({len(files)} other files); "
-                    "convert the text to one of them"
-                )
-        else:
-            known = [(root, root.name)]
-        for path, name in known:
-            try:
-                name.encode("utf-8")
-            except UnicodeEncodeError:
-                raise InputError(f"file name {name!r} is not UTF-8; rename it") from None
+        for place, name in files:
+            path = Path(place)
             try:
                 yield from self._read_file(path, name)
             except OSError as error:

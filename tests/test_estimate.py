@@ -11,20 +11,13 @@ from hypothesis import strategies as st
 from tiny_models import make_checkpoint
 from typer.testing import CliRunner
 
+from pipeline.budget import Budget, Kept, Variant, candidates, within_budget
 from pipeline.cli import app
-from pipeline.estimate import (
-    Predicted,
-    Variant,
-    choose_units,
-    presets,
-    ratio_total,
-    settings_of,
-    with_preset,
-    within_budget,
-)
+from pipeline.estimate import choose_units, meaning_of, presets, settings_of, with_preset
+from pipeline.prediction import Predicted, ratio_total
 from pipeline.stores import LocalStore
 from schemas.errors import ConfigError
-from schemas.settings import Convert, Teacher
+from schemas.settings import Convert, Settings, Teacher
 
 
 @given(st.lists(st.floats(1, 1e6), min_size=2, max_size=30), st.floats(0.01, 100), st.data())
@@ -81,26 +74,73 @@ def test_presets_replace_what_they_decide() -> None:
     assert with_preset(Convert(prune=0.01, shard_bytes=5000), "small") == Convert(precision="small", shard_bytes=5000)
 
 
-def variant(teacher: str, convert: str, ratio: float, dollars: float) -> Variant:
+GB = 1e9
+
+
+def about(value: float) -> Predicted:
+    return Predicted(value, value / 2, value * 2)
+
+
+def variant(teacher: str, convert: str, ratio: float, dollars: float, gigabytes: dict[int, float]) -> Variant:
+    """`gigabytes`: of the dump, by top_k; shards have none. A GB costs a dollar."""
     nothing = Predicted(1.0, 1.0, 1.0)
+    kept = {k: Kept(about(size * GB), about(size * GB), about(dollars + size)) for k, size in gigabytes.items()}
     return Variant(
         teacher, convert, nothing, nothing, nothing, nothing, nothing, nothing,
-        shard_ratio=Predicted(ratio, ratio - 1, ratio + 1), dollars=Predicted(dollars, dollars / 2, dollars * 2),
+        shard_ratio=Predicted(ratio, ratio - 1, ratio + 1), dollars=about(dollars + gigabytes[16]), by_top_k=kept,
     )  # fmt: skip
 
 
+FOUND = [
+    variant(teacher, convert, ratio, dollars, {16: dump, 8: dump - 1, 4: dump - 2})
+    for teacher, dollars, dump in (("fast", 5.0, 5.0), ("exact", 19.0, 6.0))
+    for convert, ratio in (("small", 3.0), ("precise", 9.0))
+]
+
+
 def test_budgets_choose_the_most_precise_that_keeps_them() -> None:
-    found = [
-        variant(teacher, convert, ratio, dollars)
-        for teacher, dollars in (("fast", 10.0), ("exact", 25.0))
-        for convert, ratio in (("small", 3.0), ("precise", 9.0))
-    ]
-    assert settings_of(within_budget(found)) == "--set teacher.preset=exact --set convert.precision=precise"
-    assert within_budget(found, ratio=4.0) is found[2]
-    assert within_budget(found, dollars=20.0) is found[1]  # the upper bound of the exact one is 50
-    assert within_budget(found, ratio=4.0, dollars=49.0) is found[0]
-    with pytest.raises(ConfigError, match=r"up to 4\.00 bytes per text byte, the cheapest up to \$20\.00"):
-        within_budget(found, ratio=3.5)
+    settings = Settings()
+
+    def chosen(**limits: float) -> tuple[int, int]:
+        choice = within_budget(FOUND, Budget(**limits), settings)
+        return FOUND.index(choice.variant), choice.top_k
+
+    assert chosen() == (3, 16)
+    assert chosen(ratio=4.0) == (2, 16)
+    assert chosen(dollars=40.0) == (1, 16)  # the upper bound of the exact ones is 50, or 46 with the least top k
+    assert chosen(dollars=46.0) == (3, 4)
+    assert chosen(ratio=4.0, dollars=49.0) == (2, 8)
+    assert chosen(gigabytes=10.5) == (3, 8)
+    assert chosen(gigabytes=6.0) == (1, 4)
+    with pytest.raises(ConfigError, match=r"up to 4\.00 bytes per text byte, the cheapest up to \$16\.00; raise"):
+        within_budget(FOUND, Budget(ratio=3.5), settings)
+    with pytest.raises(ConfigError, match=r"at least 6 GB are kept; raise"):
+        within_budget(FOUND, Budget(gigabytes=5), settings)
+
+
+def test_the_choice_of_top_k_is_explained() -> None:
+    settings = Settings()
+    choice = within_budget(FOUND, Budget(gigabytes=10.5), settings)
+    options = "--set teacher.preset=exact --set convert.precision=precise"
+    assert settings_of(choice, settings) == f"{options} --set teacher.top_k=8"
+    assert "top_k 8, with 16, dump and shards take up to 12 GB" in meaning_of(choice, settings)
+    choice = within_budget(FOUND, Budget(dollars=46.0, gb_price=1.0), settings)
+    assert "top_k 4, with 8, all costs up to $48.00" in meaning_of(choice, settings)
+    choice = within_budget(FOUND, Budget(ratio=4.0), settings)
+    assert settings_of(choice, settings) == "--set teacher.preset=exact --set convert.precision=small"
+    assert "top_k 16, as configured: it makes the dump larger" in meaning_of(choice, settings)
+
+
+def test_top_k_is_weighed_where_its_bytes_matter_and_nobody_reads_it() -> None:
+    tight = Budget(gigabytes=1.0)
+    assert candidates(Settings(), tight) == [16, 8, 4, 2, 1, 0]
+    assert candidates(Settings.model_validate({"teacher": {"top_k": 0}}), tight) == [0]
+    assert candidates(Settings.model_validate({"teacher": {"top_k": 5}}), tight) == [5, 2, 1, 0]
+    assert candidates(Settings(), Budget(dollars=1.0, gb_price=0.1)) == [16, 8, 4, 2, 1, 0]
+    for unchanged in (Budget(ratio=3.0), Budget(dollars=40.0), Budget(gb_price=1.0)):
+        assert candidates(Settings(), unchanged) == [16]
+    for reader in ({"train": {"head": "uld"}}, {"convert": {"delete_dump": True}}):
+        assert candidates(Settings.model_validate(reader), tight) == [16]
 
 
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(80)]
@@ -132,6 +172,7 @@ def test_a_pilot_beside_the_run_it_foretells(tmp_path: Path) -> None:
     everything = bytecache("estimate", "--units", "2", "--max-ratio", "1000", "--max-dollars", "5", "--price", "1")
     assert "within the budget: --set teacher.preset=exact --set convert.precision=precise" in everything
     assert "tau 0.0015, depth 3" in everything
+    assert "top_k 16, as configured" in everything
     assert len(list(store.list("receipts/teacher"))) == 4  # other presets leave nothing
     bytecache("estimate", "--units", "2", "--max-ratio", "0.001", code=2)
     bytecache("teacher")
@@ -178,3 +219,43 @@ def test_a_run_with_the_chosen_presets_keeps_the_budget(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "run")
     shards = [json.loads(store.read_bytes(key)) for key in store.list("receipts/convert")]
     assert sum(shard["files"][0]["size"] for shard in shards) <= budget * chosen["text_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_with_the_chosen_top_k_keeps_the_gigabytes(tmp_path: Path) -> None:
+    """Sizes with each k are those that a dump with it has."""
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    make_checkpoint(tmp_path / "teacher")
+    settings = [
+        f"corpus.source={tmp_path / 'corpus.jsonl'}", f"teacher.model={tmp_path / 'teacher'}",
+        "corpus.unit_bytes=2000", "teacher.backend=hf", "teacher.context=128", "teacher.overlap=32",
+    ]  # fmt: skip
+
+    def bytecache(*arguments: str) -> str:
+        options = [part for setting in settings for part in ("--set", setting)]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    run = ["--run-dir", str(tmp_path / "run")]
+    every = json.loads(bytecache("estimate", *run, "--units", "99", "--max-gb", "1", "--json"))
+    most = every["variants"][-1]
+    assert every["meaning"].endswith("top_k 16, as configured: it keeps the budget")
+    sizes = {int(k): kept["kept_bytes"]["high"] for k, kept in most["by_top_k"].items()}
+    assert list(sizes) == [16, 8, 4, 2, 1, 0] and sorted(sizes.values(), reverse=True) == list(sizes.values())
+    limit = (sizes[4] + sizes[8]) / 2 / 1e9
+    found = json.loads(bytecache("estimate", *run, "--units", "99", "--max-gb", str(limit), "--json"))
+    options = found["chosen"].split()
+    assert options[-1] == "teacher.top_k=4"
+    cut = tmp_path / "cut"
+    bytecache("plan", "--run-dir", str(cut))
+    bytecache("teacher", "--run-dir", str(cut), *options)
+    bytecache("convert", "--run-dir", str(cut), *options)
+    store = LocalStore(cut)
+    receipts = [
+        json.loads(store.read_bytes(key)) for stage in ("teacher", "convert") for key in store.list(f"receipts/{stage}")
+    ]
+    made = sum(receipt["files"][0]["size"] for receipt in receipts)
+    assert made <= limit * 1e9
+    assert made == pytest.approx(sizes[4], rel=0.02)

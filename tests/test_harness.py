@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas import errors
 from stages.training.harness import measure, table
@@ -24,6 +27,20 @@ doc_to_target: "{{{{text}}}}"
 metric_list:
   - metric: bits_per_byte
 """
+TEXTS = [f"the cache is a promise {i}" for i in range(4)]
+
+
+def bits_per_byte(checkpoint: Path, texts: list[str]) -> float:
+    """By hand: every token after the start token, which is the tokenizer's BOS or EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    nats = 0.0
+    for text in texts:
+        ids = torch.tensor([[start, *tokenizer.encode(text, add_special_tokens=False)]])
+        logp = model(ids).logits[0, :-1].detach().log_softmax(-1)
+        nats -= float(logp.gather(1, ids[0, 1:, None]).sum())
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
@@ -37,10 +54,10 @@ def test_without_the_package_the_remedy_is_named(tmp_path):
 def test_a_task_from_a_file_is_measured(tmp_path: Path):
     checkpoint = make_checkpoint(tmp_path / "m")
     data = tmp_path / "d.jsonl"
-    data.write_text("".join(json.dumps({"text": f"the cache is a promise {i}"}) + "\n" for i in range(4)))
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     (tmp_path / "tiny_text.yaml").write_text(TASK.format(data=data))
     found = measure(checkpoint, [str(tmp_path / "tiny_text.yaml")])
-    assert found["tiny_text"]["bits_per_byte"] > 0
+    assert found["tiny_text"]["bits_per_byte"] == pytest.approx(bits_per_byte(checkpoint, TEXTS), rel=1e-4)
     with pytest.raises(errors.InputError, match="no task of that name"):
         measure(checkpoint, ["no_such_task"])
 

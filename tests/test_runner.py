@@ -182,7 +182,7 @@ def test_pages_are_read_as_they_are_asked_for_and_checked(tmp_path: Path, monkey
 def test_a_stopped_plan_leaves_no_plan(tmp_path: Path) -> None:
     settings = planning(corpus(tmp_path / "c.jsonl", ["a" * 900] * 9))
     store = LocalStore(tmp_path / "run")
-    calls = iter([False] * 13 + [True])
+    calls = iter([False] * 22 + [True])  # equal texts: surveyed twice
     with pytest.raises(Interrupted, match="rerun"):
         units.make_plan(store, settings, lambda: next(calls))
     assert list(store.list("plan/slices"))

@@ -1,8 +1,10 @@
 """Real services on loopback: an S3 server, and the protocol of a model hub (only what reading needs)."""
 
+import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -80,7 +82,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         wanted = self.rfile.read(int(self.headers["Content-Length"])).decode()
         names = json.loads(wanted).get("paths", []) if wanted.startswith("{") else []
-        self._json([self._entry(name) for name in names if (self.folder / name).is_file()])
+        self._json([self._entry(name) for name in names if (self.folder / name).exists()])
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
@@ -96,11 +98,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self._send(data, 206 if "Range" in self.headers else 200, {"X-Repo-Commit": "c" * 40, "ETag": '"e"'})
             return None
         if "/tree/" in path:
-            return self._json([self._entry(p.name) for p in sorted(self.folder.iterdir()) if p.is_file()])
+            inside = path.split("/tree/")[1].partition("/")[2]
+            recursive = "recursive=true" in self.path.lower()
+            if not (self.folder / inside).is_dir():
+                return self._json({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            below = sorted((self.folder / inside).rglob("*") if recursive else (self.folder / inside).iterdir())
+            return self._json([self._entry(p.relative_to(self.folder).as_posix()) for p in below])
         return self._json({"id": "me/set", "sha": "c" * 40, "siblings": [], "tags": []})
 
     def _entry(self, name: str) -> dict[str, object]:
-        return {"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": "0" * 40}
+        path = self.folder / name
+        if path.is_dir():
+            return {"type": "directory", "path": name, "oid": "0" * 40}
+        oid = hashlib.sha1(path.read_bytes()).hexdigest()
+        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid}
 
     def _json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
@@ -115,28 +126,61 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
-def test_hub(folder: Path, tmp_path: Path) -> None:
-    """In a process of its own: the hub's client reads its address when it is imported."""
+def on_hub(folder: Path, code: str, *arguments: str) -> str:
+    """What `code` prints in a process of its own: the hub's client reads its address when it is imported."""
     handler = type("ThisHub", (Hub,), {"folder": folder, "asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = (
-            "import sys\nfrom stages.training.dataset import ByteTargets\n"
-            "data = ByteTargets('hf://datasets/me/set', window=64, epochs=1, cache_dir=sys.argv[1])\n"
-            "print(sum(len(w.text) for w in data), data.dataset.manifest_hash)"
-        )
         environment = {
             **os.environ,
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HOME": arguments[0] + "/hf",
         }
         done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "cache")],
+            [sys.executable, "-c", code, *arguments],
             capture_output=True, text=True, env=environment, timeout=100, cwd=Path(__file__).parent.parent,
         )  # fmt: skip
         server.shutdown()
     assert done.returncode == 0, (done.stderr[-2000:], handler.asked[-5:])  # type: ignore[attr-defined]
+    return done.stdout
+
+
+def test_a_data_set_on_the_hub(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom stages.training.dataset import ByteTargets\n"
+        "data = ByteTargets('hf://datasets/me/set', window=64, epochs=1, cache_dir=sys.argv[1])\n"
+        "print(sum(len(w.text) for w in data), data.dataset.manifest_hash)"
+    )
     dataset = read_dataset(folder)
-    assert done.stdout.split() == [str(sum(e.n_positions for e in dataset.split("train"))), dataset.manifest_hash]
+    said = on_hub(folder, code, str(tmp_path))
+    assert said.split() == [str(sum(e.n_positions for e in dataset.split("train"))), dataset.manifest_hash]
+
+
+def test_a_run_on_the_hub_is_read_and_verified_and_not_written(folder: Path, tmp_path: Path) -> None:
+    """A published run: the store's own methods, then `verify` over the network."""
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "targets")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom pipeline.stores import open_store\n"
+        "from schemas.errors import StorageError\n"
+        "store = open_store('hf://datasets/me/run', sys.argv[1] + '/scratch')\n"
+        "keys = list(store.list(''))\n"
+        "assert keys == list(store.list('targets')) == sorted(sys.argv[2].split()), keys\n"
+        "assert not store.exists('targets/none') and store.size('targets') is None\n"
+        "first = Path(sys.argv[1], 'run', keys[0]).read_bytes()\n"
+        "assert store.read_bytes(keys[0]) == first and store.size(keys[0]) == len(first)\n"
+        "assert sorted(p.name for p in store.folder('targets').iterdir()) == [k.split('/')[1] for k in keys]\n"
+        "for refused in (lambda: store.temp_path('x'), lambda: store.read_bytes('targets/none')):\n"
+        "    try: refused()\n"
+        "    except StorageError as error: print(error)\n"
+        "    else: raise SystemExit('no refusal')\n"
+        "from typer.testing import CliRunner\nfrom pipeline.cli import app\n"
+        "done = CliRunner().invoke(app, ['verify', 'hf://datasets/me/run/targets'])\n"
+        "print(done.exit_code, done.output)\n"
+    )
+    keys = " ".join(f"targets/{path.name}" for path in (run / "targets").iterdir())
+    said = on_hub(run, code, str(tmp_path), keys)
+    assert "only read here" in said and "does not exist" in said
+    assert "0 hf://datasets/me/run/targets: 5 files match their hashes" in said

@@ -199,6 +199,20 @@ def test_a_trainers_folder_moves_between_machines(proxied: Proxied) -> None:
     assert sorted(path.name for path in here.folder("train/a").iterdir()) == ["step-2.bin", "unpublished"]
 
 
+def test_links_in_a_trainers_folder_stay_behind(proxied: Proxied) -> None:
+    """As wandb lays them to its newest log; the log itself goes up."""
+    store = proxied.store()
+    folder = store.folder("train/a")
+    (folder / "wandb" / "run-1").mkdir(parents=True)
+    (folder / "wandb" / "run-1" / "debug.log").write_text("all is well")
+    (folder / "wandb" / "latest-run").symlink_to("run-1")
+    (folder / "wandb" / "debug.log").symlink_to("run-1/debug.log")
+    assert store.publish("train/a") == 1
+    assert list(store.list("train")) == ["train/a/wandb/run-1/debug.log"]
+    (folder / "wandb" / "run-1" / "debug.log").write_text("all is well still")
+    assert store.publish("train/a") == 1
+
+
 def test_a_folder_without_its_record_does_not_count(proxied: Proxied) -> None:
     """An upload that a kill cut short: the record goes up last."""
     here = proxied.store()
@@ -212,6 +226,8 @@ def test_a_folder_without_its_record_does_not_count(proxied: Proxied) -> None:
 def test_the_service_refuses_or_stays_away(proxied: Proxied, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="bucket"):
         list(ObjectStore("s3://nobody/x", tmp_path, patience=5).list(""))
+    with pytest.raises(StorageError, match="bucket"):
+        ObjectStore("s3://nobody/x", tmp_path, patience=5).put_json_if_absent("x", {})
     store = proxied.store(patience=1)
     proxied.proxy.choose = lambda method, path: "refuse"
     began = time.monotonic()

@@ -22,6 +22,7 @@ from schemas.token_dump import (
     round_entries,
     round_masses,
 )
+from schemas.top_k import top_k_sizes
 from stages.divergence import kl_spread
 from stages.lattice import Lattice
 from stages.teacher import open_teacher
@@ -143,3 +144,22 @@ def test_inconsistent_window_is_refused(tmp_path, windows, name):
     written = Window(**{**vars(windows[0]), name: np.array(values, getattr(windows[0], name).dtype)})
     with pytest.raises(IntegrityError, match="inconsistent"):
         write(tmp_path / "b.parquet", [written])
+
+
+def test_sizes_of_the_top_k_are_those_of_a_dump_that_holds_no_more(tmp_path, windows):
+    found = top_k_sizes(write(tmp_path / "whole.parquet", windows), [3, 2, 0, 99])
+    assert found[99] == found[3]
+    for k in (3, 2, 0):
+        cut = [
+            replace(w, **{
+                name: getattr(w, name).reshape(len(w.row_start), 3)[:, :k].ravel() for name in ("topk_id", "topk_logp")
+            })
+            for w in windows
+        ]  # fmt: skip
+        group = pq.read_metadata(write(tmp_path / f"{k}.parquet", cut)).row_group(0)
+        columns = [group.column(at) for at in range(group.num_columns)]
+        sizes = [one.total_compressed_size for one in columns if one.path_in_schema.startswith("topk_")]
+        assert found[k] == sum(sizes)
+    mixed = [replace(windows[0], topk_id=windows[0].topk_id[:-3], topk_logp=windows[0].topk_logp[:-3]), *windows[1:]]
+    with pytest.raises(IntegrityError, match="different top k"):
+        top_k_sizes(write(tmp_path / "mixed.parquet", mixed), [1])

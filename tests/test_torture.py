@@ -1,4 +1,4 @@
-"""A hundred workers killed at random moments of every stage; what is left equals the undisturbed run."""
+"""Two hundred workers killed at random moments of every stage; what is left equals the undisturbed run."""
 
 import json
 import os
@@ -19,19 +19,19 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_100_kills_change_nothing(tmp_path: Path) -> None:
+def test_200_kills_change_nothing(tmp_path: Path) -> None:
     config = tmp_path / "pipeline.toml"
     config.write_text(render_template(small_settings(tmp_path)))
     # A process of its own: it forks, and this one has started threads.
     command = [
         sys.executable, "-m", "pipeline.cli", "torture", str(tmp_path / "torture"), "--config", str(config),
-        "--kills", "100", "--seed", "1",
+        "--kills", "200", "--seed", "1",
     ]  # fmt: skip
     threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **threads}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert report["killed"] == 100
+    assert report["killed"] == 200
     assert report["faults"] == []
     assert {name.split()[1] for name in report["kills"]} == {"SIGKILL", "SIGTERM"}
     assert report["attempts"]["teacher"] > report["units"]["teacher"]

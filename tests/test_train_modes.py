@@ -1,5 +1,6 @@
 """Ways to train that must not change what is learned: micro-batches, packing, checkpointing, processes, precision."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -247,9 +248,31 @@ def test_logs(world, tmp_path):
     plotted = events.Scalars("train/loss")
     assert [e.step for e in plotted] == [1, 2, 3, 4, 5, 6]
     assert [e.value for e in plotted] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
-    if "wandb" not in sys.modules:
+
+
+def test_wandb(world, tmp_path, monkeypatch):
+    """The refusal without it; where it is installed, a run and its continuation, offline."""
+    targets, folder, _ = world
+    settings = SETTINGS.model_copy(update={"wandb": "project"})
+    place = tmp_path / "distilled-abc"
+    if importlib.util.find_spec("wandb") is None:
         with pytest.raises(errors.ConfigError, match="pip install wandb"):
-            train(settings.model_copy(update={"wandb": "p"}), folder, targets, tmp_path / "w", name="r", device="cpu")
+            train(settings, folder, targets, place, name="distilled", device="cpu")
+        return
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    count: list[int] = []
+    with pytest.raises(errors.Interrupted):
+        train(
+            settings, folder, targets, place, name="distilled", device="cpu",
+            stop=lambda: bool(count) and count[-1] >= 3, report=lambda r: count.append(r["step"]),
+        )  # fmt: skip
+    train(settings, folder, targets, place, name="distilled", device="cpu")
+    logs = [path.read_bytes() for path in sorted(place.glob("wandb/offline-run-*/run-distilled-abc.wandb"))]
+    assert len(logs) == 2
+    steps = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in steps] == [1, 2, 3, 4, 5, 6]
+    for one in steps:
+        assert str(one["loss"]).encode() in logs[one["step"] > 3]
 
 
 PROCESS = """

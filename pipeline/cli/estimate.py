@@ -31,6 +31,12 @@ def estimate(
         float, typer.Option("--max-ratio", min=0, help="Budget: bytes of shards per byte of text; implies --presets.")
     ] = math.inf,
     max_dollars: Annotated[float, typer.Option("--max-dollars", min=0, help="Budget; implies --presets.")] = math.inf,
+    max_gb: Annotated[
+        float, typer.Option("--max-gb", min=0, help="Budget: GB (1e9) of shards and of the dump, if it is kept.")
+    ] = math.inf,
+    gb_price: Annotated[
+        float, typer.Option("--gb-price", min=0, help="Dollars a GB of these: storage while they are kept, egress.")
+    ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
     """Predict tokens, hours, bytes and cost of the whole corpus from a pilot of a few units, with intervals.
@@ -38,18 +44,20 @@ def estimate(
     Reads: the corpus, the teacher, and dumps that are already there. Writes: plan/, and the pilot's units of the
     configured settings in teacher/, which the run then need not make again; other presets leave nothing.
 
-    With a budget the most precise presets that keep it are named. Run it on the kind of machine that will do the work.
+    With a budget the most precise presets that keep it are named, and the most of the dump's top k (teacher.top_k)
+    where its bytes are limited (--max-gb) or priced (--gb-price). Run it on the kind of machine that will do the work.
 
     Example: bytecache estimate --source books.jsonl --run-dir runs/books --units 5 --price 2.5 --max-dollars 40
     """
     from pipeline import estimate as module
+    from pipeline.budget import Budget, within_budget
     from pipeline.plan import load_plan
     from schemas.settings import Convert, Teacher
 
-    budget = math.isfinite(max_ratio) or math.isfinite(max_dollars)
+    budget = Budget(max_ratio, max_dollars, max_gb, gb_price)
 
     def command(context: "Context") -> None:
-        every = all_presets or budget
+        every = all_presets or budget.limits
         found = module.estimate(
             context,
             count=units,
@@ -58,17 +66,18 @@ def estimate(
             price=price,
             core_price=core_price,
             workers=workers,
+            budget=budget,
         )
         planned = load_plan(context.store, context.settings)
-        best = module.within_budget(found, max_ratio, max_dollars) if budget else None
-        chosen = module.settings_of(best) if best else ""
+        best = within_budget(found, budget, context.settings) if budget.limits else None
+        chosen = module.settings_of(best, context.settings) if best else ""
         meaning = module.meaning_of(best, context.settings) if best else ""
         if as_json:
             report = {"text_bytes": planned.n_bytes, "units": len(planned.sizes), "variants": module.as_json(found)}
-            typer.echo(json.dumps(report | ({"chosen": chosen, "meaning": meaning} if budget else {}), indent=2))
+            typer.echo(json.dumps(report | ({"chosen": chosen, "meaning": meaning} if best else {}), indent=2))
         else:
-            typer.echo(module.table(found, planned.n_bytes, price > 0 or core_price > 0))
-            if budget:
+            typer.echo(module.table(found, planned.n_bytes, max(price, core_price, gb_price) > 0))
+            if best:
                 typer.echo(f"\nwithin the budget: {chosen}\n({meaning})")
 
     run_stage(given, command)

@@ -32,6 +32,7 @@ SetOption = Annotated[
 RunDirOption = Annotated[str | None, typer.Option("--run-dir", "-r", help="The run folder (run.dir).")]
 SHORTHANDS: dict[str, tuple[str, Any]] = {
     "corpus.source": ("source", typer.Option("--source", help="The corpus (corpus.source).")),
+    "corpus.jobs": ("jobs", typer.Option("--jobs", help="Processes that read the corpus (corpus.jobs).")),
     "teacher.model": ("model", typer.Option("--teacher", "-t", help="Folder or hub id (teacher.model).")),
     "teacher.backend": ("backend", typer.Option("--backend", help="vllm or hf (teacher.backend).")),
     "teacher.preset": ("preset", typer.Option("--preset", help="fast, balanced or exact (teacher.preset).")),

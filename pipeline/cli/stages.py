@@ -13,14 +13,15 @@ app = typer.Typer()
 
 
 @app.command()
-@takes_settings("corpus.source")
+@takes_settings("corpus.source", "corpus.jobs")
 def plan(given: Given) -> None:
     """Cut the corpus into units of work.
 
     Reads: corpus.source (JSONL, Parquet, text, a folder). Writes: plan/ in the run folder: plan.json, units/, slices/.
 
     The split into train and held-out documents and the slices are fixed here; planning again with the same text and
-    settings changes nothing, with others it is refused.
+    settings changes nothing, with others it is refused. A corpus of several files is read by several processes
+    (--jobs; a file by one); the plan is the same for any number.
 
     Example: bytecache plan --source books.jsonl --run-dir runs/books
     """

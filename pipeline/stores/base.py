@@ -140,7 +140,8 @@ def disk_errors(doing: str) -> Iterator[None]:
             remedy = _REMEDIES[errno.ENOSPC]
         if remedy is None:
             raise
-        raise StorageError(f"{doing}: {remedy}") from error
+        place = f" {error.filename}" if error.filename and str(error.filename) not in doing else ""
+        raise StorageError(f"{doing}{place}: {remedy}") from error
 
 
 def overlapped(function: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:

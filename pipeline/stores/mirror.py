@@ -78,10 +78,12 @@ class Mirror:
             self.path(key).unlink(missing_ok=True)
 
     def keys(self, prefix: str) -> list[str]:
-        """Keys of the files under `prefix`, sorted; scratch and other hidden files excluded."""
+        """Keys of the files under `prefix`, sorted; links, scratch and other hidden files excluded."""
         base = self.root / "files"
         return sorted(
             path.relative_to(base).as_posix()
             for path in (base / prefix).rglob("*")
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(base / prefix).parts)
+            if path.is_file()
+            and not path.is_symlink()
+            and not any(part.startswith(".") for part in path.relative_to(base / prefix).parts)
         )

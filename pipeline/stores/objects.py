@@ -14,8 +14,7 @@ stands. Two writers may then both believe they won if they met within millisecon
 them uploads. For units that is harmless (equal keys hold equal bytes); for leases it costs a unit done twice.
 
 Reading: `get_path` downloads to a mirror folder, checks size and sha256, and asks the service for the version each
-time (one HEAD). Writing: `temp_path` is a file of that local folder. Credentials, endpoint and region come from the
-environment, as for the services' own tools (AWS_*, GOOGLE_*, AZURE_*).
+time (one HEAD). Writing: `temp_path` is a file of that local folder.
 
 Price: a unit costs 2 PUT (object, receipt) and about 4 HEAD; no LIST. Memory: up to SINGLE_PUT.
 """
@@ -33,12 +32,12 @@ from typing import Any, BinaryIO
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
-from obstore.store import from_url
 
 from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes, sha256_file
 from pipeline.stores.local import STALE_SECONDS, LocalStore
 from pipeline.stores.mirror import Mirror
 from pipeline.stores.retry import Damaged, patiently
+from pipeline.stores.services import open_client
 from schemas.errors import ConfigError, StorageError
 
 SINGLE_PUT = 128 * 1024 * 1024
@@ -53,8 +52,6 @@ IN_FLIGHT = 192 * 1024 * 1024
 CHUNK = 4 * 1024 * 1024
 HASHES = ".sha256"
 PATIENCE = 120.0
-_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
-_INSIDE = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
 
 
 class _Found:
@@ -85,7 +82,7 @@ class ObjectStore:
         self._mirror = Mirror(self.root)
         self._single_put, self._copy_limit, self._largest = SINGLE_PUT, COPY_LIMIT, LARGEST
         try:
-            self._backend = backend or _open_backend(self._url, timeout)
+            self._backend = backend or open_client(self._url, timeout)
         except Exception as error:  # the library's own classes, and ValueError
             raise ConfigError(f"run.dir = {url}: {str(error).splitlines()[0][:300]}") from error
 
@@ -351,10 +348,10 @@ class ObjectStore:
             path, temporary = self._mirror.path(key), self.temp_path(key)
             with disk_errors(f"writing {temporary}"):
                 before = path.stat()
-                if key.endswith(".jsonl"):
-                    shutil.copyfile(path, temporary)  # a log may be appended to while it goes up
-                else:
+                if key.endswith(".safetensors"):
                     os.link(path, temporary)
+                else:
+                    shutil.copyfile(path, temporary)  # a log may be appended to while it goes up
             self.replace(key, temporary)
             found = self._head(key)
             if found is not None:
@@ -391,18 +388,6 @@ class ObjectStore:
 
     def _absent(self, key: str) -> StorageError:
         return StorageError(f"{self.name}/{key} does not exist; rerun the stage that makes it, or check run.dir")
-
-
-def _open_backend(url: str, timeout: float) -> Any:
-    if url.startswith("memory:"):
-        return from_url(url)
-    client: dict[str, Any] = {"timeout": f"{10 * timeout}s", "read_timeout": f"{timeout}s", "connect_timeout": "10s"}
-    if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
-        client["allow_http"] = True  # the user's own endpoint says so
-    options: dict[str, Any] = {"client_options": client, "retry_config": _INSIDE}
-    if url.startswith(("s3:", "s3a:")):
-        options["config"] = {"copy_if_not_exists": "multipart"}
-    return from_url(url, **options)
 
 
 def _documents_first(key: str) -> tuple[bool, str]:

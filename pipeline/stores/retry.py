@@ -45,9 +45,12 @@ def patiently(doing: str, request: Callable[[], Result], patience: float) -> Res
             return request()
         except AlreadyExistsError:
             raise
-        except (BaseError, TimeoutError, ConnectionError, Damaged) as error:
+        except (BaseError, FileNotFoundError, TimeoutError, ConnectionError, Damaged) as error:
             reason = str(error).split("\n")[0][:300]
-            if type(error).__name__ in _FATAL or any(word in str(error) for word in _FATAL_WORDS):
+            fatal = type(error).__name__ in _FATAL or any(word in str(error) for word in _FATAL_WORDS)
+            if isinstance(error, FileNotFoundError) and not fatal:
+                raise
+            if fatal:
                 raise StorageError(
                     f"{doing}: the service refuses ({reason}); check the credentials, the bucket and its permissions"
                 ) from error

@@ -71,6 +71,6 @@ def _wandb(folder: Path, settings: TrainSettings, name: str) -> Any:
             f"train.wandb = {settings.wandb!r} needs the package wandb; pip install wandb, or leave it empty"
         ) from error
     return wandb.init(
-        project=settings.wandb, name=f"{name}-{folder.name}", id=folder.name, resume="allow", dir=str(folder),
+        project=settings.wandb, name=folder.name, group=name, id=folder.name, resume="allow", dir=str(folder),
         config=settings.model_dump(),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 
 from schemas.token_dump import Window
 from stages.engines.engine import Prompt
-from stages.engines.paths import RowMasses
+from stages.engines.paths import RowMasses, members
 from stages.lattice import Deviations
 from stages.tokens.vocab import Encoded
 
@@ -168,9 +168,9 @@ def keep_rows(window: Window, kept: np.ndarray) -> Window:
 
 def take_rows(window: Window, row: np.ndarray, parent: np.ndarray, depth: np.ndarray) -> Window:
     """An ordinary window of the rows `row` int [K], in that order, extending the rows `parent` of the new window."""
-    levels = _ragged(window.n_levels, row)
-    entries = _ragged(window.fanout, levels)
-    stops = _ragged(window.n_stops, row)
+    levels = members(window.n_levels, row)
+    entries = members(window.fanout, levels)
+    stops = members(window.n_stops, row)
     k = len(window.topk_id) // len(window.row_start)
     top = (row[:, None] * k + np.arange(k)).ravel()
     chosen: dict[str, np.ndarray] = {name: getattr(window, name)[row] for name in _PER_ROW}
@@ -182,12 +182,3 @@ def take_rows(window: Window, row: np.ndarray, parent: np.ndarray, depth: np.nda
     chosen |= {name: getattr(window, name)[top] for name in ("topk_id", "topk_logp")}
     rest = {f.name: getattr(window, f.name) for f in fields(Window) if f.name not in chosen}
     return Window(**(rest | {"reference": False, "doc_position": -1, "row_sampled": np.zeros(0, np.uint8)} | chosen))
-
-
-def _ragged(counts: np.ndarray, picked: np.ndarray) -> np.ndarray:
-    """Places of the items of the groups `picked`, where groups of `counts` items lie one after the other."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    count = counts[picked].astype(np.int64)
-    first = ends[picked] - count
-    before = np.cumsum(count) - count
-    return np.arange(int(count.sum())) + np.repeat(first - before, count)

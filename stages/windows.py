@@ -146,6 +146,26 @@ def extend(window: Window, found: Deviations, rows: RowMasses, *, static: bool =
         setattr(window, name, np.concatenate([before, values]).astype(before.dtype))
 
 
+def deviations_of(window: Window, row: np.ndarray) -> Deviations:
+    """The rows `row` int [K] of a window as the histories that they were before they were evaluated; shares unknown."""
+    return Deviations(
+        window.row_parent[row],
+        window.row_token[row],
+        window.row_start[row],
+        window.row_logp[row],
+        np.full(len(row), np.nan, np.float32),
+    )
+
+
+def replace_static(window: Window, row: np.ndarray, rows: RowMasses) -> Window:
+    """The window with the static rows `row` int [K] replaced by `rows`, the masses of their histories themselves."""
+    order = np.arange(len(window.row_start))
+    parent, depth = window.row_parent, window.row_depth
+    order[row] = len(order) + np.arange(len(row))
+    extend(window, deviations_of(window, row), rows)
+    return take_rows(window, order, parent, depth)
+
+
 def chain_of(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]]:
     """Canonical row that a history leaves from, and its tokens since."""
     chain = [token]

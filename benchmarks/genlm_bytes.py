@@ -10,14 +10,20 @@ optional dependency and wants its own environment, with this project's packages 
     runs/genlm/bin/pip install pandas ipython scipy
     PYTHONPATH=. runs/genlm/bin/python benchmarks/genlm_bytes.py --out benchmarks/results/genlm_bytes.json
 
-Reported: bytes per second of wall clock (loading, compilation, trie building and static rows excluded), tokens fed to
-the model per byte of text (padding included; genlm-bytes keeps no key/value cache unless told, so a history costs its
-whole context again, and waits 20 ms for others to batch with; "tuned" caches the best history every 16 tokens and
-waits 1 ms), histories evaluated per byte, and KL and JSD
-in nats per byte against the same teacher at tau = 2e-4, depth 5 (stages.divergence; genlm-bytes has no tail). "many"
-is documents of 80 to 200 bytes all at once, in batches of each side's own making ("tuned" raises genlm-bytes' limit of
-20 histories to 64). "long" is this project alone on more of the same text: what a corpus runs at. Ours are medians of
-three runs; genlm-bytes runs once.
+Reported, loading, compilation, trie building and static rows excluded:
+
+    bytes/s           of wall clock, and of the process's CPU time, which other work on the machine disturbs less and
+                      which leaves out that genlm-bytes waits up to 20 ms ("tuned": 1 ms) for histories to batch
+    tokens            fed to the model per byte of text, padding included: genlm-bytes keeps no key/value cache unless
+                      told ("tuned": of the best history, every 16 tokens), so a history costs its whole context again
+    histories         evaluated per byte of text
+    KL, JSD, leak     per byte, against the same teacher at tau = 2e-4, depth 5 (stages.divergence; genlm-bytes has no
+                      tail)
+
+"many" is documents of 80 to 200 bytes all at once, in batches of each side's own making ("tuned" raises genlm-bytes'
+limit of 20 histories to 64). "long" is this project alone on more of the same text: what a corpus runs at. Ours are
+medians of three runs; genlm-bytes runs once. The rows of an earlier --out stay where this run has none, so that --only
+and --streams can fill one file in several commands.
 """
 
 import argparse
@@ -164,7 +170,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=400, help="of each text")
     parser.add_argument("--long", type=int, default=2000, help="bytes of each text for `long`")
     parser.add_argument("--documents", type=int, default=16, help="documents of 80 to 200 bytes for `many`")
-    parser.add_argument("--many", action="append", default=[], help="texts to run as `many`, by name; default: all")
+    parser.add_argument("--streams", action="append", default=[], help="single, many, long; default: all")
     parser.add_argument("--texts", type=Path, help="a folder of further .txt files")
     parser.add_argument("--only", action="append", default=[], help="texts to run, by name; default: all")
     parser.add_argument("--out", type=Path)
@@ -188,15 +194,17 @@ def main() -> None:
     llm, beams = load_genlm(folder, ends, "warm up")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     results: list[dict[str, Any]] = []
-    print("| text | streams | system | bytes/s | model tokens/byte | histories/byte | KL | JSD | leak, bits/byte |")
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    if args.out and args.out.exists():
+        results = json.loads(args.out.read_text())["results"]
+    print("| text | streams | system | bytes/s | bytes/CPU s | tokens/byte | histories/byte | KL | JSD | leak, bits |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
 
     for name, text in texts.items():
         if args.only and name not in args.only:
             continue
-        many = documents(source[name], args.documents) if not args.many or name in args.many else []
+        many = documents(source[name], args.documents)
         for streams, pieces in (("single", [text]), ("many", many), ("long", [more[name]])):
-            if not pieces:
+            if args.streams and streams not in args.streams:
                 continue
             reference, _ = ours(teacher, pieces, {**REFERENCE, "static": 0.0})
             for effort in st.PRESETS.values():  # static rows are made once per teacher, not per text
@@ -208,22 +216,25 @@ def main() -> None:
                 streams: str = streams, pieces: list[str] = pieces, reference: list[Rows] = reference, size: int = size,
                 rounds: int = 1,
             ) -> None:  # fmt: skip
-                times = []
+                wall, cpu = [], []
                 for _ in range(rounds):
                     with counted(model) as tokens:
-                        began = time.perf_counter()
+                        began = time.perf_counter(), time.process_time()
                         found, histories = run()
-                        times.append(time.perf_counter() - began)
-                seconds = statistics.median(times)
+                        wall.append(time.perf_counter() - began[0])
+                        cpu.append(time.process_time() - began[1])
+                seconds, cpu_seconds = statistics.median(wall), statistics.median(cpu)
                 row = {
                     "text": name, "streams": streams, "documents": len(pieces), "system": system, "bytes": size,
-                    "seconds": seconds,
-                    "bytes_per_s": size / seconds, "tokens_per_byte": tokens[0] / size,
+                    "seconds": seconds, "cpu_seconds": cpu_seconds, "bytes_per_s": size / seconds,
+                    "bytes_per_cpu_s": size / cpu_seconds, "tokens_per_byte": tokens[0] / size,
                     "histories_per_byte": histories / size, **distance(reference, found, pieces),
                 }  # fmt: skip
-                results.append(row)
+                same = ("text", "streams", "system")
+                results[:] = [r for r in results if [r[k] for k in same] != [row[k] for k in same]] + [row]
                 print(
-                    f"| {name} | {streams} | {system} | {row['bytes_per_s']:.1f} | {row['tokens_per_byte']:.2f} | "
+                    f"| {name} | {streams} | {system} | {row['bytes_per_s']:.1f} | {row['bytes_per_cpu_s']:.1f} | "
+                    f"{row['tokens_per_byte']:.2f} | "
                     f"{row['histories_per_byte']:.2f} | {row['kl']:.5f} | {row['jsd']:.6f} | {row['leak_bits']:+.4f} |",
                     flush=True,
                 )

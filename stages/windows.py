@@ -163,7 +163,14 @@ def replace_static(window: Window, row: np.ndarray, rows: RowMasses) -> Window:
     parent, depth = window.row_parent, window.row_depth
     order[row] = len(order) + np.arange(len(row))
     extend(window, deviations_of(window, row), rows)
-    return take_rows(window, order, parent, depth)
+    window = take_rows(window, order, parent, depth)
+    # What extends these rows has another probability now.
+    end = np.cumsum(window.n_stops, dtype=np.int64)
+    for child in np.flatnonzero(np.isin(parent, row)):
+        stops = slice(end[parent[child]] - window.n_stops[parent[child]], end[parent[child]])
+        (mass,) = window.stop_mass[stops][window.stop_token[stops] == window.row_token[child]]
+        window.row_logp[child] = np.log(mass)
+    return window
 
 
 def chain_of(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]]:

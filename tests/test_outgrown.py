@@ -39,6 +39,12 @@ def test_no_static_row_carries_more_than_tau(vocabulary, monkeypatch):
     for name in ("row_start", "row_token", "row_parent", "row_depth"):
         np.testing.assert_array_equal(getattr(after, name)[:count], getattr(before, name))
     assert not after.row_static[outgrown].any() and (after.row_static == 1).sum() > 5
+    stop = np.cumsum([0, *after.n_stops])
+    for row, parent in list(enumerate(after.row_parent))[1:]:
+        own = after.stop_token[stop[parent] : stop[parent + 1]] == after.row_token[row]
+        assert np.exp(after.row_logp[row]) == pytest.approx(
+            float(after.stop_mass[stop[parent] :][: len(own)][own][0]), rel=1e-4
+        )
     # No evaluated row extends one that is not.
     evaluated = after.row_static == 0
     assert evaluated[after.row_parent[evaluated][1:]].all()

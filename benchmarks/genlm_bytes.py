@@ -10,13 +10,20 @@ optional dependency and wants its own environment, with this project's packages 
     runs/genlm/bin/pip install pandas ipython scipy
     PYTHONPATH=. runs/genlm/bin/python benchmarks/genlm_bytes.py --out benchmarks/results/genlm_bytes.json
 
-Reported: bytes per second of wall clock (loading, compilation, trie building and static rows excluded), tokens fed to
-the model per byte of text (padding included; genlm-bytes keeps no key/value cache unless told, so a history costs its
-whole context again, and waits 20 ms for others to batch with; "tuned" caches the best history every 16 tokens and
-waits 1 ms), histories evaluated per byte, and KL and JSD
-in nats per byte against the same teacher at tau = 2e-4, depth 5 (stages.divergence; genlm-bytes has no tail). "many"
-is all pieces of the text at once: batches of its own making there, windows one after the other here. "long" is this
-project alone on more of the same text: what a corpus runs at.
+Reported, loading, compilation, trie building and static rows excluded:
+
+    bytes/s           of wall clock, and of the process's CPU time, which other work on the machine disturbs less and
+                      which leaves out that genlm-bytes waits up to 20 ms ("tuned": 1 ms) for histories to batch
+    tokens            fed to the model per byte of text, padding included: genlm-bytes keeps no key/value cache unless
+                      told ("tuned": of the best history, every 16 tokens), so a history costs its whole context again
+    histories         evaluated per byte of text
+    KL, JSD, leak     per byte, against the same teacher at tau = 2e-4, depth 5 (stages.divergence; genlm-bytes has no
+                      tail)
+
+"many" is documents of 80 to 200 bytes all at once, in batches of each side's own making ("tuned" raises genlm-bytes'
+limit of 20 histories to 64). "long" is this project alone on more of the same text: what a corpus runs at. Ours are
+medians of three runs; genlm-bytes runs once. The rows of an earlier --out stay where this run has none, so that --only
+and --streams can fill one file in several commands.
 """
 
 import argparse
@@ -24,6 +31,8 @@ import asyncio
 import json
 import os
 import platform
+import random
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +41,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from texts import builtin_texts, folder_texts
+from texts import builtin_texts, clip, folder_texts
 
 from schemas import settings as st
 from stages.divergence import divergence
@@ -44,6 +53,8 @@ THEIRS: list[tuple[str, dict[str, Any], int]] = [
     ("K=10, prune 0.01", {"K": 10, "prune_threshold": 0.01}, 0),
     ("K=10, prune 0.01, tuned", {"K": 10, "prune_threshold": 0.01}, 16),
 ]
+ROUNDS = 3
+"""Runs of each of our own rows, of which the median counts: they take seconds."""
 Rows = tuple[np.ndarray, np.ndarray]
 
 
@@ -100,7 +111,7 @@ def theirs(llm: Any, initial: Callable[[], Any], pieces: list[str], kv_every: in
         return await asyncio.gather(*(walk(beam, piece.encode(), llm, kv_every) for piece in pieces))
 
     llm.next_token_logprobs = asked
-    llm.timeout = 0.001 if kv_every else 0.02
+    llm.timeout, llm.batch_size = (0.001, 64) if kv_every else (0.02, 20)
     try:
         found = asyncio.run(everything())
     finally:
@@ -143,10 +154,14 @@ def load_genlm(folder: Path, ends: list[bytes], warm: str) -> tuple[Any, Callabl
     return llm, beams
 
 
-def split(text: str, parts: int) -> list[str]:
-    """`parts` runs of about equal length."""
-    size = -(-len(text) // parts)
-    return [text[a : a + size] for a in range(0, len(text), size)]
+def documents(text: str, count: int) -> list[str]:
+    """The start of `text` as `count` documents of 80 to 200 bytes, cut at characters."""
+    draw, data, at = random.Random(0), text.encode(), 0
+    found = []
+    for _ in range(count):
+        found.append(clip(data[at:].decode(errors="ignore"), draw.randint(80, 200)))
+        at += len(found[-1].encode())
+    return found
 
 
 def main() -> None:
@@ -154,14 +169,15 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
     parser.add_argument("--bytes", type=int, default=400, help="of each text")
     parser.add_argument("--long", type=int, default=2000, help="bytes of each text for `long`")
-    parser.add_argument("--pieces", type=int, default=4, help="documents that each text is cut into for `many`")
+    parser.add_argument("--documents", type=int, default=16, help="documents of 80 to 200 bytes for `many`")
+    parser.add_argument("--streams", action="append", default=[], help="single, many, long; default: all")
     parser.add_argument("--texts", type=Path, help="a folder of further .txt files")
     parser.add_argument("--only", action="append", default=[], help="texts to run, by name; default: all")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    texts, more = (
+    texts, more, source = (
         builtin_texts(limit) | (folder_texts(args.texts, limit) if args.texts else {})
-        for limit in (args.bytes, args.long)
+        for limit in (args.bytes, args.long, 200 * args.documents + 4)
     )
     settings = st.Teacher(model=args.model, backend="hf", top_k=0, floor=1e-6)
     teacher = open_teacher(settings)
@@ -178,13 +194,18 @@ def main() -> None:
     llm, beams = load_genlm(folder, ends, "warm up")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     results: list[dict[str, Any]] = []
-    print("| text | streams | system | bytes/s | model tokens/byte | histories/byte | KL | JSD | leak, bits/byte |")
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    if args.out and args.out.exists():
+        results = json.loads(args.out.read_text())["results"]
+    print("| text | streams | system | bytes/s | bytes/CPU s | tokens/byte | histories/byte | KL | JSD | leak, bits |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
 
     for name, text in texts.items():
         if args.only and name not in args.only:
             continue
-        for streams, pieces in (("single", [text]), ("many", split(text, args.pieces)), ("long", [more[name]])):
+        many = documents(source[name], args.documents)
+        for streams, pieces in (("single", [text]), ("many", many), ("long", [more[name]])):
+            if args.streams and streams not in args.streams:
+                continue
             reference, _ = ours(teacher, pieces, {**REFERENCE, "static": 0.0})
             for effort in st.PRESETS.values():  # static rows are made once per teacher, not per text
                 ours(teacher, pieces, effort)
@@ -193,19 +214,27 @@ def main() -> None:
             def report(
                 system: str, model: Any, run: Callable[[], tuple[list[Rows], int]], name: str = name,
                 streams: str = streams, pieces: list[str] = pieces, reference: list[Rows] = reference, size: int = size,
+                rounds: int = 1,
             ) -> None:  # fmt: skip
-                with counted(model) as tokens:
-                    began = time.perf_counter()
-                    found, histories = run()
-                    seconds = time.perf_counter() - began
+                wall, cpu = [], []
+                for _ in range(rounds):
+                    with counted(model) as tokens:
+                        began = time.perf_counter(), time.process_time()
+                        found, histories = run()
+                        wall.append(time.perf_counter() - began[0])
+                        cpu.append(time.process_time() - began[1])
+                seconds, cpu_seconds = statistics.median(wall), statistics.median(cpu)
                 row = {
-                    "text": name, "streams": streams, "system": system, "bytes": size, "seconds": seconds,
-                    "bytes_per_s": size / seconds, "tokens_per_byte": tokens[0] / size,
+                    "text": name, "streams": streams, "documents": len(pieces), "system": system, "bytes": size,
+                    "seconds": seconds, "cpu_seconds": cpu_seconds, "bytes_per_s": size / seconds,
+                    "bytes_per_cpu_s": size / cpu_seconds, "tokens_per_byte": tokens[0] / size,
                     "histories_per_byte": histories / size, **distance(reference, found, pieces),
                 }  # fmt: skip
-                results.append(row)
+                same = ("text", "streams", "system")
+                results[:] = [r for r in results if [r[k] for k in same] != [row[k] for k in same]] + [row]
                 print(
-                    f"| {name} | {streams} | {system} | {row['bytes_per_s']:.1f} | {row['tokens_per_byte']:.2f} | "
+                    f"| {name} | {streams} | {system} | {row['bytes_per_s']:.1f} | {row['bytes_per_cpu_s']:.1f} | "
+                    f"{row['tokens_per_byte']:.2f} | "
                     f"{row['histories_per_byte']:.2f} | {row['kl']:.5f} | {row['jsd']:.6f} | {row['leak_bits']:+.4f} |",
                     flush=True,
                 )
@@ -213,10 +242,10 @@ def main() -> None:
             for preset, effort in st.PRESETS.items():
                 report(
                     f"bytecache {preset}", teacher.engine.model,  # type: ignore[attr-defined]
-                    lambda pieces=pieces, effort=effort: ours(teacher, pieces, effort),
+                    lambda pieces=pieces, effort=effort: ours(teacher, pieces, effort), rounds=ROUNDS,
                 )  # fmt: skip
             for label, options, kv in THEIRS:
-                if streams == "single" or (streams == "many" and not kv):
+                if streams != "long":
                     report(
                         f"genlm-bytes {label}", llm.model,
                         lambda pieces=pieces, options=options, kv=kv: theirs(llm, beams(options), pieces, kv),

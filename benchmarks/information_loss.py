@@ -1,6 +1,7 @@
 """What is lost between a token model and its bytes: entropies, beam width, tau and depth.
 
     python benchmarks/information_loss.py --out benchmarks/results/information_loss.json
+    python benchmarks/information_loss.py --passages 8 --bytes 600 --out benchmarks/results/prose_passages.json
 
 Writes the figures as JSON, a plot beside it (.png) and prints them as Markdown. Three questions, per text:
 
@@ -12,6 +13,10 @@ Writes the figures as JSON, a plot beside it (.png) and prints them as Markdown.
               histories that the reference did not evaluate either and joined to the others
     effort    KL, JSD and leak of this project's own settings, and the histories they cost per canonical token
               (static rows, which are kept from run to run, not counted)
+
+With --passages N only the last is measured, of the presets, on N passages of each of two kinds of prose: mean over
+passages, standard deviation between them, least and greatest. How well the cheap presets do depends on the text, so
+that one passage says little of them.
 
 Reference: tau = 2e-4, depth 5, float32, transformers; stages.divergence has the formulas. What storing loses is
 measured by benchmarks/rate_distortion.py.
@@ -26,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from texts import builtin_texts, folder_texts
+from texts import builtin_texts, folder_texts, prose_passages
 
 from schemas import settings as st
 from schemas.token_dump import Window
@@ -112,6 +117,15 @@ def beam(window: Window, width: int) -> tuple[np.ndarray, int]:
     return out, lost
 
 
+def loss(asked: Window, targets: Targets, reference: Targets, symbol: np.ndarray) -> dict[str, float]:
+    """Divergence from the reference in nats (leak in bits) per byte, and what was evaluated."""
+    found = divergence(reference.probs, reference.tail, targets.probs, targets.tail, symbol)
+    return {
+        "rows_per_token": int((asked.row_static == 0).sum()) / int((asked.row_depth == 0).sum()),
+        "kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean()),
+    }  # fmt: skip
+
+
 def study(teacher: Teacher, text: str) -> dict[str, Any]:
     """All figures of one text."""
     window, reference = evaluate(teacher, text, {**REFERENCE, "static": 0.0})
@@ -134,11 +148,55 @@ def study(teacher: Teacher, text: str) -> dict[str, Any]:
         out["beam"].append({"width": width, "restarts": lost, **figures})
     for name, effort in EFFORTS.items():
         asked, targets = evaluate(teacher, text, effort)
-        found = divergence(reference.probs, reference.tail, targets.probs, targets.tail, symbol)
-        figures = {"kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean())}
-        rows_per_token = int((asked.row_static == 0).sum()) / int((asked.row_depth == 0).sum())
-        out["effort"].append({"name": name, **effort, "rows_per_token": rows_per_token, **figures})
+        out["effort"].append({"name": name, **effort, **loss(asked, targets, reference, symbol)})
     return out
+
+
+def passages(teacher: Teacher, count: int, limit: int) -> list[dict[str, Any]]:
+    """Every preset on every passage of prose: one row each."""
+    rows = []
+    for kind, texts in prose_passages(count, limit).items():
+        for number, text in enumerate(texts):
+            window, reference = evaluate(teacher, text, {**REFERENCE, "static": 0.0})
+            symbol = true_symbols(window)
+            for name, effort in st.PRESETS.items():
+                figures = loss(*evaluate(teacher, text, effort), reference, symbol)
+                rows.append({"kind": kind, "passage": number, "begins": text[:30], "preset": name, **figures})
+            print(f"{kind} {number}: done", flush=True)
+    return rows
+
+
+def spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the passages of each kind, and of all: mean, standard deviation between passages, least and greatest."""
+    out = []
+    for kind in [*dict.fromkeys(row["kind"] for row in rows), "all"]:
+        for preset in st.PRESETS:
+            some = [row for row in rows if row["preset"] == preset and kind in (row["kind"], "all")]
+            summary: dict[str, Any] = {"kind": kind, "preset": preset, "passages": len(some)}
+            for name in ("rows_per_token", "kl", "jsd", "leak_bits"):
+                values = np.array([row[name] for row in some])
+                summary[name] = {
+                    "mean": float(values.mean()), "std": float(values.std(ddof=min(1, len(values) - 1))),
+                    "least": float(values.min()), "greatest": float(values.max()),
+                }  # fmt: skip
+            out.append(summary)
+    return out
+
+
+def spread_markdown(summaries: list[dict[str, Any]]) -> str:
+    """The figures of `spread` as a table."""
+    lines = [
+        "| prose | preset | passages | rows per token | KL, mean ± std | KL, greatest | JSD | leak, bits/byte |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for s in summaries:
+        kl = s["kl"]
+        lines.append(
+            f"| {s['kind']} | {s['preset']} | {s['passages']} | {s['rows_per_token']['mean']:.3f} | "
+            f"{kl['mean']:.5f} ± {kl['std']:.5f} | {kl['greatest']:.5f} | {s['jsd']['mean']:.6f} | "
+            f"{s['leak_bits']['mean']:+.4f} |"
+        )
+    return "\n".join(lines)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -210,7 +268,18 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=1500, help="of each text")
     parser.add_argument("--texts", type=Path, help="a folder of further .txt files")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--passages", type=int, default=0, help="passages of each kind of prose, instead of the texts")
     args = parser.parse_args()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    facts: dict[str, Any] = {"machine": machine, "model": args.model, "reference": REFERENCE}
+    if args.passages:
+        facts["presets"] = st.PRESETS
+        teacher = open_teacher(st.Teacher(model=args.model, backend="hf", floor=1e-6, top_k=0))
+        rows = passages(teacher, args.passages, args.bytes)
+        print(spread_markdown(spread(rows)))
+        if args.out:
+            args.out.write_text(json.dumps(facts | {"summary": spread(rows), "passages": rows}, indent=1) + "\n")
+        return
     texts = builtin_texts(args.bytes) | (folder_texts(args.texts, args.bytes) if args.texts else {})
     teacher = open_teacher(st.Teacher(model=args.model, backend="hf", floor=1e-6, top_k=0))
     results: dict[str, Any] = {}
@@ -219,8 +288,6 @@ def main() -> None:
         print(f"{name}: done", flush=True)
     print(markdown(results))
     if args.out:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        facts = {"machine": machine, "model": args.model, "reference": REFERENCE}
         args.out.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
         plot(results, args.out.with_suffix(".png"))
 

@@ -1,10 +1,12 @@
 """Teacher tokens per second through vLLM with and without the dump, in one run of one engine.
 
-    python benchmarks/teacher_throughput.py --bytes 100000 --out benchmarks/results/teacher_throughput.json
+    python benchmarks/teacher_throughput.py --bytes 20000 --out benchmarks/results/teacher_throughput.json
 
-Four passes over the same windows, alternated `--rounds` times: prefill alone (one row wanted), prefill with path
-masses and top-k for every row, vLLM's own `prompt_logprobs` with the same k, and branches at the given tau. Reports
-the median of each.
+Passes over the same windows, alternated `--rounds` times: prefill alone (one row wanted), prefill with path masses and
+top-k for every row, vLLM's own `prompt_logprobs` with the same k, branches of the preset, and its static rows (states
+known from the first round on: they are kept per teacher). Reports the median of each, how many branches and static
+rows there are, and how many tokens vLLM computes for a branch: its own, and those since the last full block of the
+prefix cache. For the whole teacher stage follows `teacher_bytes_per_s`: rows with masses, branches, static rows.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from schemas import settings as st
 from stages.corpus import CorpusReader
 from stages.engines.engine import Prompt
 from stages.engines.vllm_worker import Want
-from stages.lattice import Lattice
+from stages.lattice import STATIC_PASSES, Lattice
 from stages.teacher import open_teacher
 from stages.windows import new_window, plan_windows
 
@@ -36,16 +40,34 @@ def vllm_prompt_logprobs(engine: Any, prompts: list[Prompt], k: int) -> None:
         engine.step()
 
 
+@contextmanager
+def computed_tokens(engine: Any) -> Iterator[list[int]]:
+    """Tokens computed for each request that finishes meanwhile: those of its prompt that no cached block holds."""
+    seen: list[int] = []
+    step = engine.step
+
+    def counting() -> Any:
+        outputs = step()
+        seen.extend(len(o.prompt_token_ids) - (o.num_cached_tokens or 0) for o in outputs if o.finished)
+        return outputs
+
+    engine.step = counting
+    try:
+        yield seen
+    finally:
+        engine.step = step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tau", type=float, default=0.1)
+    parser.add_argument("--preset", choices=list(st.PRESETS), default="balanced")
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    settings = st.Teacher(model=args.model, tau=args.tau, depth=1)
-    teacher = open_teacher(settings)
+    teacher = open_teacher(st.Teacher(model=args.model, preset=args.preset))
+    settings = teacher.settings
     texts = [d.text for d in CorpusReader(st.Corpus(max_bytes=args.bytes))]
     plans = [
         plan
@@ -56,8 +78,13 @@ def main() -> None:
     ]
     prompts = [plan.prompt for plan in plans]
     tokens = sum(len(p.tokens) for p in prompts)
-    times: dict[str, list[float]] = {"prefill": [], "with_dump": [], "prompt_logprobs": [], "branches": []}
-    branches = 0
+    times: dict[str, list[float]] = {
+        "prefill": [],
+        "with_dump": [],
+        "prompt_logprobs": [],
+        "branches": [],
+        "static": [],
+    }
     for _ in range(args.rounds):
         began = time.perf_counter()
         nothing = [Want(p.tokens, len(p.tokens) - 1, p.text, p.starts[-1:], "") for p in prompts]
@@ -71,22 +98,34 @@ def main() -> None:
         times["prompt_logprobs"].append(time.perf_counter() - began)
         windows = [new_window(plan, r) for plan, r in zip(plans, rows, strict=True)]
         began = time.perf_counter()
-        branches = teacher.branch(plans, windows, lambda: False)
+        with computed_tokens(teacher.engine._engine) as computed:
+            teacher.branch(plans, windows, lambda: False, tau=settings.tau, depth=settings.depth)
         times["branches"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for _ in range(STATIC_PASSES):
+            teacher.add_static(windows, lambda: False)
+        times["static"].append(time.perf_counter() - began)
+    branches = sum(int(((w.row_depth > 0) & (w.row_static == 0)).sum()) for w in windows)
+    static = sum(int(w.row_static.sum()) for w in windows)
     began = time.perf_counter()
     n_bytes = sum(len(Lattice(w).targets().tail) for w in windows)
     lattice = time.perf_counter() - began
     median = {name: statistics.median(values) for name, values in times.items()}
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
         "model": args.model,
         "tokens": tokens,
         "text_bytes": n_bytes,
         "prefill_tokens_per_s": tokens / median["prefill"],
         "with_dump_tokens_per_s": tokens / median["with_dump"],
         "vllm_prompt_logprobs_tokens_per_s": tokens / median["prompt_logprobs"],
+        "preset": args.preset,
         "branches": branches,
         "branches_per_s": branches / median["branches"],
+        "tokens_computed_per_branch": sum(computed) / max(1, branches),
+        "static_rows": static,
+        "static_rows_per_s": static / median["static"],
+        "teacher_bytes_per_s": n_bytes / (median["with_dump"] + median["branches"] + median["static"]),
         "lattice_text_mb_per_s": n_bytes / lattice / 1e6,
         "entries_per_token": sum(len(w.entry_mass) for w in windows) / tokens,
         "seconds": times,

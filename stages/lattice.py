@@ -12,10 +12,10 @@ of the weights of all cells at i, and U_i the weight of histories that nobody ev
 hand their weight to the row of the longer history if that was evaluated. If not, it joins the heaviest row that
 ends at the same byte, the canonical one first: the same text cut differently predicts nearly the same continuation.
 Where no row ends, a static row (stages.engines.static) should: the teacher stage adds one for the heaviest history
-that ends there, and the others join it. What has no row even so is *unaccounted*: it is kept in U, follows the text at
-the rate of the known cells, and joins the canonical row at its next break. What is unlisted or unaccounted at a
-position is that position's tail; nothing is renormalised. With every history evaluated nothing joins, U is empty,
-and the sums are exact.
+that ends there, and the others join it; one that comes to weigh more than tau is `outgrown`, and its history is
+evaluated. What has no row even so is *unaccounted*: it is kept in U, follows the text at the rate of the known cells,
+and joins the canonical row at its next break. What is unlisted or unaccounted at a position is that position's tail;
+nothing is renormalised. With every history evaluated nothing joins, U is empty, and the sums are exact.
 
 One pass, float64, weights rescaled at every byte so that P(x[:i]) never underflows; time is linear in the bytes
 and in the listed entries, memory is one window.
@@ -90,8 +90,9 @@ def _forward(
     entry_byte: np.ndarray, entry_mass: np.ndarray, stop_offset: np.ndarray, stop_depth: np.ndarray,
     stop_mass: np.ndarray, child: np.ndarray,
     probs: np.ndarray, tail: np.ndarray, logp: np.ndarray, unaccounted: np.ndarray, share: np.ndarray,
+    peak: np.ndarray,
 ) -> None:  # fmt: skip
-    """Run over positions 0..last; write targets of positions first..last; `share` of every stop."""
+    """Run over positions 0..last; write targets of first..last, `share` of every stop, largest share of every row."""
     rows = len(row_start)
     weight = np.zeros(rows)
     next_stop = stop_offset[:-1].copy()
@@ -141,6 +142,9 @@ def _forward(
         for k in range(n_pending):
             share[pending[k]] /= total
         n_pending = 0
+        for a in range(n_active):
+            r = active[a]
+            peak[r] = max(peak[r], weight[r] * prefix[a] / total)
         log_total += np.log(total)
         if i >= first:
             out = i - first
@@ -224,16 +228,17 @@ class Lattice:
         logp = np.zeros(count)
         unaccounted = np.zeros(count, np.float32)
         share = np.zeros(len(window.stop_mass))
+        peak = np.zeros(len(window.row_start))
         _forward(
             window.text, window.score_start, n, window.row_start, order, at, canonical, window.end, window.control,
             level_offset, _offsets(window.fanout), window.entry_byte, window.entry_mass, stop_offset,
-            window.stop_depth, window.stop_mass, child, probs, tail, logp, unaccounted, share,
+            window.stop_depth, window.stop_mass, child, probs, tail, logp, unaccounted, share, peak,
         )  # fmt: skip
         # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
         kept = count if window.is_last else count - 1
         self.marginal_nll = float(logp[0] - logp[-1])
         self._targets = Targets(probs[:kept], tail[:kept], logp[:kept], unaccounted[:kept])
-        self._share, self._child, self._canonical = share, child, canonical
+        self._share, self._child, self._canonical, self._peak = share, child, canonical, peak
 
     def targets(self) -> Targets:
         """Distributions of positions score_start..n-1, and of n (where END is due) in a document's last window."""
@@ -242,11 +247,12 @@ class Lattice:
     def deviations(self, *, tau: float, depth: int) -> Deviations:
         """Stops with no row of their own whose share exceeds `tau`, at most `depth` tokens off the canonical path.
 
-        Histories that end where the canonical tokens break join that row unasked, except at tau = 0 (exact).
+        Histories that end where the canonical tokens break join that row unasked, except at tau = 0 (exact); those that
+        extend a static row wait for that row to be evaluated (`outgrown`).
         """
         w = self.window
         row, position = self._stops()
-        wanted = (self._child < 0) & (self._share > tau) & (w.row_depth[row] < depth)
+        wanted = (self._child < 0) & (self._share > tau) & (w.row_depth[row] < depth) & (w.row_static[row] == 0)
         if tau > 0:
             wanted &= self._canonical[position] < 0
         return self._pick(np.flatnonzero(wanted), row, position)
@@ -265,6 +271,24 @@ class Lattice:
         picked = picked[last]
         picked = picked[np.lexsort((position[picked], self.window.stop_token[picked]))]
         return self._pick(picked, row, position)
+
+    def outgrown(self, *, tau: float, depth: int) -> np.ndarray:
+        """Static rows, int64 ascending, that somewhere along the text carry more than `tau` of their prefix.
+
+        A history that was light where it ended grows heavy where the text goes on as it said and others did not. With a
+        row comes every static row that it extends; at most `depth` tokens off the canonical path.
+        """
+        w = self.window
+        row, _ = self._stops()
+        peak = self._peak.copy()
+        np.maximum.at(peak, row, self._share)
+        found = np.flatnonzero((w.row_static == 1) & (peak > tau) & (w.row_depth <= depth))
+        wanted = np.zeros(len(w.row_start), bool)
+        while len(found):
+            wanted[found] = True
+            parent = w.row_parent[found]
+            found = np.unique(parent[w.row_static[parent] == 1])
+        return np.flatnonzero(wanted)
 
     def _stops(self) -> tuple[np.ndarray, np.ndarray]:
         """Row of every stop, int32, and the byte where it ends."""

@@ -2,7 +2,10 @@
 
 Pass 0 runs every window's canonical tokens once. Passes 1..depth ask the lattice which unevaluated histories hold
 more than `tau` of their prefix and evaluate those as one batch. Static rows (stages.engines.static) then stand in for
-what is left. A document longer than the context is cut into
+what is left. Where the text goes on as a static row said and others did not, as at a name that nobody expects, that
+row comes to carry more than `tau` after all: its history is evaluated too, and takes its place. (1 to 2 % more rows;
+at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced`, and from 0.00058 to 0.00008 on CJK
+at `exact` with Gemma-3-270m.) A document longer than the context is cut into
 windows that overlap; the overlap is context and never scored twice. The last `LEAD` tokens of the overlap are
 evaluated again, because tokens that straddle the cut begin there.
 
@@ -35,10 +38,23 @@ from stages.identity import (
 from stages.lattice import STATIC_PASSES, Deviations, Lattice
 from stages.teacher_inputs import read_inputs
 from stages.tokens.vocab import Encoded, Misfit, Vocabulary
-from stages.windows import LEAD, WindowPlan, chain_of, extend, keep_rows, new_window, plan_stretch, plan_windows
+from stages.windows import (
+    LEAD,
+    WindowPlan,
+    chain_of,
+    deviations_of,
+    extend,
+    keep_rows,
+    new_window,
+    plan_stretch,
+    plan_windows,
+    replace_static,
+)
 
 REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 5}
 """Settings of reference windows: within 1e-4 nats of every cover evaluated, on prose and code."""
+OUTGROWN_PASSES = 2
+"""How often static rows that carry more than tau are replaced: the second finds a tenth of the first, a third none."""
 MAX_BRANCHES = 200_000
 """Branches of one window in one pass: tau = 0 asks for every way to cut the text, exponential in its length."""
 GROUP_TOKENS = 16_384
@@ -82,15 +98,34 @@ class Teacher:
     def evaluate(self, plans: list[WindowPlan], stop: Callable[[], bool] = lambda: False) -> list[Window]:
         """The windows of a group of plans: canonical rows, branches in passes, static rows for what is left."""
         windows = self._canonical(plans, stop)
-        self.branch(plans, windows, stop, tau=self.settings.tau, depth=self.settings.depth)
-        for _ in self._static_passes:
-            if not self.add_static(windows, stop):
-                break
+        for _ in range(OUTGROWN_PASSES):
+            self._fill(plans, windows, stop)
+            if not self._evaluate_outgrown(plans, windows, stop):
+                return windows
+        self._fill(plans, windows, stop)
         return windows
 
-    @property
-    def _static_passes(self) -> range:
-        return range(STATIC_PASSES if self.settings.static > 0 else 0)
+    def _fill(self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> None:
+        """Branches above `tau`, and static rows where even so none ends."""
+        self.branch(plans, windows, stop, tau=self.settings.tau, depth=self.settings.depth)
+        for _ in range(STATIC_PASSES if self.settings.static > 0 else 0):
+            if not self.add_static(windows, stop):
+                break
+
+    def _evaluate_outgrown(self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> int:
+        """Replace static rows that came to carry more than `tau` by the rows of their histories; returns how many."""
+        s = self.settings
+        found = [Lattice(window).outgrown(tau=s.tau, depth=s.depth) for window in windows]
+        some = [number for number, rows in enumerate(found) if len(rows)]
+        jobs = []
+        for number in some:
+            window, row = windows[number], found[number]
+            ends = zip(window.row_parent[row], window.row_token[row], window.row_start[row], strict=True)
+            jobs.append((plans[number].prompt, [_branch(plans[number], window, *end) for end in ends]))
+        for number, rows in zip(some, self.engine.score_branches(jobs), strict=True):
+            windows[number] = replace_static(windows[number], found[number], rows)
+            _check_stop(stop)
+        return sum(map(len, found))
 
     def _canonical(self, plans: list[WindowPlan], stop: Callable[[], bool]) -> list[Window]:
         windows = []
@@ -125,21 +160,19 @@ class Teacher:
             start_id=self.vocabulary.start_id, context=s.context, overlap=s.overlap,
         )  # fmt: skip
         plan = stretch.plan._replace(doc_index=index)
-        (window,) = self._canonical([plan], stop)
-        self.branch([plan], [window], stop, tau=s.tau, depth=s.depth)
+        (known,) = self.evaluate([plan], stop)
+        static = known.row_static == 1
+        window = keep_rows(known, ~static)
         asked = len(window.row_depth)
-        known = keep_rows(window, np.ones(asked, bool))
         self.branch([plan], [window], stop, **REFERENCE)
-        deeper = len(window.row_depth) - asked
-        for _ in self._static_passes:
-            homeless = Lattice(known).homeless(share=s.static)
-            if not len(homeless.row):
-                break
-            (rows,) = self.engine.score_static([_static_job(known, homeless)])
-            extend(known, homeless, rows, static=True)
-            # In the reference window the deeper branches come between what production asked for and its static rows.
-            row = np.where(homeless.row < asked, homeless.row, homeless.row + deeper).astype(np.int32)
-            extend(window, homeless._replace(row=row), rows, static=True)
+        # Production's static rows come last: what they extend first.
+        place = np.where(static, -1, np.cumsum(~static) - 1)
+        while (place < 0).any():
+            row = np.flatnonzero((place < 0) & (place[known.row_parent] >= 0))
+            found = deviations_of(known, row)._replace(row=place[known.row_parent[row]].astype(np.int32))
+            place[row] = len(window.row_start) + np.arange(len(row))
+            (rows,) = self.engine.score_static([_static_job(known, found)])
+            extend(window, found, rows, static=True)
         window.row_sampled = ((np.arange(len(window.row_depth)) < asked) | (window.row_static == 1)).astype(np.uint8)
         window.reference, window.doc_position = True, len(encoded.context) + stretch.first
         return window
@@ -158,11 +191,8 @@ class Teacher:
                     f"teacher.tau = {tau:g} asks for {len(deviations.row)} branches in one window of "
                     f"document {window.doc_id!r}, the limit is {MAX_BRANCHES}: raise tau or lower teacher.depth"
                 )
-            branches = []
-            for row, token, position in zip(deviations.row, deviations.token, deviations.position, strict=True):
-                anchor, chain = chain_of(window, int(row), int(token))
-                branches.append(Branch(plan.prompt.first_row + anchor, chain, int(position)))
-            jobs.append((plan.prompt, branches))
+            ends = zip(deviations.row, deviations.token, deviations.position, strict=True)
+            jobs.append((plan.prompt, [_branch(plan, window, *end) for end in ends]))
             found.append((window, deviations))
         for (window, deviations), rows in zip(found, self.engine.score_branches(jobs), strict=True):
             extend(window, deviations, rows)
@@ -245,6 +275,12 @@ class Teacher:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _branch(plan: WindowPlan, window: Window, row: int, token: int, position: int) -> Branch:
+    """The history of `row` and then `token`, which ends at byte `position`."""
+    anchor, chain = chain_of(window, int(row), int(token))
+    return Branch(plan.prompt.first_row + anchor, chain, int(position))
 
 
 def _static_job(window: Window, homeless: Deviations) -> StaticJob:

@@ -11,7 +11,7 @@ import numpy as np
 
 from schemas.token_dump import Window
 from stages.engines.engine import Prompt
-from stages.engines.paths import RowMasses
+from stages.engines.paths import RowMasses, members
 from stages.lattice import Deviations
 from stages.tokens.vocab import Encoded
 
@@ -146,6 +146,33 @@ def extend(window: Window, found: Deviations, rows: RowMasses, *, static: bool =
         setattr(window, name, np.concatenate([before, values]).astype(before.dtype))
 
 
+def deviations_of(window: Window, row: np.ndarray) -> Deviations:
+    """The rows `row` int [K] of a window as the histories that they were before they were evaluated; shares unknown."""
+    return Deviations(
+        window.row_parent[row],
+        window.row_token[row],
+        window.row_start[row],
+        window.row_logp[row],
+        np.full(len(row), np.nan, np.float32),
+    )
+
+
+def replace_static(window: Window, row: np.ndarray, rows: RowMasses) -> Window:
+    """The window with the static rows `row` int [K] replaced by `rows`, the masses of their histories themselves."""
+    order = np.arange(len(window.row_start))
+    parent, depth = window.row_parent, window.row_depth
+    order[row] = len(order) + np.arange(len(row))
+    extend(window, deviations_of(window, row), rows)
+    window = take_rows(window, order, parent, depth)
+    # What extends these rows has another probability now.
+    end = np.cumsum(window.n_stops, dtype=np.int64)
+    for child in np.flatnonzero(np.isin(parent, row)):
+        stops = slice(end[parent[child]] - window.n_stops[parent[child]], end[parent[child]])
+        (mass,) = window.stop_mass[stops][window.stop_token[stops] == window.row_token[child]]
+        window.row_logp[child] = np.log(mass)
+    return window
+
+
 def chain_of(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]]:
     """Canonical row that a history leaves from, and its tokens since."""
     chain = [token]
@@ -168,9 +195,9 @@ def keep_rows(window: Window, kept: np.ndarray) -> Window:
 
 def take_rows(window: Window, row: np.ndarray, parent: np.ndarray, depth: np.ndarray) -> Window:
     """An ordinary window of the rows `row` int [K], in that order, extending the rows `parent` of the new window."""
-    levels = _ragged(window.n_levels, row)
-    entries = _ragged(window.fanout, levels)
-    stops = _ragged(window.n_stops, row)
+    levels = members(window.n_levels, row)
+    entries = members(window.fanout, levels)
+    stops = members(window.n_stops, row)
     k = len(window.topk_id) // len(window.row_start)
     top = (row[:, None] * k + np.arange(k)).ravel()
     chosen: dict[str, np.ndarray] = {name: getattr(window, name)[row] for name in _PER_ROW}
@@ -182,12 +209,3 @@ def take_rows(window: Window, row: np.ndarray, parent: np.ndarray, depth: np.nda
     chosen |= {name: getattr(window, name)[top] for name in ("topk_id", "topk_logp")}
     rest = {f.name: getattr(window, f.name) for f in fields(Window) if f.name not in chosen}
     return Window(**(rest | {"reference": False, "doc_position": -1, "row_sampled": np.zeros(0, np.uint8)} | chosen))
-
-
-def _ragged(counts: np.ndarray, picked: np.ndarray) -> np.ndarray:
-    """Places of the items of the groups `picked`, where groups of `counts` items lie one after the other."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    count = counts[picked].astype(np.int64)
-    first = ends[picked] - count
-    before = np.cumsum(count) - count
-    return np.arange(int(count.sum())) + np.repeat(first - before, count)

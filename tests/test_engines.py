@@ -122,7 +122,9 @@ def test_groups_bound_what_is_held_at_once(tiny_checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("family", ["bytelevel", "sliding"])
 def test_keys_kept_between_passes_change_nothing(tiny_checkpoint, monkeypatch, family):
-    """Long windows, and short ones that were evaluated as a batch; with room for none of them, for all, for some."""
+    """Long windows, and short ones that share a pass; with room for the keys of none of them, of some, of all."""
+    monkeypatch.setattr("stages.engines.packed.NEW_TOKENS", 70)
+    monkeypatch.setattr("stages.engines.packed.KEPT_TOKENS", 40)
     settings = st.Teacher(
         model=str(tiny_checkpoint(family)), backend="hf", context=64, overlap=8, tau=0.001, depth=3, static=0.0
     )

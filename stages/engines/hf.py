@@ -1,12 +1,11 @@
-"""The teacher through transformers: the reference engine. The same rows as vLLM's, one window at a time.
+"""The teacher through transformers: the reference engine. The same rows as vLLM's.
 
-Canonical rows come from one forward pass over a window, whose keys and values are kept until the next group of
-windows, as many as fit `KEPT_BYTES`. Branches are packed: one forward pass over the cached window with a tree
-attention mask, so a branch costs one token of compute.
+Canonical rows come from forward passes over windows, short ones several together (stages.engines.packed), whose keys
+and values are kept until the next group of windows, as many as fit `KEPT_BYTES`. Branches are packed too: a pass over
+the kept keys of some windows with a tree attention mask, so a branch costs one token of compute.
+`benchmarks/genlm_bytes.py` measures one stream, and many documents.
 """
 
-import copy
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 
 from schemas import settings as st
 from schemas.errors import ConfigError, InputError
+from stages.engines import packed
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
-from stages.engines.static import StaticJob, StaticStates, batches, context_tokens, tokens_of
+from stages.engines.static import StaticJob, StaticStates, batches, context_tokens, linear_logits, together, tokens_of
 
 KEPT_BYTES = 1 << 31
 """Bytes of keys and values of a group kept at once; a window beyond it is run again for every pass of branches."""
@@ -26,11 +26,6 @@ KEPT_BYTES = 1 << 31
 
 class HfEngine(Engine):
     """Rows from `AutoModelForCausalLM` on whatever device torch offers."""
-
-    batch_tokens = 256
-    """Tokens of short prompts evaluated together."""
-    branch_chunk = 256
-    """Branches in one packed pass: bounds the mask (chunk x context) and the logits (chunk x vocabulary)."""
 
     def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
         from transformers import AutoModelForCausalLM
@@ -54,60 +49,77 @@ class HfEngine(Engine):
         head = self.model.get_output_embeddings()
         if head.weight.dtype != torch.float32:
             self.model.set_output_embeddings(_Float32Head(head))
+        trial = np.resize(reducer.vocabulary.order[:: max(1, len(reducer.vocabulary.order) // 7)], 7)
+        if not packed.packs(self.model, trial):
+            raise ConfigError(
+                f"teacher.model = {settings.model!r}: {type(self.model).__name__} mixes the windows of one pass "
+                '(recurrent layers, or attention of a kind not known here); set teacher.backend = "vllm"'
+            )
         self._contexts = context_tokens(reducer.vocabulary)
-        self._static = StaticStates(reducer, len(self._contexts))
-        self._kept: dict[int, tuple[Prompt, Any]] = {}
+        self._static = StaticStates(
+            reducer, len(self._contexts), linear=linear_logits(self.model.config.get_text_config())
+        )
+        self._kept: dict[int, tuple[Prompt, packed.Keys]] = {}
         self._kept_bytes = 0
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
         self.forget()
-        for (length, _), same in itertools.groupby(prompts, key=lambda p: (len(p.tokens), p.first_row)):
-            # Windows go one by one; short prompts of one length together.
-            group, size = list(same), max(1, self.batch_tokens // length)
-            for a in range(0, len(group), size):
-                yield from self._canonical(group[a : a + size])
-
-    def _canonical(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
-        """Prompts of one length and one first row, as one batch."""
-        tokens = torch.from_numpy(np.stack([p.tokens for p in prompts]).astype(np.int64)).to(self.device)
-        first = prompts[0].first_row
-        cache = _full_cache()
-        out = self.model(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=tokens.shape[1] - first
-        )
-        self._keep(prompts, cache)
-        for prompt, logits in zip(prompts, out.logits, strict=True):
-            plan = plan_paths(self.reducer.vocabulary, prompt.text, prompt.starts)
-            following = np.append(prompt.tokens[first + 1 :], -1).astype(np.int64)
-            yield self.reducer.reduce(logits, plan, following, where=prompt.name)
+        for some in packed.runs([(len(prompt.tokens), 0) for prompt in prompts]):
+            logits, _ = self._whole(prompts[some])
+            for prompt, own in zip(prompts[some], logits, strict=True):
+                plan = plan_paths(self.reducer.vocabulary, prompt.text, prompt.starts)
+                following = np.append(prompt.tokens[prompt.first_row + 1 :], -1).astype(np.int64)
+                yield self.reducer.reduce(own, plan, following, where=prompt.name)
 
     @torch.inference_mode()
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
-        for prompt, branches in jobs:
-            kept, cache = self._kept.get(id(prompt), (prompt, None))
-            if cache is None or kept is not prompt:
-                tokens = torch.from_numpy(prompt.tokens.astype(np.int64))[None].to(self.device)
-                cache = _full_cache()
-                self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            parts = []
-            for a in range(0, len(branches), self.branch_chunk):
-                parts.append(self._packed(prompt, branches[a : a + self.branch_chunk], cache))
-                cache.crop(len(prompt.tokens) - cache.get_seq_length())
+        pieces = [
+            (number, prompt, branches[a : a + packed.NEW_TOKENS])
+            for number, (prompt, branches) in enumerate(jobs)
+            for a in range(0, len(branches), packed.NEW_TOKENS)
+        ]
+        parts: list[RowMasses] = []
+        yet = 0
+        prompts: list[Prompt] = []
+        keys: list[packed.Keys] = []
+        for some in packed.runs([(len(branches), len(prompt.tokens)) for _, prompt, branches in pieces]):
+            before, prompts = prompts, [prompt for _, prompt, _ in pieces[some]]
+            if [id(prompt) for prompt in prompts] != [id(prompt) for prompt in before]:
+                keys = self._keys(prompts)
+            segments = [packed.tree(branches, own) for (_, _, branches), own in zip(pieces[some], keys, strict=True)]
+            logits, _ = packed.run(self.model, segments)
+            for (number, prompt, branches), own in zip(pieces[some], logits, strict=True):
+                if number != yet:
+                    yield concatenate(parts)
+                    parts, yet = [], number
+                plan = plan_paths(
+                    self.reducer.vocabulary, prompt.text, np.array([branch.start for branch in branches], np.int64)
+                )
+                none = np.full(len(branches), -1, np.int64)
+                parts.append(self.reducer.reduce(own, plan, none, where=f"{prompt.name}, branches"))
+        if parts:
             yield concatenate(parts)
 
-    def _keep(self, prompts: Sequence[Prompt], cache: Any) -> None:
-        """Remember the keys and values of the prompts of a batch while there is room; in order, so that it repeats."""
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        if self._kept_bytes + size > KEPT_BYTES:
-            return
-        self._kept_bytes += size
-        for index, prompt in enumerate(prompts):
-            own = cache
-            if len(prompts) > 1:
-                own = copy.deepcopy(cache)
-                own.batch_select_indices(torch.tensor([index]))
-            self._kept[id(prompt)] = (prompt, own)
+    def _whole(self, prompts: Sequence[Prompt]) -> tuple[list[torch.Tensor], list[packed.Keys]]:
+        """Logits of all wanted rows of some windows, in one pass; their keys are remembered while there is room."""
+        logits, keys = packed.run(self.model, [packed.whole(prompt) for prompt in prompts])
+        size = sum(part.nbytes for own in keys for layer in own for part in layer)
+        if self._kept_bytes + size <= KEPT_BYTES:
+            self._kept_bytes += size
+            self._kept |= {id(prompt): (prompt, own) for prompt, own in zip(prompts, keys, strict=True)}
+        return logits, keys
+
+    def _keys(self, prompts: Sequence[Prompt]) -> list[packed.Keys]:
+        """Keys of windows that share a pass: those kept, or made again."""
+        found: dict[int, tuple[Prompt | None, packed.Keys]]
+        found = {id(prompt): self._kept.get(id(prompt), (None, [])) for prompt in prompts}
+        lost = [prompt for prompt in prompts if found[id(prompt)][0] is not prompt]
+        if lost:
+            shortest = [prompt._replace(first_row=len(prompt.tokens) - 1) for prompt in lost]
+            _, made = packed.run(self.model, [packed.whole(prompt) for prompt in shortest])
+            found |= {id(prompt): (prompt, keys) for prompt, keys in zip(lost, made, strict=True)}
+        return [found[id(prompt)][1] for prompt in prompts]
 
     def forget(self) -> None:
         self._kept, self._kept_bytes = {}, 0
@@ -118,10 +130,10 @@ class HfEngine(Engine):
             for number, context in enumerate(self._contexts):
                 for token, state in zip(run, self._states(context, run), strict=True):
                     self._static.put(token, number, state)
-        for job in jobs:
-            rows = self._static.rows(job, self._head)
+        for some in together(jobs):
+            rows = self._static.rows(some, self._head)
             assert rows is not None
-            yield rows
+            yield from rows
 
     def load_static(self, file: Path) -> None:
         self._static.load(file)
@@ -159,59 +171,6 @@ class HfEngine(Engine):
         if cap := getattr(config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-    def _packed(self, prompt: Prompt, branches: Sequence[Branch], cache: Any) -> RowMasses:
-        """One pass over the branches of one window; a branch sees its canonical prefix and its own chain."""
-        slot: dict[tuple[int, tuple[int, ...]], int] = {}
-        for branch in branches:
-            for length in range(1, len(branch.chain) + 1):
-                slot.setdefault((branch.anchor, branch.chain[:length]), len(slot))
-        past, width = len(prompt.tokens), len(slot)
-        visible = torch.zeros(width, past + width, dtype=torch.bool)
-        tokens = torch.zeros(width, dtype=torch.int64)
-        position = torch.zeros(width, dtype=torch.int64)
-        for (anchor, chain), index in slot.items():
-            visible[index, : anchor + 1] = True
-            for length in range(1, len(chain) + 1):
-                visible[index, past + slot[anchor, chain[:length]]] = True
-            tokens[index] = chain[-1]
-            position[index] = anchor + len(chain)
-        # Masked entries take the lowest finite value: -inf would turn fully masked padding into NaN.
-        dtype = self.model.dtype
-        mask = torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)[None, None]
-        logits = self.model(
-            input_ids=tokens[None].to(self.device),
-            position_ids=position[None].to(self.device),
-            past_key_values=cache,
-            attention_mask=self._masks(mask.to(self.device), position, past),
-            use_cache=True,
-        ).logits[0]
-        wanted = [slot[branch.anchor, branch.chain] for branch in branches]
-        starts = np.array([branch.start for branch in branches], np.int64)
-        plan = plan_paths(self.reducer.vocabulary, prompt.text, starts)
-        none = np.full(len(branches), -1, np.int64)
-        return self.reducer.reduce(logits[wanted], plan, none, where=f"{prompt.name}, branches")
-
-    def _masks(self, mask: torch.Tensor, position: torch.Tensor, past: int) -> Any:
-        """The mask per attention type, for models that mix full and sliding-window layers."""
-        config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or [])
-        if kinds <= {"full_attention"}:
-            return mask
-        window = config.sliding_window
-        width = len(position)
-        key_position = torch.cat([torch.arange(past), position])
-        far = (position[:, None] - key_position[None, :]) >= window
-        sliding = mask.masked_fill(far.view(1, 1, width, past + width).to(mask.device), torch.finfo(mask.dtype).min)
-        return {"full_attention": mask, "sliding_attention": sliding}
-
-
-def _full_cache() -> Any:
-    """An empty cache that keeps all keys: one made for a model's sliding window would drop some, and a branch may
-    leave the window anywhere."""
-    from transformers import DynamicCache
-
-    return DynamicCache()
 
 
 class _Float32Head(torch.nn.Module):

@@ -74,6 +74,23 @@ def concatenate(parts: list[RowMasses]) -> RowMasses:
     return RowMasses(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
+def take(rows: RowMasses, index: np.ndarray) -> RowMasses:
+    """The rows `index` int [K], in that order."""
+    levels = members(rows.n_levels, index)
+    entries = members(rows.fanout, levels)
+    stops = members(rows.n_stops, index)
+    groups = {"fanout": levels, "entry_byte": entries, "entry_mass": entries}
+    groups |= dict.fromkeys(("stop_depth", "stop_token", "stop_mass"), stops)
+    return RowMasses(*(values[groups.get(name, index)] for name, values in zip(rows._fields, rows, strict=True)))
+
+
+def members(counts: np.ndarray, picked: np.ndarray) -> np.ndarray:
+    """Places of the items of the groups `picked`, where groups of `counts` items lie one after the other."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    count = counts[picked].astype(np.int64)
+    return _ragged(ends[picked] - count, count)
+
+
 @njit(cache=True)
 def _walk(
     text: np.ndarray,
@@ -101,6 +118,19 @@ def _walk(
             i += 1
     level_offset[len(starts)] = count
     return count
+
+
+def join_plans(plans: list[PathPlan]) -> PathPlan:
+    """The rows of several plans, in order."""
+    ends = np.cumsum([0, *(plan.level_offset[-1] for plan in plans)])
+    offsets = [plan.level_offset[:-1] + begin for plan, begin in zip(plans, ends[:-1], strict=True)]
+    return PathPlan(np.concatenate([*offsets, ends[-1:]]), np.concatenate([plan.node for plan in plans]))
+
+
+def take_plan(plan: PathPlan, index: np.ndarray) -> PathPlan:
+    """The rows `index` int [K] of a plan, in that order."""
+    count = np.diff(plan.level_offset)
+    return PathPlan(np.append(0, np.cumsum(count[index])), plan.node[members(count, index)])
 
 
 def plan_paths(vocabulary: Vocabulary, text: np.ndarray, starts: np.ndarray) -> PathPlan:

@@ -20,7 +20,7 @@ from schemas import settings as st
 from schemas.errors import ConfigError, EngineError
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate
-from stages.engines.static import StaticJob, batches, context_tokens, tokens_of
+from stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
 from stages.engines.vllm_worker import Want, WantState
 
 TOKENS_IN_FLIGHT = 16_384
@@ -202,12 +202,12 @@ class VllmEngine(Engine):
         missing = self._engine.collective_rpc("bytecache_static_missing", args=(tokens_of(jobs),))[0]
         for tokens in batches(missing):
             self._ask_states(tokens)
-        for job in jobs:
-            answers = self._engine.collective_rpc("bytecache_static_rows", args=(job,))
+        for some in together(jobs):
+            answers = self._engine.collective_rpc("bytecache_static_rows", args=(some,))
             rows = next((rows for rows in answers if rows is not None), None)
             if rows is None:
                 raise EngineError("no worker of vLLM holds logits; rerun the command")
-            yield rows
+            yield from rows
 
     def load_static(self, file: Path) -> None:
         self._engine.collective_rpc("bytecache_static_file", args=(file, False))

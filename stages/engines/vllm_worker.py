@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
-from stages.engines.static import StaticJob, StaticStates
+from stages.engines.static import StaticJob, StaticStates, linear_logits
 
 HOOK = "_get_prompt_logprobs_dict"
 LOGIT_ROWS = 128
@@ -64,7 +64,8 @@ class PathExtension:
         self._reducer = reducer
         self._wanted: dict[str, _Progress] = {}
         self._wanted_states: dict[str, WantState] = {}
-        self._static = StaticStates(reducer, contexts)
+        config = runner.model_config.hf_text_config
+        self._static = StaticStates(reducer, contexts, linear=linear_logits(config))
 
         def hooked(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
             self._capture(hidden_states, num_scheduled_tokens)
@@ -96,9 +97,9 @@ class PathExtension:
         self._wanted_states.update(wants)
 
     @torch.inference_mode()
-    def bytecache_static_rows(self, job: StaticJob) -> RowMasses | None:
-        """Static rows of one window; None on ranks that hold no logits."""
-        return self._static.rows(job, self.model_runner.model.compute_logits)
+    def bytecache_static_rows(self, jobs: list[StaticJob]) -> list[RowMasses] | None:
+        """Static rows of some windows; None on ranks that hold no logits."""
+        return self._static.rows(jobs, self.model_runner.model.compute_logits)
 
     def bytecache_static_file(self, file: Path, save: bool) -> None:
         """Keep the static states, or take them from an earlier run."""

@@ -1,0 +1,198 @@
+"""Several windows in one forward pass of a transformers model: one row of tokens, and a mask that keeps them apart.
+
+A *segment* is what one window brings to a pass: all of its tokens, or its branches as a tree over keys and values kept
+from an earlier pass. Segments lie one after the other in a row; each token has its position in its own window and sees
+
+    kept keys of its own window, up to its anchor     nothing of the others'
+    its ancestors in its own segment, and itself      nothing of the others'
+
+so no token is padding, and the layers' matrices are read once for all windows of a pass. Attention is computed over
+the whole row and masked: a pass holds at most `NEW_TOKENS` new and `KEPT_TOKENS` kept ones of several windows, which
+costs a tenth of the pass (SmolLM2-135M; a window that is larger goes alone, without a mask). A pass of 16 tokens costs
+as much as one of 50 here, so short documents gain most.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from stages.engines.engine import Branch, Prompt
+
+NEW_TOKENS = 256
+"""Tokens that several windows evaluate in one pass at most."""
+KEPT_TOKENS = 512
+"""Tokens of several windows whose keys one pass of branches sees at most."""
+
+Keys = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of each layer, [1, heads, tokens, width]."""
+
+
+class Segment(NamedTuple):
+    """What one window brings to a pass; n new tokens."""
+
+    tokens: np.ndarray
+    """int64 [n]"""
+    position: np.ndarray
+    """int64 [n]; of each token in its window."""
+    wanted: np.ndarray
+    """int64; places in `tokens` whose logits are wanted."""
+    sees: np.ndarray | None = None
+    """bool [n, n]; the new tokens that each new token sees; None: itself and all before it."""
+    anchor: np.ndarray | None = None
+    """int64 [n]; the last kept token that each new token sees; None: no keys are kept."""
+    kept: Keys | None = None
+    """Of the window's tokens."""
+
+
+def whole(prompt: Prompt) -> Segment:
+    """All tokens of a window."""
+    count = len(prompt.tokens)
+    return Segment(prompt.tokens.astype(np.int64), np.arange(count), np.arange(prompt.first_row, count))
+
+
+def tree(branches: Sequence[Branch], kept: Keys) -> Segment:
+    """Branches of one window; a branch sees its canonical prefix and its own chain."""
+    slot: dict[tuple[int, tuple[int, ...]], int] = {}
+    for branch in branches:
+        for length in range(1, len(branch.chain) + 1):
+            slot.setdefault((branch.anchor, branch.chain[:length]), len(slot))
+    sees = np.zeros((len(slot), len(slot)), bool)
+    for (anchor, chain), index in slot.items():
+        for length in range(1, len(chain) + 1):
+            sees[index, slot[anchor, chain[:length]]] = True
+    return Segment(
+        np.array([chain[-1] for _, chain in slot], np.int64),
+        np.array([anchor + len(chain) for anchor, chain in slot], np.int64),
+        np.array([slot[branch.anchor, branch.chain] for branch in branches], np.int64),
+        sees,
+        np.array([anchor for anchor, _ in slot], np.int64),
+        kept,
+    )
+
+
+def runs(sizes: Sequence[tuple[int, int]]) -> Iterator[slice]:
+    """Runs of windows that share a pass, given the new and the kept tokens of each: in order, one at least."""
+    first = new = old = 0
+    for index, (more_new, more_old) in enumerate(sizes):
+        if index > first and (new + more_new > NEW_TOKENS or old + more_old > KEPT_TOKENS):
+            yield slice(first, index)
+            first, new, old = index, 0, 0
+        new, old = new + more_new, old + more_old
+    if len(sizes):
+        yield slice(first, len(sizes))
+
+
+@torch.inference_mode()
+def run(model: Any, segments: Sequence[Segment]) -> tuple[list[torch.Tensor], list[Keys]]:
+    """One pass: each segment's wanted logits, [wanted, vocabulary], and the keys of its new tokens.
+
+    The keys are views of one tensor per layer, which lives as long as any of them.
+    """
+    from transformers import DynamicCache
+
+    device = model.device
+    kept = [segment.kept for segment in segments if segment.kept is not None]
+    # An empty cache keeps all keys: one made for a model's sliding window would drop some, and a branch may leave the
+    # window anywhere.
+    cache = DynamicCache()
+    for layer, parts in enumerate(zip(*kept, strict=True)):
+        cache.update(_joined([keys for keys, _ in parts]), _joined([values for _, values in parts]), layer)
+    past = cache.get_seq_length() if kept else 0
+    begins = np.cumsum([0, *(len(segment.tokens) for segment in segments)])
+    tokens, wanted = (
+        torch.from_numpy(np.concatenate(parts)).to(device)
+        for parts in (
+            [segment.tokens for segment in segments],
+            [begin + segment.wanted for begin, segment in zip(begins, segments, strict=False)],
+        )
+    )
+    apart: dict[str, Any] = {}
+    if len(segments) > 1 or segments[0].sees is not None:
+        position = np.concatenate([segment.position for segment in segments])
+        apart = {
+            "position_ids": torch.from_numpy(position)[None].to(device),
+            "attention_mask": _masks(model, *_visible(segments, past)),
+        }
+    logits = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=wanted, **apart).logits
+    found: list[Keys] = []
+    for begin, end in zip(begins[:-1] + past, begins[1:] + past, strict=True):
+        found.append([(layer.keys[:, :, begin:end], layer.values[:, :, begin:end]) for layer in cache.layers])
+    return list(logits[0].split([len(segment.wanted) for segment in segments])), found
+
+
+def packs(model: Any, tokens: np.ndarray) -> bool:
+    """Whether the windows of one pass stay apart, by trying: not where layers are recurrent or know no such mask.
+
+    `tokens` int [T], T >= 4, are evaluated whole, as two windows alone, together, and as branches in company.
+    """
+    if not _layer_kinds(model) <= {"full_attention", "sliding_attention"}:
+        return False
+    nothing, half = np.zeros(0, np.uint8), len(tokens) // 2
+    first, second = (whole(Prompt("", part, 0, nothing, nothing)) for part in (tokens[:half], tokens[half:]))
+    chain = tuple(tokens[half:].tolist())
+    branches = [Branch(half - 1, chain[: length + 1], 0) for length in range(len(chain))]
+    try:
+        ((one,), (keys,)), ((other,), (other_keys,)) = run(model, [first]), run(model, [second])
+        together, _ = run(model, [first, second])
+        (joined,), _ = run(model, [whole(Prompt("", tokens, half, nothing, nothing))])
+        # The other window's branch comes first, so that places of keys differ from positions.
+        (_, branched), _ = run(model, [tree([Branch(0, chain[:1], 0)], other_keys), tree(branches, keys)])
+    except Exception:  # a model that takes no such mask says so in its own way
+        return False
+    expected, found = (torch.cat(rows).float().softmax(-1) for rows in ((one, other, joined), (*together, branched)))
+    # Rounding to half precision moves single probabilities by a few percent.
+    return bool((expected - found).abs().sum(-1).max() < (1e-3 if model.dtype == torch.float32 else 0.1))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _visible(segments: Sequence[Segment], past: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which keys each new token sees, bool [new, past + new], and the positions of the new tokens and of all keys."""
+    position = np.concatenate([segment.position for segment in segments])
+    visible = np.zeros((len(position), past + len(position)), bool)
+    key_position = np.concatenate([np.zeros(past, np.int64), position])
+    row = column = 0
+    for segment in segments:
+        count = len(segment.tokens)
+        own = visible[row : row + count]
+        own[:, past + row : past + row + count] = np.tri(count, dtype=bool) if segment.sees is None else segment.sees
+        if segment.kept is not None and segment.anchor is not None:
+            length = segment.kept[0][0].shape[2]
+            key_position[column : column + length] = np.arange(length)
+            own[:, column : column + length] = np.arange(length) <= segment.anchor[:, None]
+            column += length
+        row += count
+    return visible, position, key_position
+
+
+def _layer_kinds(model: Any) -> set[str]:
+    """Kinds of attention that the model's layers have."""
+    config = model.config.get_text_config()
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds)
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return {"sliding_attention" if sliding else "full_attention"}
+
+
+def _masks(model: Any, visible: np.ndarray, position: np.ndarray, key_position: np.ndarray) -> Any:
+    """The mask to add to the scores, or one per kind of attention for models that mix full and sliding layers."""
+    kinds = _layer_kinds(model)
+
+    def added(seen: np.ndarray) -> torch.Tensor:
+        # Masked entries take the lowest finite value: -inf would turn fully masked rows into NaN.
+        zero = torch.zeros((), dtype=model.dtype)
+        mask = torch.where(torch.from_numpy(seen), zero, torch.finfo(model.dtype).min)
+        return mask[None, None].to(model.device)
+
+    masks: dict[str, torch.Tensor] = {}
+    if "full_attention" in kinds:
+        masks["full_attention"] = added(visible)
+    if "sliding_attention" in kinds:
+        near = position[:, None] - key_position[None, :] < model.config.get_text_config().sliding_window
+        masks["sliding_attention"] = added(visible & near)
+    named = getattr(model.config.get_text_config(), "layer_types", None)
+    return masks if named and "sliding_attention" in masks else next(iter(masks.values()))

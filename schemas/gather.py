@@ -1,23 +1,30 @@
-"""Dense rows to sparse ones: the scan of a writer's input, and the refusal of rows that are no distributions. No I/O.
+"""A writer's input, checked: rows of probabilities to the entries that could be listed. No I/O.
 
-Price, one core: about 100 ns a row, most of it the 1 KiB that is read.
+Rows come dense, 257 numbers each, or sparse, their non-zero symbols in order; both become the same entries: the most
+likely symbol, those that could be listed by descending probability, then the rest, which only the prior learns from.
+A row that is no distribution is refused.
+
+Price, one core: about 100 ns a dense row before sorting, most of it the 1 KiB that is read; sparse ones 2 ns an entry.
+Sorting: about 60 ns a row.
 """
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import F32, F64, I16, I64, U8
-from schemas.quantise import BAD_SUM, BAD_VALUE, OK
+from schemas.arrays import END, F32, F64, I16, I64, U8
+from schemas.quantise import BAD_ORDER, BAD_SUM, BAD_VALUE, OK
 
 SUM_TOLERANCE = 1e-4
 _LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))
+_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
+U32 = NDArray[np.uint32]
 
 
 @njit(cache=True, nogil=True)
 def _scan(
     probs: F32,
-    bits: NDArray[np.uint32],
+    bits: U32,
     start: np.uint64,
     threshold: np.uint32,
     scale: np.float32,
@@ -49,44 +56,126 @@ def _scan(
 
 
 @njit(cache=True, nogil=True)
-def gather_rows(
-    probs: F32,
-    bits: NDArray[np.uint32],
-    unlisted: F32,
-    threshold: np.uint32,
-    scale: np.float32,
-    count: I16,
-    rest: F64,
+def _keep_row(
+    n: int,
+    missing: float,
+    least: float,
     symbol: I16,
     prob: F32,
+    bits: U32,
+    at: int,
+    key: I64,
+    held: I16,
+    rest: F64,
+    unlisted: F64,
+    listable: I16,
+    i: int,
+) -> float:
+    """Correct row i's n entries at `at`, symbols ascending, and put them into order; -1, or the sum that is not 1.
+
+    The residual of the row's sum goes to its largest probability (the smallest symbol of equals).
+    """
+    listed = 0.0
+    best = np.float32(-1.0)
+    place = 0
+    for k in range(_PLACE(n)):
+        p = prob[_PLACE(at) + k]
+        listed += float(p)
+        if p > best:
+            best = p
+            place = np.int64(k)
+    if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
+        return listed + missing
+    if n == 0:
+        rest[i] = unlisted[i] = 1.0
+        listable[i] = 0
+        return -1.0
+    prob[at + place] = max(np.float32(0.0), np.float32(1.0 - missing - (listed - float(best))))
+    rest[i] = missing
+    top = np.uint32(0)
+    place = 0
+    for k in range(_PLACE(n)):
+        value = bits[_PLACE(at) + k]
+        if value > top:
+            top = value
+            place = np.int64(k)
+    total = missing
+    n_keys = 0
+    n_rest = n
+    for k in range(_PLACE(n)):
+        value = bits[_PLACE(at) + k]
+        held[k] = symbol[_PLACE(at) + k]
+        p = float(prob[_PLACE(at) + k])
+        if np.int64(k) != place:
+            total += p
+            if p < least:
+                n_rest -= 1
+                key[n_rest] = np.int64(value) << 9 | np.int64(k)
+                continue
+        new = np.int64(value) << 9 | (511 - np.int64(k))  # of equals the first comes first
+        j = n_keys
+        while j > 0 and key[_PLACE(j - 1)] < new:
+            key[_PLACE(j)] = key[_PLACE(j - 1)]
+            j -= 1
+        key[_PLACE(j)] = new
+        n_keys += 1
+    unlisted[i] = total
+    listable[i] = n_keys
+    for k in range(_PLACE(n)):
+        value = key[k]
+        source = value & 511
+        if np.int64(k) < n_keys:
+            source = 511 - source
+        bits[_PLACE(at) + k] = value >> 9
+        symbol[_PLACE(at) + k] = held[_PLACE(source)]
+    return -1.0
+
+
+@njit(cache=True, nogil=True)
+def gather_rows(
+    probs: F32,
+    bits: U32,
+    given: F32,
+    threshold: np.uint32,
+    scale: np.float32,
+    least: float,
+    count: I16,
+    listable: I16,
+    rest: F64,
+    unlisted: F64,
+    symbol: I16,
+    prob: F32,
+    prob_bits: U32,
 ) -> tuple[int, int, int, float]:
     """Check m dense rows and keep what is at or above `threshold` (float32 bits), and always the largest.
 
-    probs float32 [m * 257], flat, and `bits`, the same memory as uint32; unlisted float32 [m]. Output: count int16
-    [m], rest float64 [m] (unlisted mass and all that is below the threshold), symbol int16 and prob float32 [257 m].
-    A row's rounding residual goes to its largest probability (the smallest symbol of equals). Returns (entries, row,
-    reason, value); row is -1 when all rows are good, otherwise the first bad one.
+    probs float32 [m * 257], flat, and `bits`, the same memory as uint32; given float32 [m]: the tails. Output: of each
+    row `count` int16, its entries; `listable` int16, how many of these are the largest or not below `least`; `rest`
+    float64, its tail and all below the threshold; `unlisted` float64, the same and all entries but the largest; then
+    symbol int16, prob float32 [room for 257 m] and `prob_bits`, the same memory: its entries. A row's rounding residual
+    goes to its largest probability (the smallest symbol of equals). Returns (entries, row, reason, value); row is -1
+    when all rows are good, otherwise the first bad one.
     """
     words = np.empty(32, np.uint64)
     flags = words.view(np.uint8)
-    found = np.empty(257, np.int64)
+    found, key, held = np.empty(257, np.int64), np.empty(257, np.int64), np.empty(257, np.int16)
     out = 0
-    for i in range(unlisted.shape[0]):
+    for i in range(given.shape[0]):
         start = np.uint64(i) * np.uint64(257)
         # As unsigned integers, floats >= 0 keep their order; negative, NaN and infinite ones land above the limit.
         top_bits, fixed, n = _scan(probs, bits, start, threshold, scale, flags, words, found)
         missing = fixed / float(scale)
         end_bits = bits[start + np.uint64(256)]
-        given = float(unlisted[i])
+        tail = float(given[i])
         if top_bits > _LIMIT_BITS or end_bits > _LIMIT_BITS:
             for j in range(257):
                 if bits[start + np.uint64(j)] > _LIMIT_BITS:
                     return out, i, BAD_VALUE, float(probs[start + np.uint64(j)])
-        if not (given >= 0.0 and given <= 1.0 + SUM_TOLERANCE):
-            return out, i, BAD_VALUE, given
-        missing += given
+        if not (tail >= 0.0 and tail <= 1.0 + SUM_TOLERANCE):
+            return out, i, BAD_VALUE, tail
+        missing += tail
         if end_bits >= threshold or end_bits > top_bits:
-            found[n] = 256
+            found[n] = END
             n += 1
         else:
             missing += float(probs[start + np.uint64(256)])
@@ -96,23 +185,86 @@ def gather_rows(
                 found[0] += 1
             missing = max(0.0, missing - float(probs[start + np.uint64(found[0])]))
             n = 1
-        first = out
-        best = out
-        listed = 0.0
-        for k in range(n):
-            p = probs[start + np.uint64(found[k])]
-            symbol[out] = found[k]
-            prob[out] = p
-            listed += float(p)
-            if p > prob[best]:
-                best = out
-            out += 1
-        if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
-            return first, i, BAD_SUM, listed + missing
-        if n > 0:
-            prob[best] = max(np.float32(0.0), np.float32(1.0 - missing - (listed - float(prob[best]))))
-            rest[i] = missing
-        else:
-            rest[i] = 1.0
+        for k in range(_PLACE(n)):
+            symbol[_PLACE(out) + k] = found[k]
+            prob[_PLACE(out) + k] = probs[start + _PLACE(found[k])]
+        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, key, held, rest, unlisted, listable, i)
+        if total != -1.0:
+            return out, i, BAD_SUM, total
         count[i] = n
+        out += n
+    return out, -1, OK, 0.0
+
+
+@njit(cache=True, nogil=True)
+def gather_sparse(
+    counts: I64,
+    symbols: I16,
+    probs: F32,
+    bits: U32,
+    given: F32,
+    threshold: np.uint32,
+    scale: np.float32,
+    least: float,
+    count: I16,
+    listable: I16,
+    rest: F64,
+    unlisted: F64,
+    symbol: I16,
+    prob: F32,
+    prob_bits: U32,
+) -> tuple[int, int, int, float]:
+    """`gather_rows` of sparse rows: `counts` int64 [m] of `symbols` int16, ascending in a row, with `probs` float32."""
+    key, held = np.empty(257, np.int64), np.empty(257, np.int16)
+    out = at = 0
+    for i in range(given.shape[0]):
+        tail = float(given[i])
+        n = 0
+        fixed = 0
+        below_end = 0.0
+        top_bits, end_bits = np.uint32(0), np.uint32(0)
+        top_place = at
+        before = -1
+        stop = at + counts[i]
+        for k in range(_PLACE(at), _PLACE(stop)):
+            value = bits[k]
+            s = symbols[k]
+            if value > _LIMIT_BITS:
+                return out, i, BAD_VALUE, float(probs[k])
+            if s <= before or s > END:
+                return out, i, BAD_ORDER, float(s)
+            before = s
+            if value > top_bits and s != END:
+                top_bits = value
+                top_place = np.int64(k)
+            symbol[_PLACE(out + n)] = s
+            prob[_PLACE(out + n)] = probs[k]
+            n += value >= threshold
+            if value < threshold:
+                if s == END:
+                    end_bits = value
+                    below_end = float(probs[k])
+                else:
+                    fixed += np.int64(np.int32(probs[k] * scale)) + np.int64(value != 0)
+        if not (tail >= 0.0 and tail <= 1.0 + SUM_TOLERANCE):
+            return out, i, BAD_VALUE, tail
+        missing = fixed / float(scale)
+        missing += tail
+        if end_bits > top_bits:  # END is the most likely symbol, below the threshold
+            symbol[out + n] = END
+            prob[out + n] = np.float32(below_end)
+            n += 1
+        else:
+            missing += below_end
+        if n == 0 and top_bits > 0:
+            symbol[out] = symbols[top_place]
+            prob[out] = probs[top_place]
+            missing = max(0.0, missing - float(probs[top_place]))
+            n = 1
+        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, key, held, rest, unlisted, listable, i)
+        if total != -1.0:
+            return out, i, BAD_SUM, total
+        count[i] = n
+        out += n
+        at = stop
     return out, -1, OK, 0.0

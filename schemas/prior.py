@@ -32,7 +32,13 @@ BACKOFF = 3.0
 UNIT = 1 << 24
 """Fixed-point unit of summed probabilities."""
 
-_WEIGHT: F64 = np.array([2.0 ** -(c // 2) * (0.7071067811865476 if c % 2 else 1.0) for c in range(256)])
+_ROOT_HALF = 0.7071067811865476
+WEIGHT: F64 = np.array([2.0 ** -(c // 2) * (_ROOT_HALF if c % 2 else 1.0) for c in range(MAX_CODE + 1)])
+"""float64 [61]: the weight of each code."""
+INVERSE: F64 = 1.0 / WEIGHT
+# Every weight is a whole number of 2 ** -30, or that many times the root.
+_WHOLE: I64 = np.array([0 if c % 2 else 2 ** (30 - c // 2) for c in range(MAX_CODE + 1)])
+_ROOTS: I64 = np.array([2 ** (30 - c // 2) if c % 2 else 0 for c in range(MAX_CODE + 1)])
 # Ratios below which the next code is nearer: 2 ** (-(c + 1/2) / 2) = 2 ** -(c // 2) * 2 ** (-1/4 or -3/4).
 _EDGE: F64 = np.array(
     [2.0 ** -(c // 2) * (0.5946035575013605 if c % 2 else 0.8408964152537145) for c in range(MAX_CODE)]
@@ -57,7 +63,13 @@ class Prior(NamedTuple):
 
     def weights(self) -> F64:
         """float64 [K, 257]."""
-        return _WEIGHT[self.code]
+        return WEIGHT[self.code]
+
+    def totals(self) -> F64:
+        """float64 [K]: the sums of each node's weights, exact and then rounded (as math.fsum has them)."""
+        root = int(_ROOT_HALF * 2**53)
+        sums = zip(_WHOLE[self.code].sum(1).tolist(), _ROOTS[self.code].sum(1).tolist(), strict=True)
+        return np.array([((whole << 53) + roots * root) / 2**83 for whole, roots in sums])
 
     def order(self) -> I16:
         """int16 [K, 257]: symbols by descending weight, ties by symbol."""

@@ -286,7 +286,7 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
     with file:
         for group in range(file.num_row_groups):
             try:
-                table = file.read_row_group(group, columns=names)
+                table = file.read_row_group(group, columns=names, use_threads=False)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise IntegrityError(
                     f"{path}: row group {group} cannot be read ({error}); delete the part and rerun `bytecache teacher`"

@@ -30,6 +30,7 @@ from schemas.token_dump import Window
 
 END = 256
 """Symbol of the end of a document; 0..255 are bytes."""
+_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""
 
@@ -45,6 +46,21 @@ class Targets(NamedTuple):
     """float64 [m]; log P(x[:i]) of each position relative to the window's first row, nats."""
     unaccounted: np.ndarray
     """float32 [m]; the part of the tail that belongs to unevaluated histories."""
+
+
+class SparseTargets(NamedTuple):
+    """`Targets` without their zeros: what of a row is above zero, symbols ascending, row after row."""
+
+    count: np.ndarray
+    """int64 [m]; symbols of each row."""
+    symbol: np.ndarray
+    """int16 [entries]"""
+    prob: np.ndarray
+    """float32 [entries]"""
+    tail: np.ndarray
+    """As in `Targets`, and so are the next two."""
+    logp: np.ndarray
+    unaccounted: np.ndarray
 
 
 class Deviations(NamedTuple):
@@ -89,16 +105,24 @@ def _forward(
     canonical: np.ndarray, end: np.ndarray, control: np.ndarray, level_offset: np.ndarray, entry_offset: np.ndarray,
     entry_byte: np.ndarray, entry_mass: np.ndarray, stop_offset: np.ndarray, stop_depth: np.ndarray,
     stop_mass: np.ndarray, child: np.ndarray,
-    probs: np.ndarray, tail: np.ndarray, logp: np.ndarray, unaccounted: np.ndarray, share: np.ndarray,
-) -> None:  # fmt: skip
-    """Run over positions 0..last; write targets of positions first..last; `share` of every stop."""
+    count: np.ndarray, symbol: np.ndarray, prob: np.ndarray, tail: np.ndarray, logp: np.ndarray,
+    unaccounted: np.ndarray, share: np.ndarray,
+) -> int:  # fmt: skip
+    """Run over positions 0..last; write targets of positions first..last; `share` of every stop.
+
+    `symbol` and `prob` need room for every entry and every row. Returns how many of it were written.
+    """
     rows = len(row_start)
     weight = np.zeros(rows)
     next_stop = stop_offset[:-1].copy()
     active = np.zeros(rows, np.int64)
     prefix = np.zeros(rows)
     n_active = 0
-    acc = np.zeros(257)
+    acc = np.zeros(264)
+    seen = np.zeros(40, np.uint64)
+    touched = seen.view(np.uint8)  # by symbol, eight to a word
+    found = np.empty(rows, np.float64)  # mass of the text's next byte in each active cell
+    written = 0
     unknown = 0.0
     log_total = 0.0
     pending = np.zeros(len(stop_depth), np.int64)
@@ -109,7 +133,7 @@ def _forward(
             active[n_active] = by_start[k]
             prefix[n_active] = 1.0
             n_active += 1
-        acc[:] = 0.0
+        byte = np.int64(text[i]) if i < len(text) else np.int64(-1)
         known = 0.0
         listed = 0.0
         for a in range(n_active):
@@ -122,16 +146,22 @@ def _forward(
                 here = end[r] + control[r]
                 acc[END] += w * end[r]
                 listed += w * end[r]
-            for e in range(entry_offset[level], entry_offset[level + 1]):
+                touched[END] = 1
+            mass = 0.0
+            for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
                 m = np.float64(entry_mass[e])
-                acc[entry_byte[e]] += w * m
+                b = np.uint64(entry_byte[e])
+                acc[b] += w * m
+                touched[b] = 1
                 here += m
                 listed += w * m
+                mass = m if np.int64(b) == byte else mass
+            found[a] = mass
             # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
             known += w * max(prefix[a], here)
         rate = 0.0
         if i < len(text):
-            rate = acc[text[i]] / known if known > 0.0 else 1.0
+            rate = acc[byte] / known if known > 0.0 else 1.0
         total = known + unknown
         if total <= 0.0:
             # The text has probability zero for every known history: all is tail until the canonical tokens break.
@@ -146,12 +176,23 @@ def _forward(
             out = i - first
             logp[out] = log_total
             unaccounted[out] = unknown / total
-            for b in range(257):
-                probs[out, b] = acc[b] / total
             tail[out] = max(0.0, 1.0 - listed / total)
+            before = written
+            for word in range(_PLACE(33)):
+                if seen[word] != 0:
+                    for b in range(word * _PLACE(8), word * _PLACE(8) + _PLACE(8)):
+                        p = np.float32(acc[b] / total)
+                        symbol[_PLACE(written)] = b
+                        prob[_PLACE(written)] = p
+                        written += p > np.float32(0.0)
+            count[out] = written - before
+        for word in range(_PLACE(33)):
+            if seen[word] != 0:
+                seen[word] = 0
+                for b in range(word * _PLACE(8), word * _PLACE(8) + _PLACE(8)):
+                    acc[b] = 0.0
         if i == last or i >= len(text):
             break
-        byte = text[i]
         unknown = unknown * rate / total
         orphan = 0.0
         kept = 0
@@ -161,11 +202,7 @@ def _forward(
             level = level_offset[r] + depth
             if level + 1 >= level_offset[r + 1]:
                 continue
-            mass = 0.0
-            for e in range(entry_offset[level], entry_offset[level + 1]):
-                if entry_byte[e] == byte:
-                    mass = entry_mass[e]
-                    break
+            mass = found[a]
             weight[r] /= total
             w = weight[r]
             s = next_stop[r]
@@ -199,6 +236,19 @@ def _forward(
             weight[heir] += orphan
         else:
             unknown += orphan
+    return written
+
+
+@njit(cache=True)
+def _spread(count: np.ndarray, symbol: np.ndarray, prob: np.ndarray) -> np.ndarray:
+    """float32 [m, 257]: sparse rows with their zeros."""
+    out = np.zeros((len(count), 257), np.float32)
+    at = 0
+    for i in range(len(count)):
+        for k in range(at, at + count[i]):
+            out[i, symbol[k]] = prob[k]
+        at += count[i]
+    return out
 
 
 class Lattice:
@@ -218,26 +268,34 @@ class Lattice:
         on_path = np.flatnonzero(window.row_depth == 0)
         canonical[window.row_start[on_path]] = on_path
         child = _children(window.row_parent, window.row_token, stop_offset, window.stop_token)
-        count = n + 1 - window.score_start
-        probs = np.zeros((count, 257), np.float32)
-        tail = np.zeros(count, np.float32)
-        logp = np.zeros(count)
-        unaccounted = np.zeros(count, np.float32)
+        m = n + 1 - window.score_start
+        count = np.zeros(m, np.int64)
+        room = len(window.entry_byte) + len(window.row_start) + 8
+        symbol, prob = np.empty(room, np.int16), np.empty(room, np.float32)
+        tail, logp, unaccounted = np.zeros(m, np.float32), np.zeros(m), np.zeros(m, np.float32)
         share = np.zeros(len(window.stop_mass))
         _forward(
             window.text, window.score_start, n, window.row_start, order, at, canonical, window.end, window.control,
             level_offset, _offsets(window.fanout), window.entry_byte, window.entry_mass, stop_offset,
-            window.stop_depth, window.stop_mass, child, probs, tail, logp, unaccounted, share,
+            window.stop_depth, window.stop_mass, child, count, symbol, prob, tail, logp, unaccounted, share,
         )  # fmt: skip
-        # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
-        kept = count if window.is_last else count - 1
         self.marginal_nll = float(logp[0] - logp[-1])
-        self._targets = Targets(probs[:kept], tail[:kept], logp[:kept], unaccounted[:kept])
+        # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
+        kept = m if window.is_last else m - 1
+        entries = int(count[:kept].sum())
+        self._targets = SparseTargets(
+            count[:kept], symbol[:entries], prob[:entries], tail[:kept], logp[:kept], unaccounted[:kept]
+        )
         self._share, self._child, self._canonical = share, child, canonical
 
-    def targets(self) -> Targets:
+    def sparse_targets(self) -> SparseTargets:
         """Distributions of positions score_start..n-1, and of n (where END is due) in a document's last window."""
         return self._targets
+
+    def targets(self) -> Targets:
+        """The same with their zeros, 1 KiB a position."""
+        count, symbol, prob, *rest = self._targets
+        return Targets(_spread(count, symbol, prob), *rest)
 
     def deviations(self, *, tau: float, depth: int) -> Deviations:
         """Stops with no row of their own whose share exceeds `tau`, at most `depth` tokens off the canonical path.

@@ -12,12 +12,16 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import END, F32, F64, I16, I64, U8
+from schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
 from schemas.quantise import BAD_ORDER, BAD_SUM, BAD_VALUE, OK
+from schemas.sorting import FEW, sort_few
 
 SUM_TOLERANCE = 1e-4
 _LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))
 _PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
+_MOST = np.uint32(0x7FFFFFFF)
+_NO_KEY = np.int64(1 << 62)
+_KEYS = SYMBOLS + FEW
 U32 = NDArray[np.uint32]
 
 
@@ -55,6 +59,12 @@ def _scan(
     return biggest, int(pruned), n
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _key(bits: np.uint32, place: np.uint64) -> int:
+    """Ascending for descending probabilities; of equals the first comes first."""
+    return np.int64(_MOST - bits) << 9 | np.int64(place)
+
+
 @njit(cache=True, nogil=True)
 def _keep_row(
     n: int,
@@ -64,7 +74,9 @@ def _keep_row(
     prob: F32,
     bits: U32,
     at: int,
-    key: I64,
+    high: I64,
+    low: I64,
+    spare: I64,
     held: I16,
     rest: F64,
     unlisted: F64,
@@ -76,58 +88,45 @@ def _keep_row(
     The residual of the row's sum goes to its largest probability (the smallest symbol of equals).
     """
     listed = 0.0
-    best = np.float32(-1.0)
-    place = 0
+    largest = _NO_KEY
     for k in range(_PLACE(n)):
-        p = prob[_PLACE(at) + k]
-        listed += float(p)
-        if p > best:
-            best = p
-            place = np.int64(k)
+        listed += float(prob[_PLACE(at) + k])
+        held[k] = symbol[_PLACE(at) + k]
+        largest = min(largest, _key(bits[_PLACE(at) + k], k))
     if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
         return listed + missing
     if n == 0:
         rest[i] = unlisted[i] = 1.0
         listable[i] = 0
         return -1.0
-    prob[at + place] = max(np.float32(0.0), np.float32(1.0 - missing - (listed - float(best))))
+    spot = _PLACE(at + (largest & 511))
+    prob[spot] = max(np.float32(0.0), np.float32(1.0 - missing - (listed - float(prob[spot]))))
     rest[i] = missing
-    top = np.uint32(0)
-    place = 0
+    largest = _NO_KEY
     for k in range(_PLACE(n)):
-        value = bits[_PLACE(at) + k]
-        if value > top:
-            top = value
-            place = np.int64(k)
+        largest = min(largest, _key(bits[_PLACE(at) + k], k))
+    top = _PLACE(largest & 511)
     total = missing
-    n_keys = 0
-    n_rest = n
+    n_high = n_low = 0
     for k in range(_PLACE(n)):
-        value = bits[_PLACE(at) + k]
-        held[k] = symbol[_PLACE(at) + k]
         p = float(prob[_PLACE(at) + k])
-        if np.int64(k) != place:
-            total += p
-            if p < least:
-                n_rest -= 1
-                key[n_rest] = np.int64(value) << 9 | np.int64(k)
-                continue
-        new = np.int64(value) << 9 | (511 - np.int64(k))  # of equals the first comes first
-        j = n_keys
-        while j > 0 and key[_PLACE(j - 1)] < new:
-            key[_PLACE(j)] = key[_PLACE(j - 1)]
-            j -= 1
-        key[_PLACE(j)] = new
-        n_keys += 1
+        total += 0.0 if k == top else p
+        high[_PLACE(n_high)] = low[_PLACE(n_low)] = _key(bits[_PLACE(at) + k], k)
+        n_high += (p >= least) & (k != top)
+        n_low += (p < least) & (k != top)
+    sort_few(high, n_high, spare)
     unlisted[i] = total
-    listable[i] = n_keys
-    for k in range(_PLACE(n)):
-        value = key[k]
-        source = value & 511
-        if np.int64(k) < n_keys:
-            source = 511 - source
-        bits[_PLACE(at) + k] = value >> 9
-        symbol[_PLACE(at) + k] = held[_PLACE(source)]
+    listable[i] = n_high + 1
+    symbol[at] = held[top]
+    bits[at] = _MOST - np.uint32(largest >> 9)
+    for k in range(_PLACE(n_high)):
+        to = _PLACE(at + 1) + k
+        symbol[to] = held[_PLACE(high[k] & 511)]
+        bits[to] = _MOST - np.uint32(high[k] >> 9)
+    for k in range(_PLACE(n_low)):
+        to = _PLACE(at + n - 1) - k
+        symbol[to] = held[_PLACE(low[k] & 511)]
+        bits[to] = _MOST - np.uint32(low[k] >> 9)
     return -1.0
 
 
@@ -158,7 +157,8 @@ def gather_rows(
     """
     words = np.empty(32, np.uint64)
     flags = words.view(np.uint8)
-    found, key, held = np.empty(257, np.int64), np.empty(257, np.int64), np.empty(257, np.int16)
+    found, held = np.empty(257, np.int64), np.empty(257, np.int16)
+    high, low, spare = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
     out = 0
     for i in range(given.shape[0]):
         start = np.uint64(i) * np.uint64(257)
@@ -188,7 +188,7 @@ def gather_rows(
         for k in range(_PLACE(n)):
             symbol[_PLACE(out) + k] = found[k]
             prob[_PLACE(out) + k] = probs[start + _PLACE(found[k])]
-        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, key, held, rest, unlisted, listable, i)
+        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, high, low, spare, held, rest, unlisted, listable, i)
         if total != -1.0:
             return out, i, BAD_SUM, total
         count[i] = n
@@ -215,7 +215,8 @@ def gather_sparse(
     prob_bits: U32,
 ) -> tuple[int, int, int, float]:
     """`gather_rows` of sparse rows: `counts` int64 [m] of `symbols` int16, ascending in a row, with `probs` float32."""
-    key, held = np.empty(257, np.int64), np.empty(257, np.int16)
+    held = np.empty(257, np.int16)
+    high, low, spare = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
     out = at = 0
     for i in range(given.shape[0]):
         tail = float(given[i])
@@ -226,26 +227,38 @@ def gather_sparse(
         top_place = at
         before = -1
         stop = at + counts[i]
-        for k in range(_PLACE(at), _PLACE(stop)):
-            value = bits[k]
-            s = symbols[k]
-            if value > _LIMIT_BITS:
-                return out, i, BAD_VALUE, float(probs[k])
-            if s <= before or s > END:
-                return out, i, BAD_ORDER, float(s)
+        last = stop - (stop > at and symbols[stop - 1] == END)
+        limit = np.uint32(0)
+        descents = 0
+        for k in range(_PLACE(at), _PLACE(last)):
+            value, s = bits[k], symbols[k]
+            limit = max(limit, value)
+            descents += (s <= before) | (s >= END)
             before = s
-            if value > top_bits and s != END:
-                top_bits = value
-                top_place = np.int64(k)
+            high_enough = value >= threshold
+            larger = value > top_bits
+            top_bits = value if larger else top_bits
+            top_place = np.int64(k) if larger else top_place
             symbol[_PLACE(out + n)] = s
             prob[_PLACE(out + n)] = probs[k]
-            n += value >= threshold
-            if value < threshold:
-                if s == END:
-                    end_bits = value
-                    below_end = float(probs[k])
-                else:
-                    fixed += np.int64(np.int32(probs[k] * scale)) + np.int64(value != 0)
+            n += high_enough
+            fixed += (np.int64(np.int32(probs[k] * scale)) + np.int64(value != 0)) * (1 - np.int64(high_enough))
+        if last < stop:
+            end_bits = bits[last]
+            limit = max(limit, end_bits)
+            if end_bits >= threshold:
+                symbol[out + n] = END
+                prob[out + n] = probs[last]
+                n += 1
+                end_bits = np.uint32(0)
+            else:
+                below_end = float(probs[last])
+        if descents:
+            return out, i, BAD_ORDER, float(i)
+        if limit > _LIMIT_BITS:
+            for k in range(at, stop):
+                if bits[k] > _LIMIT_BITS:
+                    return out, i, BAD_VALUE, float(probs[k])
         if not (tail >= 0.0 and tail <= 1.0 + SUM_TOLERANCE):
             return out, i, BAD_VALUE, tail
         missing = fixed / float(scale)
@@ -261,7 +274,7 @@ def gather_sparse(
             prob[out] = probs[top_place]
             missing = max(0.0, missing - float(probs[top_place]))
             n = 1
-        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, key, held, rest, unlisted, listable, i)
+        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, high, low, spare, held, rest, unlisted, listable, i)
         if total != -1.0:
             return out, i, BAD_SUM, total
         count[i] = n

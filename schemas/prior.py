@@ -210,7 +210,7 @@ def grow(text: U8, doc_start: I64, known: NDArray[np.bool_]) -> Prior:
     return Prior(np.array(parent, np.int64), np.array(byte, np.uint8), np.zeros((len(parent), SYMBOLS), np.uint8))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _mix(parent: I64, mass: I64, edge: F64, code: U8) -> None:
     """Fill `code` from the summed masses int64 [K, 257] of the positions at each node; `mass` is summed up the tree."""
     n_nodes = parent.shape[0]

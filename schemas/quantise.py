@@ -25,7 +25,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
-from schemas.sorting import insertion_sort
+from schemas.sorting import sort_few
 
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
@@ -56,6 +56,35 @@ def _log2_table() -> I64:
 
 
 _LOG2 = _log2_table().astype(np.int32)
+_FIRST_OCTAVE, _OCTAVES, _STEPS = -20, 28, 32
+_LOG_ERROR = 4e-4
+"""How far ln(p / q) may be off where both logarithms come from the table."""
+
+
+def _worthy_shares() -> tuple[F64, F64]:
+    """float64 [octaves * steps + 2] each: q / p below which listing p surely gains its price, above which surely not.
+
+    By price / p = y, a number of steps to an octave: the share r at which the gain is the price solves
+    r - 1 - ln(r) = y and falls with y. The bounds leave room for the table's logarithms; at both ends, beyond the
+    octaves, they say nothing.
+    """
+    edge = 2.0 ** np.arange(_FIRST_OCTAVE, _FIRST_OCTAVE + _OCTAVES)[:, None] * (1 + np.arange(_STEPS) / _STEPS)
+    edge = np.append(edge.ravel(), 2.0 ** (_FIRST_OCTAVE + _OCTAVES))
+
+    def share(y: F64) -> F64:
+        low, high = np.full(len(y), -400.0), np.zeros(len(y))  # ln(r)
+        for _ in range(80):
+            middle = (low + high) / 2
+            above = np.expm1(middle) - middle > y
+            low, high = np.where(above, middle, low), np.where(above, high, middle)
+        return np.exp(high)
+
+    sure = share(edge[1:] + _LOG_ERROR) * (1 - 1e-9)
+    hopeless = share(np.maximum(edge[:-1] - _LOG_ERROR, 0.0)) * (1 + 1e-9)
+    return np.concatenate([[0.0], sure, [0.0]]), np.concatenate([[np.inf], hopeless, [np.inf]])
+
+
+_SURE, _HOPELESS = _worthy_shares()
 _LN2_UNIT = 0.6931471805599453 / 2**20
 _PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 _TERMS = 4096
@@ -70,32 +99,30 @@ def _log2(bits: np.uint64) -> int:
     return (np.int64(bits >> np.uint64(52)) << 20) + np.int64(_LOG2[bits >> np.uint64(40) & np.uint64(4095)])
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _round_code(root: float, step: int, highest: int, p: float, power: int, error: float, top: float) -> int:
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def _round_code(
+    root: float, step: int, highest: int, p: float, power: int, error: float, top: float
+) -> tuple[int, float]:
     """The multiple of `step` next to 256 * root, `highest` at most, that errs least on p and on the implied symbol.
 
-    `power` 2 or 4; `error` summed so far; `top` the implied symbol's true mass. 0: none above zero leaves the
-    implied symbol half of its value.
+    `power` 2 or 4; `error` summed so far; `top` the implied symbol's true mass. Returns the code, and `error` with its
+    own; code 0: none above zero leaves the implied symbol half of its value.
     """
-    x = root * 256.0
-    below = int(x / step) * step
-    best = 0
-    least = np.inf
-    for code in (below, below + step):
-        code = min(code, highest)
-        if code < 1:
-            continue
-        value = (code / 256.0) * (code / 256.0)
-        if power == 4:
-            value *= value
-        off = value - p
-        after = error + off
-        if after > 0.5 * top:
-            continue
-        cost = off * off / max(value, p) + after * after / top
-        if cost < least:
-            least, best = cost, code
-    return best
+    below = int(root * 256.0) & -step
+    low, high = min(below, highest), min(below + step, highest)
+    low_value, high_value = (low / 256.0) * (low / 256.0), (high / 256.0) * (high / 256.0)
+    if power == 4:
+        low_value, high_value = low_value * low_value, high_value * high_value
+    low_off, high_off = low_value - p, high_value - p
+    low_after, high_after = error + low_off, error + high_off
+    low_cost = low_off * low_off / max(low_value, p) + low_after * low_after / top
+    high_cost = high_off * high_off / max(high_value, p) + high_after * high_after / top
+    low_cost = np.inf if low < 1 or low_after > 0.5 * top else low_cost
+    high_cost = np.inf if high_after > 0.5 * top else high_cost
+    if low_cost == np.inf and high_cost == np.inf:
+        return 0, error
+    higher = high_cost < low_cost
+    return high if higher else low, high_after if higher else low_after
 
 
 @njit(cache=True, nogil=True)
@@ -109,76 +136,100 @@ def learn_masses(node: I16, count: I16, symbol: I16, prob: F32, unit: float, mas
         at += count[i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def _worth(
+    p: float, lp: int, q: float, price: float, scratch: F64, scratch_bits: NDArray[np.uint64]
+) -> bool:
+    """Whether p instead of the tail's q gains more than `price` nats; `lp` is `_log2` of p."""
+    if p <= q:
+        return False
+    scratch[0] = q
+    return p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q > price
+
+
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
 def _choose(
+    first: np.uint64,
     n: int,
     t: float,
     w: float,
     rest: float,
     top_rank: int,
     row: np.uint64,
+    prior: I16,
     symbol: I16,
     prob: F32,
-    prior: I16,
+    bits: NDArray[np.uint32],
     weights: F64,
     price: F64,
     scratch: F64,
     scratch_bits: NDArray[np.uint64],
+    rank: I16,
+    weight: F64,
+    sure: F64,
+    hopeless: F64,
     listed: U8,
-) -> int:
-    """Mark in `listed` which of the first n entries, by descending probability, a row lists; returns how many.
+) -> float:
+    """Mark in `listed` which of n entries a row lists, from `first` on by descending probability.
 
-    `t`, `w`: mass and prior weight of all symbols but the implied one. Two rounds: what is listed takes mass from the
-    tail, so a symbol that was not worth its price may be once others are listed. The second round asks only those
-    whose question has changed.
+    `t`, `w`: mass and prior weight of all symbols but the implied one; `row`: the context's, in `prior`. Returns the
+    mass that is not listed. Two rounds: what is listed takes mass from the tail, so a symbol that was not worth its
+    price may be once others are listed; the second round asks only those whose question has changed. `rank` int16 [n]
+    gets the entries' ranks without the implied symbol, `weight` float64 [n] their prior weights.
     """
+    for k in range(_PLACE(n)):
+        here = np.int64(prior[row, np.uint64(symbol[first + k])])
+        r = (here & 511) - ((here & 511) > top_rank)
+        rank[k] = r
+        weight[k] = weights[_PLACE(here >> 9)]
+        p = float(prob[first + k])
+        scratch[0] = price[_PLACE(r)] / p
+        place = np.int64(scratch_bits[0] >> np.uint64(47)) - (_FIRST_OCTAVE + 1023) * _STEPS + 1
+        place = min(max(place, 0), _OCTAVES * _STEPS + 1)
+        sure[k] = _SURE[_PLACE(place)] * p
+        hopeless[k] = _HOPELESS[_PLACE(place)] * p
     n_listed = 0
     last = 0
-    for k in range(n):
-        listed[_PLACE(k)] = 0
+    for k in range(_PLACE(n)):
+        p = float(prob[first + k])
+        x, limit = t * weight[k], sure[k] * w
         if n_listed == MAX_COUNT:
+            limit = -1.0
+        elif x >= limit and x <= hopeless[k] * w:
+            b = bits[first + k]
+            lp = (np.int64(b >> np.uint32(23)) + 896 << 20) + np.int64(_LOG2[b >> np.uint32(11) & np.uint32(4095)])
+            limit = np.inf if _worth(p, lp, x / w, price[_PLACE(rank[k])], scratch, scratch_bits) else -1.0
+        # Arithmetic in place of a branch that would be guessed wrong; t is never below `rest`.
+        yes = 1.0 if x < limit else 0.0
+        t = max(t - p * yes, rest)
+        w -= weight[k] * yes
+        listed[k] = np.uint8(yes)
+        n_listed += np.int64(yes)
+        last = np.int64(k) if x < limit else last
+    again = np.uint8(0)
+    for k in range(_PLACE(last)):
+        again |= (listed[k] ^ np.uint8(1)) & np.uint8(t * weight[k] <= hopeless[k] * w)
+    if not again:
+        return t
+    j = 0
+    while j < last and n_listed < MAX_COUNT:
+        k = _PLACE(j)
+        j += 1
+        if listed[k]:
             continue
-        here = prior[row, np.uint64(symbol[_PLACE(k)])]
-        weight = weights[np.uint64(here >> 9)]
-        p = float(prob[_PLACE(k)])
-        q = t * weight / w
-        if p <= q:
-            continue
+        p = float(prob[first + k])
         scratch[0] = p
         lp = _log2(scratch_bits[0])
-        scratch[0] = q
-        gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
-        r = np.int64(here & 511)
-        if gain > price[_PLACE(r - (r > top_rank))]:
-            listed[_PLACE(k)] = 1
+        if _worth(p, lp, t * weight[k] / w, price[_PLACE(rank[k])], scratch, scratch_bits):
+            listed[k] = 1
             n_listed += 1
             t = max(t - p, rest)
-            w -= weight
-            last = k
-    k = 0
-    while k < last and n_listed < MAX_COUNT:
-        if not listed[_PLACE(k)]:
-            here = prior[row, np.uint64(symbol[_PLACE(k)])]
-            weight = weights[np.uint64(here >> 9)]
-            p = float(prob[_PLACE(k)])
-            q = t * weight / w
-            if p > q:
-                scratch[0] = p
-                lp = _log2(scratch_bits[0])
-                scratch[0] = q
-                gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
-                r = np.int64(here & 511)
-                if gain > price[_PLACE(r - (r > top_rank))]:
-                    listed[_PLACE(k)] = 1
-                    n_listed += 1
-                    t = max(t - p, rest)
-                    w -= weight
-                    last = n
-        k += 1
-    return n_listed
+            w -= weight[k]
+            last = n
+    return t
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def sum_logs(times: F64, x: F64, n: int) -> float:
     """Sum of times[k] * ln(x[k]) over k < n, normal numbers above zero; 1e-15 of the summands, alike on every machine.
 
@@ -210,7 +261,7 @@ def sum_logs(times: F64, x: F64, n: int) -> float:
     return (a + b) + (c + d)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def encode_rows(
     true: I16,
     node: I16,
@@ -222,6 +273,7 @@ def encode_rows(
     given: F32,
     symbol: I16,
     prob: F32,
+    bits: NDArray[np.uint32],
     prior: I16,
     weights: F64,
     inverse: F64,
@@ -255,6 +307,13 @@ def encode_rows(
     scratch_bits = scratch.view(np.uint64)
     listed = np.empty(SYMBOLS, np.uint8)
     coded = np.empty(SYMBOLS)
+    rank, spare = np.empty(SYMBOLS, np.int16), np.empty(SYMBOLS, np.int64)
+    weight, sure, hopeless = np.empty(SYMBOLS), np.empty(SYMBOLS), np.empty(SYMBOLS)
+    chosen, others_of = np.empty(SYMBOLS, np.int64), np.empty(SYMBOLS, np.int64)
+    value_unit = (value_step / 256.0) ** 2
+    most_tail = np.empty(65)  # by 64 * tail: what rounding it up to the next code may add to it
+    for k in range(65):
+        most_tail[k] = (((k + 1) / 64.0) ** 0.25 + tail_step / 256.0) ** 4 - (k + 1) / 64.0
     spots = np.empty(SYMBOLS, np.int64)  # 256 * rank + code
     # Terms of the divergence, times[k] * ln(x[k]): of both figures, of the first, of the second.
     both_times, both_x, n_both = np.empty(_TERMS), np.empty(_TERMS), 0
@@ -276,19 +335,34 @@ def encode_rows(
         top_symbol = np.int64(symbol[_PLACE(at)])
         here = np.int64(prior[row, np.uint64(top_symbol)])
         top_rank = here & 511
-        others = total_weight[row] - weights[here >> 9]
+        w = total_weight[row] - weights[_PLACE(here >> 9)]
         n = np.int64(listable[i]) - 1
-        mine, mine_p = symbol[at + 1 : stop], prob[at + 1 : stop]
-        n_listed = _choose(
-            n, unlisted[i], others, rest[i], top_rank, row, mine, mine_p, prior, weights, price, scratch, scratch_bits,
-            listed,
+        first = _PLACE(at + 1)
+        t = _choose(
+            first, n, unlisted[i], w, rest[i], top_rank, row, prior, symbol, prob, bits, weights, price, scratch,
+            scratch_bits, rank, weight, sure, hopeless, listed,
         )  # fmt: skip
+        n_chosen = n_others = 0
+        for k in range(_PLACE(n)):
+            chosen[_PLACE(n_chosen)] = np.int64(k)
+            others_of[_PLACE(n_others)] = np.int64(k)
+            n_chosen += listed[k]
+            n_others += 1 - listed[k]
+        if learning and t < 0.9 * FLAT_TAIL:
+            # No code can be refused (see `_round_code`) where even all of them rounded up leave the implied symbol
+            # half of its value: sum of (sqrt(p) + step)^2 - p, with sum of sqrt(p) <= sqrt(n * sum of p).
+            most = value_step / 128.0 * math.sqrt(n_chosen * max(0.0, unlisted[i] - t)) + (n_chosen + 1) * value_unit
+            if most + most_tail[_PLACE(t * 64.0)] < 0.499 * implied:
+                mass[row, np.uint64(top_symbol)] -= np.int64(implied * unit)
+                for j in range(_PLACE(n_chosen)):
+                    e = first + _PLACE(chosen[j])
+                    mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
+                continue
         t = rest[i]  # again, without the rounding of the subtractions above
         for k in range(_PLACE(n)):
-            if not listed[k]:
-                t += float(mine_p[k])
+            t += float(prob[first + k]) * (1.0 - listed[k])
         for k in range(_PLACE(n), _PLACE(m - 1)):
-            t += float(mine_p[k])
+            t += float(prob[first + k])
         if t > FLAT_TAIL:
             if not learning:
                 head[i], tail[i] = 0, TAIL_IS_ALL
@@ -297,87 +371,89 @@ def encode_rows(
         code = 0
         if t > 0.0:
             root = math.sqrt(math.sqrt(t))
-            code = _round_code(root, tail_step, 254, t, 4, 0.0, implied)
+            code, error = _round_code(root, tail_step, 254, t, 4, 0.0, implied)
             off = TAIL[code] - t
             if code == 0 or off * off / max(t, TAIL[code]) + off * off / implied > FINE_TAIL * rate:
-                code = max(1, _round_code(root, 1, 254, t, 4, 0.0, implied))
+                code, error = _round_code(root, 1, 254, t, 4, 0.0, implied)
+                code = max(1, code)
             error = TAIL[code] - t
         tail_code = code
-        n_spots = 0
-        for k in range(_PLACE(n)):
-            coded[k] = 0.0
-            if not listed[k]:
-                continue
-            p = float(mine_p[k])
-            code = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied)
+        refused = 0
+        for j in range(_PLACE(n_chosen)):
+            k = _PLACE(chosen[j])
+            p = float(prob[first + k])
+            code, error = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied)
             if code == 0:  # no code leaves the implied symbol enough: this one stays unlisted, its mass with that
                 listed[k] = 0
                 error -= p
+                refused += 1
                 continue
-            coded[k] = VALUE[code]
-            error += VALUE[code] - p
-            r = np.int64(prior[row, np.uint64(mine[k])]) & 511
-            spots[n_spots] = (r - (r > top_rank)) << 8 | code
-            n_spots += 1
+            place = _PLACE(np.int64(j) - refused)
+            chosen[place] = np.int64(k)
+            coded[place] = VALUE[code]
+            spots[place] = np.int64(rank[k]) << 8 | code
+        n_chosen -= refused
         if learning:
             mass[row, np.uint64(top_symbol)] -= np.int64(implied * unit)
-            for k in range(_PLACE(n)):
-                if listed[k]:
-                    mass[row, np.uint64(mine[k])] -= np.int64(float(mine_p[k]) * unit)
+            for j in range(_PLACE(n_chosen)):
+                e = first + _PLACE(chosen[j])
+                mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
             continue
-        insertion_sort(spots, 0, n_spots)
+        if refused:
+            n_others = 0
+            for k in range(_PLACE(n)):
+                others_of[_PLACE(n_others)] = np.int64(k)
+                n_others += 1 - listed[k]
+        sort_few(spots, n_chosen, spare)
         before = -1
-        for j in range(_PLACE(n_spots)):
+        for j in range(_PLACE(n_chosen)):
             r = spots[j] >> 8
             gap[_PLACE(out)] = r - before - 1
             value[_PLACE(out)] = spots[j] & 255
             before = r
             out += 1
         miss = top_symbol != true[i]
-        if miss:
-            r = np.int64(prior[row, np.uint64(true[i])]) & 511
-            top[n_top] = top_rank - (top_rank > r)
-            n_top += 1
-        head[i] = 2 * n_spots + miss
+        r = np.int64(prior[row, np.uint64(true[i])]) & 511
+        top[_PLACE(n_top)] = top_rank - (top_rank > r)
+        n_top += miss
+        head[i] = 2 * n_chosen + miss
         tail[i] = tail_code
         if not mask[i]:
             continue
         # The KL of the row, quantisation alone and with the tail spread; nothing is decided by it. Of what the row
         # did not keep, `rest`, the input's own unlisted mass, `given`, is spread as the decoder spreads it, and the
         # remainder counts as one symbol.
-        both_times[n_both], both_x[n_both] = implied, implied / (implied - error)
+        both_times[_PLACE(n_both)], both_x[_PLACE(n_both)] = implied, implied / (implied - error)
         n_both += 1
+        for j in range(_PLACE(n_chosen)):
+            p = float(prob[first + _PLACE(chosen[j])])
+            w -= weight[_PLACE(chosen[j])]
+            both_times[_PLACE(n_both)], both_x[_PLACE(n_both)] = p, p / coded[j]
+            n_both += 1
         missing = rest[i]
-        share = others
-        for k in range(_PLACE(n)):
-            p = float(mine_p[k])
-            if listed[k]:
-                others -= weights[prior[row, np.uint64(mine[k])] >> 9]
-                both_times[n_both], both_x[n_both] = p, p / coded[k]
-                n_both += 1
-            else:
-                missing += p
+        for j in range(_PLACE(n_others)):
+            missing += float(prob[first + _PLACE(others_of[j])])
         for k in range(_PLACE(n), _PLACE(m - 1)):
-            missing += float(mine_p[k])
+            missing += float(prob[first + k])
         if missing > 1e-12 and tail_code > 0:
-            mass_of_tail = TAIL[tail_code]
-            one_times[n_one], one_x[n_one] = missing, missing / mass_of_tail
+            tail_mass = TAIL[tail_code]
+            one_times[_PLACE(n_one)], one_x[_PLACE(n_one)] = missing, missing / tail_mass
             n_one += 1
-            share = others
-            given_each, scale = float(given[i]) / others, others / mass_of_tail
-            for k in range(_PLACE(m - 1)):
-                p = float(mine_p[k])
-                if (k < _PLACE(n) and listed[k]) or p <= 0.0:
-                    continue
-                c = prior[row, np.uint64(mine[k])] >> 9
+            share, each, scale = w, float(given[i]) / w, w / tail_mass
+            for j in range(_PLACE(n_others), _PLACE(n_others + m - 1 - n)):
+                others_of[j] = np.int64(j) - n_others + n
+            for j in range(_PLACE(n_others + m - 1 - n)):
+                e = first + _PLACE(others_of[j])
+                p = float(prob[e])
+                c = _PLACE(prior[row, np.uint64(symbol[e])] >> 9)
                 share -= weights[c]
-                p += given_each * weights[c]
-                two_times[n_two], two_x[n_two] = p, p * inverse[c] * scale
+                p += each * weights[c]
+                two_times[_PLACE(n_two)], two_x[_PLACE(n_two)] = p, p * inverse[c] * scale
                 n_two += 1
-            w = max(share, 1e-12) / others
-            p = max(0.0, rest[i] - float(given[i])) + float(given[i]) * w
+            x = max(share, 1e-12) / w
+            p = max(0.0, rest[i] - float(given[i])) + float(given[i]) * x
             if p > 1e-12:
-                two_times[n_two], two_x[n_two] = p, p / (mass_of_tail * w)
+                two_times[_PLACE(n_two)], two_x[_PLACE(n_two)] = p, p / (tail_mass * x)
                 n_two += 1
         if max(n_both, n_two) > _TERMS - _ROOM or n_one > _TERMS - _ROOM:
             common = sum_logs(both_times, both_x, n_both)

@@ -259,7 +259,7 @@ class ShardBuilder:
     def _refusal(self, row: int, reason: int, value: float) -> Exception:
         """What to raise for a row of a piece that a kernel refused."""
         if reason == quantise.BAD_ORDER:
-            return ValueError(f"row {row} of this piece: symbol {int(value)} is out of order or above {END}")
+            return ValueError(f"row {row} of this piece: its symbols must ascend and be at most {END}")
         if reason == quantise.BAD_VALUE and value == 0.0:  # -0.0: the kernels order floats by their bits
             return _NegativeZero()
         document = len(self._doc_start) - 1
@@ -314,7 +314,7 @@ class ShardBuilder:
         gap, value = (np.empty(m, np.uint8) for _ in range(2))
         learn = mass is not None
         n_top, n_entries = quantise.encode_rows(
-            rows.true, node, *rows[1:], table.packed, priors.WEIGHT, priors.INVERSE, table.total,
+            rows.true, node, *rows[1:], rows.prob.view(np.uint32), table.packed, priors.WEIGHT, priors.INVERSE, table.total,
             self._price, self.precision.rate, self.precision.value_step, self.precision.tail_step,
             head, tail, top, gap, value, self._divergence, float(priors.UNIT),
             np.empty((0, SYMBOLS), np.int64) if mass is None else mass,

@@ -16,6 +16,8 @@ from schemas.arrays import I64
 
 LANES = 512
 """Lists of one table."""
+FEW = 16
+"""Values that `sort_few` sorts by counting."""
 
 
 @njit(cache=True, nogil=True)
@@ -28,6 +30,28 @@ def insertion_sort(values: NDArray[Any], start: int, stop: int) -> None:
             values[j] = values[j - 1]
             j -= 1
         values[j] = value
+
+
+@njit(cache=True, nogil=True)
+def sort_few(values: I64, n: int, spare: I64) -> None:
+    """Sort values[:n], distinct; up to FEW without branches, by counting the smaller ones.
+
+    Both arrays have room for FEW.
+    """
+    if n > FEW:
+        insertion_sort(values, 0, n)
+        return
+    width = FEW // 2 if n <= FEW // 2 else FEW
+    for k in range(np.uint64(n), np.uint64(width)):
+        values[k] = np.iinfo(np.int64).max
+    for k in range(np.uint64(n)):
+        value, smaller = values[k], 0
+        for j in range(np.uint64(0), np.uint64(width), np.uint64(FEW // 2)):
+            for step in range(np.uint64(FEW // 2)):
+                smaller += values[j + step] < value
+        spare[np.uint64(smaller)] = value
+    for k in range(np.uint64(n)):
+        values[k] = spare[k]
 
 
 def network(width: int) -> I64:

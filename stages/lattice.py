@@ -99,7 +99,7 @@ def _children(
     return child
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _forward(
     text: np.ndarray, first: int, last: int, row_start: np.ndarray, by_start: np.ndarray, at: np.ndarray,
     canonical: np.ndarray, end: np.ndarray, control: np.ndarray, level_offset: np.ndarray, entry_offset: np.ndarray,

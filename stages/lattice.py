@@ -136,7 +136,32 @@ def _forward(
         byte = np.int64(text[i]) if i < len(text) else np.int64(-1)
         known = 0.0
         listed = 0.0
-        for a in range(n_active):
+        ahead = 0.0  # weight that has the text's next byte
+        alone = n_active == 1
+        if alone:  # most positions: the entries are in order, nothing is summed by symbol
+            r = active[0]
+            depth = i - row_start[r]
+            level = level_offset[r] + depth
+            w = weight[r]
+            here = mass = 0.0
+            if depth == 0:
+                here = end[r] + control[r]
+                listed = w * end[r]
+            before = np.int64(-1)
+            for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
+                m = np.float64(entry_mass[e])
+                b = np.int64(entry_byte[e])
+                alone &= b > before
+                before = b
+                here += m
+                listed += w * m
+                mass = m if b == byte else mass
+            found[0] = mass
+            known = w * max(prefix[0], here)
+            ahead = w * mass
+            if not alone:
+                known = listed = 0.0
+        for a in range(0 if alone else n_active):
             r = active[a]
             depth = i - row_start[r]
             level = level_offset[r] + depth
@@ -159,9 +184,10 @@ def _forward(
             found[a] = mass
             # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
             known += w * max(prefix[a], here)
+            ahead = acc[byte]
         rate = 0.0
         if i < len(text):
-            rate = acc[byte] / known if known > 0.0 else 1.0
+            rate = ahead / known if known > 0.0 else 1.0
         total = known + unknown
         if total <= 0.0:
             # The text has probability zero for every known history: all is tail until the canonical tokens break.
@@ -177,8 +203,19 @@ def _forward(
             logp[out] = log_total
             unaccounted[out] = unknown / total
             tail[out] = max(0.0, 1.0 - listed / total)
-            before = written
-            for word in range(_PLACE(33)):
+            before = np.int64(written)
+            if alone:
+                for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
+                    p = np.float32(w * np.float64(entry_mass[e]) / total)
+                    symbol[_PLACE(written)] = entry_byte[e]
+                    prob[_PLACE(written)] = p
+                    written += p > np.float32(0.0)
+                if depth == 0:
+                    p = np.float32(w * end[r] / total)
+                    symbol[_PLACE(written)] = END
+                    prob[_PLACE(written)] = p
+                    written += p > np.float32(0.0)
+            for word in range(_PLACE(0 if alone else 33)):
                 if seen[word] != 0:
                     for b in range(word * _PLACE(8), word * _PLACE(8) + _PLACE(8)):
                         p = np.float32(acc[b] / total)
@@ -186,7 +223,7 @@ def _forward(
                         prob[_PLACE(written)] = p
                         written += p > np.float32(0.0)
             count[out] = written - before
-        for word in range(_PLACE(33)):
+        for word in range(_PLACE(0 if alone else 33)):
             if seen[word] != 0:
                 seen[word] = 0
                 for b in range(word * _PLACE(8), word * _PLACE(8) + _PLACE(8)):

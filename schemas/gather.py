@@ -76,7 +76,6 @@ def _keep_row(
     at: int,
     high: I64,
     low: I64,
-    spare: I64,
     held: I16,
     rest: F64,
     unlisted: F64,
@@ -114,7 +113,7 @@ def _keep_row(
         high[_PLACE(n_high)] = low[_PLACE(n_low)] = _key(bits[_PLACE(at) + k], k)
         n_high += (p >= least) & (k != top)
         n_low += (p < least) & (k != top)
-    sort_few(high, n_high, spare)
+    sort_few(high, n_high)
     unlisted[i] = total
     listable[i] = n_high + 1
     symbol[at] = held[top]
@@ -158,7 +157,7 @@ def gather_rows(
     words = np.empty(32, np.uint64)
     flags = words.view(np.uint8)
     found, held = np.empty(257, np.int64), np.empty(257, np.int16)
-    high, low, spare = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
+    high, low = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
     out = 0
     for i in range(given.shape[0]):
         start = np.uint64(i) * np.uint64(257)
@@ -188,7 +187,7 @@ def gather_rows(
         for k in range(_PLACE(n)):
             symbol[_PLACE(out) + k] = found[k]
             prob[_PLACE(out) + k] = probs[start + _PLACE(found[k])]
-        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, high, low, spare, held, rest, unlisted, listable, i)
+        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, high, low, held, rest, unlisted, listable, i)
         if total != -1.0:
             return out, i, BAD_SUM, total
         count[i] = n
@@ -216,7 +215,7 @@ def gather_sparse(
 ) -> tuple[int, int, int, float]:
     """`gather_rows` of sparse rows: `counts` int64 [m] of `symbols` int16, ascending in a row, with `probs` float32."""
     held = np.empty(257, np.int16)
-    high, low, spare = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
+    high, low = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
     out = at = 0
     for i in range(given.shape[0]):
         tail = float(given[i])
@@ -274,7 +273,7 @@ def gather_sparse(
             prob[out] = probs[top_place]
             missing = max(0.0, missing - float(probs[top_place]))
             n = 1
-        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, high, low, spare, held, rest, unlisted, listable, i)
+        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, high, low, held, rest, unlisted, listable, i)
         if total != -1.0:
             return out, i, BAD_SUM, total
         count[i] = n

@@ -25,7 +25,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
-from schemas.sorting import sort_few
+from schemas.sorting import FEW, sort_few
 
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
@@ -166,17 +166,19 @@ def _choose(
     scratch_bits: NDArray[np.uint64],
     rank: I16,
     weight: F64,
-    sure: F64,
     hopeless: F64,
     listed: U8,
-) -> float:
+    chosen: I64,
+) -> tuple[float, int]:
     """Mark in `listed` which of n entries a row lists, from `first` on by descending probability.
 
     `t`, `w`: mass and prior weight of all symbols but the implied one; `row`: the context's, in `prior`. Returns the
-    mass that is not listed. Two rounds: what is listed takes mass from the tail, so a symbol that was not worth its
+    mass that is not listed, and how many are; `chosen` gets their places. Two rounds: what is listed takes mass from the tail, so a symbol that was not worth its
     price may be once others are listed; the second round asks only those whose question has changed. `rank` int16 [n]
     gets the entries' ranks without the implied symbol, `weight` float64 [n] their prior weights.
     """
+    n_chosen = 0
+    last = 0
     for k in range(_PLACE(n)):
         here = np.int64(prior[row, np.uint64(symbol[first + k])])
         r = (here & 511) - ((here & 511) > top_rank)
@@ -186,33 +188,29 @@ def _choose(
         scratch[0] = price[_PLACE(r)] / p
         place = np.int64(scratch_bits[0] >> np.uint64(47)) - (_FIRST_OCTAVE + 1023) * _STEPS + 1
         place = min(max(place, 0), _OCTAVES * _STEPS + 1)
-        sure[k] = _SURE[_PLACE(place)] * p
         hopeless[k] = _HOPELESS[_PLACE(place)] * p
-    n_listed = 0
-    last = 0
-    for k in range(_PLACE(n)):
-        p = float(prob[first + k])
-        x, limit = t * weight[k], sure[k] * w
-        if n_listed == MAX_COUNT:
+        x, limit = t * weight[k], _SURE[_PLACE(place)] * p * w
+        if n_chosen == MAX_COUNT:
             limit = -1.0
         elif x >= limit and x <= hopeless[k] * w:
             b = bits[first + k]
             lp = (np.int64(b >> np.uint32(23)) + 896 << 20) + np.int64(_LOG2[b >> np.uint32(11) & np.uint32(4095)])
-            limit = np.inf if _worth(p, lp, x / w, price[_PLACE(rank[k])], scratch, scratch_bits) else -1.0
+            limit = np.inf if _worth(p, lp, x / w, price[_PLACE(r)], scratch, scratch_bits) else -1.0
         # Arithmetic in place of a branch that would be guessed wrong; t is never below `rest`.
         yes = 1.0 if x < limit else 0.0
         t = max(t - p * yes, rest)
         w -= weight[k] * yes
         listed[k] = np.uint8(yes)
-        n_listed += np.int64(yes)
-        last = np.int64(k) if x < limit else last
+        chosen[_PLACE(n_chosen)] = np.int64(k)
+        n_chosen += np.int64(yes)
+    last = chosen[_PLACE(n_chosen - 1)] if n_chosen else 0
     again = np.uint8(0)
     for k in range(_PLACE(last)):
         again |= (listed[k] ^ np.uint8(1)) & np.uint8(t * weight[k] <= hopeless[k] * w)
     if not again:
-        return t
+        return t, n_chosen
     j = 0
-    while j < last and n_listed < MAX_COUNT:
+    while j < last and n_chosen < MAX_COUNT:
         k = _PLACE(j)
         j += 1
         if listed[k]:
@@ -222,11 +220,15 @@ def _choose(
         lp = _log2(scratch_bits[0])
         if _worth(p, lp, t * weight[k] / w, price[_PLACE(rank[k])], scratch, scratch_bits):
             listed[k] = 1
-            n_listed += 1
+            n_chosen += 1
             t = max(t - p, rest)
             w -= weight[k]
             last = n
-    return t
+    n_chosen = 0
+    for k in range(_PLACE(n)):
+        chosen[_PLACE(n_chosen)] = np.int64(k)
+        n_chosen += listed[k]
+    return t, n_chosen
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -307,14 +309,14 @@ def encode_rows(
     scratch_bits = scratch.view(np.uint64)
     listed = np.empty(SYMBOLS, np.uint8)
     coded = np.empty(SYMBOLS)
-    rank, spare = np.empty(SYMBOLS, np.int16), np.empty(SYMBOLS, np.int64)
-    weight, sure, hopeless = np.empty(SYMBOLS), np.empty(SYMBOLS), np.empty(SYMBOLS)
-    chosen, others_of = np.empty(SYMBOLS, np.int64), np.empty(SYMBOLS, np.int64)
+    rank = np.empty(SYMBOLS, np.int16)
+    weight, hopeless = np.empty(SYMBOLS), np.empty(SYMBOLS)
+    chosen = np.empty(SYMBOLS, np.int64)
     value_unit = (value_step / 256.0) ** 2
     most_tail = np.empty(65)  # by 64 * tail: what rounding it up to the next code may add to it
     for k in range(65):
         most_tail[k] = (((k + 1) / 64.0) ** 0.25 + tail_step / 256.0) ** 4 - (k + 1) / 64.0
-    spots = np.empty(SYMBOLS, np.int64)  # 256 * rank + code
+    spots = np.empty(SYMBOLS + FEW, np.int64)  # 256 * rank + code
     # Terms of the divergence, times[k] * ln(x[k]): of both figures, of the first, of the second.
     both_times, both_x, n_both = np.empty(_TERMS), np.empty(_TERMS), 0
     one_times, one_x, n_one = np.empty(_TERMS), np.empty(_TERMS), 0
@@ -338,16 +340,10 @@ def encode_rows(
         w = total_weight[row] - weights[_PLACE(here >> 9)]
         n = np.int64(listable[i]) - 1
         first = _PLACE(at + 1)
-        t = _choose(
+        t, n_chosen = _choose(
             first, n, unlisted[i], w, rest[i], top_rank, row, prior, symbol, prob, bits, weights, price, scratch,
-            scratch_bits, rank, weight, sure, hopeless, listed,
+            scratch_bits, rank, weight, hopeless, listed, chosen,
         )  # fmt: skip
-        n_chosen = n_others = 0
-        for k in range(_PLACE(n)):
-            chosen[_PLACE(n_chosen)] = np.int64(k)
-            others_of[_PLACE(n_others)] = np.int64(k)
-            n_chosen += listed[k]
-            n_others += 1 - listed[k]
         if learning and t < 0.9 * FLAT_TAIL:
             # No code can be refused (see `_round_code`) where even all of them rounded up leave the implied symbol
             # half of its value: sum of (sqrt(p) + step)^2 - p, with sum of sqrt(p) <= sqrt(n * sum of p).
@@ -399,12 +395,7 @@ def encode_rows(
                 e = first + _PLACE(chosen[j])
                 mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
             continue
-        if refused:
-            n_others = 0
-            for k in range(_PLACE(n)):
-                others_of[_PLACE(n_others)] = np.int64(k)
-                n_others += 1 - listed[k]
-        sort_few(spots, n_chosen, spare)
+        sort_few(spots, n_chosen)
         before = -1
         for j in range(_PLACE(n_chosen)):
             r = spots[j] >> 8
@@ -430,26 +421,26 @@ def encode_rows(
             w -= weight[_PLACE(chosen[j])]
             both_times[_PLACE(n_both)], both_x[_PLACE(n_both)] = p, p / coded[j]
             n_both += 1
-        missing = rest[i]
-        for j in range(_PLACE(n_others)):
-            missing += float(prob[first + _PLACE(others_of[j])])
-        for k in range(_PLACE(n), _PLACE(m - 1)):
-            missing += float(prob[first + k])
+        missing = t
+        if refused:
+            missing = rest[i]
+            for k in range(_PLACE(m - 1)):
+                if k >= _PLACE(n) or not listed[k]:
+                    missing += float(prob[first + k])
         if missing > 1e-12 and tail_code > 0:
             tail_mass = TAIL[tail_code]
             one_times[_PLACE(n_one)], one_x[_PLACE(n_one)] = missing, missing / tail_mass
             n_one += 1
             share, each, scale = w, float(given[i]) / w, w / tail_mass
-            for j in range(_PLACE(n_others), _PLACE(n_others + m - 1 - n)):
-                others_of[j] = np.int64(j) - n_others + n
-            for j in range(_PLACE(n_others + m - 1 - n)):
-                e = first + _PLACE(others_of[j])
-                p = float(prob[e])
+            for k in range(_PLACE(n), _PLACE(m - 1)):
+                listed[k] = 0
+            for k in range(_PLACE(m - 1)):
+                e = first + k
                 c = _PLACE(prior[row, np.uint64(symbol[e])] >> 9)
-                share -= weights[c]
-                p += each * weights[c]
+                p = float(prob[e]) + each * weights[c]
                 two_times[_PLACE(n_two)], two_x[_PLACE(n_two)] = p, p * inverse[c] * scale
-                n_two += 1
+                n_two += 1 - np.int64(listed[k])
+                share -= weights[c] * (1 - np.int64(listed[k]))
             x = max(share, 1e-12) / w
             p = max(0.0, rest[i] - float(given[i])) + float(given[i]) * x
             if p > 1e-12:

@@ -136,101 +136,6 @@ def learn_masses(node: I16, count: I16, symbol: I16, prob: F32, unit: float, mas
         at += count[i]
 
 
-@njit(cache=True, nogil=True, inline="always", error_model="numpy")
-def _worth(
-    p: float, lp: int, q: float, price: float, scratch: F64, scratch_bits: NDArray[np.uint64]
-) -> bool:
-    """Whether p instead of the tail's q gains more than `price` nats; `lp` is `_log2` of p."""
-    if p <= q:
-        return False
-    scratch[0] = q
-    return p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q > price
-
-
-@njit(cache=True, nogil=True, inline="always", error_model="numpy")
-def _choose(
-    first: np.uint64,
-    n: int,
-    t: float,
-    w: float,
-    rest: float,
-    top_rank: int,
-    row: np.uint64,
-    prior: I16,
-    symbol: I16,
-    prob: F32,
-    bits: NDArray[np.uint32],
-    weights: F64,
-    price: F64,
-    scratch: F64,
-    scratch_bits: NDArray[np.uint64],
-    rank: I16,
-    weight: F64,
-    hopeless: F64,
-    listed: U8,
-    chosen: I64,
-) -> tuple[float, int]:
-    """Mark in `listed` which of n entries a row lists, from `first` on by descending probability.
-
-    `t`, `w`: mass and prior weight of all symbols but the implied one; `row`: the context's, in `prior`. Returns the
-    mass that is not listed, and how many are; `chosen` gets their places. Two rounds: what is listed takes mass from the tail, so a symbol that was not worth its
-    price may be once others are listed; the second round asks only those whose question has changed. `rank` int16 [n]
-    gets the entries' ranks without the implied symbol, `weight` float64 [n] their prior weights.
-    """
-    n_chosen = 0
-    last = 0
-    for k in range(_PLACE(n)):
-        here = np.int64(prior[row, np.uint64(symbol[first + k])])
-        r = (here & 511) - ((here & 511) > top_rank)
-        rank[k] = r
-        weight[k] = weights[_PLACE(here >> 9)]
-        p = float(prob[first + k])
-        scratch[0] = price[_PLACE(r)] / p
-        place = np.int64(scratch_bits[0] >> np.uint64(47)) - (_FIRST_OCTAVE + 1023) * _STEPS + 1
-        place = min(max(place, 0), _OCTAVES * _STEPS + 1)
-        hopeless[k] = _HOPELESS[_PLACE(place)] * p
-        x, limit = t * weight[k], _SURE[_PLACE(place)] * p * w
-        if n_chosen == MAX_COUNT:
-            limit = -1.0
-        elif x >= limit and x <= hopeless[k] * w:
-            b = bits[first + k]
-            lp = (np.int64(b >> np.uint32(23)) + 896 << 20) + np.int64(_LOG2[b >> np.uint32(11) & np.uint32(4095)])
-            limit = np.inf if _worth(p, lp, x / w, price[_PLACE(r)], scratch, scratch_bits) else -1.0
-        # Arithmetic in place of a branch that would be guessed wrong; t is never below `rest`.
-        yes = 1.0 if x < limit else 0.0
-        t = max(t - p * yes, rest)
-        w -= weight[k] * yes
-        listed[k] = np.uint8(yes)
-        chosen[_PLACE(n_chosen)] = np.int64(k)
-        n_chosen += np.int64(yes)
-    last = chosen[_PLACE(n_chosen - 1)] if n_chosen else 0
-    again = np.uint8(0)
-    for k in range(_PLACE(last)):
-        again |= (listed[k] ^ np.uint8(1)) & np.uint8(t * weight[k] <= hopeless[k] * w)
-    if not again:
-        return t, n_chosen
-    j = 0
-    while j < last and n_chosen < MAX_COUNT:
-        k = _PLACE(j)
-        j += 1
-        if listed[k]:
-            continue
-        p = float(prob[first + k])
-        scratch[0] = p
-        lp = _log2(scratch_bits[0])
-        if _worth(p, lp, t * weight[k] / w, price[_PLACE(rank[k])], scratch, scratch_bits):
-            listed[k] = 1
-            n_chosen += 1
-            t = max(t - p, rest)
-            w -= weight[k]
-            last = n
-    n_chosen = 0
-    for k in range(_PLACE(n)):
-        chosen[_PLACE(n_chosen)] = np.int64(k)
-        n_chosen += listed[k]
-    return t, n_chosen
-
-
 @njit(cache=True, nogil=True, error_model="numpy")
 def sum_logs(times: F64, x: F64, n: int) -> float:
     """Sum of times[k] * ln(x[k]) over k < n, normal numbers above zero; 1e-15 of the summands, alike on every machine.
@@ -337,13 +242,67 @@ def encode_rows(
         top_symbol = np.int64(symbol[_PLACE(at)])
         here = np.int64(prior[row, np.uint64(top_symbol)])
         top_rank = here & 511
-        w = total_weight[row] - weights[_PLACE(here >> 9)]
+        others = w = total_weight[row] - weights[_PLACE(here >> 9)]
         n = np.int64(listable[i]) - 1
         first = _PLACE(at + 1)
-        t, n_chosen = _choose(
-            first, n, unlisted[i], w, rest[i], top_rank, row, prior, symbol, prob, bits, weights, price, scratch,
-            scratch_bits, rank, weight, hopeless, listed, chosen,
-        )  # fmt: skip
+        # Which of them are worth their price, by descending probability. Two rounds: what is listed takes mass from the
+        # tail, so a symbol that was not worth it may be once others are listed; the second round asks only those whose
+        # question has changed. Written out here: numba counts references to every array that a function is handed.
+        t, kept_out = unlisted[i], rest[i]
+        n_chosen = 0
+        for k in range(_PLACE(n)):
+            here = np.int64(prior[row, np.uint64(symbol[first + k])])
+            r = (here & 511) - ((here & 511) > top_rank)
+            rank[k] = r
+            weight[k] = weights[_PLACE(here >> 9)]
+            p = float(prob[first + k])
+            scratch[0] = price[_PLACE(r)] / p
+            place = np.int64(scratch_bits[0] >> np.uint64(47)) - (_FIRST_OCTAVE + 1023) * _STEPS + 1
+            place = min(max(place, 0), _OCTAVES * _STEPS + 1)
+            hopeless[k] = _HOPELESS[_PLACE(place)] * p
+            x, limit = t * weight[k], _SURE[_PLACE(place)] * p * w
+            if n_chosen == MAX_COUNT:
+                limit = -1.0
+            elif x >= limit and x <= hopeless[k] * w:
+                b = bits[first + k]
+                lp = (np.int64(b >> np.uint32(23)) + 896 << 20) + np.int64(_LOG2[b >> np.uint32(11) & np.uint32(4095)])
+                q = scratch[0] = x / w
+                gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
+                limit = np.inf if p > q and gain > price[_PLACE(r)] else -1.0
+            # Arithmetic in place of a branch that would be guessed wrong; t is never below `rest`.
+            yes = 1.0 if x < limit else 0.0
+            t -= p * yes
+            t = t if t > kept_out else kept_out
+            w -= weight[k] * yes
+            listed[k] = np.uint8(yes)
+            chosen[_PLACE(n_chosen)] = np.int64(k)
+            n_chosen += np.int64(yes)
+        last = chosen[_PLACE(n_chosen - 1)] if n_chosen else 0
+        again = np.uint8(0)
+        for k in range(_PLACE(last)):
+            again |= (listed[k] ^ np.uint8(1)) & np.uint8(t * weight[k] <= hopeless[k] * w)
+        j = 0 if again else last
+        while j < last and n_chosen < MAX_COUNT:
+            k = _PLACE(j)
+            j += 1
+            if listed[k]:
+                continue
+            p = float(prob[first + k])
+            scratch[0] = p
+            lp = _log2(scratch_bits[0])
+            q = scratch[0] = t * weight[k] / w
+            gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
+            if p > q and gain > price[_PLACE(rank[k])]:
+                listed[k] = 1
+                n_chosen += 1
+                t = max(t - p, kept_out)
+                w -= weight[k]
+                last = n
+        if again:
+            n_chosen = 0
+            for k in range(_PLACE(n)):
+                chosen[_PLACE(n_chosen)] = np.int64(k)
+                n_chosen += listed[k]
         if learning and t < 0.9 * FLAT_TAIL:
             # No code can be refused (see `_round_code`) where even all of them rounded up leave the implied symbol
             # half of its value: sum of (sqrt(p) + step)^2 - p, with sum of sqrt(p) <= sqrt(n * sum of p).
@@ -416,6 +375,7 @@ def encode_rows(
         # remainder counts as one symbol.
         both_times[_PLACE(n_both)], both_x[_PLACE(n_both)] = implied, implied / (implied - error)
         n_both += 1
+        w = others
         for j in range(_PLACE(n_chosen)):
             p = float(prob[first + _PLACE(chosen[j])])
             w -= weight[_PLACE(chosen[j])]

@@ -20,7 +20,6 @@ SUM_TOLERANCE = 1e-4
 _LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))
 _PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 _MOST = np.uint32(0x7FFFFFFF)
-_NO_KEY = np.int64(1 << 62)
 _KEYS = SYMBOLS + FEW
 U32 = NDArray[np.uint32]
 
@@ -59,74 +58,68 @@ def _scan(
     return biggest, int(pruned), n
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _key(bits: np.uint32, place: np.uint64) -> int:
-    """Ascending for descending probabilities; of equals the first comes first."""
-    return np.int64(_MOST - bits) << 9 | np.int64(place)
-
-
 @njit(cache=True, nogil=True)
-def _keep_row(
-    n: int,
-    missing: float,
-    least: float,
-    symbol: I16,
-    prob: F32,
-    bits: U32,
-    at: int,
-    high: I64,
-    low: I64,
-    held: I16,
-    rest: F64,
-    unlisted: F64,
-    listable: I16,
-    i: int,
-) -> float:
-    """Correct row i's n entries at `at`, symbols ascending, and put them into order; -1, or the sum that is not 1.
+def _order_rows(
+    count: I16, least: float, listable: I16, rest: F64, unlisted: F64, symbol: I16, prob: F32, bits: U32
+) -> tuple[int, int, int, float]:
+    """Correct the sums of rows whose entries lie one after the other, and order these; what `gather_rows` returns.
 
-    The residual of the row's sum goes to its largest probability (the smallest symbol of equals).
+    An entry's key sorts by descending probability, of equals the smaller symbol first: the bits of a float >= 0 are
+    ordered as it is.
     """
-    listed = 0.0
-    largest = _NO_KEY
-    for k in range(_PLACE(n)):
-        listed += float(prob[_PLACE(at) + k])
-        held[k] = symbol[_PLACE(at) + k]
-        largest = min(largest, _key(bits[_PLACE(at) + k], k))
-    if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
-        return listed + missing
-    if n == 0:
-        rest[i] = unlisted[i] = 1.0
-        listable[i] = 0
-        return -1.0
-    spot = _PLACE(at + (largest & 511))
-    prob[spot] = max(np.float32(0.0), np.float32(1.0 - missing - (listed - float(prob[spot]))))
-    rest[i] = missing
-    largest = _NO_KEY
-    for k in range(_PLACE(n)):
-        largest = min(largest, _key(bits[_PLACE(at) + k], k))
-    top = _PLACE(largest & 511)
-    total = missing
-    n_high = n_low = 0
-    for k in range(_PLACE(n)):
-        p = float(prob[_PLACE(at) + k])
-        total += 0.0 if k == top else p
-        high[_PLACE(n_high)] = low[_PLACE(n_low)] = _key(bits[_PLACE(at) + k], k)
-        n_high += (p >= least) & (k != top)
-        n_low += (p < least) & (k != top)
-    sort_few(high, n_high)
-    unlisted[i] = total
-    listable[i] = n_high + 1
-    symbol[at] = held[top]
-    bits[at] = _MOST - np.uint32(largest >> 9)
-    for k in range(_PLACE(n_high)):
-        to = _PLACE(at + 1) + k
-        symbol[to] = held[_PLACE(high[k] & 511)]
-        bits[to] = _MOST - np.uint32(high[k] >> 9)
-    for k in range(_PLACE(n_low)):
-        to = _PLACE(at + n - 1) - k
-        symbol[to] = held[_PLACE(low[k] & 511)]
-        bits[to] = _MOST - np.uint32(low[k] >> 9)
-    return -1.0
+    high, low = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
+    out = 0
+    for i in range(_PLACE(count.shape[0])):
+        n = np.int64(count[i])
+        first = _PLACE(out)
+        missing = rest[i]
+        listed = 0.0
+        largest = second = np.int64(1 << 62)
+        for k in range(first, first + _PLACE(n)):
+            listed += float(prob[k])
+            key = np.int64(_MOST - bits[k]) << 9 | np.int64(symbol[k])
+            second = min(second, max(largest, key))
+            largest = min(largest, key)
+        if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
+            return out, np.int64(i), BAD_SUM, listed + missing
+        if n == 0:
+            rest[i] = unlisted[i] = 1.0
+            listable[i] = 0
+            continue
+        top = first
+        while np.int64(symbol[top]) != largest & 511:
+            top += _PLACE(1)
+        prob[top] = max(np.float32(0.0), np.float32(1.0 - missing - (listed - float(prob[top]))))
+        largest = np.int64(_MOST - bits[top]) << 9 | (largest & 511)
+        if largest > second:  # the residual made it smaller than the next
+            largest = second
+            top = first
+            while np.int64(symbol[top]) != largest & 511:
+                top += _PLACE(1)
+        total = missing
+        n_high = n_low = 0
+        for k in range(first, first + _PLACE(n)):
+            p = float(prob[k])
+            other = k != top
+            total += p if other else 0.0
+            high[_PLACE(n_high)] = low[_PLACE(n_low)] = np.int64(_MOST - bits[k]) << 9 | np.int64(symbol[k])
+            n_high += (p >= least) & other
+            n_low += (p < least) & other
+        sort_few(high, n_high)
+        unlisted[i] = total
+        listable[i] = n_high + 1
+        symbol[first] = largest & 511
+        bits[first] = _MOST - np.uint32(largest >> 9)
+        for k in range(_PLACE(n_high)):
+            to = first + _PLACE(1) + k
+            symbol[to] = high[k] & 511
+            bits[to] = _MOST - np.uint32(high[k] >> 9)
+        for k in range(_PLACE(n_low)):
+            to = first + _PLACE(n - 1) - k
+            symbol[to] = low[k] & 511
+            bits[to] = _MOST - np.uint32(low[k] >> 9)
+        out += n
+    return out, -1, OK, 0.0
 
 
 @njit(cache=True, nogil=True)
@@ -156,8 +149,7 @@ def gather_rows(
     """
     words = np.empty(32, np.uint64)
     flags = words.view(np.uint8)
-    found, held = np.empty(257, np.int64), np.empty(257, np.int16)
-    high, low = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
+    found = np.empty(257, np.int64)
     out = 0
     for i in range(given.shape[0]):
         start = np.uint64(i) * np.uint64(257)
@@ -187,12 +179,10 @@ def gather_rows(
         for k in range(_PLACE(n)):
             symbol[_PLACE(out) + k] = found[k]
             prob[_PLACE(out) + k] = probs[start + _PLACE(found[k])]
-        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, high, low, held, rest, unlisted, listable, i)
-        if total != -1.0:
-            return out, i, BAD_SUM, total
-        count[i] = n
+        count[i], rest[i] = n, missing
         out += n
-    return out, -1, OK, 0.0
+    m = given.shape[0]
+    return _order_rows(count[:m], least, listable, rest, unlisted, symbol, prob, prob_bits)
 
 
 @njit(cache=True, nogil=True)
@@ -214,8 +204,6 @@ def gather_sparse(
     prob_bits: U32,
 ) -> tuple[int, int, int, float]:
     """`gather_rows` of sparse rows: `counts` int64 [m] of `symbols` int16, ascending in a row, with `probs` float32."""
-    held = np.empty(257, np.int16)
-    high, low = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
     out = at = 0
     for i in range(given.shape[0]):
         tail = float(given[i])
@@ -273,10 +261,8 @@ def gather_sparse(
             prob[out] = probs[top_place]
             missing = max(0.0, missing - float(probs[top_place]))
             n = 1
-        total = _keep_row(n, missing, least, symbol, prob, prob_bits, out, high, low, held, rest, unlisted, listable, i)
-        if total != -1.0:
-            return out, i, BAD_SUM, total
-        count[i] = n
+        count[i], rest[i] = n, missing
         out += n
         at = stop
-    return out, -1, OK, 0.0
+    m = given.shape[0]
+    return _order_rows(count[:m], least, listable, rest, unlisted, symbol, prob, prob_bits)

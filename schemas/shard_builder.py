@@ -54,7 +54,7 @@ PRECISIONS = {
 _Gather = Callable[..., tuple[int, int, int, float]]
 
 
-class _NegativeZero(Exception):
+class _NegativeZeroError(Exception):
     """A probability is -0.0."""
 
 
@@ -178,12 +178,10 @@ class ShardBuilder:
 
         try:
             self._append(text, tail, mask, gather_from(probs), lambda lo, hi: SYMBOLS * (hi - lo))
-        except _NegativeZero:
+        except _NegativeZeroError:
             self._append(text, tail, mask, gather_from(probs + np.float32(0)), lambda lo, hi: SYMBOLS * (hi - lo))
 
-    def append_sparse(
-        self, text: U8, count: I64, symbol: I16, prob: F32, tail: F32, mask: U8 | None = None
-    ) -> None:
+    def append_sparse(self, text: U8, count: I64, symbol: I16, prob: F32, tail: F32, mask: U8 | None = None) -> None:
         """`append` of rows without their zeros: count int64 [rows] entries each, ascending by symbol.
 
         symbol int16, prob float32 [entries]. Raises what `append` raises.
@@ -193,7 +191,7 @@ class ShardBuilder:
         prob = np.ascontiguousarray(prob, np.float32)
         start = np.zeros(len(count) + 1, np.int64)
         np.cumsum(count, out=start[1:])
-        if len(count) != len(tail) or len(count) and count.min() < 0 or not start[-1] == len(symbol) == len(prob):
+        if len(count) != len(tail) or (len(count) and count.min() < 0) or not start[-1] == len(symbol) == len(prob):
             raise ValueError(
                 f"count {count.shape} of sum {start[-1]}, symbol {symbol.shape}, prob {prob.shape}, "
                 f"tail {np.shape(tail)}: expected one count >= 0 for each tail, and as many entries as they say"
@@ -213,12 +211,10 @@ class ShardBuilder:
 
         try:
             self._append(text, tail, mask, gather_from(prob), worst)
-        except _NegativeZero:
+        except _NegativeZeroError:
             self._append(text, tail, mask, gather_from(prob + np.float32(0)), worst)
 
-    def _append(
-        self, text: U8, tail: F32, mask: U8 | None, run: _Gather, worst: Callable[[int, int], int]
-    ) -> None:
+    def _append(self, text: U8, tail: F32, mask: U8 | None, run: _Gather, worst: Callable[[int, int], int]) -> None:
         """Add rows that `run` gathers; of rows lo..hi at most `worst(lo, hi)` entries."""
         text = np.ascontiguousarray(text, np.uint8)
         tail = np.ascontiguousarray(tail, np.float32)
@@ -261,7 +257,7 @@ class ShardBuilder:
         if reason == quantise.BAD_ORDER:
             return ValueError(f"row {row} of this piece: its symbols must ascend and be at most {END}")
         if reason == quantise.BAD_VALUE and value == 0.0:  # -0.0: the kernels order floats by their bits
-            return _NegativeZero()
+            return _NegativeZeroError()
         document = len(self._doc_start) - 1
         position = self.n_positions + row - self._doc_start[-1]
         what = (
@@ -314,8 +310,8 @@ class ShardBuilder:
         gap, value = (np.empty(m, np.uint8) for _ in range(2))
         learn = mass is not None
         n_top, n_entries = quantise.encode_rows(
-            rows.true, node, *rows[1:], rows.prob.view(np.uint32), table.packed, priors.WEIGHT, priors.INVERSE, table.total,
-            self._price, self.precision.rate, self.precision.value_step, self.precision.tail_step,
+            rows.true, node, *rows[1:], rows.prob.view(np.uint32), table.packed, priors.WEIGHT, priors.INVERSE,
+            table.total, self._price, self.precision.rate, self.precision.value_step, self.precision.tail_step,
             head, tail, top, gap, value, self._divergence, float(priors.UNIT),
             np.empty((0, SYMBOLS), np.int64) if mass is None else mass,
         )  # fmt: skip

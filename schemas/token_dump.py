@@ -10,9 +10,10 @@ A *reference window* is a second record of a short stretch that ordinary windows
 much deeper. It gives no targets; the converter compares (stages.fidelity).
 
 Masses are float32 with low bits rounded away, in planes of bytes before zstd: the entries are most of a part and their
-low bits are noise. So that reading them costs 3 ns an entry and not 12, they are a blob per window (`byte_planes`); the
-rest are Parquet lists. Version 1 had lists for these two columns as well, and is still read. An entry keeps as many bits as its share of its prefix deserves (`round_entries`): divergence grows
+low bits are noise. An entry keeps as many bits as its share of its prefix deserves (`round_entries`): divergence grows
 with p times the square of a relative error, so the many rare ones need few. `benchmarks/dump_columns.py` measures it.
+Entries are a blob per window (`byte_planes`), which is read in half of the time that a Parquet list takes. Version 1
+had lists there too, and is still read.
 """
 
 import json
@@ -369,7 +370,7 @@ def _adds_up(
     n: int, row_start: np.ndarray, row_parent: np.ndarray, n_levels: np.ndarray, n_stops: np.ndarray,
     fanout: np.ndarray, n_entries: int, stop_depth: np.ndarray,
 ) -> bool:  # fmt: skip
-    """Whether a window's rows lie in its text of n bytes, follow their parents, and its counts add up to its lengths."""
+    """Whether a window's rows lie in its text of n bytes and follow their parents, and its counts add up."""
     levels = stops = entries = 0
     for r in range(len(row_start)):
         parent, mine = row_parent[r], n_levels[r]
@@ -400,9 +401,7 @@ def _check(path: Path, w: Window) -> None:
         and len(w.topk_id) == len(w.topk_logp)
         and len(w.row_sampled) == (rows if w.reference else 0)
         and (w.doc_position >= 0) == w.reference
-        and _adds_up(
-            n, w.row_start, w.row_parent, w.n_levels, w.n_stops, w.fanout, len(w.entry_byte), w.stop_depth
-        )
+        and _adds_up(n, w.row_start, w.row_parent, w.n_levels, w.n_stops, w.fanout, len(w.entry_byte), w.stop_depth)
         and (not w.reference or _sampled_rows_stand_alone(w))
     ):
         raise _inconsistent(path, w.score_start, w.doc_id)

@@ -159,14 +159,16 @@ def greedy(text: bytes) -> list[bytes]:
     return out
 
 
-def test_projected_targets_are_the_tokenizers_own_choices():
-    """A first-order byte source cut by longest match: projecting its exact byte probabilities gives the empirical
-    frequencies of what tokens choose at each node, given the token before, up to sampling."""
+STEP = {97: [0.1, 0.6, 0.3], 98: [0.5, 0.1, 0.4], 99: [0.4, 0.3, 0.3]}
+
+
+@pytest.fixture(scope="module")
+def source() -> tuple[bytes, list[bytes], Marginal]:
+    """Text of a first-order byte source, its longest-match cuts, and an objective that has counted them."""
     rng = np.random.default_rng(0)
-    step = {97: [0.1, 0.6, 0.3], 98: [0.5, 0.1, 0.4], 99: [0.4, 0.3, 0.3]}
     text = [97]
     for _ in range(60_000):
-        text.append(int(rng.choice([97, 98, 99], p=step[text[-1]])))
+        text.append(int(rng.choice([97, 98, 99], p=STEP[text[-1]])))
     data = bytes(text)
     words = greedy(data)
     spelt = Vocabulary([*SPELT, None], start_id=7, end_ids=[7], encoder=None)  # type: ignore[arg-type]
@@ -175,6 +177,13 @@ def test_projected_targets_are_the_tokenizers_own_choices():
     ends = np.full(len(words), len(data))
     model.segmentation.add(model.tables, np.frombuffer(data, np.uint8), edges[:-1], edges[1:], ends)
     model.segmentation.settle()
+    return data, words, model
+
+
+def test_projected_targets_are_the_tokenizers_own_choices(source):
+    """A first-order byte source cut by longest match: projecting its exact byte probabilities gives the empirical
+    frequencies of what tokens choose at each node, given the token before, up to sampling."""
+    _, words, model = source
     compared = 0
     for before in SPELT:
         after = [w for v, w in pairwise(words) if v == before]
@@ -188,15 +197,51 @@ def test_projected_targets_are_the_tokenizers_own_choices():
                 passed = node_number(model.tables, before + prefix)
             except AssertionError:
                 passed = -1
-            p = torch.tensor(step[(before + prefix)[-1]])
+            p = torch.tensor(STEP[(before + prefix)[-1]])
             teacher = SlotTargets(torch.zeros(3, dtype=torch.int64), torch.tensor([97, 98, 99]), p, torch.zeros(1))
             node, depth = torch.tensor([node_number(model.tables, prefix)]), torch.tensor([len(prefix)])
             got = model.project(teacher, node, depth, torch.tensor([passed]), torch.tensor([len(before)]))
             for symbol in (97, 98, 99):
                 mine = float(got.prob[got.symbol == symbol].sum())
                 assert mine == pytest.approx(seen[symbol] / total, abs=0.03), (before, prefix, symbol)
-            assert float(got.tail[0]) == pytest.approx(seen["stop"] / total, abs=0.03), (before, prefix)
+            stop = float(got.prob[got.symbol == STOP].sum())
+            assert stop == pytest.approx(seen["stop"] / total, abs=0.03), (before, prefix)
     assert compared > 8
+
+
+def test_of_unlisted_bytes_as_many_stop_as_of_the_text_at_large(source):
+    data, words, model = source
+    often = {b: data.count(b) / len(data) for b in (97, 98, 99)}
+    starts = np.cumsum([0, *map(len, words)])[:-1]
+    for prefix, listed in ((b"a", 99), (b"b", 99), (b"ab", 97)):  # which no token goes on with
+        stops = goes = 0.0
+        for byte, share in often.items():
+            here = [w for at, w in zip(starts, words, strict=True) if data.startswith(prefix + bytes([byte]), at)]
+            stops += share * sum(w == prefix for w in here) / len(here)
+            goes += share * sum(len(w) > len(prefix) for w in here) / len(here)
+        teacher = SlotTargets(torch.tensor([0]), torch.tensor([listed]), torch.tensor([0.2]), torch.tensor([0.8]))
+        got = model.project(
+            teacher, torch.tensor([node_number(model.tables, prefix)]), torch.tensor([len(prefix)]),
+            torch.tensor([-1]), torch.tensor([0]),
+        )  # fmt: skip
+        assert got.symbol.tolist() == [STOP]
+        assert float(got.prob) == pytest.approx(0.2 + 0.8 * stops / (stops + goes), abs=0.01)
+        assert float(got.prob) + float(got.tail) == pytest.approx(1)
+
+
+def test_a_student_that_goes_on_where_the_teacher_stops_is_charged(source):
+    """To stop and to go on with a byte that nobody lists are two things."""
+    _, _, model = source
+    node, one = torch.tensor([node_number(model.tables, b"a")]), torch.ones(1)
+    teacher = SlotTargets(torch.tensor([0]), torch.tensor([99]), one, torch.zeros(1))  # "ac" is no token's beginning
+    targets = model.project(teacher, node, torch.tensor([1]), torch.tensor([-1]), torch.tensor([0]))
+    z = torch.zeros(1, 8)
+    z[0, 3:5] = 8.0  # "ab" and "abc"
+    wrong, right = (
+        float(byte_terms(node_logits(s, torch.tensor([0]), node, model.tables), torch.tensor([STOP]), targets)[1])
+        for s in (z, -z)
+    )
+    assert right < 0.01 and wrong > 5
 
 
 def test_projection_keeps_distributions_and_tails():
@@ -223,6 +268,7 @@ def test_projection_keeps_distributions_and_tails():
     z = torch.randn(1, ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     scores = node_logits(z, torch.zeros(len(names), dtype=torch.int64), nodes, model.tables)
     assert torch.isfinite(scores[got.slot, got.symbol]).all(), "an entry on something the node does not offer"
+    assert torch.isfinite(scores).sum(1).tolist() == model.tables.offered(nodes).tolist()
     true = scores.argmax(1)
     for kind in ("forward", "reverse", "js"):
         _, value = byte_terms(scores, true, got, divergence=kind)
@@ -243,7 +289,7 @@ def test_one_pass_equals_masses_then_loss():
     slot, symbol, prob, true = [], [], [], []
     for s, n in enumerate(node.tolist()):
         offered = torch.isfinite(node_logits(z, row[s : s + 1], torch.tensor([n]), model.tables))[0].nonzero()[:, 0]
-        chosen = sorted(set(rng.choice(offered.numpy(), size=2).tolist()) - {STOP, CONTROL})
+        chosen = sorted(set(rng.choice(offered.numpy(), size=2).tolist()) - {CONTROL})
         slot += [s] * len(chosen)
         symbol += chosen
         prob += (rng.dirichlet(np.ones(3))[: len(chosen)]).tolist()

@@ -37,7 +37,8 @@ LOWEST = -1e4
 class SlotTargets(NamedTuple):
     """Teacher targets of S slots as E flat entries; (slot, symbol) pairs are unique.
 
-    slot int64 [E], symbol int64 [E] in 0..256, prob float32 [E], tail float32 [S] (unlisted mass, 0..1).
+    slot int64 [E], symbol int64 [E] in 0..256 (`marginal.py` has one more), prob float32 [E]; tail float32 [S], the
+    unlisted mass, 0..1.
     """
 
     slot: Tensor
@@ -73,7 +74,7 @@ class _LogProbs(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _tempered(targets: SlotTargets, temperature: float, symbols: int) -> SlotTargets:
+def _tempered(targets: SlotTargets, temperature: float, symbols: int | Tensor) -> SlotTargets:
     """The teacher at another temperature: p^(1/T) and, the tail being spread evenly over its symbols, renormalised."""
     prob, tail = targets.prob, targets.tail
     ones = torch.ones_like(prob)
@@ -100,7 +101,7 @@ def _divergence(kind: str, p: Tensor, log_q: Tensor) -> Tensor:
 
 def byte_terms(
     logits: Tensor, true: Tensor, targets: SlotTargets, *, divergence: str = "forward", temperature: float = 1.0,
-    symbols: int = LISTABLE,
+    symbols: int | Tensor = LISTABLE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of the true symbol, and the divergence between teacher and head, per slot.
 
@@ -110,7 +111,7 @@ def byte_terms(
         targets: the teacher's entries and tails of the same S slots; no entry on a symbol of logit -inf.
         divergence: "forward" KL(teacher || head), "reverse" KL(head || teacher) or "js" (Jensen-Shannon).
         temperature: both sides of the divergence at T; it is multiplied by T squared, which keeps its gradients' size.
-        symbols: how many the teacher's tail is spread over, the listed ones included.
+        symbols: how many the teacher's tail is spread over, the listed ones included; one number, or int64 [S].
 
     Returns:
         (CE float [S], divergence float [S]) in nats; the latter is 0 only where the head equals the teacher on every

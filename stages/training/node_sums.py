@@ -107,6 +107,11 @@ class NodeTables(nn.Module):
         at = torch.searchsorted(keys, wanted).clamp_max(keys.numel() - 1)
         return torch.where((keys[at] == wanted) & (symbol < END), at + 1, -1)
 
+    def offered(self, node: Tensor) -> Tensor:
+        """How many symbols each node offers: children, STOP where it is a token, END and CONTROL at the root."""
+        first = self.table("first_child")
+        return first[node + 1] - first[node] + (self.table("n_equal")[node] > 0) + 2 * (node == 0)
+
     def walk(self) -> tuple[Any, Any]:
         """(first_child, byte) as arrays."""
         return self.table("first_child").numpy(), self.table("byte").numpy()

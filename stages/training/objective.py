@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from schemas.settings import Train as TrainSettings
 from stages.training.baselines import BASELINES, TokenTargets, shared_distance, sorted_distance
 from stages.training.heads import make_head
-from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
+from stages.training.loss import IGNORE, LISTABLE, LossParts, SlotTargets, byte_terms, diverge
 from stages.training.marginal import Choices, Marginal
 from stages.training.node_sums import compiled, node_log_probs, node_logits
 from stages.training.stream import MicroBatch, ShardReader, Step
@@ -138,13 +138,16 @@ class Objective(nn.Module):
         return LossParts(token, *self._byte_sums(scores, micro.slot_symbol, micro.slot_weight, targets, unlisted))
 
     def _byte_sums(
-        self, scores: Tensor, true: Tensor, weight: Tensor, targets: SlotTargets | None, unlisted: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted sums of byte CE and divergence over slots."""
+        self, scores: Tensor, true: Tensor, weight: Tensor, targets: SlotTargets | None, unlisted: Tensor | None,
+        symbols: int | Tensor = LISTABLE,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Weighted sums of byte CE and divergence over slots; `symbols`: see `byte_terms`."""
         if targets is None or unlisted is None:
             ce = functional.cross_entropy(scores.float(), true, reduction="none")
             return (ce * weight).sum(), scores.new_zeros((), dtype=torch.float32)
-        ce, apart = byte_terms(scores, true, targets, divergence=self.divergence, temperature=self.temperature)
+        ce, apart = byte_terms(
+            scores, true, targets, divergence=self.divergence, temperature=self.temperature, symbols=symbols
+        )
         return (ce * weight).sum(), (apart * self._kept(weight, unlisted)).sum()
 
     def _token_distance(self, z: Tensor, own: TokenTargets) -> Tensor:
@@ -186,7 +189,8 @@ class Objective(nn.Module):
                 return LossParts(token, zero, self._token_distance(z, own))
             assert self.marginal is not None
             scores = node_logits(z, own.row, own.node, self.marginal.tables)
-            return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted))
+            offered = self.marginal.tables.offered(own.node)
+            return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted, offered))
 
         size = self.chunk or len(rows)
         if size >= len(rows):

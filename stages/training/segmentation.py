@@ -5,8 +5,11 @@ token starts and the text reads c (a node of the byte trie, c = w b), the token 
 c's bytes; where the text leaves the trie after w, it has ended after j of w's bytes. The shares of these outcomes are
 counted over training text, with half an observation more of each outcome that the vocabulary allows. Bayes' rule
 (`marginal.py`) needs no more than these. That a share depends on c alone, not on the text before, is an assumption.
+Of bytes that a teacher does not list it says nothing; they are taken to come as often as in the text at large.
 Price: one walk through the trie per token, about 3 M tokens/s; a float per node and byte of its prefix.
 """
+
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 
 from stages.tokens.byte_trie import find_child
 from stages.training.node_sums import IntArray, NodeTables
+
+FloatArray = npt.NDArray[np.float64]
 
 
 @njit(cache=True)
@@ -38,6 +43,7 @@ class Segmentation(nn.Module):
 
     on [cells]: where the text reads c: cell 0, the token reaches c; cell j < D, it ended after j bytes.
     off [cells]: where the text reads c and then leaves the trie or ends: cell j <= D, the token ended after j bytes.
+    rare [N]: where a token has reached c and the next byte is any of the text's, the share that ends at c.
     They are parameters without gradient, not buffers, because a run's checkpoint must hold them.
     """
 
@@ -64,8 +70,11 @@ class Segmentation(nn.Module):
         self._counts = np.zeros(possible.shape, np.int64)
         self._possible = possible
         self._owner = np.repeat(np.arange(size), depth + 1)
+        self._parent, self._byte, self._depth = parent[1:], tables.walk()[1][1:], depth
+        self._bytes = np.full(256, 0.5)
         self.register_buffer("base", torch.from_numpy(base), persistent=False)
-        self.on, self.off = (nn.Parameter(torch.zeros(possible.shape[1]), requires_grad=False) for _ in range(2))
+        cells = possible.shape[1]
+        self.on, self.off, self.rare = (nn.Parameter(torch.zeros(n), requires_grad=False) for n in (cells, cells, size))
         self.settle()
 
     def add(
@@ -73,14 +82,28 @@ class Segmentation(nn.Module):
     ) -> None:
         """Count tokens [start, end) of `text` (uint8); `doc_end` int64 is where each token's document ends."""
         _count(text, start, end, doc_end, *tables.walk(), self.get_buffer("base").numpy(), *self._counts)
+        self._bytes += np.bincount(text, minlength=256)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Turn counts into shares."""
-        for parameter, counts, possible in zip((self.on, self.off), self._counts, self._possible, strict=True):
-            observed = counts + 0.5 * possible
-            total = np.bincount(self._owner, weights=observed)
-            parameter.copy_(torch.from_numpy(observed / np.maximum(total, 1e-9)[self._owner]))
+        on, off = (self._shares(c, p) for c, p in zip(self._counts, self._possible, strict=True))
+        base, depth = self.get_buffer("base").cpu().numpy(), self._depth
+        often = (self._bytes / self._bytes.sum())[self._byte]
+
+        def over_children(shares: FloatArray) -> FloatArray:
+            return np.bincount(self._parent, weights=often * shares, minlength=depth.size).astype(np.float64)
+
+        ends = over_children(on[base[1:] + depth[self._parent]])
+        ends += (1 - over_children(np.ones_like(often))) * off[base + depth]
+        rare = np.where(depth > 0, ends / np.maximum(ends + over_children(on[base[1:]]), 1e-9), 0.0)
+        for parameter, values in ((self.on, on), (self.off, off), (self.rare, rare)):
+            parameter.copy_(torch.from_numpy(values))
+
+    def _shares(self, counts: IntArray, possible: npt.NDArray[np.bool_]) -> FloatArray:
+        observed = counts + 0.5 * possible
+        total = np.bincount(self._owner, weights=observed)
+        return cast(FloatArray, observed / np.maximum(total, 1e-9)[self._owner])
 
     def reaches(self, child: Tensor) -> Tensor:
         """Share of tokens that reach node `child`, where the text does."""

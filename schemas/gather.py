@@ -8,6 +8,8 @@ Price, one core: about 100 ns a dense row before sorting, most of it the 1 KiB t
 Sorting: about 60 ns a row.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -67,6 +69,8 @@ def _order_rows(
     An entry's key sorts by descending probability, of equals the smaller symbol first: the bits of a float >= 0 are
     ordered as it is.
     """
+    i: Any
+    out: Any
     high, low = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
     out = 0
     for i in range(_PLACE(count.shape[0])):
@@ -81,7 +85,8 @@ def _order_rows(
             second = min(second, max(largest, key))
             largest = min(largest, key)
         if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
-            return out, np.int64(i), BAD_SUM, listed + missing
+            bad: Any = np.int64(i)
+            return out, bad, BAD_SUM, listed + missing
         if n == 0:
             rest[i] = unlisted[i] = 1.0
             listable[i] = 0
@@ -204,6 +209,10 @@ def gather_sparse(
     prob_bits: U32,
 ) -> tuple[int, int, int, float]:
     """`gather_rows` of sparse rows: `counts` int64 [m] of `symbols` int16, ascending in a row, with `probs` float32."""
+    n: Any
+    fixed: Any
+    before: Any
+    top_place: Any
     out = at = 0
     for i in range(given.shape[0]):
         tail = float(given[i])

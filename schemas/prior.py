@@ -177,7 +177,7 @@ def _count(text: U8, doc_start: I64, known: NDArray[np.bool_], group: I64, depth
     for document in range(doc_start.shape[0]):
         stop = doc_start[document + 1] if document + 1 < doc_start.shape[0] else text.shape[0]
         for i in range(doc_start[document] + depth, stop):
-            key = 0
+            key = np.int64(0)
             for back in range(1, depth):
                 key = key << 8 | np.int64(text[i - back])
             if known[i] and group[key] >= 0:

@@ -19,6 +19,7 @@ Price, one core: SPEC.md, "Cost".
 
 import math
 from decimal import Decimal, localcontext
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -94,7 +95,7 @@ _ROOM = SYMBOLS + 2
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _log2(bits: np.uint64) -> int:
+def _log2(bits: np.uint64) -> np.int64:
     """log2 of a positive float64 with these bits, units of 2 ** -20 above an arbitrary zero, within 2 ** -12."""
     return (np.int64(bits >> np.uint64(52)) << 20) + np.int64(_LOG2[bits >> np.uint64(40) & np.uint64(4095)])
 
@@ -209,6 +210,14 @@ def encode_rows(
     Where `mass` int64 [K, 257] has rows, nothing of this is written: what `learn_masses` added of listed symbols is
     subtracted again.
     """
+    k: Any
+    stop: Any
+    last: Any
+    place: Any
+    n_chosen: Any
+    n_two: Any
+    j: Any
+    e: Any
     learning = mass.shape[0] > 0
     scratch = np.empty(1, np.float64)
     scratch_bits = scratch.view(np.uint64)

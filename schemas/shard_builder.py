@@ -85,8 +85,10 @@ class _Block:
     def rows(self, n: int) -> "_Rows":
         """The first n rows."""
         m = int(self.count[:n].sum(dtype=np.int64))
-        columns = (self.mask, self.count, self.listable, self.rest, self.unlisted, self.given)
-        return _Rows(self.true[:n], *(column[:n] for column in columns), self.symbol[:m], self.prob[:m])
+        return _Rows(
+            self.true[:n], self.mask[:n], self.count[:n], self.listable[:n], self.rest[:n], self.unlisted[:n],
+            self.given[:n], self.symbol[:m], self.prob[:m],
+        )  # fmt: skip
 
 
 class _Rows(NamedTuple):
@@ -94,7 +96,7 @@ class _Rows(NamedTuple):
 
     true: I16
     mask: U8
-    count: I16
+    n_kept: I16
     listable: I16
     rest: F64
     unlisted: F64
@@ -293,11 +295,11 @@ class ShardBuilder:
         begin = np.cumsum([0, *(block.n_rows for block in self._blocks)]).clip(max=priors.SAMPLE)
         sample, n = np.diff(begin), int(begin[-1])
         rows = [block.rows(k) for block, k in zip(self._blocks, sample, strict=True)]
-        tree = priors.grow(text[:n], starts[starts <= n], np.concatenate([r.count for r in rows]) > 0)
+        tree = priors.grow(text[:n], starts[starts <= n], np.concatenate([r.n_kept for r in rows]) > 0)
         node = np.split(priors.find_nodes(text, starts, tree.child(), 0, n), begin[1:-1])
         mass = np.zeros((len(tree.parent), SYMBOLS), np.int64)
         for r, nodes in zip(rows, node, strict=True):
-            quantise.learn_masses(nodes, r.count, r.symbol, r.prob, float(priors.UNIT), mass)
+            quantise.learn_masses(nodes, r.n_kept, r.symbol, r.prob, float(priors.UNIT), mass)
         table = _Table(priors.weigh(tree, mass))  # what everything looks like
         for r, nodes in zip(rows, node, strict=True):  # then what is left over once some of it is listed
             self._encode(r, nodes, table, mass)

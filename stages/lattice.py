@@ -21,7 +21,7 @@ One pass, float64, weights rescaled at every byte so that P(x[:i]) never underfl
 and in the listed entries, memory is one window.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -51,8 +51,8 @@ class Targets(NamedTuple):
 class SparseTargets(NamedTuple):
     """`Targets` without their zeros: what of a row is above zero, symbols ascending, row after row."""
 
-    count: np.ndarray
-    """int64 [m]; symbols of each row."""
+    n_symbols: np.ndarray
+    """int64 [m]; of each row."""
     symbol: np.ndarray
     """int16 [entries]"""
     prob: np.ndarray
@@ -112,6 +112,11 @@ def _forward(
 
     `symbol` and `prob` need room for every entry and every row. Returns how many of it were written.
     """
+    alone: Any
+    b: Any
+    k: Any
+    before: Any
+    written: Any
     rows = len(row_start)
     weight = np.zeros(rows)
     next_stop = stop_offset[:-1].copy()
@@ -184,6 +189,7 @@ def _forward(
             found[a] = mass
             # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
             known += w * max(prefix[a], here)
+        if not alone and byte >= 0:
             ahead = acc[byte]
         rate = 0.0
         if i < len(text):

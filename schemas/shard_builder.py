@@ -1,9 +1,9 @@
 """The writer of byte targets: rows in, dense or without their zeros, one shard out.
 
-Rows are gathered into blocks, checked and sorted (gather.py); once `prior.SAMPLE` of them wait (or the shard ends) the prior is learned from them,
-they are encoded, and from then on rows are encoded as they come. The prior is learned in two rounds: first from all
-the masses, then from those that the first one leaves unlisted, which is what it has to spread. Positions that say
-nothing, prompts, teach it nothing, nor are unsupervised ones part of the statistics.
+Rows are gathered into blocks, checked and sorted (gather.py). Once `prior.SAMPLE` of them wait (or the shard ends) the
+prior is learned from them, they are encoded, and from then on rows are encoded as they come. The prior is learned in
+two rounds: first from all the masses, then from those that the first one leaves unlisted, which is what it has to
+spread. Positions that say nothing, prompts, teach it nothing, nor are unsupervised ones part of the statistics.
 
 Price in memory: about 130 bytes for each of the first 2 ** 20 positions, then 4 a position and 1 a listed symbol.
 """

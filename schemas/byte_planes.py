@@ -1,7 +1,7 @@
 """float32 numbers as four planes of bytes, the lowest byte of every number first: what zstd can compress.
 
 Parquet's BYTE_STREAM_SPLIT does the same to a column of numbers. A ragged column would be a list there, and a reader
-rebuilds its offsets from a level per number, 4 ns each; a blob per row has no levels. Price: 0.3 ns a number.
+rebuilds its offsets from a level per number; a blob per row has no levels.
 """
 
 import numpy as np

@@ -4,8 +4,7 @@ Rows come dense, 257 numbers each, or sparse, their non-zero symbols in order; b
 likely symbol, those that could be listed by descending probability, then the rest, which only the prior learns from.
 A row that is no distribution is refused.
 
-Price, one core: about 100 ns a dense row before sorting, most of it the 1 KiB that is read; sparse ones 2 ns an entry.
-Sorting: about 60 ns a row.
+Price, one core: 0.2 to 0.3 us a sparse row of a real model (25 to 50 entries).
 """
 
 from typing import Any

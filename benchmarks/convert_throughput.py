@@ -2,26 +2,45 @@
 
     python -m benchmarks.convert_throughput runs/default --out benchmarks/results/convert_throughput.json
 
-Processor time of one core, so that neighbours do not count. The run's windows are written again as parts: as they
-are (`branches`), without branches and static rows (`spans`), and as a single document (`one document`); each is
-converted once to compile, and with the part repeated 1, 4 and `--repeat` times. A shard learns its prior from the first
-2^20 positions, so `marginal` is the rate of what the longest conversion adds to the one before.
+A whole `convert_units` from dump parts on disk to a finished shard on disk, with one thread. Processor time, so that
+neighbours count as little as they can, the best of `--rounds` with the worst beside it; files are in the page cache.
+Each kind is converted once before, which compiles. The certificate is not in it: reference windows are left out.
+
+The run's windows are written again as parts: as they are (`branches`), without branches and static rows (`spans`), and
+spans as one document and cut into documents of 500 bytes. A part holds `--copies` of them, each with the bits of its
+bytes flipped by another number, so that neither zstd nor the prior meets a text twice. It is converted 1, 2, and
+`--repeat` times over. A shard learns its prior from the first 2^20 positions and encodes those twice; `marginal` is the
+rate of what the longest conversion adds to the one before. `stages`: seconds per megabyte of the longest one, profiled.
 """
 
 import argparse
+import cProfile
 import json
+import os
+import pstats
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from schemas import settings as st
 from schemas.token_dump import DumpWriter, Window, read_windows
 from stages.convert import convert_units
-from stages.lattice import Lattice
 from stages.windows import keep_rows
+
+STAGES = {
+    "read": ("token_dump.py", ("read_windows", "read_meta")),
+    "lattice": ("lattice.py", ("__init__",)),
+    "gather": ("shard_builder.py", ("_append",)),
+    "flush": ("shard_builder.py", ("_flush",)),
+    "learn": ("shard_builder.py", ("_learn",)),
+    "write": ("zarr_zip.py", ("write_zarr_zip",)),
+}
+"""Functions whose time, with all that they call, is a stage's; _flush runs in _append and in write, _learn in it."""
 
 
 def spans(window: Window) -> Window:
@@ -29,12 +48,60 @@ def spans(window: Window) -> Window:
     return keep_rows(window, window.row_depth == 0)
 
 
-def write_part(path: Path, windows: Iterable[Window]) -> Path:
+def short_documents(window: Window, length: int) -> Iterator[Window]:
+    """A window of canonical rows as documents of about `length` bytes; what a row says beyond its document is cut."""
+    text, starts = window.text, window.row_start
+    cuts = [int(starts[0])]
+    cuts += [int(s) for s in starts if s < len(text)]
+    chosen = [cuts[0]]
+    for cut in cuts:
+        if cut - chosen[-1] >= length:
+            chosen.append(cut)
+    level_offset = np.append(0, np.cumsum(window.n_levels, dtype=np.int64))
+    entry_offset = np.append(0, np.cumsum(window.fanout, dtype=np.int64))
+    row_of_stop = np.repeat(np.arange(len(starts)), window.n_stops)
+    for a, b in zip(chosen, [*chosen[1:], len(text)], strict=True):
+        rows = np.flatnonzero((starts >= a) & (starts <= b))
+        n_levels = np.minimum(window.n_levels[rows], b - starts[rows] + 1)
+        levels = np.concatenate(
+            [np.arange(level_offset[r], level_offset[r] + n) for r, n in zip(rows, n_levels, strict=True)]
+        )
+        entries = np.concatenate([np.arange(entry_offset[k], entry_offset[k + 1]) for k in levels])
+        depth_limit = np.zeros(len(starts), np.int64)
+        depth_limit[rows] = n_levels
+        stops = np.flatnonzero(window.stop_depth < depth_limit[row_of_stop])
+        counts = np.bincount(row_of_stop[stops], minlength=len(starts))[rows]
+        per_row = ("row_token", "row_logp", "row_depth", "row_static", "log_norm", "end", "control")
+        yield replace(
+            window, doc_id=f"{window.doc_id} {a}", text=text[a:b], score_start=0, is_last=True,
+            row_start=(starts[rows] - a).astype(np.int32), row_parent=np.arange(-1, len(rows) - 1, dtype=np.int32),
+            n_levels=n_levels.astype(np.int32), n_stops=counts.astype(np.int32), fanout=window.fanout[levels],
+            entry_byte=window.entry_byte[entries], entry_mass=window.entry_mass[entries],
+            stop_depth=window.stop_depth[stops], stop_token=window.stop_token[stops], stop_mass=window.stop_mass[stops],
+            **{name: getattr(window, name)[rows] for name in per_row},
+        )  # fmt: skip
+
+
+def flipped(window: Window, bits: int) -> Window:
+    """The window in another alphabet: every byte exclusive-or `bits`, entries in order again."""
+    byte = window.entry_byte ^ np.uint8(bits)
+    order = np.lexsort((byte, np.repeat(np.arange(len(window.fanout)), window.fanout)))
+    return replace(
+        window, doc_id=f"{window.doc_id} {bits}", text=window.text ^ np.uint8(bits),
+        entry_byte=byte[order], entry_mass=window.entry_mass[order],
+    )  # fmt: skip
+
+
+def write_part(path: Path, windows: Iterable[Window]) -> tuple[int, int]:
+    """Write a part; returns (bytes of scored text, documents)."""
     writer = DumpWriter(path, {"teacher": {}})
+    size = documents = 0
     for window in windows:
         writer.append(window)
+        size += len(window.text) - window.score_start
+        documents += window.is_last
     writer.close()
-    return path
+    return size, documents
 
 
 def as_one_document(windows: list[Window]) -> list[Window]:
@@ -42,49 +109,93 @@ def as_one_document(windows: list[Window]) -> list[Window]:
     return [replace(w, doc_id="all", doc_index=0, is_last=i == last) for i, w in enumerate(windows)]
 
 
-def measure(part: Path, n_bytes: int, repeat: int, out: Path) -> dict[str, float]:
-    began = time.process_time()
-    counts = convert_units([part] * repeat, out, st.Convert(), {}, lambda: False, lambda _: None)
-    seconds = time.process_time() - began
+def convert(part: Path, repeat: int, out: Path) -> dict[str, Any]:
+    return convert_units([part] * repeat, out, st.Convert(), {}, lambda: False, lambda _: None)
+
+
+def measure(part: Path, n_bytes: int, repeat: int, out: Path, rounds: int) -> dict[str, float]:
+    seconds = []
+    for _ in range(rounds):
+        began = time.process_time()
+        counts = convert(part, repeat, out)
+        seconds.append(time.process_time() - began)
     size = n_bytes * repeat
     return {
         "text_mb": round(size / 1e6, 3),
-        "seconds": round(seconds, 3),
-        "mb_per_s": round(size / seconds / 1e6, 3),
+        "seconds": round(min(seconds), 3),
+        "mb_per_s": round(size / min(seconds) / 1e6, 3),
+        "mb_per_s_worst": round(size / max(seconds) / 1e6, 3),
         "shard_bytes_per_text_byte": round(counts["size"] / size, 2),
     }
+
+
+def stages(part: Path, n_bytes: int, repeat: int, out: Path) -> dict[str, float]:
+    """Seconds per megabyte of text in each stage."""
+    profile = cProfile.Profile(time.process_time)
+    profile.runcall(convert, part, repeat, out)
+    spent = dict.fromkeys(STAGES, 0.0)
+    total = 0.0
+    for (file, _, function), (_, _, own, whole, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        total += own
+        for name, (where, functions) in STAGES.items():
+            if os.path.basename(file) == where and function in functions:
+                spent[name] += whole
+    flush = spent.pop("flush")
+    spent["encode"] = flush - spent["learn"]
+    spent["gather"] -= _called_by(profile, "_flush", "_append")
+    spent["other"] = total - sum(spent.values())
+    return {name: round(seconds / (n_bytes * repeat) * 1e6, 3) for name, seconds in spent.items()}
+
+
+def _called_by(profile: cProfile.Profile, function: str, caller: str) -> float:
+    """Seconds that a function took where one other called it."""
+    for (_, _, name), (_, _, _, _, callers) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        if name == function:
+            return float(sum(times[3] for (_, _, by), times in callers.items() if by == caller))
+    return 0.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--repeat", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=4)
+    parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", type=int, default=0, help="use the first parts only; 0 = all")
+    parser.add_argument("--only", help="one kind")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     parts = sorted((args.run / "teacher").glob("*.parquet"))[: args.parts or None]
-    windows = [w for part in parts for w in read_windows(part, top_k=False) if not w.reference]
-    n_bytes = sum(len(w.text) - w.score_start for w in windows)
-    result: dict[str, Any] = {"text_bytes": n_bytes, "documents": sum(w.is_last for w in windows)}
-    kinds = {"branches": windows, "spans": [spans(w) for w in windows], "one document": as_one_document(windows)}
+    windows = [w for part in parts for w in read_windows(part) if not w.reference]
+    bare = [spans(w) for w in windows]
+    short = [piece for w in bare for piece in short_documents(w, 500)]
+    result: dict[str, Any] = {
+        "text_bytes": sum(len(w.text) - w.score_start for w in windows),
+        "documents": sum(w.is_last for w in windows),
+        "copies": args.copies,
+        "rounds": args.rounds,
+    }
+    kinds = {"spans": bare, "branches": windows, "spans, one document": bare, "spans, documents of 500 bytes": short}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "shard.zarr.zip"
+        out, path = Path(folder) / "shard.zarr.zip", Path(folder) / "part.parquet"
         for name, chosen in kinds.items():
-            part = write_part(Path(folder) / "part.parquet", chosen)
-            measure(part, n_bytes, 1, out)  # compiles
-            lengths = [measure(part, n_bytes, n, out) for n in sorted({1, 4, args.repeat})]
+            if args.only not in (None, name):
+                continue
+            copied = [flipped(w, bits) for bits in range(args.copies) for w in chosen]
+            n_bytes, documents = write_part(path, as_one_document(copied) if "one" in name else copied)
+            convert(path, 1, out)  # compiles
+            lengths = [measure(path, n_bytes, n, out, args.rounds) for n in sorted({1, 2, args.repeat})]
             added = lengths[-1]["text_mb"] - lengths[-2]["text_mb"]
-            began = time.process_time()
-            for window in chosen:
-                Lattice(window)
             result[name] = {
-                "rows_per_text_byte": round(sum(len(w.row_start) for w in chosen) / n_bytes, 3),
-                "entries_per_text_byte": round(sum(len(w.entry_byte) for w in chosen) / n_bytes, 1),
-                "lattice_mb_per_s": round(n_bytes / (time.process_time() - began) / 1e6, 2),
+                "documents": documents,
+                "rows_per_text_byte": round(sum(len(w.row_start) for w in copied) / n_bytes, 3),
+                "entries_per_text_byte": round(sum(len(w.entry_byte) for w in copied) / n_bytes, 1),
+                "dump_bytes_per_text_byte": round(path.stat().st_size / n_bytes, 1),
                 "marginal_mb_per_s": round(added / (lengths[-1]["seconds"] - lengths[-2]["seconds"]), 3),
                 "lengths": lengths,
+                "stages": stages(path, n_bytes, args.repeat, out),
             }
-    print(json.dumps(result, indent=1))
+            print(name, json.dumps(result[name]), flush=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -32,7 +32,13 @@ BACKOFF = 3.0
 UNIT = 1 << 24
 """Fixed-point unit of summed probabilities."""
 
-_WEIGHT: F64 = np.array([2.0 ** -(c // 2) * (0.7071067811865476 if c % 2 else 1.0) for c in range(256)])
+_ROOT_HALF = 0.7071067811865476
+WEIGHT: F64 = np.array([2.0 ** -(c // 2) * (_ROOT_HALF if c % 2 else 1.0) for c in range(MAX_CODE + 1)])
+"""float64 [61]: the weight of each code."""
+INVERSE: F64 = 1.0 / WEIGHT
+# Every weight is a whole number of 2 ** -30, or that many times the root.
+_WHOLE: I64 = np.array([0 if c % 2 else 2 ** (30 - c // 2) for c in range(MAX_CODE + 1)])
+_ROOTS: I64 = np.array([2 ** (30 - c // 2) if c % 2 else 0 for c in range(MAX_CODE + 1)])
 # Ratios below which the next code is nearer: 2 ** (-(c + 1/2) / 2) = 2 ** -(c // 2) * 2 ** (-1/4 or -3/4).
 _EDGE: F64 = np.array(
     [2.0 ** -(c // 2) * (0.5946035575013605 if c % 2 else 0.8408964152537145) for c in range(MAX_CODE)]
@@ -57,7 +63,13 @@ class Prior(NamedTuple):
 
     def weights(self) -> F64:
         """float64 [K, 257]."""
-        return _WEIGHT[self.code]
+        return WEIGHT[self.code]
+
+    def totals(self) -> F64:
+        """float64 [K]: the sums of each node's weights, exact and then rounded (as math.fsum has them)."""
+        root = int(_ROOT_HALF * 2**53)
+        sums = zip(_WHOLE[self.code].sum(1).tolist(), _ROOTS[self.code].sum(1).tolist(), strict=True)
+        return np.array([((whole << 53) + roots * root) / 2**83 for whole, roots in sums])
 
     def order(self) -> I16:
         """int16 [K, 257]: symbols by descending weight, ties by symbol."""
@@ -156,22 +168,37 @@ def find_nodes(text: U8, doc_start: I64, child: I16, lo: int, hi: int) -> I16:
     return out
 
 
+@njit(cache=True, nogil=True)
+def _count(text: U8, doc_start: I64, known: NDArray[np.bool_], group: I64, depth: int, counts: I64) -> None:
+    """Add the contexts of `depth` bytes of known positions to int64 `counts` [groups, 256].
+
+    `group` int64 [256 ** (depth - 1)]: the row of the bytes before the farthest one, nearest first; -1: not counted.
+    """
+    for document in range(doc_start.shape[0]):
+        stop = doc_start[document + 1] if document + 1 < doc_start.shape[0] else text.shape[0]
+        for i in range(doc_start[document] + depth, stop):
+            key = np.int64(0)
+            for back in range(1, depth):
+                key = key << 8 | np.int64(text[i - back])
+            if known[i] and group[key] >= 0:
+                counts[group[key], text[i - depth]] += 1
+
+
 def grow(text: U8, doc_start: I64, known: NDArray[np.bool_]) -> Prior:
     """The tree of frequent contexts of `known` [n] positions, weights still all alike.
 
     `text` [n]: documents with their END positions.
     """
-    n = len(text)
-    place = np.arange(n) - doc_start[np.searchsorted(doc_start, np.arange(n), side="right") - 1]
-    key = np.zeros(n, np.int64)
     found: list[tuple[int, int, int]] = []  # (-count, depth, key); key = bytes before, nearest in the high digits
+    parents = np.zeros(1, np.int64)  # keys; what is too rare has no children, since MINIMUM grows with the depth
     for depth in range(1, DEPTH + 1):
-        before = np.zeros(n, np.int64)
-        before[depth:] = text[: n - depth]
-        key = key * 256 + before
-        keys, counts = np.unique(key[known & (place >= depth)], return_counts=True)
-        often = counts >= MINIMUM[depth]
-        found += zip((-counts[often]).tolist(), [depth] * int(often.sum()), keys[often].tolist(), strict=True)
+        group = np.full(256 ** (depth - 1), -1, np.int64)
+        group[parents] = np.arange(len(parents))
+        counts = np.zeros((len(parents), 256), np.int64)
+        _count(text, doc_start, known, group, depth, counts)
+        row, last = np.nonzero(counts >= MINIMUM[depth])
+        parents = parents[row] << 8 | last
+        found += zip((-counts[row, last]).tolist(), [depth] * len(parents), parents.tolist(), strict=True)
     # Most frequent first; a parent is at least as frequent and less deep, so it always precedes its children.
     nodes = {(0, 0): 0}
     parent, byte = [-1], [0]
@@ -183,7 +210,7 @@ def grow(text: U8, doc_start: I64, known: NDArray[np.bool_]) -> Prior:
     return Prior(np.array(parent, np.int64), np.array(byte, np.uint8), np.zeros((len(parent), SYMBOLS), np.uint8))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _mix(parent: I64, mass: I64, edge: F64, code: U8) -> None:
     """Fill `code` from the summed masses int64 [K, 257] of the positions at each node; `mass` is summed up the tree."""
     n_nodes = parent.shape[0]
@@ -191,6 +218,8 @@ def _mix(parent: I64, mass: I64, edge: F64, code: U8) -> None:
         for s in range(SYMBOLS):
             mass[parent[node], s] += mass[node, s]
     share = np.empty((n_nodes, SYMBOLS))
+    ratio = np.empty(1)
+    ratio_bits = ratio.view(np.int64)
     for node in range(n_nodes):
         total = 0.0
         biggest = 0.0
@@ -202,9 +231,10 @@ def _mix(parent: I64, mass: I64, edge: F64, code: U8) -> None:
             total += value
             biggest = max(biggest, value)
         for s in range(SYMBOLS):
-            ratio = share[node, s] / biggest
-            c = 0
-            while c < MAX_CODE and ratio < edge[c]:
+            ratio[0] = share[node, s] / biggest
+            # Its exponent says which codes are too small; few are left to try.
+            c = max(0, min(MAX_CODE, 2 * (1022 - (ratio_bits[0] >> 52))))
+            while c < MAX_CODE and ratio[0] < edge[c]:
                 c += 1
             code[node, s] = c
             share[node, s] /= total

@@ -19,12 +19,14 @@ Price, one core: SPEC.md, "Cost".
 
 import math
 from decimal import Decimal, localcontext
+from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
-from schemas.sorting import insertion_sort
+from schemas.sorting import FEW, sort_few
 
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
@@ -54,124 +56,138 @@ def _log2_table() -> I64:
         return np.array([int(((1 + Decimal(m) / 4096).ln() / two * 2**20).to_integral_value()) for m in range(4096)])
 
 
-_LOG2 = _log2_table()
+_LOG2 = _log2_table().astype(np.int32)
+_FIRST_OCTAVE, _OCTAVES, _STEPS = -20, 28, 32
+_LOG_ERROR = 4e-4
+"""How far ln(p / q) may be off where both logarithms come from the table."""
+
+
+def _worthy_shares() -> tuple[F64, F64]:
+    """float64 [octaves * steps + 2] each: q / p below which listing p surely gains its price, above which surely not.
+
+    By price / p = y, a number of steps to an octave: the share r at which the gain is the price solves
+    r - 1 - ln(r) = y and falls with y. The bounds leave room for the table's logarithms; at both ends, beyond the
+    octaves, they say nothing.
+    """
+    edge = 2.0 ** np.arange(_FIRST_OCTAVE, _FIRST_OCTAVE + _OCTAVES)[:, None] * (1 + np.arange(_STEPS) / _STEPS)
+    edge = np.append(edge.ravel(), 2.0 ** (_FIRST_OCTAVE + _OCTAVES))
+
+    def share(y: F64) -> F64:
+        low, high = np.full(len(y), -400.0), np.zeros(len(y))  # ln(r)
+        for _ in range(80):
+            middle = (low + high) / 2
+            above = np.expm1(middle) - middle > y
+            low, high = np.where(above, middle, low), np.where(above, high, middle)
+        return np.exp(high)
+
+    sure = share(edge[1:] + _LOG_ERROR) * (1 - 1e-9)
+    hopeless = share(np.maximum(edge[:-1] - _LOG_ERROR, 0.0)) * (1 + 1e-9)
+    return np.concatenate([[0.0], sure, [0.0]]), np.concatenate([[np.inf], hopeless, [np.inf]])
+
+
+_SURE, _HOPELESS = _worthy_shares()
 _LN2_UNIT = 0.6931471805599453 / 2**20
+_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
+_TERMS = 4096
+"""Logarithms taken at a time."""
+_ROOM = SYMBOLS + 2
+"""Logarithms that a row may ask for."""
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _log2(bits: np.uint64) -> int:
+def _log2(bits: np.uint64) -> np.int64:
     """log2 of a positive float64 with these bits, units of 2 ** -20 above an arbitrary zero, within 2 ** -12."""
-    return (np.int64(bits >> np.uint64(52)) << 20) + _LOG2[np.int64(bits >> np.uint64(40)) & 4095]
+    return (np.int64(bits >> np.uint64(52)) << 20) + np.int64(_LOG2[bits >> np.uint64(40) & np.uint64(4095)])
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _round_code(root: float, step: int, highest: int, p: float, power: int, error: float, top: float) -> int:
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def _round_code(
+    root: float, step: int, highest: int, p: float, power: int, error: float, top: float
+) -> tuple[int, float]:
     """The multiple of `step` next to 256 * root, `highest` at most, that errs least on p and on the implied symbol.
 
-    `power` 2 or 4; `error` summed so far; `top` the implied symbol's true mass. 0: none above zero leaves the
-    implied symbol half of its value.
+    `power` 2 or 4; `error` summed so far; `top` the implied symbol's true mass. Returns the code, and `error` with its
+    own; code 0: none above zero leaves the implied symbol half of its value.
     """
-    x = root * 256.0
-    below = int(x / step) * step
-    best = 0
-    least = np.inf
-    for code in (below, below + step):
-        code = min(code, highest)
-        if code < 1:
-            continue
-        value = (code / 256.0) * (code / 256.0)
-        if power == 4:
-            value *= value
-        off = value - p
-        after = error + off
-        if after > 0.5 * top:
-            continue
-        cost = off * off / max(value, p) + after * after / top
-        if cost < least:
-            least, best = cost, code
-    return best
+    below = int(root * 256.0) & -step
+    low, high = min(below, highest), min(below + step, highest)
+    low_value, high_value = (low / 256.0) * (low / 256.0), (high / 256.0) * (high / 256.0)
+    if power == 4:
+        low_value, high_value = low_value * low_value, high_value * high_value
+    low_off, high_off = low_value - p, high_value - p
+    low_after, high_after = error + low_off, error + high_off
+    low_cost = low_off * low_off / max(low_value, p) + low_after * low_after / top
+    high_cost = high_off * high_off / max(high_value, p) + high_after * high_after / top
+    low_cost = np.inf if low < 1 or low_after > 0.5 * top else low_cost
+    high_cost = np.inf if high_after > 0.5 * top else high_cost
+    if low_cost == np.inf and high_cost == np.inf:
+        return 0, error
+    higher = high_cost < low_cost
+    return high if higher else low, high_after if higher else low_after
 
 
 @njit(cache=True, nogil=True)
-def learn_masses(node: I16, skip: U8, count: I16, symbol: I16, prob: F32, unit: float, mass: I64) -> None:
-    """Add the probabilities of rows to int64 `mass` [K, 257] of their nodes, where `skip` [entries] is 0."""
+def learn_masses(node: I16, count: I16, symbol: I16, prob: F32, unit: float, mass: I64) -> None:
+    """Add the probabilities of rows to int64 `mass` [K, 257] of their nodes."""
     at = 0
-    for i in range(node.shape[0]):
-        for k in range(at, at + count[i]):
-            if skip[k] == 0:
-                mass[node[i], symbol[k]] += np.int64(float(prob[k]) * unit)
+    for i in range(_PLACE(node.shape[0])):
+        row = np.uint64(node[i])
+        for k in range(_PLACE(at), _PLACE(at + count[i])):
+            mass[row, np.uint64(symbol[k])] += np.int64(float(prob[k]) * unit)
         at += count[i]
 
 
-@njit(cache=True, nogil=True)
-def _add_divergence(
-    order: I64,
-    listed: U8,
-    symbol: I16,
-    prob: F32,
-    coded: F64,
-    implied: float,
-    error: float,
-    rest: float,
-    given: float,
-    tail: float,
-    weight: F64,
-    unlisted_weight: float,
-    divergence: F64,
-) -> None:
-    """Bookkeeping, nothing is decided by it: the KL of one row, quantisation alone and with the tail spread.
+@njit(cache=True, nogil=True, error_model="numpy")
+def sum_logs(times: F64, x: F64, n: int) -> float:
+    """Sum of times[k] * ln(x[k]) over k < n, normal numbers above zero; 1e-15 of the summands, alike on every machine.
 
-    `order`: the row's entries, the implied symbol's first; `coded` their decoded probabilities where listed;
-    `unlisted_weight`: prior weight of all symbols but the implied one. Of what the row did not keep, `rest`, the
-    input's own unlisted mass, `given`, is spread as the decoder spreads it, and the remainder counts as one symbol.
+    x = 2 ** e * m with m in sqrt(1/2)..sqrt(2); ln(m) = 2 artanh(s) with s = (m - 1) / (m + 1), by its series. Loops
+    without branches, which a compiler turns into vector instructions. Overwrites x; n is rounded up to 4.
     """
-    quantised = implied * math.log(implied / (implied - error))
-    whole = quantised
-    missing = rest
-    for k in range(1, order.shape[0]):
-        e = order[k]
-        p = float(prob[e])
-        if listed[e]:
-            unlisted_weight -= weight[symbol[e]]
-            x = p * math.log(p / coded[k])
-            quantised += x
-            whole += x
-        else:
-            missing += p
-    if missing > 1e-12 and tail > 0.0:
-        quantised += missing * math.log(missing / tail)
-        share = unlisted_weight
-        for k in range(1, order.shape[0]):
-            e = order[k]
-            if not listed[e] and prob[e] > 0:
-                w = weight[symbol[e]] / unlisted_weight
-                share -= weight[symbol[e]]
-                p = float(prob[e]) + given * w
-                whole += p * math.log(p / (tail * w))
-        w = max(share, 1e-12) / unlisted_weight
-        p = max(0.0, rest - given) + given * w
-        if p > 1e-12:
-            whole += p * math.log(p / (tail * w))
-    divergence[0] += quantised
-    divergence[1] += whole
+    bits = x.view(np.int64)
+    whole = np.empty(n + 4)
+    for k in range(n, (n + 3) // 4 * 4):
+        times[k], x[k] = 0.0, 1.0
+    n = (n + 3) // 4 * 4
+    for k in range(_PLACE(n)):
+        e = (bits[k] - 0x3FE6A09E667F3BCD) >> 52
+        bits[k] -= e << 52
+        whole[k] = float(e)
+    for k in range(_PLACE(n)):
+        s = (x[k] - 1.0) / (x[k] + 1.0)
+        z = s * s
+        series = 1 / 15 + z * (1 / 17)
+        series = 1 / 9 + z * (1 / 11 + z * (1 / 13 + z * series))
+        series = 1.0 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * series)))
+        whole[k] = times[k] * (whole[k] * 0.6931471805599453 + 2.0 * s * series)
+    a = b = c = d = 0.0
+    for k in range(_PLACE(0), _PLACE(n), _PLACE(4)):
+        a += whole[k]
+        b += whole[k + _PLACE(1)]
+        c += whole[k + _PLACE(2)]
+        d += whole[k + _PLACE(3)]
+    return (a + b) + (c + d)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def encode_rows(
     true: I16,
     node: I16,
     mask: U8,
     count: I16,
+    listable: I16,
     rest: F64,
+    unlisted: F64,
     given: F32,
     symbol: I16,
     prob: F32,
-    weight: F64,
+    bits: NDArray[np.uint32],
+    prior: I16,
+    weights: F64,
+    inverse: F64,
     total_weight: F64,
-    rank: I16,
     price: F64,
     rate: float,
-    prune: float,
     value_step: int,
     tail_step: int,
     head: U8,
@@ -179,136 +195,232 @@ def encode_rows(
     top: U8,
     gap: U8,
     value: U8,
-    listed: U8,
     divergence: F64,
+    unit: float,
+    mass: I64,
 ) -> tuple[int, int]:
-    """Choose what rows list, quantise it, and lay it out.
+    """Choose what rows list, quantise it, and lay it out; or, with `mass`, only take what they list from there.
 
     true int16 [n]: the symbol that follows; node int16 [n]: its context; mask uint8 [n]: 1 where `divergence` counts
-    the row; count, rest, symbol, prob: rows as `gather_rows` keeps them; given float32 [n]: the unlisted mass they came
-    with; weight, rank [K, 257], total_weight [K]: the prior; price float64 [257]: nats an entry at each rank must gain.
-    Output, as in `packing.Codes`: head, tail uint8 [n]; top uint8 [M]; gap, value uint8 [E]; `listed` uint8 [entries
-    of the input]: 1 = not in the tail. divergence[0] grows by the quantisation KL (rows over listed symbols and
-    tail), [1] by the whole KL, tail spread by the prior. Returns (M, E).
+    the row; count, listable, rest, unlisted, symbol, prob: rows as `gather_rows` keeps them; given float32 [n]: the
+    unlisted mass they came with; prior int16 [K, 257]: 512 * code of the weight + rank; weights float64 [codes] and
+    `inverse`, one over it; total_weight float64 [K]; price float64 [257]: nats an entry at each rank must gain.
+    Output, as in `packing.Codes`: head, tail uint8 [n]; top uint8 [M]; gap, value uint8 [E]. divergence[0] grows by the
+    quantisation KL (rows over listed symbols and tail), [1] by the whole KL, tail spread by the prior. Returns (M, E).
+    Where `mass` int64 [K, 257] has rows, nothing of this is written: what `learn_masses` added of listed symbols is
+    subtracted again.
     """
+    k: Any
+    stop: Any
+    last: Any
+    place: Any
+    n_chosen: Any
+    n_two: Any
+    j: Any
+    e: Any
+    learning = mass.shape[0] > 0
     scratch = np.empty(1, np.float64)
     scratch_bits = scratch.view(np.uint64)
-    order = np.empty(SYMBOLS, np.int64)
+    listed = np.empty(SYMBOLS, np.uint8)
     coded = np.empty(SYMBOLS)
-    spots = np.empty(SYMBOLS, np.int64)  # 256 * rank + code
-    at = 0
+    rank = np.empty(SYMBOLS, np.int16)
+    weight, hopeless = np.empty(SYMBOLS), np.empty(SYMBOLS)
+    chosen = np.empty(SYMBOLS, np.int64)
+    value_unit = (value_step / 256.0) ** 2
+    most_tail = np.empty(65)  # by 64 * tail: what rounding it up to the next code may add to it
+    for k in range(65):
+        most_tail[k] = (((k + 1) / 64.0) ** 0.25 + tail_step / 256.0) ** 4 - (k + 1) / 64.0
+    spots = np.empty(SYMBOLS + FEW, np.int64)  # 256 * rank + code
+    # Terms of the divergence, times[k] * ln(x[k]): of both figures, of the first, of the second.
+    both_times, both_x, n_both = np.empty(_TERMS), np.empty(_TERMS), 0
+    one_times, one_x, n_one = np.empty(_TERMS), np.empty(_TERMS), 0
+    two_times, two_x, n_two = np.empty(_TERMS), np.empty(_TERMS), 0
+    stop = at = 0
     n_top = 0
     out = 0
-    for i in range(node.shape[0]):
-        m = int(count[i])
-        row = node[i]
-        best = at
-        for k in range(at + 1, at + m):
-            if prob[k] > prob[best]:
-                best = k
-        implied = float(prob[best]) if m else 0.0
-        t = rest[i]
-        n_sorted, n_rest = 0, m
-        for k in range(at, at + m):  # what could be listed by descending probability, the top first; then the others
-            listed[k] = 0
-            if k != best:
-                t += float(prob[k])
-                if prob[k] < prune:
-                    n_rest -= 1
-                    order[n_rest] = k
-                    continue
-            j = n_sorted
-            while j > 0 and prob[order[j - 1]] < prob[k]:
-                order[j] = order[j - 1]
-                j -= 1
-            order[j] = k
-            n_sorted += 1
-        top_symbol = int(symbol[best]) if m else 0
+    for i in range(_PLACE(node.shape[0])):
+        at = stop
+        m = np.int64(count[i])
+        stop = at + m
+        row = np.uint64(node[i])
+        implied = float(prob[_PLACE(at)]) if m else 0.0
         if implied < FLOOR:
-            head[i], tail[i] = 0, TAIL_IS_ALL
-            at += m
+            if not learning:
+                head[i], tail[i] = 0, TAIL_IS_ALL
             continue
-        listed[best] = 1
-        w = total_weight[row] - weight[row, top_symbol]
-        top_rank = rank[row, top_symbol]
-        n_listed = 0
-        for _ in range(2):
-            for k in range(1, m):
-                e = order[k]
-                p = float(prob[e])
-                if p < prune or n_listed == MAX_COUNT:
-                    break
-                if listed[e]:
-                    continue
-                s = symbol[e]
-                q = t * weight[row, s] / w
-                if p <= q:
-                    continue
-                scratch[0] = p
-                lp = _log2(scratch_bits[0])
-                scratch[0] = q
+        top_symbol = np.int64(symbol[_PLACE(at)])
+        here = np.int64(prior[row, np.uint64(top_symbol)])
+        top_rank = here & 511
+        others = w = total_weight[row] - weights[_PLACE(here >> 9)]
+        n = np.int64(listable[i]) - 1
+        first = _PLACE(at + 1)
+        # Which of them are worth their price, by descending probability. Two rounds: what is listed takes mass from the
+        # tail, so a symbol that was not worth it may be once others are listed; the second round asks only those whose
+        # question has changed. Written out here: numba counts references to every array that a function is handed.
+        t, kept_out = unlisted[i], rest[i]
+        n_chosen = 0
+        for k in range(_PLACE(n)):
+            here = np.int64(prior[row, np.uint64(symbol[first + k])])
+            r = (here & 511) - ((here & 511) > top_rank)
+            rank[k] = r
+            weight[k] = weights[_PLACE(here >> 9)]
+            p = float(prob[first + k])
+            scratch[0] = price[_PLACE(r)] / p
+            place = np.int64(scratch_bits[0] >> np.uint64(47)) - (_FIRST_OCTAVE + 1023) * _STEPS + 1
+            place = min(max(place, 0), _OCTAVES * _STEPS + 1)
+            hopeless[k] = _HOPELESS[_PLACE(place)] * p
+            x, limit = t * weight[k], _SURE[_PLACE(place)] * p * w
+            if n_chosen == MAX_COUNT:
+                limit = -1.0
+            elif x >= limit and x <= hopeless[k] * w:
+                b = bits[first + k]
+                lp = (np.int64(b >> np.uint32(23)) + 896 << 20) + np.int64(_LOG2[b >> np.uint32(11) & np.uint32(4095)])
+                q = scratch[0] = x / w
                 gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
-                r = rank[row, s]
-                if gain > price[r - (r > top_rank)]:
-                    listed[e] = 1
-                    n_listed += 1
-                    t = max(t - p, rest[i])
-                    w -= weight[row, s]
+                limit = np.inf if p > q and gain > price[_PLACE(r)] else -1.0
+            # Arithmetic in place of a branch that would be guessed wrong; t is never below `rest`.
+            yes = 1.0 if x < limit else 0.0
+            t -= p * yes
+            t = t if t > kept_out else kept_out
+            w -= weight[k] * yes
+            listed[k] = np.uint8(yes)
+            chosen[_PLACE(n_chosen)] = np.int64(k)
+            n_chosen += np.int64(yes)
+        last = chosen[_PLACE(n_chosen - 1)] if n_chosen else 0
+        again = np.uint8(0)
+        for k in range(_PLACE(last)):
+            again |= (listed[k] ^ np.uint8(1)) & np.uint8(t * weight[k] <= hopeless[k] * w)
+        j = 0 if again else last
+        while j < last and n_chosen < MAX_COUNT:
+            k = _PLACE(j)
+            j += 1
+            if listed[k]:
+                continue
+            p = float(prob[first + k])
+            scratch[0] = p
+            lp = _log2(scratch_bits[0])
+            q = scratch[0] = t * weight[k] / w
+            gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
+            if p > q and gain > price[_PLACE(rank[k])]:
+                listed[k] = 1
+                n_chosen += 1
+                t = max(t - p, kept_out)
+                w -= weight[k]
+                last = n
+        if again:
+            n_chosen = 0
+            for k in range(_PLACE(n)):
+                chosen[_PLACE(n_chosen)] = np.int64(k)
+                n_chosen += listed[k]
+        if learning and t < 0.9 * FLAT_TAIL:
+            # No code can be refused (see `_round_code`) where even all of them rounded up leave the implied symbol
+            # half of its value: sum of (sqrt(p) + step)^2 - p, with sum of sqrt(p) <= sqrt(n * sum of p).
+            most = value_step / 128.0 * math.sqrt(n_chosen * max(0.0, unlisted[i] - t)) + (n_chosen + 1) * value_unit
+            if most + most_tail[_PLACE(t * 64.0)] < 0.499 * implied:
+                mass[row, np.uint64(top_symbol)] -= np.int64(implied * unit)
+                for j in range(_PLACE(n_chosen)):
+                    e = first + _PLACE(chosen[j])
+                    mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
+                continue
         t = rest[i]  # again, without the rounding of the subtractions above
-        for k in range(1, m):
-            if not listed[order[k]]:
-                t += float(prob[order[k]])
+        for k in range(_PLACE(n)):
+            t += float(prob[first + k]) * (1.0 - listed[k])
+        for k in range(_PLACE(n), _PLACE(m - 1)):
+            t += float(prob[first + k])
         if t > FLAT_TAIL:
-            for k in range(m):
-                listed[at + k] = 0
-            head[i], tail[i] = 0, TAIL_IS_ALL
-            at += m
+            if not learning:
+                head[i], tail[i] = 0, TAIL_IS_ALL
             continue
         error = 0.0
         code = 0
         if t > 0.0:
             root = math.sqrt(math.sqrt(t))
-            code = _round_code(root, tail_step, 254, t, 4, 0.0, implied)
+            code, error = _round_code(root, tail_step, 254, t, 4, 0.0, implied)
             off = TAIL[code] - t
             if code == 0 or off * off / max(t, TAIL[code]) + off * off / implied > FINE_TAIL * rate:
-                code = max(1, _round_code(root, 1, 254, t, 4, 0.0, implied))
+                code, error = _round_code(root, 1, 254, t, 4, 0.0, implied)
+                code = max(1, code)
             error = TAIL[code] - t
-        tail[i] = code
-        n = 0
-        for k in range(1, m):
-            e = order[k]
-            coded[k] = 0.0
-            if not listed[e]:
-                continue
-            p = float(prob[e])
-            code = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied)
+        tail_code = code
+        refused = 0
+        for j in range(_PLACE(n_chosen)):
+            k = _PLACE(chosen[j])
+            p = float(prob[first + k])
+            code, error = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied)
             if code == 0:  # no code leaves the implied symbol enough: this one stays unlisted, its mass with that
-                listed[e] = 0
+                listed[k] = 0
                 error -= p
+                refused += 1
                 continue
-            coded[k] = VALUE[code]
-            error += VALUE[code] - p
-            r = int(rank[row, symbol[e]])
-            spots[n] = (r - (r > top_rank)) << 8 | code
-            n += 1
-        insertion_sort(spots, 0, n)
+            place = _PLACE(np.int64(j) - refused)
+            chosen[place] = np.int64(k)
+            coded[place] = VALUE[code]
+            spots[place] = np.int64(rank[k]) << 8 | code
+        n_chosen -= refused
+        if learning:
+            mass[row, np.uint64(top_symbol)] -= np.int64(implied * unit)
+            for j in range(_PLACE(n_chosen)):
+                e = first + _PLACE(chosen[j])
+                mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
+            continue
+        sort_few(spots, n_chosen)
         before = -1
-        for j in range(n):
+        for j in range(_PLACE(n_chosen)):
             r = spots[j] >> 8
-            gap[out] = r - before - 1
-            value[out] = spots[j] & 255
+            gap[_PLACE(out)] = r - before - 1
+            value[_PLACE(out)] = spots[j] & 255
             before = r
             out += 1
         miss = top_symbol != true[i]
-        if miss:
-            r = rank[row, top_symbol]
-            top[n_top] = r - (r > rank[row, true[i]])
-            n_top += 1
-        head[i] = 2 * n + miss
-        if mask[i]:
-            _add_divergence(
-            order[:m], listed, symbol, prob, coded, implied, error, rest[i], float(given[i]), TAIL[tail[i]],
-            weight[row], total_weight[row] - weight[row, top_symbol], divergence,
-        )  # fmt: skip
-        at += m
+        r = np.int64(prior[row, np.uint64(true[i])]) & 511
+        top[_PLACE(n_top)] = top_rank - (top_rank > r)
+        n_top += miss
+        head[i] = 2 * n_chosen + miss
+        tail[i] = tail_code
+        if not mask[i]:
+            continue
+        # The KL of the row, quantisation alone and with the tail spread; nothing is decided by it. Of what the row
+        # did not keep, `rest`, the input's own unlisted mass, `given`, is spread as the decoder spreads it, and the
+        # remainder counts as one symbol.
+        both_times[_PLACE(n_both)], both_x[_PLACE(n_both)] = implied, implied / (implied - error)
+        n_both += 1
+        w = others
+        for j in range(_PLACE(n_chosen)):
+            p = float(prob[first + _PLACE(chosen[j])])
+            w -= weight[_PLACE(chosen[j])]
+            both_times[_PLACE(n_both)], both_x[_PLACE(n_both)] = p, p / coded[j]
+            n_both += 1
+        missing = t
+        if refused:
+            missing = rest[i]
+            for k in range(_PLACE(m - 1)):
+                if k >= _PLACE(n) or not listed[k]:
+                    missing += float(prob[first + k])
+        if missing > 1e-12 and tail_code > 0:
+            tail_mass = TAIL[tail_code]
+            one_times[_PLACE(n_one)], one_x[_PLACE(n_one)] = missing, missing / tail_mass
+            n_one += 1
+            share, each, scale = w, float(given[i]) / w, w / tail_mass
+            for k in range(_PLACE(n), _PLACE(m - 1)):
+                listed[k] = 0
+            for k in range(_PLACE(m - 1)):
+                e = first + k
+                c = _PLACE(prior[row, np.uint64(symbol[e])] >> 9)
+                p = float(prob[e]) + each * weights[c]
+                two_times[_PLACE(n_two)], two_x[_PLACE(n_two)] = p, p * inverse[c] * scale
+                n_two += 1 - np.int64(listed[k])
+                share -= weights[c] * (1 - np.int64(listed[k]))
+            x = max(share, 1e-12) / w
+            p = max(0.0, rest[i] - float(given[i])) + float(given[i]) * x
+            if p > 1e-12:
+                two_times[_PLACE(n_two)], two_x[_PLACE(n_two)] = p, p / (tail_mass * x)
+                n_two += 1
+        if max(n_both, n_two) > _TERMS - _ROOM or n_one > _TERMS - _ROOM:
+            common = sum_logs(both_times, both_x, n_both)
+            divergence[0] += common + sum_logs(one_times, one_x, n_one)
+            divergence[1] += common + sum_logs(two_times, two_x, n_two)
+            n_both = n_one = n_two = 0
+    common = sum_logs(both_times, both_x, n_both)
+    divergence[0] += common + sum_logs(one_times, one_x, n_one)
+    divergence[1] += common + sum_logs(two_times, two_x, n_two)
     return n_top, out

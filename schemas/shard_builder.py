@@ -1,16 +1,17 @@
-"""The writer of byte targets: dense rows in, one shard out.
+"""The writer of byte targets: rows in, dense or without their zeros, one shard out.
 
-Rows are gathered as sparse rows; once `prior.SAMPLE` of them wait (or the shard ends) the prior is learned from them,
-they are encoded, and from then on rows are encoded as they come. The prior is learned in two rounds: first from all
-the masses, then from those that the first one leaves unlisted, which is what it has to spread. Positions that say
-nothing, prompts, teach it nothing, nor are unsupervised ones part of the statistics.
+Rows are gathered into blocks, checked and sorted (gather.py). Once `prior.SAMPLE` of them wait (or the shard ends) the
+prior is learned from them, they are encoded, and from then on rows are encoded as they come. The prior is learned in
+two rounds: first from all the masses, then from those that the first one leaves unlisted, which is what it has to
+spread. Positions that say nothing, prompts, teach it nothing, nor are unsupervised ones part of the statistics.
 
-Price in memory: up to 100 bytes for each of the first 2 ** 20 positions, then 4 a position and 1 a listed symbol.
+Price in memory: about 130 bytes for each of the first 2 ** 20 positions, then 4 a position and 1 a listed symbol.
 """
 
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,11 @@ from schemas.prior import Prior
 from schemas.zarr_zip import write_zarr_zip
 
 _BLOCK = 1 << 14
-"""Rows gathered at a time: bounds the scratch for the worst case (257 entries per row) to 25 MiB."""
+"""Rows that are encoded at a time."""
+_ENTRIES = 1 << 19
+"""Entries that a block of rows has room for; memory of which only what is used is real."""
+_PIECE = 1 << 10
+"""Rows gathered at a time: the worst case, 257 entries per row, is half of a block."""
 
 
 class Precision(NamedTuple):
@@ -46,22 +51,58 @@ PRECISIONS = {
 }
 
 
+_Gather = Callable[..., tuple[int, int, int, float]]
+
+
+class _NegativeZeroError(Exception):
+    """A probability is -0.0."""
+
+
+class _Block:
+    """Up to `_BLOCK` rows that wait to be encoded: checked, their entries in order (see `gather`)."""
+
+    def __init__(self, entries: int) -> None:
+        self.n_rows = self.n_entries = 0
+        self.mask: U8 = np.empty(_BLOCK, np.uint8)
+        self.true: I16 = np.empty(_BLOCK, np.int16)  # the symbol that follows
+        self.count: I16 = np.empty(_BLOCK, np.int16)
+        self.listable: I16 = np.empty(_BLOCK, np.int16)
+        self.rest: F64 = np.empty(_BLOCK, np.float64)
+        self.unlisted: F64 = np.empty(_BLOCK, np.float64)
+        self.given: F32 = np.empty(_BLOCK, np.float32)
+        self.symbol: I16 = np.empty(entries, np.int16)
+        self.prob: F32 = np.empty(entries, np.float32)
+
+    def has_room(self, rows: int, entries: int) -> bool:
+        return self.n_rows + rows <= _BLOCK and self.n_entries + entries <= len(self.symbol)
+
+    def room(self) -> tuple[NDArray[Any], ...]:
+        """What `gather` writes to, from the first free place on."""
+        rows = [column[self.n_rows :] for column in (self.count, self.listable, self.rest, self.unlisted)]
+        prob = self.prob[self.n_entries :]
+        return *rows, self.symbol[self.n_entries :], prob, prob.view(np.uint32)
+
+    def rows(self, n: int) -> "_Rows":
+        """The first n rows."""
+        m = int(self.count[:n].sum(dtype=np.int64))
+        return _Rows(
+            self.true[:n], self.mask[:n], self.count[:n], self.listable[:n], self.rest[:n], self.unlisted[:n],
+            self.given[:n], self.symbol[:m], self.prob[:m],
+        )  # fmt: skip
+
+
 class _Rows(NamedTuple):
-    """Rows that wait for the prior: gathered, not yet encoded."""
+    """Rows as `quantise.encode_rows` takes them; see there."""
 
     true: I16
-    """int16 [n]: the symbol that follows"""
     mask: U8
     n_kept: I16
+    listable: I16
     rest: F64
+    unlisted: F64
     given: F32
     symbol: I16
-    """int16, prob float32 [entries]: what was kept, row after row"""
     prob: F32
-
-
-def _join(rows: list[_Rows]) -> _Rows:
-    return _Rows(*(np.concatenate(part) for part in zip(*rows, strict=True)))
 
 
 class ShardBuilder:
@@ -84,19 +125,21 @@ class ShardBuilder:
         self.prune, self.precision = prune, precision
         # Rows keep what could be listed, and some more for the prior to learn from.
         threshold = 2.0 ** (2 * math.floor(math.log2(precision.value_step)) - 22)
-        self._threshold = np.uint32(np.float32(threshold).view(np.uint32))
-        # Fixed-point unit of the mass below the threshold: a value fits an int32.
-        self._scale = np.float32(2.0**30 / threshold)
         self._price = _price(precision.rate)
-        self._least = max(prune, (0.6 * precision.value_step / 256) ** 2)
+        least = max(prune, (0.6 * precision.value_step / 256) ** 2)
+        self._limits = (
+            np.uint32(np.float32(threshold).view(np.uint32)),
+            np.float32(2.0**30 / threshold),  # fixed-point unit of the mass below the threshold: fits an int32
+            least,
+        )
         self._columns = {name: bytearray() for name in COLUMNS if not name.startswith(("prior_", "doc_"))}
         self._doc_id = bytearray()
         self._doc_start = [0]
         self._doc_id_start = [0]
         self._ended = False
-        self._rows: list[_Rows] = []
+        self._blocks = [_Block(_ENTRIES)]
         self._n_rows = 0
-        self._prior: Prior | None = None
+        self._table: _Table | None = None
         self._divergence = np.zeros(2)
 
     @property
@@ -118,55 +161,114 @@ class ShardBuilder:
         Raises IntegrityError naming the row for NaN, negative or wrongly summing probabilities (the builder is
         then as before the call), ValueError for shapes that do not match.
         """
-        text = np.ascontiguousarray(text, np.uint8)
         probs = np.ascontiguousarray(probs, np.float32)
-        tail = np.ascontiguousarray(tail, np.float32)
-        n = len(probs)
-        if probs.ndim != 2 or probs.shape[1] != SYMBOLS or n - len(text) not in (0, 1) or tail.shape != (n,):
+        if probs.ndim != 2 or probs.shape[1] != SYMBOLS or len(probs) != len(tail):
             raise ValueError(
-                f"text {text.shape}, probs {probs.shape}, tail {tail.shape}: expected [m], [m or m + 1, 257], [rows]"
+                f"text {np.shape(text)}, probs {probs.shape}, tail {np.shape(tail)}: "
+                "expected [m], [m or m + 1, 257], [rows]"
             )
+
+        def gather_from(probs: F32) -> _Gather:
+            flat = probs.reshape(-1)
+            bits = flat.view(np.uint32)
+
+            def run(lo: int, hi: int, tail: F32, *room: Any) -> tuple[int, int, int, float]:
+                a, b = lo * SYMBOLS, hi * SYMBOLS
+                return gather.gather_rows(flat[a:b], bits[a:b], tail, *self._limits, *room)
+
+            return run
+
+        try:
+            self._append(text, tail, mask, gather_from(probs), lambda lo, hi: SYMBOLS * (hi - lo))
+        except _NegativeZeroError:
+            self._append(text, tail, mask, gather_from(probs + np.float32(0)), lambda lo, hi: SYMBOLS * (hi - lo))
+
+    def append_sparse(self, text: U8, count: I64, symbol: I16, prob: F32, tail: F32, mask: U8 | None = None) -> None:
+        """`append` of rows without their zeros: count int64 [rows] entries each, ascending by symbol.
+
+        symbol int16, prob float32 [entries]. Raises what `append` raises.
+        """
+        count = np.ascontiguousarray(count, np.int64)
+        symbol = np.ascontiguousarray(symbol, np.int16)
+        prob = np.ascontiguousarray(prob, np.float32)
+        start = np.zeros(len(count) + 1, np.int64)
+        np.cumsum(count, out=start[1:])
+        if len(count) != len(tail) or (len(count) and count.min() < 0) or not start[-1] == len(symbol) == len(prob):
+            raise ValueError(
+                f"count {count.shape} of sum {start[-1]}, symbol {symbol.shape}, prob {prob.shape}, "
+                f"tail {np.shape(tail)}: expected one count >= 0 for each tail, and as many entries as they say"
+            )
+
+        def gather_from(prob: F32) -> _Gather:
+            bits = prob.view(np.uint32)
+
+            def run(lo: int, hi: int, tail: F32, *room: Any) -> tuple[int, int, int, float]:
+                a, b = start[lo], start[hi]
+                return gather.gather_sparse(count[lo:hi], symbol[a:b], prob[a:b], bits[a:b], tail, *self._limits, *room)
+
+            return run
+
+        def worst(lo: int, hi: int) -> int:
+            return int(start[hi] - start[lo]) + 1  # the kernel writes an entry before it decides to keep it
+
+        try:
+            self._append(text, tail, mask, gather_from(prob), worst)
+        except _NegativeZeroError:
+            self._append(text, tail, mask, gather_from(prob + np.float32(0)), worst)
+
+    def _append(self, text: U8, tail: F32, mask: U8 | None, run: _Gather, worst: Callable[[int, int], int]) -> None:
+        """Add rows that `run` gathers; of rows lo..hi at most `worst(lo, hi)` entries."""
+        text = np.ascontiguousarray(text, np.uint8)
+        tail = np.ascontiguousarray(tail, np.float32)
+        n = len(tail)
+        if tail.shape != (n,) or text.ndim != 1 or n - len(text) not in (0, 1):
+            raise ValueError(f"text {text.shape}, tail {tail.shape}: expected [m], [m or m + 1]")
         if self._ended:
             raise ValueError("the last piece held the END position: call end_document before the next piece")
         mask = np.ones(n, np.uint8) if mask is None else np.ascontiguousarray(mask, np.uint8)
         if mask.shape != (n,) or (n and mask.max() > 1):
             raise ValueError(f"mask {mask.shape} must have one 0 or 1 per row of probs ({n})")
-        true = np.full(n, END, np.int16)
-        true[: len(text)] = text
-        self._rows += [
-            self._gather(lo, true[lo:hi], mask[lo:hi], probs[lo:hi], tail[lo:hi])
-            for lo, hi in zip(range(0, n, _BLOCK), range(_BLOCK, n + _BLOCK, _BLOCK), strict=True)
-        ]
+        n_blocks, last = len(self._blocks), self._blocks[-1]
+        before = last.n_rows, last.n_entries
+        for lo in range(0, n, _PIECE):
+            hi = min(lo + _PIECE, n)
+            entries = worst(lo, hi)
+            block = self._blocks[-1]
+            if not block.has_room(hi - lo, entries):
+                block = _Block(max(_ENTRIES, entries))
+                self._blocks.append(block)
+            n_entries, row, reason, value = run(lo, hi, tail[lo:hi], *block.room())
+            if row >= 0:
+                del self._blocks[n_blocks:]
+                last.n_rows, last.n_entries = before
+                raise self._refusal(lo + row, reason, value)
+            a, b = block.n_rows, block.n_rows + hi - lo
+            block.true[a:b] = END
+            block.true[a : a + len(text[lo:hi])] = text[lo:hi]
+            block.mask[a:b], block.given[a:b] = mask[lo:hi], tail[lo:hi]
+            block.n_rows, block.n_entries = b, block.n_entries + n_entries
         self._n_rows += n
         self._columns["text"] += text.tobytes() + bytes(n - len(text))
         self._columns["mask"] += mask.tobytes()
         self._ended = n > len(text)
-        if self._n_rows >= (priors.SAMPLE if self._prior is None else _BLOCK):
+        if self._n_rows >= (priors.SAMPLE if self._table is None else _BLOCK):
             self._flush()
 
-    def _gather(self, first: int, true: I16, mask: U8, probs: F32, tail: F32) -> _Rows:
-        n = len(probs)
-        flat = probs.reshape(-1)
-        count, rest = np.empty(n, np.int16), np.empty(n, np.float64)
-        symbol, prob = np.empty(SYMBOLS * n, np.int16), np.empty(SYMBOLS * n, np.float32)
-        n_entries, row, reason, value = gather.gather_rows(
-            flat, flat.view(np.uint32), tail, self._threshold, self._scale, count, rest, symbol, prob
-        )
-        if row < 0:
-            return _Rows(
-                true, mask.copy(), count, rest, tail.copy(), symbol[:n_entries].copy(), prob[:n_entries].copy()
-            )
-        if reason == quantise.BAD_VALUE and value == 0.0:  # -0.0: the kernel orders floats by their bits
-            return self._gather(first, true, mask, probs + np.float32(0.0), tail)
+    def _refusal(self, row: int, reason: int, value: float) -> Exception:
+        """What to raise for a row of a piece that a kernel refused."""
+        if reason == quantise.BAD_ORDER:
+            return ValueError(f"row {row} of this piece: its symbols must ascend and be at most {END}")
+        if reason == quantise.BAD_VALUE and value == 0.0:  # -0.0: the kernels order floats by their bits
+            return _NegativeZeroError()
         document = len(self._doc_start) - 1
-        position = self.n_positions + first + row - self._doc_start[-1]
+        position = self.n_positions + row - self._doc_start[-1]
         what = (
             f"probability or tail {value} (must be within 0..1)"
             if reason == quantise.BAD_VALUE
             else f"probabilities and tail sum to {value:.6f} (must be 1 within {gather.SUM_TOLERANCE})"
         )
-        raise IntegrityError(
-            f"row {first + row} of this piece (document {document} of the shard, position {position}): {what}; "
+        return IntegrityError(
+            f"row {row} of this piece (document {document} of the shard, position {position}): {what}; "
             "check the teacher's numbers, nothing of this piece was kept"
         )
 
@@ -174,49 +276,51 @@ class ShardBuilder:
         """Encode what waits; the first time, learn the prior from its first SAMPLE rows."""
         if not self._n_rows:
             return
-        rows = _join(self._rows)
-        self._rows, self._n_rows = [], 0
         done = len(self._columns["head"])
         text = np.frombuffer(self._columns["text"], np.uint8)
         starts = np.array(self._doc_start, np.int64)
-        if self._prior is None:
-            self._prior = self._learn(text, starts, rows)
-            self._table = _Table(self._prior)
-        node = priors.find_nodes(text, starts, self._table.child, done, done + len(rows.true))
-        columns, _ = self._encode(rows, node, self._table, self._divergence)
-        for name, column in columns.items():
-            self._columns[name] += column.tobytes()
+        if self._table is None:
+            self._table = _Table(self._learn(text, starts))
+        for block in self._blocks:
+            rows = block.rows(block.n_rows)
+            node = priors.find_nodes(text, starts, self._table.child, done, done + block.n_rows)
+            for name, column in self._encode(rows, node, self._table).items():
+                self._columns[name] += column.tobytes()
+            done += block.n_rows
+        del self._blocks[1:]
+        self._blocks[0].n_rows = self._blocks[0].n_entries = self._n_rows = 0
 
-    def _learn(self, text: U8, starts: I64, rows: _Rows) -> Prior:
-        n = min(len(rows.true), priors.SAMPLE)
-        m = int(rows.n_kept[:n].sum(dtype=np.int64))
-        rows = _Rows(
-            rows.true[:n], rows.mask[:n], rows.n_kept[:n], rows.rest[:n], rows.given[:n], rows.symbol[:m], rows.prob[:m]
-        )
-        text, starts = text[:n], starts[starts <= n]
-        tree = priors.grow(text, starts, rows.n_kept > 0)
-        node = priors.find_nodes(text, starts, tree.child(), 0, n)
-        skip = np.zeros(m, np.uint8)
-        for round_ in range(2):  # what everything looks like; then what is left over once some of it is listed
-            if round_:
-                _, skip = self._encode(rows, node, _Table(tree), np.zeros(2))
-            mass = np.zeros((len(tree.parent), SYMBOLS), np.int64)
-            quantise.learn_masses(node, skip, rows.n_kept, rows.symbol, rows.prob, float(priors.UNIT), mass)
-            tree = priors.weigh(tree, mass)
-        return tree
+    def _learn(self, text: U8, starts: I64) -> Prior:
+        """The prior of the first SAMPLE of the rows that wait."""
+        begin = np.cumsum([0, *(block.n_rows for block in self._blocks)]).clip(max=priors.SAMPLE)
+        sample, n = np.diff(begin), int(begin[-1])
+        rows = [block.rows(k) for block, k in zip(self._blocks, sample, strict=True)]
+        tree = priors.grow(text[:n], starts[starts <= n], np.concatenate([r.n_kept for r in rows]) > 0)
+        node = np.split(priors.find_nodes(text, starts, tree.child(), 0, n), begin[1:-1])
+        mass = np.zeros((len(tree.parent), SYMBOLS), np.int64)
+        for r, nodes in zip(rows, node, strict=True):
+            quantise.learn_masses(nodes, r.n_kept, r.symbol, r.prob, float(priors.UNIT), mass)
+        table = _Table(priors.weigh(tree, mass))  # what everything looks like
+        for r, nodes in zip(rows, node, strict=True):  # then what is left over once some of it is listed
+            self._encode(r, nodes, table, mass)
+        return priors.weigh(tree, mass)
 
-    def _encode(self, rows: _Rows, node: I16, table: "_Table", divergence: F64) -> tuple[dict[str, U8], U8]:
-        """The coded columns of rows, and which of their entries are listed."""
+    def _encode(self, rows: _Rows, node: I16, table: "_Table", mass: I64 | None = None) -> dict[str, U8]:
+        """The coded columns of rows; with `mass`, only take what is listed from there."""
         n, m = len(rows.true), len(rows.symbol)
         head, tail, top = (np.empty(n, np.uint8) for _ in range(3))
-        gap, value, listed = (np.empty(m, np.uint8) for _ in range(3))
+        gap, value = (np.empty(m, np.uint8) for _ in range(2))
+        learn = mass is not None
         n_top, n_entries = quantise.encode_rows(
-            rows.true, node, *rows[1:], table.weight, table.total, table.rank,
-            self._price, self.precision.rate, self._least, self.precision.value_step, self.precision.tail_step,
-            head, tail, top, gap, value, listed, divergence,
+            rows.true, node, *rows[1:], rows.prob.view(np.uint32), table.packed, priors.WEIGHT, priors.INVERSE,
+            table.total, self._price, self.precision.rate, self.precision.value_step, self.precision.tail_step,
+            head, tail, top, gap, value, self._divergence, float(priors.UNIT),
+            np.empty((0, SYMBOLS), np.int64) if mass is None else mass,
         )  # fmt: skip
+        if learn:
+            return {}
         codes = Codes(head, tail, top[:n_top], gap[:n_entries], value[:n_entries])
-        return pack_columns(codes, self.precision.value_step), listed
+        return pack_columns(codes, self.precision.value_step)
 
     def end_document(self, doc_id: str) -> None:
         """Close the document whose last appended piece held the END position. Raises ValueError otherwise."""
@@ -239,7 +343,7 @@ class ShardBuilder:
         if self.n_positions != self._doc_start[-1]:
             raise ValueError("the last document is open: call end_document before write")
         self._flush()
-        prior = self._prior or priors.flat_prior()
+        prior = self._table.prior if self._table else priors.flat_prior()
         columns: dict[str, NDArray[Any]] = {
             "prior_parent": prior.parent,
             "prior_byte": prior.byte,
@@ -282,10 +386,10 @@ class _Table:
     """A prior in the form the writer's kernel reads."""
 
     def __init__(self, prior: Prior) -> None:
+        self.prior = prior
         self.child = prior.child()
-        self.weight = prior.weights()
-        self.total = np.array([math.fsum(row) for row in self.weight])
-        self.rank = priors.ranks(prior.order())
+        self.total = prior.totals()
+        self.packed: I16 = prior.code.astype(np.int16) << 9 | priors.ranks(prior.order())
 
 
 def _price(rate: float) -> F64:

@@ -16,6 +16,8 @@ from schemas.arrays import I64
 
 LANES = 512
 """Lists of one table."""
+FEW = 8
+"""Values that `sort_few` sorts without branches."""
 
 
 @njit(cache=True, nogil=True)
@@ -28,6 +30,45 @@ def insertion_sort(values: NDArray[Any], start: int, stop: int) -> None:
             values[j] = values[j - 1]
             j -= 1
         values[j] = value
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _ordered(a: int, b: int) -> tuple[int, int]:
+    return min(a, b), max(a, b)
+
+
+@njit(cache=True, nogil=True)
+def sort_few(values: I64, n: int) -> None:
+    """Sort values[:n], which has room for FEW; up to FEW without branches, by Batcher's network."""
+    if n < 2:
+        return
+    if n > FEW:
+        insertion_sort(values, 0, n)
+        return
+    for k in range(np.uint64(n), np.uint64(FEW)):
+        values[k] = np.iinfo(np.int64).max
+    a, b = _ordered(values[0], values[1])
+    c, d = _ordered(values[2], values[3])
+    a, c = _ordered(a, c)
+    b, d = _ordered(b, d)
+    b, c = _ordered(b, c)
+    if n > FEW // 2:
+        e, f = _ordered(values[4], values[5])
+        g, h = _ordered(values[6], values[7])
+        e, g = _ordered(e, g)
+        f, h = _ordered(f, h)
+        f, g = _ordered(f, g)
+        a, e = _ordered(a, e)
+        c, g = _ordered(c, g)
+        c, e = _ordered(c, e)
+        b, f = _ordered(b, f)
+        d, h = _ordered(d, h)
+        d, f = _ordered(d, f)
+        b, c = _ordered(b, c)
+        d, e = _ordered(d, e)
+        f, g = _ordered(f, g)
+        values[4], values[5], values[6], values[7] = e, f, g, h
+    values[0], values[1], values[2], values[3] = a, b, c, d
 
 
 def network(width: int) -> I64:

@@ -1,4 +1,4 @@
-"""Token dump, version 1: what the teacher said, reduced to path masses. One Parquet part per unit of work.
+"""Token dump, version 2: what the teacher said, reduced to path masses. One Parquet part per unit of work.
 
 One Parquet row is one *window*: a run of text with every evaluated history of it, self-contained, so that a part
 can be converted with nothing but this file. A long document is several windows; the bytes before `score_start`
@@ -9,9 +9,11 @@ SPEC.md gives the sums that delimit them.
 A *reference window* is a second record of a short stretch that ordinary windows of the part score too, evaluated
 much deeper. It gives no targets; the converter compares (stages.fidelity).
 
-Masses are float32 with low bits rounded away, byte-stream-split before zstd: the entries are most of a part and their
+Masses are float32 with low bits rounded away, in planes of bytes before zstd: the entries are most of a part and their
 low bits are noise. An entry keeps as many bits as its share of its prefix deserves (`round_entries`): divergence grows
 with p times the square of a relative error, so the many rare ones need few. `benchmarks/dump_columns.py` measures it.
+Entries are a blob per window (`byte_planes`), which is read in half of the time that a Parquet list takes. Version 1
+had lists there too, and is still read.
 """
 
 import json
@@ -25,10 +27,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numba import njit
 
+from schemas.byte_planes import from_planes, to_planes
 from schemas.errors import IntegrityError
 
 FORMAT = "bytecache.token-dump"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Versions that `read_windows` reads; they differ in how two columns are stored."""
 MASS_BITS = 13
 """Bits of mantissa of a stop's mass."""
 SHARE_BITS = 15
@@ -131,7 +136,10 @@ SCHEMA = pa.schema(
         ),
     ]
 )
-_SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32"]
+_BLOBS = ("entry_byte", "entry_mass")
+SCHEMA_1 = SCHEMA
+SCHEMA = pa.schema([pa.field(f.name, pa.binary(), nullable=False) if f.name in _BLOBS else f for f in SCHEMA_1])
+_SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32" and name not in _BLOBS]
 
 
 def round_masses(mass: np.ndarray, kept: int = MASS_BITS) -> np.ndarray:
@@ -223,10 +231,10 @@ class DumpWriter:
             "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
             "doc_position": pa.array([w.doc_position for w in self._pending], pa.int32()),
         }
-        for name, kind in _LISTS.items():
-            values = [
-                round_entries(w) if name == "entry_mass" else np.asarray(getattr(w, name), kind) for w in self._pending
-            ]
+        columns["entry_byte"] = pa.array([np.asarray(w.entry_byte, np.uint8).tobytes() for w in self._pending])
+        columns["entry_mass"] = pa.array([to_planes(round_entries(w)).tobytes() for w in self._pending])
+        for name in _LISTS.keys() - columns.keys():
+            values = [np.asarray(getattr(w, name), _LISTS[name]) for w in self._pending]
             offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
             flat = np.concatenate(values)
             if name == "stop_mass":
@@ -260,13 +268,15 @@ def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
         meta = {}
     if meta.get("format") != FORMAT:
         raise IntegrityError(f"{path}: not a bytecache token dump (format {meta.get('format')!r}, expected {FORMAT!r})")
-    if meta.get("version") != VERSION:
+    version = meta.get("version")
+    if version not in READABLE:
         raise IntegrityError(
-            f"{path}: token dump version {meta.get('version')}, this software reads {VERSION}; "
+            f"{path}: token dump version {version}, this software reads {' and '.join(map(str, READABLE))}; "
             "convert it with the release that wrote it or rerun `bytecache teacher`"
         )
-    if names != SCHEMA.names:
-        raise IntegrityError(f"{path}: columns {names} are not those of version {VERSION}; dump it again")
+    schema = SCHEMA_1 if version == 1 else SCHEMA
+    if names != schema.names or file.schema_arrow.types != schema.types:
+        raise IntegrityError(f"{path}: columns {names} are not those of version {version}; dump it again")
     return file, meta
 
 
@@ -287,36 +297,59 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
     with file:
         for group in range(file.num_row_groups):
             try:
-                table = file.read_row_group(group, columns=names)
+                table = file.read_row_group(group, columns=names, use_threads=False)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise IntegrityError(
                     f"{path}: row group {group} cannot be read ({error}); delete the part and rerun `bytecache teacher`"
                 ) from error
-            columns = {name: table.column(name).combine_chunks() for name in names}
+            try:
+                columns = {name: _column(table.column(name)) for name in names}
+            except UnicodeDecodeError as error:
+                raise IntegrityError(f"{path}: group {group} has a name that is no UTF-8") from error
             for i in range(table.num_rows):
-                try:
-                    window = _window(columns, i)
-                except UnicodeDecodeError as error:
-                    raise IntegrityError(f"{path}: row {i} of group {group} has a name that is no UTF-8") from error
+                window = _window(path, columns, i)
                 _check(path, window)
                 yield window
 
 
-def _window(columns: dict[str, Any], i: int) -> Window:
+def _column(chunks: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray] | list[Any]:
+    """A row group's column: offsets and values without a copy, or a list where there is one value a row."""
+    column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()
+    if pa.types.is_binary(column.type):
+        _, offsets, data = column.buffers()
+        start = np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset)
+        return start, np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8)
+    if pa.types.is_list(column.type):
+        return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+def _window(path: Path, columns: dict[str, Any], i: int) -> Window:
     """Row i of a row group's columns; columns that were not read are empty."""
     values: dict[str, Any] = {}
-    for member in fields(Window):
-        column = columns.get(member.name)
+    for name in _MEMBERS:
+        column = columns.get(name)
         if column is None:
-            values[member.name] = np.zeros(0, _LISTS[member.name])
-        elif member.name in _LISTS:
-            a, b = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
-            values[member.name] = column.values.slice(a, b - a).to_numpy(zero_copy_only=False)
-        elif member.name in ("text", "context"):
-            values[member.name] = np.frombuffer(column[i].as_py(), np.uint8)
+            values[name] = np.zeros(0, _LISTS[name])
+        elif type(column) is tuple:
+            start, flat = column
+            values[name] = flat[start[i] : start[i + 1]]
         else:
-            values[member.name] = column[i].as_py()
+            values[name] = column[i]
+    mass = values["entry_mass"]
+    if mass.dtype == np.uint8:
+        if len(mass) != 4 * len(values["entry_byte"]):
+            raise _inconsistent(path, values["score_start"], values["doc_id"])
+        values["entry_mass"] = from_planes(mass)
     return Window(**values)
+
+
+def _inconsistent(path: Path, score_start: int, doc_id: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path}: the window at byte {score_start} of document {doc_id!r} is inconsistent; "
+        "delete the part and rerun `bytecache teacher`"
+    )
 
 
 def _sampled_rows_stand_alone(w: Window) -> bool:
@@ -326,43 +359,50 @@ def _sampled_rows_stand_alone(w: Window) -> bool:
     return bool((w.row_sampled <= 1).all() and kept[0] and kept[w.row_depth == 0].all() and closed)
 
 
+_PER_ROW = (
+    "row_parent", "row_token", "row_logp", "row_depth", "row_static", "log_norm", "end", "control", "n_levels",
+    "n_stops",
+)  # fmt: skip
+_MEMBERS = tuple(member.name for member in fields(Window))
+
+
+@njit(cache=True, nogil=True)
+def _adds_up(
+    n: int, row_start: np.ndarray, row_parent: np.ndarray, n_levels: np.ndarray, n_stops: np.ndarray,
+    fanout: np.ndarray, n_entries: int, stop_depth: np.ndarray,
+) -> bool:  # fmt: skip
+    """Whether a window's rows lie in its text of n bytes and follow their parents, and its counts add up."""
+    levels = stops = entries = 0
+    for r in range(len(row_start)):
+        parent, mine = row_parent[r], n_levels[r]
+        if row_start[r] < 0 or row_start[r] > n or parent >= r or (r > 0 and parent < 0):
+            return False
+        if mine < 1 or mine > n - row_start[r] + 1 or n_stops[r] < 0:
+            return False
+        levels += mine
+        if stops + n_stops[r] > len(stop_depth):
+            return False
+        for s in range(stops, stops + n_stops[r]):
+            if stop_depth[s] < 1 or stop_depth[s] >= mine:
+                return False
+        stops += n_stops[r]
+    for f in fanout:
+        entries += f
+    return levels == len(fanout) and stops == len(stop_depth) and entries == n_entries
+
+
 def _check(path: Path, w: Window) -> None:
     rows, n = len(w.row_start), len(w.text)
-
-    def ok() -> bool:
-        per_row = (
-            "row_parent",
-            "row_token",
-            "row_logp",
-            "row_depth",
-            "row_static",
-            "log_norm",
-            "end",
-            "control",
-            "n_levels",
-            "n_stops",
-        )
-        return (
-            rows > 0
-            and all(len(getattr(w, name)) == rows for name in per_row)
-            and 0 <= w.score_start <= n
-            and bool((w.row_start >= 0).all() and (w.row_start <= n).all())
-            and bool((w.row_parent[1:] >= 0).all() and (w.row_parent < np.arange(rows)).all())
-            and bool((w.n_levels >= 1).all() and (w.n_levels <= n - w.row_start + 1).all() and (w.n_stops >= 0).all())
-            and len(w.fanout) == int(w.n_levels.sum())
-            and bool((w.fanout >= 0).all())
-            and len(w.entry_byte) == len(w.entry_mass) == int(w.fanout.sum())
-            and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass) == int(w.n_stops.sum())
-            and bool((w.stop_depth >= 1).all())
-            and len(w.topk_id) == len(w.topk_logp)
-            and bool((w.stop_depth < np.repeat(w.n_levels, w.n_stops)).all())
-            and len(w.row_sampled) == (rows if w.reference else 0)
-            and (w.doc_position >= 0) == w.reference
-            and (not w.reference or _sampled_rows_stand_alone(w))
-        )
-
-    if not ok():
-        raise IntegrityError(
-            f"{path}: the window at byte {w.score_start} of document {w.doc_id!r} is inconsistent; "
-            "delete the part and rerun `bytecache teacher`"
-        )
+    if not (
+        rows > 0
+        and all(len(getattr(w, name)) == rows for name in _PER_ROW)
+        and 0 <= w.score_start <= n
+        and len(w.entry_byte) == len(w.entry_mass)
+        and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass)
+        and len(w.topk_id) == len(w.topk_logp)
+        and len(w.row_sampled) == (rows if w.reference else 0)
+        and (w.doc_position >= 0) == w.reference
+        and _adds_up(n, w.row_start, w.row_parent, w.n_levels, w.n_stops, w.fanout, len(w.entry_byte), w.stop_depth)
+        and (not w.reference or _sampled_rows_stand_alone(w))
+    ):
+        raise _inconsistent(path, w.score_start, w.doc_id)

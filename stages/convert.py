@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
-from schemas.arrays import SYMBOLS
 from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import IntegrityError, Interrupted
 from schemas.token_dump import Window, read_meta, read_windows
@@ -76,14 +75,14 @@ def convert_units(
                     f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
                 )
             lattice = Lattice(window)
-            targets = lattice.targets()
+            targets = lattice.sparse_targets()
             text = window.text[window.score_start :]
             if len(window.context):
                 _append_context(builder, window.context)
             mask = np.ones(len(targets.tail), np.uint8)
             if not ends and window.is_last:
                 mask[-1] = 0
-            builder.append(text, targets.probs, targets.tail, mask)
+            builder.append_sparse(text, *targets[:4], mask)
             marginal += lattice.marginal_nll
             canonical += window.canonical_nll
             unaccounted += float(targets.unaccounted.sum(dtype=np.float64))
@@ -116,4 +115,7 @@ def convert_units(
 def _append_context(builder: ShardBuilder, context: np.ndarray) -> None:
     """Bytes that are read and not learned: nothing listed, all of the mass unlisted."""
     rows = len(context)
-    builder.append(context, np.zeros((rows, SYMBOLS), np.float32), np.ones(rows, np.float32), np.zeros(rows, np.uint8))
+    nothing = np.zeros(0, np.int16), np.zeros(0, np.float32)
+    builder.append_sparse(
+        context, np.zeros(rows, np.int64), *nothing, np.ones(rows, np.float32), np.zeros(rows, np.uint8)
+    )

@@ -21,7 +21,7 @@ One pass, float64, weights rescaled at every byte so that P(x[:i]) never underfl
 and in the listed entries, memory is one window.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -30,6 +30,7 @@ from schemas.token_dump import Window
 
 END = 256
 """Symbol of the end of a document; 0..255 are bytes."""
+_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""
 
@@ -45,6 +46,21 @@ class Targets(NamedTuple):
     """float64 [m]; log P(x[:i]) of each position relative to the window's first row, nats."""
     unaccounted: np.ndarray
     """float32 [m]; the part of the tail that belongs to unevaluated histories."""
+
+
+class SparseTargets(NamedTuple):
+    """`Targets` without their zeros: what of a row is above zero, symbols ascending, row after row."""
+
+    n_symbols: np.ndarray
+    """int64 [m]; of each row."""
+    symbol: np.ndarray
+    """int16 [entries]"""
+    prob: np.ndarray
+    """float32 [entries]"""
+    tail: np.ndarray
+    """As in `Targets`, and so are the next two."""
+    logp: np.ndarray
+    unaccounted: np.ndarray
 
 
 class Deviations(NamedTuple):
@@ -83,23 +99,35 @@ def _children(
     return child
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _forward(
     text: np.ndarray, first: int, last: int, row_start: np.ndarray, by_start: np.ndarray, at: np.ndarray,
     canonical: np.ndarray, end: np.ndarray, control: np.ndarray, level_offset: np.ndarray, entry_offset: np.ndarray,
     entry_byte: np.ndarray, entry_mass: np.ndarray, stop_offset: np.ndarray, stop_depth: np.ndarray,
     stop_mass: np.ndarray, child: np.ndarray,
-    probs: np.ndarray, tail: np.ndarray, logp: np.ndarray, unaccounted: np.ndarray, share: np.ndarray,
-    peak: np.ndarray,
-) -> None:  # fmt: skip
-    """Run over positions 0..last; write targets of first..last, `share` of every stop, largest share of every row."""
+    count: np.ndarray, symbol: np.ndarray, prob: np.ndarray, tail: np.ndarray, logp: np.ndarray,
+    unaccounted: np.ndarray, share: np.ndarray, peak: np.ndarray,
+) -> int:  # fmt: skip
+    """Run over positions 0..last; write targets of first..last, `share` of every stop, largest share of every row.
+
+    `symbol` and `prob` need room for every entry and every row. Returns how many of it were written.
+    """
+    alone: Any
+    b: Any
+    k: Any
+    before: Any
+    written: Any
     rows = len(row_start)
     weight = np.zeros(rows)
     next_stop = stop_offset[:-1].copy()
     active = np.zeros(rows, np.int64)
     prefix = np.zeros(rows)
     n_active = 0
-    acc = np.zeros(257)
+    acc = np.zeros(264)
+    seen = np.zeros(40, np.uint64)
+    touched = seen.view(np.uint8)  # by symbol, eight to a word
+    found = np.empty(rows, np.float64)  # mass of the text's next byte in each active cell
+    written = 0
     unknown = 0.0
     log_total = 0.0
     pending = np.zeros(len(stop_depth), np.int64)
@@ -110,10 +138,35 @@ def _forward(
             active[n_active] = by_start[k]
             prefix[n_active] = 1.0
             n_active += 1
-        acc[:] = 0.0
+        byte = np.int64(text[i]) if i < len(text) else np.int64(-1)
         known = 0.0
         listed = 0.0
-        for a in range(n_active):
+        ahead = 0.0  # weight that has the text's next byte
+        alone = n_active == 1
+        if alone:  # most positions: the entries are in order, nothing is summed by symbol
+            r = active[0]
+            depth = i - row_start[r]
+            level = level_offset[r] + depth
+            w = weight[r]
+            here = mass = 0.0
+            if depth == 0:
+                here = end[r] + control[r]
+                listed = w * end[r]
+            before = np.int64(-1)
+            for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
+                m = np.float64(entry_mass[e])
+                b = np.int64(entry_byte[e])
+                alone &= b > before
+                before = b
+                here += m
+                listed += w * m
+                mass = m if b == byte else mass
+            found[0] = mass
+            known = w * max(prefix[0], here)
+            ahead = w * mass
+            if not alone:
+                known = listed = 0.0
+        for a in range(0 if alone else n_active):
             r = active[a]
             depth = i - row_start[r]
             level = level_offset[r] + depth
@@ -123,16 +176,24 @@ def _forward(
                 here = end[r] + control[r]
                 acc[END] += w * end[r]
                 listed += w * end[r]
-            for e in range(entry_offset[level], entry_offset[level + 1]):
+                touched[END] = 1
+            mass = 0.0
+            for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
                 m = np.float64(entry_mass[e])
-                acc[entry_byte[e]] += w * m
+                b = np.uint64(entry_byte[e])
+                acc[b] += w * m
+                touched[b] = 1
                 here += m
                 listed += w * m
+                mass = m if np.int64(b) == byte else mass
+            found[a] = mass
             # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
             known += w * max(prefix[a], here)
+        if not alone and byte >= 0:
+            ahead = acc[byte]
         rate = 0.0
         if i < len(text):
-            rate = acc[text[i]] / known if known > 0.0 else 1.0
+            rate = ahead / known if known > 0.0 else 1.0
         total = known + unknown
         if total <= 0.0:
             # The text has probability zero for every known history: all is tail until the canonical tokens break.
@@ -150,12 +211,34 @@ def _forward(
             out = i - first
             logp[out] = log_total
             unaccounted[out] = unknown / total
-            for b in range(257):
-                probs[out, b] = acc[b] / total
             tail[out] = max(0.0, 1.0 - listed / total)
+            before = np.int64(written)
+            if alone:
+                for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
+                    p = np.float32(w * np.float64(entry_mass[e]) / total)
+                    symbol[_PLACE(written)] = entry_byte[e]
+                    prob[_PLACE(written)] = p
+                    written += p > np.float32(0.0)
+                if depth == 0:
+                    p = np.float32(w * end[r] / total)
+                    symbol[_PLACE(written)] = END
+                    prob[_PLACE(written)] = p
+                    written += p > np.float32(0.0)
+            for word in range(_PLACE(0 if alone else 33)):
+                if seen[word] != 0:
+                    for b in range(word * _PLACE(8), word * _PLACE(8) + _PLACE(8)):
+                        p = np.float32(acc[b] / total)
+                        symbol[_PLACE(written)] = b
+                        prob[_PLACE(written)] = p
+                        written += p > np.float32(0.0)
+            count[out] = written - before
+        for word in range(_PLACE(0 if alone else 33)):
+            if seen[word] != 0:
+                seen[word] = 0
+                for b in range(word * _PLACE(8), word * _PLACE(8) + _PLACE(8)):
+                    acc[b] = 0.0
         if i == last or i >= len(text):
             break
-        byte = text[i]
         unknown = unknown * rate / total
         orphan = 0.0
         kept = 0
@@ -165,11 +248,7 @@ def _forward(
             level = level_offset[r] + depth
             if level + 1 >= level_offset[r + 1]:
                 continue
-            mass = 0.0
-            for e in range(entry_offset[level], entry_offset[level + 1]):
-                if entry_byte[e] == byte:
-                    mass = entry_mass[e]
-                    break
+            mass = found[a]
             weight[r] /= total
             w = weight[r]
             s = next_stop[r]
@@ -203,6 +282,19 @@ def _forward(
             weight[heir] += orphan
         else:
             unknown += orphan
+    return written
+
+
+@njit(cache=True)
+def _spread(count: np.ndarray, symbol: np.ndarray, prob: np.ndarray) -> np.ndarray:
+    """float32 [m, 257]: sparse rows with their zeros."""
+    out = np.zeros((len(count), 257), np.float32)
+    at = 0
+    for i in range(len(count)):
+        for k in range(at, at + count[i]):
+            out[i, symbol[k]] = prob[k]
+        at += count[i]
+    return out
 
 
 class Lattice:
@@ -222,27 +314,35 @@ class Lattice:
         on_path = np.flatnonzero(window.row_depth == 0)
         canonical[window.row_start[on_path]] = on_path
         child = _children(window.row_parent, window.row_token, stop_offset, window.stop_token)
-        count = n + 1 - window.score_start
-        probs = np.zeros((count, 257), np.float32)
-        tail = np.zeros(count, np.float32)
-        logp = np.zeros(count)
-        unaccounted = np.zeros(count, np.float32)
+        m = n + 1 - window.score_start
+        count = np.zeros(m, np.int64)
+        room = len(window.entry_byte) + len(window.row_start) + 8
+        symbol, prob = np.empty(room, np.int16), np.empty(room, np.float32)
+        tail, logp, unaccounted = np.zeros(m, np.float32), np.zeros(m), np.zeros(m, np.float32)
         share = np.zeros(len(window.stop_mass))
         peak = np.zeros(len(window.row_start))
         _forward(
             window.text, window.score_start, n, window.row_start, order, at, canonical, window.end, window.control,
             level_offset, _offsets(window.fanout), window.entry_byte, window.entry_mass, stop_offset,
-            window.stop_depth, window.stop_mass, child, probs, tail, logp, unaccounted, share, peak,
+            window.stop_depth, window.stop_mass, child, count, symbol, prob, tail, logp, unaccounted, share, peak,
         )  # fmt: skip
-        # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
-        kept = count if window.is_last else count - 1
         self.marginal_nll = float(logp[0] - logp[-1])
-        self._targets = Targets(probs[:kept], tail[:kept], logp[:kept], unaccounted[:kept])
+        # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
+        kept = m if window.is_last else m - 1
+        entries = int(count[:kept].sum())
+        self._targets = SparseTargets(
+            count[:kept], symbol[:entries], prob[:entries], tail[:kept], logp[:kept], unaccounted[:kept]
+        )
         self._share, self._child, self._canonical, self._peak = share, child, canonical, peak
 
-    def targets(self) -> Targets:
+    def sparse_targets(self) -> SparseTargets:
         """Distributions of positions score_start..n-1, and of n (where END is due) in a document's last window."""
         return self._targets
+
+    def targets(self) -> Targets:
+        """The same with their zeros, 1 KiB a position."""
+        count, symbol, prob, *rest = self._targets
+        return Targets(_spread(count, symbol, prob), *rest)
 
     def deviations(self, *, tau: float, depth: int) -> Deviations:
         """Stops with no row of their own whose share exceeds `tau`, at most `depth` tokens off the canonical path.

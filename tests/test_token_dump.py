@@ -10,6 +10,7 @@ import pytest
 
 from schemas import settings as st
 from schemas import token_dump
+from schemas.byte_planes import from_planes, to_planes
 from schemas.errors import IntegrityError
 from schemas.token_dump import (
     LEAST_BITS,
@@ -163,3 +164,43 @@ def test_sizes_of_the_top_k_are_those_of_a_dump_that_holds_no_more(tmp_path, win
     mixed = [replace(windows[0], topk_id=windows[0].topk_id[:-3], topk_logp=windows[0].topk_logp[:-3]), *windows[1:]]
     with pytest.raises(IntegrityError, match="different top k"):
         top_k_sizes(write(tmp_path / "mixed.parquet", mixed), [1])
+
+
+def test_version_1_is_still_read(tmp_path, windows):
+    """It differs in two columns, lists then and blobs now."""
+    path = write(tmp_path / "new.parquet", windows)
+    expected = list(read_windows(path))
+    table = pq.read_table(path)
+    meta = table.schema.metadata[b"bytecache"].replace(b'"version": 2', b'"version": 1')
+    columns = [
+        pa.array([getattr(w, field.name).tolist() for w in expected], field.type)
+        if field.name in ("entry_byte", "entry_mass")
+        else table.column(field.name).combine_chunks()
+        for field in token_dump.SCHEMA_1
+    ]
+    old = pa.Table.from_arrays(columns, schema=token_dump.SCHEMA_1.with_metadata({b"bytecache": meta}))
+    pq.write_table(old, tmp_path / "old.parquet")
+    assert read_meta(tmp_path / "old.parquet")["version"] == 1
+    for mine, theirs in zip(read_windows(tmp_path / "old.parquet"), expected, strict=True):
+        for name, value in vars(theirs).items():
+            np.testing.assert_array_equal(getattr(mine, name), value)
+
+
+def test_a_blob_of_another_length_is_refused(tmp_path, windows):
+    path = write(tmp_path / "a.parquet", windows[:1])
+    table = pq.read_table(path)
+    column = table.schema.get_field_index("entry_mass")
+    (blob,) = table.column(column).to_pylist()
+    for wrong in (blob[:-1], blob[:-4], b""):
+        field = table.schema.field(column)
+        pq.write_table(table.set_column(column, field, pa.array([wrong], field.type)), path)
+        with pytest.raises(IntegrityError, match="inconsistent"):
+            list(read_windows(path))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 1000])
+def test_planes_hold_the_lowest_bytes_first(n):
+    values = np.random.default_rng(n).normal(size=n).astype(np.float32)
+    planes = to_planes(values)
+    np.testing.assert_array_equal(planes.reshape(4, n), values.view(np.uint8).reshape(n, 4).T)
+    np.testing.assert_array_equal(from_planes(planes), values)

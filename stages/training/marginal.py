@@ -21,9 +21,9 @@ earlier, which is excluded here. Hence, by Bayes' rule,
 and every P(b) is first weighted by the share of places where the token before ended where it did, given its bytes, w
 and b: had the text gone on otherwise, that token would have been another. `segmentation.py` counts the shares; a byte
 that no token continues with is a stop. Of the tail, as much stops as of the text's bytes at large; the rest of it forms
-one bucket with unlisted children and control ids. (With the stops in that bucket, the gain over cross-entropy was four
-fifths of this one's.) No parameters are trained. Price: `node_sums.py`; the shares assume that a cut depends on no more
-than w and b.
+one bucket with unlisted children and control ids. A stop in that bucket would not be learned: what the student loses
+there by stopping too rarely it wins back on bytes that nobody lists. No parameters are trained. Price: `node_sums.py`;
+the shares assume that a cut depends on no more than w and b.
 """
 
 from itertools import pairwise

@@ -1,7 +1,7 @@
 """What each objective adds to the training step of the same student, in one run.
 
     python benchmarks/objective_cost.py runs/default --work runs/cost --out benchmarks/results/objective_cost.json
-        [--sizes small medium smollm2] [--bytes 4096] [--rounds 5]
+        [--sizes small medium smollm2] [--bytes 4096] [--rounds 5]      (sizes measured before stay in the result)
 
 A step here is forward, loss and backward of the same micro-batches; the optimiser is left out, which makes the shares
 larger than they are. Steps with and without the teacher alternate; the median of the paired ratios is reported, in CPU
@@ -89,6 +89,8 @@ def main() -> None:
     targets = args.run / "targets"
     dataset = read_dataset(targets)
     found: dict[str, Any] = {"machine": "2 cores, x86-64, one thread", "students": []}
+    if args.out and args.out.is_file():
+        found = json.loads(args.out.read_text())  # other sizes stay
     torch.set_num_threads(1)
     for size in args.sizes:
         folder = args.work / f"student-{size}"
@@ -99,7 +101,11 @@ def main() -> None:
         reader = stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id)
         parameters = sum(p.numel() for p in opened.model.parameters())
         lines = measure(opened, reader, args.rounds, args.bytes)
-        found["students"].append({"size": size, "parameters": parameters, "objectives": lines})
+        others = [one for one in found["students"] if one["size"] != size]
+        mine = {"size": size, "parameters": parameters, "text_bytes": args.bytes, "objectives": lines}
+        found["students"] = sorted([*others, mine], key=lambda one: int(one["parameters"]))
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
         print(f"\n{size} student, {parameters:,} parameters, {lines[0]['ce_seconds']:.2f} s a step with CE alone\n")
         print(
             "| objective | step over CE | loader's thread | matrix FLOPs | own parameters |\n|---|---:|---:|---:|---:|"
@@ -110,8 +116,6 @@ def main() -> None:
                 f"{x['parameters']:,} |",
                 flush=True,
             )
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -60,10 +60,15 @@ def _scan(
 
 
 @njit(cache=True, nogil=True)
-def _order_rows(
-    count: I16, least: float, listable: I16, rest: F64, unlisted: F64, symbol: I16, prob: F32, bits: U32
+def order_rows(
+    least: float, count: I16, listable: I16, rest: F64, unlisted: F64, symbol: I16, prob: F32, bits: U32
 ) -> tuple[int, int, int, float]:
-    """Correct the sums of rows whose entries lie one after the other, and order these; what `gather_rows` returns.
+    """Correct the sums of gathered rows, which may have any, and put their entries in order.
+
+    count, rest, symbol, prob: as `gather_rows` leaves them, `bits` the same memory as prob. A row's rounding residual
+    goes to its largest probability (the smallest symbol of equals). Output: of each row `listable` int16, how many of
+    its entries are the largest or not below `least`; `unlisted` float64, `rest` and all entries but the largest.
+    Returns what `gather_rows` returns.
 
     An entry's key sorts by descending probability, of equals the smaller symbol first: the bits of a float >= 0 are
     ordered as it is.
@@ -133,23 +138,17 @@ def gather_rows(
     given: F32,
     threshold: np.uint32,
     scale: np.float32,
-    least: float,
     count: I16,
-    listable: I16,
     rest: F64,
-    unlisted: F64,
     symbol: I16,
     prob: F32,
-    prob_bits: U32,
 ) -> tuple[int, int, int, float]:
-    """Check m dense rows and keep what is at or above `threshold` (float32 bits), and always the largest.
+    """Check the numbers of m dense rows; keep what is at or above `threshold` (float32 bits), and always the largest.
 
     probs float32 [m * 257], flat, and `bits`, the same memory as uint32; given float32 [m]: the tails. Output: of each
-    row `count` int16, its entries; `listable` int16, how many of these are the largest or not below `least`; `rest`
-    float64, its tail and all below the threshold; `unlisted` float64, the same and all entries but the largest; then
-    symbol int16, prob float32 [room for 257 m] and `prob_bits`, the same memory: its entries. A row's rounding residual
-    goes to its largest probability (the smallest symbol of equals). Returns (entries, row, reason, value); row is -1
-    when all rows are good, otherwise the first bad one.
+    row `count` int16, its entries; `rest` float64, its tail and all below the threshold; then symbol int16, prob
+    float32 [room for 257 m]: its entries. Returns (entries, row, reason, value); row is -1 when all rows are good,
+    otherwise the first bad one.
     """
     words = np.empty(32, np.uint64)
     flags = words.view(np.uint8)
@@ -185,8 +184,7 @@ def gather_rows(
             prob[_PLACE(out) + k] = probs[start + _PLACE(found[k])]
         count[i], rest[i] = n, missing
         out += n
-    m = given.shape[0]
-    return _order_rows(count[:m], least, listable, rest, unlisted, symbol, prob, prob_bits)
+    return out, -1, OK, 0.0
 
 
 @njit(cache=True, nogil=True)
@@ -198,14 +196,10 @@ def gather_sparse(
     given: F32,
     threshold: np.uint32,
     scale: np.float32,
-    least: float,
     count: I16,
-    listable: I16,
     rest: F64,
-    unlisted: F64,
     symbol: I16,
     prob: F32,
-    prob_bits: U32,
 ) -> tuple[int, int, int, float]:
     """`gather_rows` of sparse rows: `counts` int64 [m] of `symbols` int16, ascending in a row, with `probs` float32."""
     n: Any
@@ -272,5 +266,4 @@ def gather_sparse(
         count[i], rest[i] = n, missing
         out += n
         at = stop
-    m = given.shape[0]
-    return _order_rows(count[:m], least, listable, rest, unlisted, symbol, prob, prob_bits)
+    return out, -1, OK, 0.0

@@ -76,11 +76,13 @@ class _Block:
     def has_room(self, rows: int, entries: int) -> bool:
         return self.n_rows + rows <= _BLOCK and self.n_entries + entries <= len(self.symbol)
 
-    def room(self) -> tuple[NDArray[Any], ...]:
-        """What `gather` writes to, from the first free place on."""
-        rows = [column[self.n_rows :] for column in (self.count, self.listable, self.rest, self.unlisted)]
-        prob = self.prob[self.n_entries :]
-        return *rows, self.symbol[self.n_entries :], prob, prob.view(np.uint32)
+    def room(self, rows: int) -> tuple[I16, I16, F64, F64, I16, F32]:
+        """Where the next `rows` go: count, listable, rest, unlisted; symbol, prob, as many as there is room for."""
+        at, entry = slice(self.n_rows, self.n_rows + rows), self.n_entries
+        return (
+            self.count[at], self.listable[at], self.rest[at], self.unlisted[at],
+            self.symbol[entry:], self.prob[entry:],
+        )  # fmt: skip
 
     def rows(self, n: int) -> "_Rows":
         """The first n rows."""
@@ -126,11 +128,10 @@ class ShardBuilder:
         # Rows keep what could be listed, and some more for the prior to learn from.
         threshold = 2.0 ** (2 * math.floor(math.log2(precision.value_step)) - 22)
         self._price = _price(precision.rate)
-        least = max(prune, (0.6 * precision.value_step / 256) ** 2)
+        self._least = max(prune, (0.6 * precision.value_step / 256) ** 2)
         self._limits = (
             np.uint32(np.float32(threshold).view(np.uint32)),
             np.float32(2.0**30 / threshold),  # fixed-point unit of the mass below the threshold: fits an int32
-            least,
         )
         self._columns = {name: bytearray() for name in COLUMNS if not name.startswith(("prior_", "doc_"))}
         self._doc_id = bytearray()
@@ -237,7 +238,12 @@ class ShardBuilder:
             if not block.has_room(hi - lo, entries):
                 block = _Block(max(_ENTRIES, entries))
                 self._blocks.append(block)
-            n_entries, row, reason, value = run(lo, hi, tail[lo:hi], *block.room())
+            count, listable, rest, unlisted, symbol, prob = block.room(hi - lo)
+            n_entries, row, reason, value = run(lo, hi, tail[lo:hi], count, rest, symbol, prob)
+            if row < 0:
+                n_entries, row, reason, value = gather.order_rows(
+                    self._least, count, listable, rest, unlisted, symbol, prob, prob.view(np.uint32)
+                )
             if row >= 0:
                 del self._blocks[n_blocks:]
                 last.n_rows, last.n_entries = before

@@ -192,6 +192,19 @@ def _round_by_share(
     return out
 
 
+def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    """Packs columns of a part, all or some, into a path or an Arrow stream."""
+    return pq.ParquetWriter(
+        place,
+        schema,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=["doc_id", "fanout.list.element"],
+        column_encoding={name: "BYTE_STREAM_SPLIT" for name in _SPLIT if name.partition(".")[0] in schema.names},
+        write_statistics=False,
+    )
+
+
 class DumpWriter:
     """Writes one part; equal windows give equal bytes. Use `close()`; an unclosed file is not a Parquet file."""
 
@@ -201,15 +214,7 @@ class DumpWriter:
         self._schema = SCHEMA.with_metadata({_META: text.encode()})
         self._group = windows_per_group
         self._pending: list[Window] = []
-        self._writer = pq.ParquetWriter(
-            path,
-            self._schema,
-            compression="zstd",
-            compression_level=3,
-            use_dictionary=["doc_id", "fanout.list.element"],
-            column_encoding=dict.fromkeys(_SPLIT, "BYTE_STREAM_SPLIT"),
-            write_statistics=False,
-        )
+        self._writer = part_writer(path, self._schema)
 
     def append(self, window: Window) -> None:
         """Add a window; masses are rounded here."""

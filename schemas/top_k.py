@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import IntegrityError
-from schemas.token_dump import SCHEMA, open_part
+from schemas.token_dump import SCHEMA, open_part, part_writer
 
 
 def top_k_sizes(path: Path, wanted: Sequence[int]) -> dict[int, int]:
@@ -44,10 +44,7 @@ def top_k_sizes(path: Path, wanted: Sequence[int]) -> dict[int, int]:
                     for values, field in zip(cut, schema, strict=True)
                 ]
                 sink = pa.BufferOutputStream()
-                with pq.ParquetWriter(
-                    sink, schema, compression="zstd", compression_level=3, use_dictionary=False, write_statistics=False,
-                    column_encoding={"topk_logp.list.element": "BYTE_STREAM_SPLIT"},
-                ) as writer:  # fmt: skip
+                with part_writer(sink, schema) as writer:
                     writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
                 meta = pq.read_metadata(pa.BufferReader(sink.getvalue())).row_group(0)
                 found[k] += sum(meta.column(at).total_compressed_size for at in range(meta.num_columns))

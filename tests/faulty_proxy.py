@@ -13,13 +13,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from loopback import Loopback, Quiet
 
 Choose = Callable[[str, str], str]
 """(method, path) -> fault, or "" for none."""
 
 
-class FaultyProxy:
+class FaultyProxy(Loopback):
     """Runs in threads of this process; `choose` decides each request's fault, `seen` counts what was done."""
 
     def __init__(self, target_port: int, choose: Choose, slow_seconds: float = 0.2) -> None:
@@ -27,7 +28,7 @@ class FaultyProxy:
         self.seen: Counter[str] = Counter()
         proxy, writes = self, threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             protocol_version = "HTTP/1.1"
 
             def handle_any(self) -> None:
@@ -87,17 +88,7 @@ class FaultyProxy:
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815
 
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 def sometimes(rate: float, seed: int, faults: tuple[str, ...]) -> Choose:

@@ -13,10 +13,11 @@ import itertools
 import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
+
+from loopback import Loopback, Quiet
 
 PART = 5 * 1024 * 1024
 PAGE = 3
@@ -55,7 +56,7 @@ class Refusal(Exception):  # noqa: N818 - an answer
         self.status, self.code = status, code
 
 
-class GCSServer:
+class GCSServer(Loopback):
     """One bucket. `rate`: whether an object takes one write a second only."""
 
     def __init__(self, bucket: str = "bucket") -> None:
@@ -67,7 +68,7 @@ class GCSServer:
         self.generations = itertools.count(1)
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             protocol_version = "HTTP/1.1"
 
             def handle_any(self) -> None:
@@ -98,17 +99,7 @@ class GCSServer:
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
 
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)
 
     def answer(
         self, method: str, key: str, query: dict[str, str], headers: dict[str, str], body: bytes

@@ -1,16 +1,16 @@
 """Leaving in time: signals, notice files, metadata services, deadlines."""
 
-import http.server
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fleet_jobs import LAYOUT, QUICK, fork, job, marks, run
+from loopback import Loopback, Quiet
 
 from pipeline.fleet import preemption
 from pipeline.fleet.ledger import DONE, read_names
@@ -93,7 +93,7 @@ def test_notice_file_and_nothing_by_default(tmp_path: Path) -> None:
     assert told.deadline == clock.now + 18
 
 
-class Metadata(http.server.BaseHTTPRequestHandler):
+class Metadata(Quiet, BaseHTTPRequestHandler):
     """A metadata service that wants a token and a header, and first has no notice."""
 
     answers: list[tuple[int, str]] = []  # noqa: RUF012 - set by the test
@@ -112,14 +112,10 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
 
 def test_notice_url_with_token_header_and_pattern() -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
+    server = Loopback(Metadata)
+    url = server.url
     Metadata.answers = [(404, "TRUE"), (200, "FALSE"), (500, ""), (200, "TRUE")]
     Metadata.seen = []
     clock = Clock()
@@ -132,8 +128,7 @@ def test_notice_url_with_token_header_and_pattern() -> None:
         leaving.poll()
         found.append(leaving.requested())
         clock.now += 6
-    server.shutdown()
-    server.server_close()
+    server.close()
     assert found == [False, False, False, True]
     assert Metadata.seen[0]["flavor"] == "Test"
     assert Metadata.seen[0]["x-aws-ec2-metadata-token"] == "secret"

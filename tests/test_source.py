@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from loopback import Loopback, Quiet
 from student_data import make_dataset
 
 from schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
@@ -42,18 +43,15 @@ def memory(folder: Path) -> Iterator[str]:
     fs.rm("/bucket", recursive=True)
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
+class Files(Quiet, http.server.SimpleHTTPRequestHandler):
+    """A folder's files."""
 
 
 @pytest.fixture
 def http_url(folder: Path) -> Iterator[str]:
-    handler = functools.partial(QuietHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    handler = functools.partial(Files, directory=str(folder))
+    with Loopback(handler) as server:
+        yield server.url
 
 
 def same(one: Dataset, other: Dataset) -> None:

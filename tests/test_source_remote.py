@@ -1,19 +1,19 @@
 """Real services on loopback: an S3 server, and the protocol of a model hub (only what reading needs)."""
 
 import hashlib
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import fsspec
 import pytest
+from loopback import Loopback, Quiet
 from student_data import make_dataset
 
 from schemas.errors import IntegrityError
@@ -67,14 +67,11 @@ def test_s3(folder: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.Monke
         open_dataset("s3://bucket/none", cache_dir=tmp_path)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(Quiet, BaseHTTPRequestHandler):
     """The three kinds of request that the hub's file system makes to read a data set."""
 
     folder: Path
     asked: list[str]
-
-    def log_message(self, *args: object) -> None:
-        pass
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -129,11 +126,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def on_hub(folder: Path, code: str, *arguments: str) -> str:
     """What `code` prints in a process of its own: the hub's client reads its address when it is imported."""
     handler = type("ThisHub", (Hub,), {"folder": folder, "asked": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Loopback(handler) as server:
         environment = {
             **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+            "HF_ENDPOINT": server.url,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": arguments[0] + "/hf",
@@ -142,7 +138,6 @@ def on_hub(folder: Path, code: str, *arguments: str) -> str:
             [sys.executable, "-c", code, *arguments],
             capture_output=True, text=True, env=environment, timeout=100, cwd=Path(__file__).parent.parent,
         )  # fmt: skip
-        server.shutdown()
     assert done.returncode == 0, (done.stderr[-2000:], handler.asked[-5:])  # type: ignore[attr-defined]
     return done.stdout
 

@@ -30,7 +30,7 @@ import numpy as np
 from schemas import settings as st
 from schemas.token_dump import DumpWriter, Window, read_windows
 from stages.convert import convert_units
-from stages.windows import keep_rows
+from stages.rows import keep_rows
 
 STAGES = {
     "read": ("token_dump.py", ("read_windows", "read_meta")),

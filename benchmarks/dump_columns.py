@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from schemas import token_dump
-from schemas.token_dump import DumpWriter, Window, read_windows, round_masses
+from schemas.rounding import round_masses
+from schemas.token_dump import DumpWriter, Window, read_windows
 from stages.divergence import kl_spread
 from stages.lattice import Lattice
 

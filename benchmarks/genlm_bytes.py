@@ -44,9 +44,10 @@ import torch
 from texts import builtin_texts, clip, folder_texts
 
 from schemas import settings as st
+from schemas.arrays import END
 from stages.divergence import divergence
 from stages.identity import resolve_model
-from stages.lattice import END, Lattice
+from stages.lattice import Lattice
 from stages.teacher import REFERENCE, Teacher, open_teacher
 
 THEIRS: list[tuple[str, dict[str, Any], int]] = [

@@ -34,10 +34,11 @@ import torch
 from texts import builtin_texts, folder_texts, prose_passages
 
 from schemas import settings as st
+from schemas.arrays import END
 from schemas.token_dump import Window
 from stages.divergence import divergence, even_weights, spread_tail
 from stages.fidelity import true_symbols
-from stages.lattice import END, Lattice, Targets
+from stages.lattice import Lattice, Targets
 from stages.teacher import REFERENCE, Teacher, open_teacher
 
 EFFORTS: dict[str, dict[str, float]] = {

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
 from schemas.quantise import BAD_ORDER, BAD_SUM, BAD_VALUE, OK
-from schemas.sorting import FEW, sort_few
+from schemas.sorting import SPARE, sort_distinct
 
 SUM_TOLERANCE = 1e-4
 _LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))
 _PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 _MOST = np.uint32(0x7FFFFFFF)
-_KEYS = SYMBOLS + FEW
+_KEYS = SYMBOLS + SPARE
 U32 = NDArray[np.uint32]
 
 
@@ -74,55 +74,64 @@ def order_rows(
     ordered as it is.
     """
     i: Any
+    row: Any
     out: Any
-    high, low = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
+    high, low, scratch = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
+    value = np.empty(1, np.float32)
+    value_bits = value.view(np.uint32)
     out = 0
     for i in range(_PLACE(count.shape[0])):
+        row = np.int64(i)
         n = np.int64(count[i])
         first = _PLACE(out)
         missing = rest[i]
-        listed = 0.0
-        largest = second = np.int64(1 << 62)
-        for k in range(first, first + _PLACE(n)):
-            listed += float(prob[k])
-            key = np.int64(_MOST - bits[k]) << 9 | np.int64(symbol[k])
-            second = min(second, max(largest, key))
-            largest = min(largest, key)
-        if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
-            bad: Any = np.int64(i)
-            return out, bad, BAD_SUM, listed + missing
         if n == 0:
+            if not abs(missing - 1.0) <= SUM_TOLERANCE:
+                return out, row, BAD_SUM, missing
             rest[i] = unlisted[i] = 1.0
             listable[i] = 0
             continue
-        top = first
-        while np.int64(symbol[top]) != largest & 511:
-            top += _PLACE(1)
-        prob[top] = max(np.float32(0.0), np.float32(1.0 - missing - (listed - float(prob[top]))))
-        largest = np.int64(_MOST - bits[top]) << 9 | (largest & 511)
-        if largest > second:  # the residual made it smaller than the next
-            largest = second
-            top = first
-            while np.int64(symbol[top]) != largest & 511:
-                top += _PLACE(1)
-        total = missing
-        n_high = n_low = 0
-        for k in range(first, first + _PLACE(n)):
-            p = float(prob[k])
-            other = k != top
-            total += p if other else 0.0
-            high[_PLACE(n_high)] = low[_PLACE(n_low)] = np.int64(_MOST - bits[k]) << 9 | np.int64(symbol[k])
-            n_high += (p >= least) & other
-            n_low += (p < least) & other
-        sort_few(high, n_high)
-        unlisted[i] = total
-        listable[i] = n_high + 1
-        symbol[first] = largest & 511
-        bits[first] = _MOST - np.uint32(largest >> 9)
+        settled = False
+        while True:
+            listed = 0.0
+            n_high = n_low = 0
+            for k in range(first, first + _PLACE(n)):
+                p = float(prob[k])
+                listed += p
+                high[_PLACE(n_high)] = low[_PLACE(n_low)] = np.int64(_MOST - bits[k]) << 9 | np.int64(symbol[k])
+                n_high += p >= least
+                n_low += p < least
+            if n_high == 0:  # the largest goes first even so
+                top = np.argmin(low[:n_low])
+                high[0], n_high = low[top], 1
+                n_low -= 1
+                for k in range(top, n_low):
+                    low[k] = low[k + 1]
+            sort_distinct(high, scratch, n_high)
+            value_bits[0] = _MOST - np.uint32(high[0] >> 9)
+            others = listed - float(value[0])
+            if settled:
+                break
+            if not abs(listed + missing - 1.0) <= SUM_TOLERANCE:
+                return out, row, BAD_SUM, listed + missing
+            value[0] = max(np.float32(0.0), np.float32(1.0 - missing - others))
+            largest = np.int64(_MOST - value_bits[0]) << 9 | (high[0] & 511)
+            second = high[1] if n_high > 1 else np.int64(1 << 62)
+            if n_high == 1 and largest > high[0]:
+                for k in range(n_low):
+                    second = min(second, low[k])
+            if largest <= second:
+                high[0] = largest
+                break
+            settled = True  # the residual made it smaller than the next: once more, with the sum as it is now
+            for k in range(first, first + _PLACE(n)):
+                if np.int64(symbol[k]) == high[0] & 511:
+                    bits[k] = value_bits[0]
+        unlisted[i] = missing + others
+        listable[i] = n_high
         for k in range(_PLACE(n_high)):
-            to = first + _PLACE(1) + k
-            symbol[to] = high[k] & 511
-            bits[to] = _MOST - np.uint32(high[k] >> 9)
+            symbol[first + k] = high[k] & 511
+            bits[first + k] = _MOST - np.uint32(high[k] >> 9)
         for k in range(_PLACE(n_low)):
             to = first + _PLACE(n - 1) - k
             symbol[to] = low[k] & 511

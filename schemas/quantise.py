@@ -26,7 +26,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
-from schemas.sorting import FEW, sort_few
+from schemas.logarithms import sum_logs
+from schemas.sorting import SPARE, sort_distinct
 
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
@@ -102,7 +103,7 @@ def _log2(bits: np.uint64) -> np.int64:
 
 @njit(cache=True, nogil=True, inline="always", error_model="numpy")
 def _round_code(
-    root: float, step: int, highest: int, p: float, power: int, error: float, top: float
+    root: float, step: int, highest: int, p: float, power: int, error: float, top: float, inverse_top: float
 ) -> tuple[int, float]:
     """The multiple of `step` next to 256 * root, `highest` at most, that errs least on p and on the implied symbol.
 
@@ -116,8 +117,8 @@ def _round_code(
         low_value, high_value = low_value * low_value, high_value * high_value
     low_off, high_off = low_value - p, high_value - p
     low_after, high_after = error + low_off, error + high_off
-    low_cost = low_off * low_off / max(low_value, p) + low_after * low_after / top
-    high_cost = high_off * high_off / max(high_value, p) + high_after * high_after / top
+    low_cost = low_off * low_off / max(low_value, p) + low_after * low_after * inverse_top
+    high_cost = high_off * high_off / max(high_value, p) + high_after * high_after * inverse_top
     low_cost = np.inf if low < 1 or low_after > 0.5 * top else low_cost
     high_cost = np.inf if high_after > 0.5 * top else high_cost
     if low_cost == np.inf and high_cost == np.inf:
@@ -135,38 +136,6 @@ def learn_masses(node: I16, count: I16, symbol: I16, prob: F32, unit: float, mas
         for k in range(_PLACE(at), _PLACE(at + count[i])):
             mass[row, np.uint64(symbol[k])] += np.int64(float(prob[k]) * unit)
         at += count[i]
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def sum_logs(times: F64, x: F64, n: int) -> float:
-    """Sum of times[k] * ln(x[k]) over k < n, normal numbers above zero; 1e-15 of the summands, alike on every machine.
-
-    x = 2 ** e * m with m in sqrt(1/2)..sqrt(2); ln(m) = 2 artanh(s) with s = (m - 1) / (m + 1), by its series. Loops
-    without branches, which a compiler turns into vector instructions. Overwrites x; n is rounded up to 4.
-    """
-    bits = x.view(np.int64)
-    whole = np.empty(n + 4)
-    for k in range(n, (n + 3) // 4 * 4):
-        times[k], x[k] = 0.0, 1.0
-    n = (n + 3) // 4 * 4
-    for k in range(_PLACE(n)):
-        e = (bits[k] - 0x3FE6A09E667F3BCD) >> 52
-        bits[k] -= e << 52
-        whole[k] = float(e)
-    for k in range(_PLACE(n)):
-        s = (x[k] - 1.0) / (x[k] + 1.0)
-        z = s * s
-        series = 1 / 15 + z * (1 / 17)
-        series = 1 / 9 + z * (1 / 11 + z * (1 / 13 + z * series))
-        series = 1.0 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * series)))
-        whole[k] = times[k] * (whole[k] * 0.6931471805599453 + 2.0 * s * series)
-    a = b = c = d = 0.0
-    for k in range(_PLACE(0), _PLACE(n), _PLACE(4)):
-        a += whole[k]
-        b += whole[k + _PLACE(1)]
-        c += whole[k + _PLACE(2)]
-        d += whole[k + _PLACE(3)]
-    return (a + b) + (c + d)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -230,7 +199,7 @@ def encode_rows(
     most_tail = np.empty(65)  # by 64 * tail: what rounding it up to the next code may add to it
     for k in range(65):
         most_tail[k] = (((k + 1) / 64.0) ** 0.25 + tail_step / 256.0) ** 4 - (k + 1) / 64.0
-    spots = np.empty(SYMBOLS + FEW, np.int64)  # 256 * rank + code
+    spots, scratch_spots = np.empty(SYMBOLS + SPARE, np.int64), np.empty(SYMBOLS + SPARE, np.int64)  # 256 * rank + code
     # Terms of the divergence, times[k] * ln(x[k]): of both figures, of the first, of the second.
     both_times, both_x, n_both = np.empty(_TERMS), np.empty(_TERMS), 0
     one_times, one_x, n_one = np.empty(_TERMS), np.empty(_TERMS), 0
@@ -294,7 +263,7 @@ def encode_rows(
         while j < last and n_chosen < MAX_COUNT:
             k = _PLACE(j)
             j += 1
-            if listed[k]:
+            if listed[k] or t * weight[k] > hopeless[k] * w:
                 continue
             p = float(prob[first + k])
             scratch[0] = p
@@ -331,14 +300,15 @@ def encode_rows(
             if not learning:
                 head[i], tail[i] = 0, TAIL_IS_ALL
             continue
+        inverse_top = 1.0 / implied
         error = 0.0
         code = 0
         if t > 0.0:
             root = math.sqrt(math.sqrt(t))
-            code, error = _round_code(root, tail_step, 254, t, 4, 0.0, implied)
+            code, error = _round_code(root, tail_step, 254, t, 4, 0.0, implied, inverse_top)
             off = TAIL[code] - t
             if code == 0 or off * off / max(t, TAIL[code]) + off * off / implied > FINE_TAIL * rate:
-                code, error = _round_code(root, 1, 254, t, 4, 0.0, implied)
+                code, error = _round_code(root, 1, 254, t, 4, 0.0, implied, inverse_top)
                 code = max(1, code)
             error = TAIL[code] - t
         tail_code = code
@@ -346,7 +316,7 @@ def encode_rows(
         for j in range(_PLACE(n_chosen)):
             k = _PLACE(chosen[j])
             p = float(prob[first + k])
-            code, error = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied)
+            code, error = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied, inverse_top)
             if code == 0:  # no code leaves the implied symbol enough: this one stays unlisted, its mass with that
                 listed[k] = 0
                 error -= p
@@ -363,7 +333,7 @@ def encode_rows(
                 e = first + _PLACE(chosen[j])
                 mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
             continue
-        sort_few(spots, n_chosen)
+        sort_distinct(spots, scratch_spots, n_chosen)
         before = -1
         for j in range(_PLACE(n_chosen)):
             r = spots[j] >> 8

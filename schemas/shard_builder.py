@@ -20,17 +20,16 @@ from numpy.typing import NDArray
 from schemas import gather, quantise
 from schemas import prior as priors
 from schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
+from schemas.blocks import BLOCK, ENTRIES, Block, Rows
 from schemas.errors import IntegrityError
 from schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, Codes, pack_columns
 from schemas.prior import Prior
 from schemas.zarr_zip import write_zarr_zip
 
-_BLOCK = 1 << 14
-"""Rows that are encoded at a time."""
-_ENTRIES = 1 << 19
-"""Entries that a block of rows has room for; memory of which only what is used is real."""
-_PIECE = 1 << 10
-"""Rows gathered at a time: the worst case, 257 entries per row, is half of a block."""
+_DENSE_PIECE = 1 << 10
+"""Dense rows gathered at a time: the worst case, 257 entries per row, is half of a block."""
+_SPARSE_PIECE = 1 << 12
+"""The same for sparse ones, of which the worst case is known."""
 
 
 class Precision(NamedTuple):
@@ -56,55 +55,6 @@ _Gather = Callable[..., tuple[int, int, int, float]]
 
 class _NegativeZeroError(Exception):
     """A probability is -0.0."""
-
-
-class _Block:
-    """Up to `_BLOCK` rows that wait to be encoded: checked, their entries in order (see `gather`)."""
-
-    def __init__(self, entries: int) -> None:
-        self.n_rows = self.n_entries = 0
-        self.mask: U8 = np.empty(_BLOCK, np.uint8)
-        self.true: I16 = np.empty(_BLOCK, np.int16)  # the symbol that follows
-        self.count: I16 = np.empty(_BLOCK, np.int16)
-        self.listable: I16 = np.empty(_BLOCK, np.int16)
-        self.rest: F64 = np.empty(_BLOCK, np.float64)
-        self.unlisted: F64 = np.empty(_BLOCK, np.float64)
-        self.given: F32 = np.empty(_BLOCK, np.float32)
-        self.symbol: I16 = np.empty(entries, np.int16)
-        self.prob: F32 = np.empty(entries, np.float32)
-
-    def has_room(self, rows: int, entries: int) -> bool:
-        return self.n_rows + rows <= _BLOCK and self.n_entries + entries <= len(self.symbol)
-
-    def room(self, rows: int) -> tuple[I16, I16, F64, F64, I16, F32]:
-        """Where the next `rows` go: count, listable, rest, unlisted; symbol, prob, as many as there is room for."""
-        at, entry = slice(self.n_rows, self.n_rows + rows), self.n_entries
-        return (
-            self.count[at], self.listable[at], self.rest[at], self.unlisted[at],
-            self.symbol[entry:], self.prob[entry:],
-        )  # fmt: skip
-
-    def rows(self, n: int) -> "_Rows":
-        """The first n rows."""
-        m = int(self.count[:n].sum(dtype=np.int64))
-        return _Rows(
-            self.true[:n], self.mask[:n], self.count[:n], self.listable[:n], self.rest[:n], self.unlisted[:n],
-            self.given[:n], self.symbol[:m], self.prob[:m],
-        )  # fmt: skip
-
-
-class _Rows(NamedTuple):
-    """Rows as `quantise.encode_rows` takes them; see there."""
-
-    true: I16
-    mask: U8
-    n_kept: I16
-    listable: I16
-    rest: F64
-    unlisted: F64
-    given: F32
-    symbol: I16
-    prob: F32
 
 
 class ShardBuilder:
@@ -138,7 +88,7 @@ class ShardBuilder:
         self._doc_start = [0]
         self._doc_id_start = [0]
         self._ended = False
-        self._blocks = [_Block(_ENTRIES)]
+        self._blocks = [Block(ENTRIES)]
         self._n_rows = 0
         self._table: _Table | None = None
         self._divergence = np.zeros(2)
@@ -179,10 +129,13 @@ class ShardBuilder:
 
             return run
 
+        def worst(lo: int, hi: int) -> int:
+            return SYMBOLS * (hi - lo)
+
         try:
-            self._append(text, tail, mask, gather_from(probs), lambda lo, hi: SYMBOLS * (hi - lo))
+            self._append(text, tail, mask, gather_from(probs), worst, _DENSE_PIECE)
         except _NegativeZeroError:
-            self._append(text, tail, mask, gather_from(probs + np.float32(0)), lambda lo, hi: SYMBOLS * (hi - lo))
+            self._append(text, tail, mask, gather_from(probs + np.float32(0)), worst, _DENSE_PIECE)
 
     def append_sparse(self, text: U8, count: I64, symbol: I16, prob: F32, tail: F32, mask: U8 | None = None) -> None:
         """`append` of rows without their zeros: count int64 [rows] entries each, ascending by symbol.
@@ -213,12 +166,14 @@ class ShardBuilder:
             return int(start[hi] - start[lo]) + 1  # the kernel writes an entry before it decides to keep it
 
         try:
-            self._append(text, tail, mask, gather_from(prob), worst)
+            self._append(text, tail, mask, gather_from(prob), worst, _SPARSE_PIECE)
         except _NegativeZeroError:
-            self._append(text, tail, mask, gather_from(prob + np.float32(0)), worst)
+            self._append(text, tail, mask, gather_from(prob + np.float32(0)), worst, _SPARSE_PIECE)
 
-    def _append(self, text: U8, tail: F32, mask: U8 | None, run: _Gather, worst: Callable[[int, int], int]) -> None:
-        """Add rows that `run` gathers; of rows lo..hi at most `worst(lo, hi)` entries."""
+    def _append(
+        self, text: U8, tail: F32, mask: U8 | None, run: _Gather, worst: Callable[[int, int], int], piece: int
+    ) -> None:
+        """Add rows that `run` gathers, `piece` at a time; of rows lo..hi at most `worst(lo, hi)` entries."""
         text = np.ascontiguousarray(text, np.uint8)
         tail = np.ascontiguousarray(tail, np.float32)
         n = len(tail)
@@ -231,12 +186,12 @@ class ShardBuilder:
             raise ValueError(f"mask {mask.shape} must have one 0 or 1 per row of probs ({n})")
         n_blocks, last = len(self._blocks), self._blocks[-1]
         before = last.n_rows, last.n_entries
-        for lo in range(0, n, _PIECE):
-            hi = min(lo + _PIECE, n)
+        for lo in range(0, n, piece):
+            hi = min(lo + piece, n)
             entries = worst(lo, hi)
             block = self._blocks[-1]
             if not block.has_room(hi - lo, entries):
-                block = _Block(max(_ENTRIES, entries))
+                block = Block(max(ENTRIES, entries))
                 self._blocks.append(block)
             count, listable, rest, unlisted, symbol, prob = block.room(hi - lo)
             n_entries, row, reason, value = run(lo, hi, tail[lo:hi], count, rest, symbol, prob)
@@ -257,7 +212,7 @@ class ShardBuilder:
         self._columns["text"] += text.tobytes() + bytes(n - len(text))
         self._columns["mask"] += mask.tobytes()
         self._ended = n > len(text)
-        if self._n_rows >= (priors.SAMPLE if self._table is None else _BLOCK):
+        if self._n_rows >= (priors.SAMPLE if self._table is None else BLOCK):
             self._flush()
 
     def _refusal(self, row: int, reason: int, value: float) -> Exception:
@@ -311,7 +266,7 @@ class ShardBuilder:
             self._encode(r, nodes, table, mass)
         return priors.weigh(tree, mass)
 
-    def _encode(self, rows: _Rows, node: I16, table: "_Table", mass: I64 | None = None) -> dict[str, U8]:
+    def _encode(self, rows: Rows, node: I16, table: "_Table", mass: I64 | None = None) -> dict[str, U8]:
         """The coded columns of rows; with `mass`, only take what is listed from there."""
         n, m = len(rows.true), len(rows.symbol)
         head, tail, top = (np.empty(n, np.uint8) for _ in range(3))

@@ -3,7 +3,7 @@
 `sort_lanes` sorts the columns of a table with a network of compare-exchanges that does not depend on the values
 (Batcher's odd-even merge sort, AFIPS 1968), so that a vector unit sorts 16 or 32 lists at once and no branch is
 guessed wrong. Price: 1 ns a list of 8 and 5 ns a list of 32; `insertion_sort` takes 15 ns for a random list of 4, and
-grows with the square.
+grows with the square, half of it in wrong guesses; `sort_distinct` sorts one list without them.
 """
 
 from typing import Any
@@ -16,8 +16,9 @@ from schemas.arrays import I64
 
 LANES = 512
 """Lists of one table."""
-FEW = 8
-"""Values that `sort_few` sorts without branches."""
+_FEW = 8
+SPARE = 16
+"""A list given to `sort_distinct` has room for its length rounded up to a multiple of this."""
 
 
 @njit(cache=True, nogil=True)
@@ -38,21 +39,40 @@ def _ordered(a: int, b: int) -> tuple[int, int]:
 
 
 @njit(cache=True, nogil=True)
-def sort_few(values: I64, n: int) -> None:
-    """Sort values[:n], which has room for FEW; up to FEW without branches, by Batcher's network."""
+def _sort_by_rank(values: I64, scratch: I64, n: int) -> None:
+    """Every value goes where the number of smaller ones says: n squared comparisons, in vector instructions."""
+    padded = np.uint64((n + SPARE - 1) // SPARE * SPARE)
+    for k in range(np.uint64(n), padded):
+        values[k] = np.iinfo(np.int64).max
+    for k in range(np.uint64(n)):
+        value = values[k]
+        rank = np.int64(0)
+        for j in range(padded):
+            rank += np.int64(values[j] < value)
+        scratch[np.uint64(rank)] = value
+    for k in range(np.uint64(n)):
+        values[k] = scratch[k]
+
+
+@njit(cache=True, nogil=True)
+def sort_distinct(values: I64, scratch: I64, n: int) -> None:
+    """Sort values[:n], no two of them equal, without a branch that depends on them.
+
+    Both arrays have the room that SPARE says. Up to 8 values go through Batcher's network, more by their ranks.
+    """
     if n < 2:
         return
-    if n > FEW:
-        insertion_sort(values, 0, n)
+    if n > _FEW:
+        _sort_by_rank(values, scratch, n)
         return
-    for k in range(np.uint64(n), np.uint64(FEW)):
+    for k in range(np.uint64(n), np.uint64(_FEW)):
         values[k] = np.iinfo(np.int64).max
     a, b = _ordered(values[0], values[1])
     c, d = _ordered(values[2], values[3])
     a, c = _ordered(a, c)
     b, d = _ordered(b, d)
     b, c = _ordered(b, c)
-    if n > FEW // 2:
+    if n > _FEW // 2:
         e, f = _ordered(values[4], values[5])
         g, h = _ordered(values[6], values[7])
         e, g = _ordered(e, g)

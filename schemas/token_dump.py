@@ -29,18 +29,12 @@ from numba import njit
 
 from schemas.byte_planes import from_planes, to_planes
 from schemas.errors import IntegrityError
+from schemas.rounding import round_by_share, round_masses
 
 FORMAT = "bytecache.token-dump"
 VERSION = 2
 READABLE = (1, 2)
 """Versions that `read_windows` reads; they differ in how two columns are stored."""
-MASS_BITS = 13
-"""Bits of mantissa of a stop's mass."""
-SHARE_BITS = 15
-"""Bits of mantissa of an entry that has all of its prefix's mass, and of the text's own; one less for each halving of
-the share."""
-LEAST_BITS = 5
-"""Bits of mantissa of the rarest entries."""
 _META = b"bytecache"
 
 
@@ -137,16 +131,11 @@ SCHEMA = pa.schema(
     ]
 )
 _BLOBS = ("entry_byte", "entry_mass")
+_GROUP = 1 << 21
+"""Entries of a row group: about 10 MB in a reader's memory, whatever the windows' length."""
 SCHEMA_1 = SCHEMA
 SCHEMA = pa.schema([pa.field(f.name, pa.binary(), nullable=False) if f.name in _BLOBS else f for f in SCHEMA_1])
 _SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32" and name not in _BLOBS]
-
-
-def round_masses(mass: np.ndarray, kept: int = MASS_BITS) -> np.ndarray:
-    """Round float32 to `kept` bits of mantissa, to nearest; by default the precision a dump keeps of stops."""
-    drop = 23 - kept
-    bits = mass.astype(np.float32).view(np.uint32)
-    return ((bits + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
 
 
 def round_entries(window: "Window") -> np.ndarray:
@@ -155,41 +144,9 @@ def round_entries(window: "Window") -> np.ndarray:
     The text's own next byte, the prefix of all that follows, keeps `SHARE_BITS`.
     """
     bits = window.entry_mass.astype(np.float32).view(np.uint32)
-    return _round_by_share(window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits).view(
+    return round_by_share(window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits).view(
         np.float32
     )
-
-
-@njit(cache=True, nogil=True)
-def _round_by_share(
-    text: np.ndarray, row_start: np.ndarray, n_levels: np.ndarray, fanout: np.ndarray, entry_byte: np.ndarray,
-    bits: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """The rounded float32 bits of entries; shares are compared by their exponents."""
-    out = bits.copy()
-    one = np.int64(127)
-    level = 0
-    e = 0
-    for r in range(len(row_start)):
-        prefix = one
-        for depth in range(n_levels[r]):
-            i = row_start[r] + depth
-            following = prefix
-            if level == len(fanout) or e + fanout[level] > len(bits):  # inconsistent: refused by whoever reads it
-                return out
-            for _ in range(fanout[level]):
-                exponent = np.int64(bits[e] >> np.uint32(23))
-                keep = min(SHARE_BITS, max(LEAST_BITS, SHARE_BITS + int(exponent - prefix)))
-                if i < len(text) and entry_byte[e] == text[i]:  # all that follows is a part of it
-                    following = exponent
-                    keep = SHARE_BITS
-                drop = np.uint32(23 - keep)
-                half = np.uint32(1) << (drop - np.uint32(1))
-                out[e] = ((bits[e] + half) >> drop) << drop
-                e += 1
-            prefix = following
-            level += 1
-    return out
 
 
 def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:
@@ -208,11 +165,11 @@ def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:
 class DumpWriter:
     """Writes one part; equal windows give equal bytes. Use `close()`; an unclosed file is not a Parquet file."""
 
-    def __init__(self, path: Path, meta: dict[str, Any], *, windows_per_group: int = 32):
+    def __init__(self, path: Path, meta: dict[str, Any]):
         text = json.dumps({"format": FORMAT, "version": VERSION, **meta}, sort_keys=True)
         self._path = path
         self._schema = SCHEMA.with_metadata({_META: text.encode()})
-        self._group = windows_per_group
+        self._n_entries = 0
         self._pending: list[Window] = []
         self._writer = part_writer(path, self._schema)
 
@@ -220,7 +177,8 @@ class DumpWriter:
         """Add a window; masses are rounded here."""
         _check(self._path, window)  # before anything trusts its offsets
         self._pending.append(window)
-        if len(self._pending) >= self._group:
+        self._n_entries += len(window.entry_byte)
+        if self._n_entries >= _GROUP:
             self._flush()
 
     def _flush(self) -> None:
@@ -247,7 +205,7 @@ class DumpWriter:
             columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type)
         arrays = [columns[name] for name in SCHEMA.names]
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-        self._pending = []
+        self._pending, self._n_entries = [], 0
 
     def close(self) -> None:
         self._flush()
@@ -298,6 +256,7 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
     Raises IntegrityError, also for inconsistent lengths.
     """
     names = [name for name in SCHEMA.names if top_k or not name.startswith("topk_")]
+    absent = [name for name in SCHEMA.names if name not in names]
     file, _ = open_part(path)
     with file:
         for group in range(file.num_row_groups):
@@ -309,6 +268,7 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
                 ) from error
             try:
                 columns = {name: _column(table.column(name)) for name in names}
+                columns |= {name: [np.zeros(0, _LISTS[name])] * table.num_rows for name in absent}
             except UnicodeDecodeError as error:
                 raise IntegrityError(f"{path}: group {group} has a name that is no UTF-8") from error
             for i in range(table.num_rows):
@@ -317,15 +277,17 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
                 yield window
 
 
-def _column(chunks: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray] | list[Any]:
-    """A row group's column: offsets and values without a copy, or a list where there is one value a row."""
+def _column(chunks: pa.ChunkedArray) -> tuple[list[int], np.ndarray] | list[Any]:
+    """A row group's column: offsets, and values without a copy; or a list where there is one value a row."""
     column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()
     if pa.types.is_binary(column.type):
         _, offsets, data = column.buffers()
         start = np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset)
-        return start, np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8)
+        return start.tolist(), np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(
+            0, np.uint8
+        )
     if pa.types.is_list(column.type):
-        return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
+        return column.offsets.to_numpy().tolist(), column.values.to_numpy(zero_copy_only=False)
     values: list[Any] = column.to_pylist()
     return values
 
@@ -333,11 +295,8 @@ def _column(chunks: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray] | list[Any
 def _window(path: Path, columns: dict[str, Any], i: int) -> Window:
     """Row i of a row group's columns; columns that were not read are empty."""
     values: dict[str, Any] = {}
-    for name in _MEMBERS:
-        column = columns.get(name)
-        if column is None:
-            values[name] = np.zeros(0, _LISTS[name])
-        elif type(column) is tuple:
+    for name, column in columns.items():
+        if type(column) is tuple:
             start, flat = column
             values[name] = flat[start[i] : start[i + 1]]
         else:

@@ -22,7 +22,7 @@ from schemas import settings as st
 from schemas.errors import ConfigError
 from schemas.token_dump import Window
 from stages.lattice import STATIC_PASSES, Deviations, Lattice
-from stages.windows import take_rows
+from stages.rows import take_rows
 
 
 class Effort(NamedTuple):

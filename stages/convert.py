@@ -19,7 +19,7 @@ from schemas.token_dump import Window, read_meta, read_windows
 from stages.coarser import Effort, coarsen, coarser_effort
 from stages.fidelity import Fidelity
 from stages.lattice import Lattice
-from stages.windows import keep_rows
+from stages.rows import keep_rows
 
 
 def convert_units(

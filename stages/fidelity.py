@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from schemas.arrays import END
 from schemas.byte_shard import ByteShard
 from schemas.errors import IntegrityError
 from schemas.token_dump import Window
 from stages.divergence import divergence, kl_spread
-from stages.lattice import END, Lattice, Targets
-from stages.windows import keep_rows
+from stages.lattice import Lattice, Targets
+from stages.rows import keep_rows
 
 VERSION = 1
 """Of the accumulator and the certificate; states of different versions do not merge."""

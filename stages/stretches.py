@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from schemas.arrays import END
 from schemas.byte_shard import ByteShard
 from schemas.errors import InputError, IntegrityError
 from stages.fidelity import Fidelity, true_symbols
-from stages.lattice import END, Lattice
+from stages.lattice import Lattice
 from stages.teacher import Teacher
 from stages.tokens.vocab import Misfit
 from stages.windows import plan_stretch

@@ -36,6 +36,7 @@ from stages.identity import (
     vocabulary_of,
 )
 from stages.lattice import STATIC_PASSES, Deviations, Lattice
+from stages.rows import keep_rows
 from stages.teacher_inputs import read_inputs
 from stages.tokens.vocab import Encoded, Misfit, Vocabulary
 from stages.windows import (
@@ -44,7 +45,6 @@ from stages.windows import (
     chain_of,
     deviations_of,
     extend,
-    keep_rows,
     new_window,
     plan_stretch,
     plan_windows,

@@ -4,15 +4,15 @@ A document longer than the context is cut into windows that overlap; the overlap
 The last `LEAD` tokens of the overlap are evaluated again, because tokens that straddle the cut begin there.
 """
 
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from schemas.token_dump import Window
 from stages.engines.engine import Prompt
-from stages.engines.paths import RowMasses, members
+from stages.engines.paths import RowMasses
 from stages.lattice import Deviations
+from stages.rows import take_rows
 from stages.tokens.vocab import Encoded
 
 LEAD = 16
@@ -180,32 +180,3 @@ def chain_of(window: Window, row: int, token: int) -> tuple[int, tuple[int, ...]
         chain.append(int(window.row_token[row]))
         row = int(window.row_parent[row])
     return row, tuple(reversed(chain))
-
-
-_PER_ROW = ("row_start", "row_token", "row_logp", "row_static", "log_norm", "end", "control", "n_levels", "n_stops")
-
-
-def keep_rows(window: Window, kept: np.ndarray) -> Window:
-    """An ordinary window of the rows where `kept` (bool [R]) is true, parents (kept as well) numbered anew."""
-    number = np.cumsum(kept) - 1
-    row = np.flatnonzero(kept)
-    parent = window.row_parent[row]
-    return take_rows(window, row, np.where(parent < 0, -1, number[parent]), window.row_depth[row])
-
-
-def take_rows(window: Window, row: np.ndarray, parent: np.ndarray, depth: np.ndarray) -> Window:
-    """An ordinary window of the rows `row` int [K], in that order, extending the rows `parent` of the new window."""
-    levels = members(window.n_levels, row)
-    entries = members(window.fanout, levels)
-    stops = members(window.n_stops, row)
-    k = len(window.topk_id) // len(window.row_start)
-    top = (row[:, None] * k + np.arange(k)).ravel()
-    chosen: dict[str, np.ndarray] = {name: getattr(window, name)[row] for name in _PER_ROW}
-    chosen["row_parent"] = parent.astype(window.row_parent.dtype)
-    chosen["row_depth"] = depth.astype(window.row_depth.dtype)
-    chosen["fanout"] = window.fanout[levels]
-    chosen |= {name: getattr(window, name)[entries] for name in ("entry_byte", "entry_mass")}
-    chosen |= {name: getattr(window, name)[stops] for name in ("stop_depth", "stop_token", "stop_mass")}
-    chosen |= {name: getattr(window, name)[top] for name in ("topk_id", "topk_logp")}
-    rest = {f.name: getattr(window, f.name) for f in fields(Window) if f.name not in chosen}
-    return Window(**(rest | {"reference": False, "doc_position": -1, "row_sampled": np.zeros(0, np.uint8)} | chosen))

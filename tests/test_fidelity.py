@@ -23,8 +23,9 @@ from stages.convert import convert_units
 from stages.divergence import divergence, even_weights, kl_spread, spread_tail
 from stages.fidelity import Fidelity, _Measure, summary_line, true_symbols
 from stages.lattice import Lattice
+from stages.rows import keep_rows
 from stages.teacher import Teacher, open_teacher
-from stages.windows import LEAD, keep_rows, plan_stretch
+from stages.windows import LEAD, plan_stretch
 
 TEXT = "The student reads the notes as often as it likes; naïve façade, größer. " * 3
 DEEP = {"tau": 1e-5, "depth": 8}

@@ -7,9 +7,9 @@ from test_fidelity import histories
 
 from schemas.token_dump import Window
 from stages.lattice import Lattice
+from stages.rows import keep_rows
 from stages.teacher import Teacher
 from stages.tokens.vocab import Vocabulary, load_vocabulary
-from stages.windows import keep_rows
 
 EFFORT = {"tau": 0.05, "depth": 2, "static": 0.001}
 TEXT = "The teacher reads the text once; the student reads the notes as often as it likes, and the cache is there."

@@ -12,16 +12,13 @@ from schemas import settings as st
 from schemas import token_dump
 from schemas.byte_planes import from_planes, to_planes
 from schemas.errors import IntegrityError
+from schemas.rounding import LEAST_BITS, MASS_BITS, SHARE_BITS, round_masses
 from schemas.token_dump import (
-    LEAST_BITS,
-    MASS_BITS,
-    SHARE_BITS,
     DumpWriter,
     Window,
     read_meta,
     read_windows,
     round_entries,
-    round_masses,
 )
 from schemas.top_k import top_k_sizes
 from stages.divergence import kl_spread

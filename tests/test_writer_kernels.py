@@ -11,9 +11,9 @@ from shard_cases import natural_rows, random_rows
 
 from schemas.byte_shard import ShardBuilder
 from schemas.errors import IntegrityError
+from schemas.logarithms import sum_logs
 from schemas.prior import MAX_CODE, Prior
-from schemas.quantise import sum_logs
-from schemas.sorting import FEW, sort_few
+from schemas.sorting import SPARE, sort_distinct
 
 
 def sparse(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,12 +80,12 @@ def test_a_bad_sparse_row_is_refused_and_nothing_of_its_piece_kept(tmp_path: Pat
     assert written(tmp_path / "a", builder) == written(tmp_path / "b", fresh)
 
 
-@pytest.mark.parametrize("n", range(20))
-def test_sort_few_sorts(n: int) -> None:
+@pytest.mark.parametrize("n", [*range(20), 31, 32, 33, 257])
+def test_sort_distinct_sorts(n: int) -> None:
     for seed in range(30):
         values = np.random.default_rng(seed).permutation(10 * n + 1)[:n].astype(np.int64)
-        room = np.append(values, np.full(FEW, -1, np.int64))
-        sort_few(room, n)
+        room = np.append(values, np.full(-n % SPARE or SPARE, -1, np.int64))
+        sort_distinct(room, np.empty_like(room), n)
         assert room[:n].tolist() == sorted(values.tolist())
 
 

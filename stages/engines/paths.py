@@ -23,6 +23,7 @@ import torch
 from numba import njit
 
 from schemas.errors import ConfigError, EngineError
+from stages.rows import members, ragged
 from stages.tokens.byte_trie import find_child
 from stages.tokens.vocab import Vocabulary
 
@@ -84,13 +85,6 @@ def take(rows: RowMasses, index: np.ndarray) -> RowMasses:
     return RowMasses(*(values[groups.get(name, index)] for name, values in zip(rows._fields, rows, strict=True)))
 
 
-def members(counts: np.ndarray, picked: np.ndarray) -> np.ndarray:
-    """Places of the items of the groups `picked`, where groups of `counts` items lie one after the other."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    count = counts[picked].astype(np.int64)
-    return _ragged(ends[picked] - count, count)
-
-
 @njit(cache=True)
 def _walk(
     text: np.ndarray,
@@ -141,12 +135,6 @@ def plan_paths(vocabulary: Vocabulary, text: np.ndarray, starts: np.ndarray) -> 
     node = np.zeros(count, np.int32)
     _walk(text, starts, trie.first_child, trie.byte, level_offset, node)
     return PathPlan(level_offset, node)
-
-
-def _ragged(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """first[0], first[0]+1, ... (count[0] of them), first[1], ...: int64."""
-    ends = np.cumsum(count, dtype=np.int64)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
 
 
 @njit(cache=True)
@@ -276,7 +264,7 @@ class PathReducer:
         level_row = np.repeat(np.arange(rows), n_levels)
         depth = np.arange(len(span)) - np.repeat(level_offset[:-1] - level_offset[0], n_levels)
 
-        child = _ragged(trie.first_child[span], self._children[span])
+        child = ragged(trie.first_child[span], self._children[span])
         child_row = np.repeat(level_row, self._children[span])
         lo, hi = trie.lo[child], trie.hi[child]
         if e.device.type == "cpu":
@@ -291,7 +279,7 @@ class PathReducer:
         )
 
         n_equal = trie.n_equal[span]
-        stop_token = self.vocabulary.order[_ragged(trie.lo[span], n_equal)]
+        stop_token = self.vocabulary.order[ragged(trie.lo[span], n_equal)]
         stop_row = torch.from_numpy(np.repeat(level_row, n_equal)).to(e.device)
         stop_value = e[stop_row, torch.from_numpy(stop_token.astype(np.int64)).to(e.device)].double()
         return RowMasses(

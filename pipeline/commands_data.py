@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import receipts, units
 from pipeline.config import changed_keys
@@ -34,9 +34,6 @@ from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
 from pipeline.stores import overlapped, sha256_file
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from schemas.settings import Teacher
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan(context: Context) -> tuple[Plan, bool]:

@@ -329,14 +329,6 @@ def test_another_version_of_the_conversion_code_never_mixes_into_a_data_set(
     assert bytecache("verify").exit_code == 0
 
 
-def test_the_fingerprint_follows_the_source() -> None:
-    from pipeline.dataset_index import CONVERTER
-    from pipeline.receipts import code_fingerprint
-
-    assert code_fingerprint(*CONVERTER) == code_fingerprint(*CONVERTER)
-    assert len({code_fingerprint(*CONVERTER[:count]) for count in range(len(CONVERTER) + 1)}) == len(CONVERTER) + 1
-
-
 def test_changed_plan_settings_are_refused_by_later_stages(world: Path, fake_teacher: type[FakeTeacher]) -> None:
     bytecache("plan")
     assert "unit_bytes: 1000 -> 2000" in refusal(bytecache("teacher", "--set", "corpus.unit_bytes=2000"), 2)

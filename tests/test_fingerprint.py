@@ -1,0 +1,21 @@
+"""The fingerprint of the conversion: every module that decides a shard's bytes, and nothing heavy beside them."""
+
+import subprocess
+import sys
+
+from pipeline.dataset_index import CONVERTER
+from pipeline.receipts import code_fingerprint
+
+
+def test_the_fingerprint_follows_the_source() -> None:
+    assert code_fingerprint(*CONVERTER) == code_fingerprint(*CONVERTER)
+    assert len({code_fingerprint(*CONVERTER[:count]) for count in range(len(CONVERTER) + 1)}) == len(CONVERTER) + 1
+
+
+def test_the_converter_is_what_convert_loads_and_no_torch() -> None:
+    """A module that convert gains must join the fingerprint; torch would cost every worker 180 MB."""
+    code = "import sys, stages.convert; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    ours = {name for name in loaded if name.startswith(("schemas.", "stages."))}
+    assert ours - {"schemas.errors", "schemas.settings", "schemas.strict_json"} == set(CONVERTER)
+    assert "torch" not in loaded

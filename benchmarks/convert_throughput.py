@@ -3,7 +3,8 @@
     python -m benchmarks.convert_throughput runs/default --out benchmarks/results/convert_throughput.json
 
 A whole `convert_units` from dump parts on disk to a finished shard on disk, with one thread. Processor time, so that
-neighbours count as little as they can, the best of `--rounds` with the worst beside it; files are in the page cache.
+neighbours count as little as they can, the best of `--rounds` with the worst beside it; files are in the page cache,
+without the top-k columns, which convert never reads.
 Each kind is converted once before, which compiles. The certificate is not in it: reference windows are left out.
 
 The run's windows are written again as parts: as they are (`branches`), without branches and static rows (`spans`), and
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     parts = sorted((args.run / "teacher").glob("*.parquet"))[: args.parts or None]
-    windows = [w for part in parts for w in read_windows(part) if not w.reference]
+    windows = [w for part in parts for w in read_windows(part, top_k=False) if not w.reference]
     bare = [spans(w) for w in windows]
     short = [piece for w in bare for piece in short_documents(w, 500)]
     result: dict[str, Any] = {

@@ -17,6 +17,7 @@ had lists there too, and is still read.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,13 +30,15 @@ from numba import njit
 
 from schemas.byte_planes import from_planes, to_planes
 from schemas.errors import IntegrityError
-from schemas.rounding import round_by_share, round_masses
+from schemas.rounding import LEAST_BITS, round_by_share, round_masses
 
 FORMAT = "bytecache.token-dump"
 VERSION = 2
 READABLE = (1, 2)
 """Versions that `read_windows` reads; they differ in how two columns are stored."""
 _META = b"bytecache"
+NEVER = -149 * math.log(2)
+"""Nats that sums of log-probabilities count for a probability of zero: the smallest float32 above it."""
 
 
 @dataclass
@@ -102,7 +105,8 @@ class Window:
     def canonical_nll(self) -> float:
         """Negative log-likelihood of the scored canonical tokens, nats (END not included)."""
         on_path = (self.row_depth == 0) & (self.row_start > self.score_start)
-        return float(-self.row_logp[on_path].astype(np.float64).sum())
+        logp = self.row_logp[on_path].astype(np.float64)
+        return float(-np.where(np.isneginf(logp), NEVER, logp).sum())
 
 
 _ARROW = {"int32": pa.int32(), "uint16": pa.uint16(), "uint8": pa.uint8(), "float32": pa.float32()}
@@ -332,11 +336,13 @@ _MEMBERS = tuple(member.name for member in fields(Window))
 
 @njit(cache=True, nogil=True)
 def _adds_up(
-    n: int, row_start: np.ndarray, row_parent: np.ndarray, n_levels: np.ndarray, n_stops: np.ndarray,
-    fanout: np.ndarray, n_entries: int, stop_depth: np.ndarray,
+    n: int, row_start: np.ndarray, row_parent: np.ndarray, row_token: np.ndarray, row_depth: np.ndarray,
+    n_levels: np.ndarray, n_stops: np.ndarray, fanout: np.ndarray, n_entries: int, stop_depth: np.ndarray,
+    stop_token: np.ndarray,
 ) -> bool:  # fmt: skip
-    """Whether a window's rows lie in its text of n bytes and follow their parents, and its counts add up."""
+    """Whether a window's counts add up, and every row but the first is one of its parent's stops, one token on."""
     levels = stops = entries = 0
+    first_stop = np.zeros(len(row_start) + 1, np.int64)
     for r in range(len(row_start)):
         parent, mine = row_parent[r], n_levels[r]
         if row_start[r] < 0 or row_start[r] > n or parent >= r or (r > 0 and parent < 0):
@@ -346,13 +352,35 @@ def _adds_up(
         levels += mine
         if stops + n_stops[r] > len(stop_depth):
             return False
+        before = 1
         for s in range(stops, stops + n_stops[r]):
-            if stop_depth[s] < 1 or stop_depth[s] >= mine:
+            if stop_depth[s] < before or stop_depth[s] >= mine:
                 return False
+            before = stop_depth[s]
         stops += n_stops[r]
+        first_stop[r + 1] = stops
+        if r == 0:
+            if row_start[r] != 0 or row_depth[r] != 0:
+                return False
+            continue
+        if row_depth[r] != row_depth[parent] + 1 and (row_depth[r] != 0 or row_depth[parent] != 0):
+            return False
+        found = False
+        for s in range(first_stop[parent], first_stop[parent + 1]):
+            found |= stop_token[s] == row_token[r] and row_start[parent] + stop_depth[s] == row_start[r]
+        if not found:
+            return False
     for f in fanout:
         entries += f
     return levels == len(fanout) and stops == len(stop_depth) and entries == n_entries
+
+
+_MOST_BITS = np.float32(1.0 + 2.0**-LEAST_BITS).view(np.uint32)
+
+
+def _are_masses(values: np.ndarray) -> bool:
+    """Whether float32 values are within 0..1, rounding aside; as unsigned integers, NaN and negative ones are large."""
+    return bool(values.dtype == np.float32 and values.view(np.uint32).max(initial=0) <= _MOST_BITS)
 
 
 def _check(path: Path, w: Window) -> None:
@@ -366,7 +394,13 @@ def _check(path: Path, w: Window) -> None:
         and len(w.topk_id) == len(w.topk_logp)
         and len(w.row_sampled) == (rows if w.reference else 0)
         and (w.doc_position >= 0) == w.reference
-        and _adds_up(n, w.row_start, w.row_parent, w.n_levels, w.n_stops, w.fanout, len(w.entry_byte), w.stop_depth)
+        and _adds_up(
+            n, w.row_start, w.row_parent, w.row_token, w.row_depth, w.n_levels, w.n_stops, w.fanout,
+            len(w.entry_byte), w.stop_depth, w.stop_token,
+        )
+        and all(_are_masses(masses) for masses in (w.entry_mass, w.stop_mass, w.end, w.control))
+        and (w.row_logp < 1.0).all()  # NaN is not
+        and w.row_static.max() <= 1
         and (not w.reference or _sampled_rows_stand_alone(w))
     ):
         raise _inconsistent(path, w.score_start, w.doc_id)

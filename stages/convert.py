@@ -53,6 +53,8 @@ def convert_units(
     stand_ins = 0
     for part in parts:
         meta = read_meta(part)
+        if not isinstance(meta.get("teacher"), dict):
+            raise IntegrityError(f"{part}: does not say which teacher made it; delete the part and dump it again")
         if teacher is not None and meta["teacher"] != teacher:
             raise IntegrityError(
                 f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart"
@@ -60,7 +62,7 @@ def convert_units(
         teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
         reference = meta.get("reference") or reference
         effort = coarser_effort(settings, meta["teacher"].get("settings", {}))
-        open_document = ""
+        open_document: str | None = None
         for window in read_windows(part, top_k=False):
             if stop():
                 raise Interrupted("stopped while converting; rerun the same command to continue")
@@ -70,7 +72,7 @@ def convert_units(
             if effort is not None:
                 window, stood_in = coarsen(window, effort)
                 stand_ins += stood_in
-            if open_document and window.doc_id != open_document:
+            if open_document is not None and window.doc_id != open_document:
                 raise IntegrityError(
                     f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
                 )
@@ -89,9 +91,9 @@ def convert_units(
             open_document = window.doc_id
             if window.is_last:
                 builder.end_document(window.doc_id)
-                open_document = ""
+                open_document = None
             tick({"bytes": len(text)})
-        if open_document:
+        if open_document is not None:
             raise IntegrityError(f"{part}: document {open_document!r} breaks off; delete the part and dump it again")
     if kind != "text":
         attrs = {**attrs, "kind": kind}

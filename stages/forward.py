@@ -18,7 +18,8 @@ known cells, and joins the canonical row at its next break. What is unlisted or 
 position's tail; nothing is renormalised. With every history evaluated nothing joins, U is empty, the sums are exact.
 
 One pass, float64, weights rescaled at every byte so that P(x[:i]) never underflows; time is linear in the bytes
-and in the listed entries, memory is one window.
+and in the listed entries, memory is one window. Text to which no known history gives a mass (beyond float32: below
+1e-45 of its row) is all tail until the canonical tokens break, whose row then goes on alone.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from numba import njit
 from schemas.arrays import END
 
 _PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
+_NOTHING = 1e-300
+"""A total that is no better than zero: one over it must be finite."""
 
 
 class Tables(NamedTuple):
@@ -129,6 +132,11 @@ def forward(
             prefix[n_active] = 1.0
             n_active += 1
         byte = np.int64(text[i]) if i < len(text) else np.int64(-1)
+        lost = canonical[i] >= 0  # the text so far has probability zero, and a row asks nothing of what came before
+        for a in range(n_active):
+            lost &= weight[active[a]] * prefix[a] <= _NOTHING
+        if lost:
+            weight[canonical[i]] = 1.0
         known = 0.0
         listed = 0.0
         ahead = 0.0  # weight that has the text's next byte
@@ -183,10 +191,11 @@ def forward(
         if i < len(text):
             rate = ahead / known if known > 0.0 else 1.0
         total = ratio[i] = known + unknown
-        if total <= 0.0:
-            # The text has probability zero for every known history: all is tail until the canonical tokens break.
+        if total <= _NOTHING:
             unknown = 1.0
             total = 1.0
+            ratio[i] = 0.0
+        elif lost:
             ratio[i] = 0.0
         inverse = 1.0 / total
         for k in range(n_pending):
@@ -234,9 +243,9 @@ def forward(
             r = active[a]
             depth = i - row_start[r]
             level = level_offset[r] + depth
-            if level + 1 >= level_offset[r + 1]:
-                continue
             mass = found[a]
+            if level + 1 >= level_offset[r + 1] or mass == 0.0:  # a weight beside no mass would grow beyond float64
+                continue
             weight[r] *= inverse
             w = weight[r]
             s = next_stop[r]

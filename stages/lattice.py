@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from schemas.arrays import SYMBOLS
-from schemas.token_dump import Window
+from schemas.token_dump import NEVER, Window
 from stages.forward import Tables, forward, tables
 
 STATIC_PASSES = 2
@@ -24,7 +24,8 @@ class Targets(NamedTuple):
     tail: np.ndarray
     """float32 [m]; mass that no symbol could be given: unlisted entries, control tokens, unevaluated histories."""
     logp: np.ndarray
-    """float64 [m]; log P(x[:i]) of each position relative to the window's first row, nats."""
+    """float64 [m]; log P(x[:i]) of each position relative to the window's first row, nats; a byte without any mass
+    counts as `NEVER`."""
     unaccounted: np.ndarray
     """float32 [m]; the part of the tail that belongs to unevaluated histories."""
 
@@ -99,8 +100,8 @@ class Lattice:
             window.entry_byte, window.entry_mass, window.stop_depth, window.stop_mass,
             count, symbol, prob, tail, ratio, unaccounted, share, peak,
         )  # fmt: skip
-        with np.errstate(divide="ignore"):
-            logp = np.cumsum(np.log(ratio))[window.score_start :]
+        log_ratio = np.log(np.where(ratio > 0.0, ratio, 1.0))
+        logp = np.cumsum(np.where(ratio > 0.0, log_ratio, NEVER))[window.score_start :]
         self.marginal_nll = float(logp[0] - logp[-1])
         # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
         kept = m if window.is_last else m - 1

@@ -169,7 +169,8 @@ def replace_static(window: Window, row: np.ndarray, rows: RowMasses) -> Window:
     for child in np.flatnonzero(np.isin(parent, row)):
         stops = slice(end[parent[child]] - window.n_stops[parent[child]], end[parent[child]])
         (mass,) = window.stop_mass[stops][window.stop_token[stops] == window.row_token[child]]
-        window.row_logp[child] = np.log(mass)
+        with np.errstate(divide="ignore"):
+            window.row_logp[child] = np.log(mass)
     return window
 
 

@@ -128,7 +128,7 @@ def test_bounds(seed, listed_p, listed_q):
     q, q_tail = rows(seed + 1, 4, listed_q)
     found = divergence(p, p_tail, q, q_tail, np.zeros(4, int))
     assert (found.kl >= 0).all() and (found.kl_bucket >= 0).all()
-    assert (found.jsd >= 0).all() and (found.jsd <= math.log(2) + 1e-9).all()
+    assert (found.jsd >= 0).all() and (found.jsd <= math.log(2) + 1e-6).all()  # rows sum to 1 in float32
     same = divergence(p, p_tail, p, p_tail, np.zeros(4, int))
     assert same.kl.max() < 1e-12 and same.kl_bucket.max() < 1e-7 and not same.leak.any()
     np.testing.assert_allclose(spread_tail(p, p_tail, even_weights(q > 0)).sum(1), 1, atol=1e-5)

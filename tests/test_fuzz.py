@@ -221,7 +221,7 @@ def a_window(number: int) -> Window:
     rng = np.random.default_rng(number)
     lengths = {"fanout": 6, "entry_byte": 24, "entry_mass": 24, "topk_id": 6, "topk_logp": 6, "row_sampled": 0}
     columns = {name: rng.random(lengths.get(name, 3)).astype(kind) for name, kind in token_dump._LISTS.items()}
-    columns |= {"row_start": np.array([0, 2, 8], np.int32), "row_parent": np.array([-1, 0, 1], np.int32)}
+    columns |= {"row_start": np.array([0, 1, 2], np.int32), "row_parent": np.array([-1, 0, 1], np.int32)}
     columns |= {"n_levels": np.full(3, 2, np.int32), "fanout": np.full(6, 4, np.uint16)}
     columns |= {"n_stops": np.ones(3, np.int32), "stop_depth": np.ones(3, np.uint16)}
     text = np.frombuffer(b"a dozen byte", np.uint8)

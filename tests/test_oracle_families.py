@@ -12,7 +12,7 @@ from oracle import exact_distributions
 from schemas.token_dump import Window
 from stages.lattice import Lattice, Targets
 from stages.teacher import Teacher
-from stages.tokens.vocab import Vocabulary, load_vocabulary
+from stages.tokens.vocab import Encoded, Vocabulary, load_vocabulary
 
 SMALL = [
     "gpt2",
@@ -128,6 +128,40 @@ def test_a_token_of_1024_bytes_is_one_level_after_the_other(vocabulary):
     assert window.n_levels[first] == 1024
     found = Lattice(window).targets()
     np.testing.assert_allclose(found.probs.sum(1) + found.tail, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [np.inf, 200.0, 100.0])
+def test_text_beyond_the_smallest_mass_costs_no_more_than_itself(vocabulary, gap):
+    """300 spaces, one by one, each of e^-25; a token of 1,024 spaces has no mass, or e^-100 and so soon all of it.
+
+    A history without mass must not grow beyond float64 while the others shrink; where the text leaves the one that has
+    everything, the canonical tokens go on alone.
+    """
+    teacher = function_teacher(vocabulary("neox"), tau=1.0, depth=0)
+    table, engine = teacher.vocabulary.token_bytes, teacher.engine
+    assert isinstance(engine, FunctionEngine)
+    normal = engine.logits
+
+    def logits(history):
+        found = normal(history)
+        peak = found.max()
+        for token, piece in enumerate(table):
+            if piece and not piece.strip(b" "):
+                found[token] = peak - (25 if len(piece) == 1 else gap if len(piece) == 1024 else 60)
+        return found
+
+    engine.logits = logits
+    text = "a" + " " * 300 + "bc"
+    ids = [table.index(bytes([byte])) for byte in text.encode()]
+    encoded = Encoded(np.array(ids, np.int32), np.arange(len(ids) + 1, dtype=np.int64), text.encode(), 0)
+    ((window,),) = teacher.windows([("d", 0, encoded)])
+    lattice = Lattice(window)
+    found = lattice.targets()
+    np.testing.assert_allclose(found.probs.sum(1) + found.tail, 1, atol=1e-5)
+    assert np.isfinite(found.logp).all() and 0 < lattice.marginal_nll <= window.canonical_nll
+    last = engine.next_token((teacher.vocabulary.start_id, *ids))
+    mass = [sum(p for p, piece in zip(last, table, strict=True) if piece and piece[0] == byte) for byte in (0, 1)]
+    assert found.probs[-1, 0] / found.probs[-1, 1] == pytest.approx(mass[0] / mass[1], rel=1e-4)  # no token is "c\0"
 
 
 def test_what_else_is_in_the_batch_changes_nothing(tiny_checkpoint):

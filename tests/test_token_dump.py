@@ -144,6 +144,48 @@ def test_inconsistent_window_is_refused(tmp_path, windows, name):
         write(tmp_path / "b.parquet", [written])
 
 
+WRONG = {
+    "a mass is NaN": ("entry_mass", 7, np.nan),
+    "a mass is below zero": ("entry_mass", 7, -1e-9),
+    "a mass is above one": ("stop_mass", 0, 1.5),
+    "END is infinite": ("end", -1, np.inf),
+    "control is NaN": ("control", 2, np.nan),
+    "a log-probability is NaN": ("row_logp", 3, np.nan),
+    "a log-probability is above zero": ("row_logp", 3, 5.0),
+    "a row starts a byte late": ("row_start", 3, 1),
+    "a row has a token that its parent does not end with": ("row_token", 3, 1),
+    "a branch is nobody's": ("row_depth", -1, 1),
+    "a row is static twice": ("row_static", -1, 2),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_window_that_no_teacher_made_is_refused(tmp_path, windows, what):
+    """Counts that add up are not enough: with these the sums would be NaN, or those of another text."""
+    path = write(tmp_path / "a.parquet", windows[:1])
+    name, at, value = WRONG[what]
+    table = pq.read_table(path)
+    column = table.schema.get_field_index(name)
+    values = np.array(getattr(windows[0], name))
+    values[at] = values[at] + value if np.issubdtype(values.dtype, np.integer) else value
+    stored = pa.array([to_planes(values).tobytes()] if name == "entry_mass" else [values.tolist()], table.schema[column].type)
+    pq.write_table(table.set_column(column, table.schema.field(column), stored), path)
+    with pytest.raises(IntegrityError, match=r"a\.parquet: .*inconsistent"):
+        list(read_windows(path))
+
+
+def test_stops_out_of_order_are_refused(tmp_path, windows):
+    w = windows[0]
+    row = int(np.flatnonzero(w.n_stops > 1)[0])
+    stops = slice(int(w.n_stops[:row].sum()), int(w.n_stops[: row + 1].sum()))
+    assert len(set(w.stop_depth[stops].tolist())) > 1
+    turned = {name: np.array(getattr(w, name)) for name in ("stop_depth", "stop_token", "stop_mass")}
+    for values in turned.values():
+        values[stops] = values[stops][::-1]
+    with pytest.raises(IntegrityError, match="inconsistent"):
+        write(tmp_path / "a.parquet", [replace(w, **turned)])
+
+
 def test_sizes_of_the_top_k_are_those_of_a_dump_that_holds_no_more(tmp_path, windows):
     found = top_k_sizes(write(tmp_path / "whole.parquet", windows), [3, 2, 0, 99])
     assert found[99] == found[3]

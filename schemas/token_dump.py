@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numba import njit
 
+from schemas import strict_json
 from schemas.byte_planes import from_planes, to_planes
 from schemas.errors import IntegrityError
 from schemas.rounding import LEAST_BITS, round_by_share, round_masses
@@ -228,7 +229,7 @@ def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
             f"{path}: not a whole Parquet file ({error}); delete it and rerun `bytecache teacher`"
         ) from error
     try:
-        meta = json.loads((file.schema_arrow.metadata or {}).get(_META, b"{}"))
+        meta = strict_json.parse((file.schema_arrow.metadata or {}).get(_META, b"{}"))
     except ValueError:
         meta = {}
     if not isinstance(meta, dict):
@@ -270,6 +271,12 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
                 raise IntegrityError(
                     f"{path}: row group {group} cannot be read ({error}); delete the part and rerun `bytecache teacher`"
                 ) from error
+            holes = [name for name in names if table.column(name).null_count]
+            if holes:
+                raise IntegrityError(
+                    f"{path}: row group {group} has nulls in {', '.join(holes)}; "
+                    "delete the part and rerun `bytecache teacher`"
+                )
             try:
                 columns = {name: _column(table.column(name)) for name in names}
                 columns |= {name: [np.zeros(0, _LISTS[name])] * table.num_rows for name in absent}
@@ -395,8 +402,17 @@ def _check(path: Path, w: Window) -> None:
         and len(w.row_sampled) == (rows if w.reference else 0)
         and (w.doc_position >= 0) == w.reference
         and _adds_up(
-            n, w.row_start, w.row_parent, w.row_token, w.row_depth, w.n_levels, w.n_stops, w.fanout,
-            len(w.entry_byte), w.stop_depth, w.stop_token,
+            n,
+            w.row_start,
+            w.row_parent,
+            w.row_token,
+            w.row_depth,
+            w.n_levels,
+            w.n_stops,
+            w.fanout,
+            len(w.entry_byte),
+            w.stop_depth,
+            w.stop_token,
         )
         and all(_are_masses(masses) for masses in (w.entry_mass, w.stop_mass, w.end, w.control))
         and (w.row_logp < 1.0).all()  # NaN is not

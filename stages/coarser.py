@@ -41,7 +41,13 @@ def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | N
     given = Effort(settings.tau, settings.depth, settings.static)  # -1: the capture's own
     if max(given) < 0:
         return None
-    own = Effort(float(captured["tau"]), int(captured["depth"]), float(captured["static"]))
+    try:
+        own = Effort(float(captured["tau"]), int(captured["depth"]), float(captured["static"]))
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            "convert.tau, convert.depth and convert.static ask for less effort than the capture's, and the dump does "
+            "not say what that was; leave them at -1, or run `bytecache teacher` again"
+        ) from None
     asked = Effort(
         own.tau if given.tau < 0 else given.tau,
         own.depth if given.depth < 0 else given.depth,

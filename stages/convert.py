@@ -52,9 +52,7 @@ def convert_units(
     effort: Effort | None = None
     stand_ins = 0
     for part in parts:
-        meta = read_meta(part)
-        if not isinstance(meta.get("teacher"), dict):
-            raise IntegrityError(f"{part}: does not say which teacher made it; delete the part and dump it again")
+        meta = _meta(part)
         if teacher is not None and meta["teacher"] != teacher:
             raise IntegrityError(
                 f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart"
@@ -112,6 +110,24 @@ def convert_units(
         "reference": reference,
     }
     return counts if effort is None else counts | {"stand_ins": stand_ins}
+
+
+def _meta(part: Path) -> dict[str, Any]:
+    """The metadata of a part. Raises IntegrityError where what a conversion needs of them is missing or damaged."""
+    meta = read_meta(part)
+    sound = {
+        "teacher": isinstance(meta.get("teacher"), dict),
+        "kind": meta.get("kind", "text") in ("text", "chat", "completion"),
+        "ends": isinstance(meta.get("ends", True), bool),
+        "reference": isinstance(meta.get("reference", {}), dict),
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise IntegrityError(
+                f"{part}: {name} = {str(meta.get(name))[:60]!r} in its metadata is no dump's; "
+                "delete the part and rerun `bytecache teacher`"
+            )
+    return meta
 
 
 def _append_context(builder: ShardBuilder, context: np.ndarray) -> None:

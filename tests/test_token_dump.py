@@ -11,7 +11,7 @@ import pytest
 from schemas import settings as st
 from schemas import token_dump
 from schemas.byte_planes import from_planes, to_planes
-from schemas.errors import IntegrityError
+from schemas.errors import ConfigError, IntegrityError
 from schemas.rounding import LEAST_BITS, MASS_BITS, SHARE_BITS, round_masses
 from schemas.token_dump import (
     DumpWriter,
@@ -21,6 +21,7 @@ from schemas.token_dump import (
     round_entries,
 )
 from schemas.top_k import top_k_sizes
+from stages.convert import convert_units
 from stages.divergence import kl_spread
 from stages.lattice import Lattice
 from stages.teacher import open_teacher
@@ -168,10 +169,54 @@ def test_a_window_that_no_teacher_made_is_refused(tmp_path, windows, what):
     column = table.schema.get_field_index(name)
     values = np.array(getattr(windows[0], name))
     values[at] = values[at] + value if np.issubdtype(values.dtype, np.integer) else value
-    stored = pa.array([to_planes(values).tobytes()] if name == "entry_mass" else [values.tolist()], table.schema[column].type)
+    stored = pa.array(
+        [to_planes(values).tobytes()] if name == "entry_mass" else [values.tolist()], table.schema[column].type
+    )
     pq.write_table(table.set_column(column, table.schema.field(column), stored), path)
     with pytest.raises(IntegrityError, match=r"a\.parquet: .*inconsistent"):
         list(read_windows(path))
+
+
+@pytest.mark.parametrize("name", ["doc_id", "score_start", "doc_position", "text", "is_last"])
+def test_a_null_is_refused(tmp_path, windows, name):
+    path = write(tmp_path / "a.parquet", windows[:2])
+    table = pq.read_table(path)
+    column = table.schema.get_field_index(name)
+    kind = table.schema[column].type
+    values = pa.array([None, *table.column(column).to_pylist()[1:]], kind)
+    pq.write_table(table.set_column(column, pa.field(name, kind), values), path)
+    with pytest.raises(IntegrityError, match=rf"a\.parquet: .*nulls in {name}"):
+        list(read_windows(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b'"teacher": {', b'"no one": {', "teacher = 'None'"),
+        (b'"ends": true', b'"ends": "no"', "ends = 'no'"),
+        (b'"kind": "text"', b'"kind": 7', "kind = '7'"),
+        (b'"tau": 0.01', b'"tau": NaN', "not a bytecache token dump"),
+        (b'"teacher": {', b'"teacher": {}, "teacher": {', "not a bytecache token dump"),
+    ],
+)
+def test_metadata_of_no_dump_are_refused(tmp_path, windows, old, new, words):
+    path = tmp_path / "a.parquet"
+    writer = DumpWriter(path, {"teacher": {"settings": {"tau": 0.01}}, "kind": "text", "ends": True})
+    writer.append(windows[0])
+    writer.close()
+    table = pq.read_table(path)
+    meta = table.schema.metadata[b"bytecache"]
+    assert old in meta
+    pq.write_table(table.replace_schema_metadata({b"bytecache": meta.replace(old, new)}), path)
+    with pytest.raises(IntegrityError, match=rf"a\.parquet: .*{words}"):
+        convert_units([path], tmp_path / "out", st.Convert(), {}, lambda: False, lambda _: None)
+
+
+def test_a_dump_that_does_not_say_its_effort_is_not_coarsened(tmp_path, windows):
+    path = write(tmp_path / "a.parquet", windows)
+    convert_units([path], tmp_path / "out", st.Convert(), {}, lambda: False, lambda _: None)
+    with pytest.raises(ConfigError, match="leave them at -1"):
+        convert_units([path], tmp_path / "out", st.Convert(tau=0.5), {}, lambda: False, lambda _: None)
 
 
 def test_stops_out_of_order_are_refused(tmp_path, windows):

@@ -28,6 +28,8 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
         raise InputError(f"{text_file} is empty; give at least one character")
     if not out.parent.is_dir():
         raise InputError(f"folder {out.parent} of --out does not exist; make it first")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; name a file in it, such as {out / 'probe.npz'}")
     from stages.probe import probe_text
 
     probs, tail, data = probe_text(settings, text)

@@ -43,6 +43,7 @@ class Precision(NamedTuple):
     """the same for the tail, unless that costs more than `rate` allows"""
 
 
+LEAST_RATE = 1e-7
 PRECISIONS = {
     "small": Precision(3e-3, 16, 32),
     "default": Precision(4e-4, 16, 16),
@@ -72,8 +73,8 @@ class ShardBuilder:
                 raise ValueError(f"precision {precision!r} is unknown, must be one of {', '.join(PRECISIONS)}")
             precision = PRECISIONS[precision]
         rate, *steps = precision
-        if not 1e-7 <= rate <= 1.0 or any(step not in STEPS for step in steps):
-            raise ValueError(f"{precision}: rate must be within 1e-7..1, steps powers of two up to 64")
+        if not LEAST_RATE <= rate <= 1.0 or any(step not in STEPS for step in steps):
+            raise ValueError(f"{precision}: rate must be within {LEAST_RATE:g}..1, steps powers of two up to 64")
         self.prune, self.precision = prune, precision
         # Rows keep what could be listed, and some more for the prior to learn from.
         threshold = 2.0 ** (2 * math.floor(math.log2(precision.value_step)) - 22)

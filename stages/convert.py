@@ -14,7 +14,8 @@ import numpy as np
 
 from schemas import settings as st
 from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
-from schemas.errors import IntegrityError, Interrupted
+from schemas.errors import ConfigError, IntegrityError, Interrupted
+from schemas.shard_builder import LEAST_RATE
 from schemas.token_dump import Window, read_meta, read_windows
 from stages.coarser import Effort, coarsen, coarser_effort
 from stages.fidelity import Fidelity
@@ -37,10 +38,15 @@ def convert_units(
     `stand_ins`, branches in the place of static rows; `fidelity` is the state of a
     `stages.fidelity.Fidelity` over the parts' reference windows (None without any), `reference` how these were made.
     `tick` receives {"bytes"} per window. Raises IntegrityError for parts that are
-    damaged, inconsistent or of different teachers, ConfigError for a tau, depth or static that asks for more than the
-    dump holds, Interrupted when `stop()` says so; the output is then incomplete.
+    damaged, inconsistent or of different teachers, ConfigError for a rate that is too low, and for a tau, depth or
+    static that asks for more than the dump holds, Interrupted when `stop()` says so; the output is then incomplete.
     """
     precision = PRECISIONS[settings.precision]
+    if 0 < settings.rate < LEAST_RATE:
+        raise ConfigError(
+            f"convert.rate = {settings.rate:g} is below the least that a shard knows, {LEAST_RATE:g}; "
+            "raise it, or set 0 to let convert.precision decide"
+        )
     if settings.rate:
         precision = precision._replace(rate=settings.rate)
     builder = ShardBuilder(settings.prune, precision)

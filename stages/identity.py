@@ -13,6 +13,8 @@ from stages.engines.static import CONTEXTS
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.windows import LEAD
 
+LEAST_CONTEXT = LEAD + 3
+"""teacher.context, with no overlap."""
 AUTO_CONTEXT = 1024
 """teacher.context = 0, where the model holds as many."""
 
@@ -92,6 +94,11 @@ def fit_context(settings: st.Teacher, folder: Path, automatic: int = AUTO_CONTEX
     context = settings.context or min(automatic, limit or automatic)
     if limit and context > limit:
         raise ConfigError(f"teacher.context = {context} exceeds the model's limit of {limit} tokens: lower it")
+    if context < LEAST_CONTEXT:
+        raise ConfigError(
+            f"teacher.context = {context} leaves no room for text beside its overlap: at least {LEAST_CONTEXT}"
+            + (f"; the model holds {limit}, take another" if limit and limit < LEAST_CONTEXT else "")
+        )
     overlap = context // 4 if settings.overlap < 0 else settings.overlap
     if overlap + LEAD >= context - 2:
         raise ConfigError(

@@ -188,6 +188,7 @@ def test_console_script_is_declared() -> None:
         (["inspect", "corpus.jsonl"], 3, "unknown kind of file"),
         (["probe", "--text-file", "none.txt", "--out", "o.npz"], 3, "none.txt cannot be read"),
         (["probe", "--text-file", "corpus.jsonl", "--out", "no/o.npz"], 3, "folder no of --out"),
+        (["probe", "--text-file", "corpus.jsonl", "--out", "."], 3, "--out . is a folder"),
     ],
 )
 def test_refusals_are_one_line_with_a_code_and_leave_nothing(

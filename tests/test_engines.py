@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_models import byte_level_tokenizer
+from transformers import AutoModelForCausalLM, GPTJConfig, Phi3Config
 
 from schemas import settings as st
 from schemas.errors import ConfigError, EngineError, InputError, Interrupted
@@ -163,6 +165,7 @@ def test_stop_is_an_interruption(tiny_checkpoint, tmp_path):
     [
         ({"context": 4096}, ConfigError, "exceeds the model's limit of 256"),
         ({"context": 64, "overlap": 60}, ConfigError, "keep overlap below"),
+        ({"context": 5, "overlap": -1}, ConfigError, "context = 5 leaves no room.*at least 19"),
         ({"top_k": 100_000}, ConfigError, "vocabulary"),
         ({"model": "./no/such/folder"}, InputError, "no such folder"),
         ({"model": "builtin:unheard-of"}, InputError, "builtin"),
@@ -173,6 +176,29 @@ def test_bad_settings_name_the_limit_and_the_remedy(tiny_checkpoint, changes, er
     base = {"model": str(tiny_checkpoint("bytelevel")), "backend": "hf", "context": 128, "overlap": 16}
     with pytest.raises(error, match=words):
         open_teacher(st.Teacher(**{**base, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (GPTJConfig(n_embd=64, n_layer=1, n_head=2, rotary_dim=8), 'attention of its own.*backend = "vllm"'),
+        (
+            Phi3Config(
+                hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+                original_max_position_embeddings=32,
+                rope_scaling={"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16},
+            ),
+            "context = 64 exceeds the 32 tokens.*lower it to 32",
+        ),
+    ],
+)  # fmt: skip
+def test_models_whose_branches_would_be_others_are_refused(tmp_path, config, words):
+    tokenizer = byte_level_tokenizer(300)
+    config.vocab_size, config.bos_token_id, config.eos_token_id = tokenizer.get_vocab_size(), 0, 1
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=words):
+        open_teacher(st.Teacher(model=str(tmp_path), backend="hf", context=64, overlap=8))
 
 
 def test_identity_follows_weights_tokenizer_and_settings(tiny_checkpoint):

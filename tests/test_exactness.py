@@ -110,15 +110,6 @@ def test_causality(tiny_checkpoint):
     assert np.abs(one[6] - other[6]).max() > 1e-4  # the test can fail: here the prefixes differ
 
 
-@pytest.mark.parametrize(
-    ("context", "overlap", "words"),
-    [(5, -1, "context = 5 leaves no room.*at least 19"), (22, -1, "overlap = 5 leaves no room.*below 4")],
-)
-def test_a_context_without_room_for_text_is_refused(tiny_checkpoint, context, overlap, words):
-    with pytest.raises(ConfigError, match=words):
-        open_teacher(settings_for(tiny_checkpoint("bytelevel"), context=context, overlap=overlap))
-
-
 def test_windows_agree_with_one_pass_over_the_document(tiny_checkpoint):
     """Cutting a document changes only how much context a byte sees; with all of it in the overlap, nothing."""
     text = "A cache is a promise kept in advance. " * 5

@@ -217,7 +217,7 @@ def test_a_dump_that_does_not_say_its_effort_is_not_coarsened(tmp_path, windows)
     convert_units([path], tmp_path / "out", st.Convert(), {}, lambda: False, lambda _: None)
     with pytest.raises(ConfigError, match="leave them at -1"):
         convert_units([path], tmp_path / "out", st.Convert(tau=0.5), {}, lambda: False, lambda _: None)
-    with pytest.raises(ConfigError, match="convert.rate = 1e-09 is below"):
+    with pytest.raises(ConfigError, match=r"convert\.rate = 1e-09 is below"):
         convert_units([path], tmp_path / "out", st.Convert(rate=1e-9), {}, lambda: False, lambda _: None)
 
 

@@ -41,9 +41,15 @@ class HfEngine(Engine):
                 attn_implementation="sdpa",
             )
         except (OSError, ValueError) as error:
+            if "scaled_dot_product_attention" in str(error):
+                raise ConfigError(
+                    f'teacher.model = {settings.model!r} has attention of its own, which teacher.backend = "hf" cannot '
+                    'give branches; set teacher.backend = "vllm"'
+                ) from error
             raise InputError(
                 f"teacher.model = {settings.model!r} cannot be loaded: {str(error).splitlines()[0]}"
             ) from error
+        _check_rope(self.model, settings.context)
         self.model.to(self.device).eval()
         # Two adjacent float16 logits of a large vocabulary tie; the head is float32 in every engine here.
         head = self.model.get_output_embeddings()
@@ -171,6 +177,19 @@ class HfEngine(Engine):
         if cap := getattr(config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+
+def _check_rope(model: Any, context: int) -> None:
+    """Refuse windows in which the length of a pass would decide how its positions turn: of Phi-3's kind, "longrope"."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if rope.get("rope_type") == "longrope" and limit and context > limit:
+        raise ConfigError(
+            f"teacher.context = {context} exceeds the {limit} tokens beyond which {type(model).__name__} reads all of a "
+            f"text in another way, so that a branch would depend on its company; lower it to {limit}, or set "
+            'teacher.backend = "vllm"'
+        )
 
 
 class _Float32Head(torch.nn.Module):

@@ -186,8 +186,8 @@ def _check_rope(model: Any, context: int) -> None:
     limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     if rope.get("rope_type") == "longrope" and limit and context > limit:
         raise ConfigError(
-            f"teacher.context = {context} exceeds the {limit} tokens beyond which {type(model).__name__} reads all of a "
-            f"text in another way, so that a branch would depend on its company; lower it to {limit}, or set "
+            f"teacher.context = {context} exceeds the {limit} tokens beyond which {type(model).__name__} reads all "
+            f"of a text in another way, so that a branch would depend on its company; lower it to {limit}, or set "
             'teacher.backend = "vllm"'
         )
 

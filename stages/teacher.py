@@ -152,7 +152,7 @@ class Teacher:
         s = self.settings
         ends = np.cumsum([len(encoded.data) - encoded.synthetic for _, _, encoded in documents])
         drawn = int(hashlib.sha256(f"reference {key}".encode()).hexdigest(), 16) % max(1, int(ends[-1]))
-        which = int(np.searchsorted(ends, drawn, side="right"))
+        which = min(int(np.searchsorted(ends, drawn, side="right")), len(documents) - 1)  # all of them may be empty
         doc_id, index, encoded = documents[which]
         position = drawn - (int(ends[which - 1]) if which else 0)
         stretch = plan_stretch(

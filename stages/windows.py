@@ -81,7 +81,7 @@ def plan_stretch(
 ) -> Stretch:
     """The stretch of at most `tokens` tokens from the token that holds byte `position` of the text.
 
-    It ends early where its window or the document does. `context` and `overlap` in tokens, as in `plan_windows`.
+    It ends early where its window or the document does; of an empty document it is END alone. `context` and `overlap` in tokens, as in `plan_windows`.
     """
     head = encoded.prefix if encoded.prefix.size else np.array([start_id], np.int32)
     room, total, starts = context - 1 - len(head), len(encoded.ids), encoded.starts
@@ -89,7 +89,7 @@ def plan_stretch(
     first = int(np.searchsorted(starts, position + encoded.synthetic, side="right")) - 1
     first = max(0, min(first, total - 1))
     lo = begin = 0
-    while (hi := min(total, begin + room)) <= first:
+    while (hi := min(total, begin + room)) <= first < total:
         lo = hi
         begin = max(0, lo - overlap)
     last = min(first + tokens, hi)

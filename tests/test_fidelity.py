@@ -24,6 +24,7 @@ from stages.divergence import divergence, even_weights, kl_spread, spread_tail
 from stages.fidelity import Fidelity, _Measure, summary_line, true_symbols
 from stages.lattice import Lattice
 from stages.rows import keep_rows
+from stages.stretches import measure_stored
 from stages.teacher import Teacher, open_teacher
 from stages.windows import LEAD, plan_stretch
 
@@ -218,6 +219,19 @@ def write_part(path: Path, windows: list[Window]) -> Path:
         writer.append(window)
     writer.close()
     return path
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("texts", [[""], ["", "the notes", ""]])
+def test_empty_documents_have_an_end_to_measure(tmp_path, teacher, texts):
+    """The unit's own reference window, and one stretch from every position of the shard."""
+    pq.write_table(pa.table({"doc_id": [str(i) for i in range(len(texts))], "text": texts}), tmp_path / "slice")
+    teacher.dump_unit(tmp_path / "slice", tmp_path / "part", "key", lambda: False, lambda _: None)
+    counts = convert_units([tmp_path / "part"], tmp_path / "out", st.Convert(), {}, lambda: False, lambda _: None)
+    assert counts["fidelity"]["counts"]["windows"] == 1
+    shard, found = read_shard(tmp_path / "out"), Fidelity()
+    measure_stored(teacher, shard, range(len(shard)), 1, found, lambda: False)
+    assert found.counts["windows"] == len(shard)
 
 
 def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_path, teacher):

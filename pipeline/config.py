@@ -74,7 +74,7 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
         settings = Settings.model_validate(data, strict=True)
     except ValidationError as error:
         raise ConfigError(_explain(error, origin)) from None
-    _refuse_non_finite(settings, origin)
+    _refuse_numbers(settings, origin)
     return settings
 
 
@@ -189,12 +189,17 @@ def _explain(error: ValidationError, origin: dict[tuple[str, str], str]) -> str:
     return f"{section}.{key} = {_show(problem['input'])} {where}: expected {wanted} (default {default})"
 
 
-def _refuse_non_finite(settings: Settings, origin: dict[tuple[str, str], str]) -> None:
-    for section in sections():
+def _refuse_numbers(settings: Settings, origin: dict[tuple[str, str], str]) -> None:
+    """What a field's limits cannot say: NaN, and what lies between -1, which stands for something else, and 0."""
+    for section, kind in sections().items():
         for key, value in getattr(settings, section):
-            if isinstance(value, float) and not math.isfinite(value):
-                where = origin.get((section, key), "")
+            if not isinstance(value, float):
+                continue
+            where = origin.get((section, key), "")
+            if not math.isfinite(value):
                 raise ConfigError(f"{section}.{key} = {value} {where}: expected a finite number")
+            if kind.model_fields[key].default == -1.0 and -1.0 < value < 0.0:
+                raise ConfigError(f"{section}.{key} = {value} {where}: expected a number >= 0, or -1 for the default")
 
 
 def _type_name(field: FieldInfo) -> str:

@@ -75,6 +75,7 @@ def test_integers_are_numbers() -> None:
         ("[teacher]\ntop_k = true", ["teacher.top_k = true", "an integer >= 0"]),
         ("[teacher]\ntau = nan", ["teacher.tau = nan"]),
         ("[train]\nlearning_rate = inf", ["train.learning_rate = inf", "finite"]),
+        ("[convert]\ntau = -0.5", ["convert.tau = -0.5", ">= 0, or -1"]),
         ('[teacher]\nbackend = "jax"', ['teacher.backend = "jax"', 'one of "vllm", "hf"']),
         ("[corpus]\nheldout_fraction = 1.0", [">= 0 and < 1"]),
         ("[teacher]\ntop_k = [1]", ["[1]", "an integer"]),

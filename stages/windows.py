@@ -81,7 +81,8 @@ def plan_stretch(
 ) -> Stretch:
     """The stretch of at most `tokens` tokens from the token that holds byte `position` of the text.
 
-    It ends early where its window or the document does; of an empty document it is END alone. `context` and `overlap` in tokens, as in `plan_windows`.
+    It ends early where its window or the document does; of an empty document it is END alone.
+    `context` and `overlap` in tokens, as in `plan_windows`.
     """
     head = encoded.prefix if encoded.prefix.size else np.array([start_id], np.int32)
     room, total, starts = context - 1 - len(head), len(encoded.ids), encoded.starts

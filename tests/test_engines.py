@@ -1,11 +1,14 @@
 """The real vLLM engine against the transformers reference, on the same tiny weights; refusals at the door."""
 
 import hashlib
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import byte_level_tokenizer
 from transformers import AutoModelForCausalLM, GPTJConfig, Phi3Config
 
@@ -199,6 +202,57 @@ def test_models_whose_branches_would_be_others_are_refused(tmp_path, config, wor
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match=words):
         open_teacher(st.Teacher(model=str(tmp_path), backend="hf", context=64, overlap=8))
+
+
+def _without(name: str):
+    def edit(weights):
+        del weights[name]
+
+    return edit
+
+
+def _shorter(weights):
+    weights["model.layers.0.self_attn.q_proj.weight"] = weights["model.layers.0.self_attn.q_proj.weight"][:8].clone()
+
+
+def _not_a_number(weights):
+    weights["lm_head.weight"][5] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        (_without("lm_head.weight"), InputError, r"1 weights are not in .*, lm_head\.weight among them"),
+        (_without("model.layers.1.self_attn.q_proj.weight"), InputError, "would be random; fetch the checkpoint again"),
+        (_shorter, InputError, "damaged or not those of its config.json"),
+        (_not_a_number, EngineError, "returns NaN logits.*float32"),
+    ],
+)
+def test_a_checkpoint_with_other_weights_is_refused(tiny_checkpoint, tmp_path, edit, error, words):
+    """What a checkpoint lacks would be drawn at random, and the teacher be another one on every run."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("bytelevel"), folder)
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=words):
+        open_teacher(st.Teacher(model=str(folder), backend="hf", context=64, overlap=8))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors", b"", "weights in .* are damaged"),
+        ("model.safetensors", b"\xff" * 5000, "weights in .* are damaged"),
+        ("generation_config.json", b'{"eos_token_id": "</s>"}', "holds no token ids"),
+    ],
+)
+def test_a_damaged_checkpoint_file_is_refused(tiny_checkpoint, tmp_path, name, content, words):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("bytelevel"), folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        open_teacher(st.Teacher(model=str(folder), backend="hf", context=64, overlap=8))
 
 
 def test_identity_follows_weights_tokenizer_and_settings(tiny_checkpoint):

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from schemas import settings as st
-from schemas.errors import ConfigError, InputError
+from schemas.errors import ConfigError, EngineError, InputError
 from stages.engines import packed
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
@@ -28,27 +29,9 @@ class HfEngine(Engine):
     """Rows from `AutoModelForCausalLM` on whatever device torch offers."""
 
     def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
-        from transformers import AutoModelForCausalLM
-
         self.reducer = reducer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, settings.dtype),
-                trust_remote_code=settings.trust_remote_code,
-                use_safetensors=True,
-                attn_implementation="sdpa",
-            )
-        except (OSError, ValueError) as error:
-            if "scaled_dot_product_attention" in str(error):
-                raise ConfigError(
-                    f'teacher.model = {settings.model!r} has attention of its own, which teacher.backend = "hf" cannot '
-                    'give branches; set teacher.backend = "vllm"'
-                ) from error
-            raise InputError(
-                f"teacher.model = {settings.model!r} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from error
+        self.model = _load(folder, settings)
         _check_rope(self.model, settings.context)
         self.model.to(self.device).eval()
         # Two adjacent float16 logits of a large vocabulary tie; the head is float32 in every engine here.
@@ -57,6 +40,11 @@ class HfEngine(Engine):
             self.model.set_output_embeddings(_Float32Head(head))
         trial = np.resize(reducer.vocabulary.order[:: max(1, len(reducer.vocabulary.order) // 7)], 7)
         if not packed.packs(self.model, trial):
+            if not _has_numbers(self.model, trial):
+                raise EngineError(
+                    f"teacher.model = {settings.model!r} returns NaN logits; "
+                    'try teacher.dtype = "float32", or fetch the checkpoint again'
+                )
             raise ConfigError(
                 f"teacher.model = {settings.model!r}: {type(self.model).__name__} mixes the windows of one pass "
                 '(recurrent layers, or attention of a kind not known here); set teacher.backend = "vllm"'
@@ -177,6 +165,48 @@ class HfEngine(Engine):
         if cap := getattr(config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+
+def _load(folder: Path, settings: st.Teacher) -> Any:
+    """The model with all of its weights; transformers would draw at random what a checkpoint lacks."""
+    from transformers import AutoModelForCausalLM
+
+    name = f"teacher.model = {settings.model!r}"
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, settings.dtype),
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        if "scaled_dot_product_attention" in str(error):
+            raise ConfigError(
+                f"{name} has attention of its own, which transformers cannot mask for branches; "
+                'set teacher.backend = "vllm"'
+            ) from error
+        raise InputError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (SafetensorError, RuntimeError) as error:  # a damaged file; shapes that config.json does not have
+        raise InputError(
+            f"{name}: the weights in {folder} are damaged or not those of its config.json "
+            f"({str(error).splitlines()[0]}); fetch the checkpoint again"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{name}: {len(missing)} weights are not in {folder}, {missing[0]} among them, and would be random; "
+            "fetch the checkpoint again"
+        )
+    return model
+
+
+@torch.inference_mode()
+def _has_numbers(model: Any, tokens: np.ndarray) -> bool:
+    """Whether the logits of some tokens are free of NaN."""
+    return not bool(
+        model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(model.device)).logits.isnan().any()
+    )
 
 
 def _check_rope(model: Any, context: int) -> None:

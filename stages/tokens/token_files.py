@@ -87,8 +87,17 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
     path = _resolve(model, revision)
     folder, only = (path, None) if path.is_dir() else (path.parent, path)
     where = str(model)
-    config = _text_settings(_read_json(folder / "config.json"))
     generation = _read_json(folder / "generation_config.json")
+    try:
+        config = _text_settings(_read_json(folder / "config.json"))
+        for key in ("bos_token_id", "eos_token_id"):
+            as_ids(config.get(key)), as_ids(generation.get(key))
+        if not isinstance(config.get("vocab_size") or 0, int):
+            raise ValueError(f"vocab_size is {config['vocab_size']!r}")
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: config.json or generation_config.json holds no token ids ({error}); fetch them again"
+        ) from error
     tokenizer_config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     files = [only] if only else sorted(folder.iterdir())
     for pattern, reader in (

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -219,7 +220,7 @@ def model_source(model: str) -> str:
 def _open(factory: Any, source: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: damaged weights, other shapes
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{source}: {factory.__name__} cannot open it ({reason}); check the path or id") from error
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from schemas import settings as st
 from schemas.byte_shard import ShardBuilder
-from schemas.manifest import ShardEntry, file_sha256, read_dataset, write_dataset
+from schemas.hashing import file_sha256
+from schemas.manifest import ShardEntry, read_dataset, write_dataset
 from schemas.token_dump import Window, read_meta, read_windows
 from stages.teacher import resolve_model
 from stages.tokens.vocab import load_vocabulary

@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 import zarr
 
 from schemas.byte_shard import ByteShard, read_shard
-from schemas.manifest import describe_shard, file_sha256, read_dataset, write_dataset
+from schemas.hashing import file_sha256
+from schemas.manifest import describe_shard, read_dataset, write_dataset
 from schemas.packing import COLUMNS
 from schemas.settings import Student
 from schemas.shard_builder import ShardBuilder

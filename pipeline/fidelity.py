@@ -18,7 +18,8 @@ from pipeline.context import Context
 from pipeline.receipts import software_versions
 from pipeline.stores import disk_errors
 from schemas.errors import InputError, IntegrityError
-from schemas.manifest import DATASET, Dataset, file_sha256, read_dataset
+from schemas.hashing import file_sha256
+from schemas.manifest import DATASET, Dataset, read_dataset
 from schemas.settings import Teacher
 
 SLACK = 0.5

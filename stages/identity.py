@@ -8,7 +8,7 @@ from typing import Any
 from schemas import settings as st
 from schemas import token_dump
 from schemas.errors import ConfigError, InputError
-from schemas.manifest import file_sha256
+from schemas.hashing import file_sha256
 from stages.engines.static import CONTEXTS
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.windows import LEAD

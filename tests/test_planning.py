@@ -19,8 +19,9 @@ from hypothesis import strategies as some
 from pipeline import receipts, survey, units
 from pipeline.parallel import Processes
 from pipeline.plan import read_plan
-from pipeline.stores import LocalStore, sha256_file
+from pipeline.stores import LocalStore
 from schemas.errors import ConfigError, InputError, Interrupted
+from schemas.hashing import file_sha256
 from schemas.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,7 @@ def settings(source: Path, jobs: int = 1, **keys: object) -> Settings:
 
 def planned(store: LocalStore, wanted: Settings) -> dict[str, str]:
     units.make_plan(store, wanted)
-    return {key: sha256_file(store.get_path(key)) for key in store.list("") if not key.startswith(receipts.FOLDER)}
+    return {key: file_sha256(store.get_path(key)) for key in store.list("") if not key.startswith(receipts.FOLDER)}
 
 
 def contents(found: dict[str, str]) -> dict[str, str]:

@@ -18,8 +18,9 @@ from pipeline import receipts, units
 from pipeline.plan import PLAN_KEY, load_plan, read_plan
 from pipeline.progress import Reporter
 from pipeline.runner import StopFlag, Task, Tick, finished, run_units
-from pipeline.stores import TEMP_FOLDER, LocalStore, sha256_file
+from pipeline.stores import TEMP_FOLDER, LocalStore
 from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted, StorageError
+from schemas.hashing import file_sha256
 from schemas.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def planning(source: Path, **keys: object) -> Settings:
 
 
 def hashes(store: LocalStore) -> dict[str, str]:
-    return {key: sha256_file(store.get_path(key)) for key in store.list("") if not key.startswith(receipts.FOLDER)}
+    return {key: file_sha256(store.get_path(key)) for key in store.list("") if not key.startswith(receipts.FOLDER)}
 
 
 # ---- the plan

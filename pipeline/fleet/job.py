@@ -14,8 +14,9 @@ from pipeline import receipts
 from pipeline.config import changed_keys
 from pipeline.fleet.ledger import Layout, read_json
 from pipeline.runner import Job
-from pipeline.stores import Store, sha256_file
+from pipeline.stores import Store
 from schemas.errors import ConfigError, IntegrityError
+from schemas.hashing import file_sha256
 
 VERSION = 1
 _SHOWN = 4
@@ -33,7 +34,7 @@ def code_hashes() -> dict[str, str]:
         for file in sorted(root.rglob("*.py")):
             name = f"{package}/{file.relative_to(root).as_posix()}"
             if not name.startswith("stages/training/"):
-                found[name] = sha256_file(file)[:12]
+                found[name] = file_sha256(file)[:12]
     return found
 
 

@@ -18,8 +18,9 @@ from pipeline.fleet.ledger import STAGES
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.receipts import FileRecord, Receipt
 from pipeline.runner import commit_receipt
-from pipeline.stores import Store, disk_errors, sha256_file
+from pipeline.stores import Store, disk_errors
 from schemas.errors import ConfigError, InputError, IntegrityError
+from schemas.hashing import file_sha256
 
 
 @dataclass
@@ -162,7 +163,7 @@ def _copy(source: Store, destination: Store, file: FileRecord) -> None:
             temporary.open("wb") as writer,
         ):
             shutil.copyfileobj(reader, writer, 1 << 20)
-        if temporary.stat().st_size != file.size or sha256_file(temporary) != file.sha256:
+        if temporary.stat().st_size != file.size or file_sha256(temporary) != file.sha256:
             raise IntegrityError(f"{source.name}: {file.path} differs from its receipt; make it again there")
         if destination.exists(file.path):
             destination.replace(file.path, temporary)  # without a receipt its wholeness is unproven; ours is whole

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-from pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped, sha256_file
+from pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped
 from pipeline.stores.local import LocalStore
 from schemas.errors import ConfigError
 
 __all__ = [
-    "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped", "sha256_file",
+    "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped",
 ]  # fmt: skip
 
 

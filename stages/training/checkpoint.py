@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from schemas.errors import IntegrityError, StorageError
-from schemas.manifest import file_sha256
+from schemas.hashing import file_sha256
 from stages.scratch import scratch_folder
 
 KEEP = 2

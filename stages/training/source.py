@@ -19,6 +19,7 @@ import fsspec
 
 from schemas.byte_shard import ByteShard, read_shard
 from schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
+from schemas.hashing import file_sha256
 from schemas.manifest import (
     DATASET,
     MANIFEST,
@@ -26,7 +27,6 @@ from schemas.manifest import (
     MAX_MANIFEST,
     Dataset,
     ShardEntry,
-    file_sha256,
     parse_index,
     read_dataset,
 )

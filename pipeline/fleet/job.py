@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import receipts
-from pipeline.config import changed_keys
+from pipeline.config import changed_keys, flattened
 from pipeline.fleet.ledger import Layout, read_json
 from pipeline.runner import Job
 from pipeline.stores import Store
@@ -61,7 +61,7 @@ def join(store: Store, job: Job) -> None:
     theirs = read_json(store, layout.job)
     if theirs is None:
         raise IntegrityError(f"{store.name}/{layout.job} is damaged; delete it when no worker runs, then start again")
-    changes = list(changed_keys(_flat(theirs), _flat(ours)))
+    changes = list(changed_keys(flattened(theirs), flattened(ours)))
     if changes:
         more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         raise ConfigError(
@@ -69,10 +69,3 @@ def join(store: Store, job: Job) -> None:
             f"({'; '.join(changes[:_SHOWN])}{more}); use the same everywhere, choose a new run.dir, or, once no worker "
             f"runs, give that job up with `bytecache retry {job.stage} --new-job`"
         )
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

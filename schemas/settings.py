@@ -247,6 +247,10 @@ NEUTRAL = frozenset(
 """Keys of `[train]` that leave the mathematics of a run as it is: a run may continue with others."""
 
 
+BASELINES = ("uld", "shared_topk")
+"""Values of `train.head` that read the teacher's tokens, the top k of the run's dump."""
+
+
 class Fleet(Section):
     heartbeat_s: float = Field(20.0, gt=0)
     """Seconds between heartbeats of a worker (one small write each)."""

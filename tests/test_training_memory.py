@@ -8,9 +8,9 @@ from student_data import make_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from schemas.manifest import read_dataset
-from schemas.settings import Student, Train
+from schemas.settings import BASELINES, Student, Train
 from stages.training import student
-from stages.training.baselines import BASELINES, TokenTargets
+from stages.training.baselines import TokenTargets
 from stages.training.byte_head import SLOTS, SYMBOLS
 from stages.training.objective import Objective
 from stages.training.stream import MicroBatch, ShardReader, collate, cut

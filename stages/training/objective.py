@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from schemas.settings import BASELINES
 from schemas.settings import Train as TrainSettings
-from stages.training.baselines import BASELINES, TokenTargets, shared_distance, sorted_distance
+from stages.training.baselines import TokenTargets, shared_distance, sorted_distance
 from stages.training.heads import make_head
 from stages.training.loss import IGNORE, LISTABLE, LossParts, SlotTargets, byte_terms, diverge
 from stages.training.marginal import Choices, Marginal

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
+from schemas.arrays import END
 from schemas.byte_shard import ShardBuilder
 from schemas.hashing import file_sha256
 from schemas.manifest import ShardEntry, read_dataset, write_dataset
@@ -24,7 +25,6 @@ from schemas.token_dump import Window, read_meta, read_windows
 from stages.teacher import resolve_model
 from stages.tokens.vocab import load_vocabulary
 
-END = 256
 KINDS = ("fast", "topk")
 
 

@@ -18,7 +18,7 @@ class Run(Section):
     dir: str = "runs/default"
     """Folder that every stage reads from and writes to, or s3://bucket/prefix, gs://..., az://... (hf://: reading)."""
     scratch: str = ""
-    """Local folder for copies and temporary files of a remote run.dir; empty = bytecache/runs in the cache folder."""
+    """Local folder for copies and temporary files of a remote run.dir; empty = `runs` in the cache folder."""
     seed: int = Field(0, ge=0)
     """Seed of everything random: held-out split, student initialisation, data order."""
 
@@ -135,7 +135,8 @@ class Dataset(Section):
     """Byte targets that train and evaluate read instead of this run's own: a folder, or a URL such as
     `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`."""
     cache_dir: str = ""
-    """Where shards read from a URL are kept; empty = $BYTECACHE_CACHE/shards, else ~/.cache/bytecache/shards."""
+    """Where shards read from a URL are kept; empty = `shards` in the cache folder ($BYTECACHE_CACHE, else bytecache in
+    $XDG_CACHE_HOME or ~/.cache)."""
     cache_gib: float = Field(50.0, gt=0)
     """The most that folder may hold, GiB; the shards longest unused go first."""
     name: str = ""

@@ -1,7 +1,6 @@
 """Which teacher: its checkpoint folder, its context, and the identity that makes two dumps comparable."""
 
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,12 @@ from schemas import token_dump
 from schemas.errors import ConfigError, InputError
 from schemas.hashing import file_sha256
 from stages.engines.static import CONTEXTS
+from stages.scratch import cache_folder
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.windows import LEAD
 
 AUTO_CONTEXT = 1024
 """teacher.context = 0, where the model holds as many."""
-
-
-def cache_dir() -> Path:
-    """Where converted checkpoints are kept: $BYTECACHE_CACHE, else ~/.cache/bytecache."""
-    return Path(os.environ.get("BYTECACHE_CACHE") or Path.home() / ".cache" / "bytecache")
 
 
 def resolve_model(settings: st.Teacher) -> Path:
@@ -28,7 +23,7 @@ def resolve_model(settings: st.Teacher) -> Path:
     if model.startswith("builtin:"):
         from stages.engines.builtin_models import materialise_builtin
 
-        return materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models")
+        return materialise_builtin(model.removeprefix("builtin:"), cache_folder() / "models")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder

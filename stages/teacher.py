@@ -29,7 +29,6 @@ from stages.engines.paths import PathReducer
 from stages.engines.static import StaticJob
 from stages.identity import (
     AUTO_CONTEXT,
-    cache_dir,
     fit_context,
     identity_of,
     resolve_model,
@@ -37,6 +36,7 @@ from stages.identity import (
 )
 from stages.lattice import STATIC_PASSES, Deviations, Lattice
 from stages.rows import keep_rows
+from stages.scratch import cache_folder
 from stages.teacher_inputs import read_inputs
 from stages.tokens.vocab import Encoded, Misfit, Vocabulary
 from stages.windows import (
@@ -70,7 +70,7 @@ class Teacher:
         kept = {name: identity.get(name) for name in ("weights", "vocabulary", "static_contexts", "versions")}
         kept |= {"backend": settings.backend, "dtype": settings.dtype}
         name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
-        self._static_file = cache_dir() / "static" / f"{name}.safetensors"
+        self._static_file = cache_folder() / "static" / f"{name}.safetensors"
         engine.load_static(self._static_file)
 
     def identity(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import units
+from pipeline import planning
 from pipeline.config import load_settings
 from pipeline.context import open_context
 from pipeline.estimate import convert_pilot, run_pilot
@@ -47,7 +47,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             f"teacher.preset={arguments.preset}", "teacher.backend=hf", "teacher.sample_tokens=0",
         ])  # fmt: skip
         context = open_context(settings)
-        planned, _ = units.make_plan(context.store, settings, context.stop)
+        planned, _ = planning.make_plan(context.store, settings, context.stop)
         whole = run_pilot(context, planned, len(planned.sizes))
         shards, fixed, seconds = convert_pilot(settings.convert, whole, Path(folder), context.stop)
     of_units = {

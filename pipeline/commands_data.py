@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import receipts, units
+from pipeline import planning, receipts
 from pipeline.config import changed_keys
 from pipeline.context import Context
 from pipeline.dataset_index import (
@@ -40,7 +40,7 @@ from schemas.settings import Teacher
 def plan(context: Context) -> tuple[Plan, bool]:
     """Cut the corpus into slices; returns the plan and whether it is new."""
     context.store.sweep()
-    made, new = units.make_plan(context.store, context.settings, context.stop)
+    made, new = planning.make_plan(context.store, context.settings, context.stop)
     context.save_config("plan/config.toml", changed=new)
     corpus = made.corpus
     skipped = f", {corpus['n_empty_skipped']} empty ones skipped" if corpus["n_empty_skipped"] else ""

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import commands_data
 from pipeline.context import open_context
-from pipeline.units import make_plan
+from pipeline.planning import make_plan
 from schemas import errors
 from schemas.byte_shard import read_shard
 from schemas.manifest import read_dataset

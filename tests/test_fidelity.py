@@ -320,6 +320,11 @@ def test_targets_that_do_not_fit_the_teacher_are_found(published, tiny_checkpoin
     assert "neither a data set" in refusal(run_fidelity(published, published), 3)
 
 
+def test_a_data_set_elsewhere_is_refused_with_its_address():
+    message = refusal(bytecache("fidelity", "hf://datasets/me/books"), 3)
+    assert "hf://datasets/me/books is not on this machine" in message and "fetch the data set" in message
+
+
 def test_a_certificate_that_is_no_object_is_refused(published):
     place = published / "run" / "targets"
     dataset = read_dataset(place)

@@ -15,7 +15,7 @@ $(STAMP): lock/cpu.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-run: $(STAMP)  ## the main job: teacher, targets, student and control, table; on a laptop the teacher goes without branches
+run: $(STAMP)  ## the main job: teacher (preset `fast`), targets, student and control, table
 	$(BIN)/bytecache run --preset fast
 
 # A second real teacher (240 MB, Gemma terms). Tests that want it skip where its packages cannot be had.

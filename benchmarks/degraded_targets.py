@@ -1,6 +1,6 @@
 """Worse targets from the same dump, so that the value of exact ones can be shown; used by `student_gain.py`.
 
-    python benchmarks/degraded_targets.py runs/default OUT --kind fast [--teacher FOLDER]
+    python -m benchmarks.degraded_targets runs/default OUT --kind fast [--teacher FOLDER]
 
 fast: the canonical history only, renormalised: at every byte the mass of the tokens that go on, those that end there
     dropped. Inside a token this leaks that the token goes on.
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
+from schemas.arrays import END
 from schemas.byte_shard import ShardBuilder
-from schemas.manifest import ShardEntry, file_sha256, read_dataset, write_dataset
+from schemas.hashing import file_sha256
+from schemas.manifest import ShardEntry, read_dataset, write_dataset
 from schemas.token_dump import Window, read_meta, read_windows
 from stages.teacher import resolve_model
 from stages.tokens.vocab import load_vocabulary
 
-END = 256
 KINDS = ("fast", "topk")
 
 

@@ -4,7 +4,7 @@ Dumps and converts every unit once, then draws pilots at random from what was me
 and how often the 90 % interval holds the truth. Times are those of this machine while the run lasted. What every unit
 took is part of the result, so `--again` draws from it anew, without a teacher.
 
-    python -m benchmarks.estimate_error [--bytes 60000] [--unit-bytes 5000] [--preset balanced] [--draws 1000] [--again]
+    python -m benchmarks.estimate_error [--bytes 60000] [--unit-bytes 5000] [--preset fast] [--draws 1000] [--again]
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import units
+from pipeline import planning
 from pipeline.config import load_settings
 from pipeline.context import open_context
 from pipeline.estimate import convert_pilot, run_pilot
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bytes", type=int, default=60_000)
     parser.add_argument("--unit-bytes", type=int, default=5_000)
-    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--preset", default="fast")
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
@@ -47,7 +47,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             f"teacher.preset={arguments.preset}", "teacher.backend=hf", "teacher.sample_tokens=0",
         ])  # fmt: skip
         context = open_context(settings)
-        planned, _ = units.make_plan(context.store, settings, context.stop)
+        planned, _ = planning.make_plan(context.store, settings, context.stop)
         whole = run_pilot(context, planned, len(planned.sizes))
         shards, fixed, seconds = convert_pilot(settings.convert, whole, Path(folder), context.stop)
     of_units = {

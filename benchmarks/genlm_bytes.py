@@ -8,7 +8,7 @@ optional dependency and wants its own environment, with this project's packages 
     echo "$PWD/.venv/lib/python3.11/site-packages" > runs/genlm/lib/python3.11/site-packages/shared.pth
     runs/genlm/bin/pip install --no-deps genlm-bytes==0.2.0 genlm-backend==0.3.1 arsenal==3.1.3
     runs/genlm/bin/pip install pandas ipython scipy
-    PYTHONPATH=. runs/genlm/bin/python benchmarks/genlm_bytes.py --out benchmarks/results/genlm_bytes.json
+    runs/genlm/bin/python -m benchmarks.genlm_bytes --out benchmarks/results/genlm_bytes.json
 
 Reported, loading, compilation, trie building and static rows excluded:
 
@@ -41,8 +41,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from texts import builtin_texts, clip, folder_texts
 
+from benchmarks.texts import builtin_texts, clip, folder_texts
 from schemas import settings as st
 from schemas.arrays import END
 from stages.divergence import divergence

@@ -1,7 +1,7 @@
 """What is lost between a token model and its bytes: entropies, beam width, tau and depth.
 
-    python benchmarks/information_loss.py --out benchmarks/results/information_loss.json
-    python benchmarks/information_loss.py --passages 8 --bytes 600 --out benchmarks/results/prose_passages.json
+    python -m benchmarks.information_loss --bytes 1000 --out benchmarks/results/information_loss.json
+    python -m benchmarks.information_loss --passages 6 --bytes 500 --out benchmarks/results/prose_passages.json
 
 Writes the figures as JSON, a plot beside it (.png) and prints them as Markdown. Three questions, per text:
 
@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from texts import builtin_texts, folder_texts, prose_passages
 
+from benchmarks.texts import builtin_texts, folder_texts, prose_passages
 from schemas import settings as st
 from schemas.arrays import END
 from schemas.token_dump import Window

@@ -1,6 +1,6 @@
 """Write and load speed and size of byte targets, beside other layouts of the same targets, in one run on one core.
 
-    python benchmarks/loader.py runs/default/targets --out benchmarks/results/loader.json
+    python -m benchmarks.loader runs/default/targets --out benchmarks/results/loader.json
 
 Size is that of the data set's own train split. Speed needs more text than a small run has, so the rows of its shards
 are drawn again in runs of 16 positions (no long repeats for a compressor to find) until `--mb` megabytes, and every
@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 import zarr
 
 from schemas.byte_shard import ByteShard, read_shard
-from schemas.manifest import describe_shard, file_sha256, read_dataset, write_dataset
+from schemas.hashing import file_sha256
+from schemas.manifest import describe_shard, read_dataset, write_dataset
 from schemas.packing import COLUMNS
 from schemas.settings import Student
 from schemas.shard_builder import ShardBuilder

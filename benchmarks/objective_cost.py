@@ -1,6 +1,6 @@
 """What each objective adds to the training step of the same student, in one run.
 
-    python benchmarks/objective_cost.py runs/default --work runs/cost --out benchmarks/results/objective_cost.json
+    python -m benchmarks.objective_cost runs/default --work runs/cost --out benchmarks/results/objective_cost.json
         [--sizes small medium smollm2] [--bytes 4096] [--rounds 5]      (sizes measured before stay in the result)
 
 A step here is forward, loss and backward of the same micro-batches; the optimiser is left out, which makes the shares

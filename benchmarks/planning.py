@@ -21,9 +21,9 @@ from statistics import median
 from typing import Any
 
 from pipeline.parallel import Processes
+from pipeline.planning import make_plan
 from pipeline.stores import LocalStore
 from pipeline.survey import Survey
-from pipeline.units import make_plan
 from schemas.settings import Settings
 
 RESULT = Path(__file__).parent / "results" / "planning.json"

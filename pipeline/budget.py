@@ -17,11 +17,8 @@ from pathlib import Path
 
 from pipeline.prediction import Predicted
 from schemas.errors import ConfigError
-from schemas.settings import Settings
+from schemas.settings import BASELINES, Settings
 from schemas.top_k import top_k_sizes
-
-READERS = ("uld", "shared_topk")
-"""Values of `train.head` that read the top k."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Choice:
 def candidates(settings: Settings, budget: Budget) -> list[int]:
     """The k to weigh, the configured one first."""
     k = settings.teacher.top_k
-    if not budget.weighs_bytes or settings.convert.delete_dump or settings.train.head in READERS:
+    if not budget.weighs_bytes or settings.convert.delete_dump or settings.train.head in BASELINES:
         return [k]
     return [k, *(k >> shift for shift in range(1, k.bit_length() + 1))]
 
@@ -141,7 +138,7 @@ def _over(kept: Kept, budget: Budget) -> str:
 def _unchanged(settings: Settings, budget: Budget) -> str:
     if settings.convert.delete_dump:
         return "as configured: the dump is not kept (convert.delete_dump)"
-    if settings.train.head in READERS:
+    if settings.train.head in BASELINES:
         return f"as configured: train.head = {settings.train.head} reads it"
     if not budget.weighs_bytes:
         return "as configured: it makes the dump larger, which this budget does not limit or price"

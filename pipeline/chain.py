@@ -79,9 +79,10 @@ def summary_table(
     for result in results:
         name = result["name"]
         row(f"held out, student {name}: tokens", f"{result['token_bits_per_byte']:.4f} bits/byte")
-        row(f"held out, student {name}: byte head", f"{result['head_bits_per_byte']:.4f} bits/covered byte")
+        row(f"held out, student {name}: byte head or choices", f"{result['head_bits_per_byte']:.4f} bits/covered byte")
         row(f"held out, student {name}: KL to the teacher", f"{result['kl_nats_per_byte']:.4f} nats/covered byte")
     if results:
         row("held out, teacher", f"{results[0]['teacher_bits_per_byte']:.4f} bits/byte")
-        row("byte head: share of a step's time", f"{results[0]['head_time_share']:.1%}")
+        share = results[0]["head_time_share"]
+        row("objective's share of a step's time", "not measured" if share is None else f"{share:.1%}")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import receipts, units
+from pipeline import planning, receipts
 from pipeline.config import changed_keys
 from pipeline.context import Context
 from pipeline.dataset_index import (
@@ -31,15 +31,16 @@ from pipeline.plan import Plan, Split, Unit, load_plan
 from pipeline.progress import human_bytes
 from pipeline.receipts import Receipt, unit_key
 from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
-from pipeline.stores import overlapped, sha256_file
+from pipeline.stores import overlapped
 from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
+from schemas.hashing import file_sha256
 from schemas.settings import Teacher
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
     """Cut the corpus into slices; returns the plan and whether it is new."""
     context.store.sweep()
-    made, new = units.make_plan(context.store, context.settings, context.stop)
+    made, new = planning.make_plan(context.store, context.settings, context.stop)
     context.save_config("plan/config.toml", changed=new)
     corpus = made.corpus
     skipped = f", {corpus['n_empty_skipped']} empty ones skipped" if corpus["n_empty_skipped"] else ""
@@ -79,7 +80,7 @@ def teacher_job(context: Context, planned: Plan) -> Job:
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
             unit: Unit = task.payload
             piece = store.get_path(unit.slice)
-            if sha256_file(piece) != unit.sha256:
+            if file_sha256(piece) != unit.sha256:
                 raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
             counts = engine.dump_unit(piece, out, task.key, stop, tick)
             store.release(unit.slice)

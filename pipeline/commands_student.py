@@ -20,7 +20,7 @@ from pipeline.receipts import FileRecord, Receipt, record_file, unit_key
 from pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
 from pipeline.stores import Store, json_bytes
 from schemas.errors import ConfigError, InputError, Interrupted
-from schemas.settings import NEUTRAL, Train
+from schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
     from schemas.manifest import Dataset
@@ -168,7 +168,6 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
 def _token_dump(context: Context) -> "TokenDump | None":
     """The teacher's tokens, where `train.head` is a baseline that asks for them."""
     from stages.identity import resolve_model, vocabulary_of
-    from stages.training.baselines import BASELINES
     from stages.training.teacher_tokens import TokenDump
 
     settings = context.settings

@@ -115,6 +115,14 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
 
 
+def flattened(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots: for `changed_keys`."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import receipts
-from pipeline.config import changed_keys
+from pipeline.config import changed_keys, flattened
 from pipeline.context import Context
 from pipeline.plan import Plan
 from pipeline.receipts import Receipt
@@ -116,19 +116,12 @@ def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
         return  # a damaged index is rebuilt
     changes: list[str] = []
     for name in ("teacher", "corpus", "settings"):
-        changes += changed_keys(_flat(old.get(name, {})), _flat(info[name]))
+        changes += changed_keys(flattened(old.get(name, {})), flattened(info[name]))
     if changes:
         raise ConfigError(
             f"{context.store.name}/{TARGETS} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, "
             "delete the folder, or choose a new run.dir"
         )
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline import units
+from pipeline import planning
 from pipeline.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
 from pipeline.commands_data import shard_groups, teacher_job
 from pipeline.context import Context
@@ -96,7 +96,7 @@ def estimate(
     its engine's start; `budget`: the price of bytes, and whether other top_k are weighed. Raises what planning, the
     teacher and the converter raise.
     """
-    planned, _ = units.make_plan(context.store, context.settings, context.stop)
+    planned, _ = planning.make_plan(context.store, context.settings, context.stop)
     found = []
     with tempfile.TemporaryDirectory(prefix="bytecache-estimate-") as scratch:
         for number, teacher in enumerate(teacher_presets):
@@ -153,6 +153,10 @@ def predict(
     teacher: str, convert: str, settings: Settings, planned: Plan, pilot: Pilot,
     converted: tuple[list[int], float, list[float]], price: float, core_price: float, workers: int,
 ) -> Variant:  # fmt: skip
+    """Totals over the plan of one pair of presets, without its dump (`with_dumps` adds that).
+
+    `converted`: what `convert_pilot` returned; `price`, `core_price` in dollars an hour.
+    """
     everything = [float(size) for size in planned.sizes]
 
     def total(values: Sequence[float]) -> Predicted:

@@ -18,7 +18,8 @@ from pipeline.context import Context
 from pipeline.receipts import software_versions
 from pipeline.stores import disk_errors
 from schemas.errors import InputError, IntegrityError
-from schemas.manifest import DATASET, Dataset, file_sha256, read_dataset
+from schemas.hashing import file_sha256
+from schemas.manifest import DATASET, Dataset, read_dataset
 from schemas.settings import Teacher
 
 SLACK = 0.5
@@ -34,7 +35,12 @@ class Sample(NamedTuple):
 
 
 def find_dataset(folder: Path) -> Dataset:
-    """The data set of a run folder or of a folder with dataset.json."""
+    """The data set of a run folder or of a folder with dataset.json. Raises InputError where there is none here."""
+    if folder.parts and folder.parts[0].endswith(":"):  # a URL, which a path writes with one slash
+        raise InputError(
+            f"{str(folder).replace(':/', '://', 1)} is not on this machine; fidelity measures a local folder: "
+            "fetch the data set and name its folder"
+        )
     for place in (folder, folder / "targets"):
         if (place / DATASET).is_file():
             return read_dataset(place)

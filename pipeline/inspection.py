@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from schemas.arrays import END, F64
 from schemas.byte_shard import ByteShard, read_shard
 from schemas.errors import InputError, IntegrityError, StorageError
 
-END = 256
 HEAT = ("", "on #3a2a20", "on #553522", "on #6f3d24", "on #894529", "on #a34d30", "on #bd5538", "on #d65d42")
 """Colours of 0, 0.5, 1, ... bits of entropy; light text on them reads well on a dark terminal and a light one."""
 PAINTED = 1200
 """Bytes of text painted above the table."""
-
-F64 = npt.NDArray[np.float64]
 
 
 def bits_per_position(shard: ByteShard, lo: int, hi: int) -> tuple[F64, F64, F64]:

@@ -16,8 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.stores import Store, json_bytes, sha256_file
+from pipeline.stores import Store, json_bytes
 from schemas.errors import IntegrityError, StorageError
+from schemas.hashing import file_sha256
 
 RECEIPT_VERSION = 1
 FOLDER = "receipts"
@@ -159,7 +160,7 @@ def code_fingerprint(*modules: str) -> str:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             raise IntegrityError(f"source of {module} not found; reinstall bytecache")
-        digest.update(f"{module}={sha256_file(Path(spec.origin))};".encode())
+        digest.update(f"{module}={file_sha256(Path(spec.origin))};".encode())
     return digest.hexdigest()
 
 

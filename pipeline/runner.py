@@ -24,8 +24,9 @@ from typing import Any
 from pipeline import receipts
 from pipeline.progress import Reporter
 from pipeline.receipts import FileRecord, Receipt
-from pipeline.stores import Store, disk_errors, overlapped, sha256_file
+from pipeline.stores import Store, disk_errors, overlapped
 from schemas.errors import IntegrityError, Interrupted
+from schemas.hashing import file_sha256
 
 Tick = Callable[[dict[str, Any]], None]
 
@@ -202,7 +203,7 @@ def commit_file(store: Store, key: str, temporary: Path) -> FileRecord:
     """Publish a finished temporary file. An object already there is kept if equal and replaced if damaged."""
     if not temporary.is_file():
         raise IntegrityError(f"{key}: the stage wrote nothing to {temporary}; this is a fault of the stage")
-    record = FileRecord(path=key, size=temporary.stat().st_size, sha256=sha256_file(temporary))
+    record = FileRecord(path=key, size=temporary.stat().st_size, sha256=file_sha256(temporary))
     if store.exists(key) and store.sha256(key) != record.sha256:
         # Without a valid receipt the old object's wholeness is unproven; ours was just made.
         store.replace(key, temporary)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.parallel import Processes
 from pipeline.plan import Split, Unit
-from pipeline.stores import Store, disk_errors, open_store, sha256_file
+from pipeline.stores import Store, disk_errors, open_store
 from pipeline.survey import (
     SPLITS,
     Packing,
@@ -34,6 +34,7 @@ from pipeline.survey import (
     whole,
 )  # fmt: skip
 from schemas.errors import InputError
+from schemas.hashing import file_sha256
 from schemas.settings import Corpus, Settings
 from stages.conversations import KIND_KEY
 from stages.corpus import CorpusReader
@@ -179,7 +180,7 @@ def write_slice(store: Store, index: int, split: Split, pile: Pile, kind: str) -
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    sha256 = sha256_file(temporary)
+    sha256 = file_sha256(temporary)
     commit(store, key, temporary, sha256)
     size = sum(map(len, pile.texts))
     return Unit(index=index, split=split, slice=key, sha256=sha256, n_docs=len(pile.ids), n_bytes=size)

@@ -16,9 +16,9 @@ from pipeline import receipts
 from pipeline.context import Context
 from pipeline.dataset_index import TARGETS
 from pipeline.plan import PLAN_KEY, read_plan
+from pipeline.planning import slice_is_whole
 from pipeline.receipts import Receipt
 from pipeline.stores import LocalStore, Store, open_store
-from pipeline.units import slice_is_whole
 from schemas import card, strict_json
 from schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
 from schemas.manifest import DATASET, replace_file

@@ -12,6 +12,9 @@ I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
+END = 256
+"""The symbol after a document's last byte."""
 SYMBOLS = 257
 """256 bytes and END."""
-END = 256
+PLACE = np.uint64
+"""Type of an index in compiled loops: unsigned ones spare numba the question whether they are negative."""

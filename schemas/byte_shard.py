@@ -69,7 +69,7 @@ class Triples(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ByteShard:
-    """A shard in memory, N positions, D documents, E listed bytes; made by `read_shard`, which has checked it."""
+    """A shard in memory, N positions, D documents, E listed symbols; made by `read_shard`, which has checked it."""
 
     path: str
     attrs: dict[str, Any]

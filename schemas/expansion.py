@@ -18,7 +18,7 @@ Price, one core: SPEC.md, "Cost".
 import numpy as np
 from numba import njit
 
-from schemas.arrays import END, F32, I16, I32, I64, SYMBOLS, U8, U16
+from schemas.arrays import END, F32, I16, I32, I64, PLACE, SYMBOLS, U8, U16
 from schemas.packing import COUNT_OVER
 from schemas.prior import find_block
 from schemas.quantise import (
@@ -47,7 +47,6 @@ NARROW, WIDE = 8, 32
 _NARROW_NETWORK, _WIDE_NETWORK = network(NARROW), network(WIDE)
 _FOURTH: I64 = np.append(np.arange(255, dtype=np.int64) ** 4, 1 << 32)
 """int64 [256]: mass of a tail's code in units of 2 ** -32, the unit in which all sums are exact."""
-_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 
 
 @njit(cache=True, nogil=True)
@@ -103,7 +102,7 @@ def expand_rows(
         free = n_long
         first = at
         for i in range(lo, hi):
-            lane = _PLACE(i - lo)
+            lane = PLACE(i - lo)
             if i == doc_end:
                 last += 1
                 doc_end = doc_start[last + 1]
@@ -124,7 +123,7 @@ def expand_rows(
                 if m or h & 1:
                     return i, BAD_MASS, out
                 continue
-            implied = int(text[_PLACE(i)])
+            implied = int(text[PLACE(i)])
             if i + 1 == doc_end:
                 implied = END
             row = np.int64(node[lane]) * SYMBOLS
@@ -133,9 +132,9 @@ def expand_rows(
                     return i, BAD_COUNT, out
                 r = int(top[n_top])
                 n_top += 1
-                implied = int(order[_PLACE(row + r + (r >= rank[_PLACE(row + implied)]))])
+                implied = int(order[PLACE(row + r + (r >= rank[PLACE(row + implied)]))])
             base[lane] = row
-            top_rank[lane] = rank[_PLACE(row + implied)]
+            top_rank[lane] = rank[PLACE(row + implied)]
             if m < NARROW:
                 begin, stride[lane] = lanes, LANES
                 lanes += 1
@@ -147,23 +146,23 @@ def expand_rows(
                 begin, stride[lane] = free, 1
                 free += m + 1
             slot[lane] = begin
-            flat[_PLACE(begin)] = implied << 8
+            flat[PLACE(begin)] = implied << 8
             if implied == END:
                 end_code[lane] = 0
-                flat[_PLACE(begin)] = 0xFFFF
-            for k in range(_PLACE(SPARE)):
-                owner[_PLACE(at - first) + k] = lane
+                flat[PLACE(begin)] = 0xFFFF
+            for k in range(PLACE(SPARE)):
+                owner[PLACE(at - first) + k] = lane
             for k in range(SPARE, m):
                 owner[at - first + k] = lane
             at += m
         before = -1
         r = total = cursor = 0
         for k in range(first, at):
-            wanted = int(owner[_PLACE(k - first)])
-            lane = _PLACE(wanted)
+            wanted = int(owner[PLACE(k - first)])
+            lane = PLACE(wanted)
             fresh = wanted != before
             before = wanted
-            x = int(entry[_PLACE(k)])
+            x = int(entry[PLACE(k)])
             gap = x & widest
             if gap == widest:
                 if n_gap == gap_over.shape[0]:
@@ -178,38 +177,38 @@ def expand_rows(
                 return lo + wanted, BAD_CODE, out
             total = code * code + (0 if fresh else total)
             squares[lane] = total
-            symbol = int(order[_PLACE(base[lane] + r + (r >= top_rank[lane]))])
+            symbol = int(order[PLACE(base[lane] + r + (r >= top_rank[lane]))])
             cursor = (slot[lane] if fresh else cursor) + stride[lane]
             if symbol == END:
                 if code == 255:
                     return lo + wanted, BAD_CODE, out
                 end_code[lane] = code
-                flat[_PLACE(cursor)] = 0xFFFF
+                flat[PLACE(cursor)] = 0xFFFF
             else:
-                flat[_PLACE(cursor)] = symbol << 8 | code
+                flat[PLACE(cursor)] = symbol << 8 | code
         sort_lanes(narrow, _NARROW_NETWORK, lanes)
         if wide_lanes:
             sort_lanes(wide, _WIDE_NETWORK, wide_lanes)
         for i in range(lo, hi):
-            lane = _PLACE(i - lo)
+            lane = PLACE(i - lo)
             count[i] = 0
             place[i] = 0
             if tail[i] == TAIL_IS_ALL:
                 continue
             if _FOURTH[tail[i]] + (squares[lane] << 16) >= 1 << 32:
                 return i, BAD_MASS, out
-            start, gaps = _PLACE(slot[lane]), _PLACE(stride[lane])
+            start, gaps = PLACE(slot[lane]), PLACE(stride[lane])
             has_end = end_code[lane] >= 0
             n = int(n_listed[lane]) + 1 - has_end
             if n_listed[lane] >= WIDE:
                 insertion_sort(flat, slot[lane], slot[lane] + n_listed[lane] + 1)
             spot = np.int64(0)
-            for k in range(_PLACE(SPARE)):
+            for k in range(PLACE(SPARE)):
                 value = flat[start + k * gaps]
-                key[_PLACE(out) + k] = value
+                key[PLACE(out) + k] = value
                 spot = np.int64(k) if value & 255 == 0 else spot
             for k in range(SPARE, n):
-                value = flat[start + _PLACE(k) * gaps]
+                value = flat[start + PLACE(k) * gaps]
                 key[out + k] = value
                 spot = np.int64(k) if value & 255 == 0 else spot
             if has_end:
@@ -236,34 +235,34 @@ def decode_rows(lo: int, hi: int, index: I64, tail: U8, count: U8, place: U8, ke
     """
     near = lo // INDEX_STRIDE
     first = index[near]
-    for i in range(_PLACE(near * INDEX_STRIDE), _PLACE(lo)):
+    for i in range(PLACE(near * INDEX_STRIDE), PLACE(lo)):
         first += count[i]
     n = 0
-    for i in range(_PLACE(lo), _PLACE(hi)):
+    for i in range(PLACE(lo), PLACE(hi)):
         n += count[i]
     row, symbol, prob = np.empty(n + SPARE, np.int32), np.empty(n + SPARE, np.int16), np.empty(n, np.float32)
     before = np.empty(n + 1, np.uint32)  # sum of the squared codes of all keys before; of a row it stays below 2 ** 16
     keys = key[first : first + n]
-    for k in range(_PLACE(n)):
+    for k in range(PLACE(n)):
         symbol[k] = keys[k] >> 8
         code = np.int32(keys[k] & 255)
         prob[k] = np.float32(code * code) * np.float32(2.0**-16)
     total = np.uint32(0)
-    for k in range(_PLACE(n)):
+    for k in range(PLACE(n)):
         before[k] = total
         wide = np.uint32(keys[k] & 255)
         total = np.uint32(total + wide * wide)
     before[n] = total
     at = 0
-    for i in range(_PLACE(lo), _PLACE(hi)):
+    for i in range(PLACE(lo), PLACE(hi)):
         m = int(count[i])
-        for k in range(_PLACE(SPARE)):
-            row[_PLACE(at) + k] = i - lo
+        for k in range(PLACE(SPARE)):
+            row[PLACE(at) + k] = i - lo
         for k in range(SPARE, m):
             row[at + k] = i - lo
         if m:
-            listed = np.int64(np.uint32(before[_PLACE(at + m)] - before[_PLACE(at)])) << 16
-            prob[_PLACE(at + int(place[i] & 127))] = ((1 << 32) - _FOURTH[tail[i]] - listed) * 2.0**-32
-            symbol[_PLACE(at + m - 1)] += place[i] >> 7
+            listed = np.int64(np.uint32(before[PLACE(at + m)] - before[PLACE(at)])) << 16
+            prob[PLACE(at + int(place[i] & 127))] = ((1 << 32) - _FOURTH[tail[i]] - listed) * 2.0**-32
+            symbol[PLACE(at + m - 1)] += place[i] >> 7
             at += m
     return row[:n], symbol[:n], prob

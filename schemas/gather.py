@@ -13,15 +13,14 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
+from schemas.arrays import END, F32, F64, I16, I64, PLACE, SYMBOLS, U8
 from schemas.quantise import BAD_ORDER, BAD_SUM, BAD_VALUE, OK
-from schemas.sorting import SPARE, sort_distinct
+from schemas.sorting import PADDING, sort_distinct
 
 SUM_TOLERANCE = 1e-4
 _LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))
-_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 _MOST = np.uint32(0x7FFFFFFF)
-_KEYS = SYMBOLS + SPARE
+_KEYS = SYMBOLS + PADDING
 U32 = NDArray[np.uint32]
 
 
@@ -80,10 +79,10 @@ def order_rows(
     value = np.empty(1, np.float32)
     value_bits = value.view(np.uint32)
     out = 0
-    for i in range(_PLACE(count.shape[0])):
+    for i in range(PLACE(count.shape[0])):
         row = np.int64(i)
         n = np.int64(count[i])
-        first = _PLACE(out)
+        first = PLACE(out)
         missing = rest[i]
         if n == 0:
             if not abs(missing - 1.0) <= SUM_TOLERANCE:
@@ -95,10 +94,10 @@ def order_rows(
         while True:
             listed = 0.0
             n_high = n_low = 0
-            for k in range(first, first + _PLACE(n)):
+            for k in range(first, first + PLACE(n)):
                 p = float(prob[k])
                 listed += p
-                high[_PLACE(n_high)] = low[_PLACE(n_low)] = np.int64(_MOST - bits[k]) << 9 | np.int64(symbol[k])
+                high[PLACE(n_high)] = low[PLACE(n_low)] = np.int64(_MOST - bits[k]) << 9 | np.int64(symbol[k])
                 n_high += p >= least
                 n_low += p < least
             if n_high == 0:  # the largest goes first even so
@@ -124,16 +123,16 @@ def order_rows(
                 high[0] = largest
                 break
             settled = True  # the residual made it smaller than the next: once more, with the sum as it is now
-            for k in range(first, first + _PLACE(n)):
+            for k in range(first, first + PLACE(n)):
                 if np.int64(symbol[k]) == high[0] & 511:
                     bits[k] = value_bits[0]
         unlisted[i] = missing + others
         listable[i] = n_high
-        for k in range(_PLACE(n_high)):
+        for k in range(PLACE(n_high)):
             symbol[first + k] = high[k] & 511
             bits[first + k] = _MOST - np.uint32(high[k] >> 9)
-        for k in range(_PLACE(n_low)):
-            to = first + _PLACE(n - 1) - k
+        for k in range(PLACE(n_low)):
+            to = first + PLACE(n - 1) - k
             symbol[to] = low[k] & 511
             bits[to] = _MOST - np.uint32(low[k] >> 9)
         out += n
@@ -188,9 +187,9 @@ def gather_rows(
                 found[0] += 1
             missing = max(0.0, missing - float(probs[start + np.uint64(found[0])]))
             n = 1
-        for k in range(_PLACE(n)):
-            symbol[_PLACE(out) + k] = found[k]
-            prob[_PLACE(out) + k] = probs[start + _PLACE(found[k])]
+        for k in range(PLACE(n)):
+            symbol[PLACE(out) + k] = found[k]
+            prob[PLACE(out) + k] = probs[start + PLACE(found[k])]
         count[i], rest[i] = n, missing
         out += n
     return out, -1, OK, 0.0
@@ -228,7 +227,7 @@ def gather_sparse(
         last = stop - (stop > at and symbols[stop - 1] == END)
         limit = np.uint32(0)
         descents = 0
-        for k in range(_PLACE(at), _PLACE(last)):
+        for k in range(PLACE(at), PLACE(last)):
             value, s = bits[k], symbols[k]
             limit = max(limit, value)
             descents += (s <= before) | (s >= END)
@@ -237,8 +236,8 @@ def gather_sparse(
             larger = value > top_bits
             top_bits = value if larger else top_bits
             top_place = np.int64(k) if larger else top_place
-            symbol[_PLACE(out + n)] = s
-            prob[_PLACE(out + n)] = probs[k]
+            symbol[PLACE(out + n)] = s
+            prob[PLACE(out + n)] = probs[k]
             n += high_enough
             fixed += (np.int64(np.int32(probs[k] * scale)) + np.int64(value != 0)) * (1 - np.int64(high_enough))
         if last < stop:

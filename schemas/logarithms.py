@@ -3,9 +3,7 @@
 import numpy as np
 from numba import njit
 
-from schemas.arrays import F64
-
-_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
+from schemas.arrays import F64, PLACE
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -20,11 +18,11 @@ def sum_logs(times: F64, x: F64, n: int) -> float:
     for k in range(n, (n + 3) // 4 * 4):
         times[k], x[k] = 0.0, 1.0
     n = (n + 3) // 4 * 4
-    for k in range(_PLACE(n)):
+    for k in range(PLACE(n)):
         e = (bits[k] - 0x3FE6A09E667F3BCD) >> 52
         bits[k] -= e << 52
         whole[k] = float(e)
-    for k in range(_PLACE(n)):
+    for k in range(PLACE(n)):
         s = (x[k] - 1.0) / (x[k] + 1.0)
         z = s * s
         series = 1 / 15 + z * (1 / 17)
@@ -32,9 +30,9 @@ def sum_logs(times: F64, x: F64, n: int) -> float:
         series = 1.0 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * series)))
         whole[k] = times[k] * (whole[k] * 0.6931471805599453 + 2.0 * s * series)
     a = b = c = d = 0.0
-    for k in range(_PLACE(0), _PLACE(n), _PLACE(4)):
+    for k in range(PLACE(0), PLACE(n), PLACE(4)):
         a += whole[k]
-        b += whole[k + _PLACE(1)]
-        c += whole[k + _PLACE(2)]
-        d += whole[k + _PLACE(3)]
+        b += whole[k + PLACE(1)]
+        c += whole[k + PLACE(2)]
+        d += whole[k + PLACE(3)]
     return (a + b) + (c + d)

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from schemas import card, strict_json
 from schemas.errors import InputError, IntegrityError, StorageError
+from schemas.hashing import file_sha256
 
 FORMAT = "bytecache.dataset"
 VERSION = 1
@@ -101,12 +102,6 @@ class Dataset:
     def held(self, entry: ShardEntry) -> Iterator[Path]:
         """The shard as a local file that stays while the block runs (its bytes are not checked here)."""
         yield self.path(entry)
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hex sha256 of a file. Raises OSError."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_shard(path: str | os.PathLike[str], split: str, key: str, statistics: dict[str, Any]) -> ShardEntry:

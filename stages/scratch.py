@@ -1,7 +1,7 @@
-"""Scratch folders beside what they become: named after their owner, so that the next owner can sweep a dead one's.
+"""Folders of this machine: the cache, and scratch folders beside what they become.
 
-Libraries that write files make temporary ones of their own beside the target; inside a scratch folder a kill cannot
-leave them among the outputs.
+A scratch folder is named after its owner, so that the next owner can sweep a dead one's. Libraries that write files
+make temporary ones of their own beside the target; inside a scratch folder a kill cannot leave them among the outputs.
 """
 
 import os
@@ -13,6 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PREFIX = ".scratch-"
+
+
+def cache_folder() -> Path:
+    """Where copies of what can be had again are kept: models, static states, shards, remote runs.
+
+    $BYTECACHE_CACHE, else `bytecache` in $XDG_CACHE_HOME or ~/.cache.
+    """
+    if own := os.environ.get("BYTECACHE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytecache"
 
 
 @contextmanager

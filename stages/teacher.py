@@ -5,9 +5,7 @@ more than `tau` of their prefix and evaluate those as one batch. Static rows (st
 what is left. Where the text goes on as a static row said and others did not, as at a name that nobody expects, that
 row comes to carry more than `tau` after all: its history is evaluated too, and takes its place. (1 to 2 % more rows;
 at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced`, and from 0.00058 to 0.00008 on CJK
-at `exact` with Gemma-3-270m.) A document longer than the context is cut into
-windows that overlap; the overlap is context and never scored twice. The last `LEAD` tokens of the overlap are
-evaluated again, because tokens that straddle the cut begin there.
+at `exact` with Gemma-3-270m.) How a long document is cut into windows: stages.windows.
 
 Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document (whose
 tokens alone are held whole).
@@ -29,7 +27,6 @@ from stages.engines.paths import PathReducer
 from stages.engines.static import StaticJob
 from stages.identity import (
     AUTO_CONTEXT,
-    cache_dir,
     fit_context,
     identity_of,
     resolve_model,
@@ -37,6 +34,7 @@ from stages.identity import (
 )
 from stages.lattice import STATIC_PASSES, Deviations, Lattice
 from stages.rows import keep_rows
+from stages.scratch import cache_folder
 from stages.teacher_inputs import read_inputs
 from stages.tokens.vocab import Encoded, Misfit, Vocabulary
 from stages.windows import (
@@ -70,7 +68,7 @@ class Teacher:
         kept = {name: identity.get(name) for name in ("weights", "vocabulary", "static_contexts", "versions")}
         kept |= {"backend": settings.backend, "dtype": settings.dtype}
         name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
-        self._static_file = cache_dir() / "static" / f"{name}.safetensors"
+        self._static_file = cache_folder() / "static" / f"{name}.safetensors"
         engine.load_static(self._static_file)
 
     def identity(self) -> dict[str, Any]:

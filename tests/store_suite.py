@@ -7,8 +7,9 @@ import pytest
 
 from pipeline import receipts
 from pipeline.receipts import Receipt
-from pipeline.stores import TEMP_FOLDER, Store, sha256_file
+from pipeline.stores import TEMP_FOLDER, Store
 from schemas.errors import ConfigError, StorageError
+from schemas.hashing import file_sha256
 
 
 class StoreSuite:
@@ -74,7 +75,7 @@ class StoreSuite:
     def test_sizes_and_hashes(self, store: Store) -> None:
         raw = bytes(range(256)) * 5000
         path = store.write_temp("x", raw)
-        expected = sha256_file(path)
+        expected = file_sha256(path)
         store.put_if_absent("x", path)
         assert store.size("x") == len(raw)
         assert store.sha256("x") == store.sha256("x", deep=True) == expected

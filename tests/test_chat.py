@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import commands_data
 from pipeline.context import open_context
-from pipeline.units import make_plan
+from pipeline.planning import make_plan
 from schemas import errors
 from schemas.byte_shard import read_shard
 from schemas.manifest import read_dataset
@@ -388,23 +387,6 @@ def test_conversations_longer_than_a_model_are_set_aside(tmp_path):
         f.write(json.dumps({"messages": say("word " * 200, "short")}) + "\n")
     _, said = dataset_of(settings)
     assert any("context longer than the teacher's: 1" in line for line in said)
-
-
-SMOLLM = Path(os.environ.get("BYTECACHE_CACHE", "")) / "models/smollm2-135m-instruct"
-
-
-@pytest.mark.skipif(not (SMOLLM / "chat_template.jinja").is_file(), reason="the built-in teacher is not in the cache")
-def test_the_builtin_teacher_has_a_template_that_aligns():
-    vocabulary = load_vocabulary(SMOLLM)
-    template = Template.open(SMOLLM, vocabulary, setting="teacher.model")
-    template.require_end(vocabulary)
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM)
-    messages = say("What is 2+2?", "4", "Thanks.\nAnd 3+3?")
-    encoded = encode_answer(vocabulary, template, json.dumps(messages), "6, of course.")
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    ours = [*encoded.prefix.tolist(), *encoded.ids.tolist()]
-    assert ours[: len(ids)] == ids and encoded.data == b"assistant\n6, of course."
-    assert tokenizer.decode(ours[len(ids) :]) == "6, of course."
 
 
 def test_a_plan_of_another_kind_is_refused(tmp_path):

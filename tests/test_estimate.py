@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -146,23 +147,28 @@ def test_top_k_is_weighed_where_its_bytes_matter_and_nobody_reads_it() -> None:
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(80)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_pilot_beside_the_run_it_foretells(tmp_path: Path) -> None:
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    make_checkpoint(tmp_path / "teacher")
-    settings = [
-        f"run.dir={tmp_path / 'run'}", f"corpus.source={tmp_path / 'corpus.jsonl'}",
-        f"teacher.model={tmp_path / 'teacher'}", "corpus.unit_bytes=1000", "teacher.backend=hf", "teacher.context=128",
-        "teacher.overlap=32", "teacher.sample_tokens=0", "convert.shard_bytes=4000",
+def bytecache_on(folder: Path, *settings: str) -> Callable[..., str]:
+    """A corpus and a tiny teacher in `folder`; the command line with settings for them, which returns its output."""
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    make_checkpoint(folder / "teacher")
+    common = [
+        f"corpus.source={folder / 'corpus.jsonl'}", f"teacher.model={folder / 'teacher'}", f"run.dir={folder / 'run'}",
+        "teacher.backend=hf", "teacher.context=128", "teacher.overlap=32", *settings,
     ]  # fmt: skip
+    options = [part for setting in common for part in ("--set", setting)]
 
     def bytecache(*arguments: str, code: int = 0) -> str:
-        options = [part for setting in settings for part in ("--set", setting)]
         result = CliRunner().invoke(app, [*arguments, *options])
         assert result.exit_code == code, result.output
         return result.stdout
 
+    return bytecache
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_pilot_beside_the_run_it_foretells(tmp_path: Path) -> None:
+    bytecache = bytecache_on(tmp_path, "corpus.unit_bytes=1000", "teacher.sample_tokens=0", "convert.shard_bytes=4000")
     report = json.loads(bytecache("estimate", "--units", "4", "--json", "--price", "2"))
     store = LocalStore(tmp_path / "run")
     assert len(list(store.list("receipts/teacher"))) == 4 < report["units"]
@@ -192,20 +198,7 @@ def test_a_pilot_beside_the_run_it_foretells(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_with_the_chosen_presets_keeps_the_budget(tmp_path: Path) -> None:
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    make_checkpoint(tmp_path / "teacher")
-    settings = [
-        f"corpus.source={tmp_path / 'corpus.jsonl'}", f"teacher.model={tmp_path / 'teacher'}",
-        "corpus.unit_bytes=1000", "teacher.backend=hf", "teacher.context=128", "teacher.overlap=32",
-        "teacher.sample_tokens=0",
-    ]  # fmt: skip
-
-    def bytecache(*arguments: str) -> str:
-        options = [part for setting in settings for part in ("--set", setting)]
-        result = CliRunner().invoke(app, [*arguments, *options, "--run-dir", str(tmp_path / "run")])
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
+    bytecache = bytecache_on(tmp_path, "corpus.unit_bytes=1000", "teacher.sample_tokens=0")
     every = json.loads(bytecache("estimate", "--units", "6", "--presets", "--json"))["variants"]
     ratios = {(one["teacher"], one["convert"]): one["shard_ratio"] for one in every}
     assert ratios["exact", "small"]["value"] < ratios["exact", "precise"]["value"]
@@ -225,27 +218,14 @@ def test_a_run_with_the_chosen_presets_keeps_the_budget(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_run_with_the_chosen_top_k_keeps_the_gigabytes(tmp_path: Path) -> None:
     """Sizes with each k are those that a dump with it has."""
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    make_checkpoint(tmp_path / "teacher")
-    settings = [
-        f"corpus.source={tmp_path / 'corpus.jsonl'}", f"teacher.model={tmp_path / 'teacher'}",
-        "corpus.unit_bytes=2000", "teacher.backend=hf", "teacher.context=128", "teacher.overlap=32",
-    ]  # fmt: skip
-
-    def bytecache(*arguments: str) -> str:
-        options = [part for setting in settings for part in ("--set", setting)]
-        result = CliRunner().invoke(app, [*arguments, *options])
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    run = ["--run-dir", str(tmp_path / "run")]
-    every = json.loads(bytecache("estimate", *run, "--units", "99", "--max-gb", "1", "--json"))
+    bytecache = bytecache_on(tmp_path, "corpus.unit_bytes=2000")
+    every = json.loads(bytecache("estimate", "--units", "99", "--max-gb", "1", "--json"))
     most = every["variants"][-1]
     assert every["meaning"].endswith("top_k 16, as configured: it keeps the budget")
     sizes = {int(k): kept["kept_bytes"]["high"] for k, kept in most["by_top_k"].items()}
     assert list(sizes) == [16, 8, 4, 2, 1, 0] and sorted(sizes.values(), reverse=True) == list(sizes.values())
     limit = (sizes[4] + sizes[8]) / 2 / 1e9
-    found = json.loads(bytecache("estimate", *run, "--units", "99", "--max-gb", str(limit), "--json"))
+    found = json.loads(bytecache("estimate", "--units", "99", "--max-gb", str(limit), "--json"))
     options = found["chosen"].split()
     assert options[-1] == "teacher.top_k=4"
     cut = tmp_path / "cut"

@@ -2,13 +2,21 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from pipeline.dataset_index import CONVERTER
 from pipeline.receipts import code_fingerprint
 
 
-def test_the_fingerprint_follows_the_source() -> None:
-    assert code_fingerprint(*CONVERTER) == code_fingerprint(*CONVERTER)
+def test_the_fingerprint_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "invented.py").write_text("X = 1\n")
+    before = code_fingerprint("invented", *CONVERTER)
+    assert before == code_fingerprint("invented", *CONVERTER)
+    (tmp_path / "invented.py").write_text("X = 2\n")
+    assert before != code_fingerprint("invented", *CONVERTER)
     assert len({code_fingerprint(*CONVERTER[:count]) for count in range(len(CONVERTER) + 1)}) == len(CONVERTER) + 1
 
 

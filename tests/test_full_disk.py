@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.config import render_template
-from pipeline.stores import sha256_file
+from schemas.hashing import file_sha256
 
 ROOT = Path(__file__).parent.parent
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -64,4 +64,4 @@ def test_a_full_and_a_read_only_disk(tmp_path: Path) -> None:
     for stage in ("plan", "teacher"):
         assert CliRunner().invoke(app, [stage, *elsewhere]).exit_code == 0
     parts = sorted((tmp_path / "whole" / "teacher").glob("*.parquet"))
-    assert hashes.splitlines()[1:] == [f"{sha256_file(part)}  teacher/{part.name}" for part in parts]
+    assert hashes.splitlines()[1:] == [f"{file_sha256(part)}  teacher/{part.name}" for part in parts]

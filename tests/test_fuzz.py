@@ -27,6 +27,7 @@ from student_data import make_dataset
 from schemas import manifest, strict_json, token_dump
 from schemas.byte_shard import read_shard
 from schemas.errors import BytecacheError, IntegrityError
+from schemas.hashing import file_sha256
 from schemas.manifest import read_dataset, seal
 from schemas.token_dump import DumpWriter, Window, read_meta, read_windows
 from schemas.verification import verify_dataset
@@ -209,7 +210,7 @@ def test_an_index_that_was_sealed_again_is_refused_or_sound(dataset: Path, data:
             return
         assert all("/" not in entry.file and ".." not in entry.file for entry in found.entries)
         assert [entry.sha256 for entry in found.entries] == [
-            manifest.file_sha256(dataset / entry.file) for entry in found.entries
+            file_sha256(dataset / entry.file) for entry in found.entries
         ], "what names a shard must still be true"
     finally:
         for name, content in whole.items():

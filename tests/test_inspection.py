@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import bytecache, refusal
 from student_data import write_split
-from test_cli import bytecache, refusal
 
 from pipeline.inspection import bits_per_position, inspect_file
 from pipeline.inspection_page import shard_page

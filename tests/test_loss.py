@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from stages.training.byte_head import SYMBOLS
+from stages.training.byte_head import HEAD_SYMBOLS
 from stages.training.loss import FLOOR, SlotTargets, byte_terms
 
 
 def case(slots: int, seed: int, *, tail: float = 0.1, sharp: float = 2.0):
     """Random logits and sparse targets; also the dense float64 teacher [S, 257] with its tails."""
     rng = np.random.default_rng(seed)
-    logits = torch.from_numpy(rng.normal(size=(slots, SYMBOLS)) * sharp)
+    logits = torch.from_numpy(rng.normal(size=(slots, HEAD_SYMBOLS)) * sharp)
     dense = np.zeros((slots, 257))
     for s in range(slots):
         listed = rng.choice(257, size=rng.integers(1, 9), replace=False)
@@ -27,8 +27,8 @@ def case(slots: int, seed: int, *, tail: float = 0.1, sharp: float = 2.0):
 def reference(logits, true, dense, tail):
     """KL over listed symbols and one rest bucket, written out densely."""
     q = torch.softmax(logits.double(), -1)
-    listed = functional.pad(dense > 0, (0, SYMBOLS - 257))
-    p = functional.pad(dense, (0, SYMBOLS - 257))
+    listed = functional.pad(dense > 0, (0, HEAD_SYMBOLS - 257))
+    p = functional.pad(dense, (0, HEAD_SYMBOLS - 257))
     kl = torch.where(listed, torch.xlogy(p, p) - p * torch.log(q), 0.0).sum(-1)
     rest = torch.where(listed, 0.0, q).sum(-1)
     kl = kl + torch.xlogy(tail, tail) - torch.where(tail > 0, tail * torch.log(rest), 0.0)
@@ -127,7 +127,7 @@ def test_divergences_equal_a_dense_reference_with_gradients(kind, temperature, t
 @pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
 def test_symbols_that_cannot_follow_have_no_gradient(kind):
     """-inf logits (a trie node offers few symbols), also where nothing is left for the bucket and the tail is 0."""
-    logits = torch.full((2, SYMBOLS), -torch.inf, dtype=torch.float64)
+    logits = torch.full((2, HEAD_SYMBOLS), -torch.inf, dtype=torch.float64)
     logits[0, [1, 2, 3]] = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64)
     logits[1, [4, 5]] = torch.tensor([0.1, 0.9], dtype=torch.float64)
     logits.requires_grad_()

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from schemas import card, manifest
 from schemas.byte_shard import ShardBuilder
 from schemas.errors import InputError, IntegrityError, StorageError
+from schemas.hashing import file_sha256
 from schemas.manifest import ShardEntry, describe_shard, index_documents, read_dataset, seal, write_dataset
 from schemas.verification import verify_dataset
 
@@ -170,7 +171,7 @@ def test_deep_verification_opens_shards(folder: Path) -> None:
     entries = [ShardEntry(**row) for row in rows]
     path = folder / rows[1]["file"]
     path.write_bytes(b"not a zip")
-    entries[1] = entries[1].model_copy(update={"size": 9, "sha256": manifest.file_sha256(path)})
+    entries[1] = entries[1].model_copy(update={"size": 9, "sha256": file_sha256(path)})
     write_dataset(folder, entries, INFO)
     assert verify_dataset(folder) == []
     found = verify_dataset(folder, deep=True)

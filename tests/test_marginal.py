@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from schemas.arrays import END
 from schemas.settings import Train
 from stages.tokens.vocab import Vocabulary
 from stages.training import node_sums
-from stages.training.byte_head import END, SYMBOLS
+from stages.training.byte_head import HEAD_SYMBOLS
 from stages.training.loss import IGNORE, SlotTargets, byte_terms, diverge
 from stages.training.marginal import Marginal
 from stages.training.node_sums import CONTROL, STOP, NodeTables, node_log_probs, node_logits
@@ -66,7 +67,7 @@ def dense_masses(z: torch.Tensor, prefix: bytes) -> torch.Tensor:
     if not prefix:
         parts[END], parts[CONTROL] = [e[END_ID]], [e[START_ID], e[ROWS - 2], e[ROWS - 1]]
     zero = torch.zeros((), dtype=z.dtype)
-    return torch.stack([torch.stack(parts[s]).sum() if s in parts else zero for s in range(SYMBOLS)])
+    return torch.stack([torch.stack(parts[s]).sum() if s in parts else zero for s in range(HEAD_SYMBOLS)])
 
 
 def test_masses_and_gradients_equal_enumeration(monkeypatch):

@@ -9,12 +9,13 @@ from student_data import make_dataset
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas.arrays import END
 from schemas.errors import ConfigError
 from schemas.manifest import read_dataset
 from schemas.settings import Student as Small
 from schemas.settings import Train
 from stages.training import student
-from stages.training.byte_head import END, SLOTS, SYMBOLS
+from stages.training.byte_head import HEAD_SYMBOLS, SLOTS
 from stages.training.heads import make_head
 from stages.training.loss import IGNORE
 from stages.training.objective import Objective
@@ -56,7 +57,7 @@ def test_no_head_can_read_the_token_it_predicts(kind):
     def logits(ids, true):
         with torch.no_grad():
             _, hidden = opened.forward(ids)
-            return head(hidden.flatten(0, 1), slot_token, counts, true.flatten()).view(SLOTS, 12, SYMBOLS)
+            return head(hidden.flatten(0, 1), slot_token, counts, true.flatten()).view(SLOTS, 12, HEAD_SYMBOLS)
 
     before = logits(inputs, symbols)
     for token in range(11):

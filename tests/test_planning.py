@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from pipeline import receipts, survey, units
+from pipeline import planning, receipts, survey
 from pipeline.parallel import Processes
 from pipeline.plan import read_plan
-from pipeline.stores import LocalStore, sha256_file
+from pipeline.stores import LocalStore
 from schemas.errors import ConfigError, InputError, Interrupted
+from schemas.hashing import file_sha256
 from schemas.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -51,8 +52,8 @@ def settings(source: Path, jobs: int = 1, **keys: object) -> Settings:
 
 
 def planned(store: LocalStore, wanted: Settings) -> dict[str, str]:
-    units.make_plan(store, wanted)
-    return {key: sha256_file(store.get_path(key)) for key in store.list("") if not key.startswith(receipts.FOLDER)}
+    planning.make_plan(store, wanted)
+    return {key: file_sha256(store.get_path(key)) for key in store.list("") if not key.startswith(receipts.FOLDER)}
 
 
 def contents(found: dict[str, str]) -> dict[str, str]:
@@ -109,12 +110,12 @@ def test_processes_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     limit = 40_000
     assert planned(alone, settings(source, max_bytes=limit)) == planned(together, settings(source, 3, max_bytes=limit))
     assert survey.processes_for(settings(source, 3, max_bytes=limit).corpus) == 3
-    assert not units.make_plan(together, settings(source, 2, max_bytes=limit))[1]
+    assert not planning.make_plan(together, settings(source, 2, max_bytes=limit))[1]
     with pytest.raises(InputError, match=r"018\.jsonl, line 1 .*not JSON"):
-        units.make_plan(LocalStore(tmp_path / "none"), settings(source, 2))
+        planning.make_plan(LocalStore(tmp_path / "none"), settings(source, 2))
     (source / "001.jsonl").write_text('{"text": "other"}\n')
     with pytest.raises(ConfigError, match="corpus text"):
-        units.make_plan(together, settings(source, 2, max_bytes=limit))
+        planning.make_plan(together, settings(source, 2, max_bytes=limit))
 
 
 def test_a_corpus_that_changes_between_the_passes_is_noticed(tmp_path: Path) -> None:
@@ -213,5 +214,5 @@ def test_a_killed_plan_leaves_no_process_and_is_finished_by_a_rerun(tmp_path: Pa
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     alone = LocalStore(tmp_path / "alone")
     wanted = settings(source, unit_bytes=200000, heldout_fraction=0.1)
-    plan, again = units.make_plan(alone, wanted)[0], read_plan(LocalStore(tmp_path / "run"))
+    plan, again = planning.make_plan(alone, wanted)[0], read_plan(LocalStore(tmp_path / "run"))
     assert again is not None and again.hash == plan.hash

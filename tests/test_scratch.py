@@ -1,4 +1,4 @@
-"""Scratch folders: gone at exit, kept when renamed, a dead owner's swept, a living one's left alone."""
+"""Folders of this machine: scratch gone at exit, kept when renamed, a dead owner's swept; one cache for all copies."""
 
 import os
 import signal
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.scratch import scratch_folder
+from pipeline.stores import open_store
+from pipeline.stores.readonly import ReadOnlyStore
+from stages.scratch import cache_folder, scratch_folder
 
 ROOT = Path(__file__).parent.parent
 OWNER = """
@@ -45,3 +47,19 @@ def test_a_killed_owners_folder_is_swept_by_the_next(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     with scratch_folder(tmp_path) as mine:
         assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_all_copies_lie_in_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("BYTECACHE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache/bytecache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg/bytecache"
+    monkeypatch.setenv("BYTECACHE_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "own"
+    places: list[Path] = []
+    monkeypatch.setattr(ReadOnlyStore, "__init__", lambda self, url, scratch: places.append(scratch))
+    open_store("hf://datasets/me/books")
+    open_store("hf://datasets/me/books", "~/here")
+    assert places == [tmp_path / "own/runs", tmp_path / "here"]

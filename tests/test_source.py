@@ -224,7 +224,7 @@ def test_files_are_fetched_before_they_are_asked_for(memory: str, tmp_path: Path
 
 
 def test_the_commands_train_from_a_url(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_cli import bytecache, refusal
+    from command_line import bytecache, refusal
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipeline.toml").write_text(

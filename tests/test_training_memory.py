@@ -8,10 +8,10 @@ from student_data import make_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from schemas.manifest import read_dataset
-from schemas.settings import Student, Train
+from schemas.settings import BASELINES, Student, Train
 from stages.training import student
-from stages.training.baselines import BASELINES, TokenTargets
-from stages.training.byte_head import SLOTS, SYMBOLS
+from stages.training.baselines import TokenTargets
+from stages.training.byte_head import HEAD_SYMBOLS, SLOTS
 from stages.training.objective import Objective
 from stages.training.stream import MicroBatch, ShardReader, collate, cut
 
@@ -66,7 +66,7 @@ def test_no_dense_targets_and_a_piece_of_logits_at_a_time(world, head):
     inherent = max(tokens * 16, vocabulary * 16, CHUNK * vocabulary, len(micro.targets.slot) * 2)
     inherent = max(inherent, sum(p.numel() for p in objective.parameters() if p.requires_grad))
     if objective.marginal is None:
-        inherent = max(inherent, slots * SYMBOLS, tokens * SLOTS * 3 * 16)
-    assert seen.elements <= inherent < tokens * SLOTS * SYMBOLS
+        inherent = max(inherent, slots * HEAD_SYMBOLS, tokens * SLOTS * 3 * 16)
+    assert seen.elements <= inherent < tokens * SLOTS * HEAD_SYMBOLS
     if objective.marginal is not None:
         assert inherent < tokens * vocabulary / 4

@@ -6,16 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_line import FakeTeacher, bytecache, refusal
 from run_outputs import outputs
 from student_data import make_dataset
-from test_cli import FakeTeacher, bytecache, fake_convert, fake_teacher, refusal, world  # noqa: F401 - fixtures
 
 from schemas.manifest import read_dataset
 from schemas.verification import verify_dataset
 
 
 @pytest.fixture
-def run(world: Path, fake_teacher: type[FakeTeacher], fake_convert: None) -> Path:  # noqa: F811
+def run(world: Path, fake_teacher: type[FakeTeacher], fake_convert: None) -> Path:
     for command in ("plan", "teacher", "convert"):
         assert bytecache(command, "--set", "convert.shard_bytes=2500").exit_code == 0
     return world / "run"
@@ -54,7 +54,7 @@ def test_a_run_is_made_whole_without_its_teacher(run: Path, pattern: str, damage
     assert again.stdout.count("\n") == 1, "a whole run is left alone"
 
 
-def test_damaged_dump_parts_are_left_to_the_teacher(run: Path, fake_teacher: type[FakeTeacher]) -> None:  # noqa: F811
+def test_damaged_dump_parts_are_left_to_the_teacher(run: Path, fake_teacher: type[FakeTeacher]) -> None:
     before = outputs(run)
     part, shard = sorted(run.glob("teacher/*.parquet"))[1], sorted(run.glob("targets/train*.zip"))[0]
     flip(part)
@@ -73,7 +73,7 @@ def test_damaged_dump_parts_are_left_to_the_teacher(run: Path, fake_teacher: typ
 
 def test_a_dump_deleted_after_conversion_is_missed_only_when_needed(
     run: Path,
-    fake_teacher: type[FakeTeacher],  # noqa: F811
+    fake_teacher: type[FakeTeacher],
 ) -> None:
     before, small = outputs(run), ("--set", "convert.shard_bytes=2500")
     assert "the dump is deleted" in bytecache("convert", *small, "--set", "convert.delete_dump=true").stdout

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import FakeTeacher, bytecache, fake_convert, fake_teacher, refusal, world  # noqa: F401
+from command_line import FakeTeacher, bytecache, refusal
 
 from pipeline import receipts
 from pipeline.plan import read_plan

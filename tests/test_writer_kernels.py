@@ -13,7 +13,7 @@ from schemas.byte_shard import ShardBuilder
 from schemas.errors import IntegrityError
 from schemas.logarithms import sum_logs
 from schemas.prior import MAX_CODE, Prior
-from schemas.sorting import SPARE, sort_distinct
+from schemas.sorting import PADDING, sort_distinct
 
 
 def sparse(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ def test_a_bad_sparse_row_is_refused_and_nothing_of_its_piece_kept(tmp_path: Pat
 def test_sort_distinct_sorts(n: int) -> None:
     for seed in range(30):
         values = np.random.default_rng(seed).permutation(10 * n + 1)[:n].astype(np.int64)
-        room = np.append(values, np.full(-n % SPARE or SPARE, -1, np.int64))
+        room = np.append(values, np.full(-n % PADDING or PADDING, -1, np.int64))
         sort_distinct(room, np.empty_like(room), n)
         assert room[:n].tolist() == sorted(values.tolist())
 

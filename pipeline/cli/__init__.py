@@ -17,8 +17,8 @@ app = typer.Typer(
         "An offline teacher cache for byte-level distillation: exact next-byte targets from any teacher, for any "
         "student.\n\nStages: plan, teacher, convert, train, evaluate, export; **run** does all of them. Each "
         "reads what the one before left in the run folder, skips what is done, and can be killed at any moment and "
-        "rerun.\n\nExit codes: 2 configuration, 3 input, 4 integrity, 5 engine, 6 storage, 75 stopped by a signal "
-        "(rerun the same command)."
+        "rerun.\n\nExit codes: 0 done, 1 other refusals, 2 configuration, 3 input, 4 integrity, 5 engine, 6 "
+        "storage, 75 stopped by a signal (rerun the same command)."
     ),
     no_args_is_help=True,
     add_completion=False,

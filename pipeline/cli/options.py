@@ -32,12 +32,18 @@ SetOption = Annotated[
 RunDirOption = Annotated[str | None, typer.Option("--run-dir", "-r", help="The run folder (run.dir).")]
 SHORTHANDS: dict[str, tuple[str, Any]] = {
     "corpus.source": ("source", typer.Option("--source", help="The corpus (corpus.source).")),
-    "corpus.jobs": ("jobs", typer.Option("--jobs", help="Processes that read the corpus (corpus.jobs).")),
+    "corpus.jobs": ("jobs", typer.Option("--jobs", metavar="N", help="Processes that read the corpus (corpus.jobs).")),
     "teacher.model": ("model", typer.Option("--teacher", "-t", help="Folder or hub id (teacher.model).")),
     "teacher.backend": ("backend", typer.Option("--backend", help="vllm or hf (teacher.backend).")),
     "teacher.preset": ("preset", typer.Option("--preset", help="fast, balanced or exact (teacher.preset).")),
-    "teacher.tau": ("tau", typer.Option("--tau", help="Share above which a deviation is evaluated.")),
-    "teacher.depth": ("depth", typer.Option("--depth", help="Passes of branch evaluation (teacher.depth).")),
+    "teacher.tau": (
+        "tau",
+        typer.Option("--tau", metavar="SHARE", help="Share above which a deviation is evaluated (teacher.tau)."),
+    ),
+    "teacher.depth": (
+        "depth",
+        typer.Option("--depth", metavar="N", help="Passes of branch evaluation (teacher.depth)."),
+    ),
 }
 """Keys of the configuration that have an option of their own: its name as a parameter, and the option."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -160,7 +160,7 @@ class Claimer:
                 yield from self._look(self._block)
             taken = yield from self._take_free(self._block)
             if taken is None and not self._settled[self._block]:
-                taken = yield from self._take_over(self._block)
+                taken = yield from self._take_over()
             if taken:
                 self._idle = 0
                 return taken
@@ -268,8 +268,8 @@ class Claimer:
     def _put_claim(self, claim: Claim) -> Steps[bool]:
         return bool((yield Put(self.layout.mark(claim.unit, CLAIM, claim.epoch), {"worker": self.worker})))
 
-    def _take_over(self, block: int) -> Steps[Claim | None]:
-        """Look after some of the holders of a block; take the unit of a dead one."""
+    def _take_over(self) -> Steps[Claim | None]:
+        """Look after some of the holders in the block last listed; take the unit of a dead one."""
         unknown = [claim for claim in self._held if claim.unit not in self._watched]
         for claim in self._random.sample(unknown, min(len(unknown), max(WATCHED - len(self._watched), 0))):
             taken = yield from self._check(claim)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import receipts
-from pipeline.config import changed_keys
+from pipeline.config import changed_keys, flattened
 from pipeline.fleet.ledger import Layout, read_json
 from pipeline.runner import Job
-from pipeline.stores import Store, sha256_file
+from pipeline.stores import Store
 from schemas.errors import ConfigError, IntegrityError
+from schemas.hashing import file_sha256
 
 VERSION = 1
 _SHOWN = 4
@@ -33,7 +34,7 @@ def code_hashes() -> dict[str, str]:
         for file in sorted(root.rglob("*.py")):
             name = f"{package}/{file.relative_to(root).as_posix()}"
             if not name.startswith("stages/training/"):
-                found[name] = sha256_file(file)[:12]
+                found[name] = file_sha256(file)[:12]
     return found
 
 
@@ -60,7 +61,7 @@ def join(store: Store, job: Job) -> None:
     theirs = read_json(store, layout.job)
     if theirs is None:
         raise IntegrityError(f"{store.name}/{layout.job} is damaged; delete it when no worker runs, then start again")
-    changes = list(changed_keys(_flat(theirs), _flat(ours)))
+    changes = list(changed_keys(flattened(theirs), flattened(ours)))
     if changes:
         more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         raise ConfigError(
@@ -68,10 +69,3 @@ def join(store: Store, job: Job) -> None:
             f"({'; '.join(changes[:_SHOWN])}{more}); use the same everywhere, choose a new run.dir, or, once no worker "
             f"runs, give that job up with `bytecache retry {job.stage} --new-job`"
         )
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

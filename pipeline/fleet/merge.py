@@ -13,13 +13,14 @@ import shutil
 from dataclasses import dataclass, field
 
 from pipeline import receipts
-from pipeline.config import changed_keys
+from pipeline.config import changed_keys, flattened
 from pipeline.fleet.ledger import STAGES
 from pipeline.plan import PLAN_KEY, Plan, read_plan
 from pipeline.receipts import FileRecord, Receipt
 from pipeline.runner import commit_receipt
-from pipeline.stores import Store, disk_errors, sha256_file
+from pipeline.stores import Store, disk_errors
 from schemas.errors import ConfigError, InputError, IntegrityError
+from schemas.hashing import file_sha256
 
 
 @dataclass
@@ -128,20 +129,11 @@ def _refuse_two_teachers(found: list[tuple[Store, Receipt]]) -> None:
         first.setdefault(receipt.group, (store, receipt))
     if len(first) > 1:
         (one, mine), (other, theirs) = list(first.values())[:2]
-        changes = changed_keys(_flat(mine.inputs["teacher"]), _flat(theirs.inputs["teacher"]))
+        changes = changed_keys(flattened(mine.inputs["teacher"]), flattened(theirs.inputs["teacher"]))
         raise ConfigError(
             f"{one.name} and {other.name} hold dumps of different teachers, settings or software "
             f"({'; '.join(list(changes)[:4])}); parts of both never make one data set"
         )
-
-
-def _flat(table: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(table, dict):
-        return {prefix.removesuffix("."): table}
-    flat: dict[str, object] = {}
-    for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.")
-    return flat
 
 
 def _names(files: tuple[FileRecord, ...]) -> str:
@@ -162,7 +154,7 @@ def _copy(source: Store, destination: Store, file: FileRecord) -> None:
             temporary.open("wb") as writer,
         ):
             shutil.copyfileobj(reader, writer, 1 << 20)
-        if temporary.stat().st_size != file.size or sha256_file(temporary) != file.sha256:
+        if temporary.stat().st_size != file.size or file_sha256(temporary) != file.sha256:
             raise IntegrityError(f"{source.name}: {file.path} differs from its receipt; make it again there")
         if destination.exists(file.path):
             destination.replace(file.path, temporary)  # without a receipt its wholeness is unproven; ours is whole

@@ -1,27 +1,28 @@
 """Where bytes live: the only package that knows. `Store` is the interface, `open_store` picks the backend by URL."""
 
-import os
 from pathlib import Path
 
-from pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped, sha256_file
+from pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped
 from pipeline.stores.local import LocalStore
 from schemas.errors import ConfigError
+from stages.scratch import cache_folder
 
 __all__ = [
-    "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped", "sha256_file",
+    "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped",
 ]  # fmt: skip
 
 
 def open_store(place: str, scratch: str = "") -> Store:
     """The store of a run: a path, or a URL (s3://bucket/prefix, gs://..., az://account/container/..., hf://datasets/...).
 
-    `scratch`: local folder for copies and temporary files of remote runs; empty = `bytecache/runs` in the user's cache
-    folder. Raises ConfigError for a scheme that has no store here or whose library is not installed.
+    `scratch`: local folder for copies and temporary files of remote runs; empty = `runs` in the cache
+    (`stages.scratch.cache_folder`). Raises ConfigError for a scheme that has no store here or whose library is not
+    installed.
     """
     scheme, separator, _ = place.partition("://")
     if not separator:
         return LocalStore(Path(place).expanduser())
-    folder = Path(scratch or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/bytecache/runs").expanduser()
+    folder = Path(scratch).expanduser() if scratch else cache_folder() / "runs"
     if scheme in READABLE:
         from pipeline.stores.readonly import ReadOnlyStore
 

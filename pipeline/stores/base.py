@@ -8,7 +8,6 @@ contract as tests that every backend passes.
 
 import contextlib
 import errno
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -167,9 +166,3 @@ def check_key(key: str, where: str) -> tuple[str, ...]:
 def json_bytes(value: Any) -> bytes:
     """Readable JSON with a fixed form: sorted keys, two spaces, UTF-8, final newline. NaN and infinity are refused."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

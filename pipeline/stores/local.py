@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.processes import has_ended, is_ours, process_name
-from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes, sha256_file
+from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
 from schemas.errors import StorageError
+from schemas.hashing import file_sha256
 from stages.scratch import flush_to_disk
 
 STALE_SECONDS = 7 * 24 * 3600
@@ -109,7 +110,7 @@ class LocalStore:
         return path.stat().st_size if path.is_file() else None
 
     def sha256(self, key: str, *, deep: bool = False) -> str:
-        return sha256_file(self.get_path(key))
+        return file_sha256(self.get_path(key))
 
     def list(self, prefix: str) -> Iterator[str]:
         folder = self._path(prefix) if prefix else self.root

@@ -33,12 +33,13 @@ from typing import Any, BinaryIO
 import obstore
 from obstore.exceptions import AlreadyExistsError
 
-from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes, sha256_file
+from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
 from pipeline.stores.local import STALE_SECONDS, LocalStore
 from pipeline.stores.mirror import Mirror
 from pipeline.stores.retry import Damaged, patiently
 from pipeline.stores.services import open_client
 from schemas.errors import ConfigError, StorageError
+from schemas.hashing import file_sha256
 
 SINGLE_PUT = 128 * 1024 * 1024
 COPY_LIMIT = 5 * 1024**3
@@ -128,7 +129,7 @@ class ObjectStore:
 
     def _create_large(self, key: str, source: Path) -> bool:
         """Staged multipart upload and conditional copy. An equal object that is already there counts as ours."""
-        sha256, staged = sha256_file(source), f"{TEMP_FOLDER}/{source.name}"
+        sha256, staged = file_sha256(source), f"{TEMP_FOLDER}/{source.name}"
         try:
             self._upload(staged, source, sha256)
             try:
@@ -145,7 +146,7 @@ class ObjectStore:
 
     def _create_huge(self, key: str, source: Path) -> bool:
         """Look, and upload in parts. An equal object that is already there counts as ours."""
-        sha256 = sha256_file(source)
+        sha256 = file_sha256(source)
         if self._head(key) is not None:
             return self.sha256(key) == sha256
         self._upload(key, source, sha256)
@@ -154,7 +155,7 @@ class ObjectStore:
     def replace(self, key: str, source: Path) -> None:
         check_key(key, self.name)
         try:
-            self._upload(key, source, sha256_file(source))
+            self._upload(key, source, file_sha256(source))
         finally:
             source.unlink(missing_ok=True)
 

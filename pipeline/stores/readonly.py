@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from pipeline.stores.base import check_key, disk_errors, sha256_file
+from pipeline.stores.base import check_key, disk_errors
 from pipeline.stores.local import LocalStore
 from pipeline.stores.mirror import Mirror
 from schemas.errors import ConfigError, StorageError
+from schemas.hashing import file_sha256
 
 
 class ReadOnlyStore:
@@ -79,7 +80,7 @@ class ReadOnlyStore:
         return int(found["size"]) if found else None
 
     def sha256(self, key: str, *, deep: bool = False) -> str:
-        return sha256_file(self.get_path(key))
+        return file_sha256(self.get_path(key))
 
     def list(self, prefix: str) -> Iterator[str]:
         if prefix:

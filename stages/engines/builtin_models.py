@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from schemas.errors import InputError, StorageError
-from schemas.manifest import file_sha256
+from schemas.hashing import file_sha256
 from stages.scratch import flush_to_disk
 
 MARKER = "bytecache-builtin.json"

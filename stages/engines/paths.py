@@ -7,7 +7,7 @@ vocabulary's byte trie along x[s:] gives one *level* per depth d: the trie node 
     stop   (d, v)  mass of token v, for every v with bytes equal to w   (d >= 1)
 
 and at depth 0 also the mass of END tokens and of control tokens. These are all that P(next byte | prefix) ever
-needs of the row (Vieira et al., arXiv 2412.03719, section 3; DESIGN section 2).
+needs of the row (Vieira et al., arXiv 2412.03719, section 3).
 
 Masses are sums of exp(logit - max) in float64 over each range directly, not differences of a running sum, so a
 mass of 1e-30 keeps its digits. They run where the logits are: numba on a CPU, segment sums of torch on a device.

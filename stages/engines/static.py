@@ -34,7 +34,7 @@ CONTEXTS = ("\n", " in")
 BATCH = 64
 """Prompts evaluated together, always as many: a state must not depend on what else was asked for."""
 LOGIT_ROWS = 128
-"""Rows of logits in memory at once."""
+"""Rows of logits in memory at once: 128 x vocabulary x 4 bytes."""
 TOGETHER = 4096
 """Histories of several windows whose rows are made together: bounds memory, and the time to a stop."""
 MAX_SAVED = 1 << 31

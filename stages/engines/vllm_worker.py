@@ -15,11 +15,9 @@ import numpy as np
 import torch
 
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
-from stages.engines.static import StaticJob, StaticStates, linear_logits
+from stages.engines.static import LOGIT_ROWS, StaticJob, StaticStates, linear_logits
 
 HOOK = "_get_prompt_logprobs_dict"
-LOGIT_ROWS = 128
-"""Rows of logits in memory at once: 128 x vocabulary x 4 bytes."""
 
 
 class Want(NamedTuple):

@@ -9,23 +9,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from schemas.arrays import I64
 from schemas.byte_shard import ByteShard
 from stages.chat import Template, encode_answer
 from stages.tokens.vocab import Misfit, Vocabulary
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Columns(NamedTuple):
     """One document's tokens: id, predecessor, first and last position, bytes in front of the text; int64 [K] each."""
 
-    ids: IntArray
-    before: IntArray
-    start: IntArray
-    end: IntArray
-    skip: IntArray
+    ids: I64
+    before: I64
+    start: I64
+    end: I64
+    skip: I64
 
 
 def answer_start(shard: ByteShard, lo: int, hi: int) -> int:

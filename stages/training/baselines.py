@@ -20,9 +20,6 @@ from torch.nn import functional
 
 from stages.training.loss import SlotTargets, byte_terms
 
-BASELINES = ("uld", "shared_topk")
-"""Values of `train.head` that read the teacher's tokens."""
-
 
 class TokenTargets(NamedTuple):
     """What the teacher says at A common places of a micro-batch.

@@ -15,10 +15,8 @@ from torch.nn import functional
 
 SLOTS = 10
 """Bytes of a token that are predicted; longer tokens are supervised on their first ten only."""
-SYMBOLS = 260
-"""256 bytes, END, and three symbols that are never a target (the paper's specials)."""
-END = 256
-"""The symbol after a document's last byte; slot 0 of the student's EOS token."""
+HEAD_SYMBOLS = 260
+"""256 bytes, END (slot 0 of the student's EOS token), and three that are never a target (the paper's specials)."""
 
 
 class ByteHead(nn.Module):
@@ -32,8 +30,8 @@ class ByteHead(nn.Module):
     def __init__(self, hidden_size: int, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(SLOTS, SYMBOLS, hidden_size, generator=generator) * 0.02)
-        self.bias = nn.Parameter(torch.zeros(SLOTS, SYMBOLS))
+        self.weight = nn.Parameter(torch.randn(SLOTS, HEAD_SYMBOLS, hidden_size, generator=generator) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(SLOTS, HEAD_SYMBOLS))
 
     def forward(
         self, hidden: Tensor, slot_token: Tensor, slot_counts: Sequence[int], slot_symbol: Tensor | None = None
@@ -55,7 +53,7 @@ class ByteHead(nn.Module):
 
     def flops(self, tokens: int, slots: int) -> int:
         """Matrix FLOPs, forward and backward."""
-        return 6 * SYMBOLS * self.weight.shape[2] * slots
+        return 6 * HEAD_SYMBOLS * self.weight.shape[2] * slots
 
     @property
     def n_parameters(self) -> int:

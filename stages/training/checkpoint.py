@@ -7,7 +7,6 @@ Price: model and two moments in float32, 12 bytes a parameter, written and hashe
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from schemas.errors import IntegrityError, StorageError
-from schemas.manifest import file_sha256
-from stages.scratch import scratch_folder
+from schemas.hashing import file_sha256
+from stages.scratch import flush_to_disk, scratch_folder
 
 KEEP = 2
 """Checkpoints kept; the older one is the fallback for damage of the newer."""
 
 
 def _publish(scratch: Path, final: Path) -> None:
-    with scratch.open("rb") as f:
-        os.fsync(f.fileno())
+    flush_to_disk(scratch)
     scratch.replace(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_to_disk(final.parent)
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:

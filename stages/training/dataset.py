@@ -32,6 +32,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from schemas.arrays import END
 from schemas.byte_shard import ByteShard
 from schemas.errors import ConfigError, InputError
 from schemas.manifest import Dataset
@@ -40,7 +41,6 @@ from stages.training.shelf import Shelf
 from stages.training.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
 from stages.training.stream import prefetch
 
-END = 256
 STATE_VERSION = 1
 
 

@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from schemas.arrays import SYMBOLS
 from schemas.errors import InputError
 from schemas.manifest import Dataset
 from schemas.settings import Train as TrainSettings
 from stages.training import checkpoint, stream, student
-from stages.training.loss import LISTABLE
 from stages.training.order import sequential
 from stages.training.run import Run, micro_loss, start_run
 from stages.training.source import open_dataset
@@ -54,7 +54,7 @@ def true_nats(
         (nats float64 [n], listed bool [n]); an unlisted truth gets tail / (257 - listed symbols), at least 2**-24.
     """
     count = np.bincount(row, minlength=true.size)
-    p = tail.astype(np.float64) / np.maximum(LISTABLE - count, 1)
+    p = tail.astype(np.float64) / np.maximum(SYMBOLS - count, 1)
     hit = symbol == true[row]
     p[row[hit]] = prob[hit]
     listed = np.zeros(true.size, np.bool_)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from schemas.errors import ConfigError
-from stages.training.byte_head import SLOTS, SYMBOLS, ByteHead
+from stages.training.byte_head import HEAD_SYMBOLS, SLOTS, ByteHead
 
 PARTS = 4
 """Attention heads of the `transformer` head."""
@@ -43,10 +43,10 @@ class SharedHead(nn.Module):
         self.inward = _normal(g, width, hidden_size)
         self.slot = _normal(g, SLOTS, width)
         self.norm = nn.Parameter(torch.ones(width))
-        self.outward = _normal(g, SYMBOLS, width)
-        self.bias = nn.Parameter(torch.zeros(SYMBOLS))
+        self.outward = _normal(g, HEAD_SYMBOLS, width)
+        self.bias = nn.Parameter(torch.zeros(HEAD_SYMBOLS))
         if kind == "autoregressive":
-            self.past = _normal(g, SLOTS, SYMBOLS, width)
+            self.past = _normal(g, SLOTS, HEAD_SYMBOLS, width)
         if kind == "transformer":
             self.qkv = _normal(g, 3 * width, width)
             self.mix = _normal(g, width, width)
@@ -100,7 +100,7 @@ class SharedHead(nn.Module):
         """Matrix FLOPs, forward and backward; attention counted as if every token filled its ten slots."""
         width, hidden = self.inward.shape
         attention = tokens * SLOTS * (4 * width * width + 2 * SLOTS * width) if self.kind == "transformer" else 0
-        return 6 * (tokens * hidden * width + slots * SYMBOLS * width + attention)
+        return 6 * (tokens * hidden * width + slots * HEAD_SYMBOLS * width + attention)
 
     @property
     def n_parameters(self) -> int:

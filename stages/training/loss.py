@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from schemas.arrays import SYMBOLS
+
 IGNORE = -100
 """Label of positions that carry no token loss."""
-LISTABLE = 257
-"""Symbols a teacher can list: 256 bytes and END."""
 FLOOR = 1e-6
 """Smallest probability that targets can hold; reverse KL charges the student no more than -log of it."""
 TINY = 1e-37
@@ -101,7 +101,7 @@ def _divergence(kind: str, p: Tensor, log_q: Tensor) -> Tensor:
 
 def byte_terms(
     logits: Tensor, true: Tensor, targets: SlotTargets, *, divergence: str = "forward", temperature: float = 1.0,
-    symbols: int | Tensor = LISTABLE,
+    symbols: int | Tensor = SYMBOLS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of the true symbol, and the divergence between teacher and head, per slot.
 

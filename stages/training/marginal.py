@@ -32,8 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from schemas.arrays import END
 from stages.tokens.vocab import Vocabulary
-from stages.training.byte_head import END
 from stages.training.loss import SlotTargets
 from stages.training.node_sums import STOP, NodeTables
 from stages.training.segmentation import Segmentation

@@ -22,8 +22,9 @@ from numba import njit
 from torch import Tensor, nn
 from torch.nn import functional
 
+from schemas.arrays import END, I64
 from stages.tokens.vocab import Vocabulary
-from stages.training.byte_head import END, SYMBOLS
+from stages.training.byte_head import HEAD_SYMBOLS
 from stages.training.loss import LOWEST
 
 STOP = 257
@@ -31,14 +32,12 @@ STOP = 257
 CONTROL = 258
 """Ids that carry no bytes and end no document."""
 
-IntArray = npt.NDArray[np.int64]
-
 
 class Paths(NamedTuple):
     """Trie path of every id: path[offset[v] + d] is the node of its first d bytes, d = 0 .. its length."""
 
-    offset: IntArray
-    path: IntArray
+    offset: I64
+    path: I64
 
 
 def token_paths(vocabulary: Vocabulary) -> Paths:
@@ -154,11 +153,11 @@ class _NodeLogits(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, row: Tensor, node: Tensor, tables: NodeTables) -> Tensor:
         peak = z.amax(dim=1, keepdim=True)
         e = torch.exp(z - peak)
-        mass = z.new_zeros(row.numel(), SYMBOLS)
+        mass = z.new_zeros(row.numel(), HEAD_SYMBOLS)
         slot, symbol, lo, hi = tables.pairs(node)
         for cell, pair in _cells(lo, hi):
             value = e[row[slot[pair]], tables.table("order")[cell]]
-            mass.view(-1).index_add_(0, slot[pair] * SYMBOLS + symbol[pair], value)
+            mass.view(-1).index_add_(0, slot[pair] * HEAD_SYMBOLS + symbol[pair], value)
         ctx.tables = tables
         ctx.save_for_backward(e, row, node, mass)
         return mass.log() + peak[row]
@@ -242,7 +241,7 @@ def _choose(  # type: ignore[no-untyped-def]
 
     Per row: its sum, where it has a label. A row is gathered into byte order once, so every range is contiguous.
     """
-    at = np.zeros(SYMBOLS, np.int64)
+    at = np.zeros(HEAD_SYMBOLS, np.int64)
     sorted_ = np.empty(len(order), e.dtype)
     for r in range(len(e)):
         if label[r] >= 0:
@@ -292,7 +291,7 @@ def _choose_back(  # type: ignore[no-untyped-def]
     first_child, byte, n_equal, order, end, control, mass, total, out,
 ):  # fmt: skip
     """d log q(x) / d z_v = e_v ([v in x] / m(x) - 1 / m(node)); the bucket is one x. Token: softmax - label."""
-    g = np.zeros(SYMBOLS)
+    g = np.zeros(HEAD_SYMBOLS)
     sorted_, grad = np.empty(len(order), e.dtype), np.empty(len(order), e.dtype)
     for r in range(len(e)):
         share = g_token / total[r] if label[r] >= 0 else 0.0

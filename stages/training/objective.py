@@ -23,10 +23,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from schemas.arrays import SYMBOLS
+from schemas.settings import BASELINES
 from schemas.settings import Train as TrainSettings
-from stages.training.baselines import BASELINES, TokenTargets, shared_distance, sorted_distance
+from stages.training.baselines import TokenTargets, shared_distance, sorted_distance
 from stages.training.heads import make_head
-from stages.training.loss import IGNORE, LISTABLE, LossParts, SlotTargets, byte_terms, diverge
+from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
 from stages.training.marginal import Choices, Marginal
 from stages.training.node_sums import compiled, node_log_probs, node_logits
 from stages.training.stream import MicroBatch, ShardReader, Step
@@ -139,7 +141,7 @@ class Objective(nn.Module):
 
     def _byte_sums(
         self, scores: Tensor, true: Tensor, weight: Tensor, targets: SlotTargets | None, unlisted: Tensor | None,
-        symbols: int | Tensor = LISTABLE,
+        symbols: int | Tensor = SYMBOLS,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Weighted sums of byte CE and divergence over slots; `symbols`: see `byte_terms`."""
         if targets is None or unlisted is None:

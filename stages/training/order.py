@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Int = npt.NDArray[np.int64]
+from schemas.arrays import I64
 
 POOL = 16
 """Shards whose windows are mixed together."""
@@ -87,14 +87,14 @@ class Order:
         text = f"{self.dataset_hash}:{self.seed}:{epoch}:{purpose}:{index}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
-    def _permutation(self, n: int, key: int) -> Int:
+    def _permutation(self, n: int, key: int) -> I64:
         return np.argsort(_splitmix64(key, n), kind="stable").astype(np.int64)
 
-    def _offsets(self, epoch: int) -> Int:
+    def _offsets(self, epoch: int) -> I64:
         keys = _splitmix64(self._key(epoch, "offset"), self.positions.size)
         return (keys % np.uint64(self.window)).astype(np.int64)
 
-    def _counts(self, epoch: int) -> Int:
+    def _counts(self, epoch: int) -> I64:
         counts = (self.positions + self._offsets(epoch) + self.window - 1) // self.window
         return np.where(self.positions > 0, counts, 0)
 
@@ -126,7 +126,7 @@ class Order:
                 start = 0
             epoch += 1
 
-    def _mixed(self, epoch: int, number: int, members: Int, counts: Int, offsets: Int, start: int) -> Iterator[Window]:
+    def _mixed(self, epoch: int, number: int, members: I64, counts: I64, offsets: I64, start: int) -> Iterator[Window]:
         """Windows of pool `number` of an epoch from the `start`-th on."""
         ends = np.cumsum(counts[members])
         for index in self._permutation(int(ends[-1]), self._key(epoch, "windows", number))[start:]:

@@ -17,10 +17,9 @@ import torch
 from numba import njit
 from torch import Tensor, nn
 
+from schemas.arrays import F64, I64
 from stages.tokens.byte_trie import find_child
-from stages.training.node_sums import IntArray, NodeTables
-
-FloatArray = npt.NDArray[np.float64]
+from stages.training.node_sums import NodeTables
 
 
 @njit(cache=True)
@@ -77,9 +76,7 @@ class Segmentation(nn.Module):
         self.on, self.off, self.rare = (nn.Parameter(torch.zeros(n), requires_grad=False) for n in (cells, cells, size))
         self.settle()
 
-    def add(
-        self, tables: NodeTables, text: npt.NDArray[np.uint8], start: IntArray, end: IntArray, doc_end: IntArray
-    ) -> None:
+    def add(self, tables: NodeTables, text: npt.NDArray[np.uint8], start: I64, end: I64, doc_end: I64) -> None:
         """Count tokens [start, end) of `text` (uint8); `doc_end` int64 is where each token's document ends."""
         _count(text, start, end, doc_end, *tables.walk(), self.get_buffer("base").numpy(), *self._counts)
         self._bytes += np.bincount(text, minlength=256)
@@ -91,7 +88,7 @@ class Segmentation(nn.Module):
         base, depth = self.get_buffer("base").cpu().numpy(), self._depth
         often = (self._bytes / self._bytes.sum())[self._byte]
 
-        def over_children(shares: FloatArray) -> FloatArray:
+        def over_children(shares: F64) -> F64:
             return np.bincount(self._parent, weights=often * shares, minlength=depth.size).astype(np.float64)
 
         ends = over_children(on[base[1:] + depth[self._parent]])
@@ -100,10 +97,10 @@ class Segmentation(nn.Module):
         for parameter, values in ((self.on, on), (self.off, off), (self.rare, rare)):
             parameter.copy_(torch.from_numpy(values))
 
-    def _shares(self, counts: IntArray, possible: npt.NDArray[np.bool_]) -> FloatArray:
+    def _shares(self, counts: I64, possible: npt.NDArray[np.bool_]) -> F64:
         observed = counts + 0.5 * possible
         total = np.bincount(self._owner, weights=observed)
-        return cast(FloatArray, observed / np.maximum(total, 1e-9)[self._owner])
+        return cast(F64, observed / np.maximum(total, 1e-9)[self._owner])
 
     def reaches(self, child: Tensor) -> Tensor:
         """Share of tokens that reach node `child`, where the text does."""

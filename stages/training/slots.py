@@ -7,8 +7,8 @@ for each byte of text.
 import numpy as np
 from numba import njit
 
-from schemas.arrays import F32, I16, I32, I64, U8
-from stages.training.byte_head import END, SLOTS
+from schemas.arrays import END, F32, I16, I32, I64, U8
+from stages.training.byte_head import SLOTS
 
 
 @njit(cache=True, nogil=True)

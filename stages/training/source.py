@@ -19,6 +19,7 @@ import fsspec
 
 from schemas.byte_shard import ByteShard, read_shard
 from schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
+from schemas.hashing import file_sha256
 from schemas.manifest import (
     DATASET,
     MANIFEST,
@@ -26,22 +27,16 @@ from schemas.manifest import (
     MAX_MANIFEST,
     Dataset,
     ShardEntry,
-    file_sha256,
     parse_index,
     read_dataset,
 )
-from stages.scratch import scratch_folder
+from stages.scratch import cache_folder, scratch_folder
 from stages.training.cache import FileCache, receive
 
 CACHE_BYTES = 50 << 30
 ATTEMPTS, BACKOFF = 4, 1.0
 """Tries of one transfer, and seconds before the second; each further one waits four times longer."""
 PIECE = 1 << 22
-
-
-def cache_folder() -> Path:
-    """$BYTECACHE_CACHE/shards, else ~/.cache/bytecache/shards."""
-    return Path(os.environ.get("BYTECACHE_CACHE") or Path.home() / ".cache" / "bytecache") / "shards"
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
@@ -155,7 +150,8 @@ def open_dataset(
 ) -> Dataset:
     """Open a dataset of byte targets by its folder or fsspec URL; its index is read and checked, no shard is.
 
-    An open dataset is returned as it is. `cache_dir` (default `cache_folder()`) and `cache_bytes` are for URLs only.
+    An open dataset is returned as it is. `cache_dir` (default: `shards` in the cache, `scratch.cache_folder`) and
+    `cache_bytes` are for URLs only.
     Raises IntegrityError for an index that is missing, damaged or of another version, StorageError when it cannot be
     read, ConfigError for a URL without a file system.
     """
@@ -166,7 +162,7 @@ def open_dataset(
     if not is_url(place):
         return read_dataset(Path(place).expanduser())
     url = os.fspath(place).rstrip("/")
-    cache = FileCache(Path(cache_dir or cache_folder()).expanduser(), cache_bytes)
+    cache = FileCache(Path(cache_dir or cache_folder() / "shards").expanduser(), cache_bytes)
     document = fetch_bytes(f"{url}/{DATASET}", MAX_JSON)
     index = parse_index(cache.folder, url, document, lambda: fetch_bytes(f"{url}/{MANIFEST}", MAX_MANIFEST))
     return RemoteDataset(**vars(index), url=url, cache=cache)

@@ -3,14 +3,13 @@
 `prepare` writes an ordinary Hugging Face folder (safetensors weights, tokenizer, `student.json` with its identity) from
 the settings: a new small Llama with tied embeddings, a copy of an existing causal LM in float32, or such a copy under
 another tokenizer (`transfer`). `bpe:N` trains a byte-level BPE on the training documents, `bytes` has a token for every
-byte, so every text can be encoded and every token maps to bytes. `load` opens the
-folder and joins model, tokenizer and exact token bytes. The same settings, data set and seed give the same weights.
+byte, so every text can be encoded and every token maps to bytes. `load` opens the folder and joins model, tokenizer and
+exact token bytes. The same settings, data set and seed give the same weights.
 Price: BPE training reads at most 64 MiB of text and takes about 1 s per 3 MB; the folder appears by one rename.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from schemas.manifest import Dataset
 from schemas.settings import Student as StudentSettings
 from schemas.settings import Teacher as TeacherSettings
 from stages.chat import Template
-from stages.scratch import scratch_folder
+from stages.scratch import flush_to_disk, scratch_folder
 from stages.tokens.token_bytes import byte_alphabet
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.training.source import load_shard, open_dataset
@@ -298,8 +297,7 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
         info |= {"files": folder_hashes(scratch), "parameters": sum(p.numel() for p in model.parameters())}
         (scratch / record.name).write_text(json.dumps(info, indent=1, sort_keys=True))
         for path in scratch.iterdir():
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
+            flush_to_disk(path)
         scratch.chmod(0o755)
         scratch.rename(out_dir)
     return info

@@ -11,14 +11,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from schemas.arrays import END, I64
 from schemas.byte_shard import ByteShard
 from schemas.errors import InputError
 from stages.tokens.vocab import Misfit, Vocabulary
 from stages.training.answers import Columns, TemplateSource, answer_start, chat_columns
-from stages.training.byte_head import END
 from stages.training.teacher_tokens import TeacherTokens
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,14 @@ class TokenShard:
     shard: ByteShard
     ids: npt.NDArray[np.int32]
     before: npt.NDArray[np.int32]
-    start: IntArray
-    end: IntArray
-    skip: IntArray
+    start: I64
+    end: I64
+    skip: I64
     row: npt.NDArray[np.int32]
     symbol: npt.NDArray[np.int16]
     supervised: npt.NDArray[np.bool_]
     skipped: Counter[str]
-    place: IntArray | None = None
+    place: I64 | None = None
     """int64 [K]: position that decides a token's window, where documents are not cut (`answers`); None: `start`."""
     teacher: TeacherTokens | None = None
     """The teacher's tokens, where a baseline asks for them."""
@@ -95,7 +93,7 @@ def tokenise(
 
 
 def _plain_columns(
-    text: npt.NDArray[np.uint8], offsets: IntArray, vocabulary: Vocabulary, end_id: int, skipped: Counter[str]
+    text: npt.NDArray[np.uint8], offsets: I64, vocabulary: Vocabulary, end_id: int, skipped: Counter[str]
 ) -> list[tuple[int, Columns]]:
     texts, members = [], []
     for d, (lo, hi) in enumerate(pairwise(offsets.tolist())):

@@ -24,10 +24,9 @@ from torch import nn
 
 from schemas.errors import ConfigError, Interrupted
 from schemas.manifest import Dataset
-from schemas.settings import NEUTRAL
+from schemas.settings import BASELINES, NEUTRAL
 from schemas.settings import Train as TrainSettings
 from stages.training import checkpoint, packing, stream, student
-from stages.training.baselines import BASELINES
 from stages.training.metrics import Metrics
 from stages.training.order import Order
 from stages.training.parallel import World, joined, whole

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from student_data import document, make_dataset
 from transformers import AutoTokenizer
 
@@ -82,6 +84,30 @@ def test_an_existing_model_is_copied(world, tmp_path):
     assert torch.equal(a.forward(ids)[0], b.forward(ids)[0]) and a.vocabulary.fingerprint == b.vocabulary.fingerprint
     with pytest.raises(errors.InputError, match="nowhere"):
         student.prepare(Student(model=str(tmp_path / "nowhere")), targets, tmp_path / "x", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "match"),
+    [
+        (lambda file, weights: save_file(_without(weights, "model.norm.weight"), file), "model.norm.weight among them"),
+        (lambda file, weights: torch.save(weights, file.with_name("pytorch_model.bin")), "safetensors"),
+    ],
+)
+def test_a_model_is_opened_whole_and_from_safetensors_alone(world, tmp_path, rewrite, match):
+    _, targets, folder, _ = world
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "student.json").unlink()
+    file = copy / "model.safetensors"
+    weights = load_file(file)
+    file.unlink()
+    rewrite(file, weights)
+    with pytest.raises(errors.InputError, match=match):
+        student.prepare(Student(model=str(copy)), targets, tmp_path / "out", seed=0)
+
+
+def _without(weights, name):
+    return {key: value for key, value in weights.items() if key != name}
 
 
 def test_evaluation_equals_hand_sums(world):

@@ -224,6 +224,19 @@ def _open(factory: Any, source: str, **options: Any) -> Any:
         raise InputError(f"{source}: {factory.__name__} cannot open it ({reason}); check the path or id") from error
 
 
+def _open_model(source: str, **options: Any) -> Any:
+    """The model in float32 with all of its weights, which transformers would draw at random; safetensors only."""
+    model, report = _open(
+        AutoModelForCausalLM, source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{source}: {len(missing)} weights are not in the checkpoint, {missing[0]} among them, and would be "
+            "random; fetch it again, or leave student.model empty for a new student"
+        )
+    return model
+
+
 def new_model(
     settings: StudentSettings, vocabulary_size: int, start_id: int | None, end_id: int, seed: int
 ) -> LlamaForCausalLM:
@@ -279,7 +292,7 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
             return dict(found)
         raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
     source = model_source(settings.model)
-    model = _open(AutoModelForCausalLM, source, dtype=torch.float32) if source else None
+    model = _open_model(source) if source else None
     if model is not None and not settings.tokenizer:
         tokenizer = _open(AutoTokenizer, source)
     else:
@@ -314,7 +327,7 @@ def load(folder: Path) -> Student:
         raise IntegrityError(f"{folder}: files differ from student.json; delete it and prepare the student again")
     config = _open(AutoConfig, str(folder))
     tokenizer = _open(AutoTokenizer, str(folder))
-    model = _open(AutoModelForCausalLM, str(folder), dtype=torch.float32, config=config)
+    model = _open_model(str(folder), config=config)
     vocabulary = load_vocabulary(str(folder), lm_head_rows=int(model.get_output_embeddings().weight.shape[0]))
     ends = [int(i) for i in vocabulary.end_ids]
     end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]

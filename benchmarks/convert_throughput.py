@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from schemas import settings as st
-from schemas.token_dump import DumpWriter, Window, read_windows
+from schemas.token_dump import DumpWriter, read_windows
+from schemas.window import Window
 from stages.convert import convert_units
 from stages.rows import keep_rows
 

@@ -21,7 +21,8 @@ from schemas.arrays import END
 from schemas.byte_shard import ShardBuilder
 from schemas.hashing import file_sha256
 from schemas.manifest import ShardEntry, read_dataset, write_dataset
-from schemas.token_dump import Window, read_meta, read_windows
+from schemas.token_dump import read_meta, read_windows
+from schemas.window import Window
 from stages.teacher import resolve_model
 from stages.tokens.vocab import load_vocabulary
 

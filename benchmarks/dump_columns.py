@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from schemas import token_dump
 from schemas.rounding import round_masses
-from schemas.token_dump import DumpWriter, Window, read_windows
+from schemas.token_dump import DumpWriter, read_windows
+from schemas.window import Window
 from stages.divergence import kl_spread
 from stages.lattice import Lattice
 

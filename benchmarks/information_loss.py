@@ -35,7 +35,7 @@ import torch
 from benchmarks.texts import builtin_texts, folder_texts, prose_passages
 from schemas import settings as st
 from schemas.arrays import END
-from schemas.token_dump import Window
+from schemas.window import Window
 from stages.divergence import divergence, even_weights, spread_tail
 from stages.fidelity import true_symbols
 from stages.lattice import Lattice, Targets

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 TARGETS = "targets"
 CONVERTER = (
     "stages.convert", "stages.coarser", "stages.rows", "stages.lattice", "stages.forward", "stages.fidelity",
-    "stages.divergence", "schemas.token_dump", "schemas.byte_planes", "schemas.rounding", "schemas.shard_builder",
-    "schemas.blocks", "schemas.gather", "schemas.sorting", "schemas.prior", "schemas.quantise", "schemas.logarithms",
-    "schemas.packing", "schemas.byte_shard", "schemas.expansion", "schemas.zarr_zip", "schemas.arrays",
+    "stages.divergence", "schemas.token_dump", "schemas.window", "schemas.byte_planes", "schemas.rounding",
+    "schemas.shard_builder", "schemas.blocks", "schemas.gather", "schemas.sorting", "schemas.prior",
+    "schemas.quantise", "schemas.logarithms", "schemas.packing", "schemas.byte_shard", "schemas.expansion",
+    "schemas.zarr_zip", "schemas.arrays",
 )  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 _RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")

@@ -20,7 +20,7 @@ import numpy as np
 
 from schemas import settings as st
 from schemas.errors import ConfigError
-from schemas.token_dump import Window
+from schemas.window import Window
 from stages.lattice import STATIC_PASSES, Deviations, Lattice
 from stages.rows import take_rows
 

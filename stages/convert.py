@@ -16,7 +16,8 @@ from schemas import settings as st
 from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from schemas.errors import ConfigError, IntegrityError, Interrupted
 from schemas.shard_builder import LEAST_RATE
-from schemas.token_dump import Window, read_meta, read_windows
+from schemas.token_dump import read_meta, read_windows
+from schemas.window import Window
 from stages.coarser import Effort, coarsen, coarser_effort
 from stages.fidelity import Fidelity
 from stages.lattice import Lattice

@@ -28,7 +28,7 @@ import numpy as np
 from schemas.arrays import END
 from schemas.byte_shard import ByteShard
 from schemas.errors import IntegrityError
-from schemas.token_dump import Window
+from schemas.window import Window
 from stages.divergence import divergence, kl_spread
 from stages.lattice import Lattice, Targets
 from stages.rows import keep_rows

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from schemas.arrays import SYMBOLS
-from schemas.token_dump import NEVER, Window
+from schemas.window import NEVER, Window
 from stages.forward import Tables, forward, tables
 
 STATIC_PASSES = 2

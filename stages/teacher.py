@@ -21,7 +21,8 @@ import numpy as np
 
 from schemas import settings as st
 from schemas.errors import ConfigError, Interrupted
-from schemas.token_dump import DumpWriter, Window
+from schemas.token_dump import DumpWriter
+from schemas.window import Window
 from stages.engines.engine import Branch, Engine
 from stages.engines.paths import PathReducer
 from stages.engines.static import StaticJob

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from schemas.token_dump import Window
+from schemas.window import Window
 from stages.engines.engine import Prompt
 from stages.engines.paths import RowMasses
 from stages.lattice import Deviations

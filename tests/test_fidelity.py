@@ -14,7 +14,8 @@ from schemas import settings as st
 from schemas.byte_shard import read_shard
 from schemas.errors import IntegrityError
 from schemas.manifest import DATASET, read_dataset, seal, write_dataset
-from schemas.token_dump import DumpWriter, Window, read_meta, read_windows
+from schemas.token_dump import DumpWriter, read_meta, read_windows
+from schemas.window import Window
 from stages.convert import convert_units
 from stages.divergence import kl_spread
 from stages.fidelity import Fidelity, summary_line, true_symbols

@@ -29,8 +29,9 @@ from schemas.byte_shard import read_shard
 from schemas.errors import BytecacheError, IntegrityError
 from schemas.hashing import file_sha256
 from schemas.manifest import read_dataset, seal
-from schemas.token_dump import DumpWriter, Window, read_meta, read_windows
+from schemas.token_dump import DumpWriter, read_meta, read_windows
 from schemas.verification import verify_dataset
+from schemas.window import Window
 
 FEW = settings(
     max_examples=int(os.environ.get("BYTECACHE_FUZZ", "150")), deadline=None, database=None,

@@ -9,7 +9,7 @@ from families import FAMILIES
 from function_model import FunctionEngine, function_teacher
 from oracle import exact_distributions
 
-from schemas.token_dump import Window
+from schemas.window import Window
 from stages.lattice import Lattice, Targets
 from stages.teacher import Teacher
 from stages.tokens.vocab import Encoded, Vocabulary, load_vocabulary

@@ -5,7 +5,7 @@ import pytest
 from function_model import function_teacher
 from test_fidelity import histories
 
-from schemas.token_dump import Window
+from schemas.window import Window
 from stages.lattice import Lattice
 from stages.rows import keep_rows
 from stages.teacher import Teacher

@@ -13,14 +13,9 @@ from schemas import token_dump
 from schemas.byte_planes import from_planes, to_planes
 from schemas.errors import ConfigError, IntegrityError
 from schemas.rounding import LEAST_BITS, MASS_BITS, SHARE_BITS, round_masses
-from schemas.token_dump import (
-    DumpWriter,
-    Window,
-    read_meta,
-    read_windows,
-    round_entries,
-)
+from schemas.token_dump import DumpWriter, read_meta, read_windows, round_entries
 from schemas.top_k import top_k_sizes
+from schemas.window import Window
 from stages.convert import convert_units
 from stages.divergence import kl_spread
 from stages.lattice import Lattice

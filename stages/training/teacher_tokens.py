@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from schemas.byte_shard import ByteShard
 from schemas.errors import ConfigError, IntegrityError
-from schemas.token_dump import Window, read_meta, read_windows
+from schemas.token_dump import read_meta, read_windows
+from schemas.window import Window
 from stages.tokens.vocab import Vocabulary
 
 ABSENT = -1

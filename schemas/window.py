@@ -124,10 +124,10 @@ def _adds_up(
             continue
         if row_depth[r] != row_depth[parent] + 1 and (row_depth[r] != 0 or row_depth[parent] != 0):
             return False
-        found = False
-        for s in range(first_stop[parent], first_stop[parent + 1]):
-            found |= stop_token[s] == row_token[r] and row_start[parent] + stop_depth[s] == row_start[r]
-        if not found:
+        s, last = first_stop[parent], first_stop[parent + 1]
+        while s < last and (stop_token[s] != row_token[r] or row_start[parent] + stop_depth[s] != row_start[r]):
+            s += 1
+        if s == last:
             return False
     for f in fanout:
         entries += f

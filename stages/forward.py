@@ -131,11 +131,12 @@ def forward(
             prefix[n_active] = 1.0
             n_active += 1
         byte = np.int64(text[i]) if i < len(text) else np.int64(-1)
-        lost = canonical[i] >= 0  # the text so far has probability zero, and a row asks nothing of what came before
-        for a in range(n_active):
-            lost &= weight[active[a]] * prefix[a] <= _NOTHING
-        if lost:
-            weight[canonical[i]] = 1.0
+        lost = canonical[i] >= 0 and weight[canonical[i]] <= _NOTHING
+        if lost:  # perhaps the text so far has probability zero; the canonical row asks nothing of what came before
+            for a in range(n_active):
+                lost &= weight[active[a]] * prefix[a] <= _NOTHING
+            if lost:
+                weight[canonical[i]] = 1.0
         known = 0.0
         listed = 0.0
         ahead = 0.0  # weight that has the text's next byte

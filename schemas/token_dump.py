@@ -224,9 +224,8 @@ def _column(chunks: pa.ChunkedArray) -> tuple[list[int], np.ndarray] | list[Any]
     if pa.types.is_binary(column.type):
         _, offsets, data = column.buffers()
         start = np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset)
-        return start.tolist(), np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(
-            0, np.uint8
-        )
+        has_bytes = data is not None and data.size > 0
+        return start.tolist(), np.frombuffer(data, np.uint8) if has_bytes else np.zeros(0, np.uint8)
     if pa.types.is_list(column.type):
         return column.offsets.to_numpy().tolist(), column.values.to_numpy(zero_copy_only=False)
     values: list[Any] = column.to_pylist()

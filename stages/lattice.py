@@ -100,8 +100,8 @@ class Lattice:
             window.entry_byte, window.entry_mass, window.stop_depth, window.stop_mass,
             count, symbol, prob, tail, ratio, unaccounted, share, peak,
         )  # fmt: skip
-        log_ratio = np.log(np.where(ratio > 0.0, ratio, 1.0))
-        logp = np.cumsum(np.where(ratio > 0.0, log_ratio, NEVER))[window.score_start :]
+        steps = np.log(ratio, out=np.full(n + 1, NEVER), where=ratio > 0.0)
+        logp = np.cumsum(steps)[window.score_start :]
         self.marginal_nll = float(logp[0] - logp[-1])
         # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
         kept = m if window.is_last else m - 1

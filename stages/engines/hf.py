@@ -20,6 +20,7 @@ from stages.engines import packed
 from stages.engines.engine import Branch, Engine, Prompt
 from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
 from stages.engines.static import StaticJob, StaticStates, batches, context_tokens, linear_logits, together, tokens_of
+from stages.weights import refuse_missing
 
 KEPT_BYTES = 1 << 31
 """Bytes of keys and values of a group kept at once; a window beyond it is run again for every pass of branches."""
@@ -193,11 +194,7 @@ def _load(folder: Path, settings: st.Teacher) -> Any:
             f"{name}: the weights in {folder} are damaged or not those of its config.json "
             f"({str(error).splitlines()[0]}); fetch the checkpoint again"
         ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{name}: {len(missing)} weights are not in {folder}, {missing[0]} among them, and would be random; "
-            "fetch the checkpoint again"
-        )
+    refuse_missing(f"{name} in {folder}", report, "fetch the checkpoint again")
     return model
 
 

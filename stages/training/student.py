@@ -42,6 +42,7 @@ from stages.tokens.token_bytes import byte_alphabet
 from stages.tokens.vocab import Vocabulary, load_vocabulary
 from stages.training.source import load_shard, open_dataset
 from stages.training.transfer import transfer
+from stages.weights import refuse_missing
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 CHAT_TEMPLATE = (
@@ -229,11 +230,7 @@ def _open_model(source: str, **options: Any) -> Any:
     model, report = _open(
         AutoModelForCausalLM, source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
     )
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{source}: {len(missing)} weights are not in the checkpoint, {missing[0]} among them, and would be "
-            "random; fetch it again, or leave student.model empty for a new student"
-        )
+    refuse_missing(source, report, "fetch it again, or leave student.model empty for a new student")
     return model
 
 

@@ -43,12 +43,12 @@ import numpy as np
 import torch
 
 from benchmarks.texts import builtin_texts, clip, folder_texts
-from schemas import settings as st
-from schemas.arrays import END
-from stages.divergence import divergence
-from stages.identity import resolve_model
-from stages.lattice import Lattice
-from stages.teacher import REFERENCE, Teacher, open_teacher
+from bytecache.schemas import settings as st
+from bytecache.schemas.arrays import END
+from bytecache.stages.divergence import divergence
+from bytecache.stages.identity import resolve_model
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher
 
 THEIRS: list[tuple[str, dict[str, Any], int]] = [
     ("K=10, prune 0.01", {"K": 10, "prune_threshold": 0.01}, 0),

@@ -33,13 +33,13 @@ import numpy as np
 import torch
 
 from benchmarks.texts import builtin_texts, folder_texts, prose_passages
-from schemas import settings as st
-from schemas.arrays import END
-from schemas.window import Window
-from stages.divergence import divergence, even_weights, spread_tail
-from stages.fidelity import true_symbols
-from stages.lattice import Lattice, Targets
-from stages.teacher import REFERENCE, Teacher, open_teacher
+from bytecache.schemas import settings as st
+from bytecache.schemas.arrays import END
+from bytecache.schemas.window import Window
+from bytecache.stages.divergence import divergence, even_weights, spread_tail
+from bytecache.stages.fidelity import true_symbols
+from bytecache.stages.lattice import Lattice, Targets
+from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher
 
 EFFORTS: dict[str, dict[str, float]] = {
     "spans": {"tau": 1.0, "depth": 0, "static": 0.0},

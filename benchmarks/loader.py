@@ -31,17 +31,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
-from schemas.byte_shard import ByteShard, read_shard
-from schemas.hashing import file_sha256
-from schemas.manifest import describe_shard, read_dataset, write_dataset
-from schemas.packing import COLUMNS
-from schemas.settings import Student
-from schemas.shard_builder import ShardBuilder
-from schemas.zarr_zip import read_zarr_zip
-from stages.training import stream, student
-from stages.training.dataset import ByteTargets
-from stages.training.order import sequential
-from stages.training.source import load_shard
+from bytecache.schemas.byte_shard import ByteShard, read_shard
+from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.manifest import describe_shard, read_dataset, write_dataset
+from bytecache.schemas.packing import COLUMNS
+from bytecache.schemas.settings import Student
+from bytecache.schemas.shard_builder import ShardBuilder
+from bytecache.schemas.zarr_zip import read_zarr_zip
+from bytecache.stages.training import stream, student
+from bytecache.stages.training.dataset import ByteTargets
+from bytecache.stages.training.order import sequential
+from bytecache.stages.training.source import load_shard
 
 WINDOW, RUN, DENSE_MB = 1024, 16, 1.0
 

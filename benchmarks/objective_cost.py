@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas import settings as st
-from schemas.manifest import read_dataset
-from stages.training import stream, student
-from stages.training.objective import Objective
-from stages.training.order import sequential
+from bytecache.schemas import settings as st
+from bytecache.schemas.manifest import read_dataset
+from bytecache.stages.training import stream, student
+from bytecache.stages.training.objective import Objective
+from bytecache.stages.training.order import sequential
 
 SIZES = {
     "small": st.Student(),

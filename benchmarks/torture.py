@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from small_run import small_settings  # noqa: E402
 
-from pipeline.config import render_template  # noqa: E402
-from pipeline.fleet.torture import torture  # noqa: E402
+from bytecache.pipeline.config import render_template  # noqa: E402
+from bytecache.pipeline.fleet.torture import torture  # noqa: E402
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def restart_costs(folder: Path, config: str) -> dict[str, float]:
 
     def run(*arguments: str) -> float:
         began = time.monotonic()
-        command = [sys.executable, "-m", "pipeline.cli", *arguments, "--config", str(file)]
+        command = [sys.executable, "-m", "bytecache", *arguments, "--config", str(file)]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         return round(time.monotonic() - began, 2)
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.prediction import Predicted
-from schemas.errors import ConfigError
-from schemas.settings import BASELINES, Settings
-from schemas.top_k import top_k_sizes
+from bytecache.pipeline.prediction import Predicted
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import BASELINES, Settings
+from bytecache.schemas.top_k import top_k_sizes
 
 
 @dataclass(frozen=True)

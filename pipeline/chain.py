@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-from pipeline import commands_data, commands_student
-from pipeline.context import Context
-from pipeline.progress import human_bytes
-from pipeline.receipts import Receipt
-from schemas.errors import ConfigError
+from bytecache.pipeline import commands_data, commands_student
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.progress import human_bytes
+from bytecache.pipeline.receipts import Receipt
+from bytecache.schemas.errors import ConfigError
 
 LN2 = math.log(2.0)
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import planning, receipts
-from pipeline.config import changed_keys
-from pipeline.context import Context
-from pipeline.dataset_index import (
+from bytecache.pipeline import planning, receipts
+from bytecache.pipeline.config import changed_keys
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.dataset_index import (
     CONVERTER,
     TARGETS,
     certificate,
@@ -24,17 +24,17 @@ from pipeline.dataset_index import (
     refuse_other_dataset,
     set_aside,
 )
-from pipeline.fleet.ledger import Layout
-from pipeline.fleet.quarantine import quarantined
-from pipeline.missing import describe, summary, units_aside
-from pipeline.plan import Plan, Split, Unit, load_plan
-from pipeline.progress import human_bytes
-from pipeline.receipts import Receipt, unit_key
-from pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
-from pipeline.stores import overlapped
-from schemas.errors import ConfigError, EngineError, InputError, IntegrityError
-from schemas.hashing import file_sha256
-from schemas.settings import Teacher
+from bytecache.pipeline.fleet.ledger import Layout
+from bytecache.pipeline.fleet.quarantine import quarantined
+from bytecache.pipeline.missing import describe, summary, units_aside
+from bytecache.pipeline.plan import Plan, Split, Unit, load_plan
+from bytecache.pipeline.progress import human_bytes
+from bytecache.pipeline.receipts import Receipt, unit_key
+from bytecache.pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
+from bytecache.pipeline.stores import overlapped
+from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
+from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.settings import Teacher
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
@@ -54,8 +54,8 @@ def plan(context: Context) -> tuple[Plan, bool]:
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    from stages.chat import template_sha256
-    from stages.identity import resolve_model, teacher_identity
+    from bytecache.stages.chat import template_sha256
+    from bytecache.stages.identity import resolve_model, teacher_identity
 
     store, settings = context.store, context.settings
     identity = teacher_identity(settings.teacher)
@@ -73,7 +73,7 @@ def teacher_job(context: Context, planned: Plan) -> Job:
 
     @contextmanager
     def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
-        from stages.teacher import open_teacher
+        from bytecache.stages.teacher import open_teacher
 
         engine = open_teacher(settings.teacher)
 
@@ -167,7 +167,7 @@ def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
 
 def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
     """How the settings in a teacher's identity differ from the current ones."""
-    from stages.identity import model_name
+    from bytecache.stages.identity import model_name
 
     old = {
         **identity.get("settings", {}),
@@ -207,8 +207,8 @@ def convert_job(
     `missing`: units of the plan to go without; shards that hold none of them are the same as with all units.
     Raises ConfigError if another data set was published here.
     """
-    from schemas import byte_shard
-    from stages.coarser import coarser_effort
+    from bytecache.schemas import byte_shard
+    from bytecache.stages.coarser import coarser_effort
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
     store, settings = context.store, context.settings
@@ -240,7 +240,7 @@ def convert_job(
 
     @contextmanager
     def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
-        from stages.convert import convert_units
+        from bytecache.stages.convert import convert_units
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
             split, parts = task.payload
@@ -277,7 +277,7 @@ def convert_job(
 
 def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
-    from stages.fidelity import summary_line
+    from bytecache.stages.fidelity import summary_line
 
     planned = load_plan(context.store, context.settings)
     found = dict(enumerate(dumps)) if dumps is not None else find_dumps(context, planned)
@@ -299,7 +299,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
 
 def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
     """Remove the dump of a published data set whose every byte was read back. Raises IntegrityError if one differs."""
-    from schemas.verification import verify_dataset
+    from bytecache.schemas.verification import verify_dataset
 
     if all(receipt.deleted and not context.store.exists(file.path) for receipt in dumps for file in receipt.files):
         return

@@ -12,20 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import receipts
-from pipeline.context import Context
-from pipeline.dataset_index import TARGETS
-from pipeline.progress import Reporter
-from pipeline.receipts import FileRecord, Receipt, record_file, unit_key
-from pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
-from pipeline.stores import Store, json_bytes
-from schemas.errors import ConfigError, InputError, Interrupted
-from schemas.settings import BASELINES, NEUTRAL, Train
+from bytecache.pipeline import receipts
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.dataset_index import TARGETS
+from bytecache.pipeline.progress import Reporter
+from bytecache.pipeline.receipts import FileRecord, Receipt, record_file, unit_key
+from bytecache.pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
+from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.schemas.errors import ConfigError, InputError, Interrupted
+from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
-    from schemas.manifest import Dataset
-    from stages.training.parallel import World
-    from stages.training.teacher_tokens import TokenDump
+    from bytecache.schemas.manifest import Dataset
+    from bytecache.stages.training.parallel import World
+    from bytecache.stages.training.teacher_tokens import TokenDump
 
 DISTILLED, CONTROL = "distilled", "control"
 
@@ -43,7 +43,7 @@ def open_targets(context: Context) -> "Dataset":
 
     Raises InputError if it was not, IntegrityError or StorageError for an index that is damaged or out of reach.
     """
-    from stages.training.source import open_dataset
+    from bytecache.stages.training.source import open_dataset
 
     settings = context.settings.dataset
     if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):
@@ -80,7 +80,7 @@ def train(context: Context, only: str = "") -> int:
 
     Every process of a torchrun calls this; the first one alone prepares, reports and writes.
     """
-    from stages.training.parallel import joined
+    from bytecache.stages.training.parallel import joined
 
     with joined(context.settings.train.parallel) as world:
         if not world.main:
@@ -104,8 +104,8 @@ def _train(context: Context, world: "World", only: str) -> int:
 
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
-    from stages.training import student
-    from stages.training.train import train as train_stage
+    from bytecache.stages.training import student
+    from bytecache.stages.training.train import train as train_stage
 
     store, settings = context.store, context.settings
     start = student_prefix(context, targets.manifest_hash)
@@ -167,8 +167,8 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
 
 def _token_dump(context: Context) -> "TokenDump | None":
     """The teacher's tokens, where `train.head` is a baseline that asks for them."""
-    from stages.identity import resolve_model, vocabulary_of
-    from stages.training.teacher_tokens import TokenDump
+    from bytecache.stages.identity import resolve_model, vocabulary_of
+    from bytecache.stages.training.teacher_tokens import TokenDump
 
     settings = context.settings
     if settings.train.head not in BASELINES:
@@ -235,7 +235,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
     targets = open_targets(context)
 
     def open_work() -> Work:
-        from stages.training.evaluate import evaluate as evaluate_stage
+        from bytecache.stages.training.evaluate import evaluate as evaluate_stage
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
             run: Receipt = task.payload
@@ -255,7 +255,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
         or not store.exists("report/report.md")
         or store.read_bytes("report/report.json").decode("utf-8") != report
     ):
-        from stages.training.evaluate import report_table
+        from bytecache.stages.training.evaluate import report_table
 
         store.replace_text("report/report.md", report_table(results))
         store.replace_text("report/report.json", report)
@@ -274,7 +274,7 @@ def _reporter(total: int) -> Callable[[int, int], Reporter]:
 
 def measure_exported(context: Context, tasks: list[str], limit: int, only: str = "") -> None:
     """Run lm-eval-harness tasks on the finished runs, exported first; report/lm-eval.json and .md."""
-    from stages.training.harness import measure, table
+    from bytecache.stages.training.harness import measure, table
 
     results = {}
     for run in trained(context, only):
@@ -301,7 +301,7 @@ def export(context: Context, only: str = "") -> int:
             continue
         if context.stop():
             raise Interrupted("export stopped by a signal before it began; rerun the same command")
-        from stages.training.export import export as export_stage
+        from bytecache.stages.training.export import export as export_stage
 
         started = time.monotonic()
         folder = store.folder(task.out, "export.json")

@@ -6,24 +6,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import receipts
-from pipeline.config import changed_keys, flattened
-from pipeline.context import Context
-from pipeline.plan import Plan
-from pipeline.receipts import Receipt
-from pipeline.stores import Store
-from schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.pipeline import receipts
+from bytecache.pipeline.config import changed_keys, flattened
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.plan import Plan
+from bytecache.pipeline.receipts import Receipt
+from bytecache.pipeline.stores import Store
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from schemas.manifest import Dataset
+    from bytecache.schemas.manifest import Dataset
 
 TARGETS = "targets"
 CONVERTER = (
-    "stages.convert", "stages.coarser", "stages.rows", "stages.lattice", "stages.forward", "stages.fidelity",
-    "stages.divergence", "schemas.token_dump", "schemas.window", "schemas.byte_planes", "schemas.rounding",
-    "schemas.shard_builder", "schemas.blocks", "schemas.gather", "schemas.sorting", "schemas.prior",
-    "schemas.quantise", "schemas.logarithms", "schemas.packing", "schemas.byte_shard", "schemas.expansion",
-    "schemas.zarr_zip", "schemas.arrays",
+    "bytecache.stages.convert", "bytecache.stages.coarser", "bytecache.stages.rows", "bytecache.stages.lattice", "bytecache.stages.forward", "bytecache.stages.fidelity",
+    "bytecache.stages.divergence", "bytecache.schemas.token_dump", "bytecache.schemas.window", "bytecache.schemas.byte_planes", "bytecache.schemas.rounding",
+    "bytecache.schemas.shard_builder", "bytecache.schemas.blocks", "bytecache.schemas.gather", "bytecache.schemas.sorting", "bytecache.schemas.prior",
+    "bytecache.schemas.quantise", "bytecache.schemas.logarithms", "bytecache.schemas.packing", "bytecache.schemas.byte_shard", "bytecache.schemas.expansion",
+    "bytecache.schemas.zarr_zip", "bytecache.schemas.arrays",
 )  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 _RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
@@ -41,7 +41,7 @@ def set_aside(dumps: list[Receipt]) -> dict[str, int]:
 
 def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:
     """The fidelity of all shards together; None where no dump part had reference windows."""
-    from stages.fidelity import Fidelity
+    from bytecache.stages.fidelity import Fidelity
 
     reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
     return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
@@ -99,7 +99,7 @@ def read_index(store: Store) -> "Dataset | None":
 
     Raises IntegrityError if it is damaged.
     """
-    from schemas.manifest import DATASET, MANIFEST, read_dataset
+    from bytecache.schemas.manifest import DATASET, MANIFEST, read_dataset
 
     if not store.exists(f"{TARGETS}/{DATASET}"):
         return None
@@ -127,8 +127,8 @@ def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
 
 def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
     """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
-    from schemas import card
-    from schemas.manifest import ShardEntry, index_documents
+    from bytecache.schemas import card
+    from bytecache.schemas.manifest import ShardEntry, index_documents
 
     store = context.store
     entries = []

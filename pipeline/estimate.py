@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline import planning
-from pipeline.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
-from pipeline.commands_data import shard_groups, teacher_job
-from pipeline.context import Context
-from pipeline.plan import Plan
-from pipeline.prediction import Predicted, ratio_total
-from pipeline.progress import human_bytes
-from pipeline.receipts import Receipt
-from pipeline.runner import finished, run_job
-from pipeline.stores import LocalStore
-from schemas.settings import Convert, Section, Settings, Teacher
+from bytecache.pipeline import planning
+from bytecache.pipeline.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
+from bytecache.pipeline.commands_data import shard_groups, teacher_job
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.plan import Plan
+from bytecache.pipeline.prediction import Predicted, ratio_total
+from bytecache.pipeline.progress import human_bytes
+from bytecache.pipeline.receipts import Receipt
+from bytecache.pipeline.runner import finished, run_job
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.settings import Convert, Section, Settings, Teacher
 
 NO_BUDGET = Budget()
 _PRESETS: dict[type[Section], tuple[str, tuple[str, ...]]] = {
@@ -128,7 +128,7 @@ def convert_pilot(
     section: Convert, pilot: Pilot, scratch: Path, stop: Callable[[], bool]
 ) -> tuple[list[int], float, list[float]]:
     """Convert the pilot: bytes of each unit's own shard, bytes that a shard holds beside its units, seconds of each."""
-    from stages.convert import convert_units
+    from bytecache.stages.convert import convert_units
 
     def shard(files: list[Path]) -> tuple[int, float]:
         out = scratch / "shard.zarr.zip"

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.context import Context
-from pipeline.receipts import software_versions
-from pipeline.stores import disk_errors
-from schemas.errors import InputError, IntegrityError
-from schemas.hashing import file_sha256
-from schemas.manifest import DATASET, Dataset, read_dataset
-from schemas.settings import Teacher
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.receipts import software_versions
+from bytecache.pipeline.stores import disk_errors
+from bytecache.schemas.errors import InputError, IntegrityError
+from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.manifest import DATASET, Dataset, read_dataset
+from bytecache.schemas.settings import Teacher
 
 SLACK = 0.5
 """A measured mean KL may exceed the certificate's by this share and three standard errors of the measurement."""
@@ -53,7 +53,7 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
     Raises InputError where no teacher is named and the data set's is no builtin, IntegrityError for provenance that
     cannot be used.
     """
-    from stages.teacher import REFERENCE
+    from bytecache.stages.teacher import REFERENCE
 
     identity = dataset.info.get("teacher", {})
     named = model or str(identity.get("model", ""))
@@ -113,11 +113,11 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     Raises InputError for another teacher than the data set's (unless `any_teacher`), IntegrityError for a shard that
     is not the one listed, Interrupted on SIGTERM.
     """
-    from schemas.byte_shard import read_shard
-    from stages.fidelity import Fidelity
-    from stages.identity import teacher_identity
-    from stages.stretches import measure_stored
-    from stages.teacher import REFERENCE, open_teacher
+    from bytecache.schemas.byte_shard import read_shard
+    from bytecache.stages.fidelity import Fidelity
+    from bytecache.stages.identity import teacher_identity
+    from bytecache.stages.stretches import measure_stored
+    from bytecache.stages.teacher import REFERENCE, open_teacher
 
     identity = teacher_identity(settings)
     if not any_teacher:
@@ -143,7 +143,7 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
 
 def limit_of(claimed: dict[str, Any], measured: dict[str, Any]) -> float:
     """Largest mean KL, nats, that a measurement of this size may show of a data set that is as good as it claims."""
-    from stages.fidelity import figure
+    from bytecache.stages.fidelity import figure
 
     return figure(claimed, "kl") * (1 + SLACK) + 3 * figure(measured, "kl", "stderr")
 
@@ -156,7 +156,7 @@ def fidelity(
     Raises IntegrityError when the measured mean KL exceeds `limit_of` the data set's certificate; the report is
     written first.
     """
-    from stages.fidelity import figure
+    from bytecache.stages.fidelity import figure
 
     dataset = find_dataset(folder)
     settings = teacher_settings(dataset, context.settings.teacher, model)
@@ -192,7 +192,7 @@ def fidelity(
 
 def table(measured: dict[str, Any], claimed: dict[str, Any] | None) -> list[str]:
     """The two certificates side by side."""
-    from stages.fidelity import figure
+    from bytecache.stages.fidelity import figure
 
     lines = [f"{'':10} {'measured':>11} {'+-':>9} {'p99':>9} {'max':>9} {'certificate':>12}"]
     for name in ("kl", "kl_bucket", "jsd", "leak", "tail"):

@@ -12,9 +12,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from schemas.arrays import END, F64
-from schemas.byte_shard import ByteShard, read_shard
-from schemas.errors import InputError, IntegrityError, StorageError
+from bytecache.schemas.arrays import END, F64
+from bytecache.schemas.byte_shard import ByteShard, read_shard
+from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 
 HEAT = ("", "on #3a2a20", "on #553522", "on #6f3d24", "on #894529", "on #a34d30", "on #bd5538", "on #d65d42")
 """Colours of 0, 0.5, 1, ... bits of entropy; light text on them reads well on a dark terminal and a light one."""
@@ -128,8 +128,8 @@ def show_symbol(symbol: int | str) -> str:
 
 
 def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[str, Any]:
-    from schemas.manifest import read_dataset
-    from stages.fidelity import summary_line
+    from bytecache.schemas.manifest import read_dataset
+    from bytecache.stages.fidelity import summary_line
 
     shard = read_shard(path)
     summary = {**shard.statistics, "bytes_on_disk": path.stat().st_size}
@@ -178,7 +178,7 @@ def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[
 
 def _dump(path: Path, document: str, start: int, limit: int, top: int) -> dict[str, Any]:
     """Rows are canonical token positions; the alternatives are the next bytes at the token's start."""
-    from schemas.token_dump import read_meta, read_windows
+    from bytecache.schemas.token_dump import read_meta, read_windows
 
     meta = read_meta(path)
     everything = list(read_windows(path))

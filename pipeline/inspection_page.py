@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.inspection import bits_per_position, find_document
-from schemas.byte_shard import ByteShard, read_shard
-from schemas.errors import InputError
+from bytecache.pipeline.inspection import bits_per_position, find_document
+from bytecache.schemas.byte_shard import ByteShard, read_shard
+from bytecache.schemas.errors import InputError
 
 POSITIONS = 1 << 16
 """Most positions in one page."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.context import Context
-from pipeline.fleet.ledger import Layout
-from pipeline.fleet.quarantine import Entry, quarantined
-from pipeline.plan import Plan
-from pipeline.progress import human_bytes
-from schemas.errors import InputError
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.fleet.ledger import Layout
+from bytecache.pipeline.fleet.quarantine import Entry, quarantined
+from bytecache.pipeline.plan import Plan
+from bytecache.pipeline.progress import human_bytes
+from bytecache.schemas.errors import InputError
 
 _SHOWN = 3
 

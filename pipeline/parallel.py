@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-from schemas.errors import Interrupted
+from bytecache.schemas.errors import Interrupted
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")

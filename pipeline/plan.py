@@ -21,11 +21,11 @@ from typing import Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.config import changed_keys
-from pipeline.receipts import canonical_json, unit_key
-from pipeline.stores import Store
-from schemas.errors import ConfigError, InputError, IntegrityError
-from schemas.settings import Settings
+from bytecache.pipeline.config import changed_keys
+from bytecache.pipeline.receipts import canonical_json, unit_key
+from bytecache.pipeline.stores import Store
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.settings import Settings
 
 PLAN_VERSION = 3
 PLAN_KEY = "plan/plan.json"

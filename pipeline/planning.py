@@ -12,8 +12,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.parallel import Processes
-from pipeline.plan import (
+from bytecache.pipeline.parallel import Processes
+from bytecache.pipeline.plan import (
     PAGE,
     PLAN_KEY,
     Index,
@@ -28,7 +28,7 @@ from pipeline.plan import (
     refuse_changes,
     shape_of,
 )
-from pipeline.receipts import (
+from bytecache.pipeline.receipts import (
     FileRecord,
     Receipt,
     read_receipt,
@@ -36,11 +36,11 @@ from pipeline.receipts import (
     software_versions,
     write_receipt,
 )
-from pipeline.slices import commit, write_slices
-from pipeline.stores import Store
-from pipeline.survey import Survey, processes_for
-from schemas.errors import IntegrityError
-from schemas.settings import Settings
+from bytecache.pipeline.slices import commit, write_slices
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.survey import Survey, processes_for
+from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.settings import Settings
 
 
 def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambda: False) -> tuple[Plan, bool]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.stores import disk_errors
-from schemas.errors import InputError
-from schemas.settings import Teacher
+from bytecache.pipeline.stores import disk_errors
+from bytecache.schemas.errors import InputError
+from bytecache.schemas.settings import Teacher
 
 
 def probe(settings: Teacher, text_file: Path, out: Path) -> str:
@@ -30,7 +30,7 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
         raise InputError(f"folder {out.parent} of --out does not exist; make it first")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file in it, such as {out / 'probe.npz'}")
-    from stages.probe import probe_text
+    from bytecache.stages.probe import probe_text
 
     probs, tail, data = probe_text(settings, text)
     _write(out, probs, tail, data)

@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.stores import Store, json_bytes
-from schemas.errors import IntegrityError, StorageError
-from schemas.hashing import file_sha256
+from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.schemas.errors import IntegrityError, StorageError
+from bytecache.schemas.hashing import file_sha256
 
 RECEIPT_VERSION = 1
 FOLDER = "receipts"

@@ -21,12 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline import receipts
-from pipeline.progress import Reporter
-from pipeline.receipts import FileRecord, Receipt
-from pipeline.stores import Store, disk_errors, overlapped
-from schemas.errors import IntegrityError, Interrupted
-from schemas.hashing import file_sha256
+from bytecache.pipeline import receipts
+from bytecache.pipeline.progress import Reporter
+from bytecache.pipeline.receipts import FileRecord, Receipt
+from bytecache.pipeline.stores import Store, disk_errors, overlapped
+from bytecache.schemas.errors import IntegrityError, Interrupted
+from bytecache.schemas.hashing import file_sha256
 
 Tick = Callable[[dict[str, Any]], None]
 

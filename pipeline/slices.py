@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.parallel import Processes
-from pipeline.plan import Split, Unit
-from pipeline.stores import Store, disk_errors, open_store
-from pipeline.survey import (
+from bytecache.pipeline.parallel import Processes
+from bytecache.pipeline.plan import Split, Unit
+from bytecache.pipeline.stores import Store, disk_errors, open_store
+from bytecache.pipeline.survey import (
     SPLITS,
     Packing,
     Part,
@@ -33,11 +33,11 @@ from pipeline.survey import (
     identity_bytes,
     whole,
 )  # fmt: skip
-from schemas.errors import InputError
-from schemas.hashing import file_sha256
-from schemas.settings import Corpus, Settings
-from stages.conversations import KIND_KEY
-from stages.corpus import CorpusReader
+from bytecache.schemas.errors import InputError
+from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.settings import Corpus, Settings
+from bytecache.stages.conversations import KIND_KEY
+from bytecache.stages.corpus import CorpusReader
 
 SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("context", pa.string())])
 

@@ -4,17 +4,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import receipts
-from pipeline.commands_data import teacher_changes
-from pipeline.context import Context
-from pipeline.dataset_index import read_index
-from pipeline.fleet.report import fleet_status, fleet_table
-from pipeline.missing import summary
-from pipeline.plan import Plan, read_plan
-from pipeline.progress import human_bytes
-from pipeline.receipts import Receipt
-from pipeline.stores import Store, overlapped
-from schemas.errors import IntegrityError
+from bytecache.pipeline import receipts
+from bytecache.pipeline.commands_data import teacher_changes
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.dataset_index import read_index
+from bytecache.pipeline.fleet.report import fleet_status, fleet_table
+from bytecache.pipeline.missing import summary
+from bytecache.pipeline.plan import Plan, read_plan
+from bytecache.pipeline.progress import human_bytes
+from bytecache.pipeline.receipts import Receipt
+from bytecache.pipeline.stores import Store, overlapped
+from bytecache.schemas.errors import IntegrityError
 
 
 def status(context: Context) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.parallel import Processes
-from pipeline.plan import Split
-from schemas.arrays import I64, U64
-from schemas.errors import InputError, Interrupted
-from schemas.settings import Corpus, Settings
-from stages.conversations import opening
-from stages.corpus import CorpusReader, Document, File, corpus_files, is_past
-from stages.document_ids import DocumentIds, hash_ids
+from bytecache.pipeline.parallel import Processes
+from bytecache.pipeline.plan import Split
+from bytecache.schemas.arrays import I64, U64
+from bytecache.schemas.errors import InputError, Interrupted
+from bytecache.schemas.settings import Corpus, Settings
+from bytecache.stages.conversations import opening
+from bytecache.stages.corpus import CorpusReader, Document, File, corpus_files, is_past
+from bytecache.stages.document_ids import DocumentIds, hash_ids
 
 PART_BYTES = 32 * 1024 * 1024
 """Files are read together up to this size, as they lie; a larger one is a part alone."""

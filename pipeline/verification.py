@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import receipts
-from pipeline.context import Context
-from pipeline.dataset_index import TARGETS
-from pipeline.plan import PLAN_KEY, read_plan
-from pipeline.planning import slice_is_whole
-from pipeline.receipts import Receipt
-from pipeline.stores import LocalStore, Store, open_store
-from schemas import card, strict_json
-from schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
-from schemas.manifest import DATASET, replace_file
+from bytecache.pipeline import receipts
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.dataset_index import TARGETS
+from bytecache.pipeline.plan import PLAN_KEY, read_plan
+from bytecache.pipeline.planning import slice_is_whole
+from bytecache.pipeline.receipts import Receipt
+from bytecache.pipeline.stores import LocalStore, Store, open_store
+from bytecache.schemas import card, strict_json
+from bytecache.schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
+from bytecache.schemas.manifest import DATASET, replace_file
 
 ASIDE = "set-aside"
 """Where repair of a run puts shards that no index lists; nothing of unknown origin is deleted."""
@@ -91,7 +91,7 @@ def _bad_slices(store: Store) -> list[str]:
 
 
 def _verify_targets(folder: Path) -> list[str]:
-    from schemas.verification import verify_dataset
+    from bytecache.schemas.verification import verify_dataset
 
     return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder)]
 
@@ -130,14 +130,14 @@ def repair_run(context: Context) -> list[str]:
         done.append(f"removed: {PLAN_KEY} ({error})")
         slices, pending["plan"] = [], 1
     if slices or pending["plan"]:
-        from pipeline.commands_data import plan
+        from bytecache.pipeline.commands_data import plan
 
         plan(context)
         done.append(f"made again: the plan and {len(slices)} slices, from the corpus")
     done += _settle_strangers(store)
     bad_shards = _verify_targets(store.folder(TARGETS)) if _has_targets(store) else []
     if pending["convert"] or bad_shards:
-        from pipeline.commands_data import convert
+        from bytecache.pipeline.commands_data import convert
 
         try:
             made = convert(context).made
@@ -171,7 +171,7 @@ def _sound(store: Store, stage: str) -> Iterator[Receipt]:
 
 def _settle_strangers(store: Store) -> list[str]:
     """Second copies of listed shards go; shards that nothing lists and a damaged card are moved out of the data set."""
-    from schemas.verification import verify_dataset
+    from bytecache.schemas.verification import verify_dataset
 
     done: list[str] = []
     if not store.exists(f"{TARGETS}/dataset.json"):
@@ -205,10 +205,10 @@ def repair_dataset(folder: Path, source: str) -> list[str]:
     Raises IntegrityError when the source does not hold the bytes that the manifest states, StorageError when it
     cannot be read.
     """
-    from schemas.manifest import MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
-    from schemas.verification import verify_dataset
-    from stages.scratch import scratch_folder
-    from stages.training.source import fetch_bytes, fetch_file
+    from bytecache.schemas.manifest import MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
+    from bytecache.schemas.verification import verify_dataset
+    from bytecache.stages.scratch import scratch_folder
+    from bytecache.stages.training.source import fetch_bytes, fetch_file
 
     base = source.rstrip("/")
     done = []

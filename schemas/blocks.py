@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from schemas.arrays import F32, F64, I16, U8
+from bytecache.schemas.arrays import F32, F64, I16, U8
 
 BLOCK = 1 << 14
 """Rows that are encoded at a time."""

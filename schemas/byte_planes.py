@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import F32, U8
+from bytecache.schemas.arrays import F32, U8
 
 
 @njit(cache=True, nogil=True)

@@ -18,10 +18,10 @@ Price, one core: SPEC.md, "Cost".
 import numpy as np
 from numba import njit
 
-from schemas.arrays import END, F32, I16, I32, I64, PLACE, SYMBOLS, U8, U16
-from schemas.packing import COUNT_OVER
-from schemas.prior import find_block
-from schemas.quantise import (
+from bytecache.schemas.arrays import END, F32, I16, I32, I64, PLACE, SYMBOLS, U8, U16
+from bytecache.schemas.packing import COUNT_OVER
+from bytecache.schemas.prior import find_block
+from bytecache.schemas.quantise import (
     BAD_CODE,
     BAD_COUNT,
     BAD_COUNT_OVER,
@@ -32,7 +32,7 @@ from schemas.quantise import (
     OK,
     TAIL_IS_ALL,
 )
-from schemas.sorting import LANES, insertion_sort, network, sort_lanes
+from bytecache.schemas.sorting import LANES, insertion_sort, network, sort_lanes
 
 INDEX_STRIDE = 1024
 """Rows between two entries of the sparse row -> key index; a multiple of LANES."""

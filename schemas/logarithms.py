@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from schemas.arrays import F64, PLACE
+from bytecache.schemas.arrays import F64, PLACE
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from schemas import card, strict_json
-from schemas.errors import InputError, IntegrityError, StorageError
-from schemas.hashing import file_sha256
+from bytecache.schemas import card, strict_json
+from bytecache.schemas.errors import InputError, IntegrityError, StorageError
+from bytecache.schemas.hashing import file_sha256
 
 FORMAT = "bytecache.dataset"
 VERSION = 1

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.arrays import U8
-from schemas.quantise import MAX_COUNT
+from bytecache.schemas.arrays import U8
+from bytecache.schemas.quantise import MAX_COUNT
 
 FORMAT = "bytecache.byte-targets"
 VERSION = 1

@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import F64, I16, I64, PLACE, SYMBOLS, U8
+from bytecache.schemas.arrays import F64, I16, I64, PLACE, SYMBOLS, U8
 
 DEPTH = 3
 NODES = 4096

@@ -25,9 +25,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import F32, F64, I16, I64, PLACE, SYMBOLS, U8
-from schemas.logarithms import sum_logs
-from schemas.sorting import PADDING, sort_distinct
+from bytecache.schemas.arrays import F32, F64, I16, I64, PLACE, SYMBOLS, U8
+from bytecache.schemas.logarithms import sum_logs
+from bytecache.schemas.sorting import PADDING, sort_distinct
 
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""

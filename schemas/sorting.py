@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from schemas.arrays import I64
+from bytecache.schemas.arrays import I64
 
 LANES = 512
 """Lists of one table."""

@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas import strict_json
-from schemas.byte_planes import from_planes, to_planes
-from schemas.errors import IntegrityError
-from schemas.rounding import round_by_share, round_masses
-from schemas.window import Window, is_consistent
+from bytecache.schemas import strict_json
+from bytecache.schemas.byte_planes import from_planes, to_planes
+from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.rounding import round_by_share, round_masses
+from bytecache.schemas.window import Window, is_consistent
 
 FORMAT = "bytecache.token-dump"
 VERSION = 2

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from schemas import card
-from schemas.byte_shard import read_shard
-from schemas.errors import IntegrityError, StorageError
-from schemas.hashing import file_sha256
-from schemas.manifest import DATASET, SUFFIX, ShardEntry, read_dataset
+from bytecache.schemas import card
+from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.errors import IntegrityError, StorageError
+from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.manifest import DATASET, SUFFIX, ShardEntry, read_dataset
 
 _COMPARED = ("n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries", "tail_mean", "tail_max")
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
-from schemas import strict_json
-from schemas.errors import IntegrityError, StorageError
+from bytecache.schemas import strict_json
+from bytecache.schemas.errors import IntegrityError, StorageError
 
 CHUNK = 1 << 20
 """Elements per chunk a writer uses (shorter columns have one chunk of their own length)."""

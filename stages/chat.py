@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from schemas.errors import ConfigError, InputError
-from stages.tokens.vocab import Encoded, Misfit, Vocabulary
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
 LEAD = 16
 """Tokens before an answer that stay part of its spelled bytes."""

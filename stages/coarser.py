@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from schemas import settings as st
-from schemas.errors import ConfigError
-from schemas.window import Window
-from stages.lattice import STATIC_PASSES, Deviations, Lattice
-from stages.rows import take_rows
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.window import Window
+from bytecache.stages.lattice import STATIC_PASSES, Deviations, Lattice
+from bytecache.stages.rows import take_rows
 
 
 class Effort(NamedTuple):

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from schemas.errors import InputError
+from bytecache.schemas.errors import InputError
 
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 """Names under which prompts and responses are found, in this order."""

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from schemas import settings as st
-from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
-from schemas.errors import ConfigError, IntegrityError, Interrupted
-from schemas.shard_builder import LEAST_RATE
-from schemas.token_dump import read_meta, read_windows
-from schemas.window import Window
-from stages.coarser import Effort, coarsen, coarser_effort
-from stages.fidelity import Fidelity
-from stages.lattice import Lattice
-from stages.rows import keep_rows
+from bytecache.schemas import settings as st
+from bytecache.schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
+from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
+from bytecache.schemas.shard_builder import LEAST_RATE
+from bytecache.schemas.token_dump import read_meta, read_windows
+from bytecache.schemas.window import Window
+from bytecache.stages.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.fidelity import Fidelity
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.rows import keep_rows
 
 
 def convert_units(

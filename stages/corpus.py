@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from schemas.errors import ConfigError, InputError
-from schemas.settings import Corpus
-from stages import conversations
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.settings import Corpus
+from bytecache.stages import conversations
 
 BUILTIN = "builtin:pydoc-topics"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")

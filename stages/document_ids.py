@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.arrays import U64
+from bytecache.schemas.arrays import U64
 
 
 class DocumentIds:

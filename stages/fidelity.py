@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from schemas.arrays import END
-from schemas.byte_shard import ByteShard
-from schemas.errors import IntegrityError
-from schemas.window import Window
-from stages.divergence import divergence, kl_spread
-from stages.lattice import Lattice, Targets
-from stages.rows import keep_rows
+from bytecache.schemas.arrays import END
+from bytecache.schemas.byte_shard import ByteShard
+from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.window import Window
+from bytecache.stages.divergence import divergence, kl_spread
+from bytecache.stages.lattice import Lattice, Targets
+from bytecache.stages.rows import keep_rows
 
 VERSION = 1
 """Of the accumulator and the certificate; states of different versions do not merge."""

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from schemas.arrays import END, PLACE
+from bytecache.schemas.arrays import END, PLACE
 
 _NOTHING = 1e-300
 """A total that is no better than zero: one over it must be finite."""

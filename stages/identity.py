@@ -4,14 +4,14 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from schemas import settings as st
-from schemas import token_dump
-from schemas.errors import ConfigError, InputError
-from schemas.hashing import file_sha256
-from stages.engines.static import CONTEXTS
-from stages.scratch import cache_folder
-from stages.tokens.vocab import Vocabulary, load_vocabulary
-from stages.windows import LEAD
+from bytecache.schemas import settings as st
+from bytecache.schemas import token_dump
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.hashing import file_sha256
+from bytecache.stages.engines.static import CONTEXTS
+from bytecache.stages.scratch import cache_folder
+from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
+from bytecache.stages.windows import LEAD
 
 LEAST_CONTEXT = LEAD + 3
 """teacher.context, with no overlap."""
@@ -26,7 +26,7 @@ def resolve_model(settings: st.Teacher) -> Path:
     """
     model = settings.model
     if model.startswith("builtin:"):
-        from stages.engines.builtin_models import materialise_builtin
+        from bytecache.stages.engines.builtin_models import materialise_builtin
 
         return materialise_builtin(model.removeprefix("builtin:"), cache_folder() / "models")
     folder = Path(model).expanduser()

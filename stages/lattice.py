@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from schemas.arrays import SYMBOLS
-from schemas.window import NEVER, Window
-from stages.forward import Tables, forward, tables
+from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.window import NEVER, Window
+from bytecache.stages.forward import Tables, forward, tables
 
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""

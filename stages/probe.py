@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from schemas import settings as st
-from schemas.errors import InputError
-from stages.lattice import Lattice
-from stages.teacher import Teacher, open_teacher
-from stages.tokens.vocab import Misfit
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import InputError
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.teacher import Teacher, open_teacher
+from bytecache.stages.tokens.vocab import Misfit
 
 CONTEXT = 2048
 """Tokens of context for one text where teacher.context is automatic and the model holds as many."""

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from schemas.arrays import END
-from schemas.byte_shard import ByteShard
-from schemas.errors import InputError, IntegrityError
-from stages.fidelity import Fidelity, true_symbols
-from stages.lattice import Lattice
-from stages.teacher import Teacher
-from stages.tokens.vocab import Misfit
-from stages.windows import plan_stretch
+from bytecache.schemas.arrays import END
+from bytecache.schemas.byte_shard import ByteShard
+from bytecache.schemas.errors import InputError, IntegrityError
+from bytecache.stages.fidelity import Fidelity, true_symbols
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.teacher import Teacher
+from bytecache.stages.tokens.vocab import Misfit
+from bytecache.stages.windows import plan_stretch
 
 
 def measure_stored(

@@ -19,26 +19,26 @@ from typing import Any
 
 import numpy as np
 
-from schemas import settings as st
-from schemas.errors import ConfigError, Interrupted
-from schemas.token_dump import DumpWriter
-from schemas.window import Window
-from stages.engines.engine import Branch, Engine
-from stages.engines.paths import PathReducer
-from stages.engines.static import StaticJob
-from stages.identity import (
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import ConfigError, Interrupted
+from bytecache.schemas.token_dump import DumpWriter
+from bytecache.schemas.window import Window
+from bytecache.stages.engines.engine import Branch, Engine
+from bytecache.stages.engines.paths import PathReducer
+from bytecache.stages.engines.static import StaticJob
+from bytecache.stages.identity import (
     AUTO_CONTEXT,
     fit_context,
     identity_of,
     resolve_model,
     vocabulary_of,
 )
-from stages.lattice import STATIC_PASSES, Deviations, Lattice
-from stages.rows import keep_rows
-from stages.scratch import cache_folder
-from stages.teacher_inputs import read_inputs
-from stages.tokens.vocab import Encoded, Misfit, Vocabulary
-from stages.windows import (
+from bytecache.stages.lattice import STATIC_PASSES, Deviations, Lattice
+from bytecache.stages.rows import keep_rows
+from bytecache.stages.scratch import cache_folder
+from bytecache.stages.teacher_inputs import read_inputs
+from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
+from bytecache.stages.windows import (
     LEAD,
     WindowPlan,
     chain_of,
@@ -315,11 +315,11 @@ def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT)
     reducer = PathReducer(vocabulary, top_k=settings.top_k, floor=settings.floor)
     engine: Engine
     if settings.backend == "vllm":
-        from stages.engines.vllm import VllmEngine
+        from bytecache.stages.engines.vllm import VllmEngine
 
         engine = VllmEngine(folder, reducer, settings)
     else:
-        from stages.engines.hf import HfEngine
+        from bytecache.stages.engines.hf import HfEngine
 
         engine = HfEngine(folder, reducer, settings)
     return Teacher(engine, vocabulary, settings, identity)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from schemas.errors import InputError
-from stages.chat import Template, encode_answer, encode_completion
-from stages.conversations import KIND_KEY
-from stages.tokens.vocab import Encoded, Misfit, Vocabulary
+from bytecache.schemas.errors import InputError
+from bytecache.stages.chat import Template, encode_answer, encode_completion
+from bytecache.stages.conversations import KIND_KEY
+from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
 
 class Inputs(NamedTuple):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from schemas.errors import InputError
+from bytecache.schemas.errors import InputError
 
 
 def refuse_missing(name: str, report: dict[str, Any], remedy: str) -> None:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from schemas.window import Window
-from stages.engines.engine import Prompt
-from stages.engines.paths import RowMasses
-from stages.lattice import Deviations
-from stages.rows import take_rows
-from stages.tokens.vocab import Encoded
+from bytecache.schemas.window import Window
+from bytecache.stages.engines.engine import Prompt
+from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.lattice import Deviations
+from bytecache.stages.rows import take_rows
+from bytecache.stages.tokens.vocab import Encoded
 
 LEAD = 16
 """Context tokens evaluated again at the start of a later window."""

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipeline.cli import app
-from schemas.errors import InputError
+from bytecache.pipeline.cli import app
+from bytecache.schemas.errors import InputError
 
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(40)]
 
@@ -74,7 +74,7 @@ def fake_identity(settings: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTeacher]]:
-    from stages import identity, teacher
+    from bytecache.stages import identity, teacher
 
     monkeypatch.setattr(identity, "teacher_identity", fake_identity)
     monkeypatch.setattr(teacher, "open_teacher", FakeTeacher)
@@ -86,8 +86,8 @@ def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTeacher]]
 @pytest.fixture
 def fake_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards with certain targets from dumps that are slices."""
-    from schemas.byte_shard import ShardBuilder
-    from stages import convert
+    from bytecache.schemas.byte_shard import ShardBuilder
+    from bytecache.stages import convert
 
     def convert_units(parts: list[Path], out: Path, settings: Any, attrs: dict, stop: Any, tick: Any) -> dict[str, Any]:
         builder = ShardBuilder(prune=settings.prune)

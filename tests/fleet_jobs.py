@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.fleet.ledger import Layout
-from pipeline.fleet.worker import Share, Worker
-from pipeline.runner import Job, Task, Tick, Work
-from pipeline.stores import LocalStore
-from schemas.errors import Interrupted
-from schemas.settings import Fleet
+from bytecache.pipeline.fleet.ledger import Layout
+from bytecache.pipeline.fleet.worker import Share, Worker
+from bytecache.pipeline.runner import Job, Task, Tick, Work
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.errors import Interrupted
+from bytecache.schemas.settings import Fleet
 
 QUICK = Fleet(heartbeat_s=0.1, lease_s=1.0, notice_s=1.0, notice_poll_s=0.05)
 LAYOUT = Layout("teacher")

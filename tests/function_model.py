@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from schemas import settings as st
-from stages.engines.engine import Branch, Engine, Prompt
-from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
-from stages.engines.static import StaticJob, context_tokens
-from stages.teacher import Teacher
-from stages.tokens.vocab import Vocabulary
+from bytecache.schemas import settings as st
+from bytecache.stages.engines.engine import Branch, Engine, Prompt
+from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
+from bytecache.stages.engines.static import StaticJob, context_tokens
+from bytecache.stages.teacher import Teacher
+from bytecache.stages.tokens.vocab import Vocabulary
 
 
 class FunctionEngine(Engine):

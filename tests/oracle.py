@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from stages.tokens.vocab import Vocabulary
+from bytecache.stages.tokens.vocab import Vocabulary
 
 
 def exact_distributions(

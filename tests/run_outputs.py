@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.fleet import torture
-from pipeline.stores import LocalStore
+from bytecache.pipeline.fleet import torture
+from bytecache.pipeline.stores import LocalStore
 
 
 def outputs(folder: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny_models import make_checkpoint
 
-from schemas.settings import Settings
+from bytecache.schemas.settings import Settings
 
 
 def small_settings(folder: Path, *, documents: int = 160) -> Settings:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import receipts
-from pipeline.receipts import Receipt
-from pipeline.stores import TEMP_FOLDER, Store
-from schemas.errors import ConfigError, StorageError
-from schemas.hashing import file_sha256
+from bytecache.pipeline import receipts
+from bytecache.pipeline.receipts import Receipt
+from bytecache.pipeline.stores import TEMP_FOLDER, Store
+from bytecache.schemas.errors import ConfigError, StorageError
+from bytecache.schemas.hashing import file_sha256
 
 
 class StoreSuite:

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from store_suite import StoreSuite, write_big
 
-from pipeline.stores import Store
-from pipeline.stores.objects import ObjectStore
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.stores.objects import ObjectStore
 
 PROGRAM = os.environ.get("BYTECACHE_AZURITE") or shutil.which("azurite-blob")
 ACCOUNT, CONTAINER = "devstoreaccount1", "bytecache"

@@ -10,20 +10,20 @@ import torch
 from small_run import small_settings
 from torch.nn import functional
 
-from pipeline import commands_data, commands_student
-from pipeline.chain import summary_table
-from pipeline.context import Context, open_context
-from schemas.errors import ConfigError, IntegrityError
-from schemas.manifest import read_dataset
-from schemas.settings import Settings, Train
-from stages.identity import vocabulary_of
-from stages.training import packing, stream, student
-from stages.training.baselines import TokenTargets, shared_distance, sorted_distance
-from stages.training.evaluate import evaluate, report_table
-from stages.training.objective import Objective
-from stages.training.source import load_shard
-from stages.training.teacher_tokens import ABSENT, TeacherTokens, TokenDump, _merged
-from stages.training.train import train
+from bytecache.pipeline import commands_data, commands_student
+from bytecache.pipeline.chain import summary_table
+from bytecache.pipeline.context import Context, open_context
+from bytecache.schemas.errors import ConfigError, IntegrityError
+from bytecache.schemas.manifest import read_dataset
+from bytecache.schemas.settings import Settings, Train
+from bytecache.stages.identity import vocabulary_of
+from bytecache.stages.training import packing, stream, student
+from bytecache.stages.training.baselines import TokenTargets, shared_distance, sorted_distance
+from bytecache.stages.training.evaluate import evaluate, report_table
+from bytecache.stages.training.objective import Objective
+from bytecache.stages.training.source import load_shard
+from bytecache.stages.training.teacher_tokens import ABSENT, TeacherTokens, TokenDump, _merged
+from bytecache.stages.training.train import train
 
 
 def distributions(rows: int, mine: int, theirs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from schemas.errors import InputError, StorageError
-from stages.engines import builtin_models
-from stages.engines.builtin_models import MARKER, materialise_builtin
+from bytecache.schemas.errors import InputError, StorageError
+from bytecache.stages.engines import builtin_models
+from bytecache.stages.engines.builtin_models import MARKER, materialise_builtin
 
 NAME = "smollm2-135m-instruct"
 
@@ -98,7 +98,7 @@ def test_the_real_conversion(tmp_path: Path) -> None:
         folder = materialise_builtin(NAME, tmp_path)
     except InputError as error:
         pytest.skip(str(error))
-    from stages.tokens.vocab import load_vocabulary
+    from bytecache.stages.tokens.vocab import load_vocabulary
 
     vocab = load_vocabulary(folder)
     assert (vocab.size, vocab.start_id, vocab.end_ids.tolist()) == (49152, 1, [2])
@@ -116,7 +116,7 @@ def test_the_real_conversion_of_a_model_in_parts(tmp_path: Path) -> None:
         folder = materialise_builtin("gemma-3-270m", tmp_path)
     except InputError as error:
         pytest.skip(str(error))
-    from stages.tokens.vocab import load_vocabulary
+    from bytecache.stages.tokens.vocab import load_vocabulary
 
     vocab = load_vocabulary(folder)
     assert (vocab.size, vocab.start_id, vocab.end_ids.tolist()) == (262144, 2, [1])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from shard_cases import GOLDEN, golden_values, make
 
-from schemas.arrays import U8
-from schemas.byte_shard import read_shard
-from schemas.errors import IntegrityError
+from bytecache.schemas.arrays import U8
+from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.errors import IntegrityError
 
 # Each edit takes {member: bytes} of a good shard and returns what the archive should hold instead.
 

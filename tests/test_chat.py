@@ -12,22 +12,22 @@ import torch
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import commands_data
-from pipeline.context import open_context
-from pipeline.planning import make_plan
-from schemas import errors
-from schemas.byte_shard import read_shard
-from schemas.manifest import read_dataset
-from schemas.settings import Corpus, Settings
-from schemas.settings import Train as TrainSettings
-from schemas.token_dump import read_windows
-from stages import conversations
-from stages.chat import LEAD, Template, encode_answer, encode_completion
-from stages.corpus import CorpusReader, Document
-from stages.lattice import Lattice
-from stages.tokens.vocab import Misfit, load_vocabulary
-from stages.training import evaluate, stream, student
-from stages.training.train import train
+from bytecache.pipeline import commands_data
+from bytecache.pipeline.context import open_context
+from bytecache.pipeline.planning import make_plan
+from bytecache.schemas import errors
+from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.manifest import read_dataset
+from bytecache.schemas.settings import Corpus, Settings
+from bytecache.schemas.settings import Train as TrainSettings
+from bytecache.schemas.token_dump import read_windows
+from bytecache.stages import conversations
+from bytecache.stages.chat import LEAD, Template, encode_answer, encode_completion
+from bytecache.stages.corpus import CorpusReader, Document
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.tokens.vocab import Misfit, load_vocabulary
+from bytecache.stages.training import evaluate, stream, student
+from bytecache.stages.training.train import train
 
 PLAIN = (
     "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

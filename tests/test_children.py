@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.fleet.children import ENVIRONMENT
+from bytecache.pipeline.fleet.children import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
 from tqdm import tqdm
-from pipeline.fleet import children
-from schemas.errors import ConfigError, IntegrityError
+from bytecache.pipeline.fleet import children
+from bytecache.schemas.errors import ConfigError, IntegrityError
 
 logs, found = Path(sys.argv[1]), {}
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from pipeline.fleet import ledger
-from pipeline.fleet.claims import Claim, Claimer, Idle, Settled
-from pipeline.fleet.ledger import BLOCK, Delete, Get, Layout, Limits, List, Put, Replace, perform, read_names
-from pipeline.stores import LocalStore
+from bytecache.pipeline.fleet import ledger
+from bytecache.pipeline.fleet.claims import Claim, Claimer, Idle, Settled
+from bytecache.pipeline.fleet.ledger import BLOCK, Delete, Get, Layout, Limits, List, Put, Replace, perform, read_names
+from bytecache.pipeline.stores import LocalStore
 
 LAYOUT = Layout("teacher")
 

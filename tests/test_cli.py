@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import bytecache, refusal
 
-from pipeline.cli import app
+from bytecache.pipeline.cli import app
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -49,7 +49,7 @@ def test_examples_name_options_that_exist() -> None:
 
 def test_help_does_not_load_the_engine() -> None:
     code = (
-        "import sys\nfrom pipeline.cli import app\n"
+        "import sys\nfrom bytecache.pipeline.cli import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
         "print({'torch', 'transformers', 'vllm', 'pyarrow', 'zarr', 'numba'} & set(sys.modules))"
     )
@@ -58,9 +58,9 @@ def test_help_does_not_load_the_engine() -> None:
 
 
 def test_console_script_is_declared() -> None:
-    assert 'bytecache = "pipeline.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'bytecache = "bytecache.pipeline.cli:main"' in (ROOT / "pyproject.toml").read_text()
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "config", "--set", "teacher.top_k=-1"],
+        [sys.executable, "-m", "bytecache", "config", "--set", "teacher.top_k=-1"],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
@@ -103,7 +103,7 @@ def test_refusals_are_one_line_with_a_code_and_leave_nothing(
 
 
 def test_unexpected_faults_keep_their_traceback(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import commands_data
+    from bytecache.pipeline import commands_data
 
     def fail(context: object) -> None:
         raise ZeroDivisionError("ours")
@@ -131,7 +131,7 @@ def test_config_prints_what_the_stages_will_use(world: Path) -> None:
     done = bytecache("config", "--set", "teacher.depth=2")
     assert done.exit_code == 0
     (world / "again.toml").write_text(done.output)
-    from pipeline.config import load_settings
+    from bytecache.pipeline.config import load_settings
 
     settings = load_settings(world / "again.toml")
     assert (settings.corpus.unit_bytes, settings.teacher.depth) == (1000, 2)

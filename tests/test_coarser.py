@@ -10,15 +10,15 @@ from families import FAMILIES
 from function_model import function_teacher
 from test_fidelity import histories
 
-from schemas import settings as st
-from schemas.byte_shard import read_shard
-from schemas.errors import ConfigError
-from stages.coarser import Effort, coarsen, coarser_effort
-from stages.convert import convert_units
-from stages.divergence import kl_spread
-from stages.lattice import Lattice
-from stages.teacher import Teacher
-from stages.tokens.vocab import Vocabulary, load_vocabulary
+from bytecache.schemas import settings as st
+from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.errors import ConfigError
+from bytecache.stages.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.convert import convert_units
+from bytecache.stages.divergence import kl_spread
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.teacher import Teacher
+from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
 TEXTS = ["The quick brown f\u00e9", "  def f(x):\n", ""]
 FINE = {"tau": 0.002, "depth": 3}

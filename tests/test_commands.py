@@ -8,13 +8,13 @@ import pytest
 from command_line import TEXTS, FakeTeacher, bytecache, refusal
 from run_outputs import outputs
 
-from schemas.settings import Settings
+from bytecache.schemas.settings import Settings
 
 
 def test_resolved_configuration_is_kept_beside_the_outputs(world: Path, fake_teacher: type[FakeTeacher]) -> None:
     bytecache("plan", "--run-dir", "elsewhere")
     bytecache("teacher", "--run-dir", "elsewhere", "--set", "teacher.top_k=3")
-    from pipeline.config import load_settings
+    from bytecache.pipeline.config import load_settings
 
     kept = load_settings(world / "elsewhere/teacher/config.toml")
     assert (kept.run.dir, kept.teacher.top_k, kept.corpus.unit_bytes) == ("elsewhere", 3, 1000)
@@ -42,7 +42,7 @@ def test_stages_repeat_without_work(world: Path, fake_teacher: type[FakeTeacher]
     assert "convert: nothing to do" in again.stdout
     assert stamps == {path: path.stat().st_mtime_ns for path in (world / "run").rglob("*") if path.is_file()}
 
-    from schemas.manifest import read_dataset
+    from bytecache.schemas.manifest import read_dataset
 
     dataset = read_dataset(world / "run/targets")
     assert {entry.split for entry in dataset.entries} == {"train", "heldout"}
@@ -52,7 +52,7 @@ def test_stages_repeat_without_work(world: Path, fake_teacher: type[FakeTeacher]
 
 
 def test_the_teacher_command_keeps_the_configured_backend(world: Path, fake_teacher: type[FakeTeacher]) -> None:
-    from pipeline.config import load_settings
+    from bytecache.pipeline.config import load_settings
 
     bytecache("plan")
     assert bytecache("teacher").exit_code == 0
@@ -87,7 +87,7 @@ def test_convert_finds_its_dump_among_others_and_never_mixes(
 def test_another_version_of_the_conversion_code_never_mixes_into_a_data_set(
     world: Path, fake_teacher: type[FakeTeacher], fake_convert: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import receipts
+    from bytecache.pipeline import receipts
 
     bytecache("plan")
     bytecache("teacher")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_settings, render_template, sections
-from schemas.errors import ConfigError
-from schemas.settings import Settings
+from bytecache.pipeline.config import load_settings, render_template, sections
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import Settings
 
 SHIPPED = Path(__file__).parent.parent / "pipeline.toml"
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.errors import ConfigError, InputError
-from schemas.settings import Corpus
-from stages.corpus import CorpusReader, Document
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.settings import Corpus
+from bytecache.stages.corpus import CorpusReader, Document
 
 TEXTS = ["first\r\nline", "", "zweiter ü\u2028", "a \u0000 b", "   "]
 

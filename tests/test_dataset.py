@@ -12,10 +12,10 @@ from student_data import make_dataset
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from schemas.errors import ConfigError, InputError, IntegrityError
-from schemas.manifest import read_dataset
-from stages.training.dataset import ByteTargets
-from stages.training.source import load_shard
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.manifest import read_dataset
+from bytecache.stages.training.dataset import ByteTargets
+from bytecache.stages.training.source import load_shard
 
 
 @pytest.fixture(scope="module")

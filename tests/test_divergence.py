@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as some
 
-from stages.divergence import divergence, even_weights, kl_spread, spread_tail
-from stages.fidelity import Fidelity, _Measure, summary_line
+from bytecache.stages.divergence import divergence, even_weights, kl_spread, spread_tail
+from bytecache.stages.fidelity import Fidelity, _Measure, summary_line
 
 
 def rows(seed: int, m: int, listed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from run_outputs import outputs
 from tiny_models import make_checkpoint
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from bytecache.pipeline.cli import app
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(40)]
@@ -36,7 +36,7 @@ def write_config(folder: Path, run: str, backend: str = "hf") -> Path:
 
 
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline.cli", *arguments, "--config", str(config)]
+    command = [sys.executable, "-m", "bytecache", *arguments, "--config", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

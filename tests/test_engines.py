@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import byte_level_tokenizer
 from transformers import AutoModelForCausalLM, GPTJConfig, Phi3Config
 
-from schemas import settings as st
-from schemas.errors import ConfigError, EngineError, InputError, Interrupted
-from schemas.token_dump import read_windows
-from stages.engines.vllm_worker import Want
-from stages.identity import teacher_identity
-from stages.lattice import Lattice
-from stages.teacher import Teacher, open_teacher
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import ConfigError, EngineError, InputError, Interrupted
+from bytecache.schemas.token_dump import read_windows
+from bytecache.stages.engines.vllm_worker import Want
+from bytecache.stages.identity import teacher_identity
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.teacher import Teacher, open_teacher
 
 TEXTS = ["A cache is a promise kept in advance. " * 12, "the naïve façade 日本語", "", "e"]
 BASE = {"context": 128, "overlap": 32, "tau": 0.01, "depth": 2, "top_k": 5, "floor": 1e-5, "max_batched_tokens": 96}
@@ -117,7 +117,7 @@ def test_groups_bound_what_is_held_at_once(tiny_checkpoint, monkeypatch):
     teacher = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", context=64, overlap=8))
     document = [("d", 0, teacher.vocabulary.encode(TEXTS[0]))]
     (whole,) = teacher.windows(document)
-    monkeypatch.setattr("stages.teacher.GROUP_TOKENS", 100)
+    monkeypatch.setattr("bytecache.stages.teacher.GROUP_TOKENS", 100)
     groups = list(teacher.windows(document))
     assert len(groups) > 2 and max(map(len, groups)) <= 2
     for a, b in zip(whole, [w for group in groups for w in group], strict=True):
@@ -128,8 +128,8 @@ def test_groups_bound_what_is_held_at_once(tiny_checkpoint, monkeypatch):
 @pytest.mark.parametrize("family", ["bytelevel", "sliding"])
 def test_keys_kept_between_passes_change_nothing(tiny_checkpoint, monkeypatch, family):
     """Long windows, and short ones that share a pass; with room for the keys of none of them, of some, of all."""
-    monkeypatch.setattr("stages.engines.packed.NEW_TOKENS", 70)
-    monkeypatch.setattr("stages.engines.packed.KEPT_TOKENS", 40)
+    monkeypatch.setattr("bytecache.stages.engines.packed.NEW_TOKENS", 70)
+    monkeypatch.setattr("bytecache.stages.engines.packed.KEPT_TOKENS", 40)
     settings = st.Teacher(
         model=str(tiny_checkpoint(family)), backend="hf", context=64, overlap=8, tau=0.001, depth=3, static=0.0
     )
@@ -138,7 +138,7 @@ def test_keys_kept_between_passes_change_nothing(tiny_checkpoint, monkeypatch, f
     documents = [("same name", 0, teacher.vocabulary.encode(text)) for text in texts]
     found = []
     for room in (0, 40_000, 1 << 30):
-        monkeypatch.setattr("stages.engines.hf.KEPT_BYTES", room)
+        monkeypatch.setattr("bytecache.stages.engines.hf.KEPT_BYTES", room)
         runs = []
         run = teacher.engine.model.forward
         monkeypatch.setattr(

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tiny_models import make_checkpoint
 from typer.testing import CliRunner
 
-from pipeline.budget import Budget, Kept, Variant, candidates, within_budget
-from pipeline.cli import app
-from pipeline.estimate import choose_units, meaning_of, presets, settings_of, with_preset
-from pipeline.prediction import Predicted, ratio_total
-from pipeline.stores import LocalStore
-from schemas.errors import ConfigError
-from schemas.settings import Convert, Settings, Teacher
+from bytecache.pipeline.budget import Budget, Kept, Variant, candidates, within_budget
+from bytecache.pipeline.cli import app
+from bytecache.pipeline.estimate import choose_units, meaning_of, presets, settings_of, with_preset
+from bytecache.pipeline.prediction import Predicted, ratio_total
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import Convert, Settings, Teacher
 
 
 @given(st.lists(st.floats(1, 1e6), min_size=2, max_size=30), st.floats(0.01, 100), st.data())

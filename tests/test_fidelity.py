@@ -10,20 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import bytecache, refusal
 
-from schemas import settings as st
-from schemas.byte_shard import read_shard
-from schemas.errors import IntegrityError
-from schemas.manifest import DATASET, read_dataset, seal, write_dataset
-from schemas.token_dump import DumpWriter, read_meta, read_windows
-from schemas.window import Window
-from stages.convert import convert_units
-from stages.divergence import kl_spread
-from stages.fidelity import Fidelity, summary_line, true_symbols
-from stages.lattice import Lattice
-from stages.rows import keep_rows
-from stages.stretches import measure_stored
-from stages.teacher import Teacher, open_teacher
-from stages.windows import LEAD, plan_stretch
+from bytecache.schemas import settings as st
+from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.manifest import DATASET, read_dataset, seal, write_dataset
+from bytecache.schemas.token_dump import DumpWriter, read_meta, read_windows
+from bytecache.schemas.window import Window
+from bytecache.stages.convert import convert_units
+from bytecache.stages.divergence import kl_spread
+from bytecache.stages.fidelity import Fidelity, summary_line, true_symbols
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.rows import keep_rows
+from bytecache.stages.stretches import measure_stored
+from bytecache.stages.teacher import Teacher, open_teacher
+from bytecache.stages.windows import LEAD, plan_stretch
 
 TEXT = "The student reads the notes as often as it likes; naïve façade, größer. " * 3
 DEEP = {"tau": 1e-5, "depth": 8}

@@ -9,9 +9,9 @@ import pytest
 from small_run import small_settings
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.config import render_template
-from schemas.hashing import file_sha256
+from bytecache.pipeline.cli import app
+from bytecache.pipeline.config import render_template
+from bytecache.schemas.hashing import file_sha256
 
 ROOT = Path(__file__).parent.parent
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -19,7 +19,7 @@ STEPS = """
 set -u
 mount -t tmpfs -o size=300k none "$DISK" || exit 99
 try() {
-    "$PYTHON" -m pipeline.cli "$@" --config "$CONFIG" --run-dir "$DISK/run" 2>&1 | grep -v '^{'
+    "$PYTHON" -m bytecache "$@" --config "$CONFIG" --run-dir "$DISK/run" 2>&1 | grep -v '^{'
     echo "exit ${PIPESTATUS[0]}"
 }
 try plan

@@ -11,9 +11,9 @@ from faulty_proxy import FaultyProxy, once, sometimes
 from gcs_server import PAGE, GCSServer
 from store_suite import StoreSuite, write_big
 
-from pipeline.stores import Store
-from pipeline.stores.objects import ObjectStore
-from schemas.errors import StorageError
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.stores.objects import ObjectStore
+from bytecache.schemas.errors import StorageError
 
 FAULTS = ("refuse", "slow", "torn_up", "lost", "torn_down", "altered")
 numbers = itertools.count()
@@ -85,8 +85,8 @@ def test_large_objects_go_up_in_parts_and_still_only_once(service: Service, faul
 
 
 def test_objects_too_large_for_a_copy_go_up_in_parts(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stores.objects.PART", 5 * 2**20)
-    monkeypatch.setattr("pipeline.stores.objects.N_PARTS", 3)
+    monkeypatch.setattr("bytecache.pipeline.stores.objects.PART", 5 * 2**20)
+    monkeypatch.setattr("bytecache.pipeline.stores.objects.N_PARTS", 3)
     store = service.store()
     store._single_put, store._copy_limit = 1_000_000, 6_000_000
     assert store.put_if_absent("dump", write_big(store, 20_000_000))

@@ -16,9 +16,9 @@ def test_an_unlimited_beam_agrees_with_every_cover_evaluated(tiny_checkpoint, te
     from genlm.backend.tokenization import Token
     from genlm.bytes import BeamParams, ByteBeamState
 
-    from schemas import settings as st
-    from stages.probe import probe_with
-    from stages.teacher import open_teacher
+    from bytecache.schemas import settings as st
+    from bytecache.stages.probe import probe_with
+    from bytecache.stages.teacher import open_teacher
 
     folder = tiny_checkpoint("bytelevel")
     teacher = open_teacher(

@@ -10,8 +10,8 @@ import torch
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schemas import errors
-from stages.training.harness import measure, table
+from bytecache.schemas import errors
+from bytecache.stages.training.harness import measure, table
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 TASK = """\

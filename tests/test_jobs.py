@@ -16,16 +16,16 @@ import yaml
 from tiny_models import make_checkpoint
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.config import load_settings
-from pipeline.jobs.command import overrides, plan_job
-from pipeline.jobs.kubernetes import kubernetes_job
-from pipeline.jobs.local import run_local
-from pipeline.jobs.skypilot import skypilot_task
-from pipeline.jobs.supervise import settle, supervise
-from pipeline.stores import LocalStore
-from schemas.errors import BytecacheError, ConfigError, Interrupted
-from schemas.settings import Settings
+from bytecache.pipeline.cli import app
+from bytecache.pipeline.config import load_settings
+from bytecache.pipeline.jobs.command import overrides, plan_job
+from bytecache.pipeline.jobs.kubernetes import kubernetes_job
+from bytecache.pipeline.jobs.local import run_local
+from bytecache.pipeline.jobs.skypilot import skypilot_task
+from bytecache.pipeline.jobs.supervise import settle, supervise
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.errors import BytecacheError, ConfigError, Interrupted
+from bytecache.schemas.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 BUCKET = ["run.dir=s3://bucket/books", "teacher.tau=0.01", "teacher.model=/models/a b", "fleet.notice_s=100"]
@@ -253,7 +253,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of stub commands on PATH; `bytecache` is this checkout."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    forward = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pipeline.cli import main\nmain()\n"
+    forward = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom bytecache.pipeline.cli import main\nmain()\n"
     for name, text in {**STUBS, "bytecache": forward}.items():
         (folder / name).write_text(f"#!{sys.executable}\n{text}")
         (folder / name).chmod(0o755 | stat.S_IXUSR)
@@ -324,7 +324,7 @@ def test_slurm_array_of_real_workers(slurm: Path, planned: list[str], tmp_path: 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_local_workers_one_of_them_killed(planned: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "jobs", "local", "--workers", "2", "--gpus", "0", "--cpus", "1"]
+    command = [sys.executable, "-m", "bytecache", "jobs", "local", "--workers", "2", "--gpus", "0", "--cpus", "1"]
     process = subprocess.Popen(
         [*command, *planned, "--set", "fleet.lease_s=3", "--set", "fleet.heartbeat_s=0.5"], cwd=ROOT
     )
@@ -342,7 +342,7 @@ def test_local_workers_one_of_them_killed(planned: list[str], tmp_path: Path) ->
 @pytest.mark.timeout(400)
 def test_ray_actors_one_of_them_killed(planned: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real Ray cluster of this machine. An actor's worker is killed; its supervisor starts another."""
-    from pipeline.jobs.ray_cluster import run_on_ray
+    from bytecache.pipeline.jobs.ray_cluster import run_on_ray
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made = load_settings(None, [*planned[1::2], "fleet.lease_s=3", "fleet.heartbeat_s=0.5"])
@@ -372,7 +372,7 @@ def test_ray_actors_one_of_them_killed(planned: list[str], tmp_path: Path, monke
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_ray_refuses_what_it_could_never_place() -> None:
-    from pipeline.jobs.ray_cluster import run_on_ray
+    from bytecache.pipeline.jobs.ray_cluster import run_on_ray
 
     spec = plan_job(settings("teacher.tensor_parallel=2"), "teacher", 1, None, 1)
     with pytest.raises(ConfigError, match="asks for 2 GPUs and 1 CPUs; the cluster has 1 and 1"):

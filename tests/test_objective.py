@@ -9,18 +9,18 @@ from student_data import make_dataset
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from schemas.arrays import END
-from schemas.errors import ConfigError
-from schemas.manifest import read_dataset
-from schemas.settings import Student as Small
-from schemas.settings import Train
-from stages.training import student
-from stages.training.byte_head import HEAD_SYMBOLS, SLOTS
-from stages.training.heads import make_head
-from stages.training.loss import IGNORE
-from stages.training.objective import Objective
-from stages.training.stream import MicroBatch, ShardReader, collate, cut
-from stages.training.student import Student
+from bytecache.schemas.arrays import END
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.manifest import read_dataset
+from bytecache.schemas.settings import Student as Small
+from bytecache.schemas.settings import Train
+from bytecache.stages.training import student
+from bytecache.stages.training.byte_head import HEAD_SYMBOLS, SLOTS
+from bytecache.stages.training.heads import make_head
+from bytecache.stages.training.loss import IGNORE
+from bytecache.stages.training.objective import Objective
+from bytecache.stages.training.stream import MicroBatch, ShardReader, collate, cut
+from bytecache.stages.training.student import Student
 
 HEADS = ("parallel", "mlp", "transformer", "autoregressive")
 

@@ -6,12 +6,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from schemas import settings as st
-from schemas.errors import ConfigError
-from stages.engines import packed
-from stages.engines.engine import Branch, Prompt
-from stages.lattice import Lattice
-from stages.teacher import open_teacher
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import ConfigError
+from bytecache.stages.engines import packed
+from bytecache.stages.engines.engine import Branch, Prompt
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.teacher import open_teacher
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -127,7 +127,7 @@ def test_how_windows_share_passes_changes_nothing(tiny_checkpoint, monkeypatch, 
     monkeypatch.setattr(packed, "run", lambda model, segments: passes.append(len(segments)) or run(model, segments))
     found = []
     for limit in (1, 256):
-        monkeypatch.setattr("stages.engines.packed.NEW_TOKENS", limit)
+        monkeypatch.setattr("bytecache.stages.engines.packed.NEW_TOKENS", limit)
         passes.clear()
         found.append([window for group in teacher.windows(documents) for window in group])
         assert (max(passes) == 1) == (limit == 1)

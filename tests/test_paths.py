@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.errors import ConfigError, EngineError
-from stages.engines.paths import PathReducer, plan_paths, range_sums, range_sums_on_device
-from stages.tokens.vocab import load_vocabulary
+from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.engines.paths import PathReducer, plan_paths, range_sums, range_sums_on_device
+from bytecache.stages.tokens.vocab import load_vocabulary
 
 TEXT = "the cache, naïve"
 

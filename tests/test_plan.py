@@ -6,12 +6,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import planning, receipts
-from pipeline.plan import PLAN_KEY, load_plan, read_plan
-from pipeline.stores import LocalStore
-from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
-from schemas.hashing import file_sha256
-from schemas.settings import Settings
+from bytecache.pipeline import planning, receipts
+from bytecache.pipeline.plan import PLAN_KEY, load_plan, read_plan
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
+from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.settings import Settings
 
 
 def corpus(path: Path, texts: list[str]) -> Path:

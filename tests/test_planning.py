@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from pipeline import planning, receipts, survey
-from pipeline.parallel import Processes
-from pipeline.plan import read_plan
-from pipeline.stores import LocalStore
-from schemas.errors import ConfigError, InputError, Interrupted
-from schemas.hashing import file_sha256
-from schemas.settings import Settings
+from bytecache.pipeline import planning, receipts, survey
+from bytecache.pipeline.parallel import Processes
+from bytecache.pipeline.plan import read_plan
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.errors import ConfigError, InputError, Interrupted
+from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,7 +125,7 @@ def test_a_corpus_that_changes_between_the_passes_is_noticed(tmp_path: Path) -> 
     found = survey.Survey(wanted, processes)
     path = source / "001.jsonl"
     path.write_text(path.read_text().replace("49 ", "94 "))
-    from pipeline.slices import write_slices
+    from bytecache.pipeline.slices import write_slices
 
     with pytest.raises(InputError, match="changed while it was being read"):
         list(write_slices(LocalStore(tmp_path / "run"), wanted, found, processes))
@@ -184,7 +184,7 @@ def test_a_killed_plan_leaves_no_process_and_is_finished_by_a_rerun(tmp_path: Pa
         lines = [json.dumps({"text": f"{number} {i} {text}"}) + "\n" for i in range(24_000)]
         (source / f"{number}.jsonl").write_text("".join(lines))
     command = [
-        sys.executable, "-m", "pipeline.cli", "plan", "--jobs", "2", "--run-dir", str(tmp_path / "run"),
+        sys.executable, "-m", "bytecache", "plan", "--jobs", "2", "--run-dir", str(tmp_path / "run"),
         "--source", str(source), "--set", "corpus.max_bytes=0", "--set", "corpus.unit_bytes=200000",
     ]  # fmt: skip
     process = subprocess.Popen(

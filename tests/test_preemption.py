@@ -12,13 +12,13 @@ import pytest
 from fleet_jobs import LAYOUT, QUICK, fork, job, marks, run
 from loopback import Loopback, Quiet
 
-from pipeline.fleet import preemption
-from pipeline.fleet.ledger import DONE, read_names
-from pipeline.fleet.preemption import Drain
-from pipeline.fleet.worker import Worker
-from pipeline.stores import LocalStore
-from schemas.errors import ConfigError, Interrupted
-from schemas.settings import Fleet
+from bytecache.pipeline.fleet import preemption
+from bytecache.pipeline.fleet.ledger import DONE, read_names
+from bytecache.pipeline.fleet.preemption import Drain
+from bytecache.pipeline.fleet.worker import Worker
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.errors import ConfigError, Interrupted
+from bytecache.schemas.settings import Fleet
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_an_engine_that_does_not_answer_by_the_deadline_is_left(store: LocalStor
         time.sleep(60)
 
     def child() -> None:
-        from pipeline.runner import StopFlag
+        from bytecache.pipeline.runner import StopFlag
 
         flag = StopFlag()
         with flag.installed():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas import prior as priors
-from schemas.prior import Prior
+from bytecache.schemas import prior as priors
+from bytecache.schemas.prior import Prior
 
 
 def context_of(prior: Prior, node: int) -> bytes:

@@ -10,15 +10,15 @@ import torch
 from oracle import exact_distributions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schemas import settings as st
-from schemas.errors import InputError
-from stages.chat import Template, encode_answer
-from stages.divergence import divergence
-from stages.fidelity import true_symbols
-from stages.identity import resolve_model
-from stages.lattice import Lattice
-from stages.teacher import REFERENCE, Teacher, open_teacher
-from stages.tokens.vocab import load_vocabulary
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import InputError
+from bytecache.stages.chat import Template, encode_answer
+from bytecache.stages.divergence import divergence
+from bytecache.stages.fidelity import true_symbols
+from bytecache.stages.identity import resolve_model
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher
+from bytecache.stages.tokens.vocab import load_vocabulary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

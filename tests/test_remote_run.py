@@ -12,8 +12,8 @@ from s3_server import BUCKET, S3Server, environment
 from tiny_models import make_checkpoint
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.stores import open_store
+from bytecache.pipeline.cli import app
+from bytecache.pipeline.stores import open_store
 
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(40)]
 SHAPE = [

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import receipts
-from pipeline.progress import Reporter
-from pipeline.runner import StopFlag, Task, Tick, finished, run_units
-from pipeline.stores import TEMP_FOLDER, LocalStore
-from schemas.errors import IntegrityError, Interrupted, StorageError
-from schemas.hashing import file_sha256
+from bytecache.pipeline import receipts
+from bytecache.pipeline.progress import Reporter
+from bytecache.pipeline.runner import StopFlag, Task, Tick, finished, run_units
+from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore
+from bytecache.schemas.errors import IntegrityError, Interrupted, StorageError
+from bytecache.schemas.hashing import file_sha256
 
 ROOT = Path(__file__).parent.parent
 N_TASKS = 12

@@ -15,13 +15,13 @@ import pytest
 from loopback import Loopback, Quiet
 from student_data import make_dataset
 
-from schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
-from schemas.manifest import Dataset, read_dataset
-from stages.training import source
-from stages.training.cache import FileCache
-from stages.training.order import Order
-from stages.training.shelf import Shelf
-from stages.training.source import RemoteDataset, fetch_ahead, load_shard, open_dataset
+from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
+from bytecache.schemas.manifest import Dataset, read_dataset
+from bytecache.stages.training import source
+from bytecache.stages.training.cache import FileCache
+from bytecache.stages.training.order import Order
+from bytecache.stages.training.shelf import Shelf
+from bytecache.stages.training.source import RemoteDataset, fetch_ahead, load_shard, open_dataset
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ import pytest
 from loopback import Loopback, Quiet
 from student_data import make_dataset
 
-from schemas.errors import IntegrityError
-from schemas.manifest import Dataset, read_dataset
-from stages.training import source
-from stages.training.dataset import ByteTargets
-from stages.training.source import load_shard, open_dataset
+from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.manifest import Dataset, read_dataset
+from bytecache.stages.training import source
+from bytecache.stages.training.dataset import ByteTargets
+from bytecache.stages.training.source import load_shard, open_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -144,7 +144,7 @@ def on_hub(folder: Path, code: str, *arguments: str) -> str:
 
 def test_a_data_set_on_the_hub(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom stages.training.dataset import ByteTargets\n"
+        "import sys\nfrom bytecache.stages.training.dataset import ByteTargets\n"
         "data = ByteTargets('hf://datasets/me/set', window=64, epochs=1, cache_dir=sys.argv[1])\n"
         "print(sum(len(w.text) for w in data), data.dataset.manifest_hash)"
     )
@@ -158,8 +158,8 @@ def test_a_run_on_the_hub_is_read_and_verified_and_not_written(folder: Path, tmp
     run = tmp_path / "run"
     shutil.copytree(folder, run / "targets")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline.stores import open_store\n"
-        "from schemas.errors import StorageError\n"
+        "import sys\nfrom pathlib import Path\nfrom bytecache.pipeline.stores import open_store\n"
+        "from bytecache.schemas.errors import StorageError\n"
         "store = open_store('hf://datasets/me/run', sys.argv[1] + '/scratch')\n"
         "keys = list(store.list(''))\n"
         "assert keys == list(store.list('targets')) == sorted(sys.argv[2].split()), keys\n"
@@ -171,7 +171,7 @@ def test_a_run_on_the_hub_is_read_and_verified_and_not_written(folder: Path, tmp
         "    try: refused()\n"
         "    except StorageError as error: print(error)\n"
         "    else: raise SystemExit('no refusal')\n"
-        "from typer.testing import CliRunner\nfrom pipeline.cli import app\n"
+        "from typer.testing import CliRunner\nfrom bytecache.pipeline.cli import app\n"
         "done = CliRunner().invoke(app, ['verify', 'hf://datasets/me/run/targets'])\n"
         "print(done.exit_code, done.output)\n"
     )

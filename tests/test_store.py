@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import receipts
-from pipeline.receipts import FileRecord, Receipt, canonical_json, unit_key
-from pipeline.stores import TEMP_FOLDER, LocalStore, disk_errors
-from schemas.errors import IntegrityError, StorageError
+from bytecache.pipeline import receipts
+from bytecache.pipeline.receipts import FileRecord, Receipt, canonical_json, unit_key
+from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore, disk_errors
+from bytecache.schemas.errors import IntegrityError, StorageError
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_file_systems_without_links(store: LocalStore, monkeypatch: pytest.Monke
 def test_sweep_takes_only_what_dead_processes_left(store: LocalStore) -> None:
     mine = store.write_temp("mine", b"")
     code = (
-        "import sys; from pathlib import Path; from pipeline.stores import LocalStore\n"
+        "import sys; from pathlib import Path; from bytecache.pipeline.stores import LocalStore\n"
         "LocalStore(Path(sys.argv[1])).write_temp('theirs', b'x')"
     )
     root = Path(__file__).parent.parent
@@ -107,9 +107,9 @@ def test_other_system_errors_are_not_disguised() -> None:
 def test_a_real_limit_of_the_system(tmp_path: Path) -> None:
     """`ulimit -f` makes the kernel refuse the write, as a full disk does."""
     code = (
-        "import sys, resource; from pathlib import Path; from pipeline.stores import LocalStore\n"
+        "import sys, resource; from pathlib import Path; from bytecache.pipeline.stores import LocalStore\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "from schemas.errors import StorageError\n"
+        "from bytecache.schemas.errors import StorageError\n"
         "store = LocalStore(Path(sys.argv[1]))\n"
         "try: store.write_temp('big', bytes(5000))\n"
         "except StorageError as error: print(error)\n"
@@ -128,7 +128,7 @@ def test_run_folder_under_a_file(tmp_path: Path) -> None:
 
 
 def test_many_answers_come_in_order_and_the_first_failure_is_raised() -> None:
-    from pipeline.stores import overlapped
+    from bytecache.pipeline.stores import overlapped
 
     for count in (3, 500):
         assert overlapped(lambda number: number * 2, range(count)) == [2 * number for number in range(count)]

@@ -13,10 +13,10 @@ from faulty_proxy import FaultyProxy, once, sometimes
 from s3_server import BUCKET, S3Server, environment
 from store_suite import StoreSuite, write_big
 
-from pipeline.stores import LocalStore, Store, open_store
-from pipeline.stores.objects import ObjectStore
-from pipeline.stores.readonly import ReadOnlyStore
-from schemas.errors import ConfigError, IntegrityError, StorageError
+from bytecache.pipeline.stores import LocalStore, Store, open_store
+from bytecache.pipeline.stores.objects import ObjectStore
+from bytecache.pipeline.stores.readonly import ReadOnlyStore
+from bytecache.schemas.errors import ConfigError, IntegrityError, StorageError
 
 FAULTS = ("refuse", "slow", "torn_up", "lost", "torn_down", "altered")
 numbers = itertools.count()
@@ -149,8 +149,8 @@ def test_objects_too_large_for_a_copy_go_up_in_parts(
     proxied: Proxied, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As above 5 GiB, with smaller numbers: parts grow where there would be too many, and a fault tears nothing."""
-    monkeypatch.setattr("pipeline.stores.objects.PART", 5 * 2**20)
-    monkeypatch.setattr("pipeline.stores.objects.N_PARTS", 3)
+    monkeypatch.setattr("bytecache.pipeline.stores.objects.PART", 5 * 2**20)
+    monkeypatch.setattr("bytecache.pipeline.stores.objects.N_PARTS", 3)
     first, second = proxied.store(), proxied.store()
     for store in (first, second):
         store._single_put, store._copy_limit, store._largest = 1_000_000, 6_000_000, 30_000_000
@@ -257,7 +257,7 @@ def test_old_staging_objects_are_swept(proxied: Proxied, monkeypatch: pytest.Mon
     store = proxied.store()
     obstore.put(store._backend, ".tmp/left-behind", b"x")
     assert store.sweep() == 0
-    monkeypatch.setattr("pipeline.stores.objects.STALE_SECONDS", -60)
+    monkeypatch.setattr("bytecache.pipeline.stores.objects.STALE_SECONDS", -60)
     assert store.sweep() == 1
 
 

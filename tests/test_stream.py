@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from student_data import document, make_dataset, write_split
 
-from schemas.arrays import END
-from schemas.byte_shard import read_shard
-from schemas.errors import InputError, IntegrityError
-from schemas.manifest import read_dataset, write_dataset
-from stages.tokens.vocab import Encoded, Misfit
-from stages.training import stream
-from stages.training.byte_head import SLOTS
-from stages.training.loss import IGNORE
-from stages.training.order import Order, sequential
+from bytecache.schemas.arrays import END
+from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.errors import InputError, IntegrityError
+from bytecache.schemas.manifest import read_dataset, write_dataset
+from bytecache.stages.tokens.vocab import Encoded, Misfit
+from bytecache.stages.training import stream
+from bytecache.stages.training.byte_head import SLOTS
+from bytecache.stages.training.loss import IGNORE
+from bytecache.stages.training.order import Order, sequential
 
 START, EOS = 1000, 1001
 

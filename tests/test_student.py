@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from student_data import document, make_dataset
 from transformers import AutoTokenizer
 
-from schemas import errors
-from schemas.byte_shard import read_shard
-from schemas.settings import Student, Train
-from stages.training import evaluate, export, student
-from stages.training.train import train
+from bytecache.schemas import errors
+from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.settings import Student, Train
+from bytecache.stages.training import evaluate, export, student
+from bytecache.stages.training.train import train
 
 SETTINGS = Train(head="parallel", lambda_kl=0.1, byte_reduction="mean", steps=4, batch=3, window_bytes=4000, warmup=1)
 SMALL = Student(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)

@@ -8,18 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from schemas import settings as st
-from schemas import token_dump
-from schemas.byte_planes import from_planes, to_planes
-from schemas.errors import ConfigError, IntegrityError
-from schemas.rounding import LEAST_BITS, MASS_BITS, SHARE_BITS, round_masses
-from schemas.token_dump import DumpWriter, read_meta, read_windows, round_entries
-from schemas.top_k import top_k_sizes
-from schemas.window import Window
-from stages.convert import convert_units
-from stages.divergence import kl_spread
-from stages.lattice import Lattice
-from stages.teacher import open_teacher
+from bytecache.schemas import settings as st
+from bytecache.schemas import token_dump
+from bytecache.schemas.byte_planes import from_planes, to_planes
+from bytecache.schemas.errors import ConfigError, IntegrityError
+from bytecache.schemas.rounding import LEAST_BITS, MASS_BITS, SHARE_BITS, round_masses
+from bytecache.schemas.token_dump import DumpWriter, read_meta, read_windows, round_entries
+from bytecache.schemas.top_k import top_k_sizes
+from bytecache.schemas.window import Window
+from bytecache.stages.convert import convert_units
+from bytecache.stages.divergence import kl_spread
+from bytecache.stages.lattice import Lattice
+from bytecache.stages.teacher import open_teacher
 
 
 @pytest.fixture(scope="module")

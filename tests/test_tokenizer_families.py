@@ -14,8 +14,8 @@ from families import FAMILIES, FRAGMENTS, TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from schemas.errors import InputError
-from stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 
 LIGHT = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LONE_SURROGATE = "a\ud800"

@@ -10,9 +10,9 @@ import pytest
 from fleet_jobs import LAYOUT, job, run
 from small_run import small_settings
 
-from pipeline.config import render_template
-from pipeline.fleet.torture import _compare, outputs
-from pipeline.stores import LocalStore
+from bytecache.pipeline.config import render_template
+from bytecache.pipeline.fleet.torture import _compare, outputs
+from bytecache.pipeline.stores import LocalStore
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +24,7 @@ def test_200_kills_change_nothing(tmp_path: Path) -> None:
     config.write_text(render_template(small_settings(tmp_path)))
     # A process of its own: it forks, and this one has started threads.
     command = [
-        sys.executable, "-m", "pipeline.cli", "torture", str(tmp_path / "torture"), "--config", str(config),
+        sys.executable, "-m", "bytecache", "torture", str(tmp_path / "torture"), "--config", str(config),
         "--kills", "200", "--seed", "1",
     ]  # fmt: skip
     threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

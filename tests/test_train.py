@@ -11,10 +11,10 @@ import pytest
 import torch
 from student_data import make_dataset
 
-from schemas import byte_shard, errors
-from schemas.settings import Student, Train
-from stages.training import checkpoint, student
-from stages.training.train import train
+from bytecache.schemas import byte_shard, errors
+from bytecache.schemas.settings import Student, Train
+from bytecache.stages.training import checkpoint, student
+from bytecache.stages.training.train import train
 
 PAPER = {"head": "parallel", "lambda_kl": 0.1, "byte_reduction": "mean"}
 SETTINGS = Train(**PAPER, steps=9, batch=3, window_bytes=96, warmup=2, checkpoint_every=2, learning_rate=3e-3)
@@ -53,9 +53,9 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
-from schemas.settings import Train
-from stages.training import checkpoint
-from stages.training.train import train
+from bytecache.schemas.settings import Train
+from bytecache.stages.training import checkpoint
+from bytecache.stages.training.train import train
 import torch
 torch.set_num_threads({threads})
 publish = checkpoint._publish

@@ -15,14 +15,14 @@ import torch
 from student_data import make_dataset
 from torch import nn
 
-from schemas import errors
-from schemas.manifest import read_dataset
-from schemas.settings import NEUTRAL, Student, Train
-from stages.training import compiled, packing, stream, student
-from stages.training.evaluate import load_trained
-from stages.training.order import Order
-from stages.training.run import Run, backward_step, learning_rate, start_run
-from stages.training.train import train
+from bytecache.schemas import errors
+from bytecache.schemas.manifest import read_dataset
+from bytecache.schemas.settings import NEUTRAL, Student, Train
+from bytecache.stages.training import compiled, packing, stream, student
+from bytecache.stages.training.evaluate import load_trained
+from bytecache.stages.training.order import Order
+from bytecache.stages.training.run import Run, backward_step, learning_rate, start_run
+from bytecache.stages.training.train import train
 
 SETTINGS = Train(
     head="parallel",
@@ -156,7 +156,7 @@ def test_schedules():
 
 
 def test_the_weight_of_the_divergence_moves_as_its_schedule_says(world, tmp_path):
-    from stages.training.run import kl_share
+    from bytecache.stages.training.run import kl_share
 
     for kind, want in (("constant", [1, 1, 1]), ("decay", [1, 0.5, 0]), ("rise", [0, 0.5, 1])):
         settings = SETTINGS.model_copy(update={"kl_schedule": kind, "steps": 3, "lambda_byte": 0.0})
@@ -280,10 +280,10 @@ import sys
 sys.path[:0] = {path!r}
 import json, os, torch
 from pathlib import Path
-from schemas import errors
-from schemas.settings import Train
-from stages.training.parallel import joined
-from stages.training.train import train
+from bytecache.schemas import errors
+from bytecache.schemas.settings import Train
+from bytecache.stages.training.parallel import joined
+from bytecache.stages.training.train import train
 torch.set_num_threads(1)
 settings, out = Train(**{settings!r}), Path({out!r})
 last = []
@@ -365,7 +365,7 @@ def test_torchrun_of_the_command_line(tmp_path):
         "run.dir": tmp_path / "run", "student.tokenizer": "bpe:300", "student.hidden_size": 32, "student.layers": 1,
         "student.heads": 2, "train.steps": 3, "train.batch": 4, "train.warmup": 1, "train.window_bytes": 96,
     }  # fmt: skip
-    command = ["pipeline.cli", "train", *(part for key, value in keys.items() for part in ("--set", f"{key}={value}"))]
+    command = ["bytecache", "train", *(part for key, value in keys.items() for part in ("--set", f"{key}={value}"))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment)
@@ -384,8 +384,8 @@ def test_what_may_change_between_kills_is_what_changes_no_result():
 
 
 def test_more_processes_than_windows_are_refused(world, tmp_path, monkeypatch):
-    from stages.training import train as module
-    from stages.training.parallel import World
+    from bytecache.stages.training import train as module
+    from bytecache.stages.training.parallel import World
 
     few = SETTINGS.model_copy(update={"batch": 1})
     with pytest.raises(errors.ConfigError, match=r"train\.batch = 1 windows for 2"):

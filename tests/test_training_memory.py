@@ -7,13 +7,13 @@ import torch
 from student_data import make_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from schemas.manifest import read_dataset
-from schemas.settings import BASELINES, Student, Train
-from stages.training import student
-from stages.training.baselines import TokenTargets
-from stages.training.byte_head import HEAD_SYMBOLS, SLOTS
-from stages.training.objective import Objective
-from stages.training.stream import MicroBatch, ShardReader, collate, cut
+from bytecache.schemas.manifest import read_dataset
+from bytecache.schemas.settings import BASELINES, Student, Train
+from bytecache.stages.training import student
+from bytecache.stages.training.baselines import TokenTargets
+from bytecache.stages.training.byte_head import HEAD_SYMBOLS, SLOTS
+from bytecache.stages.training.objective import Objective
+from bytecache.stages.training.stream import MicroBatch, ShardReader, collate, cut
 
 CHUNK = 8
 

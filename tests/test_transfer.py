@@ -11,15 +11,15 @@ from test_chat import PLAIN, say
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import chain
-from pipeline.config import load_settings
-from pipeline.context import open_context
-from schemas.settings import Student, Train
-from stages.tokens.vocab import load_vocabulary
-from stages.training import export, student
-from stages.training.evaluate import Calibration, load_trained
-from stages.training.train import train
-from stages.training.transfer import old_tokens
+from bytecache.pipeline import chain
+from bytecache.pipeline.config import load_settings
+from bytecache.pipeline.context import open_context
+from bytecache.schemas.settings import Student, Train
+from bytecache.stages.tokens.vocab import load_vocabulary
+from bytecache.stages.training import export, student
+from bytecache.stages.training.evaluate import Calibration, load_trained
+from bytecache.stages.training.train import train
+from bytecache.stages.training.transfer import old_tokens
 
 RECIPES = Path(__file__).parent.parent / "benchmarks/recipes"
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 from vocab_models import added, byte_level, checkpoint, lossy, sentencepiece, without_byte_pieces
 
-from schemas.errors import InputError
-from stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 
 TEXTS = [
     "",

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.errors import InputError
-from stages.tokens.vocab import Encoded, Vocabulary, load_vocabulary
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.vocab import Encoded, Vocabulary, load_vocabulary
 
 MERGED = [b"he", b"th", b"the", b" t", b" the", b"\xe4\xbd"]
 PIECES = [*(bytes([b]) for b in range(256)), *MERGED]
@@ -101,7 +101,7 @@ def test_sentencepiece_models_agree_with_sentencepiece() -> None:
             expected.append(bytes([int(piece[3:-1], 16)]))
         else:
             expected.append(piece.replace("\u2581", " ").encode())
-    from stages.tokens.token_bytes import table_from_json
+    from bytecache.stages.tokens.token_bytes import table_from_json
 
     # The JSON that converters write for such a model, made here from the library's own reading.
     spec = {

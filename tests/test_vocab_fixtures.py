@@ -8,8 +8,8 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 from tokenizers import Tokenizer
 
-from schemas.errors import InputError
-from stages.tokens.vocab import Encoded, Misfit, load_vocabulary
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.vocab import Encoded, Misfit, load_vocabulary
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 ROOT = FIXTURES / "tokenizers"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.tokens.byte_trie import Trie, build_trie, longest_match, sort_tokens
+from bytecache.stages.tokens.byte_trie import Trie, build_trie, longest_match, sort_tokens
 
 TOKENS = st.lists(
     st.none() | st.text("ab\u00ff", min_size=1, max_size=5).map(lambda s: s.encode("latin-1")), max_size=30

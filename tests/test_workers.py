@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from fleet_jobs import LAYOUT, QUICK, fork, job, marks, run
 
-from pipeline import receipts
-from pipeline.fleet import job as jobs
-from pipeline.fleet import worker
-from pipeline.fleet.ledger import DONE, read_json, read_names
-from pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
-from pipeline.runner import Job, Work, finished
-from pipeline.stores import LocalStore
-from schemas.errors import ConfigError, EngineError, InputError, StorageError
+from bytecache.pipeline import receipts
+from bytecache.pipeline.fleet import job as jobs
+from bytecache.pipeline.fleet import worker
+from bytecache.pipeline.fleet.ledger import DONE, read_json, read_names
+from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
+from bytecache.pipeline.runner import Job, Work, finished
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.errors import ConfigError, EngineError, InputError, StorageError
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_workers_share_the_units_and_do_none_twice(store: LocalStore, capsys: py
 
 
 def test_units_that_one_process_made_alone_are_found(store: LocalStore) -> None:
-    from pipeline.runner import run_job
+    from bytecache.pipeline.runner import run_job
 
     run_job(store, job(5), lambda: False)
     share = run(store, job(5, lambda unit, stop: pytest.fail("done before")))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Given, refusals, run_stage, takes_settings
-from schemas.errors import ConfigError
+from bytecache.pipeline.cli.options import Given, refusals, run_stage, takes_settings
+from bytecache.schemas.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.context import Context
+    from bytecache.pipeline.context import Context
 
 app = typer.Typer()
 
@@ -36,7 +36,7 @@ def retry(
 
     Example: bytecache retry teacher --run-dir runs/books
     """
-    from pipeline.fleet import commands
+    from bytecache.pipeline.fleet import commands
 
     run_stage(given, lambda context: commands.retry_stage(context, stage, new_job, lost))
 
@@ -55,9 +55,9 @@ def merge(
 
     Example: bytecache merge here/run there/run --run-dir runs/whole
     """
-    from pipeline.fleet.ledger import STAGES
-    from pipeline.fleet.merge import merge as merge_runs
-    from pipeline.stores import open_store
+    from bytecache.pipeline.fleet.ledger import STAGES
+    from bytecache.pipeline.fleet.merge import merge as merge_runs
+    from bytecache.pipeline.stores import open_store
 
     def command(context: "Context") -> None:
         result = merge_runs(context.store, [open_store(source) for source in sources])
@@ -88,7 +88,7 @@ def torture(
     Example: bytecache torture runs/torture --kills 50 --set corpus.max_bytes=20000 --set train.steps=20
     """
     with refusals():
-        from pipeline.fleet.torture import torture as command
+        from bytecache.pipeline.fleet.torture import torture as command
 
         if folder.exists():
             raise ConfigError(f"{folder} exists; name a new folder")

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Given, OnlyOption, WorkerOption, run_stage, takes_settings
+from bytecache.pipeline.cli.options import Given, OnlyOption, WorkerOption, run_stage, takes_settings
 
 if TYPE_CHECKING:
-    from pipeline.context import Context
+    from bytecache.pipeline.context import Context
 
 app = typer.Typer()
 
@@ -25,7 +25,7 @@ def plan(given: Given) -> None:
 
     Example: bytecache plan --source books.jsonl --run-dir runs/books
     """
-    from pipeline import commands_data
+    from bytecache.pipeline import commands_data
 
     run_stage(given, commands_data.plan)
 
@@ -46,8 +46,8 @@ def teacher(given: Given, worker: WorkerOption = False) -> None:
     """
 
     def command(context: "Context") -> None:
-        from pipeline import commands_data
-        from pipeline.fleet import commands
+        from bytecache.pipeline import commands_data
+        from bytecache.pipeline.fleet import commands
 
         commands.teacher_worker(context) if worker else commands_data.teacher(context)
 
@@ -68,8 +68,8 @@ def convert(given: Given, worker: WorkerOption = False) -> None:
     """
 
     def command(context: "Context") -> None:
-        from pipeline import commands_data
-        from pipeline.fleet import commands
+        from bytecache.pipeline import commands_data
+        from bytecache.pipeline.fleet import commands
 
         commands.convert_worker(context) if worker else commands_data.convert(context)
 
@@ -84,11 +84,11 @@ def train(given: Given, only: OnlyOption = "") -> None:
     Reads: targets/. Writes: train/distilled-KEY/ and train/control-KEY/ with checkpoints and metrics.jsonl.
 
     Resumes from the newest whole checkpoint, with any number of processes; SIGTERM saves one and exits with code 75.
-    Several processes: torchrun --nproc-per-node 8 -m pipeline.cli train ... (train.parallel: ddp or fsdp).
+    Several processes: torchrun --nproc-per-node 8 -m bytecache train ... (train.parallel: ddp or fsdp).
 
     Example: bytecache train --run-dir runs/books --set train.steps=2000 --only distilled
     """
-    from pipeline import commands_student
+    from bytecache.pipeline import commands_student
 
     run_stage(given, lambda context: commands_student.train(context, only))
 
@@ -112,7 +112,7 @@ def evaluate(
 
     Example: bytecache evaluate --run-dir runs/books --lm-eval lambada_openai --limit 200
     """
-    from pipeline import commands_student
+    from bytecache.pipeline import commands_student
 
     def command(context: "Context") -> None:
         commands_student.evaluate(context, only)
@@ -134,7 +134,7 @@ def export(given: Given, only: OnlyOption = "") -> None:
 
     Example: bytecache export --run-dir runs/books
     """
-    from pipeline import commands_student
+    from bytecache.pipeline import commands_student
 
     run_stage(given, lambda context: commands_student.export(context, only))
 
@@ -150,6 +150,6 @@ def run(given: Given) -> None:
 
     Example: bytecache run --run-dir runs/first --set corpus.max_bytes=100000
     """
-    from pipeline import chain
+    from bytecache.pipeline import chain
 
     run_stage(given, chain.run)

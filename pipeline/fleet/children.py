@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import BytecacheError, IntegrityError
+from bytecache.schemas.errors import BytecacheError, IntegrityError
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -3,19 +3,19 @@
 from contextlib import nullcontext
 from typing import Any
 
-from pipeline import commands_data, receipts
-from pipeline.commands_data import teacher_job
-from pipeline.context import Context
-from pipeline.dataset_index import TARGETS
-from pipeline.fleet.job import join
-from pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
-from pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
-from pipeline.fleet.worker import Share, Worker
-from pipeline.missing import units_aside
-from pipeline.plan import Plan, load_plan
-from pipeline.receipts import Receipt
-from pipeline.runner import Job, Outcome, Task, Tick, Work
-from schemas.errors import BytecacheError, ConfigError, InputError
+from bytecache.pipeline import commands_data, receipts
+from bytecache.pipeline.commands_data import teacher_job
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.dataset_index import TARGETS
+from bytecache.pipeline.fleet.job import join
+from bytecache.pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
+from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
+from bytecache.pipeline.fleet.worker import Share, Worker
+from bytecache.pipeline.missing import units_aside
+from bytecache.pipeline.plan import Plan, load_plan
+from bytecache.pipeline.receipts import Receipt
+from bytecache.pipeline.runner import Job, Outcome, Task, Tick, Work
+from bytecache.schemas.errors import BytecacheError, ConfigError, InputError
 
 _SHOWN = 3
 

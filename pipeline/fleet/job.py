@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline import receipts
-from pipeline.config import changed_keys, flattened
-from pipeline.fleet.ledger import Layout, read_json
-from pipeline.runner import Job
-from pipeline.stores import Store
-from schemas.errors import ConfigError, IntegrityError
-from schemas.hashing import file_sha256
+from bytecache.pipeline import receipts
+from bytecache.pipeline.config import changed_keys, flattened
+from bytecache.pipeline.fleet.ledger import Layout, read_json
+from bytecache.pipeline.runner import Job
+from bytecache.pipeline.stores import Store
+from bytecache.schemas.errors import ConfigError, IntegrityError
+from bytecache.schemas.hashing import file_sha256
 
 VERSION = 1
 _SHOWN = 4
@@ -27,7 +27,7 @@ def code_hashes() -> dict[str, str]:
     """Hash of each source file of `schemas` and `stages` (training apart), by its path."""
     found = {}
     for package in ("schemas", "stages"):
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(f"bytecache.{package}")
         if spec is None or spec.origin is None:
             raise IntegrityError(f"source of {package} not found; reinstall bytecache")
         root = Path(spec.origin).parent

@@ -23,8 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.stores import Store, json_bytes
-from schemas.errors import StorageError
+from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.schemas.errors import StorageError
 
 FOLDER = "fleet"
 STAGES = ("teacher", "convert")

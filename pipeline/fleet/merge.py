@@ -12,15 +12,15 @@ Price: each file is read once and written once; memory: one receipt per unit.
 import shutil
 from dataclasses import dataclass, field
 
-from pipeline import receipts
-from pipeline.config import changed_keys, flattened
-from pipeline.fleet.ledger import STAGES
-from pipeline.plan import PLAN_KEY, Plan, read_plan
-from pipeline.receipts import FileRecord, Receipt
-from pipeline.runner import commit_receipt
-from pipeline.stores import Store, disk_errors
-from schemas.errors import ConfigError, InputError, IntegrityError
-from schemas.hashing import file_sha256
+from bytecache.pipeline import receipts
+from bytecache.pipeline.config import changed_keys, flattened
+from bytecache.pipeline.fleet.ledger import STAGES
+from bytecache.pipeline.plan import PLAN_KEY, Plan, read_plan
+from bytecache.pipeline.receipts import FileRecord, Receipt
+from bytecache.pipeline.runner import commit_receipt
+from bytecache.pipeline.stores import Store, disk_errors
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.hashing import file_sha256
 
 
 @dataclass

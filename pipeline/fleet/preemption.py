@@ -30,8 +30,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from schemas.errors import ConfigError
-from schemas.settings import Fleet
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import Fleet
 
 MARGIN_S = 2.0
 """Kept for giving back the claim before the kill, where the notice is long enough."""

@@ -29,16 +29,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import commands_data, commands_student
-from pipeline.context import Context, open_context
-from pipeline.fleet import children, commands
-from pipeline.fleet.children import Child
-from pipeline.fleet.ledger import CLAIM, DONE, LOST, RELEASED, STAGES, Layout
-from pipeline.receipts import canonical_json
-from pipeline.stores import TEMP_FOLDER, LocalStore
-from pipeline.verification import verify
-from schemas.errors import BytecacheError, IntegrityError
-from schemas.settings import Settings
+from bytecache.pipeline import commands_data, commands_student
+from bytecache.pipeline.context import Context, open_context
+from bytecache.pipeline.fleet import children, commands
+from bytecache.pipeline.fleet.children import Child
+from bytecache.pipeline.fleet.ledger import CLAIM, DONE, LOST, RELEASED, STAGES, Layout
+from bytecache.pipeline.receipts import canonical_json
+from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore
+from bytecache.pipeline.verification import verify
+from bytecache.schemas.errors import BytecacheError, IntegrityError
+from bytecache.schemas.settings import Settings
 
 PATIENCE_S = 300.0
 """A stage or a comparison that takes longer than this is a failure: work was lost, or processes wait for each other."""
@@ -111,7 +111,7 @@ def torture(
     }  # fmt: skip
     # Apart from this process, which may have threads of all kinds.
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.fleet.torture"],
+        [sys.executable, "-m", "bytecache.pipeline.fleet.torture"],
         input=json.dumps(request), stdout=subprocess.PIPE, text=True, env={**os.environ, **children.ENVIRONMENT},
         check=False,
     )  # fmt: skip

@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config import sections
-from schemas.errors import ConfigError
-from schemas.settings import Settings
+from bytecache.pipeline.config import sections
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import Settings
 
 Stage = Literal["teacher", "convert", "train"]
 STAGES: tuple[Stage, ...] = ("teacher", "convert", "train")
@@ -36,7 +36,7 @@ class JobSpec:
         if self.stage != "train":
             return [*program, self.stage, "--worker", *given]
         if self.gpus > 1:
-            return ["torchrun", "--standalone", f"--nproc-per-node={self.gpus}", "-m", "pipeline.cli", "train", *given]
+            return ["torchrun", "--standalone", f"--nproc-per-node={self.gpus}", "-m", "bytecache", "train", *given]
         return [*program, "train", *given]
 
 

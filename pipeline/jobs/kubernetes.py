@@ -9,8 +9,8 @@ each finds nothing left and ends by itself.
 import math
 from typing import Any
 
-from pipeline.jobs.command import JobSpec, needs_shared_run
-from schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
+from bytecache.pipeline.jobs.command import JobSpec, needs_shared_run
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 
 SCRATCH = "/scratch"
 

@@ -4,11 +4,11 @@ import os
 import sys
 from collections.abc import Callable
 
-from pipeline.jobs.command import JobSpec
-from pipeline.jobs.supervise import settle, supervise
-from schemas.errors import ConfigError
+from bytecache.pipeline.jobs.command import JobSpec
+from bytecache.pipeline.jobs.supervise import settle, supervise
+from bytecache.schemas.errors import ConfigError
 
-PROGRAM = (sys.executable, "-m", "pipeline.cli")
+PROGRAM = (sys.executable, "-m", "bytecache")
 
 
 def run_local(spec: JobSpec, stop: Callable[[], bool], *, visible: list[str] | None = None, restarts: int = 3) -> None:

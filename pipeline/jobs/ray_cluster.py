@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.jobs.command import JobSpec
-from pipeline.jobs.supervise import settle, supervise
-from schemas.errors import ConfigError, Interrupted
+from bytecache.pipeline.jobs.command import JobSpec
+from bytecache.pipeline.jobs.supervise import settle, supervise
+from bytecache.schemas.errors import ConfigError, Interrupted
 
 POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -77,7 +77,7 @@ def run_on_ray(
             scheduling_strategy="SPREAD",
         )(Engine)  # fmt: skip
         engines = [actor.remote() for _ in range(spec.workers)]
-        command = spec.command(("-m", "pipeline.cli"))
+        command = spec.command(("-m", "bytecache"))
         notice = spec.settings.fleet.notice_s
         waiting = [engine.run.remote(command, spec.cpus, notice, restarts) for engine in engines]
         running = list(waiting)

@@ -7,8 +7,8 @@ workers share the run folder, so tasks may start, end and repeat in any order.
 import math
 import shlex
 
-from pipeline.jobs.command import JobSpec
-from schemas.errors import Interrupted
+from bytecache.pipeline.jobs.command import JobSpec
+from bytecache.schemas.errors import Interrupted
 
 
 def slurm_script(spec: JobSpec, *, time_limit: str, partition: str = "", setup: str = "") -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from schemas.errors import BytecacheError, EngineError, Interrupted, StorageError
+from bytecache.schemas.errors import BytecacheError, EngineError, Interrupted, StorageError
 
 POLL_S = 0.1
 _AGAIN = (EngineError.exit_code, StorageError.exit_code)

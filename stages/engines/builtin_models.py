@@ -27,9 +27,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from schemas.errors import InputError, StorageError
-from schemas.hashing import file_sha256
-from stages.scratch import flush_to_disk
+from bytecache.schemas.errors import InputError, StorageError
+from bytecache.schemas.hashing import file_sha256
+from bytecache.stages.scratch import flush_to_disk
 
 MARKER = "bytecache-builtin.json"
 RECIPE_VERSION = 1

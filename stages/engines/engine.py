@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stages.engines.paths import RowMasses
-from stages.engines.static import StaticJob
+from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.static import StaticJob
 
 
 class Prompt(NamedTuple):

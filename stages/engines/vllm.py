@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from schemas import settings as st
-from schemas.errors import ConfigError, EngineError
-from stages.engines.engine import Branch, Engine, Prompt
-from stages.engines.paths import PathReducer, RowMasses, concatenate
-from stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
-from stages.engines.vllm_worker import Want, WantState
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.engines.engine import Branch, Engine, Prompt
+from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate
+from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
+from bytecache.stages.engines.vllm_worker import Want, WantState
 
 TOKENS_IN_FLIGHT = 16_384
 """Prompt tokens handed to the scheduler at once."""
@@ -99,7 +99,7 @@ class VllmEngine(Engine):
             "trust_remote_code": settings.trust_remote_code,
             "load_format": "safetensors",
             "use_tqdm_on_load": False,
-            "worker_extension_cls": "stages.engines.vllm_worker.PathExtension",
+            "worker_extension_cls": "bytecache.stages.engines.vllm_worker.PathExtension",
             "disable_log_stats": True,
         }
         if not on_cpu:

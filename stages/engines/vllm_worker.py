@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
-from stages.engines.static import LOGIT_ROWS, StaticJob, StaticStates, linear_logits
+from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
+from bytecache.stages.engines.static import LOGIT_ROWS, StaticJob, StaticStates, linear_logits
 
 HOOK = "_get_prompt_logprobs_dict"
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from schemas.arrays import I64
-from schemas.byte_shard import ByteShard
-from stages.chat import Template, encode_answer
-from stages.tokens.vocab import Misfit, Vocabulary
+from bytecache.schemas.arrays import I64
+from bytecache.schemas.byte_shard import ByteShard
+from bytecache.stages.chat import Template, encode_answer
+from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 
 
 class Columns(NamedTuple):

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from schemas.errors import IntegrityError, StorageError
-from stages.scratch import scratch_folder
+from bytecache.schemas.errors import IntegrityError, StorageError
+from bytecache.stages.scratch import scratch_folder
 
 Fetch = Callable[[], Iterator[bytes]]
 """Opens the source and yields the content in pieces; what it raises reaches the caller as it is."""

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from schemas.errors import IntegrityError, StorageError
-from schemas.hashing import file_sha256
-from stages.scratch import flush_to_disk, scratch_folder
+from bytecache.schemas.errors import IntegrityError, StorageError
+from bytecache.schemas.hashing import file_sha256
+from bytecache.stages.scratch import flush_to_disk, scratch_folder
 
 KEEP = 2
 """Checkpoints kept; the older one is the fallback for damage of the newer."""

@@ -1,6 +1,6 @@
 """Byte targets for any training loop: windows from a folder or URL, ordered, resumable, in bounded memory.
 
-    from stages.training.dataset import ByteTargets
+    from bytecache.stages.training.dataset import ByteTargets
 
     for window in ByteTargets("hf://datasets/owner/name", split="train", window=1024, seed=0):
         window.text, window.row, window.symbol, window.prob, window.tail, ...
@@ -32,14 +32,14 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from schemas.arrays import END
-from schemas.byte_shard import ByteShard
-from schemas.errors import ConfigError, InputError
-from schemas.manifest import Dataset
-from stages.training.order import POOL, Order, Window
-from stages.training.shelf import Shelf
-from stages.training.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
-from stages.training.stream import prefetch
+from bytecache.schemas.arrays import END
+from bytecache.schemas.byte_shard import ByteShard
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.manifest import Dataset
+from bytecache.stages.training.order import POOL, Order, Window
+from bytecache.stages.training.shelf import Shelf
+from bytecache.stages.training.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
+from bytecache.stages.training.stream import prefetch
 
 STATE_VERSION = 1
 

@@ -28,14 +28,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from schemas.arrays import SYMBOLS
-from schemas.errors import InputError
-from schemas.manifest import Dataset
-from schemas.settings import Train as TrainSettings
-from stages.training import checkpoint, stream, student
-from stages.training.order import sequential
-from stages.training.run import Run, micro_loss, start_run
-from stages.training.source import open_dataset
+from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.errors import InputError
+from bytecache.schemas.manifest import Dataset
+from bytecache.schemas.settings import Train as TrainSettings
+from bytecache.stages.training import checkpoint, stream, student
+from bytecache.stages.training.order import sequential
+from bytecache.stages.training.run import Run, micro_loss, start_run
+from bytecache.stages.training.source import open_dataset
 
 
 def true_nats(

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schemas.errors import ConfigError, IntegrityError
-from stages.scratch import scratch_folder
-from stages.training import checkpoint, student
-from stages.training.evaluate import load_trained
+from bytecache.schemas.errors import ConfigError, IntegrityError
+from bytecache.stages.scratch import scratch_folder
+from bytecache.stages.training import checkpoint, student
+from bytecache.stages.training.evaluate import load_trained
 
 TOLERANCE = 1e-6
 """Largest difference of a logit before and after; 0 is expected, since the same float32 weights come back."""

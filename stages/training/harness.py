@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from schemas.errors import ConfigError, InputError
+from bytecache.schemas.errors import ConfigError, InputError
 
 
 def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: int = 8) -> dict[str, dict[str, Any]]:

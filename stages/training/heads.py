@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from schemas.errors import ConfigError
-from stages.training.byte_head import HEAD_SYMBOLS, SLOTS, ByteHead
+from bytecache.schemas.errors import ConfigError
+from bytecache.stages.training.byte_head import HEAD_SYMBOLS, SLOTS, ByteHead
 
 PARTS = 4
 """Attention heads of the `transformer` head."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from schemas.arrays import SYMBOLS
+from bytecache.schemas.arrays import SYMBOLS
 
 IGNORE = -100
 """Label of positions that carry no token loss."""

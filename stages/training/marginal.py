@@ -32,12 +32,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from schemas.arrays import END
-from stages.tokens.vocab import Vocabulary
-from stages.training.loss import SlotTargets
-from stages.training.node_sums import STOP, NodeTables
-from stages.training.segmentation import Segmentation
-from stages.training.stream import MicroBatch
+from bytecache.schemas.arrays import END
+from bytecache.stages.tokens.vocab import Vocabulary
+from bytecache.stages.training.loss import SlotTargets
+from bytecache.stages.training.node_sums import STOP, NodeTables
+from bytecache.stages.training.segmentation import Segmentation
+from bytecache.stages.training.stream import MicroBatch
 
 
 class Choices(NamedTuple):

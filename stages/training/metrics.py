@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ConfigError
-from schemas.settings import Train as TrainSettings
-from stages.scratch import scratch_folder
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import Train as TrainSettings
+from bytecache.stages.scratch import scratch_folder
 
 UNPLOTTED = ("name", "step", "steps")
 

@@ -22,10 +22,10 @@ from numba import njit
 from torch import Tensor, nn
 from torch.nn import functional
 
-from schemas.arrays import END, I64
-from stages.tokens.vocab import Vocabulary
-from stages.training.byte_head import HEAD_SYMBOLS
-from stages.training.loss import LOWEST
+from bytecache.schemas.arrays import END, I64
+from bytecache.stages.tokens.vocab import Vocabulary
+from bytecache.stages.training.byte_head import HEAD_SYMBOLS
+from bytecache.stages.training.loss import LOWEST
 
 STOP = 257
 """The token ends at this node."""

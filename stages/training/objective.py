@@ -23,16 +23,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from schemas.arrays import SYMBOLS
-from schemas.settings import BASELINES
-from schemas.settings import Train as TrainSettings
-from stages.training.baselines import TokenTargets, shared_distance, sorted_distance
-from stages.training.heads import make_head
-from stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
-from stages.training.marginal import Choices, Marginal
-from stages.training.node_sums import compiled, node_log_probs, node_logits
-from stages.training.stream import MicroBatch, ShardReader, Step
-from stages.training.student import Student
+from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.settings import BASELINES
+from bytecache.schemas.settings import Train as TrainSettings
+from bytecache.stages.training.baselines import TokenTargets, shared_distance, sorted_distance
+from bytecache.stages.training.heads import make_head
+from bytecache.stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
+from bytecache.stages.training.marginal import Choices, Marginal
+from bytecache.stages.training.node_sums import compiled, node_log_probs, node_logits
+from bytecache.stages.training.stream import MicroBatch, ShardReader, Step
+from bytecache.stages.training.student import Student
 
 COUNTED_POSITIONS = 4_000_000
 """Training text, in positions, that the `marginal` objective counts the tokenizer's cuts on."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arrays import I64
+from bytecache.schemas.arrays import I64
 
 POOL = 16
 """Shards whose windows are mixed together."""

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.errors import ConfigError
-from stages.training.stream import MicroBatch, Step
-from stages.training.student import Student
+from bytecache.schemas.errors import ConfigError
+from bytecache.stages.training.stream import MicroBatch, Step
+from bytecache.stages.training.student import Student
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in units of the largest logit: order of additions, far below any leak."""

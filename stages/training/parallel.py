@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from schemas.errors import ConfigError
+from bytecache.schemas.errors import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -17,9 +17,9 @@ import torch
 from numba import njit
 from torch import Tensor, nn
 
-from schemas.arrays import F64, I64
-from stages.tokens.byte_trie import find_child
-from stages.training.node_sums import NodeTables
+from bytecache.schemas.arrays import F64, I64
+from bytecache.stages.tokens.byte_trie import find_child
+from bytecache.stages.training.node_sums import NodeTables
 
 
 @njit(cache=True)

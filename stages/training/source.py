@@ -17,10 +17,10 @@ from typing import Any
 
 import fsspec
 
-from schemas.byte_shard import ByteShard, read_shard
-from schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
-from schemas.hashing import file_sha256
-from schemas.manifest import (
+from bytecache.schemas.byte_shard import ByteShard, read_shard
+from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
+from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.manifest import (
     DATASET,
     MANIFEST,
     MAX_JSON,
@@ -30,8 +30,8 @@ from schemas.manifest import (
     parse_index,
     read_dataset,
 )
-from stages.scratch import cache_folder, scratch_folder
-from stages.training.cache import FileCache, receive
+from bytecache.stages.scratch import cache_folder, scratch_folder
+from bytecache.stages.training.cache import FileCache, receive
 
 CACHE_BYTES = 50 << 30
 ATTEMPTS, BACKOFF = 4, 1.0

@@ -26,20 +26,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.byte_shard import TAIL_MASS
-from schemas.errors import InputError
-from schemas.manifest import Dataset, ShardEntry
-from stages.tokens.vocab import Vocabulary
-from stages.training import slots
-from stages.training.answers import TemplateSource
-from stages.training.baselines import TokenTargets
-from stages.training.byte_head import SLOTS
-from stages.training.loss import IGNORE, SlotTargets
-from stages.training.order import POOL, Order, Window
-from stages.training.shelf import Shelf
-from stages.training.source import fetch_ahead, load_shard
-from stages.training.teacher_tokens import TokenDump
-from stages.training.token_shard import TokenShard, tokenise
+from bytecache.schemas.byte_shard import TAIL_MASS
+from bytecache.schemas.errors import InputError
+from bytecache.schemas.manifest import Dataset, ShardEntry
+from bytecache.stages.tokens.vocab import Vocabulary
+from bytecache.stages.training import slots
+from bytecache.stages.training.answers import TemplateSource
+from bytecache.stages.training.baselines import TokenTargets
+from bytecache.stages.training.byte_head import SLOTS
+from bytecache.stages.training.loss import IGNORE, SlotTargets
+from bytecache.stages.training.order import POOL, Order, Window
+from bytecache.stages.training.shelf import Shelf
+from bytecache.stages.training.source import fetch_ahead, load_shard
+from bytecache.stages.training.teacher_tokens import TokenDump
+from bytecache.stages.training.token_shard import TokenShard, tokenise
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """Most padded tokens in one micro-batch (a single longer row excepted), by device type: bounds memory and padding.

@@ -32,17 +32,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from schemas.errors import ConfigError, InputError, IntegrityError
-from schemas.manifest import Dataset
-from schemas.settings import Student as StudentSettings
-from schemas.settings import Teacher as TeacherSettings
-from stages.chat import Template
-from stages.scratch import flush_to_disk, scratch_folder
-from stages.tokens.token_bytes import byte_alphabet
-from stages.tokens.vocab import Vocabulary, load_vocabulary
-from stages.training.source import load_shard, open_dataset
-from stages.training.transfer import transfer
-from stages.weights import refuse_missing
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.manifest import Dataset
+from bytecache.schemas.settings import Student as StudentSettings
+from bytecache.schemas.settings import Teacher as TeacherSettings
+from bytecache.stages.chat import Template
+from bytecache.stages.scratch import flush_to_disk, scratch_folder
+from bytecache.stages.tokens.token_bytes import byte_alphabet
+from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
+from bytecache.stages.training.source import load_shard, open_dataset
+from bytecache.stages.training.transfer import transfer
+from bytecache.stages.weights import refuse_missing
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 CHAT_TEMPLATE = (
@@ -212,7 +212,7 @@ def model_source(model: str) -> str:
     """What transformers opens for `student.model`: a folder or hub id as it is, a builtin's folder in the cache."""
     if not model.startswith("builtin:"):
         return model
-    from stages.identity import resolve_model
+    from bytecache.stages.identity import resolve_model
 
     return str(resolve_model(TeacherSettings(model=model)))
 

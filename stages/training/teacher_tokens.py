@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from schemas.byte_shard import ByteShard
-from schemas.errors import ConfigError, IntegrityError
-from schemas.token_dump import read_meta, read_windows
-from schemas.window import Window
-from stages.tokens.vocab import Vocabulary
+from bytecache.schemas.byte_shard import ByteShard
+from bytecache.schemas.errors import ConfigError, IntegrityError
+from bytecache.schemas.token_dump import read_meta, read_windows
+from bytecache.schemas.window import Window
+from bytecache.stages.tokens.vocab import Vocabulary
 
 ABSENT = -1
 """A token of the teacher that no token of the student spells."""

@@ -11,12 +11,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from schemas.arrays import END, I64
-from schemas.byte_shard import ByteShard
-from schemas.errors import InputError
-from stages.tokens.vocab import Misfit, Vocabulary
-from stages.training.answers import Columns, TemplateSource, answer_start, chat_columns
-from stages.training.teacher_tokens import TeacherTokens
+from bytecache.schemas.arrays import END, I64
+from bytecache.schemas.byte_shard import ByteShard
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.vocab import Misfit, Vocabulary
+from bytecache.stages.training.answers import Columns, TemplateSource, answer_start, chat_columns
+from bytecache.stages.training.teacher_tokens import TeacherTokens
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from schemas.errors import ConfigError, Interrupted
-from schemas.manifest import Dataset
-from schemas.settings import BASELINES, NEUTRAL
-from schemas.settings import Train as TrainSettings
-from stages.training import checkpoint, packing, stream, student
-from stages.training.metrics import Metrics
-from stages.training.order import Order
-from stages.training.parallel import World, joined, whole
-from stages.training.run import backward_step, kl_share, learning_rate, start_run
-from stages.training.source import open_dataset
-from stages.training.teacher_tokens import TokenDump
+from bytecache.schemas.errors import ConfigError, Interrupted
+from bytecache.schemas.manifest import Dataset
+from bytecache.schemas.settings import BASELINES, NEUTRAL
+from bytecache.schemas.settings import Train as TrainSettings
+from bytecache.stages.training import checkpoint, packing, stream, student
+from bytecache.stages.training.metrics import Metrics
+from bytecache.stages.training.order import Order
+from bytecache.stages.training.parallel import World, joined, whole
+from bytecache.stages.training.run import backward_step, kl_share, learning_rate, start_run
+from bytecache.stages.training.source import open_dataset
+from bytecache.stages.training.teacher_tokens import TokenDump
 
 CLIP = 1.0
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.tokens.byte_trie import longest_match
-from stages.tokens.vocab import Encoded, Vocabulary
+from bytecache.stages.tokens.byte_trie import longest_match
+from bytecache.stages.tokens.vocab import Encoded, Vocabulary
 
 
 def old_tokens(old: Vocabulary, new: Vocabulary) -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""bytecache: an offline teacher cache for byte-level distillation."""

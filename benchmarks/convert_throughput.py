@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from bytecache.schemas import settings as st
-from bytecache.schemas.token_dump import DumpWriter, read_windows
-from bytecache.schemas.window import Window
+from bytecache.schemas.dump.parquet import DumpWriter, read_windows
+from bytecache.schemas.dump.rows import keep_rows
+from bytecache.schemas.dump.window import Window
 from bytecache.stages.convert import convert_units
-from bytecache.stages.rows import keep_rows
 
 STAGES = {
     "read": ("token_dump.py", ("read_windows", "read_meta")),

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from bytecache.schemas import token_dump
-from bytecache.schemas.rounding import round_masses
-from bytecache.schemas.token_dump import DumpWriter, read_windows
-from bytecache.schemas.window import Window
+from bytecache.schemas.dump import parquet as token_dump
+from bytecache.schemas.dump.masses import round_masses
+from bytecache.schemas.dump.parquet import DumpWriter, read_windows
+from bytecache.schemas.dump.window import Window
 from bytecache.stages.divergence import kl_spread
 from bytecache.stages.lattice import Lattice
 

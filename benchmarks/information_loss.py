@@ -35,7 +35,7 @@ import torch
 from benchmarks.texts import builtin_texts, folder_texts, prose_passages
 from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import END
-from bytecache.schemas.window import Window
+from bytecache.schemas.dump.window import Window
 from bytecache.stages.divergence import divergence, even_weights, spread_tail
 from bytecache.stages.fidelity import true_symbols
 from bytecache.stages.lattice import Lattice, Targets

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytecache.pipeline.prediction import Predicted
+from bytecache.schemas.dump.top_k import top_k_sizes
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import BASELINES, Settings
-from bytecache.schemas.top_k import top_k_sizes
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 TARGETS = "targets"
 CONVERTER = (
-    "bytecache.stages.convert", "bytecache.stages.coarser", "bytecache.stages.rows", "bytecache.stages.lattice", "bytecache.stages.forward", "bytecache.stages.fidelity",
-    "bytecache.stages.divergence", "bytecache.schemas.token_dump", "bytecache.schemas.window", "bytecache.schemas.byte_planes", "bytecache.schemas.rounding",
+    "bytecache.stages.convert", "bytecache.stages.coarser", "bytecache.schemas.dump.rows", "bytecache.stages.lattice", "bytecache.stages.forward", "bytecache.stages.fidelity",
+    "bytecache.stages.divergence", "bytecache.schemas.dump.parquet", "bytecache.schemas.dump.window", "bytecache.schemas.dump.byte_planes", "bytecache.schemas.dump.masses",
     "bytecache.schemas.shard_builder", "bytecache.schemas.blocks", "bytecache.schemas.gather", "bytecache.schemas.sorting", "bytecache.schemas.prior",
     "bytecache.schemas.quantise", "bytecache.schemas.logarithms", "bytecache.schemas.packing", "bytecache.schemas.byte_shard", "bytecache.schemas.expansion",
     "bytecache.schemas.zarr_zip", "bytecache.schemas.arrays",

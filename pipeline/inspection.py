@@ -178,7 +178,7 @@ def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[
 
 def _dump(path: Path, document: str, start: int, limit: int, top: int) -> dict[str, Any]:
     """Rows are canonical token positions; the alternatives are the next bytes at the token's start."""
-    from bytecache.schemas.token_dump import read_meta, read_windows
+    from bytecache.schemas.dump.parquet import read_meta, read_windows
 
     meta = read_meta(path)
     everything = list(read_windows(path))

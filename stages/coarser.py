@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bytecache.schemas import settings as st
+from bytecache.schemas.dump.rows import take_rows
+from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.window import Window
 from bytecache.stages.lattice import STATIC_PASSES, Deviations, Lattice
-from bytecache.stages.rows import take_rows
 
 
 class Effort(NamedTuple):

@@ -14,14 +14,14 @@ import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
+from bytecache.schemas.dump.parquet import read_meta, read_windows
+from bytecache.schemas.dump.rows import keep_rows
+from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
 from bytecache.schemas.shard_builder import LEAST_RATE
-from bytecache.schemas.token_dump import read_meta, read_windows
-from bytecache.schemas.window import Window
 from bytecache.stages.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.fidelity import Fidelity
 from bytecache.stages.lattice import Lattice
-from bytecache.stages.rows import keep_rows
 
 
 def convert_units(

@@ -1,6 +1,6 @@
 """The fidelity certificate: stored targets against a reference of the same teacher, measured while converting.
 
-A dump part holds *reference windows* (schemas.token_dump): short stretches whose histories were evaluated far deeper
+A dump part holds *reference windows* (schemas.dump.parquet): short stretches whose histories were evaluated far deeper
 than production asks. All rows of such a window but the static ones give the reference, the rows marked `row_sampled`
 give what production knew (less, where the conversion asked for less). Once the shard is written it is read back, and
 for the very positions of the stretch
@@ -27,11 +27,11 @@ import numpy as np
 
 from bytecache.schemas.arrays import END
 from bytecache.schemas.byte_shard import ByteShard
+from bytecache.schemas.dump.rows import keep_rows
+from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.window import Window
 from bytecache.stages.divergence import divergence, kl_spread
 from bytecache.stages.lattice import Lattice, Targets
-from bytecache.stages.rows import keep_rows
 
 VERSION = 1
 """Of the accumulator and the certificate; states of different versions do not merge."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.schemas import settings as st
-from bytecache.schemas import token_dump
+from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.hashing import file_sha256
 from bytecache.stages.engines.static import CONTEXTS

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import SYMBOLS
-from bytecache.schemas.window import NEVER, Window
+from bytecache.schemas.dump.window import NEVER, Window
 from bytecache.stages.forward import Tables, forward, tables
 
 STATIC_PASSES = 2

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from bytecache.schemas import settings as st
+from bytecache.schemas.dump.parquet import DumpWriter
+from bytecache.schemas.dump.rows import keep_rows
+from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, Interrupted
-from bytecache.schemas.token_dump import DumpWriter
-from bytecache.schemas.window import Window
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
@@ -34,7 +35,6 @@ from bytecache.stages.identity import (
     vocabulary_of,
 )
 from bytecache.stages.lattice import STATIC_PASSES, Deviations, Lattice
-from bytecache.stages.rows import keep_rows
 from bytecache.stages.scratch import cache_folder
 from bytecache.stages.teacher_inputs import read_inputs
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bytecache.schemas.window import Window
+from bytecache.schemas.dump.rows import take_rows
+from bytecache.schemas.dump.window import Window
 from bytecache.stages.engines.engine import Prompt
 from bytecache.stages.engines.paths import RowMasses
 from bytecache.stages.lattice import Deviations
-from bytecache.stages.rows import take_rows
 from bytecache.stages.tokens.vocab import Encoded
 
 LEAD = 16

@@ -13,8 +13,8 @@ from tiny_models import byte_level_tokenizer
 from transformers import AutoModelForCausalLM, GPTJConfig, Phi3Config
 
 from bytecache.schemas import settings as st
+from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, Interrupted
-from bytecache.schemas.token_dump import read_windows
 from bytecache.stages.engines.vllm_worker import Want
 from bytecache.stages.identity import teacher_identity
 from bytecache.stages.lattice import Lattice

@@ -12,15 +12,15 @@ from command_line import bytecache, refusal
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows
+from bytecache.schemas.dump.rows import keep_rows
+from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.manifest import DATASET, read_dataset, seal, write_dataset
-from bytecache.schemas.token_dump import DumpWriter, read_meta, read_windows
-from bytecache.schemas.window import Window
 from bytecache.stages.convert import convert_units
 from bytecache.stages.divergence import kl_spread
 from bytecache.stages.fidelity import Fidelity, summary_line, true_symbols
 from bytecache.stages.lattice import Lattice
-from bytecache.stages.rows import keep_rows
 from bytecache.stages.stretches import measure_stored
 from bytecache.stages.teacher import Teacher, open_teacher
 from bytecache.stages.windows import LEAD, plan_stretch

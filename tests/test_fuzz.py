@@ -24,14 +24,15 @@ from hypothesis import strategies as st
 from shard_cases import GOLDEN, golden_values, make
 from student_data import make_dataset
 
-from bytecache.schemas import manifest, strict_json, token_dump
+from bytecache.schemas import manifest, strict_json
 from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.dump import parquet as token_dump
+from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows
+from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import BytecacheError, IntegrityError
 from bytecache.schemas.hashing import file_sha256
 from bytecache.schemas.manifest import read_dataset, seal
-from bytecache.schemas.token_dump import DumpWriter, read_meta, read_windows
 from bytecache.schemas.verification import verify_dataset
-from bytecache.schemas.window import Window
 
 FEW = settings(
     max_examples=int(os.environ.get("BYTECACHE_FUZZ", "150")), deadline=None, database=None,

@@ -5,9 +5,9 @@ import pytest
 from function_model import function_teacher
 from test_fidelity import histories
 
-from bytecache.schemas.window import Window
+from bytecache.schemas.dump.rows import keep_rows
+from bytecache.schemas.dump.window import Window
 from bytecache.stages.lattice import Lattice
-from bytecache.stages.rows import keep_rows
 from bytecache.stages.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 

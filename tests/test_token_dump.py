@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from bytecache.schemas import settings as st
-from bytecache.schemas import token_dump
-from bytecache.schemas.byte_planes import from_planes, to_planes
+from bytecache.schemas.dump import parquet as token_dump
+from bytecache.schemas.dump.byte_planes import from_planes, to_planes
+from bytecache.schemas.dump.masses import LEAST_BITS, MASS_BITS, SHARE_BITS, round_masses
+from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows, round_entries
+from bytecache.schemas.dump.top_k import top_k_sizes
+from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError
-from bytecache.schemas.rounding import LEAST_BITS, MASS_BITS, SHARE_BITS, round_masses
-from bytecache.schemas.token_dump import DumpWriter, read_meta, read_windows, round_entries
-from bytecache.schemas.top_k import top_k_sizes
-from bytecache.schemas.window import Window
 from bytecache.stages.convert import convert_units
 from bytecache.stages.divergence import kl_spread
 from bytecache.stages.lattice import Lattice

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numba import njit
 
+from bytecache.schemas.dump.rows import members, ragged
 from bytecache.schemas.errors import ConfigError, EngineError
-from bytecache.stages.rows import members, ragged
 from bytecache.stages.tokens.byte_trie import find_child
 from bytecache.stages.tokens.vocab import Vocabulary
 

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecache.schemas.byte_shard import ByteShard
+from bytecache.schemas.dump.parquet import read_meta, read_windows
+from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError
-from bytecache.schemas.token_dump import read_meta, read_windows
-from bytecache.schemas.window import Window
 from bytecache.stages.tokens.vocab import Vocabulary
 
 ABSENT = -1

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bytecache.schemas.dump.parquet import SCHEMA, open_part, part_writer
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.token_dump import SCHEMA, open_part, part_writer
 
 
 def top_k_sizes(path: Path, wanted: Sequence[int]) -> dict[int, int]:

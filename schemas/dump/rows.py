@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from bytecache.schemas.window import Window
+from bytecache.schemas.dump.window import Window
 
 _PER_ROW = ("row_start", "row_token", "row_logp", "row_static", "log_norm", "end", "control", "n_levels", "n_stops")
 

@@ -26,10 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bytecache.schemas import strict_json
-from bytecache.schemas.byte_planes import from_planes, to_planes
+from bytecache.schemas.dump.byte_planes import from_planes, to_planes
+from bytecache.schemas.dump.masses import round_by_share, round_masses
+from bytecache.schemas.dump.window import Window, is_consistent
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.rounding import round_by_share, round_masses
-from bytecache.schemas.window import Window, is_consistent
 
 FORMAT = "bytecache.token-dump"
 VERSION = 2

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numba import njit
 
-from bytecache.schemas.rounding import LEAST_BITS
+from bytecache.schemas.dump.masses import LEAST_BITS
 
 NEVER = -149 * math.log(2)
 """Nats that sums of log-probabilities count for a probability of zero: the smallest float32 above it."""

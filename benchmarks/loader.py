@@ -31,13 +31,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
-from bytecache.schemas.byte_shard import ByteShard, read_shard
 from bytecache.schemas.hashing import file_sha256
 from bytecache.schemas.manifest import describe_shard, read_dataset, write_dataset
-from bytecache.schemas.packing import COLUMNS
 from bytecache.schemas.settings import Student
-from bytecache.schemas.shard_builder import ShardBuilder
-from bytecache.schemas.zarr_zip import read_zarr_zip
+from bytecache.schemas.shard.builder import ShardBuilder
+from bytecache.schemas.shard.codes import COLUMNS
+from bytecache.schemas.shard.reader import ByteShard, read_shard
+from bytecache.schemas.shard.zarr_zip import read_zarr_zip
 from bytecache.stages.training import stream, student
 from bytecache.stages.training.dataset import ByteTargets
 from bytecache.stages.training.order import sequential

@@ -32,9 +32,9 @@ import numcodecs
 import numpy as np
 
 from benchmarks.texts import builtin_texts, multilingual_text
-from bytecache.schemas import prior as priors
 from bytecache.schemas import settings as st
-from bytecache.schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
+from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard.reader import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
 
 THRESHOLDS = (3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2, 4e-2)
 SWEEP = {

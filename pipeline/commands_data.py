@@ -207,7 +207,7 @@ def convert_job(
     `missing`: units of the plan to go without; shards that hold none of them are the same as with all units.
     Raises ConfigError if another data set was published here.
     """
-    from bytecache.schemas import byte_shard
+    from bytecache.schemas.shard import reader as byte_shard
     from bytecache.stages.coarser import coarser_effort
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))

@@ -21,9 +21,9 @@ TARGETS = "targets"
 CONVERTER = (
     "bytecache.stages.convert", "bytecache.stages.coarser", "bytecache.schemas.dump.rows", "bytecache.stages.lattice", "bytecache.stages.forward", "bytecache.stages.fidelity",
     "bytecache.stages.divergence", "bytecache.schemas.dump.parquet", "bytecache.schemas.dump.window", "bytecache.schemas.dump.byte_planes", "bytecache.schemas.dump.masses",
-    "bytecache.schemas.shard_builder", "bytecache.schemas.blocks", "bytecache.schemas.gather", "bytecache.schemas.sorting", "bytecache.schemas.prior",
-    "bytecache.schemas.quantise", "bytecache.schemas.logarithms", "bytecache.schemas.packing", "bytecache.schemas.byte_shard", "bytecache.schemas.expansion",
-    "bytecache.schemas.zarr_zip", "bytecache.schemas.arrays",
+    "bytecache.schemas.shard.builder", "bytecache.schemas.shard.blocks", "bytecache.schemas.shard.gather", "bytecache.schemas.shard.sorting", "bytecache.schemas.shard.prior",
+    "bytecache.schemas.shard.quantise", "bytecache.schemas.shard.logarithms", "bytecache.schemas.shard.codes", "bytecache.schemas.shard.reader", "bytecache.schemas.shard.expansion",
+    "bytecache.schemas.shard.zarr_zip", "bytecache.schemas.arrays",
 )  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 _RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")

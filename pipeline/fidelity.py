@@ -113,7 +113,7 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     Raises InputError for another teacher than the data set's (unless `any_teacher`), IntegrityError for a shard that
     is not the one listed, Interrupted on SIGTERM.
     """
-    from bytecache.schemas.byte_shard import read_shard
+    from bytecache.schemas.shard.reader import read_shard
     from bytecache.stages.fidelity import Fidelity
     from bytecache.stages.identity import teacher_identity
     from bytecache.stages.stretches import measure_stored

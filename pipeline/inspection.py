@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bytecache.schemas.arrays import END, F64
-from bytecache.schemas.byte_shard import ByteShard, read_shard
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
+from bytecache.schemas.shard.reader import ByteShard, read_shard
 
 HEAT = ("", "on #3a2a20", "on #553522", "on #6f3d24", "on #894529", "on #a34d30", "on #bd5538", "on #d65d42")
 """Colours of 0, 0.5, 1, ... bits of entropy; light text on them reads well on a dark terminal and a light one."""

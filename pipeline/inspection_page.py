@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from bytecache.pipeline.inspection import bits_per_position, find_document
-from bytecache.schemas.byte_shard import ByteShard, read_shard
 from bytecache.schemas.errors import InputError
+from bytecache.schemas.shard.reader import ByteShard, read_shard
 
 POSITIONS = 1 << 16
 """Most positions in one page."""

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from bytecache.schemas import settings as st
-from bytecache.schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
 from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
-from bytecache.schemas.shard_builder import LEAST_RATE
+from bytecache.schemas.shard.builder import LEAST_RATE
+from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
 from bytecache.stages.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.fidelity import Fidelity
 from bytecache.stages.lattice import Lattice

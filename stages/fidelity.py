@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from bytecache.schemas.arrays import END
-from bytecache.schemas.byte_shard import ByteShard
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.divergence import divergence, kl_spread
 from bytecache.stages.lattice import Lattice, Targets
 

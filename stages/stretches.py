@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bytecache.schemas.arrays import END
-from bytecache.schemas.byte_shard import ByteShard
 from bytecache.schemas.errors import InputError, IntegrityError
+from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.fidelity import Fidelity, true_symbols
 from bytecache.stages.lattice import Lattice
 from bytecache.stages.teacher import Teacher

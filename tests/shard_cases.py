@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from bytecache.schemas import prior as priors
 from bytecache.schemas.arrays import END, F32, U8
-from bytecache.schemas.byte_shard import ByteShard, ShardBuilder, read_shard
+from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard.reader import ByteShard, ShardBuilder, read_shard
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden-shard.zarr.zip"

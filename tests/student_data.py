@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bytecache.schemas.byte_shard import ShardBuilder
 from bytecache.schemas.manifest import ShardEntry, write_dataset
+from bytecache.schemas.shard.reader import ShardBuilder
 
 SUBJECTS = ("the cache", "a teacher", "the student", "every byte", "naïve façade", "日本語", "one shard", "the token")
 VERBS = ("reads", "keeps", "predicts", "forgets", "hashes", "cuts", "verifies", "writes")

@@ -28,12 +28,12 @@ from shard_cases import (
     rows,
 )  # fmt: skip
 
-from bytecache.schemas import prior as priors
 from bytecache.schemas.arrays import END, SYMBOLS
-from bytecache.schemas.byte_shard import PRECISIONS, Precision, ShardBuilder, read_shard
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.quantise import TAIL, VALUE
-from bytecache.schemas.sorting import LANES
+from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard.quantise import TAIL, VALUE
+from bytecache.schemas.shard.reader import PRECISIONS, Precision, ShardBuilder, read_shard
+from bytecache.schemas.shard.sorting import LANES
 
 SPEC = Path(__file__).parent.parent / "schemas" / "SPEC.md"
 

@@ -12,8 +12,8 @@ import pytest
 from shard_cases import GOLDEN, golden_values, make
 
 from bytecache.schemas.arrays import U8
-from bytecache.schemas.byte_shard import read_shard
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.shard.reader import read_shard
 
 # Each edit takes {member: bytes} of a good shard and returns what the archive should hold instead.
 

@@ -11,8 +11,8 @@ from function_model import function_teacher
 from test_fidelity import histories
 
 from bytecache.schemas import settings as st
-from bytecache.schemas.byte_shard import read_shard
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.convert import convert_units
 from bytecache.stages.divergence import kl_spread

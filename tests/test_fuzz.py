@@ -25,13 +25,13 @@ from shard_cases import GOLDEN, golden_values, make
 from student_data import make_dataset
 
 from bytecache.schemas import manifest, strict_json
-from bytecache.schemas.byte_shard import read_shard
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import BytecacheError, IntegrityError
 from bytecache.schemas.hashing import file_sha256
 from bytecache.schemas.manifest import read_dataset, seal
+from bytecache.schemas.shard.reader import read_shard
 from bytecache.schemas.verification import verify_dataset
 
 FEW = settings(

@@ -14,7 +14,7 @@ from student_data import write_split
 
 from bytecache.pipeline.inspection import bits_per_position, inspect_file
 from bytecache.pipeline.inspection_page import shard_page
-from bytecache.schemas.byte_shard import read_shard
+from bytecache.schemas.shard.reader import read_shard
 
 EVIL = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)>"
 TEXTS = ["naïve 日本 text", EVIL, "", "x" * 300]

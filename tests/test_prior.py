@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytecache.schemas import prior as priors
-from bytecache.schemas.prior import Prior
+from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard.prior import Prior
 
 
 def context_of(prior: Prior, node: int) -> bytes:

@@ -16,8 +16,8 @@ from student_data import document, make_dataset
 from transformers import AutoTokenizer
 
 from bytecache.schemas import errors
-from bytecache.schemas.byte_shard import read_shard
 from bytecache.schemas.settings import Student, Train
+from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.training import evaluate, export, student
 from bytecache.stages.training.train import train
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from student_data import make_dataset
 
-from bytecache.schemas import byte_shard, errors
+from bytecache.schemas import errors
 from bytecache.schemas.settings import Student, Train
+from bytecache.schemas.shard import reader as byte_shard
 from bytecache.stages.training import checkpoint, student
 from bytecache.stages.training.train import train
 

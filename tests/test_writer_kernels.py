@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_cases import natural_rows, random_rows
 
-from bytecache.schemas.byte_shard import ShardBuilder
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.logarithms import sum_logs
-from bytecache.schemas.prior import MAX_CODE, Prior
-from bytecache.schemas.sorting import PADDING, sort_distinct
+from bytecache.schemas.shard.logarithms import sum_logs
+from bytecache.schemas.shard.prior import MAX_CODE, Prior
+from bytecache.schemas.shard.reader import ShardBuilder
+from bytecache.schemas.shard.sorting import PADDING, sort_distinct
 
 
 def sparse(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

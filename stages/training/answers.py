@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bytecache.schemas.arrays import I64
-from bytecache.schemas.byte_shard import ByteShard
+from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.chat import Template, encode_answer
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 

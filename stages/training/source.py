@@ -17,7 +17,6 @@ from typing import Any
 
 import fsspec
 
-from bytecache.schemas.byte_shard import ByteShard, read_shard
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
 from bytecache.schemas.hashing import file_sha256
 from bytecache.schemas.manifest import (
@@ -30,6 +29,7 @@ from bytecache.schemas.manifest import (
     parse_index,
     read_dataset,
 )
+from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.scratch import cache_folder, scratch_folder
 from bytecache.stages.training.cache import FileCache, receive
 

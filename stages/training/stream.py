@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytecache.schemas.byte_shard import TAIL_MASS
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.manifest import Dataset, ShardEntry
+from bytecache.schemas.shard.reader import TAIL_MASS
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.training import slots
 from bytecache.stages.training.answers import TemplateSource

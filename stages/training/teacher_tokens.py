@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bytecache.schemas.byte_shard import ByteShard
 from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError
+from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.tokens.vocab import Vocabulary
 
 ABSENT = -1

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecache.schemas.arrays import END, I64
-from bytecache.schemas.byte_shard import ByteShard
 from bytecache.schemas.errors import InputError
+from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 from bytecache.stages.training.answers import Columns, TemplateSource, answer_start, chat_columns
 from bytecache.stages.training.teacher_tokens import TeacherTokens

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytecache.schemas.arrays import U8
-from bytecache.schemas.quantise import MAX_COUNT
+from bytecache.schemas.shard.quantise import MAX_COUNT
 
 FORMAT = "bytecache.byte-targets"
 VERSION = 1

@@ -14,8 +14,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from bytecache.schemas.arrays import END, F32, F64, I16, I64, PLACE, SYMBOLS, U8
-from bytecache.schemas.quantise import BAD_ORDER, BAD_SUM, BAD_VALUE, OK
-from bytecache.schemas.sorting import PADDING, sort_distinct
+from bytecache.schemas.shard.quantise import BAD_ORDER, BAD_SUM, BAD_VALUE, OK
+from bytecache.schemas.shard.sorting import PADDING, sort_distinct
 
 SUM_TOLERANCE = 1e-4
 _LIMIT_BITS = np.uint32(np.float32(1.0 + SUM_TOLERANCE).view(np.uint32))

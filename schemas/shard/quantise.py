@@ -26,8 +26,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from bytecache.schemas.arrays import F32, F64, I16, I64, PLACE, SYMBOLS, U8
-from bytecache.schemas.logarithms import sum_logs
-from bytecache.schemas.sorting import PADDING, sort_distinct
+from bytecache.schemas.shard.logarithms import sum_logs
+from bytecache.schemas.shard.sorting import PADDING, sort_distinct
 
 TAIL_IS_ALL = 255
 """Value of the `tail` column that says: nothing is listed, all mass is unlisted."""

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bytecache.schemas import gather, quantise
-from bytecache.schemas import prior as priors
 from bytecache.schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
-from bytecache.schemas.blocks import BLOCK, ENTRIES, Block, Rows
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, Codes, pack_columns
-from bytecache.schemas.prior import Prior
-from bytecache.schemas.zarr_zip import write_zarr_zip
+from bytecache.schemas.shard import gather, quantise
+from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard.blocks import BLOCK, ENTRIES, Block, Rows
+from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, VERSION, Codes, pack_columns
+from bytecache.schemas.shard.prior import Prior
+from bytecache.schemas.shard.zarr_zip import write_zarr_zip
 
 _DENSE_PIECE = 1 << 10
 """Dense rows gathered at a time: the worst case, 257 entries per row, is half of a block."""

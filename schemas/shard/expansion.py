@@ -19,9 +19,9 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import END, F32, I16, I32, I64, PLACE, SYMBOLS, U8, U16
-from bytecache.schemas.packing import COUNT_OVER
-from bytecache.schemas.prior import find_block
-from bytecache.schemas.quantise import (
+from bytecache.schemas.shard.codes import COUNT_OVER
+from bytecache.schemas.shard.prior import find_block
+from bytecache.schemas.shard.quantise import (
     BAD_CODE,
     BAD_COUNT,
     BAD_COUNT_OVER,
@@ -32,7 +32,7 @@ from bytecache.schemas.quantise import (
     OK,
     TAIL_IS_ALL,
 )
-from bytecache.schemas.sorting import LANES, insertion_sort, network, sort_lanes
+from bytecache.schemas.shard.sorting import LANES, insertion_sort, network, sort_lanes
 
 INDEX_STRIDE = 1024
 """Rows between two entries of the sparse row -> key index; a multiple of LANES."""

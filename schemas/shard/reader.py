@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bytecache.schemas import prior as priors
-from bytecache.schemas import quantise
 from bytecache.schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.expansion import INDEX_STRIDE, SPARE, decode_rows, expand_rows
-from bytecache.schemas.packing import COLUMNS, FORMAT, STEPS, VERSION, check_bounds
-from bytecache.schemas.prior import Prior
-from bytecache.schemas.shard_builder import PRECISIONS, Precision, ShardBuilder
-from bytecache.schemas.zarr_zip import read_zarr_zip
+from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard import quantise
+from bytecache.schemas.shard.builder import PRECISIONS, Precision, ShardBuilder
+from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, VERSION, check_bounds
+from bytecache.schemas.shard.expansion import INDEX_STRIDE, SPARE, decode_rows, expand_rows
+from bytecache.schemas.shard.prior import Prior
+from bytecache.schemas.shard.zarr_zip import read_zarr_zip
 
 __all__ = [
     "FORMAT",

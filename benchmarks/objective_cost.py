@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bytecache.schemas import settings as st
-from bytecache.schemas.manifest import read_dataset
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.stages.training import stream, student
 from bytecache.stages.training.objective import Objective
 from bytecache.stages.training.order import sequential

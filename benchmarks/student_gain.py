@@ -32,8 +32,8 @@ import torch
 
 from benchmarks.degraded_targets import degrade
 from bytecache.schemas import settings as st
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
-from bytecache.schemas.manifest import read_dataset
 from bytecache.stages.identity import resolve_model, vocabulary_of
 from bytecache.stages.training import evaluate, stream, student
 from bytecache.stages.training.objective import Objective

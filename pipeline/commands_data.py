@@ -299,7 +299,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
 
 def _delete_dump(context: Context, dumps: list[Receipt]) -> None:
     """Remove the dump of a published data set whose every byte was read back. Raises IntegrityError if one differs."""
-    from bytecache.schemas.verification import verify_dataset
+    from bytecache.schemas.dataset.verification import verify_dataset
 
     if all(receipt.deleted and not context.store.exists(file.path) for receipt in dumps for file in receipt.files):
         return

@@ -23,7 +23,7 @@ from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
-    from bytecache.schemas.manifest import Dataset
+    from bytecache.schemas.dataset.index import Dataset
     from bytecache.stages.training.parallel import World
     from bytecache.stages.training.teacher_tokens import TokenDump
 

@@ -15,7 +15,7 @@ from bytecache.pipeline.stores import Store
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from bytecache.schemas.manifest import Dataset
+    from bytecache.schemas.dataset.index import Dataset
 
 TARGETS = "targets"
 CONVERTER = (
@@ -99,7 +99,7 @@ def read_index(store: Store) -> "Dataset | None":
 
     Raises IntegrityError if it is damaged.
     """
-    from bytecache.schemas.manifest import DATASET, MANIFEST, read_dataset
+    from bytecache.schemas.dataset.index import DATASET, MANIFEST, read_dataset
 
     if not store.exists(f"{TARGETS}/{DATASET}"):
         return None
@@ -127,8 +127,8 @@ def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
 
 def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
     """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
-    from bytecache.schemas import card
-    from bytecache.schemas.manifest import ShardEntry, index_documents
+    from bytecache.schemas.dataset import card
+    from bytecache.schemas.dataset.index import ShardEntry, index_documents
 
     store = context.store
     entries = []

@@ -128,7 +128,7 @@ def show_symbol(symbol: int | str) -> str:
 
 
 def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[str, Any]:
-    from bytecache.schemas.manifest import read_dataset
+    from bytecache.schemas.dataset.index import read_dataset
     from bytecache.stages.fidelity import summary_line
 
     shard = read_shard(path)

@@ -19,9 +19,10 @@ from bytecache.pipeline.plan import PLAN_KEY, read_plan
 from bytecache.pipeline.planning import slice_is_whole
 from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import LocalStore, Store, open_store
-from bytecache.schemas import card, strict_json
+from bytecache.schemas import strict_json
+from bytecache.schemas.dataset import card
+from bytecache.schemas.dataset.index import DATASET, replace_file
 from bytecache.schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
-from bytecache.schemas.manifest import DATASET, replace_file
 
 ASIDE = "set-aside"
 """Where repair of a run puts shards that no index lists; nothing of unknown origin is deleted."""
@@ -91,7 +92,7 @@ def _bad_slices(store: Store) -> list[str]:
 
 
 def _verify_targets(folder: Path) -> list[str]:
-    from bytecache.schemas.verification import verify_dataset
+    from bytecache.schemas.dataset.verification import verify_dataset
 
     return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder)]
 
@@ -171,7 +172,7 @@ def _sound(store: Store, stage: str) -> Iterator[Receipt]:
 
 def _settle_strangers(store: Store) -> list[str]:
     """Second copies of listed shards go; shards that nothing lists and a damaged card are moved out of the data set."""
-    from bytecache.schemas.verification import verify_dataset
+    from bytecache.schemas.dataset.verification import verify_dataset
 
     done: list[str] = []
     if not store.exists(f"{TARGETS}/dataset.json"):
@@ -205,8 +206,8 @@ def repair_dataset(folder: Path, source: str) -> list[str]:
     Raises IntegrityError when the source does not hold the bytes that the manifest states, StorageError when it
     cannot be read.
     """
-    from bytecache.schemas.manifest import MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
-    from bytecache.schemas.verification import verify_dataset
+    from bytecache.schemas.dataset.index import MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
+    from bytecache.schemas.dataset.verification import verify_dataset
     from bytecache.stages.scratch import scratch_folder
     from bytecache.stages.training.source import fetch_bytes, fetch_file
 

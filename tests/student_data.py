@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bytecache.schemas.manifest import ShardEntry, write_dataset
+from bytecache.schemas.dataset.index import ShardEntry, write_dataset
 from bytecache.schemas.shard.reader import ShardBuilder
 
 SUBJECTS = ("the cache", "a teacher", "the student", "every byte", "naïve façade", "日本語", "one shard", "the token")

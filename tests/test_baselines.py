@@ -13,8 +13,8 @@ from torch.nn import functional
 from bytecache.pipeline import commands_data, commands_student
 from bytecache.pipeline.chain import summary_table
 from bytecache.pipeline.context import Context, open_context
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError, IntegrityError
-from bytecache.schemas.manifest import read_dataset
 from bytecache.schemas.settings import Settings, Train
 from bytecache.stages.identity import vocabulary_of
 from bytecache.stages.training import packing, stream, student

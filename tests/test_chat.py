@@ -16,8 +16,8 @@ from bytecache.pipeline import commands_data
 from bytecache.pipeline.context import open_context
 from bytecache.pipeline.planning import make_plan
 from bytecache.schemas import errors
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_windows
-from bytecache.schemas.manifest import read_dataset
 from bytecache.schemas.settings import Corpus, Settings
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.schemas.shard.reader import read_shard

@@ -42,7 +42,7 @@ def test_stages_repeat_without_work(world: Path, fake_teacher: type[FakeTeacher]
     assert "convert: nothing to do" in again.stdout
     assert stamps == {path: path.stat().st_mtime_ns for path in (world / "run").rglob("*") if path.is_file()}
 
-    from bytecache.schemas.manifest import read_dataset
+    from bytecache.schemas.dataset.index import read_dataset
 
     dataset = read_dataset(world / "run/targets")
     assert {entry.split for entry in dataset.entries} == {"train", "heldout"}

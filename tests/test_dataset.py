@@ -12,8 +12,8 @@ from student_data import make_dataset
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.schemas.manifest import read_dataset
 from bytecache.stages.training.dataset import ByteTargets
 from bytecache.stages.training.source import load_shard
 

@@ -24,15 +24,16 @@ from hypothesis import strategies as st
 from shard_cases import GOLDEN, golden_values, make
 from student_data import make_dataset
 
-from bytecache.schemas import manifest, strict_json
+from bytecache.schemas import strict_json
+from bytecache.schemas.dataset import index as manifest
+from bytecache.schemas.dataset.index import read_dataset, seal
+from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import BytecacheError, IntegrityError
 from bytecache.schemas.hashing import file_sha256
-from bytecache.schemas.manifest import read_dataset, seal
 from bytecache.schemas.shard.reader import read_shard
-from bytecache.schemas.verification import verify_dataset
 
 FEW = settings(
     max_examples=int(os.environ.get("BYTECACHE_FUZZ", "150")), deadline=None, database=None,

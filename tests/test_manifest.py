@@ -13,12 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from bytecache.schemas import card, manifest
+from bytecache.schemas.dataset import card
+from bytecache.schemas.dataset import index as manifest
+from bytecache.schemas.dataset.index import (
+    ShardEntry,
+    describe_shard,
+    index_documents,
+    read_dataset,
+    seal,
+    write_dataset,
+)
+from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.hashing import file_sha256
-from bytecache.schemas.manifest import ShardEntry, describe_shard, index_documents, read_dataset, seal, write_dataset
 from bytecache.schemas.shard.reader import ShardBuilder
-from bytecache.schemas.verification import verify_dataset
 
 INFO = {"teacher": {"name": "none"}, "tokenizer": {"fingerprint": "0"}, "license": "CC0-1.0", "attribution": "Zoë"}
 NAMES = {

@@ -10,8 +10,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bytecache.schemas.arrays import END
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.manifest import read_dataset
 from bytecache.schemas.settings import Student as Small
 from bytecache.schemas.settings import Train
 from bytecache.stages.training import student

@@ -15,8 +15,8 @@ import pytest
 from loopback import Loopback, Quiet
 from student_data import make_dataset
 
+from bytecache.schemas.dataset.index import Dataset, read_dataset
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
-from bytecache.schemas.manifest import Dataset, read_dataset
 from bytecache.stages.training import source
 from bytecache.stages.training.cache import FileCache
 from bytecache.stages.training.order import Order

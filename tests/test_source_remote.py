@@ -16,8 +16,8 @@ import pytest
 from loopback import Loopback, Quiet
 from student_data import make_dataset
 
+from bytecache.schemas.dataset.index import Dataset, read_dataset
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.manifest import Dataset, read_dataset
 from bytecache.stages.training import source
 from bytecache.stages.training.dataset import ByteTargets
 from bytecache.stages.training.source import load_shard, open_dataset

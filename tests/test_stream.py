@@ -9,8 +9,8 @@ import pytest
 from student_data import document, make_dataset, write_split
 
 from bytecache.schemas.arrays import END
+from bytecache.schemas.dataset.index import read_dataset, write_dataset
 from bytecache.schemas.errors import InputError, IntegrityError
-from bytecache.schemas.manifest import read_dataset, write_dataset
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.tokens.vocab import Encoded, Misfit
 from bytecache.stages.training import stream

@@ -16,7 +16,7 @@ from student_data import make_dataset
 from torch import nn
 
 from bytecache.schemas import errors
-from bytecache.schemas.manifest import read_dataset
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.settings import NEUTRAL, Student, Train
 from bytecache.stages.training import compiled, packing, stream, student
 from bytecache.stages.training.evaluate import load_trained

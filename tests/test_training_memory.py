@@ -7,7 +7,7 @@ import torch
 from student_data import make_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bytecache.schemas.manifest import read_dataset
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.settings import BASELINES, Student, Train
 from bytecache.stages.training import student
 from bytecache.stages.training.baselines import TokenTargets

@@ -10,8 +10,8 @@ from command_line import FakeTeacher, bytecache, refusal
 from run_outputs import outputs
 from student_data import make_dataset
 
-from bytecache.schemas.manifest import read_dataset
-from bytecache.schemas.verification import verify_dataset
+from bytecache.schemas.dataset.index import read_dataset
+from bytecache.schemas.dataset.verification import verify_dataset
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_worker_commands_make_a_data_set_and_status_shows_it() -> None:
 def test_the_rest_is_converted_without_units_set_aside_and_the_data_set_says_so(
     worker: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bytecache.schemas.manifest import read_dataset
+    from bytecache.schemas.dataset.index import read_dataset
 
     quick = ["--set", "fleet.heartbeat_s=0.1", "--set", "fleet.lease_s=1.0", "--set", "convert.shard_bytes=2500"]
     convert = ["convert", *(["--worker"] if worker else []), *quick]

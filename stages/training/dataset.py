@@ -33,8 +33,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from bytecache.schemas.arrays import END
+from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError
-from bytecache.schemas.manifest import Dataset
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.training.order import POOL, Order, Window
 from bytecache.stages.training.shelf import Shelf

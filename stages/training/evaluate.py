@@ -29,8 +29,8 @@ import numpy.typing as npt
 import torch
 
 from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.manifest import Dataset
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.training import checkpoint, stream, student
 from bytecache.stages.training.order import sequential

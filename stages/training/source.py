@@ -17,9 +17,7 @@ from typing import Any
 
 import fsspec
 
-from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
-from bytecache.schemas.hashing import file_sha256
-from bytecache.schemas.manifest import (
+from bytecache.schemas.dataset.index import (
     DATASET,
     MANIFEST,
     MAX_JSON,
@@ -29,6 +27,8 @@ from bytecache.schemas.manifest import (
     parse_index,
     read_dataset,
 )
+from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
+from bytecache.schemas.hashing import file_sha256
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.scratch import cache_folder, scratch_folder
 from bytecache.stages.training.cache import FileCache, receive

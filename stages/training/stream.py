@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bytecache.schemas.dataset.index import Dataset, ShardEntry
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.manifest import Dataset, ShardEntry
 from bytecache.schemas.shard.reader import TAIL_MASS
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.training import slots

@@ -32,8 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.schemas.manifest import Dataset
 from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.schemas.settings import Teacher as TeacherSettings
 from bytecache.stages.chat import Template

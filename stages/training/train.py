@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, Interrupted
-from bytecache.schemas.manifest import Dataset
 from bytecache.schemas.settings import BASELINES, NEUTRAL
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.training import checkpoint, packing, stream, student

@@ -4,9 +4,9 @@ A chain of hashes: `dataset.json` names its own hash and that of `manifest.parqu
 shard; each file has one spelling, so a flipped bit anywhere breaks the chain. Both are written to a temporary name,
 flushed and renamed: a kill leaves the old index or the new one, or (between the two renames) a pair whose hashes
 disagree, which is refused with the remedy. The index holds no time and no path: equal shards and info, equal index.
-Beside it lies README.md, a card made from the index for people and hubs (`schemas.card`).
+Beside it lies README.md, a card made from the index for people and hubs (`schemas.dataset.card`).
 
-Price: reading an index parses two small files; hashing all shards is `schemas.verification`'s work.
+Price: reading an index parses two small files; hashing all shards is `schemas.dataset.verification`'s work.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from bytecache.schemas import card, strict_json
+from bytecache.schemas import strict_json
+from bytecache.schemas.dataset import card
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.hashing import file_sha256
 

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from bytecache.schemas import card
+from bytecache.schemas.dataset import card
+from bytecache.schemas.dataset.index import DATASET, SUFFIX, ShardEntry, read_dataset
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.hashing import file_sha256
-from bytecache.schemas.manifest import DATASET, SUFFIX, ShardEntry, read_dataset
 from bytecache.schemas.shard.reader import read_shard
 
 _COMPARED = ("n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries", "tail_mean", "tail_max")

@@ -21,7 +21,7 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.dataset.index import ShardEntry, read_dataset, write_dataset
 from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.window import Window
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.shard.reader import ShardBuilder
 from bytecache.stages.teacher import resolve_model
 from bytecache.stages.tokens.vocab import load_vocabulary

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import zarr
 
 from bytecache.schemas.dataset.index import describe_shard, read_dataset, write_dataset
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Student
 from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.schemas.shard.codes import COLUMNS

@@ -33,7 +33,7 @@ from bytecache.pipeline.receipts import Receipt, unit_key
 from bytecache.pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
 from bytecache.pipeline.stores import overlapped
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Teacher
 
 

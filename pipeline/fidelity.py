@@ -19,7 +19,7 @@ from bytecache.pipeline.receipts import software_versions
 from bytecache.pipeline.stores import disk_errors
 from bytecache.schemas.dataset.index import DATASET, Dataset, read_dataset
 from bytecache.schemas.errors import InputError, IntegrityError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Teacher
 
 SLACK = 0.5

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bytecache.pipeline.stores import Store, json_bytes
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 RECEIPT_VERSION = 1
 FOLDER = "receipts"

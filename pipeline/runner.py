@@ -26,7 +26,7 @@ from bytecache.pipeline.progress import Reporter
 from bytecache.pipeline.receipts import FileRecord, Receipt
 from bytecache.pipeline.stores import Store, disk_errors, overlapped
 from bytecache.schemas.errors import IntegrityError, Interrupted
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 Tick = Callable[[dict[str, Any]], None]
 

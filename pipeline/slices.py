@@ -34,7 +34,7 @@ from bytecache.pipeline.survey import (
     whole,
 )  # fmt: skip
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Corpus, Settings
 from bytecache.stages.conversations import KIND_KEY
 from bytecache.stages.corpus import CorpusReader

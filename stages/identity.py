@@ -7,9 +7,9 @@ from typing import Any
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
+from bytecache.schemas.scratch import cache_folder
 from bytecache.stages.engines.static import CONTEXTS
-from bytecache.stages.scratch import cache_folder
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 from bytecache.stages.windows import LEAD
 

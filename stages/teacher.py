@@ -24,6 +24,7 @@ from bytecache.schemas.dump.parquet import DumpWriter
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, Interrupted
+from bytecache.schemas.scratch import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
@@ -35,7 +36,6 @@ from bytecache.stages.identity import (
     vocabulary_of,
 )
 from bytecache.stages.lattice import STATIC_PASSES, Deviations, Lattice
-from bytecache.stages.scratch import cache_folder
 from bytecache.stages.teacher_inputs import read_inputs
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 from bytecache.stages.windows import (

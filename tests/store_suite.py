@@ -9,7 +9,7 @@ from bytecache.pipeline import receipts
 from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import TEMP_FOLDER, Store
 from bytecache.schemas.errors import ConfigError, StorageError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 
 class StoreSuite:

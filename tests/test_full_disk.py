@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bytecache.pipeline.cli import app
 from bytecache.pipeline.config import render_template
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 ROOT = Path(__file__).parent.parent
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]

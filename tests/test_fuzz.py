@@ -32,7 +32,7 @@ from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import BytecacheError, IntegrityError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.shard.reader import read_shard
 
 FEW = settings(

@@ -10,7 +10,7 @@ from bytecache.pipeline import planning, receipts
 from bytecache.pipeline.plan import PLAN_KEY, load_plan, read_plan
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Settings
 
 

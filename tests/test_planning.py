@@ -21,7 +21,7 @@ from bytecache.pipeline.parallel import Processes
 from bytecache.pipeline.plan import read_plan
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Settings
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from bytecache.pipeline.progress import Reporter
 from bytecache.pipeline.runner import StopFlag, Task, Tick, finished, run_units
 from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore
 from bytecache.schemas.errors import IntegrityError, Interrupted, StorageError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 ROOT = Path(__file__).parent.parent
 N_TASKS = 12

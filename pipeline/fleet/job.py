@@ -16,7 +16,7 @@ from bytecache.pipeline.fleet.ledger import Layout, read_json
 from bytecache.pipeline.runner import Job
 from bytecache.pipeline.stores import Store
 from bytecache.schemas.errors import ConfigError, IntegrityError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 VERSION = 1
 _SHOWN = 4

@@ -20,7 +20,7 @@ from bytecache.pipeline.receipts import FileRecord, Receipt
 from bytecache.pipeline.runner import commit_receipt
 from bytecache.pipeline.stores import Store, disk_errors
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 
 @dataclass

@@ -39,7 +39,7 @@ from bytecache.pipeline.stores.mirror import Mirror
 from bytecache.pipeline.stores.retry import Damaged, patiently
 from bytecache.pipeline.stores.services import open_client
 from bytecache.schemas.errors import ConfigError, StorageError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 SINGLE_PUT = 128 * 1024 * 1024
 COPY_LIMIT = 5 * 1024**3

@@ -13,7 +13,7 @@ from bytecache.pipeline.stores.base import check_key, disk_errors
 from bytecache.pipeline.stores.local import LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
 from bytecache.schemas.errors import ConfigError, StorageError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 
 
 class ReadOnlyStore:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from bytecache.schemas.dataset import card
 from bytecache.schemas.dataset.index import DATASET, SUFFIX, ShardEntry, read_dataset
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
 from bytecache.schemas.shard.reader import read_shard
 
 _COMPARED = ("n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries", "tail_mean", "tail_max")

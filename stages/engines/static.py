@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from bytecache.schemas.scratch import scratch_folder
 from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
-from bytecache.stages.scratch import scratch_folder
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 
 CONTEXTS = ("\n", " in")

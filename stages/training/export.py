@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bytecache.schemas.errors import ConfigError, IntegrityError
-from bytecache.stages.scratch import scratch_folder
+from bytecache.schemas.scratch import scratch_folder
 from bytecache.stages.training import checkpoint, student
 from bytecache.stages.training.evaluate import load_trained
 

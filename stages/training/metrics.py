@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.scratch import scratch_folder
 from bytecache.schemas.settings import Train as TrainSettings
-from bytecache.stages.scratch import scratch_folder
 
 UNPLOTTED = ("name", "step", "steps")
 

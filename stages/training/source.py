@@ -28,9 +28,9 @@ from bytecache.schemas.dataset.index import (
     read_dataset,
 )
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
-from bytecache.schemas.hashing import file_sha256
+from bytecache.schemas.files import file_sha256
+from bytecache.schemas.scratch import cache_folder, scratch_folder
 from bytecache.schemas.shard.reader import ByteShard, read_shard
-from bytecache.stages.scratch import cache_folder, scratch_folder
 from bytecache.stages.training.cache import FileCache, receive
 
 CACHE_BYTES = 50 << 30

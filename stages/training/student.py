@@ -34,10 +34,10 @@ from transformers import (
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.scratch import flush_to_disk, scratch_folder
 from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.schemas.settings import Teacher as TeacherSettings
 from bytecache.stages.chat import Template
-from bytecache.stages.scratch import flush_to_disk, scratch_folder
 from bytecache.stages.tokens.token_bytes import byte_alphabet
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 from bytecache.stages.training.source import load_shard, open_dataset

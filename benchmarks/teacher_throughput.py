@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.schemas import settings as st
-from bytecache.stages.corpus import CorpusReader
+from bytecache.stages.corpus.reader import CorpusReader
 from bytecache.stages.engines.engine import Prompt
 from bytecache.stages.engines.vllm_worker import Want
 from bytecache.stages.lattice import STATIC_PASSES, Lattice

@@ -36,8 +36,8 @@ from bytecache.pipeline.survey import (
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Corpus, Settings
-from bytecache.stages.conversations import KIND_KEY
-from bytecache.stages.corpus import CorpusReader
+from bytecache.stages.corpus.conversations import KIND_KEY
+from bytecache.stages.corpus.reader import CorpusReader
 
 SLICE_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("context", pa.string())])
 

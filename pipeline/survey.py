@@ -24,9 +24,9 @@ from bytecache.pipeline.plan import Split
 from bytecache.schemas.arrays import I64, U64
 from bytecache.schemas.errors import InputError, Interrupted
 from bytecache.schemas.settings import Corpus, Settings
-from bytecache.stages.conversations import opening
-from bytecache.stages.corpus import CorpusReader, Document, File, corpus_files, is_past
-from bytecache.stages.document_ids import DocumentIds, hash_ids
+from bytecache.stages.corpus.conversations import opening
+from bytecache.stages.corpus.document_ids import DocumentIds, hash_ids
+from bytecache.stages.corpus.reader import CorpusReader, Document, File, corpus_files, is_past
 
 PART_BYTES = 32 * 1024 * 1024
 """Files are read together up to this size, as they lie; a larger one is a part alone."""
@@ -127,7 +127,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Documents:
-    """What the survey takes of some files. `identities`: see `identity_bytes`; `id_hashes`: see `stages.document_ids`.
+    """What the survey takes of some files. `identities`: see `identity_bytes`; `id_hashes`: see `stages.corpus.document_ids`.
 
     `empty`: how many documents came before each empty one; `error`: why it ends there.
     """

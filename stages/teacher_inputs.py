@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from bytecache.schemas.errors import InputError
 from bytecache.stages.chat import Template, encode_answer, encode_completion
-from bytecache.stages.conversations import KIND_KEY
+from bytecache.stages.corpus.conversations import KIND_KEY
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
 

@@ -21,9 +21,9 @@ from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.settings import Corpus, Settings
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.schemas.shard.reader import read_shard
-from bytecache.stages import conversations
 from bytecache.stages.chat import LEAD, Template, encode_answer, encode_completion
-from bytecache.stages.corpus import CorpusReader, Document
+from bytecache.stages.corpus import conversations
+from bytecache.stages.corpus.reader import CorpusReader, Document
 from bytecache.stages.lattice import Lattice
 from bytecache.stages.tokens.vocab import Misfit, load_vocabulary
 from bytecache.stages.training import evaluate, stream, student

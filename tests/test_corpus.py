@@ -10,7 +10,7 @@ import pytest
 
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.settings import Corpus
-from bytecache.stages.corpus import CorpusReader, Document
+from bytecache.stages.corpus.reader import CorpusReader, Document
 
 TEXTS = ["first\r\nline", "", "zweiter ü\u2028", "a \u0000 b", "   "]
 

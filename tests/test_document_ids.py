@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as some
 
-from bytecache.stages.document_ids import DocumentIds, hash_ids
+from bytecache.stages.corpus.document_ids import DocumentIds, hash_ids
 
 
 def one_by_one(ids: list[str]) -> list[str]:

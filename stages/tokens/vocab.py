@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
     prefix: NDArray[np.int32] = np.zeros(0, np.int32)
     """Tokens before `ids`, whose bytes are not asked for: an answer's context, start token included. Empty: none."""
     context: bytes = b""
-    """Bytes that stand before the text in a shard, unsupervised (`stages.conversations`)."""
+    """Bytes that stand before the text in a shard, unsupervised (`stages.corpus.conversations`)."""
 
 
 class Misfit(ValueError):  # noqa: N818 -- a verdict on a text, returned as often as raised

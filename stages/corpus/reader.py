@@ -2,7 +2,7 @@
 
 One streaming pass in a fixed order (folders: by path, recursively; files: as they lie), never more than one
 document and one Parquet batch in memory. A document is kept to the byte: no newline or Unicode normalisation.
-Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; `stages.document_ids` makes repeated
+Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; `stages.corpus.document_ids` makes repeated
 ones unique.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.settings import Corpus
-from bytecache.stages import conversations
+from bytecache.stages.corpus import conversations
 
 BUILTIN = "builtin:pydoc-topics"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
@@ -31,7 +31,7 @@ _BOM = b"\xef\xbb\xbf"
 class Document(NamedTuple):
     """`text` always encodes to UTF-8 and is never empty; `doc_id` is the source's own.
 
-    `context`: what is read before the text and not learned (`stages.conversations`); empty for plain text.
+    `context`: what is read before the text and not learned (`stages.corpus.conversations`); empty for plain text.
     """
 
     doc_id: str

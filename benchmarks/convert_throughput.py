@@ -32,7 +32,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import DumpWriter, read_windows
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
-from bytecache.stages.convert import convert_units
+from bytecache.stages.convert.convert import convert_units
 
 STAGES = {
     "read": ("token_dump.py", ("read_windows", "read_meta")),

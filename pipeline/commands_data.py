@@ -208,7 +208,7 @@ def convert_job(
     Raises ConfigError if another data set was published here.
     """
     from bytecache.schemas.shard import reader as byte_shard
-    from bytecache.stages.coarser import coarser_effort
+    from bytecache.stages.convert.coarser import coarser_effort
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
     store, settings = context.store, context.settings
@@ -240,7 +240,7 @@ def convert_job(
 
     @contextmanager
     def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
-        from bytecache.stages.convert import convert_units
+        from bytecache.stages.convert.convert import convert_units
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
             split, parts = task.payload

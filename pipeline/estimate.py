@@ -128,7 +128,7 @@ def convert_pilot(
     section: Convert, pilot: Pilot, scratch: Path, stop: Callable[[], bool]
 ) -> tuple[list[int], float, list[float]]:
     """Convert the pilot: bytes of each unit's own shard, bytes that a shard holds beside its units, seconds of each."""
-    from bytecache.stages.convert import convert_units
+    from bytecache.stages.convert.convert import convert_units
 
     def shard(files: list[Path]) -> tuple[int, float]:
         out = scratch / "shard.zarr.zip"

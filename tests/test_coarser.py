@@ -13,8 +13,8 @@ from test_fidelity import histories
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.shard.reader import read_shard
-from bytecache.stages.coarser import Effort, coarsen, coarser_effort
-from bytecache.stages.convert import convert_units
+from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.divergence import kl_spread
 from bytecache.stages.lattice import Lattice
 from bytecache.stages.teacher import Teacher

@@ -17,7 +17,7 @@ from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import read_shard
-from bytecache.stages.convert import convert_units
+from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.divergence import kl_spread
 from bytecache.stages.fidelity import Fidelity, summary_line, true_symbols
 from bytecache.stages.lattice import Lattice

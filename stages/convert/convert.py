@@ -1,7 +1,7 @@
 """The convert stage: dump parts in, one byte-target shard out. CPU only, one pass, one window in memory.
 
 Deterministic: the same parts and settings give the same bytes. With `tau`, `depth` or `static` set, windows are first
-reduced to what a capture at that effort would hold (stages.coarser). Reference windows of the parts give no targets:
+reduced to what a capture at that effort would hold (stages.convert.coarser). Reference windows of the parts give no targets:
 they are kept aside and compared with the finished shard (stages.fidelity).
 Price: about a second a MB of text on one core, a third of it encoding; `benchmarks/convert_throughput.py` measures it.
 """
@@ -19,7 +19,7 @@ from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
 from bytecache.schemas.shard.builder import LEAST_RATE
 from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
-from bytecache.stages.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.fidelity import Fidelity
 from bytecache.stages.lattice import Lattice
 

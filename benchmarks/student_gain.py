@@ -34,8 +34,9 @@ from benchmarks.degraded_targets import degrade
 from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
+from bytecache.stages.evaluate import evaluate
 from bytecache.stages.identity import resolve_model, vocabulary_of
-from bytecache.stages.training import evaluate, stream, student
+from bytecache.stages.training import stream, student
 from bytecache.stages.training.objective import Objective
 from bytecache.stages.training.order import sequential
 from bytecache.stages.training.source import load_shard

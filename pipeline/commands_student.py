@@ -235,7 +235,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
     targets = open_targets(context)
 
     def open_work() -> Work:
-        from bytecache.stages.training.evaluate import evaluate as evaluate_stage
+        from bytecache.stages.evaluate.evaluate import evaluate as evaluate_stage
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
             run: Receipt = task.payload
@@ -255,7 +255,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
         or not store.exists("report/report.md")
         or store.read_bytes("report/report.json").decode("utf-8") != report
     ):
-        from bytecache.stages.training.evaluate import report_table
+        from bytecache.stages.evaluate.evaluate import report_table
 
         store.replace_text("report/report.md", report_table(results))
         store.replace_text("report/report.json", report)
@@ -274,7 +274,7 @@ def _reporter(total: int) -> Callable[[int, int], Reporter]:
 
 def measure_exported(context: Context, tasks: list[str], limit: int, only: str = "") -> None:
     """Run lm-eval-harness tasks on the finished runs, exported first; report/lm-eval.json and .md."""
-    from bytecache.stages.training.harness import measure, table
+    from bytecache.stages.evaluate.harness import measure, table
 
     results = {}
     for run in trained(context, only):

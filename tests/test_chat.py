@@ -24,9 +24,10 @@ from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.chat import LEAD, Template, encode_answer, encode_completion
 from bytecache.stages.corpus import conversations
 from bytecache.stages.corpus.reader import CorpusReader, Document
+from bytecache.stages.evaluate import evaluate
 from bytecache.stages.lattice import Lattice
 from bytecache.stages.tokens.vocab import Misfit, load_vocabulary
-from bytecache.stages.training import evaluate, stream, student
+from bytecache.stages.training import stream, student
 from bytecache.stages.training.train import train
 
 PLAIN = (

@@ -11,7 +11,7 @@ from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bytecache.schemas import errors
-from bytecache.stages.training.harness import measure, table
+from bytecache.stages.evaluate.harness import measure, table
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 TASK = """\

@@ -21,7 +21,7 @@ from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.dump.masses import round_masses
 from bytecache.schemas.dump.parquet import DumpWriter, read_windows
 from bytecache.schemas.dump.window import Window
-from bytecache.stages.divergence import kl_spread
+from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.lattice import Lattice
 
 

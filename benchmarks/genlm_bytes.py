@@ -17,7 +17,7 @@ Reported, loading, compilation, trie building and static rows excluded:
     tokens            fed to the model per byte of text, padding included: genlm-bytes keeps no key/value cache unless
                       told ("tuned": of the best history, every 16 tokens), so a history costs its whole context again
     histories         evaluated per byte of text
-    KL, JSD, leak     per byte, against the same teacher at tau = 2e-4, depth 5 (stages.divergence; genlm-bytes has no
+    KL, JSD, leak     per byte, against the same teacher at tau = 2e-4, depth 5 (stages.fidelity.divergence; genlm-bytes has no
                       tail)
 
 "many" is documents of 80 to 200 bytes all at once, in batches of each side's own making ("tuned" raises genlm-bytes'
@@ -45,7 +45,7 @@ import torch
 from benchmarks.texts import builtin_texts, clip, folder_texts
 from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import END
-from bytecache.stages.divergence import divergence
+from bytecache.stages.fidelity.divergence import divergence
 from bytecache.stages.identity import resolve_model
 from bytecache.stages.lattice import Lattice
 from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher

@@ -18,7 +18,7 @@ With --passages N only the last is measured, of the presets, on N passages of ea
 passages, standard deviation between them, least and greatest. How well the cheap presets do depends on the text, so
 that one passage says little of them.
 
-Reference: tau = 2e-4, depth 5, float32, transformers; stages.divergence has the formulas. What storing loses is
+Reference: tau = 2e-4, depth 5, float32, transformers; stages.fidelity.divergence has the formulas. What storing loses is
 measured by benchmarks/rate_distortion.py.
 """
 
@@ -36,8 +36,8 @@ from benchmarks.texts import builtin_texts, folder_texts, prose_passages
 from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import END
 from bytecache.schemas.dump.window import Window
-from bytecache.stages.divergence import divergence, even_weights, spread_tail
-from bytecache.stages.fidelity import true_symbols
+from bytecache.stages.fidelity.certificate import true_symbols
+from bytecache.stages.fidelity.divergence import divergence, even_weights, spread_tail
 from bytecache.stages.lattice import Lattice, Targets
 from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher
 

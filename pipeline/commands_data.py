@@ -277,7 +277,7 @@ def convert_job(
 
 def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
-    from bytecache.stages.fidelity import summary_line
+    from bytecache.stages.fidelity.certificate import summary_line
 
     planned = load_plan(context.store, context.settings)
     found = dict(enumerate(dumps)) if dumps is not None else find_dumps(context, planned)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 TARGETS = "targets"
 CONVERTER = (
-    "bytecache.stages.convert.convert", "bytecache.stages.convert.coarser", "bytecache.schemas.dump.rows", "bytecache.stages.lattice", "bytecache.stages.forward", "bytecache.stages.fidelity",
-    "bytecache.stages.divergence", "bytecache.schemas.dump.parquet", "bytecache.schemas.dump.window", "bytecache.schemas.dump.byte_planes", "bytecache.schemas.dump.masses",
+    "bytecache.stages.convert.convert", "bytecache.stages.convert.coarser", "bytecache.schemas.dump.rows", "bytecache.stages.lattice", "bytecache.stages.forward", "bytecache.stages.fidelity.certificate",
+    "bytecache.stages.fidelity.divergence", "bytecache.schemas.dump.parquet", "bytecache.schemas.dump.window", "bytecache.schemas.dump.byte_planes", "bytecache.schemas.dump.masses",
     "bytecache.schemas.shard.builder", "bytecache.schemas.shard.blocks", "bytecache.schemas.shard.gather", "bytecache.schemas.shard.sorting", "bytecache.schemas.shard.prior",
     "bytecache.schemas.shard.quantise", "bytecache.schemas.shard.logarithms", "bytecache.schemas.shard.codes", "bytecache.schemas.shard.reader", "bytecache.schemas.shard.expansion",
     "bytecache.schemas.shard.zarr_zip", "bytecache.schemas.arrays",
@@ -41,7 +41,7 @@ def set_aside(dumps: list[Receipt]) -> dict[str, int]:
 
 def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:
     """The fidelity of all shards together; None where no dump part had reference windows."""
-    from bytecache.stages.fidelity import Fidelity
+    from bytecache.stages.fidelity.certificate import Fidelity
 
     reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
     return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)

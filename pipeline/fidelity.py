@@ -114,9 +114,9 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     is not the one listed, Interrupted on SIGTERM.
     """
     from bytecache.schemas.shard.reader import read_shard
-    from bytecache.stages.fidelity import Fidelity
+    from bytecache.stages.fidelity.certificate import Fidelity
+    from bytecache.stages.fidelity.stretches import measure_stored
     from bytecache.stages.identity import teacher_identity
-    from bytecache.stages.stretches import measure_stored
     from bytecache.stages.teacher import REFERENCE, open_teacher
 
     identity = teacher_identity(settings)
@@ -143,7 +143,7 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
 
 def limit_of(claimed: dict[str, Any], measured: dict[str, Any]) -> float:
     """Largest mean KL, nats, that a measurement of this size may show of a data set that is as good as it claims."""
-    from bytecache.stages.fidelity import figure
+    from bytecache.stages.fidelity.certificate import figure
 
     return figure(claimed, "kl") * (1 + SLACK) + 3 * figure(measured, "kl", "stderr")
 
@@ -156,7 +156,7 @@ def fidelity(
     Raises IntegrityError when the measured mean KL exceeds `limit_of` the data set's certificate; the report is
     written first.
     """
-    from bytecache.stages.fidelity import figure
+    from bytecache.stages.fidelity.certificate import figure
 
     dataset = find_dataset(folder)
     settings = teacher_settings(dataset, context.settings.teacher, model)
@@ -192,7 +192,7 @@ def fidelity(
 
 def table(measured: dict[str, Any], claimed: dict[str, Any] | None) -> list[str]:
     """The two certificates side by side."""
-    from bytecache.stages.fidelity import figure
+    from bytecache.stages.fidelity.certificate import figure
 
     lines = [f"{'':10} {'measured':>11} {'+-':>9} {'p99':>9} {'max':>9} {'certificate':>12}"]
     for name in ("kl", "kl_bucket", "jsd", "leak", "tail"):

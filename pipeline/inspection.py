@@ -129,7 +129,7 @@ def show_symbol(symbol: int | str) -> str:
 
 def _shard(path: Path, document: str, start: int, limit: int, top: int) -> dict[str, Any]:
     from bytecache.schemas.dataset.index import read_dataset
-    from bytecache.stages.fidelity import summary_line
+    from bytecache.stages.fidelity.certificate import summary_line
 
     shard = read_shard(path)
     summary = {**shard.statistics, "bytes_on_disk": path.stat().st_size}

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as some
 
-from bytecache.stages.divergence import divergence, even_weights, kl_spread, spread_tail
-from bytecache.stages.fidelity import Fidelity, _Measure, summary_line
+from bytecache.stages.fidelity.certificate import Fidelity, _Measure, summary_line
+from bytecache.stages.fidelity.divergence import divergence, even_weights, kl_spread, spread_tail
 
 
 def rows(seed: int, m: int, listed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,10 +18,10 @@ from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.convert.convert import convert_units
-from bytecache.stages.divergence import kl_spread
-from bytecache.stages.fidelity import Fidelity, summary_line, true_symbols
+from bytecache.stages.fidelity.certificate import Fidelity, summary_line, true_symbols
+from bytecache.stages.fidelity.divergence import kl_spread
+from bytecache.stages.fidelity.stretches import measure_stored
 from bytecache.stages.lattice import Lattice
-from bytecache.stages.stretches import measure_stored
 from bytecache.stages.teacher import Teacher, open_teacher
 from bytecache.stages.windows import LEAD, plan_stretch
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
 from bytecache.stages.chat import Template, encode_answer
-from bytecache.stages.divergence import divergence
-from bytecache.stages.fidelity import true_symbols
+from bytecache.stages.fidelity.certificate import true_symbols
+from bytecache.stages.fidelity.divergence import divergence
 from bytecache.stages.identity import resolve_model
 from bytecache.stages.lattice import Lattice
 from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher

@@ -17,7 +17,7 @@ from bytecache.schemas.dump.top_k import top_k_sizes
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.stages.convert.convert import convert_units
-from bytecache.stages.divergence import kl_spread
+from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.lattice import Lattice
 from bytecache.stages.teacher import open_teacher
 

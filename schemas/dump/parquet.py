@@ -7,7 +7,7 @@ in order, then branches (histories through a token that is not canonical). All l
 SPEC.md gives the sums that delimit them.
 
 A *reference window* is a second record of a short stretch that ordinary windows of the part score too, evaluated
-much deeper. It gives no targets; the converter compares (stages.fidelity).
+much deeper. It gives no targets; the converter compares (stages.fidelity.certificate).
 
 Masses are float32 with low bits rounded away, in planes of bytes before zstd: the entries are most of a part and their
 low bits are noise. An entry keeps as many bits as its share of its prefix deserves (`round_entries`): divergence grows

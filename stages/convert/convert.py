@@ -2,7 +2,7 @@
 
 Deterministic: the same parts and settings give the same bytes. With `tau`, `depth` or `static` set, windows are first
 reduced to what a capture at that effort would hold (stages.convert.coarser). Reference windows of the parts give no targets:
-they are kept aside and compared with the finished shard (stages.fidelity).
+they are kept aside and compared with the finished shard (stages.fidelity.certificate).
 Price: about a second a MB of text on one core, a third of it encoding; `benchmarks/convert_throughput.py` measures it.
 """
 
@@ -20,7 +20,7 @@ from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
 from bytecache.schemas.shard.builder import LEAST_RATE
 from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
-from bytecache.stages.fidelity import Fidelity
+from bytecache.stages.fidelity.certificate import Fidelity
 from bytecache.stages.lattice import Lattice
 
 
@@ -36,7 +36,7 @@ def convert_units(
 
     Returns the shard's counts plus `teacher_nll` (marginal, nats over the text, END not included), `canonical_nll`
     and `unaccounted_mean`, the tail's part that no evaluated history explains; at a coarser effort than the dump's
-    `stand_ins`, branches in the place of static rows; `fidelity` is the state of a `stages.fidelity.Fidelity` over the
+    `stand_ins`, branches in the place of static rows; `fidelity` is the state of a `stages.fidelity.certificate.Fidelity` over the
     parts' reference windows (None without any), `reference` how these were made. `tick` receives {"bytes"} per window.
     Raises IntegrityError for parts that are damaged, inconsistent or of different teachers, ConfigError for a
     rate that is too low, and for a tau, depth or static that asks for more than the dump holds, Interrupted when

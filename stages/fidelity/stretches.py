@@ -12,7 +12,7 @@ import numpy as np
 from bytecache.schemas.arrays import END
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.shard.reader import ByteShard
-from bytecache.stages.fidelity import Fidelity, true_symbols
+from bytecache.stages.fidelity.certificate import Fidelity, true_symbols
 from bytecache.stages.lattice import Lattice
 from bytecache.stages.teacher import Teacher
 from bytecache.stages.tokens.vocab import Misfit

@@ -5,7 +5,7 @@ than production asks. All rows of such a window but the static ones give the ref
 give what production knew (less, where the conversion asked for less). Once the shard is written it is read back, and
 for the very positions of the stretch
 
-    kl, kl_bucket, jsd, leak   reference against what the shard says (stages.divergence has the formulas)
+    kl, kl_bucket, jsd, leak   reference against what the shard says (stages.fidelity.divergence has the formulas)
     branch_kl                  reference against the production targets before they are stored
     storing_kl                 production targets against what the shard says: pruning and quantisation alone
     tail                       what the shard stores as unlisted, and of that: `unevaluated` histories, `pruned`
@@ -30,7 +30,7 @@ from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import ByteShard
-from bytecache.stages.divergence import divergence, kl_spread
+from bytecache.stages.fidelity.divergence import divergence, kl_spread
 from bytecache.stages.lattice import Lattice, Targets
 
 VERSION = 1

@@ -22,7 +22,7 @@ from bytecache.schemas.dump.masses import round_masses
 from bytecache.schemas.dump.parquet import DumpWriter, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.stages.fidelity.divergence import kl_spread
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 
 
 def columns_of(part: Path) -> tuple[int, int, dict[str, list[int]]]:

@@ -38,7 +38,7 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.dump.window import Window
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence, even_weights, spread_tail
-from bytecache.stages.lattice import Lattice, Targets
+from bytecache.stages.lattice.lattice import Lattice, Targets
 from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher
 
 EFFORTS: dict[str, dict[str, float]] = {

@@ -24,7 +24,7 @@ from bytecache.schemas import settings as st
 from bytecache.stages.corpus.reader import CorpusReader
 from bytecache.stages.engines.engine import Prompt
 from bytecache.stages.engines.vllm_worker import Want
-from bytecache.stages.lattice import STATIC_PASSES, Lattice
+from bytecache.stages.lattice.lattice import STATIC_PASSES, Lattice
 from bytecache.stages.teacher import open_teacher
 from bytecache.stages.windows import new_window, plan_windows
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TARGETS = "targets"
 CONVERTER = (
-    "bytecache.stages.convert.convert", "bytecache.stages.convert.coarser", "bytecache.schemas.dump.rows", "bytecache.stages.lattice", "bytecache.stages.forward", "bytecache.stages.fidelity.certificate",
+    "bytecache.stages.convert.convert", "bytecache.stages.convert.coarser", "bytecache.schemas.dump.rows", "bytecache.stages.lattice.lattice", "bytecache.stages.lattice.forward", "bytecache.stages.fidelity.certificate",
     "bytecache.stages.fidelity.divergence", "bytecache.schemas.dump.parquet", "bytecache.schemas.dump.window", "bytecache.schemas.dump.byte_planes", "bytecache.schemas.dump.masses",
     "bytecache.schemas.shard.builder", "bytecache.schemas.shard.blocks", "bytecache.schemas.shard.gather", "bytecache.schemas.shard.sorting", "bytecache.schemas.shard.prior",
     "bytecache.schemas.shard.quantise", "bytecache.schemas.shard.logarithms", "bytecache.schemas.shard.codes", "bytecache.schemas.shard.reader", "bytecache.schemas.shard.expansion",

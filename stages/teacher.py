@@ -35,7 +35,7 @@ from bytecache.stages.identity import (
     resolve_model,
     vocabulary_of,
 )
-from bytecache.stages.lattice import STATIC_PASSES, Deviations, Lattice
+from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 from bytecache.stages.teacher_inputs import read_inputs
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 from bytecache.stages.windows import (

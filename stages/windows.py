@@ -12,7 +12,7 @@ from bytecache.schemas.dump.rows import take_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.stages.engines.engine import Prompt
 from bytecache.stages.engines.paths import RowMasses
-from bytecache.stages.lattice import Deviations
+from bytecache.stages.lattice.lattice import Deviations
 from bytecache.stages.tokens.vocab import Encoded
 
 LEAD = 16

@@ -25,7 +25,7 @@ from bytecache.stages.chat import LEAD, Template, encode_answer, encode_completi
 from bytecache.stages.corpus import conversations
 from bytecache.stages.corpus.reader import CorpusReader, Document
 from bytecache.stages.evaluate import evaluate
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.tokens.vocab import Misfit, load_vocabulary
 from bytecache.stages.training import stream, student
 from bytecache.stages.training.train import train

@@ -16,7 +16,7 @@ from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.fidelity.divergence import kl_spread
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 

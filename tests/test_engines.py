@@ -17,7 +17,7 @@ from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, Interrupted
 from bytecache.stages.engines.vllm_worker import Want
 from bytecache.stages.identity import teacher_identity
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher import Teacher, open_teacher
 
 TEXTS = ["A cache is a promise kept in advance. " * 12, "the naïve façade 日本語", "", "e"]

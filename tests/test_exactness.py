@@ -12,7 +12,7 @@ from oracle import exact_distributions
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError
 from bytecache.stages.engines.static import context_tokens
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.probe import probe_with
 from bytecache.stages.teacher import Teacher, open_teacher
 from bytecache.stages.tokens.vocab import Vocabulary

@@ -21,7 +21,7 @@ from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.fidelity.certificate import Fidelity, summary_line, true_symbols
 from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.fidelity.stretches import measure_stored
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher import Teacher, open_teacher
 from bytecache.stages.windows import LEAD, plan_stretch
 

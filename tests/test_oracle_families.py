@@ -10,7 +10,7 @@ from function_model import FunctionEngine, function_teacher
 from oracle import exact_distributions
 
 from bytecache.schemas.dump.window import Window
-from bytecache.stages.lattice import Lattice, Targets
+from bytecache.stages.lattice.lattice import Lattice, Targets
 from bytecache.stages.teacher import Teacher
 from bytecache.stages.tokens.vocab import Encoded, Vocabulary, load_vocabulary
 

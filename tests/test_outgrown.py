@@ -7,7 +7,7 @@ from test_fidelity import histories
 
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 

@@ -10,7 +10,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError
 from bytecache.stages.engines import packed
 from bytecache.stages.engines.engine import Branch, Prompt
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher import open_teacher
 
 SHAPE = {

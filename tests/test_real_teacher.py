@@ -16,7 +16,7 @@ from bytecache.stages.chat import Template, encode_answer
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
 from bytecache.stages.identity import resolve_model
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher
 from bytecache.stages.tokens.vocab import load_vocabulary
 

@@ -18,7 +18,7 @@ from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.fidelity.divergence import kl_spread
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher import open_teacher
 
 

@@ -21,7 +21,7 @@ from bytecache.schemas.shard.builder import LEAST_RATE
 from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.fidelity.certificate import Fidelity
-from bytecache.stages.lattice import Lattice
+from bytecache.stages.lattice.lattice import Lattice
 
 
 def convert_units(

@@ -31,7 +31,7 @@ from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.fidelity.divergence import divergence, kl_spread
-from bytecache.stages.lattice import Lattice, Targets
+from bytecache.stages.lattice.lattice import Lattice, Targets
 
 VERSION = 1
 """Of the accumulator and the certificate; states of different versions do not merge."""

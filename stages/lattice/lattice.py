@@ -10,7 +10,7 @@ from numba import njit
 
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.window import NEVER, Window
-from bytecache.stages.forward import Tables, forward, tables
+from bytecache.stages.lattice.forward import Tables, forward, tables
 
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""

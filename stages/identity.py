@@ -26,7 +26,7 @@ def resolve_model(settings: st.Teacher) -> Path:
     """
     model = settings.model
     if model.startswith("builtin:"):
-        from bytecache.stages.engines.builtin_models import materialise_builtin
+        from bytecache.stages.models.builtin import materialise_builtin
 
         return materialise_builtin(model.removeprefix("builtin:"), cache_folder() / "models")
     folder = Path(model).expanduser()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bytecache.schemas.errors import InputError, StorageError
-from bytecache.stages.engines import builtin_models
-from bytecache.stages.engines.builtin_models import MARKER, materialise_builtin
+from bytecache.stages.models import builtin as builtin_models
+from bytecache.stages.models.builtin import MARKER, materialise_builtin
 
 NAME = "smollm2-135m-instruct"
 

@@ -28,7 +28,7 @@ from bytecache.stages.engines.static import (
     together,
     tokens_of,
 )
-from bytecache.stages.weights import refuse_missing
+from bytecache.stages.models.weights import refuse_missing
 
 KEPT_BYTES = 1 << 31
 """Bytes of keys and values of a group kept at once; a window beyond it is run again for every pass of branches."""

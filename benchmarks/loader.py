@@ -38,7 +38,8 @@ from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.schemas.shard.codes import COLUMNS
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.schemas.shard.zarr_zip import read_zarr_zip
-from bytecache.stages.training import stream, student
+from bytecache.stages.student import student
+from bytecache.stages.training import stream
 from bytecache.stages.training.dataset import ByteTargets
 from bytecache.stages.training.order import sequential
 from bytecache.stages.training.source import load_shard

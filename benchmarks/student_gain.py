@@ -36,7 +36,8 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
 from bytecache.stages.evaluate import evaluate
 from bytecache.stages.identity import resolve_model, vocabulary_of
-from bytecache.stages.training import stream, student
+from bytecache.stages.student import student
+from bytecache.stages.training import stream
 from bytecache.stages.training.objective import Objective
 from bytecache.stages.training.order import sequential
 from bytecache.stages.training.source import load_shard

@@ -104,7 +104,7 @@ def _train(context: Context, world: "World", only: str) -> int:
 
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
-    from bytecache.stages.training import student
+    from bytecache.stages.student import student
     from bytecache.stages.training.train import train as train_stage
 
     store, settings = context.store, context.settings

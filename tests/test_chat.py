@@ -26,8 +26,9 @@ from bytecache.stages.corpus import conversations
 from bytecache.stages.corpus.reader import CorpusReader, Document
 from bytecache.stages.evaluate import evaluate
 from bytecache.stages.lattice.lattice import Lattice
+from bytecache.stages.student import student
 from bytecache.stages.tokens.vocab import Misfit, load_vocabulary
-from bytecache.stages.training import stream, student
+from bytecache.stages.training import stream
 from bytecache.stages.training.train import train
 
 PLAIN = (

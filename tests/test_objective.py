@@ -14,13 +14,13 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Student as Small
 from bytecache.schemas.settings import Train
-from bytecache.stages.training import student
+from bytecache.stages.student import student
+from bytecache.stages.student.student import Student
 from bytecache.stages.training.byte_head import HEAD_SYMBOLS, SLOTS
 from bytecache.stages.training.heads import make_head
 from bytecache.stages.training.loss import IGNORE
 from bytecache.stages.training.objective import Objective
 from bytecache.stages.training.stream import MicroBatch, ShardReader, collate, cut
-from bytecache.stages.training.student import Student
 
 HEADS = ("parallel", "mlp", "transformer", "autoregressive")
 

@@ -19,7 +19,8 @@ from bytecache.schemas import errors
 from bytecache.schemas.settings import Student, Train
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.evaluate import evaluate
-from bytecache.stages.training import export, student
+from bytecache.stages.student import student
+from bytecache.stages.training import export
 from bytecache.stages.training.train import train
 
 SETTINGS = Train(head="parallel", lambda_kl=0.1, byte_reduction="mean", steps=4, batch=3, window_bytes=4000, warmup=1)

@@ -14,7 +14,8 @@ from student_data import make_dataset
 from bytecache.schemas import errors
 from bytecache.schemas.settings import Student, Train
 from bytecache.schemas.shard import reader as byte_shard
-from bytecache.stages.training import checkpoint, student
+from bytecache.stages.student import student
+from bytecache.stages.training import checkpoint
 from bytecache.stages.training.train import train
 
 PAPER = {"head": "parallel", "lambda_kl": 0.1, "byte_reduction": "mean"}

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.settings import BASELINES, Student, Train
-from bytecache.stages.training import student
+from bytecache.stages.student import student
 from bytecache.stages.training.baselines import TokenTargets
 from bytecache.stages.training.byte_head import HEAD_SYMBOLS, SLOTS
 from bytecache.stages.training.objective import Objective

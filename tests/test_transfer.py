@@ -16,10 +16,11 @@ from bytecache.pipeline.config import load_settings
 from bytecache.pipeline.context import open_context
 from bytecache.schemas.settings import Student, Train
 from bytecache.stages.evaluate.evaluate import Calibration, load_trained
+from bytecache.stages.student import student
+from bytecache.stages.student.transfer import old_tokens
 from bytecache.stages.tokens.vocab import load_vocabulary
-from bytecache.stages.training import export, student
+from bytecache.stages.training import export
 from bytecache.stages.training.train import train
-from bytecache.stages.training.transfer import old_tokens
 
 RECIPES = Path(__file__).parent.parent / "benchmarks/recipes"
 

@@ -32,7 +32,8 @@ from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.settings import Train as TrainSettings
-from bytecache.stages.training import checkpoint, stream, student
+from bytecache.stages.student import student
+from bytecache.stages.training import checkpoint, stream
 from bytecache.stages.training.order import sequential
 from bytecache.stages.training.run import Run, micro_loss, start_run
 from bytecache.stages.training.source import open_dataset

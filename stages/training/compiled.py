@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import nn
 
-from bytecache.stages.training.student import Student
+from bytecache.stages.student.student import Student
 
 
 def compile_trunk(opened: Student) -> bool:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bytecache.schemas.errors import ConfigError
+from bytecache.stages.student.student import Student
 from bytecache.stages.training.stream import MicroBatch, Step
-from bytecache.stages.training.student import Student
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in units of the largest logit: order of additions, far below any leak."""

@@ -26,7 +26,8 @@ from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, Interrupted
 from bytecache.schemas.settings import BASELINES, NEUTRAL
 from bytecache.schemas.settings import Train as TrainSettings
-from bytecache.stages.training import checkpoint, packing, stream, student
+from bytecache.stages.student import student
+from bytecache.stages.training import checkpoint, packing, stream
 from bytecache.stages.training.metrics import Metrics
 from bytecache.stages.training.order import Order
 from bytecache.stages.training.parallel import World, joined, whole

@@ -39,10 +39,10 @@ from bytecache.schemas.shard.codes import COLUMNS
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.schemas.shard.zarr_zip import read_zarr_zip
 from bytecache.stages.student import student
+from bytecache.stages.targets.dataset import ByteTargets
+from bytecache.stages.targets.order import sequential
+from bytecache.stages.targets.source import load_shard
 from bytecache.stages.training import stream
-from bytecache.stages.training.dataset import ByteTargets
-from bytecache.stages.training.order import sequential
-from bytecache.stages.training.source import load_shard
 
 WINDOW, RUN, DENSE_MB = 1024, 16, 1.0
 

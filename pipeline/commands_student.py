@@ -43,7 +43,7 @@ def open_targets(context: Context) -> "Dataset":
 
     Raises InputError if it was not, IntegrityError or StorageError for an index that is damaged or out of reach.
     """
-    from bytecache.stages.training.source import open_dataset
+    from bytecache.stages.targets.source import open_dataset
 
     settings = context.settings.dataset
     if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):

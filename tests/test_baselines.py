@@ -19,10 +19,10 @@ from bytecache.schemas.settings import Settings, Train
 from bytecache.stages.evaluate.evaluate import evaluate, report_table
 from bytecache.stages.identity import vocabulary_of
 from bytecache.stages.student import student
+from bytecache.stages.targets.source import load_shard
 from bytecache.stages.training import packing, stream
 from bytecache.stages.training.baselines import TokenTargets, shared_distance, sorted_distance
 from bytecache.stages.training.objective import Objective
-from bytecache.stages.training.source import load_shard
 from bytecache.stages.training.teacher_tokens import ABSENT, TeacherTokens, TokenDump, _merged
 from bytecache.stages.training.train import train
 

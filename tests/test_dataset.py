@@ -14,8 +14,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.stages.training.dataset import ByteTargets
-from bytecache.stages.training.source import load_shard
+from bytecache.stages.targets.dataset import ByteTargets
+from bytecache.stages.targets.source import load_shard
 
 
 @pytest.fixture(scope="module")

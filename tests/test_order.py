@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bytecache.stages.training.order import Order, Window, sequential
+from bytecache.stages.targets.order import Order, Window, sequential
 
 SIZES = [1000, 37, 0, 512, 4096, 64, 65, 1]
 

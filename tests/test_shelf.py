@@ -7,8 +7,8 @@ from itertools import islice, pairwise
 
 import pytest
 
-from bytecache.stages.training.order import Order
-from bytecache.stages.training.shelf import Shelf
+from bytecache.stages.targets.order import Order
+from bytecache.stages.targets.shelf import Shelf
 
 SIZES = [640, 640, 600, 700, 640, 0, 640, 610]
 

@@ -17,11 +17,11 @@ from student_data import make_dataset
 
 from bytecache.schemas.dataset.index import Dataset, read_dataset
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
-from bytecache.stages.training import source
-from bytecache.stages.training.cache import FileCache
-from bytecache.stages.training.order import Order
-from bytecache.stages.training.shelf import Shelf
-from bytecache.stages.training.source import RemoteDataset, fetch_ahead, load_shard, open_dataset
+from bytecache.stages.targets import source
+from bytecache.stages.targets.cache import FileCache
+from bytecache.stages.targets.order import Order
+from bytecache.stages.targets.shelf import Shelf
+from bytecache.stages.targets.source import RemoteDataset, fetch_ahead, load_shard, open_dataset
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from student_data import make_dataset
 
 from bytecache.schemas.dataset.index import Dataset, read_dataset
 from bytecache.schemas.errors import IntegrityError
-from bytecache.stages.training import source
-from bytecache.stages.training.dataset import ByteTargets
-from bytecache.stages.training.source import load_shard, open_dataset
+from bytecache.stages.targets import source
+from bytecache.stages.targets.dataset import ByteTargets
+from bytecache.stages.targets.source import load_shard, open_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -144,7 +144,7 @@ def on_hub(folder: Path, code: str, *arguments: str) -> str:
 
 def test_a_data_set_on_the_hub(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom bytecache.stages.training.dataset import ByteTargets\n"
+        "import sys\nfrom bytecache.stages.targets.dataset import ByteTargets\n"
         "data = ByteTargets('hf://datasets/me/set', window=64, epochs=1, cache_dir=sys.argv[1])\n"
         "print(sum(len(w.text) for w in data), data.dataset.manifest_hash)"
     )

@@ -12,11 +12,11 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.dataset.index import read_dataset, write_dataset
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.shard.reader import read_shard
+from bytecache.stages.targets.order import Order, sequential
 from bytecache.stages.tokens.vocab import Encoded, Misfit
 from bytecache.stages.training import stream
 from bytecache.stages.training.byte_head import SLOTS
 from bytecache.stages.training.loss import IGNORE
-from bytecache.stages.training.order import Order, sequential
 
 START, EOS = 1000, 1001
 

@@ -20,8 +20,8 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.settings import NEUTRAL, Student, Train
 from bytecache.stages.evaluate.evaluate import load_trained
 from bytecache.stages.student import student
+from bytecache.stages.targets.order import Order
 from bytecache.stages.training import compiled, packing, stream
-from bytecache.stages.training.order import Order
 from bytecache.stages.training.run import Run, backward_step, learning_rate, start_run
 from bytecache.stages.training.train import train
 

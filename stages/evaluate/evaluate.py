@@ -33,10 +33,10 @@ from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student import student
+from bytecache.stages.targets.order import sequential
+from bytecache.stages.targets.source import open_dataset
 from bytecache.stages.training import checkpoint, stream
-from bytecache.stages.training.order import sequential
 from bytecache.stages.training.run import Run, micro_loss, start_run
-from bytecache.stages.training.source import open_dataset
 
 
 def true_nats(

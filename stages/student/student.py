@@ -40,9 +40,9 @@ from bytecache.schemas.settings import Teacher as TeacherSettings
 from bytecache.stages.chat import Template
 from bytecache.stages.models.weights import refuse_missing
 from bytecache.stages.student.transfer import transfer
+from bytecache.stages.targets.source import load_shard, open_dataset
 from bytecache.stages.tokens.token_bytes import byte_alphabet
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
-from bytecache.stages.training.source import load_shard, open_dataset
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 CHAT_TEMPLATE = (

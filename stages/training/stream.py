@@ -29,15 +29,15 @@ from torch import Tensor
 from bytecache.schemas.dataset.index import Dataset, ShardEntry
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.shard.reader import TAIL_MASS
+from bytecache.stages.targets.order import POOL, Order, Window
+from bytecache.stages.targets.shelf import Shelf
+from bytecache.stages.targets.source import fetch_ahead, load_shard
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.training import slots
 from bytecache.stages.training.answers import TemplateSource
 from bytecache.stages.training.baselines import TokenTargets
 from bytecache.stages.training.byte_head import SLOTS
 from bytecache.stages.training.loss import IGNORE, SlotTargets
-from bytecache.stages.training.order import POOL, Order, Window
-from bytecache.stages.training.shelf import Shelf
-from bytecache.stages.training.source import fetch_ahead, load_shard
 from bytecache.stages.training.teacher_tokens import TokenDump
 from bytecache.stages.training.token_shard import TokenShard, tokenise
 

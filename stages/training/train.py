@@ -27,12 +27,12 @@ from bytecache.schemas.errors import ConfigError, Interrupted
 from bytecache.schemas.settings import BASELINES, NEUTRAL
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student import student
+from bytecache.stages.targets.order import Order
+from bytecache.stages.targets.source import open_dataset
 from bytecache.stages.training import checkpoint, packing, stream
 from bytecache.stages.training.metrics import Metrics
-from bytecache.stages.training.order import Order
 from bytecache.stages.training.parallel import World, joined, whole
 from bytecache.stages.training.run import backward_step, kl_share, learning_rate, start_run
-from bytecache.stages.training.source import open_dataset
 from bytecache.stages.training.teacher_tokens import TokenDump
 
 CLIP = 1.0

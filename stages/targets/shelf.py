@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Generic, TypeVar
 
-from bytecache.stages.training.order import Pool, Window
+from bytecache.stages.targets.order import Pool, Window
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """Byte targets for any training loop: windows from a folder or URL, ordered, resumable, in bounded memory.
 
-    from bytecache.stages.training.dataset import ByteTargets
+    from bytecache.None import ByteTargets
 
     for window in ByteTargets("hf://datasets/owner/name", split="train", window=1024, seed=0):
         window.text, window.row, window.symbol, window.prob, window.tail, ...
@@ -36,9 +36,9 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.shard.reader import ByteShard
-from bytecache.stages.training.order import POOL, Order, Window
-from bytecache.stages.training.shelf import Shelf
-from bytecache.stages.training.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
+from bytecache.stages.targets.order import POOL, Order, Window
+from bytecache.stages.targets.shelf import Shelf
+from bytecache.stages.targets.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
 from bytecache.stages.training.stream import prefetch
 
 STATE_VERSION = 1

@@ -31,7 +31,7 @@ from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.scratch import cache_folder, scratch_folder
 from bytecache.schemas.shard.reader import ByteShard, read_shard
-from bytecache.stages.training.cache import FileCache, receive
+from bytecache.stages.targets.cache import FileCache, receive
 
 CACHE_BYTES = 50 << 30
 ATTEMPTS, BACKOFF = 4, 1.0

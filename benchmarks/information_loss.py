@@ -39,7 +39,7 @@ from bytecache.schemas.dump.window import Window
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence, even_weights, spread_tail
 from bytecache.stages.lattice.lattice import Lattice, Targets
-from bytecache.stages.teacher import REFERENCE, Teacher, open_teacher
+from bytecache.stages.teacher.teacher import REFERENCE, Teacher, open_teacher
 
 EFFORTS: dict[str, dict[str, float]] = {
     "spans": {"tau": 1.0, "depth": 0, "static": 0.0},

@@ -72,8 +72,8 @@ class Capture(NamedTuple):
 
 def capture(model: str, context: int, texts: dict[str, str], folder: Path) -> None:
     """Rows of those of the texts that `folder` lacks, from one running teacher."""
-    from bytecache.stages.probe import probe_with
-    from bytecache.stages.teacher import open_teacher
+    from bytecache.stages.teacher.probe import probe_with
+    from bytecache.stages.teacher.teacher import open_teacher
 
     teacher = None
     for name, text in texts.items():

@@ -35,10 +35,10 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
 from bytecache.stages.evaluate import evaluate
-from bytecache.stages.identity import resolve_model, vocabulary_of
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import load_shard
+from bytecache.stages.teacher.identity import resolve_model, vocabulary_of
 from bytecache.stages.training import stream
 from bytecache.stages.training.objective import Objective
 from bytecache.stages.training.teacher_tokens import TokenDump

@@ -25,8 +25,8 @@ from bytecache.stages.corpus.reader import CorpusReader
 from bytecache.stages.engines.engine import Prompt
 from bytecache.stages.engines.vllm_worker import Want
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Lattice
-from bytecache.stages.teacher import open_teacher
-from bytecache.stages.windows import new_window, plan_windows
+from bytecache.stages.teacher.teacher import open_teacher
+from bytecache.stages.teacher.windows import new_window, plan_windows
 
 
 def vllm_prompt_logprobs(engine: Any, prompts: list[Prompt], k: int) -> None:

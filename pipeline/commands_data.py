@@ -55,7 +55,7 @@ def plan(context: Context) -> tuple[Plan, bool]:
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
     from bytecache.stages.chat import template_sha256
-    from bytecache.stages.identity import resolve_model, teacher_identity
+    from bytecache.stages.teacher.identity import resolve_model, teacher_identity
 
     store, settings = context.store, context.settings
     identity = teacher_identity(settings.teacher)
@@ -73,7 +73,7 @@ def teacher_job(context: Context, planned: Plan) -> Job:
 
     @contextmanager
     def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
-        from bytecache.stages.teacher import open_teacher
+        from bytecache.stages.teacher.teacher import open_teacher
 
         engine = open_teacher(settings.teacher)
 
@@ -167,7 +167,7 @@ def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
 
 def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
     """How the settings in a teacher's identity differ from the current ones."""
-    from bytecache.stages.identity import model_name
+    from bytecache.stages.teacher.identity import model_name
 
     old = {
         **identity.get("settings", {}),

@@ -167,7 +167,7 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
 
 def _token_dump(context: Context) -> "TokenDump | None":
     """The teacher's tokens, where `train.head` is a baseline that asks for them."""
-    from bytecache.stages.identity import resolve_model, vocabulary_of
+    from bytecache.stages.teacher.identity import resolve_model, vocabulary_of
     from bytecache.stages.training.teacher_tokens import TokenDump
 
     settings = context.settings

@@ -12,7 +12,7 @@ from bytecache.schemas.settings import Teacher
 
 
 def probe(settings: Teacher, text_file: Path, out: Path) -> str:
-    """Score `text_file` and write `out` (probs, tail, text; see `stages.probe.probe_text`); returns a line of figures.
+    """Score `text_file` and write `out` (probs, tail, text; see `stages.teacher.probe.probe_text`); returns a line of figures.
 
     Raises InputError for a file that cannot be read or is not UTF-8, and what the teacher raises.
     """
@@ -30,7 +30,7 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
         raise InputError(f"folder {out.parent} of --out does not exist; make it first")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file in it, such as {out / 'probe.npz'}")
-    from bytecache.stages.probe import probe_text
+    from bytecache.stages.teacher.probe import probe_text
 
     probs, tail, data = probe_text(settings, text)
     _write(out, probs, tail, data)

@@ -74,7 +74,7 @@ def fake_identity(settings: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTeacher]]:
-    from bytecache.stages import identity, teacher
+    from bytecache.stages.teacher import identity, teacher
 
     monkeypatch.setattr(identity, "teacher_identity", fake_identity)
     monkeypatch.setattr(teacher, "open_teacher", FakeTeacher)

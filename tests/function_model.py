@@ -11,7 +11,7 @@ from bytecache.schemas import settings as st
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
 from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
 from bytecache.stages.engines.static import StaticJob, context_tokens
-from bytecache.stages.teacher import Teacher
+from bytecache.stages.teacher.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary
 
 

@@ -17,9 +17,9 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.settings import Settings, Train
 from bytecache.stages.evaluate.evaluate import evaluate, report_table
-from bytecache.stages.identity import vocabulary_of
 from bytecache.stages.student import student
 from bytecache.stages.targets.source import load_shard
+from bytecache.stages.teacher.identity import vocabulary_of
 from bytecache.stages.training import packing, stream
 from bytecache.stages.training.baselines import TokenTargets, shared_distance, sorted_distance
 from bytecache.stages.training.objective import Objective

@@ -17,7 +17,7 @@ from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher import Teacher
+from bytecache.stages.teacher.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
 TEXTS = ["The quick brown f\u00e9", "  def f(x):\n", ""]

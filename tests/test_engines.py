@@ -16,9 +16,9 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, Interrupted
 from bytecache.stages.engines.vllm_worker import Want
-from bytecache.stages.identity import teacher_identity
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher import Teacher, open_teacher
+from bytecache.stages.teacher.identity import teacher_identity
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
 
 TEXTS = ["A cache is a promise kept in advance. " * 12, "the naïve façade 日本語", "", "e"]
 BASE = {"context": 128, "overlap": 32, "tau": 0.01, "depth": 2, "top_k": 5, "floor": 1e-5, "max_batched_tokens": 96}
@@ -117,7 +117,7 @@ def test_groups_bound_what_is_held_at_once(tiny_checkpoint, monkeypatch):
     teacher = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", context=64, overlap=8))
     document = [("d", 0, teacher.vocabulary.encode(TEXTS[0]))]
     (whole,) = teacher.windows(document)
-    monkeypatch.setattr("bytecache.stages.teacher.GROUP_TOKENS", 100)
+    monkeypatch.setattr("bytecache.stages.teacher.teacher.GROUP_TOKENS", 100)
     groups = list(teacher.windows(document))
     assert len(groups) > 2 and max(map(len, groups)) <= 2
     for a, b in zip(whole, [w for group in groups for w in group], strict=True):

@@ -13,8 +13,8 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError
 from bytecache.stages.engines.static import context_tokens
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.probe import probe_with
-from bytecache.stages.teacher import Teacher, open_teacher
+from bytecache.stages.teacher.probe import probe_with
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.tokens.vocab import Vocabulary
 
 
@@ -72,7 +72,7 @@ def test_every_cover_evaluated_equals_brute_force(tiny_checkpoint, family, text)
 
 
 def test_exponentially_many_cuts_are_refused(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("bytecache.stages.teacher.MAX_BRANCHES", 50)
+    monkeypatch.setattr("bytecache.stages.teacher.teacher.MAX_BRANCHES", 50)
     teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), tau=0.0, depth=64))
     with pytest.raises(ConfigError, match="raise tau"):
         probe_with(teacher, "the teacher reads the text")

@@ -22,8 +22,8 @@ from bytecache.stages.fidelity.certificate import Fidelity, summary_line, true_s
 from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.fidelity.stretches import measure_stored
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher import Teacher, open_teacher
-from bytecache.stages.windows import LEAD, plan_stretch
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
+from bytecache.stages.teacher.windows import LEAD, plan_stretch
 
 TEXT = "The student reads the notes as often as it likes; naïve façade, größer. " * 3
 DEEP = {"tau": 1e-5, "depth": 8}

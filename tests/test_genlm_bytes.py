@@ -17,8 +17,8 @@ def test_an_unlimited_beam_agrees_with_every_cover_evaluated(tiny_checkpoint, te
     from genlm.bytes import BeamParams, ByteBeamState
 
     from bytecache.schemas import settings as st
-    from bytecache.stages.probe import probe_with
-    from bytecache.stages.teacher import open_teacher
+    from bytecache.stages.teacher.probe import probe_with
+    from bytecache.stages.teacher.teacher import open_teacher
 
     folder = tiny_checkpoint("bytelevel")
     teacher = open_teacher(

@@ -11,7 +11,7 @@ from oracle import exact_distributions
 
 from bytecache.schemas.dump.window import Window
 from bytecache.stages.lattice.lattice import Lattice, Targets
-from bytecache.stages.teacher import Teacher
+from bytecache.stages.teacher.teacher import Teacher
 from bytecache.stages.tokens.vocab import Encoded, Vocabulary, load_vocabulary
 
 SMALL = [
@@ -168,7 +168,7 @@ def test_what_else_is_in_the_batch_changes_nothing(tiny_checkpoint):
     """A real model: alone, among others, and in another order, a document's targets are the same."""
     from test_exactness import settings_for
 
-    from bytecache.stages.teacher import open_teacher
+    from bytecache.stages.teacher.teacher import open_teacher
 
     teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), tau=0.01, depth=2))
     texts = ["the cache", "A teacher reads the text once, and the notes are kept.", "n\u00e9", "the student"]

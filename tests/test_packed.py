@@ -11,7 +11,7 @@ from bytecache.schemas.errors import ConfigError
 from bytecache.stages.engines import packed
 from bytecache.stages.engines.engine import Branch, Prompt
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher import open_teacher
+from bytecache.stages.teacher.teacher import open_teacher
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -19,7 +19,7 @@ from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher import open_teacher
+from bytecache.stages.teacher.teacher import open_teacher
 
 
 @pytest.fixture(scope="module")

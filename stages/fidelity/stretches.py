@@ -14,9 +14,9 @@ from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.fidelity.certificate import Fidelity, true_symbols
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher import Teacher
+from bytecache.stages.teacher.teacher import Teacher
+from bytecache.stages.teacher.windows import plan_stretch
 from bytecache.stages.tokens.vocab import Misfit
-from bytecache.stages.windows import plan_stretch
 
 
 def measure_stored(

@@ -5,7 +5,7 @@ import numpy as np
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher import Teacher, open_teacher
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.tokens.vocab import Misfit
 
 CONTEXT = 2048

@@ -5,7 +5,7 @@ more than `tau` of their prefix and evaluate those as one batch. Static rows (st
 what is left. Where the text goes on as a static row said and others did not, as at a name that nobody expects, that
 row comes to carry more than `tau` after all: its history is evaluated too, and takes its place. (1 to 2 % more rows;
 at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced`, and from 0.00058 to 0.00008 on CJK
-at `exact` with Gemma-3-270m.) How a long document is cut into windows: stages.windows.
+at `exact` with Gemma-3-270m.) How a long document is cut into windows: stages.teacher.windows.
 
 Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document (whose
 tokens alone are held whole).
@@ -28,17 +28,16 @@ from bytecache.schemas.scratch import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
-from bytecache.stages.identity import (
+from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
+from bytecache.stages.teacher.identity import (
     AUTO_CONTEXT,
     fit_context,
     identity_of,
     resolve_model,
     vocabulary_of,
 )
-from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
-from bytecache.stages.teacher_inputs import read_inputs
-from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
-from bytecache.stages.windows import (
+from bytecache.stages.teacher.inputs import read_inputs
+from bytecache.stages.teacher.windows import (
     LEAD,
     WindowPlan,
     chain_of,
@@ -49,6 +48,7 @@ from bytecache.stages.windows import (
     plan_windows,
     replace_static,
 )
+from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
 REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 5}
 """Settings of reference windows: within 1e-4 nats of every cover evaluated, on prose and code."""

@@ -10,8 +10,8 @@ from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.scratch import cache_folder
 from bytecache.stages.engines.static import CONTEXTS
+from bytecache.stages.teacher.windows import LEAD
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
-from bytecache.stages.windows import LEAD
 
 LEAST_CONTEXT = LEAD + 3
 """teacher.context, with no overlap."""

@@ -54,8 +54,8 @@ def plan(context: Context) -> tuple[Plan, bool]:
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    from bytecache.stages.chat import template_sha256
     from bytecache.stages.teacher.identity import resolve_model, teacher_identity
+    from bytecache.stages.tokens.chat import template_sha256
 
     store, settings = context.store, context.settings
     identity = teacher_identity(settings.teacher)

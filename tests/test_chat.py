@@ -21,12 +21,12 @@ from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.settings import Corpus, Settings
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.schemas.shard.reader import read_shard
-from bytecache.stages.chat import LEAD, Template, encode_answer, encode_completion
 from bytecache.stages.corpus import conversations
 from bytecache.stages.corpus.reader import CorpusReader, Document
 from bytecache.stages.evaluate import evaluate
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.student import student
+from bytecache.stages.tokens.chat import LEAD, Template, encode_answer, encode_completion
 from bytecache.stages.tokens.vocab import Misfit, load_vocabulary
 from bytecache.stages.training import stream
 from bytecache.stages.training.train import train

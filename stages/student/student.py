@@ -37,10 +37,10 @@ from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.scratch import flush_to_disk, scratch_folder
 from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.schemas.settings import Teacher as TeacherSettings
-from bytecache.stages.chat import Template
 from bytecache.stages.models.weights import refuse_missing
 from bytecache.stages.student.transfer import transfer
 from bytecache.stages.targets.source import load_shard, open_dataset
+from bytecache.stages.tokens.chat import Template
 from bytecache.stages.tokens.token_bytes import byte_alphabet
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 

@@ -1,7 +1,7 @@
 """What the teacher stage is given: a slice of the corpus as token sequences, plain documents and answers alike.
 
 A slice's Parquet metadata says its `corpus.kind`. Plain text is encoded whole. An answer ("chat", "completion") is
-encoded after its rendered context (`stages.chat`), whose tokens are evaluated with it and dumped nowhere: the dump
+encoded after its rendered context (`stages.tokens.chat`), whose tokens are evaluated with it and dumped nowhere: the dump
 holds the answer's bytes and, as `context`, the bytes that stand before them in the shard, unsupervised.
 """
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from bytecache.schemas.errors import InputError
-from bytecache.stages.chat import Template, encode_answer, encode_completion
 from bytecache.stages.corpus.conversations import KIND_KEY
+from bytecache.stages.tokens.chat import Template, encode_answer, encode_completion
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
 
@@ -33,7 +33,7 @@ def read_inputs(slice_path: Path, vocabulary: Vocabulary, model: Path, *, max_co
         model: folder of the teacher, for its chat template. max_context: tokens that a rendered context may have.
 
     Raises:
-        ConfigError: a chat slice and a teacher whose template cannot be used (see `stages.chat`).
+        ConfigError: a chat slice and a teacher whose template cannot be used (see `stages.tokens.chat`).
     """
     table = pq.read_table(slice_path)
     kind = (table.schema.metadata or {}).get(KIND_KEY, b"text").decode()

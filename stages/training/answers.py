@@ -12,7 +12,7 @@ import numpy as np
 
 from bytecache.schemas.arrays import I64
 from bytecache.schemas.shard.reader import ByteShard
-from bytecache.stages.chat import Template, encode_answer
+from bytecache.stages.tokens.chat import Template, encode_answer
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 
 

@@ -24,7 +24,7 @@ from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
-    from bytecache.stages.training.parallel import World
+    from bytecache.stages.train.parallel import World
     from bytecache.stages.training.teacher_tokens import TokenDump
 
 DISTILLED, CONTROL = "distilled", "control"
@@ -80,7 +80,7 @@ def train(context: Context, only: str = "") -> int:
 
     Every process of a torchrun calls this; the first one alone prepares, reports and writes.
     """
-    from bytecache.stages.training.parallel import joined
+    from bytecache.stages.train.parallel import joined
 
     with joined(context.settings.train.parallel) as world:
         if not world.main:
@@ -105,7 +105,7 @@ def _train(context: Context, world: "World", only: str) -> int:
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
     from bytecache.stages.student import student
-    from bytecache.stages.training.train import train as train_stage
+    from bytecache.stages.train.train import train as train_stage
 
     store, settings = context.store, context.settings
     start = student_prefix(context, targets.manifest_hash)

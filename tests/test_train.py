@@ -15,8 +15,8 @@ from bytecache.schemas import errors
 from bytecache.schemas.settings import Student, Train
 from bytecache.schemas.shard import reader as byte_shard
 from bytecache.stages.student import student
-from bytecache.stages.training import checkpoint
-from bytecache.stages.training.train import train
+from bytecache.stages.train import checkpoint
+from bytecache.stages.train.train import train
 
 PAPER = {"head": "parallel", "lambda_kl": 0.1, "byte_reduction": "mean"}
 SETTINGS = Train(**PAPER, steps=9, batch=3, window_bytes=96, warmup=2, checkpoint_every=2, learning_rate=3e-3)
@@ -56,8 +56,8 @@ import os, signal, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
 from bytecache.schemas.settings import Train
-from bytecache.stages.training import checkpoint
-from bytecache.stages.training.train import train
+from bytecache.stages.train import checkpoint
+from bytecache.None import train
 import torch
 torch.set_num_threads({threads})
 publish = checkpoint._publish

@@ -21,9 +21,10 @@ from bytecache.schemas.settings import NEUTRAL, Student, Train
 from bytecache.stages.evaluate.evaluate import load_trained
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
-from bytecache.stages.training import compiled, packing, stream
-from bytecache.stages.training.run import Run, backward_step, learning_rate, start_run
-from bytecache.stages.training.train import train
+from bytecache.stages.train import compiled
+from bytecache.stages.train.run import Run, backward_step, learning_rate, start_run
+from bytecache.stages.train.train import train
+from bytecache.stages.training import packing, stream
 
 SETTINGS = Train(
     head="parallel",
@@ -157,7 +158,7 @@ def test_schedules():
 
 
 def test_the_weight_of_the_divergence_moves_as_its_schedule_says(world, tmp_path):
-    from bytecache.stages.training.run import kl_share
+    from bytecache.stages.train.run import kl_share
 
     for kind, want in (("constant", [1, 1, 1]), ("decay", [1, 0.5, 0]), ("rise", [0, 0.5, 1])):
         settings = SETTINGS.model_copy(update={"kl_schedule": kind, "steps": 3, "lambda_byte": 0.0})
@@ -283,8 +284,8 @@ import json, os, torch
 from pathlib import Path
 from bytecache.schemas import errors
 from bytecache.schemas.settings import Train
-from bytecache.stages.training.parallel import joined
-from bytecache.stages.training.train import train
+from bytecache.None import joined
+from bytecache.None import train
 torch.set_num_threads(1)
 settings, out = Train(**{settings!r}), Path({out!r})
 last = []
@@ -385,8 +386,8 @@ def test_what_may_change_between_kills_is_what_changes_no_result():
 
 
 def test_more_processes_than_windows_are_refused(world, tmp_path, monkeypatch):
-    from bytecache.stages.training import train as module
-    from bytecache.stages.training.parallel import World
+    from bytecache.stages.train import train as module
+    from bytecache.stages.train.parallel import World
 
     few = SETTINGS.model_copy(update={"batch": 1})
     with pytest.raises(errors.ConfigError, match=r"train\.batch = 1 windows for 2"):

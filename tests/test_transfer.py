@@ -19,8 +19,8 @@ from bytecache.stages.evaluate.evaluate import Calibration, load_trained
 from bytecache.stages.student import student
 from bytecache.stages.student.transfer import old_tokens
 from bytecache.stages.tokens.vocab import load_vocabulary
+from bytecache.stages.train.train import train
 from bytecache.stages.training import export
-from bytecache.stages.training.train import train
 
 RECIPES = Path(__file__).parent.parent / "benchmarks/recipes"
 

@@ -18,7 +18,7 @@ from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.scratch import scratch_folder
 from bytecache.stages.evaluate.evaluate import load_trained
 from bytecache.stages.student import student
-from bytecache.stages.training import checkpoint
+from bytecache.stages.train import checkpoint
 
 TOLERANCE = 1e-6
 """Largest difference of a logit before and after; 0 is expected, since the same float32 weights come back."""

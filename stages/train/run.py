@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.student import Student, split_model
+from bytecache.stages.train.compiled import compile_trunk
+from bytecache.stages.train.parallel import World, like, whole
 from bytecache.stages.training import stream
-from bytecache.stages.training.compiled import compile_trunk
 from bytecache.stages.training.loss import LossParts
 from bytecache.stages.training.objective import Objective
-from bytecache.stages.training.parallel import World, like, whole
 
 BETAS = (0.9, 0.95)
 

@@ -42,7 +42,7 @@ from bytecache.stages.student import student
 from bytecache.stages.targets.dataset import ByteTargets
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import load_shard
-from bytecache.stages.training import stream
+from bytecache.stages.train.batches import stream
 
 WINDOW, RUN, DENSE_MB = 1024, 16, 1.0
 

@@ -24,7 +24,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
-from bytecache.stages.training import stream
+from bytecache.stages.train.batches import stream
 from bytecache.stages.training.objective import Objective
 
 SIZES = {

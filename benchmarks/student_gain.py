@@ -39,10 +39,10 @@ from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import load_shard
 from bytecache.stages.teacher.identity import resolve_model, vocabulary_of
+from bytecache.stages.train.batches import stream
+from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.train import train
-from bytecache.stages.training import stream
 from bytecache.stages.training.objective import Objective
-from bytecache.stages.training.teacher_tokens import TokenDump
 
 PAPER = {"head": "parallel", "byte_reduction": "mean", "lambda_byte": 1.0}
 AUTO = {**PAPER, "head": "autoregressive", "lambda_kl": 1.0}

@@ -24,8 +24,8 @@ from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
+    from bytecache.stages.train.batches.teacher_tokens import TokenDump
     from bytecache.stages.train.parallel import World
-    from bytecache.stages.training.teacher_tokens import TokenDump
 
 DISTILLED, CONTROL = "distilled", "control"
 
@@ -168,7 +168,7 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
 def _token_dump(context: Context) -> "TokenDump | None":
     """The teacher's tokens, where `train.head` is a baseline that asks for them."""
     from bytecache.stages.teacher.identity import resolve_model, vocabulary_of
-    from bytecache.stages.training.teacher_tokens import TokenDump
+    from bytecache.stages.train.batches.teacher_tokens import TokenDump
 
     settings = context.settings
     if settings.train.head not in BASELINES:

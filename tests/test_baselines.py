@@ -20,11 +20,11 @@ from bytecache.stages.evaluate.evaluate import evaluate, report_table
 from bytecache.stages.student import student
 from bytecache.stages.targets.source import load_shard
 from bytecache.stages.teacher.identity import vocabulary_of
+from bytecache.stages.train.batches import packing, stream
+from bytecache.stages.train.batches.teacher_tokens import ABSENT, TeacherTokens, TokenDump, _merged
 from bytecache.stages.train.train import train
-from bytecache.stages.training import packing, stream
 from bytecache.stages.training.baselines import TokenTargets, shared_distance, sorted_distance
 from bytecache.stages.training.objective import Objective
-from bytecache.stages.training.teacher_tokens import ABSENT, TeacherTokens, TokenDump, _merged
 
 
 def distributions(rows: int, mine: int, theirs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,8 +28,8 @@ from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.student import student
 from bytecache.stages.tokens.chat import LEAD, Template, encode_answer, encode_completion
 from bytecache.stages.tokens.vocab import Misfit, load_vocabulary
+from bytecache.stages.train.batches import stream
 from bytecache.stages.train.train import train
-from bytecache.stages.training import stream
 
 PLAIN = (
     "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

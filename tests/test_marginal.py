@@ -11,13 +11,13 @@ from torch.nn import functional
 from bytecache.schemas.arrays import END
 from bytecache.schemas.settings import Train
 from bytecache.stages.tokens.vocab import Vocabulary
+from bytecache.stages.train.batches.stream import MicroBatch
 from bytecache.stages.training import node_sums
 from bytecache.stages.training.byte_head import HEAD_SYMBOLS
 from bytecache.stages.training.loss import IGNORE, SlotTargets, byte_terms, diverge
 from bytecache.stages.training.marginal import Marginal
 from bytecache.stages.training.node_sums import CONTROL, STOP, NodeTables, node_log_probs, node_logits
 from bytecache.stages.training.objective import Objective
-from bytecache.stages.training.stream import MicroBatch
 
 WORDS = [
     b"a",

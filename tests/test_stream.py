@@ -14,7 +14,7 @@ from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.targets.order import Order, sequential
 from bytecache.stages.tokens.vocab import Encoded, Misfit
-from bytecache.stages.training import stream
+from bytecache.stages.train.batches import stream
 from bytecache.stages.training.byte_head import SLOTS
 from bytecache.stages.training.loss import IGNORE
 

@@ -22,9 +22,9 @@ from bytecache.stages.evaluate.evaluate import load_trained
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
 from bytecache.stages.train import compiled
+from bytecache.stages.train.batches import packing, stream
 from bytecache.stages.train.run import Run, backward_step, learning_rate, start_run
 from bytecache.stages.train.train import train
-from bytecache.stages.training import packing, stream
 
 SETTINGS = Train(
     head="parallel",

@@ -36,8 +36,8 @@ from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import open_dataset
 from bytecache.stages.train import checkpoint
+from bytecache.stages.train.batches import stream
 from bytecache.stages.train.run import Run, micro_loss, start_run
-from bytecache.stages.training import stream
 
 
 def true_nats(

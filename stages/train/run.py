@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.student import Student, split_model
+from bytecache.stages.train.batches import stream
 from bytecache.stages.train.compiled import compile_trunk
 from bytecache.stages.train.parallel import World, like, whole
-from bytecache.stages.training import stream
 from bytecache.stages.training.loss import LossParts
 from bytecache.stages.training.objective import Objective
 

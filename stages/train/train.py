@@ -30,11 +30,11 @@ from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
 from bytecache.stages.targets.source import open_dataset
 from bytecache.stages.train import checkpoint
+from bytecache.stages.train.batches import packing, stream
+from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.metrics import Metrics
 from bytecache.stages.train.parallel import World, joined, whole
 from bytecache.stages.train.run import backward_step, kl_share, learning_rate, start_run
-from bytecache.stages.training import packing, stream
-from bytecache.stages.training.teacher_tokens import TokenDump
 
 CLIP = 1.0
 

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from bytecache.schemas.arrays import END
 from bytecache.stages.tokens.vocab import Vocabulary
+from bytecache.stages.train.batches.stream import MicroBatch
 from bytecache.stages.training.loss import SlotTargets
 from bytecache.stages.training.node_sums import STOP, NodeTables
 from bytecache.stages.training.segmentation import Segmentation
-from bytecache.stages.training.stream import MicroBatch
 
 
 class Choices(NamedTuple):

@@ -33,13 +33,13 @@ from bytecache.stages.targets.order import POOL, Order, Window
 from bytecache.stages.targets.shelf import Shelf
 from bytecache.stages.targets.source import fetch_ahead, load_shard
 from bytecache.stages.tokens.vocab import Vocabulary
-from bytecache.stages.training import slots
-from bytecache.stages.training.answers import TemplateSource
+from bytecache.stages.train.batches import slots
+from bytecache.stages.train.batches.answers import TemplateSource
+from bytecache.stages.train.batches.teacher_tokens import TokenDump
+from bytecache.stages.train.batches.token_shard import TokenShard, tokenise
 from bytecache.stages.training.baselines import TokenTargets
 from bytecache.stages.training.byte_head import SLOTS
 from bytecache.stages.training.loss import IGNORE, SlotTargets
-from bytecache.stages.training.teacher_tokens import TokenDump
-from bytecache.stages.training.token_shard import TokenShard, tokenise
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """Most padded tokens in one micro-batch (a single longer row excepted), by device type: bounds memory and padding.

@@ -15,8 +15,8 @@ from bytecache.schemas.arrays import END, I64
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
-from bytecache.stages.training.answers import Columns, TemplateSource, answer_start, chat_columns
-from bytecache.stages.training.teacher_tokens import TeacherTokens
+from bytecache.stages.train.batches.answers import Columns, TemplateSource, answer_start, chat_columns
+from bytecache.stages.train.batches.teacher_tokens import TeacherTokens
 
 
 @dataclass(frozen=True)

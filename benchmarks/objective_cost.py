@@ -25,7 +25,7 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.train.batches import stream
-from bytecache.stages.training.objective import Objective
+from bytecache.stages.train.objective.objective import Objective
 
 SIZES = {
     "small": st.Student(),

@@ -41,8 +41,8 @@ from bytecache.stages.targets.source import load_shard
 from bytecache.stages.teacher.identity import resolve_model, vocabulary_of
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
+from bytecache.stages.train.objective.objective import Objective
 from bytecache.stages.train.train import train
-from bytecache.stages.training.objective import Objective
 
 PAPER = {"head": "parallel", "byte_reduction": "mean", "lambda_byte": 1.0}
 AUTO = {**PAPER, "head": "autoregressive", "lambda_kl": 1.0}

@@ -22,9 +22,9 @@ from bytecache.stages.targets.source import load_shard
 from bytecache.stages.teacher.identity import vocabulary_of
 from bytecache.stages.train.batches import packing, stream
 from bytecache.stages.train.batches.teacher_tokens import ABSENT, TeacherTokens, TokenDump, _merged
+from bytecache.stages.train.objective.baselines import TokenTargets, shared_distance, sorted_distance
+from bytecache.stages.train.objective.objective import Objective
 from bytecache.stages.train.train import train
-from bytecache.stages.training.baselines import TokenTargets, shared_distance, sorted_distance
-from bytecache.stages.training.objective import Objective
 
 
 def distributions(rows: int, mine: int, theirs: int) -> tuple[torch.Tensor, torch.Tensor]:

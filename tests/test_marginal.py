@@ -12,12 +12,12 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.settings import Train
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches.stream import MicroBatch
-from bytecache.stages.training import node_sums
-from bytecache.stages.training.byte_head import HEAD_SYMBOLS
-from bytecache.stages.training.loss import IGNORE, SlotTargets, byte_terms, diverge
-from bytecache.stages.training.marginal import Marginal
-from bytecache.stages.training.node_sums import CONTROL, STOP, NodeTables, node_log_probs, node_logits
-from bytecache.stages.training.objective import Objective
+from bytecache.stages.train.objective import node_sums
+from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS
+from bytecache.stages.train.objective.loss import IGNORE, SlotTargets, byte_terms, diverge
+from bytecache.stages.train.objective.marginal import Marginal
+from bytecache.stages.train.objective.node_sums import CONTROL, STOP, NodeTables, node_log_probs, node_logits
+from bytecache.stages.train.objective.objective import Objective
 
 WORDS = [
     b"a",

@@ -17,10 +17,10 @@ from bytecache.schemas.settings import Train
 from bytecache.stages.student import student
 from bytecache.stages.student.student import Student
 from bytecache.stages.train.batches.stream import MicroBatch, ShardReader, collate, cut
-from bytecache.stages.training.byte_head import HEAD_SYMBOLS, SLOTS
-from bytecache.stages.training.heads import make_head
-from bytecache.stages.training.loss import IGNORE
-from bytecache.stages.training.objective import Objective
+from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS, SLOTS
+from bytecache.stages.train.objective.heads import make_head
+from bytecache.stages.train.objective.loss import IGNORE
+from bytecache.stages.train.objective.objective import Objective
 
 HEADS = ("parallel", "mlp", "transformer", "autoregressive")
 

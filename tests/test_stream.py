@@ -15,8 +15,8 @@ from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.targets.order import Order, sequential
 from bytecache.stages.tokens.vocab import Encoded, Misfit
 from bytecache.stages.train.batches import stream
-from bytecache.stages.training.byte_head import SLOTS
-from bytecache.stages.training.loss import IGNORE
+from bytecache.stages.train.objective.byte_head import SLOTS
+from bytecache.stages.train.objective.loss import IGNORE
 
 START, EOS = 1000, 1001
 

@@ -11,9 +11,9 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.settings import BASELINES, Student, Train
 from bytecache.stages.student import student
 from bytecache.stages.train.batches.stream import MicroBatch, ShardReader, collate, cut
-from bytecache.stages.training.baselines import TokenTargets
-from bytecache.stages.training.byte_head import HEAD_SYMBOLS, SLOTS
-from bytecache.stages.training.objective import Objective
+from bytecache.stages.train.objective.baselines import TokenTargets
+from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS, SLOTS
+from bytecache.stages.train.objective.objective import Objective
 
 CHUNK = 8
 

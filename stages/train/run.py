@@ -19,9 +19,9 @@ from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.student import Student, split_model
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.compiled import compile_trunk
+from bytecache.stages.train.objective.loss import LossParts
+from bytecache.stages.train.objective.objective import Objective
 from bytecache.stages.train.parallel import World, like, whole
-from bytecache.stages.training.loss import LossParts
-from bytecache.stages.training.objective import Objective
 
 BETAS = (0.9, 0.95)
 

@@ -37,9 +37,9 @@ from bytecache.stages.train.batches import slots
 from bytecache.stages.train.batches.answers import TemplateSource
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.token_shard import TokenShard, tokenise
-from bytecache.stages.training.baselines import TokenTargets
-from bytecache.stages.training.byte_head import SLOTS
-from bytecache.stages.training.loss import IGNORE, SlotTargets
+from bytecache.stages.train.objective.baselines import TokenTargets
+from bytecache.stages.train.objective.byte_head import SLOTS
+from bytecache.stages.train.objective.loss import IGNORE, SlotTargets
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """Most padded tokens in one micro-batch (a single longer row excepted), by device type: bounds memory and padding.

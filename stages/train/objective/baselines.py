@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bytecache.stages.training.loss import SlotTargets, byte_terms
+from bytecache.stages.train.objective.loss import SlotTargets, byte_terms
 
 
 class TokenTargets(NamedTuple):

@@ -28,11 +28,11 @@ from bytecache.schemas.settings import BASELINES
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.student import Student
 from bytecache.stages.train.batches.stream import MicroBatch, ShardReader, Step
-from bytecache.stages.training.baselines import TokenTargets, shared_distance, sorted_distance
-from bytecache.stages.training.heads import make_head
-from bytecache.stages.training.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
-from bytecache.stages.training.marginal import Choices, Marginal
-from bytecache.stages.training.node_sums import compiled, node_log_probs, node_logits
+from bytecache.stages.train.objective.baselines import TokenTargets, shared_distance, sorted_distance
+from bytecache.stages.train.objective.heads import make_head
+from bytecache.stages.train.objective.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
+from bytecache.stages.train.objective.marginal import Choices, Marginal
+from bytecache.stages.train.objective.node_sums import compiled, node_log_probs, node_logits
 
 COUNTED_POSITIONS = 4_000_000
 """Training text, in positions, that the `marginal` objective counts the tokenizer's cuts on."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bytecache.schemas.errors import ConfigError
-from bytecache.stages.training.byte_head import HEAD_SYMBOLS, SLOTS, ByteHead
+from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS, SLOTS, ByteHead
 
 PARTS = 4
 """Attention heads of the `transformer` head."""

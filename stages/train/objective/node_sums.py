@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from bytecache.schemas.arrays import END, I64
 from bytecache.stages.tokens.vocab import Vocabulary
-from bytecache.stages.training.byte_head import HEAD_SYMBOLS
-from bytecache.stages.training.loss import LOWEST
+from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS
+from bytecache.stages.train.objective.loss import LOWEST
 
 STOP = 257
 """The token ends at this node."""

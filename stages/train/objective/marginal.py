@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from bytecache.schemas.arrays import END
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches.stream import MicroBatch
-from bytecache.stages.training.loss import SlotTargets
-from bytecache.stages.training.node_sums import STOP, NodeTables
-from bytecache.stages.training.segmentation import Segmentation
+from bytecache.stages.train.objective.loss import SlotTargets
+from bytecache.stages.train.objective.node_sums import STOP, NodeTables
+from bytecache.stages.train.objective.segmentation import Segmentation
 
 
 class Choices(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bytecache.schemas.arrays import F64, I64
 from bytecache.stages.tokens.byte_trie import find_child
-from bytecache.stages.training.node_sums import NodeTables
+from bytecache.stages.train.objective.node_sums import NodeTables
 
 
 @njit(cache=True)

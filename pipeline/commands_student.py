@@ -301,7 +301,7 @@ def export(context: Context, only: str = "") -> int:
             continue
         if context.stop():
             raise Interrupted("export stopped by a signal before it began; rerun the same command")
-        from bytecache.stages.training.export import export as export_stage
+        from bytecache.stages.export import export as export_stage
 
         started = time.monotonic()
         folder = store.folder(task.out, "export.json")

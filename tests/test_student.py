@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 from bytecache.schemas import errors
 from bytecache.schemas.settings import Student, Train
 from bytecache.schemas.shard.reader import read_shard
+from bytecache.stages import export
 from bytecache.stages.evaluate import evaluate
 from bytecache.stages.student import student
 from bytecache.stages.train.train import train
-from bytecache.stages.training import export
 
 SETTINGS = Train(head="parallel", lambda_kl=0.1, byte_reduction="mean", steps=4, batch=3, window_bytes=4000, warmup=1)
 SMALL = Student(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)

@@ -15,12 +15,12 @@ from bytecache.pipeline import chain
 from bytecache.pipeline.config import load_settings
 from bytecache.pipeline.context import open_context
 from bytecache.schemas.settings import Student, Train
+from bytecache.stages import export
 from bytecache.stages.evaluate.evaluate import Calibration, load_trained
 from bytecache.stages.student import student
 from bytecache.stages.student.transfer import old_tokens
 from bytecache.stages.tokens.vocab import load_vocabulary
 from bytecache.stages.train.train import train
-from bytecache.stages.training import export
 
 RECIPES = Path(__file__).parent.parent / "benchmarks/recipes"
 

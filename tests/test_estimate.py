@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny_models import make_checkpoint
 from typer.testing import CliRunner
 
-from bytecache.pipeline.budget import Budget, Kept, Variant, candidates, within_budget
 from bytecache.pipeline.cli import app
-from bytecache.pipeline.estimate import choose_units, meaning_of, presets, settings_of, with_preset
-from bytecache.pipeline.prediction import Predicted, ratio_total
+from bytecache.pipeline.commands.estimate.budget import Budget, Kept, Variant, candidates, within_budget
+from bytecache.pipeline.commands.estimate.estimate import choose_units, meaning_of, presets, settings_of, with_preset
+from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_total
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Convert, Settings, Teacher

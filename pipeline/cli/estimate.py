@@ -49,8 +49,8 @@ def estimate(
 
     Example: bytecache estimate --source books.jsonl --run-dir runs/books --units 5 --price 2.5 --max-dollars 40
     """
-    from bytecache.pipeline import estimate as module
-    from bytecache.pipeline.budget import Budget, within_budget
+    from bytecache.pipeline.commands.estimate import estimate as module
+    from bytecache.pipeline.commands.estimate.budget import Budget, within_budget
     from bytecache.pipeline.plan import load_plan
     from bytecache.schemas.settings import Convert, Teacher
 

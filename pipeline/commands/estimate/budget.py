@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bytecache.pipeline.prediction import Predicted
+from bytecache.pipeline.commands.estimate.prediction import Predicted
 from bytecache.schemas.dump.top_k import top_k_sizes
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import BASELINES, Settings

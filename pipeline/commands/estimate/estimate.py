@@ -1,6 +1,6 @@
 """What a whole corpus will take, from a pilot of a few units: tokens, hours, bytes, money, each with an interval.
 
-The pilot takes units evenly spread over the plan; `pipeline.prediction` has the statistics, `pipeline.budget` chooses.
+The pilot takes units evenly spread over the plan; `pipeline.commands.estimate.prediction` has the statistics, `pipeline.commands.estimate.budget` chooses.
 A shard's fixed size is told apart by converting the units singly and together. Work of the configured settings stays in
 the run; that of other presets is done in a scratch folder. Price: the pilot's own teacher time.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bytecache.pipeline import planning
-from bytecache.pipeline.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
+from bytecache.pipeline.commands.estimate.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
+from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_total
 from bytecache.pipeline.commands_data import shard_groups, teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import Plan
-from bytecache.pipeline.prediction import Predicted, ratio_total
 from bytecache.pipeline.progress import human_bytes
 from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.runner import finished, run_job

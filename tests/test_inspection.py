@@ -12,8 +12,8 @@ import pytest
 from command_line import bytecache, refusal
 from student_data import write_split
 
-from bytecache.pipeline.inspection import bits_per_position, inspect_file
-from bytecache.pipeline.inspection_page import shard_page
+from bytecache.pipeline.commands.inspect.page import shard_page
+from bytecache.pipeline.commands.inspect.text import bits_per_position, inspect_file
 from bytecache.schemas.shard.reader import read_shard
 
 EVIL = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)>"
@@ -114,7 +114,7 @@ def test_a_page_of_a_part_and_its_refusals(shard: Path, tmp_path: Path) -> None:
 def test_the_terminal_shows_text_in_colour_and_bytes_that_are_none_as_hex(shard: Path) -> None:
     from rich.console import Console
 
-    from bytecache.pipeline.inspection import paint
+    from bytecache.pipeline.commands.inspect.text import paint
 
     console = Console(width=200, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO())
     console.print(paint(inspect_file(shard, "train-0", 0, 4, 3)))

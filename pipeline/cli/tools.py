@@ -115,10 +115,10 @@ def inspect(
     Example: bytecache inspect runs/books/targets/train-00000-0a1b2c3d4e5f.zarr.zip --html page.html
     """
     with refusals():
-        from bytecache.pipeline.inspection import inspect_file, paint
+        from bytecache.pipeline.commands.inspect.text import inspect_file, paint
 
         if html is not None:
-            from bytecache.pipeline.inspection_page import POSITIONS, shard_page
+            from bytecache.pipeline.commands.inspect.page import POSITIONS, shard_page
 
             html.write_text(shard_page(file, document, start, limit or POSITIONS, top or 8), encoding="utf-8")
             typer.echo(f"{html}: open it in a browser")

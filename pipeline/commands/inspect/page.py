@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bytecache.pipeline.inspection import bits_per_position, find_document
+from bytecache.pipeline.commands.inspect.text import bits_per_position, find_document
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 

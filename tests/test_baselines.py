@@ -10,8 +10,9 @@ import torch
 from small_run import small_settings
 from torch.nn import functional
 
-from bytecache.pipeline import commands_data, commands_student
-from bytecache.pipeline.chain import summary_table
+from bytecache.pipeline.commands import convert as commands_data
+from bytecache.pipeline.commands import train as commands_student
+from bytecache.pipeline.commands.run import summary_table
 from bytecache.pipeline.context import Context, open_context
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError, IntegrityError

@@ -12,7 +12,7 @@ import torch
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bytecache.pipeline import commands_data
+from bytecache.pipeline.commands import convert as commands_data
 from bytecache.pipeline.context import open_context
 from bytecache.pipeline.planning import make_plan
 from bytecache.schemas import errors

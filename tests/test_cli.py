@@ -103,7 +103,7 @@ def test_refusals_are_one_line_with_a_code_and_leave_nothing(
 
 
 def test_unexpected_faults_keep_their_traceback(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bytecache.pipeline import commands_data
+    from bytecache.pipeline.commands import convert as commands_data
 
     def fail(context: object) -> None:
         raise ZeroDivisionError("ours")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bytecache.pipeline.dataset_index import CONVERTER
+from bytecache.pipeline.commands.dataset import CONVERTER
 from bytecache.pipeline.receipts import code_fingerprint
 
 

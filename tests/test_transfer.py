@@ -11,7 +11,7 @@ from test_chat import PLAIN, say
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bytecache.pipeline import chain
+from bytecache.pipeline.commands import run as chain
 from bytecache.pipeline.config import load_settings
 from bytecache.pipeline.context import open_context
 from bytecache.schemas.settings import Student, Train

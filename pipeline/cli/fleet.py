@@ -36,7 +36,7 @@ def retry(
 
     Example: bytecache retry teacher --run-dir runs/books
     """
-    from bytecache.pipeline.fleet import commands
+    from bytecache.pipeline.commands import workers as commands
 
     run_stage(given, lambda context: commands.retry_stage(context, stage, new_job, lost))
 
@@ -55,8 +55,8 @@ def merge(
 
     Example: bytecache merge here/run there/run --run-dir runs/whole
     """
+    from bytecache.pipeline.commands.merge import merge as merge_runs
     from bytecache.pipeline.fleet.ledger import STAGES
-    from bytecache.pipeline.fleet.merge import merge as merge_runs
     from bytecache.pipeline.stores import open_store
 
     def command(context: "Context") -> None:

@@ -25,7 +25,7 @@ def plan(given: Given) -> None:
 
     Example: bytecache plan --source books.jsonl --run-dir runs/books
     """
-    from bytecache.pipeline import commands_data
+    from bytecache.pipeline.commands import convert as commands_data
 
     run_stage(given, commands_data.plan)
 
@@ -46,8 +46,8 @@ def teacher(given: Given, worker: WorkerOption = False) -> None:
     """
 
     def command(context: "Context") -> None:
-        from bytecache.pipeline import commands_data
-        from bytecache.pipeline.fleet import commands
+        from bytecache.pipeline.commands import convert as commands_data
+        from bytecache.pipeline.commands import workers as commands
 
         commands.teacher_worker(context) if worker else commands_data.teacher(context)
 
@@ -68,8 +68,8 @@ def convert(given: Given, worker: WorkerOption = False) -> None:
     """
 
     def command(context: "Context") -> None:
-        from bytecache.pipeline import commands_data
-        from bytecache.pipeline.fleet import commands
+        from bytecache.pipeline.commands import convert as commands_data
+        from bytecache.pipeline.commands import workers as commands
 
         commands.convert_worker(context) if worker else commands_data.convert(context)
 
@@ -88,7 +88,7 @@ def train(given: Given, only: OnlyOption = "") -> None:
 
     Example: bytecache train --run-dir runs/books --set train.steps=2000 --only distilled
     """
-    from bytecache.pipeline import commands_student
+    from bytecache.pipeline.commands import train as commands_student
 
     run_stage(given, lambda context: commands_student.train(context, only))
 
@@ -112,7 +112,7 @@ def evaluate(
 
     Example: bytecache evaluate --run-dir runs/books --lm-eval lambada_openai --limit 200
     """
-    from bytecache.pipeline import commands_student
+    from bytecache.pipeline.commands import train as commands_student
 
     def command(context: "Context") -> None:
         commands_student.evaluate(context, only)
@@ -134,7 +134,7 @@ def export(given: Given, only: OnlyOption = "") -> None:
 
     Example: bytecache export --run-dir runs/books
     """
-    from bytecache.pipeline import commands_student
+    from bytecache.pipeline.commands import train as commands_student
 
     run_stage(given, lambda context: commands_student.export(context, only))
 
@@ -150,6 +150,6 @@ def run(given: Given) -> None:
 
     Example: bytecache run --run-dir runs/first --set corpus.max_bytes=100000
     """
-    from bytecache.pipeline import chain
+    from bytecache.pipeline.commands import run as chain
 
     run_stage(given, chain.run)

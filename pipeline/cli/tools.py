@@ -28,7 +28,7 @@ def status(given: Given, as_json: JsonOption = False) -> None:
     Example: bytecache status --run-dir runs/books --json
     """
     with refusals():
-        from bytecache.pipeline import status as module
+        from bytecache.pipeline.commands import status as module
         from bytecache.pipeline.context import open_context
 
         report = module.status(open_context(given.settings()))
@@ -61,7 +61,7 @@ def verify(
     Example: bytecache verify runs/books --repair; or: bytecache verify downloaded --repair --from hf://datasets/me/books
     """
     with refusals():
-        from bytecache.pipeline import verification as module
+        from bytecache.pipeline.commands import verify as module
 
         run = given.settings().run
         place = str(folder) if folder else run.dir
@@ -160,7 +160,7 @@ def fidelity(
 
     Example: bytecache fidelity downloaded/targets --teacher ./SmolLM2 --sample 32 --seed 7
     """
-    from bytecache.pipeline import fidelity as module
+    from bytecache.pipeline.commands import fidelity as module
 
     def command(context: "Context") -> None:
         place = folder or Path(context.settings.run.dir).expanduser()
@@ -188,7 +188,7 @@ def probe(
     Example: bytecache probe --teacher ./SmolLM2 --text-file page.txt --preset exact --out page.npz
     """
     with refusals():
-        from bytecache.pipeline.probing import probe as command
+        from bytecache.pipeline.commands.probe import probe as command
 
         chosen = given.chosen
         depth = "3" if chosen["teacher.tau"] is not None and chosen["teacher.depth"] is None else None

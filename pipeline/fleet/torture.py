@@ -29,14 +29,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bytecache.pipeline import commands_data, commands_student
+from bytecache.pipeline.commands import convert as commands_data
+from bytecache.pipeline.commands import train as commands_student
+from bytecache.pipeline.commands import workers as commands
+from bytecache.pipeline.commands.verify import verify
 from bytecache.pipeline.context import Context, open_context
-from bytecache.pipeline.fleet import children, commands
+from bytecache.pipeline.fleet import children
 from bytecache.pipeline.fleet.children import Child
 from bytecache.pipeline.fleet.ledger import CLAIM, DONE, LOST, RELEASED, STAGES, Layout
 from bytecache.pipeline.receipts import canonical_json
 from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore
-from bytecache.pipeline.verification import verify
 from bytecache.schemas.errors import BytecacheError, IntegrityError
 from bytecache.schemas.settings import Settings
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bytecache.pipeline import planning
+from bytecache.pipeline.commands.convert import shard_groups, teacher_job
 from bytecache.pipeline.commands.estimate.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
 from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_total
-from bytecache.pipeline.commands_data import shard_groups, teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import Plan
 from bytecache.pipeline.progress import human_bytes

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bytecache.pipeline import receipts
+from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.dataset_index import TARGETS
 from bytecache.pipeline.plan import PLAN_KEY, read_plan
 from bytecache.pipeline.planning import slice_is_whole
 from bytecache.pipeline.receipts import Receipt
@@ -131,14 +131,14 @@ def repair_run(context: Context) -> list[str]:
         done.append(f"removed: {PLAN_KEY} ({error})")
         slices, pending["plan"] = [], 1
     if slices or pending["plan"]:
-        from bytecache.pipeline.commands_data import plan
+        from bytecache.pipeline.commands.convert import plan
 
         plan(context)
         done.append(f"made again: the plan and {len(slices)} slices, from the corpus")
     done += _settle_strangers(store)
     bad_shards = _verify_targets(store.folder(TARGETS)) if _has_targets(store) else []
     if pending["convert"] or bad_shards:
-        from bytecache.pipeline.commands_data import convert
+        from bytecache.pipeline.commands.convert import convert
 
         try:
             made = convert(context).made

@@ -71,7 +71,7 @@ def dataset_info(
 ) -> dict[str, Any]:
     """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies.
 
-    `missing`: see `pipeline.missing.describe`.
+    `missing`: see `pipeline.commands.missing.describe`.
     """
     identity = dumps[0].inputs["teacher"]
     return {

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline import planning, receipts
-from bytecache.pipeline.config import changed_keys
-from bytecache.pipeline.context import Context
-from bytecache.pipeline.dataset_index import (
+from bytecache.pipeline.commands.dataset import (
     CONVERTER,
     TARGETS,
     certificate,
@@ -24,9 +22,11 @@ from bytecache.pipeline.dataset_index import (
     refuse_other_dataset,
     set_aside,
 )
+from bytecache.pipeline.commands.missing import describe, summary, units_aside
+from bytecache.pipeline.config import changed_keys
+from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.ledger import Layout
 from bytecache.pipeline.fleet.quarantine import quarantined
-from bytecache.pipeline.missing import describe, summary, units_aside
 from bytecache.pipeline.plan import Plan, Split, Unit, load_plan
 from bytecache.pipeline.progress import human_bytes
 from bytecache.pipeline.receipts import Receipt, unit_key
@@ -114,7 +114,7 @@ def teacher(context: Context) -> Outcome:
 def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
     """Sound dump receipts of every unit, made with the current teacher settings, in plan order.
 
-    Units that workers set aside may be missing; what to make of that: `pipeline.missing`.
+    Units that workers set aside may be missing; what to make of that: `pipeline.commands.missing`.
 
     Raises InputError if some are missing, ConfigError if only dumps of other settings exist or several sets fit.
     """

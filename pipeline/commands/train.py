@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecache.pipeline import receipts
+from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.dataset_index import TARGETS
 from bytecache.pipeline.progress import Reporter
 from bytecache.pipeline.receipts import FileRecord, Receipt, record_file, unit_key
 from bytecache.pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units

@@ -3,15 +3,16 @@
 from contextlib import nullcontext
 from typing import Any
 
-from bytecache.pipeline import commands_data, receipts
-from bytecache.pipeline.commands_data import teacher_job
+from bytecache.pipeline import receipts
+from bytecache.pipeline.commands import convert as commands_data
+from bytecache.pipeline.commands.convert import teacher_job
+from bytecache.pipeline.commands.dataset import TARGETS
+from bytecache.pipeline.commands.missing import units_aside
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.dataset_index import TARGETS
 from bytecache.pipeline.fleet.job import join
 from bytecache.pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
 from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
 from bytecache.pipeline.fleet.worker import Share, Worker
-from bytecache.pipeline.missing import units_aside
 from bytecache.pipeline.plan import Plan, load_plan
 from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.runner import Job, Outcome, Task, Tick, Work

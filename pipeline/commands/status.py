@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline import receipts
-from bytecache.pipeline.commands_data import teacher_changes
+from bytecache.pipeline.commands.convert import teacher_changes
+from bytecache.pipeline.commands.dataset import read_index
+from bytecache.pipeline.commands.missing import summary
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.dataset_index import read_index
 from bytecache.pipeline.fleet.report import fleet_status, fleet_table
-from bytecache.pipeline.missing import summary
 from bytecache.pipeline.plan import Plan, read_plan
 from bytecache.pipeline.progress import human_bytes
 from bytecache.pipeline.receipts import Receipt

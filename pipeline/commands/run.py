@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from bytecache.pipeline import commands_data, commands_student
+from bytecache.pipeline.commands import convert as commands_data
+from bytecache.pipeline.commands import train as commands_student
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.progress import human_bytes
 from bytecache.pipeline.receipts import Receipt

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from bytecache.pipeline.cli import app
 from bytecache.pipeline.config import load_settings
-from bytecache.pipeline.jobs.command import overrides, plan_job
-from bytecache.pipeline.jobs.kubernetes import kubernetes_job
-from bytecache.pipeline.jobs.local import run_local
-from bytecache.pipeline.jobs.skypilot import skypilot_task
-from bytecache.pipeline.jobs.supervise import settle, supervise
+from bytecache.pipeline.launch.command import overrides, plan_job
+from bytecache.pipeline.launch.kubernetes import kubernetes_job
+from bytecache.pipeline.launch.local import run_local
+from bytecache.pipeline.launch.skypilot import skypilot_task
+from bytecache.pipeline.launch.supervise import settle, supervise
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import BytecacheError, ConfigError, Interrupted
 from bytecache.schemas.settings import Settings
@@ -342,7 +342,7 @@ def test_local_workers_one_of_them_killed(planned: list[str], tmp_path: Path) ->
 @pytest.mark.timeout(400)
 def test_ray_actors_one_of_them_killed(planned: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real Ray cluster of this machine. An actor's worker is killed; its supervisor starts another."""
-    from bytecache.pipeline.jobs.ray_cluster import run_on_ray
+    from bytecache.pipeline.launch.ray_cluster import run_on_ray
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made = load_settings(None, [*planned[1::2], "fleet.lease_s=3", "fleet.heartbeat_s=0.5"])
@@ -372,7 +372,7 @@ def test_ray_actors_one_of_them_killed(planned: list[str], tmp_path: Path, monke
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_ray_refuses_what_it_could_never_place() -> None:
-    from bytecache.pipeline.jobs.ray_cluster import run_on_ray
+    from bytecache.pipeline.launch.ray_cluster import run_on_ray
 
     spec = plan_job(settings("teacher.tensor_parallel=2"), "teacher", 1, None, 1)
     with pytest.raises(ConfigError, match="asks for 2 GPUs and 1 CPUs; the cluster has 1 and 1"):

@@ -7,7 +7,7 @@ workers share the run folder, so tasks may start, end and repeat in any order.
 import math
 import shlex
 
-from bytecache.pipeline.jobs.command import JobSpec
+from bytecache.pipeline.launch.command import JobSpec
 from bytecache.schemas.errors import Interrupted
 
 

@@ -4,8 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from bytecache.pipeline.jobs.command import JobSpec
-from bytecache.pipeline.jobs.supervise import settle, supervise
+from bytecache.pipeline.launch.command import JobSpec
+from bytecache.pipeline.launch.supervise import settle, supervise
 from bytecache.schemas.errors import ConfigError
 
 PROGRAM = (sys.executable, "-m", "bytecache")

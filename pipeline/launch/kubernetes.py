@@ -9,7 +9,7 @@ each finds nothing left and ends by itself.
 import math
 from typing import Any
 
-from bytecache.pipeline.jobs.command import JobSpec, needs_shared_run
+from bytecache.pipeline.launch.command import JobSpec, needs_shared_run
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 
 SCRATCH = "/scratch"

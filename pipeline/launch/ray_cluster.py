@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bytecache.pipeline.jobs.command import JobSpec
-from bytecache.pipeline.jobs.supervise import settle, supervise
+from bytecache.pipeline.launch.command import JobSpec
+from bytecache.pipeline.launch.supervise import settle, supervise
 from bytecache.schemas.errors import ConfigError, Interrupted
 
 POLL_S = 0.2

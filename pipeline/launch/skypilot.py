@@ -7,7 +7,7 @@ other for nothing. `launch_lines` starts the same file once per worker.
 import shlex
 from typing import Any
 
-from bytecache.pipeline.jobs.command import JobSpec, needs_shared_run
+from bytecache.pipeline.launch.command import JobSpec, needs_shared_run
 from bytecache.schemas.errors import Interrupted
 
 SETUP = "pip install 'bytecache[gpu,remote]'"

@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bytecache.pipeline.parallel import Processes
-from bytecache.pipeline.planning import make_plan
+from bytecache.pipeline.plan.make import make_plan
+from bytecache.pipeline.plan.parallel import Processes
+from bytecache.pipeline.plan.survey import Survey
 from bytecache.pipeline.stores import LocalStore
-from bytecache.pipeline.survey import Survey
 from bytecache.schemas.settings import Settings
 
 RESULT = Path(__file__).parent / "results" / "planning.json"

@@ -37,7 +37,7 @@ from typing import Any
 from benchmarks.simulated_store import LAYOUT, NAMES, ModelStore, parsed
 from bytecache.pipeline.fleet.claims import Claim, Claimer, Idle
 from bytecache.pipeline.fleet.ledger import BLOCK, Delete, Get, Limits, Replace, Request, n_blocks
-from bytecache.pipeline.plan import KEPT, PAGE, PLAN_KEY
+from bytecache.pipeline.plan.index import KEPT, PAGE, PLAN_KEY
 from bytecache.schemas.settings import Fleet
 
 BANDWIDTH = 100e6

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bytecache.pipeline.commands import convert as commands_data
 from bytecache.pipeline.context import open_context
-from bytecache.pipeline.planning import make_plan
+from bytecache.pipeline.plan.make import make_plan
 from bytecache.schemas import errors
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_windows

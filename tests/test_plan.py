@@ -6,8 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from bytecache.pipeline import planning, receipts
-from bytecache.pipeline.plan import PLAN_KEY, load_plan, read_plan
+from bytecache.pipeline import receipts
+from bytecache.pipeline.plan import make as planning
+from bytecache.pipeline.plan.index import PLAN_KEY, load_plan, read_plan
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from bytecache.schemas.files import file_sha256

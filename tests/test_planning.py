@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from bytecache.pipeline import planning, receipts, survey
-from bytecache.pipeline.parallel import Processes
-from bytecache.pipeline.plan import read_plan
+from bytecache.pipeline import receipts
+from bytecache.pipeline.plan import make as planning
+from bytecache.pipeline.plan import survey
+from bytecache.pipeline.plan.index import read_plan
+from bytecache.pipeline.plan.parallel import Processes
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.files import file_sha256
@@ -125,7 +127,7 @@ def test_a_corpus_that_changes_between_the_passes_is_noticed(tmp_path: Path) -> 
     found = survey.Survey(wanted, processes)
     path = source / "001.jsonl"
     path.write_text(path.read_text().replace("49 ", "94 "))
-    from bytecache.pipeline.slices import write_slices
+    from bytecache.pipeline.plan.slices import write_slices
 
     with pytest.raises(InputError, match="changed while it was being read"):
         list(write_slices(LocalStore(tmp_path / "run"), wanted, found, processes))

@@ -8,7 +8,7 @@ import pytest
 from command_line import FakeTeacher, bytecache, refusal
 
 from bytecache.pipeline import receipts
-from bytecache.pipeline.plan import read_plan
+from bytecache.pipeline.plan.index import read_plan
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import InputError
 

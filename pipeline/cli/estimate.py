@@ -51,7 +51,7 @@ def estimate(
     """
     from bytecache.pipeline.commands.estimate import estimate as module
     from bytecache.pipeline.commands.estimate.budget import Budget, within_budget
-    from bytecache.pipeline.plan import load_plan
+    from bytecache.pipeline.plan.index import load_plan
     from bytecache.schemas.settings import Convert, Teacher
 
     budget = Budget(max_ratio, max_dollars, max_gb, gb_price)

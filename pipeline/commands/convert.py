@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bytecache.pipeline import planning, receipts
+from bytecache.pipeline import receipts
 from bytecache.pipeline.commands.dataset import (
     CONVERTER,
     TARGETS,
@@ -27,7 +27,8 @@ from bytecache.pipeline.config import changed_keys
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.ledger import Layout
 from bytecache.pipeline.fleet.quarantine import quarantined
-from bytecache.pipeline.plan import Plan, Split, Unit, load_plan
+from bytecache.pipeline.plan import make as planning
+from bytecache.pipeline.plan.index import Plan, Split, Unit, load_plan
 from bytecache.pipeline.progress import human_bytes
 from bytecache.pipeline.receipts import Receipt, unit_key
 from bytecache.pipeline.runner import Job, Outcome, Task, Tick, Work, run_job

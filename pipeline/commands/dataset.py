@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bytecache.pipeline import receipts
 from bytecache.pipeline.config import changed_keys, flattened
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.plan import Plan
+from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import Store
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from bytecache.pipeline import receipts
 from bytecache.pipeline.config import changed_keys, flattened
 from bytecache.pipeline.fleet.ledger import STAGES
-from bytecache.pipeline.plan import PLAN_KEY, Plan, read_plan
+from bytecache.pipeline.plan.index import PLAN_KEY, Plan, read_plan
 from bytecache.pipeline.receipts import FileRecord, Receipt
 from bytecache.pipeline.runner import commit_receipt
 from bytecache.pipeline.stores import Store, disk_errors

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.ledger import Layout
 from bytecache.pipeline.fleet.quarantine import Entry, quarantined
-from bytecache.pipeline.plan import Plan
+from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.progress import human_bytes
 from bytecache.schemas.errors import InputError
 

@@ -10,7 +10,7 @@ from bytecache.pipeline.commands.dataset import read_index
 from bytecache.pipeline.commands.missing import summary
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.report import fleet_status, fleet_table
-from bytecache.pipeline.plan import Plan, read_plan
+from bytecache.pipeline.plan.index import Plan, read_plan
 from bytecache.pipeline.progress import human_bytes
 from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import Store, overlapped

@@ -15,8 +15,8 @@ from pathlib import Path
 from bytecache.pipeline import receipts
 from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.plan import PLAN_KEY, read_plan
-from bytecache.pipeline.planning import slice_is_whole
+from bytecache.pipeline.plan.index import PLAN_KEY, read_plan
+from bytecache.pipeline.plan.make import slice_is_whole
 from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import LocalStore, Store, open_store
 from bytecache.schemas import strict_json

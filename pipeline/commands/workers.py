@@ -13,7 +13,7 @@ from bytecache.pipeline.fleet.job import join
 from bytecache.pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
 from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
 from bytecache.pipeline.fleet.worker import Share, Worker
-from bytecache.pipeline.plan import Plan, load_plan
+from bytecache.pipeline.plan.index import Plan, load_plan
 from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.runner import Job, Outcome, Task, Tick, Work
 from bytecache.schemas.errors import BytecacheError, ConfigError, InputError

@@ -19,10 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bytecache.pipeline.parallel import Processes
-from bytecache.pipeline.plan import Split, Unit
-from bytecache.pipeline.stores import Store, disk_errors, open_store
-from bytecache.pipeline.survey import (
+from bytecache.pipeline.plan.index import Split, Unit
+from bytecache.pipeline.plan.parallel import Processes
+from bytecache.pipeline.plan.survey import (
     SPLITS,
     Packing,
     Part,
@@ -33,6 +32,7 @@ from bytecache.pipeline.survey import (
     identity_bytes,
     whole,
 )  # fmt: skip
+from bytecache.pipeline.stores import Store, disk_errors, open_store
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Corpus, Settings

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bytecache.pipeline.parallel import Processes
-from bytecache.pipeline.plan import Split
+from bytecache.pipeline.plan.index import Split
+from bytecache.pipeline.plan.parallel import Processes
 from bytecache.schemas.arrays import I64, U64
 from bytecache.schemas.errors import InputError, Interrupted
 from bytecache.schemas.settings import Corpus, Settings

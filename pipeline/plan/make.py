@@ -1,19 +1,18 @@
 """Planning: the corpus cut once into immutable slices, the units of all later work.
 
-Two passes, each by `corpus.jobs` processes over the files of the corpus. The first (`pipeline.survey`) hashes every
-document and finds where slices begin; it is all that a repeated `plan` costs. The second (`pipeline.slices`) writes
+Two passes, each by `corpus.jobs` processes over the files of the corpus. The first (`pipeline.plan.survey`) hashes every
+document and finds where slices begin; it is all that a repeated `plan` costs. The second (`pipeline.plan.slices`) writes
 them: documents in corpus order, each split apart, a slice closed before it would exceed `corpus.unit_bytes` (a longer
 document is a slice alone). A document is held out if sha256(seed, text) falls under `corpus.heldout_fraction`, so equal
 texts never straddle the splits. The plan does not depend on how many processes there were. What is written, and in
-which order: `pipeline.plan`. Price: see `benchmarks/planning.py`.
+which order: `pipeline.plan.index`. Price: see `benchmarks/planning.py`.
 """
 
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from bytecache.pipeline.parallel import Processes
-from bytecache.pipeline.plan import (
+from bytecache.pipeline.plan.index import (
     PAGE,
     PLAN_KEY,
     Index,
@@ -28,6 +27,9 @@ from bytecache.pipeline.plan import (
     refuse_changes,
     shape_of,
 )
+from bytecache.pipeline.plan.parallel import Processes
+from bytecache.pipeline.plan.slices import commit, write_slices
+from bytecache.pipeline.plan.survey import Survey, processes_for
 from bytecache.pipeline.receipts import (
     FileRecord,
     Receipt,
@@ -36,9 +38,7 @@ from bytecache.pipeline.receipts import (
     software_versions,
     write_receipt,
 )
-from bytecache.pipeline.slices import commit, write_slices
 from bytecache.pipeline.stores import Store
-from bytecache.pipeline.survey import Survey, processes_for
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.settings import Settings
 

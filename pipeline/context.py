@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bytecache.pipeline.config import RESOLVED_FILE, render_template
-from bytecache.pipeline.runner import StopFlag
 from bytecache.pipeline.stores import Store, open_store
+from bytecache.pipeline.units.runner import StopFlag
 from bytecache.schemas.settings import Settings
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from bytecache.pipeline.fleet.ledger import Layout
 from bytecache.pipeline.fleet.worker import Share, Worker
-from bytecache.pipeline.runner import Job, Task, Tick, Work
 from bytecache.pipeline.stores import LocalStore
+from bytecache.pipeline.units.runner import Job, Task, Tick, Work
 from bytecache.schemas.errors import Interrupted
 from bytecache.schemas.settings import Fleet
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bytecache.pipeline import receipts
-from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import TEMP_FOLDER, Store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.errors import ConfigError, StorageError
 from bytecache.schemas.files import file_sha256
 

@@ -87,7 +87,7 @@ def test_convert_finds_its_dump_among_others_and_never_mixes(
 def test_another_version_of_the_conversion_code_never_mixes_into_a_data_set(
     world: Path, fake_teacher: type[FakeTeacher], fake_convert: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bytecache.pipeline import receipts
+    from bytecache.pipeline.units import receipts
 
     bytecache("plan")
     bytecache("teacher")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bytecache.pipeline.commands.dataset import CONVERTER
-from bytecache.pipeline.receipts import code_fingerprint
+from bytecache.pipeline.units.receipts import code_fingerprint
 
 
 def test_the_fingerprint_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan.index import PLAN_KEY, load_plan, read_plan
 from bytecache.pipeline.stores import LocalStore
+from bytecache.pipeline.units import receipts
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Settings

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan import survey
 from bytecache.pipeline.plan.index import read_plan
 from bytecache.pipeline.plan.parallel import Processes
 from bytecache.pipeline.stores import LocalStore
+from bytecache.pipeline.units import receipts
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Settings

@@ -179,7 +179,7 @@ def test_an_engine_that_does_not_answer_by_the_deadline_is_left(store: LocalStor
         time.sleep(60)
 
     def child() -> None:
-        from bytecache.pipeline.runner import StopFlag
+        from bytecache.pipeline.units.runner import StopFlag
 
         flag = StopFlag()
         with flag.installed():

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bytecache.pipeline import receipts
-from bytecache.pipeline.progress import Reporter
-from bytecache.pipeline.runner import StopFlag, Task, Tick, finished, run_units
 from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.progress import Reporter
+from bytecache.pipeline.units.runner import StopFlag, Task, Tick, finished, run_units
 from bytecache.schemas.errors import IntegrityError, Interrupted, StorageError
 from bytecache.schemas.files import file_sha256
 

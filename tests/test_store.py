@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bytecache.pipeline import receipts
-from bytecache.pipeline.receipts import FileRecord, Receipt, canonical_json, unit_key
 from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore, disk_errors
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import FileRecord, Receipt, canonical_json, unit_key
 from bytecache.schemas.errors import IntegrityError, StorageError
 
 

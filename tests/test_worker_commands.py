@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from command_line import FakeTeacher, bytecache, refusal
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.plan.index import read_plan
 from bytecache.pipeline.stores import LocalStore
+from bytecache.pipeline.units import receipts
 from bytecache.schemas.errors import InputError
 
 # ---- the commands

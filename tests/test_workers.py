@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from fleet_jobs import LAYOUT, QUICK, fork, job, marks, run
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.fleet import job as jobs
 from bytecache.pipeline.fleet import worker
 from bytecache.pipeline.fleet.ledger import DONE, read_json, read_names
 from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
-from bytecache.pipeline.runner import Job, Work, finished
 from bytecache.pipeline.stores import LocalStore
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.runner import Job, Work, finished
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, StorageError
 
 
@@ -56,7 +56,7 @@ def test_workers_share_the_units_and_do_none_twice(store: LocalStore, capsys: py
 
 
 def test_units_that_one_process_made_alone_are_found(store: LocalStore) -> None:
-    from bytecache.pipeline.runner import run_job
+    from bytecache.pipeline.units.runner import run_job
 
     run_job(store, job(5), lambda: False)
     share = run(store, job(5, lambda unit, stop: pytest.fail("done before")))

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.commands.dataset import (
     CONVERTER,
     TARGETS,
@@ -29,10 +28,11 @@ from bytecache.pipeline.fleet.ledger import Layout
 from bytecache.pipeline.fleet.quarantine import quarantined
 from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan.index import Plan, Split, Unit, load_plan
-from bytecache.pipeline.progress import human_bytes
-from bytecache.pipeline.receipts import Receipt, unit_key
-from bytecache.pipeline.runner import Job, Outcome, Task, Tick, Work, run_job
 from bytecache.pipeline.stores import overlapped
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.progress import human_bytes
+from bytecache.pipeline.units.receipts import Receipt, unit_key
+from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, run_job
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Teacher

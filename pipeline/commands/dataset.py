@@ -6,12 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.config import changed_keys, flattened
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan.index import Plan
-from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.receipts import software_versions
 from bytecache.pipeline.stores import disk_errors
+from bytecache.pipeline.units.receipts import software_versions
 from bytecache.schemas.dataset.index import DATASET, Dataset, read_dataset
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.files import file_sha256

@@ -12,13 +12,13 @@ Price: each file is read once and written once; memory: one receipt per unit.
 import shutil
 from dataclasses import dataclass, field
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.config import changed_keys, flattened
 from bytecache.pipeline.fleet.ledger import STAGES
 from bytecache.pipeline.plan.index import PLAN_KEY, Plan, read_plan
-from bytecache.pipeline.receipts import FileRecord, Receipt
-from bytecache.pipeline.runner import commit_receipt
 from bytecache.pipeline.stores import Store, disk_errors
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import FileRecord, Receipt
+from bytecache.pipeline.units.runner import commit_receipt
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
 

@@ -15,7 +15,7 @@ from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.ledger import Layout
 from bytecache.pipeline.fleet.quarantine import Entry, quarantined
 from bytecache.pipeline.plan.index import Plan
-from bytecache.pipeline.progress import human_bytes
+from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.errors import InputError
 
 _SHOWN = 3

@@ -6,8 +6,8 @@ from typing import Any
 from bytecache.pipeline.commands import convert as commands_data
 from bytecache.pipeline.commands import train as commands_student
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.progress import human_bytes
-from bytecache.pipeline.receipts import Receipt
+from bytecache.pipeline.units.progress import human_bytes
+from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.errors import ConfigError
 
 LN2 = math.log(2.0)

@@ -4,16 +4,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.commands.convert import teacher_changes
 from bytecache.pipeline.commands.dataset import read_index
 from bytecache.pipeline.commands.missing import summary
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.report import fleet_status, fleet_table
 from bytecache.pipeline.plan.index import Plan, read_plan
-from bytecache.pipeline.progress import human_bytes
-from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import Store, overlapped
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.progress import human_bytes
+from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.errors import IntegrityError
 
 

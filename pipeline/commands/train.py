@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.progress import Reporter
-from bytecache.pipeline.receipts import FileRecord, Receipt, record_file, unit_key
-from bytecache.pipeline.runner import Task, Tick, Work, commit_receipt, finished, run_units
 from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.progress import Reporter
+from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
+from bytecache.pipeline.units.runner import Task, Tick, Work, commit_receipt, finished, run_units
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 

@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan.index import PLAN_KEY, read_plan
 from bytecache.pipeline.plan.make import slice_is_whole
-from bytecache.pipeline.receipts import Receipt
 from bytecache.pipeline.stores import LocalStore, Store, open_store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
 from bytecache.schemas.dataset.index import DATASET, replace_file

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from typing import Any
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.commands import convert as commands_data
 from bytecache.pipeline.commands.convert import teacher_job
 from bytecache.pipeline.commands.dataset import TARGETS
@@ -14,8 +13,9 @@ from bytecache.pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
 from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
 from bytecache.pipeline.fleet.worker import Share, Worker
 from bytecache.pipeline.plan.index import Plan, load_plan
-from bytecache.pipeline.receipts import Receipt
-from bytecache.pipeline.runner import Job, Outcome, Task, Tick, Work
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import Receipt
+from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work
 from bytecache.schemas.errors import BytecacheError, ConfigError, InputError
 
 _SHOWN = 3

@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.config import changed_keys, flattened
 from bytecache.pipeline.fleet.ledger import Layout, read_json
-from bytecache.pipeline.runner import Job
 from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.runner import Job
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.files import file_sha256
 

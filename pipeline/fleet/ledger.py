@@ -14,7 +14,7 @@ no delete or compare-and-swap is needed. The state of a unit is in the *names*: 
 at most two pages of an object store) says what is free, held, done and set aside; one listing of `blocks/` says it of
 the whole job, to the block. A million units are 3,907 blocks, four pages.
 
-These are hints that save work. Whether a unit is done is said by its receipt alone (`pipeline.receipts`).
+These are hints that save work. Whether a unit is done is said by its receipt alone (`pipeline.units.receipts`).
 """
 
 import json

@@ -9,7 +9,6 @@ forgives all attempts so far; what happened stays on record.
 from dataclasses import dataclass
 from typing import Any
 
-from bytecache.pipeline import receipts
 from bytecache.pipeline.fleet.ledger import (
     BLOCK,
     FAILED,
@@ -21,8 +20,9 @@ from bytecache.pipeline.fleet.ledger import (
     read_json,
     read_names,
 )
-from bytecache.pipeline.runner import Job
 from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.runner import Job
 from bytecache.schemas.errors import InputError
 
 

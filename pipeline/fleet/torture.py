@@ -37,8 +37,8 @@ from bytecache.pipeline.context import Context, open_context
 from bytecache.pipeline.fleet import children
 from bytecache.pipeline.fleet.children import Child
 from bytecache.pipeline.fleet.ledger import CLAIM, DONE, LOST, RELEASED, STAGES, Layout
-from bytecache.pipeline.receipts import canonical_json
 from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore
+from bytecache.pipeline.units.receipts import canonical_json
 from bytecache.schemas.errors import BytecacheError, IntegrityError
 from bytecache.schemas.settings import Settings
 

@@ -22,8 +22,8 @@ from typing import Any, Literal, overload
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bytecache.pipeline.config import changed_keys
-from bytecache.pipeline.receipts import canonical_json, unit_key
 from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units.receipts import canonical_json, unit_key
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.settings import Settings
 

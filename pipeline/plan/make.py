@@ -30,7 +30,8 @@ from bytecache.pipeline.plan.index import (
 from bytecache.pipeline.plan.parallel import Processes
 from bytecache.pipeline.plan.slices import commit, write_slices
 from bytecache.pipeline.plan.survey import Survey, processes_for
-from bytecache.pipeline.receipts import (
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units.receipts import (
     FileRecord,
     Receipt,
     read_receipt,
@@ -38,7 +39,6 @@ from bytecache.pipeline.receipts import (
     software_versions,
     write_receipt,
 )
-from bytecache.pipeline.stores import Store
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.settings import Settings
 

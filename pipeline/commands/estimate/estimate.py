@@ -20,10 +20,10 @@ from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_tot
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan.index import Plan
-from bytecache.pipeline.progress import human_bytes
-from bytecache.pipeline.receipts import Receipt
-from bytecache.pipeline.runner import finished, run_job
 from bytecache.pipeline.stores import LocalStore
+from bytecache.pipeline.units.progress import human_bytes
+from bytecache.pipeline.units.receipts import Receipt
+from bytecache.pipeline.units.runner import finished, run_job
 from bytecache.schemas.settings import Convert, Section, Settings, Teacher
 
 NO_BUDGET = Budget()

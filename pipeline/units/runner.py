@@ -21,10 +21,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bytecache.pipeline import receipts
-from bytecache.pipeline.progress import Reporter
-from bytecache.pipeline.receipts import FileRecord, Receipt
 from bytecache.pipeline.stores import Store, disk_errors, overlapped
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.progress import Reporter
+from bytecache.pipeline.units.receipts import FileRecord, Receipt
 from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.files import file_sha256
 

@@ -6,8 +6,8 @@ from typing import Any
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.ledger import STAGES, Layout, block_size, n_blocks, read_json, read_names
 from bytecache.pipeline.fleet.quarantine import facts_of, quarantined
-from bytecache.pipeline.processes import has_ended
 from bytecache.pipeline.stores import overlapped
+from bytecache.pipeline.stores.processes import has_ended
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.settings import Fleet
 

@@ -25,8 +25,8 @@ from bytecache.pipeline.fleet.claims import Claim, Claimer, Idle
 from bytecache.pipeline.fleet.job import join
 from bytecache.pipeline.fleet.ledger import Delete, Layout, Limits, Replace, Steps, perform
 from bytecache.pipeline.fleet.preemption import Drain
-from bytecache.pipeline.processes import has_ended, process_name
 from bytecache.pipeline.stores import Store
+from bytecache.pipeline.stores.processes import has_ended, process_name
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.pipeline.units.runner import Job, Task, Tick, Work, finished, run_one
 from bytecache.schemas.errors import BytecacheError, EngineError, InputError, IntegrityError, Interrupted, StorageError

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bytecache.pipeline.processes import has_ended, is_ours, process_name
 from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
+from bytecache.pipeline.stores.processes import has_ended, is_ours, process_name
 from bytecache.schemas.errors import StorageError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.scratch import flush_to_disk

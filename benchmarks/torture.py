@@ -18,10 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from small_run import small_settings  # noqa: E402
-
 from bytecache.pipeline.config import render_template  # noqa: E402
-from bytecache.pipeline.fleet.torture import torture  # noqa: E402
+from bytecache.tests.torture.harness import torture  # noqa: E402
+from tests.support.small_run import small_settings  # noqa: E402
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def torture(
     Example: bytecache torture runs/torture --kills 50 --set corpus.max_bytes=20000 --set train.steps=20
     """
     with refusals():
-        from bytecache.pipeline.fleet.torture import torture as command
+        from bytecache.tests.torture.harness import torture as command
 
         if folder.exists():
             raise ConfigError(f"{folder} exists; name a new folder")

@@ -17,8 +17,8 @@ Reported, loading, compilation, trie building and static rows excluded:
     tokens            fed to the model per byte of text, padding included: genlm-bytes keeps no key/value cache unless
                       told ("tuned": of the best history, every 16 tokens), so a history costs its whole context again
     histories         evaluated per byte of text
-    KL, JSD, leak     per byte, against the same teacher at tau = 2e-4, depth 5 (stages.fidelity.divergence; genlm-bytes has no
-                      tail)
+    KL, JSD, leak     per byte, against the same teacher at tau = 2e-4, depth 5 (stages.fidelity.divergence;
+                      genlm-bytes has no tail)
 
 "many" is documents of 80 to 200 bytes all at once, in batches of each side's own making ("tuned" raises genlm-bytes'
 limit of 20 histories to 64). "long" is this project alone on more of the same text: what a corpus runs at. Ours are

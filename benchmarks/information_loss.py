@@ -18,8 +18,8 @@ With --passages N only the last is measured, of the presets, on N passages of ea
 passages, standard deviation between them, least and greatest. How well the cheap presets do depends on the text, so
 that one passage says little of them.
 
-Reference: tau = 2e-4, depth 5, float32, transformers; stages.fidelity.divergence has the formulas. What storing loses is
-measured by benchmarks/rate_distortion.py.
+Reference: tau = 2e-4, depth 5, float32, transformers; stages.fidelity.divergence has the formulas. What storing
+loses is measured by benchmarks/rate_distortion.py.
 """
 
 import argparse

@@ -1,14 +1,10 @@
 """Commands for runs that many workers share."""
 
-import json
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bytecache.pipeline.cli.options import Given, refusals, run_stage, takes_settings
-from bytecache.schemas.errors import ConfigError
+from bytecache.pipeline.cli.options import Given, run_stage, takes_settings
 
 if TYPE_CHECKING:
     from bytecache.pipeline.context import Context
@@ -69,29 +65,3 @@ def merge(
         typer.echo(f"merge: {'; '.join(counts)}; {len(result.skipped)} skipped")
 
     run_stage(given, command)
-
-
-@app.command()
-@takes_settings(run_dir=False)
-def torture(
-    folder: Annotated[Path, typer.Argument(help="A new folder to work in; removed again if all is well.")],
-    given: Given,
-    kills: Annotated[int, typer.Option(min=1, help="Processes to kill.")] = 200,
-    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the moments and victims.")] = 0,
-) -> None:
-    """Kill workers at random moments of every stage until enough have died, and compare with an undisturbed run.
-
-    Reads: the corpus and the teacher. Writes: runs under the folder; prints a JSON report. Exit code 4 if any hash
-    differs, a unit is lost or a file is left over. Choose a corpus of seconds: it is run many times over.
-
-    Example: bytecache torture runs/torture --kills 50 --set corpus.max_bytes=20000 --set train.steps=20
-    """
-    with refusals():
-        from bytecache.tests.torture.harness import torture as command
-
-        if folder.exists():
-            raise ConfigError(f"{folder} exists; name a new folder")
-        report = command(given.settings(), folder, kills=kills, workers=workers, seed=seed)
-        shutil.rmtree(folder)
-        typer.echo(json.dumps(report, indent=2))

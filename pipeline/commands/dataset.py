@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
 
 TARGETS = "targets"
-CONVERTER = (
-    "bytecache.stages.convert.convert", "bytecache.stages.convert.coarser", "bytecache.schemas.dump.rows", "bytecache.stages.lattice.lattice", "bytecache.stages.lattice.forward", "bytecache.stages.fidelity.certificate",
-    "bytecache.stages.fidelity.divergence", "bytecache.schemas.dump.parquet", "bytecache.schemas.dump.window", "bytecache.schemas.dump.byte_planes", "bytecache.schemas.dump.masses",
-    "bytecache.schemas.shard.builder", "bytecache.schemas.shard.blocks", "bytecache.schemas.shard.gather", "bytecache.schemas.shard.sorting", "bytecache.schemas.shard.prior",
-    "bytecache.schemas.shard.quantise", "bytecache.schemas.shard.logarithms", "bytecache.schemas.shard.codes", "bytecache.schemas.shard.reader", "bytecache.schemas.shard.expansion",
-    "bytecache.schemas.shard.zarr_zip", "bytecache.schemas.arrays",
-)  # fmt: skip
+CONVERTER = tuple(f"bytecache.{module}" for module in (
+    "stages.convert.convert", "stages.convert.coarser", "schemas.dump.rows", "stages.lattice.lattice",
+    "stages.lattice.forward", "stages.fidelity.certificate", "stages.fidelity.divergence", "schemas.dump.parquet",
+    "schemas.dump.window", "schemas.dump.byte_planes", "schemas.dump.masses", "schemas.shard.builder",
+    "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
+    "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",
+    "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.arrays",
+))  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 _RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
 """What an index says about its shards that may be corrected afterwards."""

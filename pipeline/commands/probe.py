@@ -12,7 +12,7 @@ from bytecache.schemas.settings import Teacher
 
 
 def probe(settings: Teacher, text_file: Path, out: Path) -> str:
-    """Score `text_file` and write `out` (probs, tail, text; see `stages.teacher.probe.probe_text`); returns a line of figures.
+    """Score `text_file` and write `out` (probs, tail, text; see `probe_text`); returns a line of figures.
 
     Raises InputError for a file that cannot be read or is not UTF-8, and what the teacher raises.
     """

@@ -1,7 +1,7 @@
 """Planning: the corpus cut once into immutable slices, the units of all later work.
 
-Two passes, each by `corpus.jobs` processes over the files of the corpus. The first (`pipeline.plan.survey`) hashes every
-document and finds where slices begin; it is all that a repeated `plan` costs. The second (`pipeline.plan.slices`) writes
+Two passes, each by `corpus.jobs` processes over the files of the corpus. The first (`survey`) hashes every
+document and finds where slices begin; it is all that a repeated `plan` costs. The second (`slices`) writes
 them: documents in corpus order, each split apart, a slice closed before it would exceed `corpus.unit_bytes` (a longer
 document is a slice alone). A document is held out if sha256(seed, text) falls under `corpus.heldout_fraction`, so equal
 texts never straddle the splits. The plan does not depend on how many processes there were. What is written, and in

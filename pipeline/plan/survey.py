@@ -127,7 +127,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Documents:
-    """What the survey takes of some files. `identities`: see `identity_bytes`; `id_hashes`: see `stages.corpus.document_ids`.
+    """What the survey takes of some files. `identities`: see `identity_bytes`; `id_hashes`: see `document_ids`.
 
     `empty`: how many documents came before each empty one; `error`: why it ends there.
     """

@@ -190,7 +190,7 @@ def index_documents(
 
     `info`: any JSON object; `teacher`, `tokenizer`, `corpus`, `settings`, `software`, `creation` (no time of day,
     or equal runs differ) must be objects; `name`, `license`, `corpus_license`, `teacher_license` and
-    `attribution` text; what is absent is written as empty. `fidelity`: the certificate of `stages.fidelity.certificate`,
+    `attribution` text; what is absent is written as empty. `fidelity`: the certificate of `stages.fidelity`,
     plain JSON; None where nothing was measured. Raises InputError for entries that repeat a file or content.
     """
     listed = _in_order(entries)

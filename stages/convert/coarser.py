@@ -1,6 +1,6 @@
 """A conversion at less effort than the capture: which rows a teacher run at a greater tau would have made.
 
-The dump holds every row that the capture evaluated, so the passes of `stages.teacher.teacher` can be run again over it without
+The dump holds every row that the capture evaluated, so the passes of `stages.teacher` can be run again over it without
 the teacher. From the canonical rows on, ask the lattice what exceeds the new tau and take those rows from the dump, to
 the new depth; then ask where no row ends and take static rows. Mass that the dropped rows carried goes where it
 would have gone then: to the static row, to the canonical row at the next break, or into the tail.

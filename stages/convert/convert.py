@@ -1,7 +1,7 @@
 """The convert stage: dump parts in, one byte-target shard out. CPU only, one pass, one window in memory.
 
 Deterministic: the same parts and settings give the same bytes. With `tau`, `depth` or `static` set, windows are first
-reduced to what a capture at that effort would hold (stages.convert.coarser). Reference windows of the parts give no targets:
+reduced to what a capture at that effort would hold (`coarser`). Reference windows of the parts give no targets:
 they are kept aside and compared with the finished shard (stages.fidelity.certificate).
 Price: about a second a MB of text on one core, a third of it encoding; `benchmarks/convert_throughput.py` measures it.
 """
@@ -36,7 +36,7 @@ def convert_units(
 
     Returns the shard's counts plus `teacher_nll` (marginal, nats over the text, END not included), `canonical_nll`
     and `unaccounted_mean`, the tail's part that no evaluated history explains; at a coarser effort than the dump's
-    `stand_ins`, branches in the place of static rows; `fidelity` is the state of a `stages.fidelity.certificate.Fidelity` over the
+    `stand_ins`, branches in the place of static rows; `fidelity` is the state of a `Fidelity` over the
     parts' reference windows (None without any), `reference` how these were made. `tick` receives {"bytes"} per window.
     Raises IntegrityError for parts that are damaged, inconsistent or of different teachers, ConfigError for a
     rate that is too low, and for a tau, depth or static that asks for more than the dump holds, Interrupted when

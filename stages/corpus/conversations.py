@@ -2,9 +2,9 @@
 
 `corpus.kind = "chat"`: every assistant message of a conversation becomes a document of its own. Its text is the
 message's content without surrounding white space, which many templates trim; its context is a JSON array of the
-messages before it. Teacher and student each render that context with their own template (`stages.tokens.chat`), exactly what
-they would be given to write the message themselves. A conversation's turns share its opening, by which they are split
-into train and held out together.
+messages before it. Teacher and student each render that context with their own template (`stages.tokens.chat`), exactly
+what they would be given to write the message themselves. A conversation's turns share its opening, by which they
+are split into train and held out together.
 `corpus.kind = "completion"`: text is the response, context the prompt, both as they are; nothing is rendered.
 Price: a context is repeated for every turn of its conversation.
 """

@@ -2,7 +2,7 @@
 
 One streaming pass in a fixed order (folders: by path, recursively; files: as they lie), never more than one
 document and one Parquet batch in memory. A document is kept to the byte: no newline or Unicode normalisation.
-Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; `stages.corpus.document_ids` makes repeated
+Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; `document_ids` makes repeated
 ones unique.
 """
 

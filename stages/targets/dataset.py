@@ -1,6 +1,6 @@
 """Byte targets for any training loop: windows from a folder or URL, ordered, resumable, in bounded memory.
 
-    from bytecache.None import ByteTargets
+    from bytecache import ByteTargets
 
     for window in ByteTargets("hf://datasets/owner/name", split="train", window=1024, seed=0):
         window.text, window.row, window.symbol, window.prob, window.tail, ...

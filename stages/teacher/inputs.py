@@ -1,8 +1,8 @@
 """What the teacher stage is given: a slice of the corpus as token sequences, plain documents and answers alike.
 
 A slice's Parquet metadata says its `corpus.kind`. Plain text is encoded whole. An answer ("chat", "completion") is
-encoded after its rendered context (`stages.tokens.chat`), whose tokens are evaluated with it and dumped nowhere: the dump
-holds the answer's bytes and, as `context`, the bytes that stand before them in the shard, unsupervised.
+encoded after its rendered context (`stages.tokens.chat`), whose tokens are evaluated with it and dumped nowhere: the
+dump holds the answer's bytes and, as `context`, the bytes that stand before them in the shard, unsupervised.
 """
 
 from pathlib import Path

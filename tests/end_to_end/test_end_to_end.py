@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from bytecache.pipeline.cli import app
+from tests.support.places import ROOT
 from tests.support.run_outputs import outputs
 from tests.support.tiny_models import make_checkpoint
 
-ROOT = Path(__file__).parent.parent
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(40)]
 
 

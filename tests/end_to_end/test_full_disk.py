@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from bytecache.pipeline.cli import app
 from bytecache.pipeline.config import render_template
 from bytecache.schemas.files import file_sha256
+from tests.support.places import ROOT
 from tests.support.small_run import small_settings
 
-ROOT = Path(__file__).parent.parent
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 STEPS = """
 set -u

@@ -8,8 +8,9 @@ import pytest
 from bytecache.pipeline.config import load_settings, render_template, sections
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Settings
+from tests.support.places import ROOT
 
-SHIPPED = Path(__file__).parent.parent / "pipeline.toml"
+SHIPPED = ROOT / "pipeline.toml"
 
 
 def refusal(tmp_path: Path, toml: str, *overrides: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bytecache.pipeline.stores import LocalStore
-from bytecache.tests.torture import harness as torture
+from tests.torture import harness as torture
 
 
 def outputs(folder: Path) -> dict[str, str]:

@@ -39,8 +39,8 @@ from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore
 from bytecache.pipeline.units.receipts import canonical_json
 from bytecache.schemas.errors import BytecacheError, IntegrityError
 from bytecache.schemas.settings import Settings
-from bytecache.tests.torture import children
-from bytecache.tests.torture.children import Child
+from tests.torture import children
+from tests.torture.children import Child
 
 PATIENCE_S = 300.0
 """A stage or a comparison that takes longer than this is a failure: work was lost, or processes wait for each other."""
@@ -113,7 +113,7 @@ def torture(
     }  # fmt: skip
     # Apart from this process, which may have threads of all kinds.
     done = subprocess.run(
-        [sys.executable, "-m", "bytecache.tests.torture.harness"],
+        [sys.executable, "-m", "tests.torture.harness"],
         input=json.dumps(request), stdout=subprocess.PIPE, text=True, env={**os.environ, **children.ENVIRONMENT},
         check=False,
     )  # fmt: skip

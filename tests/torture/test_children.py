@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bytecache.tests.torture.children import ENVIRONMENT
+from tests.support.places import ROOT
+from tests.torture.children import ENVIRONMENT
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
 from tqdm import tqdm
-from bytecache.tests.torture import children
+from tests.torture import children
 from bytecache.schemas.errors import ConfigError, IntegrityError
 
 logs, found = Path(sys.argv[1]), {}

@@ -10,11 +10,10 @@ import pytest
 
 from bytecache.pipeline.config import render_template
 from bytecache.pipeline.stores import LocalStore
-from bytecache.tests.torture.harness import _compare, outputs
 from tests.support.fleet_jobs import LAYOUT, job, run
+from tests.support.places import ROOT
 from tests.support.small_run import small_settings
-
-ROOT = Path(__file__).parent.parent
+from tests.torture.harness import _compare, outputs
 
 
 @pytest.mark.slow
@@ -24,7 +23,7 @@ def test_200_kills_change_nothing(tmp_path: Path) -> None:
     config.write_text(render_template(small_settings(tmp_path)))
     # A process of its own: it forks, and this one has started threads.
     command = [
-        sys.executable, "-m", "bytecache", "torture", str(tmp_path / "torture"), "--config", str(config),
+        sys.executable, "-m", "tests.torture", str(tmp_path / "torture"), "--config", str(config),
         "--kills", "200", "--seed", "1",
     ]  # fmt: skip
     threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -9,11 +9,11 @@ import pytest
 
 from bytecache.pipeline.cli import app
 from tests.support.command_line import bytecache, refusal
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 COMMANDS = [
     "plan", "teacher", "convert", "train", "evaluate", "export",
-    "run", "status", "verify", "inspect", "fidelity", "probe", "config", "retry", "merge", "torture",
+    "run", "status", "verify", "inspect", "fidelity", "probe", "config", "retry", "merge",
     "jobs local", "jobs ray", "jobs slurm", "jobs skypilot", "jobs kubernetes", "estimate",
 ]  # fmt: skip
 

@@ -25,9 +25,9 @@ from bytecache.pipeline.launch.supervise import settle, supervise
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import BytecacheError, ConfigError, Interrupted
 from bytecache.schemas.settings import Settings
+from tests.support.places import ROOT
 from tests.support.tiny_models import make_checkpoint
 
-ROOT = Path(__file__).parent.parent
 BUCKET = ["run.dir=s3://bucket/books", "teacher.tau=0.01", "teacher.model=/models/a b", "fleet.notice_s=100"]
 
 

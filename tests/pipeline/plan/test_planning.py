@@ -25,8 +25,7 @@ from bytecache.pipeline.units import receipts
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Settings
-
-ROOT = Path(__file__).parent.parent
+from tests.support.places import ROOT
 
 
 def records(n: int, seed: int = 0) -> list[dict[str, str]]:

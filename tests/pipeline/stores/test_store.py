@@ -12,6 +12,7 @@ from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore, disk_errors
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, canonical_json, unit_key
 from bytecache.schemas.errors import IntegrityError, StorageError
+from tests.support.places import ROOT
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_sweep_takes_only_what_dead_processes_left(store: LocalStore) -> None:
         "import sys; from pathlib import Path; from bytecache.pipeline.stores import LocalStore\n"
         "LocalStore(Path(sys.argv[1])).write_temp('theirs', b'x')"
     )
-    root = Path(__file__).parent.parent
+    root = ROOT
     subprocess.run([sys.executable, "-c", code, str(store.root)], check=True, cwd=root)
     foreign = store.root / TEMP_FOLDER / "0a0a0a0a-1-1-0-other-machine"
     foreign.write_bytes(b"")
@@ -115,7 +116,7 @@ def test_a_real_limit_of_the_system(tmp_path: Path) -> None:
         "except StorageError as error: print(error)\n"
         "print(list((store.root / '.tmp').iterdir()))"
     )
-    root = Path(__file__).parent.parent
+    root = ROOT
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=root)
     assert "file-size limit" in done.stdout, done.stderr
     assert done.stdout.endswith("[]\n")

@@ -19,8 +19,8 @@ from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.runner import StopFlag, Task, Tick, finished, run_units
 from bytecache.schemas.errors import IntegrityError, Interrupted, StorageError
 from bytecache.schemas.files import file_sha256
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 N_TASKS = 12
 
 

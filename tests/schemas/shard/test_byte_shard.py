@@ -21,6 +21,7 @@ from bytecache.schemas.shard import prior as priors
 from bytecache.schemas.shard.quantise import TAIL, VALUE
 from bytecache.schemas.shard.reader import PRECISIONS, Precision, ShardBuilder, read_shard
 from bytecache.schemas.shard.sorting import LANES
+from tests.support.places import ROOT
 from tests.support.shard_cases import (
     GOLDEN,
     GOLDEN_CONTEXTS,
@@ -35,7 +36,7 @@ from tests.support.shard_cases import (
     rows,
 )  # fmt: skip
 
-SPEC = Path(__file__).parent.parent / "schemas" / "SPEC.md"
+SPEC = ROOT / "schemas" / "SPEC.md"
 
 
 @given(

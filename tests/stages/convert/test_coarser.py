@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_fidelity import histories
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError
@@ -19,6 +18,7 @@ from bytecache.stages.teacher.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 from tests.support.families import FAMILIES
 from tests.support.function_model import function_teacher
+from tests.support.histories import histories
 
 TEXTS = ["The quick brown f\u00e9", "  def f(x):\n", ""]
 FINE = {"tau": 0.002, "depth": 3}

@@ -24,6 +24,7 @@ from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.teacher.windows import LEAD, plan_stretch
 from tests.support.command_line import bytecache, refusal
+from tests.support.histories import histories
 
 TEXT = "The student reads the notes as often as it likes; naïve façade, größer. " * 3
 DEEP = {"tau": 1e-5, "depth": 8}
@@ -46,14 +47,6 @@ def open_tiny(folder: Path, **changes) -> Teacher:
 @pytest.fixture(scope="module")
 def teacher(tiny_checkpoint) -> Teacher:
     return open_tiny(tiny_checkpoint("bytelevel"))
-
-
-def histories(window: Window) -> list[tuple[int, ...]]:
-    """Every row's tokens from the first row on: its identity, whatever its number."""
-    out: list[tuple[int, ...]] = []
-    for parent, token in zip(window.row_parent, window.row_token, strict=True):
-        out.append((*(out[parent] if parent >= 0 else ()), int(token)))
-    return out
 
 
 def at(teacher: Teacher, settings: dict, plans: list) -> list[Window]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_chat import PLAIN, say
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bytecache.pipeline.commands import run as chain
@@ -19,10 +18,12 @@ from bytecache.stages.student import student
 from bytecache.stages.student.transfer import old_tokens
 from bytecache.stages.tokens.vocab import load_vocabulary
 from bytecache.stages.train.train import train
+from tests.support.conversations import PLAIN, say
+from tests.support.places import ROOT
 from tests.support.student_data import document, make_dataset
 from tests.support.tiny_models import make_checkpoint
 
-RECIPES = Path(__file__).parent.parent / "benchmarks/recipes"
+RECIPES = ROOT / "benchmarks/recipes"
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])

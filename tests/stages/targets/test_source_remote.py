@@ -20,6 +20,7 @@ from bytecache.stages.targets import source
 from bytecache.stages.targets.dataset import ByteTargets
 from bytecache.stages.targets.source import load_shard, open_dataset
 from tests.support.loopback import Loopback, Quiet
+from tests.support.places import ROOT
 from tests.support.student_data import make_dataset
 
 pytestmark = pytest.mark.slow
@@ -136,7 +137,7 @@ def on_hub(folder: Path, code: str, *arguments: str) -> str:
         }
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
-            capture_output=True, text=True, env=environment, timeout=100, cwd=Path(__file__).parent.parent,
+            capture_output=True, text=True, env=environment, timeout=100, cwd=ROOT,
         )  # fmt: skip
     assert done.returncode == 0, (done.stderr[-2000:], handler.asked[-5:])  # type: ignore[attr-defined]
     return done.stdout

@@ -29,12 +29,9 @@ from bytecache.stages.tokens.chat import LEAD, Template, encode_answer, encode_c
 from bytecache.stages.tokens.vocab import Misfit, load_vocabulary
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.train import train
+from tests.support.conversations import PLAIN, say
 from tests.support.tiny_models import make_checkpoint
 
-PLAIN = (
-    "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
-)
 TRIM = PLAIN.replace("m['content']", "m['content'] | trim")
 THINK = PLAIN.replace("{{ m['content'] }}", "{{ '<t>\n\n</t>\n' if m['role'] == 'assistant' }}{{ m['content'] }}")
 INST = (
@@ -57,12 +54,6 @@ def checkpoint(folder: Path, template: str, family: str = "bytelevel") -> Path:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
     return folder
-
-
-def say(*contents: str, system: str = "") -> list[dict[str, str]]:
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-    return ([{"role": "system", "content": system}] if system else []) + messages
 
 
 AWKWARD = [

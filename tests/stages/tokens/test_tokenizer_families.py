@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 from tests.support.families import FAMILIES, FRAGMENTS, TEXT
+from tests.support.places import FIXTURES
 
 LIGHT = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LONE_SURROGATE = "a\ud800"
@@ -132,7 +133,7 @@ def test_holes_and_padded_rows_carry_no_bytes(vocabulary, tmp_path):
 
 # --- real files -------------------------------------------------------------------------------------------------------
 
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "tokenizers"
+TOKENIZERS = FIXTURES / "tokenizers"
 LOSSY = {"bert_base_cased", "clip", "gte_bert_uncased", "t5_small", "xlmr_e5", "xlnet_base_cased"}
 ENCODER_ONLY = {"modernbert": {"start": "[CLS]", "end": "[SEP]"}}
 QUICK = {"gpt2", "stories_tok512"}
@@ -140,8 +141,8 @@ QUICK = {"gpt2", "stories_tok512"}
 
 def real_tokenizers() -> dict[str, Path]:
     found: dict[str, Path] = {}
-    if FIXTURES.is_dir():
-        found = {p.name: p for p in FIXTURES.iterdir() if p.is_dir() and p.name not in LOSSY | {"LICENSES"}}
+    if TOKENIZERS.is_dir():
+        found = {p.name: p for p in TOKENIZERS.iterdir() if p.is_dir() and p.name not in LOSSY | {"LICENSES"}}
     if (spec := find_spec("mistral_common")) and spec.origin and find_spec("tiktoken"):
         found |= {p.stem: p for p in Path(spec.origin).parent.glob("data/tekken_*.json")}
     for name in filter(None, os.environ.get("BYTECACHE_TOKENIZERS", "").split(os.pathsep)):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 from _pytest.mark.structures import ParameterSet
@@ -10,10 +9,10 @@ from tokenizers import Tokenizer
 
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.vocab import Encoded, Misfit, load_vocabulary
+from tests.support.places import FIXTURES
 
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
-ROOT = FIXTURES / "tokenizers"
-pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason="no fixture tokenizers here")
+TOKENIZERS = FIXTURES / "tokenizers"
+pytestmark = pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="no fixture tokenizers here")
 
 # Name: (size, ordinary, start, ends, strings set aside by reason).
 EXACT = {
@@ -54,7 +53,7 @@ def _each(names: Iterable[str]) -> list[ParameterSet]:
 def test_real_tokenizers_spell_awkward_strings(name: str) -> None:
     texts = json.loads((FIXTURES / "strings.json").read_text(encoding="utf-8"))["strings"]
     size, ordinary, start, ends, misfits = EXACT[name]
-    vocab = load_vocabulary(ROOT / name)
+    vocab = load_vocabulary(TOKENIZERS / name)
     assert (vocab.size, len(vocab.order), vocab.start_id, vocab.end_ids.tolist()) == (size, ordinary, start, ends)
     seen: dict[str, int] = {}
     for text, result in zip(texts, vocab.encode_batch(texts), strict=True):
@@ -73,15 +72,15 @@ def test_real_tokenizers_spell_awkward_strings(name: str) -> None:
 @pytest.mark.parametrize("name", _each(REFUSED))
 def test_lossy_tokenizers_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=REFUSED[name]):
-        load_vocabulary(ROOT / name, start="auto", end="auto")
+        load_vocabulary(TOKENIZERS / name, start="auto", end="auto")
 
 
 @pytest.mark.parametrize("name", _each(["gpt2", "mistral_v1", "qwen3"]))
 def test_canonical_tokens_are_the_librarys_own(name: str) -> None:
     """Sealing control tokens must change nothing about ordinary text."""
     text = (FIXTURES / "corpora" / "wiki_vital_en.txt").read_text(encoding="utf-8")[:20_000]
-    tokenizer = Tokenizer.from_file(str(ROOT / name / "tokenizer.json"))
-    encoded = load_vocabulary(ROOT / name).encode(text)
+    tokenizer = Tokenizer.from_file(str(TOKENIZERS / name / "tokenizer.json"))
+    encoded = load_vocabulary(TOKENIZERS / name).encode(text)
     assert isinstance(encoded, Encoded)
     assert encoded.ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -90,9 +89,9 @@ def test_canonical_tokens_are_the_librarys_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["modernbert", "deepseek_v3", "whisper_tiny"])
 def test_added_tokens_keep_their_ids(name: str) -> None:
     """Rewriting the flags of added tokens must not renumber them: each non-special one encodes to itself."""
-    tokenizer = Tokenizer.from_file(str(ROOT / name / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(TOKENIZERS / name / "tokenizer.json"))
     start = {"modernbert": "[CLS]"}.get(name, "auto")
-    vocab = load_vocabulary(ROOT / name, start=start, end={"modernbert": "[SEP]"}.get(name, "auto"))
+    vocab = load_vocabulary(TOKENIZERS / name, start=start, end={"modernbert": "[SEP]"}.get(name, "auto"))
     plain = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if not token.special}
     assert plain
     for i, token in plain.items():

@@ -57,7 +57,7 @@ sys.path[:0] = {path!r}
 from pathlib import Path
 from bytecache.schemas.settings import Train
 from bytecache.stages.train import checkpoint
-from bytecache.None import train
+from bytecache.stages.train.train import train
 import torch
 torch.set_num_threads({threads})
 publish = checkpoint._publish

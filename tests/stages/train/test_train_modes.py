@@ -284,8 +284,8 @@ import json, os, torch
 from pathlib import Path
 from bytecache.schemas import errors
 from bytecache.schemas.settings import Train
-from bytecache.None import joined
-from bytecache.None import train
+from bytecache.stages.train.parallel import joined
+from bytecache.stages.train.train import train
 torch.set_num_threads(1)
 settings, out = Train(**{settings!r}), Path({out!r})
 last = []

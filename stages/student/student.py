@@ -212,7 +212,7 @@ def model_source(model: str) -> str:
     """What transformers opens for `student.model`: a folder or hub id as it is, a builtin's folder in the cache."""
     if not model.startswith("builtin:"):
         return model
-    from bytecache.stages.teacher.identity import resolve_model
+    from bytecache.stages.models.locate import resolve_model
 
     return str(resolve_model(TeacherSettings(model=model)))
 

@@ -29,13 +29,8 @@ from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
-from bytecache.stages.teacher.identity import (
-    AUTO_CONTEXT,
-    fit_context,
-    identity_of,
-    resolve_model,
-    vocabulary_of,
-)
+from bytecache.stages.models.locate import resolve_model
+from bytecache.stages.teacher.identity import AUTO_CONTEXT, fit_context, identity_of, vocabulary_of
 from bytecache.stages.teacher.inputs import read_inputs
 from bytecache.stages.teacher.windows import (
     LEAD,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SLOTS = 10
-"""Bytes of a token that are predicted; longer tokens are supervised on their first ten only."""
+from bytecache.stages.train.batches.types import SLOTS
+
 HEAD_SYMBOLS = 260
 """256 bytes, END (slot 0 of the student's EOS token), and three that are never a target (the paper's specials)."""
 

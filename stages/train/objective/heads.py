@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bytecache.schemas.errors import ConfigError
-from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS, SLOTS, ByteHead
+from bytecache.stages.train.batches.types import SLOTS
+from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS, ByteHead
 
 PARTS = 4
 """Attention heads of the `transformer` head."""

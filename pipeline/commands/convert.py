@@ -25,7 +25,7 @@ from bytecache.pipeline.plan.index import Plan, Split, load_plan
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt, unit_key
-from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, run_job
+from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import InputError, IntegrityError
 
 
@@ -140,7 +140,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     outcome = run_job(context.store, job, context.stop)
     index_is_new = publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
-    context.say(summary_line("convert", outcome))
+    context.say(outcome_line("convert", outcome))
     context.say(summary_line(certificate(outcome.receipts, info["teacher"])))
     if aside:
         context.say(f"convert: {summary(info['creation']['missing'])}")

@@ -17,7 +17,7 @@ from bytecache.pipeline.plan.index import Plan, Unit, load_plan
 from bytecache.pipeline.stores import overlapped
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt, unit_key
-from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, run_job, summary_line
+from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Teacher
@@ -74,7 +74,7 @@ def teacher(context: Context) -> Outcome:
     job = teacher_job(context, load_plan(context.store, context.settings))
     outcome = run_job(context.store, job, context.stop)
     context.save_config("teacher/config.toml", changed=outcome.made > 0)
-    context.say(summary_line("teacher", outcome))
+    context.say(outcome_line("teacher", outcome))
     aside = set_aside(outcome.receipts)
     if aside:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(aside.items()))

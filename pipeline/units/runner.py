@@ -244,7 +244,7 @@ def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def summary_line(stage: str, outcome: Outcome) -> str:
+def outcome_line(stage: str, outcome: Outcome) -> str:
     size = sum(file.size for receipt in outcome.receipts for file in receipt.files)
     total = len(outcome.receipts)
     if not outcome.made:

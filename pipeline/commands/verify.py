@@ -209,7 +209,7 @@ def repair_dataset(folder: Path, source: str) -> list[str]:
     """
     from bytecache.schemas.dataset.index import MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
     from bytecache.schemas.dataset.verification import verify_dataset
-    from bytecache.schemas.scratch import scratch_folder
+    from bytecache.schemas.files import scratch_folder
     from bytecache.stages.targets.source import fetch_bytes, fetch_file
 
     base = source.rstrip("/")

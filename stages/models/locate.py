@@ -4,8 +4,7 @@ from pathlib import Path
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.files import file_sha256
-from bytecache.schemas.scratch import cache_folder
+from bytecache.schemas.files import cache_folder, file_sha256
 
 
 def resolve_model(settings: st.Teacher) -> Path:

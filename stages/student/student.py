@@ -34,7 +34,7 @@ from transformers import (
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.schemas.scratch import flush_to_disk, scratch_folder
+from bytecache.schemas.files import flush_to_disk, scratch_folder
 from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.schemas.settings import Teacher as TeacherSettings
 from bytecache.stages.models.weights import refuse_missing

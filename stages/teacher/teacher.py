@@ -24,7 +24,7 @@ from bytecache.schemas.dump.parquet import DumpWriter
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, Interrupted
-from bytecache.schemas.scratch import cache_folder
+from bytecache.schemas.files import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob

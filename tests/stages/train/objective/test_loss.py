@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from bytecache.stages.train.batches.types import SlotTargets
-from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS
+from bytecache.stages.train.objective.heads import HEAD_SYMBOLS
 from bytecache.stages.train.objective.loss import FLOOR, byte_terms
 
 

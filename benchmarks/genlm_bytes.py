@@ -47,7 +47,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import END
 from bytecache.stages.fidelity.divergence import divergence
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher.identity import resolve_model
+from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.teacher import REFERENCE, Teacher, open_teacher
 
 THEIRS: list[tuple[str, dict[str, Any], int]] = [

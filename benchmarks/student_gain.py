@@ -35,10 +35,11 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
 from bytecache.stages.evaluate import evaluate
+from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import load_shard
-from bytecache.stages.teacher.identity import resolve_model, vocabulary_of
+from bytecache.stages.teacher.identity import vocabulary_of
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.objective.objective import Objective

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bytecache.schemas.errors import ConfigError, IntegrityError
-from bytecache.schemas.scratch import scratch_folder
+from bytecache.schemas.files import scratch_folder
 from bytecache.stages.evaluate.evaluate import load_trained
 from bytecache.stages.student import student
 from bytecache.stages.train import checkpoint

@@ -25,9 +25,9 @@ def plan(given: Given) -> None:
 
     Example: bytecache plan --source books.jsonl --run-dir runs/books
     """
-    from bytecache.pipeline.commands import convert as commands_data
+    from bytecache.pipeline.commands.plan import plan as command
 
-    run_stage(given, commands_data.plan)
+    run_stage(given, command)
 
 
 @app.command()
@@ -46,10 +46,10 @@ def teacher(given: Given, worker: WorkerOption = False) -> None:
     """
 
     def command(context: "Context") -> None:
-        from bytecache.pipeline.commands import convert as commands_data
         from bytecache.pipeline.commands import workers as commands
+        from bytecache.pipeline.commands.teacher import teacher as alone
 
-        commands.teacher_worker(context) if worker else commands_data.teacher(context)
+        commands.teacher_worker(context) if worker else alone(context)
 
     run_stage(given, command)
 
@@ -68,10 +68,10 @@ def convert(given: Given, worker: WorkerOption = False) -> None:
     """
 
     def command(context: "Context") -> None:
-        from bytecache.pipeline.commands import convert as commands_data
         from bytecache.pipeline.commands import workers as commands
+        from bytecache.pipeline.commands.convert import convert as alone
 
-        commands.convert_worker(context) if worker else commands_data.convert(context)
+        commands.convert_worker(context) if worker else alone(context)
 
     run_stage(given, command)
 
@@ -88,9 +88,9 @@ def train(given: Given, only: OnlyOption = "") -> None:
 
     Example: bytecache train --run-dir runs/books --set train.steps=2000 --only distilled
     """
-    from bytecache.pipeline.commands import train as commands_student
+    from bytecache.pipeline.commands.train import train as command
 
-    run_stage(given, lambda context: commands_student.train(context, only))
+    run_stage(given, lambda context: command(context, only))
 
 
 @app.command()
@@ -112,13 +112,13 @@ def evaluate(
 
     Example: bytecache evaluate --run-dir runs/books --lm-eval lambada_openai --limit 200
     """
-    from bytecache.pipeline.commands import train as commands_student
+    from bytecache.pipeline.commands import evaluate as measuring
 
     def command(context: "Context") -> None:
-        commands_student.evaluate(context, only)
+        measuring.evaluate(context, only)
         typer.echo(context.store.read_bytes("report/report.md").decode("utf-8"))
         if lm_eval:
-            commands_student.measure_exported(context, lm_eval.split(","), limit, only)
+            measuring.measure_exported(context, lm_eval.split(","), limit, only)
             typer.echo(context.store.read_bytes("report/lm-eval.md").decode("utf-8"))
 
     run_stage(given, command)
@@ -134,9 +134,9 @@ def export(given: Given, only: OnlyOption = "") -> None:
 
     Example: bytecache export --run-dir runs/books
     """
-    from bytecache.pipeline.commands import train as commands_student
+    from bytecache.pipeline.commands.export import export as command
 
-    run_stage(given, lambda context: commands_student.export(context, only))
+    run_stage(given, lambda context: command(context, only))
 
 
 @app.command()

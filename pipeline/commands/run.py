@@ -3,8 +3,12 @@
 import math
 from typing import Any
 
-from bytecache.pipeline.commands import convert as commands_data
-from bytecache.pipeline.commands import train as commands_student
+from bytecache.pipeline.commands.convert import convert
+from bytecache.pipeline.commands.evaluate import evaluate
+from bytecache.pipeline.commands.export import export
+from bytecache.pipeline.commands.plan import plan
+from bytecache.pipeline.commands.teacher import teacher
+from bytecache.pipeline.commands.train import train, trained
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt
@@ -23,20 +27,18 @@ def run(context: Context) -> bool:
             f"dataset.source = {context.settings.dataset.source!r}: `run` makes its own data set; leave it empty, or "
             "use `bytecache train`, `evaluate` and `export`"
         )
-    planned, new = commands_data.plan(context)
-    dumped = commands_data.teacher(context)
-    converted = commands_data.convert(context, dumped.receipts)
-    made = int(new) + dumped.made + converted.made + commands_student.train(context)
+    planned, new = plan(context)
+    dumped = teacher(context)
+    converted = convert(context, dumped.receipts)
+    made = int(new) + dumped.made + converted.made + train(context)
     results: list[dict[str, Any]] = []
     if planned.n_heldout:
-        results, count = commands_student.evaluate(context)
+        results, count = evaluate(context)
         made += count
     else:
         context.say("evaluate: skipped, the plan has no held-out documents (corpus.heldout_fraction)")
-    made += commands_student.export(context)
-    table = summary_table(
-        planned.n_bytes, dumped.receipts, converted.receipts, commands_student.trained(context), results
-    )
+    made += export(context)
+    table = summary_table(planned.n_bytes, dumped.receipts, converted.receipts, trained(context), results)
     context.store.replace_text("report/summary.md", table)
     if not made:
         context.say(f"run: nothing to do, every output of {context.store.name} is whole")

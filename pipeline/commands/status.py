@@ -4,9 +4,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bytecache.pipeline.commands.convert import teacher_changes
 from bytecache.pipeline.commands.dataset import read_index
 from bytecache.pipeline.commands.missing import summary
+from bytecache.pipeline.commands.teacher import teacher_changes
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.report import fleet_status, fleet_table
 from bytecache.pipeline.plan.index import Plan, read_plan

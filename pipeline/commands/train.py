@@ -1,4 +1,4 @@
-"""train, evaluate, export: byte targets to a plain checkpoint, for the distilled student and its control.
+"""`train`: byte targets to a distilled student and its control.
 
 A run's key holds the data set's manifest hash, the student's and the training settings and the seed; its folder
 is `train/<name>-<key12>`. The stage writes checkpoints there and resumes from the newest whole one by itself; the
@@ -7,18 +7,17 @@ receipt, written after the last step, is what makes the run done.
 
 import io
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
-from bytecache.pipeline.units.runner import Task, Tick, Work, commit_receipt, finished, run_units
+from bytecache.pipeline.units.runner import Task, commit_receipt, finished
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
@@ -161,13 +160,14 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
         "student": start,
     }
     context.save_config(f"{task.out}/config.toml")
-    commit_receipt(store, _receipt(task, files, counts, time.monotonic() - started))
+    commit_receipt(store, run_receipt(task, files, counts, time.monotonic() - started))
     context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
 
 
 def _token_dump(context: Context) -> "TokenDump | None":
     """The teacher's tokens, where `train.head` is a baseline that asks for them."""
-    from bytecache.stages.teacher.identity import resolve_model, vocabulary_of
+    from bytecache.stages.models.locate import resolve_model
+    from bytecache.stages.teacher.identity import vocabulary_of
     from bytecache.stages.train.batches.teacher_tokens import TokenDump
 
     settings = context.settings
@@ -179,7 +179,7 @@ def _token_dump(context: Context) -> "TokenDump | None":
     return TokenDump(folder, lambda: vocabulary_of(settings.teacher, resolve_model(settings.teacher)))
 
 
-def _receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:
+def run_receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:
     return Receipt(
         stage=task.stage,
         key=task.key,
@@ -215,102 +215,3 @@ def run_files(store: Store, run: Receipt) -> tuple[Path, Path]:
     checkpoint = Path(run.counts["checkpoint"])
     folder = store.folder(checkpoint.parent.as_posix())
     return store.folder(run.counts["student"], "student.json"), folder / checkpoint.name
-
-
-def evaluate_tasks(context: Context, dataset: str, only: str = "") -> list[Task]:
-    """One task per finished run on the data set of this manifest hash."""
-    tasks = []
-    for run in trained(context, only, dataset):
-        inputs = {"name": run.name, "checkpoint": run.counts["sha256"], "dataset": dataset, "split": "heldout"}
-        shape = context.settings.train
-        inputs["windows"] = [shape.batch, shape.window_bytes, shape.context_bytes]
-        out = f"report/{run.name}-{unit_key('evaluate', inputs)[:12]}.json"
-        tasks.append(Task("evaluate", run.name, out, inputs, 1, payload=run))
-    return tasks
-
-
-def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], int]:
-    """Held-out figures of every finished run, and how many were computed now; also report/report.json and .md."""
-    store, settings = context.store, context.settings
-    targets = open_targets(context)
-
-    def open_work() -> Work:
-        from bytecache.stages.evaluate.evaluate import evaluate as evaluate_stage
-
-        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-            run: Receipt = task.payload
-            student, checkpoint = run_files(store, run)
-            result = evaluate_stage(settings.train, student, targets, checkpoint, name=run.name)
-            out.write_bytes(json_bytes(result))
-            return result
-
-        return work
-
-    tasks = evaluate_tasks(context, targets.manifest_hash, only)
-    outcome = run_units(store, tasks, open_work, context.stop, reporter=_reporter(len(tasks)))
-    results = [receipt.counts for receipt in outcome.receipts]
-    report = json_bytes(results).decode("utf-8")
-    if (
-        outcome.made
-        or not store.exists("report/report.md")
-        or store.read_bytes("report/report.json").decode("utf-8") != report
-    ):
-        from bytecache.stages.evaluate.evaluate import report_table
-
-        store.replace_text("report/report.md", report_table(results))
-        store.replace_text("report/report.json", report)
-    context.save_config("report/config.toml", changed=outcome.made > 0)
-    done = f"{outcome.made} runs measured" if outcome.made else f"nothing to do, {len(results)} runs are measured"
-    context.say(f"evaluate: {done} (report/report.json, report/report.md)")
-    return results, outcome.made
-
-
-def _reporter(total: int) -> Callable[[int, int], Reporter]:
-    def make(done_units: int, done: int) -> Reporter:
-        return Reporter("evaluate", total, total, done_units=done_units, done=done, measure="runs")
-
-    return make
-
-
-def measure_exported(context: Context, tasks: list[str], limit: int, only: str = "") -> None:
-    """Run lm-eval-harness tasks on the finished runs, exported first; report/lm-eval.json and .md."""
-    from bytecache.stages.evaluate.harness import measure, table
-
-    results = {}
-    for run in trained(context, only):
-        export(context, run.name)
-        results[run.name] = measure(context.store.folder(export_task(run).out), tasks, limit=limit)
-    context.store.replace_text("report/lm-eval.json", json_bytes({"limit": limit, "results": results}).decode("utf-8"))
-    context.store.replace_text("report/lm-eval.md", table(results))
-
-
-def export_task(run: Receipt) -> Task:
-    """The task of exporting a finished run; `out` is the folder of the plain checkpoint."""
-    inputs = {"name": run.name, "checkpoint": run.counts["sha256"]}
-    return Task("export", run.name, f"export/{run.name}-{unit_key('export', inputs)[:12]}", inputs, 1)
-
-
-def export(context: Context, only: str = "") -> int:
-    """Write a finished run (the distilled one unless `only`) as a plain checkpoint; returns how many are new."""
-    store = context.store
-    made = 0
-    for run in trained(context, only or DISTILLED):
-        task = export_task(run)
-        if finished(store, task) is not None:
-            context.say(f"export {run.name}: nothing to do, {task.out} is whole")
-            continue
-        if context.stop():
-            raise Interrupted("export stopped by a signal before it began; rerun the same command")
-        from bytecache.stages.export import export as export_stage
-
-        started = time.monotonic()
-        folder = store.folder(task.out, "export.json")
-        result = export_stage(*run_files(store, run), folder)
-        store.publish(task.out)
-        files = [record_file(store, key) for key in store.list(task.out)]
-        # Beside the folder, not in it: the folder is a plain checkpoint and nothing else.
-        context.save_config(f"{task.out}.config.toml")
-        commit_receipt(store, _receipt(task, files, result, time.monotonic() - started))
-        context.say(f"export {run.name}: {folder} loads with AutoModelForCausalLM")
-        made += 1
-    return made

@@ -21,8 +21,9 @@ from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
-from bytecache.schemas.dataset.index import DATASET, replace_file
+from bytecache.schemas.dataset.index import DATASET
 from bytecache.schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
+from bytecache.schemas.files import replace_file
 
 ASIDE = "set-aside"
 """Where repair of a run puts shards that no index lists; nothing of unknown origin is deleted."""
@@ -131,7 +132,7 @@ def repair_run(context: Context) -> list[str]:
         done.append(f"removed: {PLAN_KEY} ({error})")
         slices, pending["plan"] = [], 1
     if slices or pending["plan"]:
-        from bytecache.pipeline.commands.convert import plan
+        from bytecache.pipeline.commands.plan import plan
 
         plan(context)
         done.append(f"made again: the plan and {len(slices)} slices, from the corpus")
@@ -208,7 +209,7 @@ def repair_dataset(folder: Path, source: str) -> list[str]:
     """
     from bytecache.schemas.dataset.index import MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
     from bytecache.schemas.dataset.verification import verify_dataset
-    from bytecache.schemas.scratch import scratch_folder
+    from bytecache.schemas.files import scratch_folder
     from bytecache.stages.targets.source import fetch_bytes, fetch_file
 
     base = source.rstrip("/")

@@ -3,10 +3,10 @@
 from contextlib import nullcontext
 from typing import Any
 
-from bytecache.pipeline.commands import convert as commands_data
-from bytecache.pipeline.commands.convert import teacher_job
+from bytecache.pipeline.commands.convert import convert, convert_job
 from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.commands.missing import units_aside
+from bytecache.pipeline.commands.teacher import find_dumps, identity_changes, teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.job import join
 from bytecache.pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
@@ -64,18 +64,18 @@ def _convert_job(context: Context, planned: Plan) -> Job:
     store = context.store
     begun = read_json(store, Layout("teacher").job)
     if begun is None:  # the dump was made without workers: find it by its receipts
-        found = commands_data.find_dumps(context, planned)  # no quarantine either
+        found = find_dumps(context, planned)  # no quarantine either
         identity = next(iter(found.values())).inputs["teacher"]
-        return commands_data.convert_job(context, planned, identity, found.__getitem__)
+        return convert_job(context, planned, identity, found.__getitem__)
     identity = begun["identity"]["teacher"]
-    changes = commands_data.identity_changes(identity, context.settings.teacher)
+    changes = identity_changes(identity, context.settings.teacher)
     if changes:
         raise ConfigError(
             f"{store.name}: the workers' dump was made with other teacher settings ({'; '.join(changes[:4])}); restore "
             "them, or run `bytecache teacher`"
         )
 
-    # The teacher, and the chat template where there is one: what `commands_data.teacher_job` puts into a unit's key.
+    # The teacher, and the chat template where there is one: what `teacher_job` puts into a unit's key.
     shared = {name: value for name, value in begun["identity"].items() if name != "plan"}
 
     def made(index: int) -> Receipt | None:
@@ -92,7 +92,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
         return receipt
 
     aside = units_aside(context, lambda index: made(index) is not None)
-    return commands_data.convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
+    return convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
 
 
 def _index_job(context: Context, shards: Job) -> Job:
@@ -102,7 +102,7 @@ def _index_job(context: Context, shards: Job) -> Job:
         return Task("index", "index", f"{FOLDER}/index/published.json", shards.identity, sum(shards.measures))
 
     def work(task: Task, out: Any, tick: Tick) -> dict[str, Any]:
-        outcome: Outcome = commands_data.convert(context)
+        outcome: Outcome = convert(context)
         out.write_text(f"{len(outcome.receipts)}\n")
         return {"shards": len(outcome.receipts)}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from bytecache.pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped
 from bytecache.pipeline.stores.local import LocalStore
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.scratch import cache_folder
+from bytecache.schemas.files import cache_folder
 
 __all__ = [
     "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped",
@@ -16,7 +16,7 @@ def open_store(place: str, scratch: str = "") -> Store:
     """The store of a run: a path, or a URL (s3://bucket/prefix, gs://..., az://account/container/..., hf://datasets/...).
 
     `scratch`: local folder for copies and temporary files of remote runs; empty = `runs` in the cache
-    (`schemas.scratch.cache_folder`). Raises ConfigError for a scheme that has no store here or whose library is not
+    (`schemas.files.cache_folder`). Raises ConfigError for a scheme that has no store here or whose library is not
     installed.
     """
     scheme, separator, _ = place.partition("://")

@@ -23,7 +23,7 @@ from typing import Any
 
 from bytecache.pipeline.stores import Store, disk_errors, overlapped
 from bytecache.pipeline.units import receipts
-from bytecache.pipeline.units.progress import Reporter
+from bytecache.pipeline.units.progress import Reporter, human_bytes
 from bytecache.pipeline.units.receipts import FileRecord, Receipt
 from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.files import file_sha256
@@ -242,3 +242,11 @@ def _interrupted(stage: str, done: int, total: int) -> Interrupted:
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def outcome_line(stage: str, outcome: Outcome) -> str:
+    size = sum(file.size for receipt in outcome.receipts for file in receipt.files)
+    total = len(outcome.receipts)
+    if not outcome.made:
+        return f"{stage}: nothing to do, {total} of {total} units are whole ({human_bytes(size)})"
+    return f"{stage}: {outcome.made} units made, {total - outcome.made} were already whole ({human_bytes(size)} in all)"

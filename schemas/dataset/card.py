@@ -86,7 +86,7 @@ def render(document: dict[str, Any]) -> bytes:
         "## Reading it",
         "",
         "```python",
-        "from bytecache.stages.targets.dataset import ByteTargets",
+        "from bytecache import ByteTargets",
         "",
         'for window in ByteTargets("FOLDER-OR-URL", split="train", window=1024):',
         "    ...  # text, mask, sparse (row, symbol, probability), tail",

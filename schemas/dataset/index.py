@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256
+from bytecache.schemas.files import file_sha256, replace_file
 
 FORMAT = "bytecache.dataset"
 VERSION = 1
@@ -135,29 +134,6 @@ def _totals(entries: Sequence[ShardEntry]) -> dict[str, dict[str, Any]]:
         totals["tail_max"] = max(entry.tail_max for entry in mine)
         out[split] = totals
     return out
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Atomically give `path` this content: temporary name in the same folder, flush, rename, flush the folder."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot write: {error}; free space or fix permissions, then rerun") from error
 
 
 def _checked_info(info: dict[str, Any]) -> dict[str, Any]:

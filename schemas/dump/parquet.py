@@ -26,8 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bytecache.schemas import strict_json
-from bytecache.schemas.dump.byte_planes import from_planes, to_planes
-from bytecache.schemas.dump.masses import round_by_share, round_masses
+from bytecache.schemas.dump.masses import from_planes, round_by_share, round_masses, to_planes
 from bytecache.schemas.dump.window import Window, is_consistent
 from bytecache.schemas.errors import IntegrityError
 

@@ -22,7 +22,7 @@ from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard import gather, quantise
 from bytecache.schemas.shard import prior as priors
 from bytecache.schemas.shard.blocks import BLOCK, ENTRIES, Block, Rows
-from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, VERSION, Codes, pack_columns
+from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, TAIL, VERSION, Codes, pack_columns
 from bytecache.schemas.shard.prior import Prior
 from bytecache.schemas.shard.zarr_zip import write_zarr_zip
 
@@ -319,7 +319,7 @@ class ShardBuilder:
         n_supervised = int(supervised.sum())
         histogram = np.bincount((columns["head"] & 240 | columns["tail_low"])[supervised], minlength=256)
         used = np.flatnonzero(histogram)
-        mass = math.fsum(quantise.TAIL[code] * histogram[code] for code in used)
+        mass = math.fsum(TAIL[code] * histogram[code] for code in used)
         statistics = {
             "n_documents": len(self._doc_start) - 1,
             "n_bytes": self.n_bytes,
@@ -327,7 +327,7 @@ class ShardBuilder:
             "n_supervised": n_supervised,
             "n_entries": len(columns["entry"]),
             "tail_mean": _rounded(mass / max(1, n_supervised)),
-            "tail_max": _rounded(quantise.TAIL[used[-1]]) if n_supervised else 0.0,
+            "tail_max": _rounded(TAIL[used[-1]]) if n_supervised else 0.0,
             "kl_mean": _rounded(max(0.0, float(self._divergence[1])) / max(1, n_supervised)),
             "quantisation_kl_mean": _rounded(max(0.0, float(self._divergence[0])) / max(1, n_supervised)),
         }

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bytecache.schemas.arrays import U8
-from bytecache.schemas.shard.quantise import MAX_COUNT
+from bytecache.schemas.arrays import F64, U8
 
 FORMAT = "bytecache.byte-targets"
 VERSION = 1
@@ -36,6 +35,13 @@ STEPS = (1, 2, 4, 8, 16, 32, 64)
 """What a `value_step` may be."""
 COUNT_OVER = 7
 """Counts of this and more: this in `head`, the rest in `count_over`."""
+TAIL_IS_ALL = 255
+"""Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
+MAX_COUNT = 127
+VALUE: F64 = (np.arange(256) / 256.0) ** 2
+"""float64 [256]: probability of a listed symbol's code."""
+TAIL: F64 = np.append(((np.arange(255) / 256.0) ** 2) ** 2, 1.0)
+"""float64 [256]: mass of a `tail` code; 255 = 1."""
 
 
 class Codes(NamedTuple):

@@ -19,19 +19,9 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import END, F32, I16, I32, I64, PLACE, SYMBOLS, U8, U16
-from bytecache.schemas.shard.codes import COUNT_OVER
+from bytecache.schemas.shard.codes import COUNT_OVER, MAX_COUNT, TAIL_IS_ALL
 from bytecache.schemas.shard.prior import find_block
-from bytecache.schemas.shard.quantise import (
-    BAD_CODE,
-    BAD_COUNT,
-    BAD_COUNT_OVER,
-    BAD_GAP_OVER,
-    BAD_MASS,
-    BAD_ORDER,
-    MAX_COUNT,
-    OK,
-    TAIL_IS_ALL,
-)
+from bytecache.schemas.shard.quantise import BAD_CODE, BAD_COUNT, BAD_COUNT_OVER, BAD_GAP_OVER, BAD_MASS, BAD_ORDER, OK
 from bytecache.schemas.shard.sorting import LANES, insertion_sort, network, sort_lanes
 
 INDEX_STRIDE = 1024

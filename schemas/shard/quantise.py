@@ -26,14 +26,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from bytecache.schemas.arrays import F32, F64, I16, I64, PLACE, SYMBOLS, U8
+from bytecache.schemas.shard.codes import MAX_COUNT, TAIL, TAIL_IS_ALL, VALUE
 from bytecache.schemas.shard.logarithms import sum_logs
 from bytecache.schemas.shard.sorting import PADDING, sort_distinct
 
-TAIL_IS_ALL = 255
-"""Value of the `tail` column that says: nothing is listed, all mass is unlisted."""
 FLOOR = 1e-6
 """A row whose most likely symbol is rarer than this lists nothing."""
-MAX_COUNT = 127
 FLAT_TAIL = 0.98
 """Unlisted mass above which a row lists nothing: no code is near it."""
 FINE_TAIL = 20.0
@@ -42,11 +40,6 @@ FINE_TAIL = 20.0
 
 # Reasons a row is refused (returned by the kernels, worded by byte_shard.py).
 OK, BAD_VALUE, BAD_SUM, BAD_ORDER, BAD_CODE, BAD_MASS, BAD_COUNT, BAD_COUNT_OVER, BAD_GAP_OVER = range(9)
-
-VALUE: F64 = (np.arange(256) / 256.0) ** 2
-"""float64 [256]: probability of a listed symbol's code."""
-TAIL: F64 = np.append(((np.arange(255) / 256.0) ** 2) ** 2, 1.0)
-"""float64 [256]: mass of a `tail` code; 255 = 1."""
 
 
 def _log2_table() -> I64:

@@ -24,7 +24,7 @@ from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard import prior as priors
 from bytecache.schemas.shard import quantise
 from bytecache.schemas.shard.builder import PRECISIONS, Precision, ShardBuilder
-from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, VERSION, check_bounds
+from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, TAIL, VERSION, check_bounds
 from bytecache.schemas.shard.expansion import INDEX_STRIDE, SPARE, decode_rows, expand_rows
 from bytecache.schemas.shard.prior import Prior
 from bytecache.schemas.shard.zarr_zip import read_zarr_zip
@@ -52,7 +52,7 @@ _REASONS = {
 """Why `expand_rows` refuses: the member to blame, and the words."""
 
 
-TAIL_MASS: F32 = quantise.TAIL.astype(np.float32)
+TAIL_MASS: F32 = TAIL.astype(np.float32)
 """float32 [256]: unlisted mass of a `tail` code."""
 
 

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bytecache.schemas.scratch import scratch_folder
+from bytecache.schemas.files import scratch_folder
 from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 

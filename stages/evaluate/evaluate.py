@@ -37,6 +37,7 @@ from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import open_dataset
 from bytecache.stages.train import checkpoint
 from bytecache.stages.train.batches import stream
+from bytecache.stages.train.batches.types import MicroBatch
 from bytecache.stages.train.run import Run, micro_loss, start_run
 
 
@@ -94,7 +95,7 @@ def load_trained(student_dir: Path, checkpoint_path: Path) -> Run:
     return run
 
 
-def _time(run: Run, micros: list[stream.MicroBatch], *, use_head: bool) -> float:
+def _time(run: Run, micros: list[MicroBatch], *, use_head: bool) -> float:
     weights = run.objective.lambda_byte, run.objective.lambda_kl
     run.objective.lambda_byte, run.objective.lambda_kl = (1.0, 1.0) if use_head else (0.0, 0.0)
     began = time.process_time()
@@ -106,7 +107,7 @@ def _time(run: Run, micros: list[stream.MicroBatch], *, use_head: bool) -> float
     return time.process_time() - began
 
 
-def head_cost(run: Run, micros: list[stream.MicroBatch], repeats: int = 5) -> dict[str, float | None]:
+def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str, float | None]:
     """Parameters of the head and its share of a training step (optimiser excluded), by FLOPs and by the clock.
 
     The clock is not asked for the baselines, whose targets are not at hand here.
@@ -181,7 +182,7 @@ def evaluate(
     )  # fmt: skip
     token = head_ce = kl = teacher = teacher_covered = 0.0
     n_tokens = n_bytes = n_slots = n_positions = n_unlisted = 0
-    sample: list[stream.MicroBatch] = []
+    sample: list[MicroBatch] = []
     context = settings.context_bytes
     calibration = Calibration()
     for window in sequential(reader.positions, settings.batch * settings.window_bytes):

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bytecache.schemas.errors import InputError, StorageError
-from bytecache.schemas.files import file_sha256
-from bytecache.schemas.scratch import flush_to_disk
+from bytecache.schemas.files import file_sha256, flush_to_disk
 
 MARKER = "bytecache-builtin.json"
 RECIPE_VERSION = 1

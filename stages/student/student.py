@@ -34,7 +34,7 @@ from transformers import (
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.schemas.scratch import flush_to_disk, scratch_folder
+from bytecache.schemas.files import flush_to_disk, scratch_folder
 from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.schemas.settings import Teacher as TeacherSettings
 from bytecache.stages.models.weights import refuse_missing
@@ -212,7 +212,7 @@ def model_source(model: str) -> str:
     """What transformers opens for `student.model`: a folder or hub id as it is, a builtin's folder in the cache."""
     if not model.startswith("builtin:"):
         return model
-    from bytecache.stages.teacher.identity import resolve_model
+    from bytecache.stages.models.locate import resolve_model
 
     return str(resolve_model(TeacherSettings(model=model)))
 

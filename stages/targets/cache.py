@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.scratch import scratch_folder
+from bytecache.schemas.files import scratch_folder
 
 Fetch = Callable[[], Iterator[bytes]]
 """Opens the source and yields the content in pieces; what it raises reaches the caller as it is."""

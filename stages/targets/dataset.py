@@ -37,9 +37,9 @@ from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.targets.order import POOL, Order, Window
+from bytecache.stages.targets.prefetch import prefetch
 from bytecache.stages.targets.shelf import Shelf
 from bytecache.stages.targets.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
-from bytecache.stages.train.batches.stream import prefetch
 
 STATE_VERSION = 1
 

@@ -28,8 +28,7 @@ from bytecache.schemas.dataset.index import (
     read_dataset,
 )
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256
-from bytecache.schemas.scratch import cache_folder, scratch_folder
+from bytecache.schemas.files import cache_folder, file_sha256, scratch_folder
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.targets.cache import FileCache, receive
 

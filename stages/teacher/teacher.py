@@ -24,18 +24,13 @@ from bytecache.schemas.dump.parquet import DumpWriter
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, Interrupted
-from bytecache.schemas.scratch import cache_folder
+from bytecache.schemas.files import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
-from bytecache.stages.teacher.identity import (
-    AUTO_CONTEXT,
-    fit_context,
-    identity_of,
-    resolve_model,
-    vocabulary_of,
-)
+from bytecache.stages.models.locate import resolve_model
+from bytecache.stages.teacher.identity import AUTO_CONTEXT, fit_context, identity_of, vocabulary_of
 from bytecache.stages.teacher.inputs import read_inputs
 from bytecache.stages.teacher.windows import (
     LEAD,

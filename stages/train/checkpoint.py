@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256
-from bytecache.schemas.scratch import flush_to_disk, scratch_folder
+from bytecache.schemas.files import file_sha256, flush_to_disk, scratch_folder
 
 KEEP = 2
 """Checkpoints kept; the older one is the fallback for damage of the newer."""

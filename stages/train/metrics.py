@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.scratch import scratch_folder
+from bytecache.schemas.files import scratch_folder
 from bytecache.schemas.settings import Train as TrainSettings
 
 UNPLOTTED = ("name", "step", "steps")

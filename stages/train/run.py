@@ -18,6 +18,7 @@ from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.student import Student, split_model
 from bytecache.stages.train.batches import stream
+from bytecache.stages.train.batches.types import MicroBatch, Step
 from bytecache.stages.train.compiled import compile_trunk
 from bytecache.stages.train.objective.loss import LossParts
 from bytecache.stages.train.objective.objective import Objective
@@ -35,7 +36,7 @@ class Scored(nn.Module):
         self._student, self._dtype = student, getattr(torch, dtype)
         self._pieces = split_model(student) if objective.chunk else None
 
-    def forward(self, micro: stream.MicroBatch, *, measure: bool = False) -> LossParts:
+    def forward(self, micro: MicroBatch, *, measure: bool = False) -> LossParts:
         """Sums of one micro-batch on its own device; `measure` asks for terms whose weights are 0."""
         device = micro.input_ids.device.type
         with torch.autocast(device, dtype=self._dtype, enabled=self._dtype is not torch.float32):
@@ -188,13 +189,13 @@ def start_run(
     return Run(opened, objective, optimizer, scored, world)
 
 
-def micro_loss(run: Run, micro: stream.MicroBatch, *, measure: bool = False) -> LossParts:
+def micro_loss(run: Run, micro: MicroBatch, *, measure: bool = False) -> LossParts:
     """Forward one micro-batch; `measure` asks for the byte terms even where their weights are 0."""
     parts: LossParts = run.scored(micro, measure=measure)
     return parts
 
 
-def backward_step(run: Run, step: stream.Step, n_tokens: int, n_byte_tokens: int, n_micro: int) -> dict[str, float]:
+def backward_step(run: Run, step: Step, n_tokens: int, n_byte_tokens: int, n_micro: int) -> dict[str, float]:
     """Accumulate the gradients of one step; returns its loss terms in nats per token (`Objective.terms`).
 
     Args:

@@ -28,6 +28,7 @@ from bytecache.schemas.settings import BASELINES, NEUTRAL
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
+from bytecache.stages.targets.prefetch import prefetch
 from bytecache.stages.targets.source import open_dataset
 from bytecache.stages.train import checkpoint
 from bytecache.stages.train.batches import packing, stream
@@ -156,7 +157,7 @@ def _train(
         source = map(run.objective.prepare, source)
     totals = dict.fromkeys(("n_bytes", "n_tokens", "n_real", "n_padded", "n_slots"), 0)
     began = time.perf_counter()
-    with closing(stream.prefetch(source)) as data, closing(log or _Silent()):
+    with closing(prefetch(source)) as data, closing(log or _Silent()):
         for step in data:
             tick = time.perf_counter()
             run.seed_step(seed, step.number)

@@ -29,9 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bytecache.pipeline.commands import convert as commands_data
-from bytecache.pipeline.commands import train as commands_student
 from bytecache.pipeline.commands import workers as commands
+from bytecache.pipeline.commands.evaluate import evaluate
+from bytecache.pipeline.commands.export import export
+from bytecache.pipeline.commands.plan import plan
+from bytecache.pipeline.commands.train import train
 from bytecache.pipeline.commands.verify import verify
 from bytecache.pipeline.context import Context, open_context
 from bytecache.pipeline.fleet.ledger import CLAIM, DONE, LOST, RELEASED, STAGES, Layout
@@ -50,12 +52,12 @@ _TIMES = ("head_time_share",)
 """Figures of a report that are times."""
 
 _STEPS: dict[str, tuple[Callable[[Context], Any], bool]] = {
-    "plan": (commands_data.plan, True),
+    "plan": (plan, True),
     "teacher": (commands.teacher_worker, True),
     "convert": (commands.convert_worker, True),
-    "train": (commands_student.train, False),
-    "evaluate": (commands_student.evaluate, False),
-    "export": (commands_student.export, False),
+    "train": (train, False),
+    "evaluate": (evaluate, False),
+    "export": (export, False),
 }
 """Stage: what a worker does, and whether several may do it at a time."""
 

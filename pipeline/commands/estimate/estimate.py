@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from bytecache.pipeline.commands.convert import shard_groups, teacher_job
+from bytecache.pipeline.commands.convert import shard_groups
 from bytecache.pipeline.commands.estimate.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
 from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_total
+from bytecache.pipeline.commands.teacher import teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan.index import Plan

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bytecache.schemas.errors import ConfigError
 from bytecache.stages.student.student import Student
-from bytecache.stages.train.batches.stream import MicroBatch, Step
+from bytecache.stages.train.batches.types import MicroBatch, Step
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in units of the largest logit: order of additions, far below any leak."""

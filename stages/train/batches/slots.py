@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import END, F32, I16, I32, I64, U8
-from bytecache.stages.train.objective.byte_head import SLOTS
+from bytecache.stages.train.batches.types import SLOTS
 
 
 @njit(cache=True, nogil=True)

@@ -12,19 +12,16 @@ Price: a shard is resident as decoded plus about 9 bytes per text byte of token 
 `prefetch` steps are. Tokenising dominates the first reading (1-3 MB of text/s/core).
 """
 
-import queue
-import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bytecache.schemas.dataset.index import Dataset, ShardEntry
 from bytecache.schemas.errors import InputError
@@ -37,17 +34,13 @@ from bytecache.stages.train.batches import slots
 from bytecache.stages.train.batches.answers import TemplateSource
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.token_shard import TokenShard, tokenise
-from bytecache.stages.train.objective.baselines import TokenTargets
-from bytecache.stages.train.objective.byte_head import SLOTS
-from bytecache.stages.train.objective.loss import IGNORE, SlotTargets
+from bytecache.stages.train.batches.types import IGNORE, SLOTS, MicroBatch, SlotTargets, Step, TokenTargets
 
 MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """Most padded tokens in one micro-batch (a single longer row excepted), by device type: bounds memory and padding.
 
 On a CPU small is fast: padding was 6 % of tokens at 768, 10 % at 1024, 18 % at 2048, and caches hold the logits.
 """
-
-Item = TypeVar("Item")
 
 
 class Row(NamedTuple):
@@ -62,78 +55,6 @@ class Row(NamedTuple):
     def length(self) -> int:
         """Tokens of the row."""
         return self.last - self.first + self.lead
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """R rows padded to T tokens. Slots are the supervised first-ten bytes of the tokens, sorted by slot number.
-
-    input_ids, labels int64 [R, T]: labels[:, t] follows input_ids[:, t]; IGNORE where unsupervised or padding.
-    slot_token int64 [S]: flat index (r * T + t) of the input position whose hidden state predicts the slot's token.
-    slot_counts: slots per slot number, length 10. slot_symbol int64 [S], slot_weight float32 [S].
-    targets: the teacher's share, None when not asked for. Counts: predicted tokens, those of them with a supervised
-    byte, supervised text bytes. lengths: tokens of each row before padding.
-    position_ids int64 [R, T]: only where rows are packed (`packing`), else a token's place in its row.
-    teacher: its tokens, where a baseline asks for them. prepared: what the objective made of the rest ahead of time.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    slot_token: Tensor
-    slot_counts: list[int]
-    slot_symbol: Tensor
-    slot_weight: Tensor
-    targets: SlotTargets | None
-    n_tokens: int
-    n_byte_tokens: int
-    n_bytes: int
-    lengths: list[int]
-    position_ids: Tensor | None = None
-    teacher: TokenTargets | None = None
-    prepared: Any = None
-
-    @property
-    def n_real(self) -> int:
-        """Tokens before padding."""
-        return sum(self.lengths)
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            slot_token=self.slot_token.to(device),
-            slot_symbol=self.slot_symbol.to(device),
-            slot_weight=self.slot_weight.to(device),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device),
-            targets=self.targets and SlotTargets(*(t.to(device) for t in self.targets)),
-            teacher=self.teacher and TokenTargets(*(t.to(device) for t in self.teacher)),
-        )
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step's data on this rank."""
-
-    number: int
-    micro: list[MicroBatch]
-    skipped: dict[str, int]
-
-    @property
-    def n_tokens(self) -> int:
-        """Predicted tokens."""
-        return sum(m.n_tokens for m in self.micro)
-
-    @property
-    def n_byte_tokens(self) -> int:
-        """Predicted tokens with at least one supervised byte."""
-        return sum(m.n_byte_tokens for m in self.micro)
-
-    @property
-    def n_bytes(self) -> int:
-        """Text bytes of the predicted tokens."""
-        return sum(m.n_bytes for m in self.micro)
 
 
 def cut(source: TokenShard, lo: int, hi: int, max_tokens: int, context_bytes: int = 0) -> list[Row]:
@@ -326,44 +247,3 @@ def steps(
             if barren > order.epoch_length(0) + 2 * batch:
                 raise InputError(f"{reader.folder}: no document can be trained on; set aside: {step.skipped}")
             yield step
-
-
-def prefetch(source: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
-    """Run `source` in a thread, at most `depth` steps ahead; its exceptions are raised here; closing ends it."""
-    items: queue.Queue[Item | BaseException] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item: Item | BaseException) -> bool:
-        while not closed.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in source:
-                if not put(item):
-                    return
-            put(StopIteration())
-        except BaseException as error:
-            put(error)
-        finally:
-            if isinstance(source, Generator):  # its threads end with it, not when it is collected some day
-                source.close()
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = items.get()
-            if isinstance(item, StopIteration):
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        thread.join()

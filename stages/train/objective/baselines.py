@@ -12,33 +12,12 @@ equal to it where k covers the vocabulary. Neither has parameters.
 Price: a softmax over the vocabulary at the common places, for `uld` a top-k beside it.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bytecache.stages.train.objective.loss import SlotTargets, byte_terms
-
-
-class TokenTargets(NamedTuple):
-    """What the teacher says at A common places of a micro-batch.
-
-    row int64 [A]: flat position whose logits predict the student's token there. ids int64 [A, K], prob float32 [A, K]:
-    see `teacher_tokens.TeacherTokens`.
-    """
-
-    row: Tensor
-    ids: Tensor
-    prob: Tensor
-
-    def split(self, rows: int, size: int) -> list["TokenTargets"]:
-        """The places of rows [0, size), [size, 2 size), ..., each with its own row numbers."""
-        parts = []
-        for first in range(0, rows, size):
-            mine = (self.row >= first) & (self.row < first + size)
-            parts.append(TokenTargets(self.row[mine] - first, self.ids[mine], self.prob[mine]))
-        return parts
+from bytecache.stages.train.batches.types import SlotTargets
+from bytecache.stages.train.objective.loss import byte_terms
 
 
 def sorted_distance(logits: Tensor, prob: Tensor, temperature: float = 1.0) -> Tensor:

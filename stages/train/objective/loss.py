@@ -23,28 +23,14 @@ import torch
 from torch import Tensor
 
 from bytecache.schemas.arrays import SYMBOLS
+from bytecache.stages.train.batches.types import SlotTargets
 
-IGNORE = -100
-"""Label of positions that carry no token loss."""
 FLOOR = 1e-6
 """Smallest probability that targets can hold; reverse KL charges the student no more than -log of it."""
 TINY = 1e-37
 """Keeps a logarithm finite where it is multiplied by 0."""
 LOWEST = -1e4
 """Stands for log 0 where it is multiplied by 0."""
-
-
-class SlotTargets(NamedTuple):
-    """Teacher targets of S slots as E flat entries; (slot, symbol) pairs are unique.
-
-    slot int64 [E], symbol int64 [E] in 0..256 (`marginal.py` has one more), prob float32 [E]; tail float32 [S], the
-    unlisted mass, 0..1.
-    """
-
-    slot: Tensor
-    symbol: Tensor
-    prob: Tensor
-    tail: Tensor
 
 
 class _LogProbs(torch.autograd.Function):

@@ -34,8 +34,7 @@ from torch import Tensor, nn
 
 from bytecache.schemas.arrays import END
 from bytecache.stages.tokens.vocab import Vocabulary
-from bytecache.stages.train.batches.stream import MicroBatch
-from bytecache.stages.train.objective.loss import SlotTargets
+from bytecache.stages.train.batches.types import MicroBatch, SlotTargets
 from bytecache.stages.train.objective.node_sums import STOP, NodeTables
 from bytecache.stages.train.objective.segmentation import Segmentation
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from bytecache.schemas.arrays import END, I64
 from bytecache.stages.tokens.vocab import Vocabulary
-from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS
+from bytecache.stages.train.objective.heads import HEAD_SYMBOLS
 from bytecache.stages.train.objective.loss import LOWEST
 
 STOP = 257

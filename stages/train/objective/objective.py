@@ -27,10 +27,11 @@ from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.settings import BASELINES
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.student import Student
-from bytecache.stages.train.batches.stream import MicroBatch, ShardReader, Step
-from bytecache.stages.train.objective.baselines import TokenTargets, shared_distance, sorted_distance
+from bytecache.stages.train.batches.stream import ShardReader
+from bytecache.stages.train.batches.types import IGNORE, MicroBatch, SlotTargets, Step, TokenTargets
+from bytecache.stages.train.objective.baselines import shared_distance, sorted_distance
 from bytecache.stages.train.objective.heads import make_head
-from bytecache.stages.train.objective.loss import IGNORE, LossParts, SlotTargets, byte_terms, diverge
+from bytecache.stages.train.objective.loss import LossParts, byte_terms, diverge
 from bytecache.stages.train.objective.marginal import Choices, Marginal
 from bytecache.stages.train.objective.node_sums import compiled, node_log_probs, node_logits
 

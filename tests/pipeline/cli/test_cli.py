@@ -103,12 +103,12 @@ def test_refusals_are_one_line_with_a_code_and_leave_nothing(
 
 
 def test_unexpected_faults_keep_their_traceback(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bytecache.pipeline.commands import convert as commands_data
+    from bytecache.pipeline.commands import plan as module
 
     def fail(context: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(commands_data, "plan", fail)
+    monkeypatch.setattr(module, "plan", fail)
     assert isinstance(bytecache("plan").exception, ZeroDivisionError)
 
 

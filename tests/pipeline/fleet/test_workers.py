@@ -68,9 +68,9 @@ def test_two_versions_on_one_plan_are_refused_by_name(store: LocalStore, monkeyp
     with pytest.raises(ConfigError, match=r"begun with other settings or software \(identity.identity: 'a' -> 'b'\)"):
         run(store, job(2, identity="b"))
     hashes = jobs.code_hashes()
-    assert "stages/lattice.py" in hashes and not any(name.startswith("stages/training") for name in hashes)
-    monkeypatch.setattr(jobs, "code_hashes", lambda: {**hashes, "stages/lattice.py": "0" * 12})
-    with pytest.raises(ConfigError, match=r"code.stages/lattice.py: '[0-9a-f]{12}' -> '0{12}'.*--new-job"):
+    assert "stages/lattice/lattice.py" in hashes and not any(name.startswith("stages/train/") for name in hashes)
+    monkeypatch.setattr(jobs, "code_hashes", lambda: {**hashes, "stages/lattice/lattice.py": "0" * 12})
+    with pytest.raises(ConfigError, match=r"code.stages/lattice/lattice.py: '[0-9a-f]{12}' -> '0{12}'.*--new-job"):
         run(store, job(2))
     monkeypatch.setattr(jobs, "code_hashes", lambda: hashes)
     versions = receipts.software_versions()

@@ -10,8 +10,7 @@ import pytest
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump import parquet as token_dump
-from bytecache.schemas.dump.byte_planes import from_planes, to_planes
-from bytecache.schemas.dump.masses import LEAST_BITS, MASS_BITS, SHARE_BITS, round_masses
+from bytecache.schemas.dump.masses import LEAST_BITS, MASS_BITS, SHARE_BITS, from_planes, round_masses, to_planes
 from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows, round_entries
 from bytecache.schemas.dump.top_k import top_k_sizes
 from bytecache.schemas.dump.window import Window

@@ -14,7 +14,7 @@ from bytecache.schemas.errors import InputError
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher.identity import resolve_model
+from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.teacher import REFERENCE, Teacher, open_teacher
 from bytecache.stages.tokens.chat import Template, encode_answer
 from bytecache.stages.tokens.vocab import load_vocabulary

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bytecache.pipeline.commands import convert as commands_data
+from bytecache.pipeline.commands.convert import convert
+from bytecache.pipeline.commands.plan import plan
+from bytecache.pipeline.commands.teacher import teacher
 from bytecache.pipeline.context import open_context
 from bytecache.pipeline.plan.make import make_plan
 from bytecache.schemas import errors
@@ -241,9 +243,9 @@ def settings_for(tmp_path: Path, kind: str, teacher: Path, **student_keys: objec
 def dataset_of(settings: Settings) -> tuple[Path, list[str]]:
     said: list[str] = []
     context = open_context(settings, said.append)
-    commands_data.plan(context)
-    commands_data.teacher(context)
-    commands_data.convert(context)
+    plan(context)
+    teacher(context)
+    convert(context)
     return Path(settings.run.dir) / "targets", said
 
 

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.settings import BASELINES, Student, Train
 from bytecache.stages.student import student
-from bytecache.stages.train.batches.stream import MicroBatch, ShardReader, collate, cut
-from bytecache.stages.train.objective.baselines import TokenTargets
-from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS, SLOTS
+from bytecache.stages.train.batches.stream import ShardReader, collate, cut
+from bytecache.stages.train.batches.types import SLOTS, MicroBatch, TokenTargets
+from bytecache.stages.train.objective.heads import HEAD_SYMBOLS
 from bytecache.stages.train.objective.objective import Objective
 from tests.support.student_data import make_dataset
 

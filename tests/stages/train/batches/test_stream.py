@@ -12,10 +12,10 @@ from bytecache.schemas.dataset.index import read_dataset, write_dataset
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.targets.order import Order, sequential
+from bytecache.stages.targets.prefetch import prefetch
 from bytecache.stages.tokens.vocab import Encoded, Misfit
 from bytecache.stages.train.batches import stream
-from bytecache.stages.train.objective.byte_head import SLOTS
-from bytecache.stages.train.objective.loss import IGNORE
+from bytecache.stages.train.batches.types import IGNORE, SLOTS
 from tests.support.student_data import document, make_dataset, write_split
 
 START, EOS = 1000, 1001
@@ -201,11 +201,11 @@ def test_prefetch_hands_on_items_errors_and_stops():
         yield from (SimpleNamespace(number=i) for i in range(5))
         raise IntegrityError("torn")
 
-    items = stream.prefetch(source())
+    items = prefetch(source())
     assert [next(items).number for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(IntegrityError, match="torn"):
         next(items)
-    endless = stream.prefetch(SimpleNamespace(number=i) for i in range(10**9))
+    endless = prefetch(SimpleNamespace(number=i) for i in range(10**9))
     assert next(endless).number == 0
     endless.close()  # joins its thread, or this test hangs
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bytecache.pipeline.commands import convert as commands_data
-from bytecache.pipeline.commands import train as commands_student
+from bytecache.pipeline.commands.convert import convert
+from bytecache.pipeline.commands.plan import plan
 from bytecache.pipeline.commands.run import summary_table
+from bytecache.pipeline.commands.teacher import teacher
+from bytecache.pipeline.commands.train import open_targets
+from bytecache.pipeline.commands.train import train as train_command
 from bytecache.pipeline.context import Context, open_context
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError, IntegrityError
@@ -22,7 +25,8 @@ from bytecache.stages.targets.source import load_shard
 from bytecache.stages.teacher.identity import vocabulary_of
 from bytecache.stages.train.batches import packing, stream
 from bytecache.stages.train.batches.teacher_tokens import ABSENT, TeacherTokens, TokenDump, _merged
-from bytecache.stages.train.objective.baselines import TokenTargets, shared_distance, sorted_distance
+from bytecache.stages.train.batches.types import TokenTargets
+from bytecache.stages.train.objective.baselines import shared_distance, sorted_distance
 from bytecache.stages.train.objective.objective import Objective
 from bytecache.stages.train.train import train
 from tests.support.small_run import small_settings
@@ -102,7 +106,7 @@ def run(tmp_path_factory) -> tuple[Settings, Context]:
     """A run up to its targets; the teacher's top 16 of some 330 tokens."""
     settings = small_settings(tmp_path_factory.mktemp("baselines"), documents=24)
     context = open_context(settings, lambda line: None)
-    for stage in (commands_data.plan, commands_data.teacher, commands_data.convert):
+    for stage in (plan, teacher, convert):
         stage(context)
     return settings, context
 
@@ -110,12 +114,12 @@ def run(tmp_path_factory) -> tuple[Settings, Context]:
 def teacher_as_student(run: tuple[Settings, Context], folder: Path) -> student.Student:
     settings, context = run
     shape = settings.student.model_copy(update={"model": settings.teacher.model, "tokenizer": ""})
-    student.prepare(shape, commands_student.open_targets(context), folder, seed=0)
+    student.prepare(shape, open_targets(context), folder, seed=0)
     return student.load(folder)
 
 
 def first_steps(run, opened: student.Student, dump: TokenDump, number: int = 1) -> list[stream.MicroBatch]:
-    dataset = commands_student.open_targets(run[1])
+    dataset = open_targets(run[1])
     reader = stream.ShardReader(dataset.where, dataset, "train", opened.vocabulary, opened.end_id, dump=dump)
     rows = stream.cut(reader[0], 0, reader.positions[0], opened.max_tokens)
     return [stream.collate(members, with_targets=True) for members in stream.group(rows)][:number]
@@ -145,7 +149,7 @@ def test_a_student_that_is_the_teacher_is_at_no_distance(run, tmp_path):
 def test_pieces_and_packing_change_nothing(run, tmp_path, head):
     settings, context = run
     shape = settings.student.model_copy(update={"tokenizer": "bytes"})
-    student.prepare(shape, commands_student.open_targets(context), tmp_path / "s", seed=0)
+    student.prepare(shape, open_targets(context), tmp_path / "s", seed=0)
     opened = student.load(tmp_path / "s")
     micro = first_steps(run, opened, dump_of(run))[0]
     assert micro.teacher is not None and 0 < len(micro.teacher.row) < micro.n_tokens
@@ -168,7 +172,7 @@ def test_pieces_and_packing_change_nothing(run, tmp_path, head):
 
 def test_a_baseline_trains_resumes_and_is_measured_by_its_bytes(run, tmp_path):
     settings, context = run
-    dataset = commands_student.open_targets(context)
+    dataset = open_targets(context)
     student.prepare(settings.student, dataset, tmp_path / "s", seed=0)
     shape = settings.train.model_copy(update={"head": "shared_topk", "steps": 4, "tensorboard": False})
     lines: list[dict] = []
@@ -220,4 +224,4 @@ def test_the_command_line_reads_the_runs_own_dump(run):
     settings, context = run
     for head in ("uld", "shared_topk"):
         changed = settings.model_copy(update={"train": settings.train.model_copy(update={"head": head, "steps": 2})})
-        assert commands_student.train(replace(context, settings=changed)) == 1
+        assert train_command(replace(context, settings=changed)) == 1

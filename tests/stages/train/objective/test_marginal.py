@@ -11,10 +11,10 @@ from torch.nn import functional
 from bytecache.schemas.arrays import END
 from bytecache.schemas.settings import Train
 from bytecache.stages.tokens.vocab import Vocabulary
-from bytecache.stages.train.batches.stream import MicroBatch
+from bytecache.stages.train.batches.types import IGNORE, MicroBatch, SlotTargets
 from bytecache.stages.train.objective import node_sums
-from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS
-from bytecache.stages.train.objective.loss import IGNORE, SlotTargets, byte_terms, diverge
+from bytecache.stages.train.objective.heads import HEAD_SYMBOLS
+from bytecache.stages.train.objective.loss import byte_terms, diverge
 from bytecache.stages.train.objective.marginal import Marginal
 from bytecache.stages.train.objective.node_sums import CONTROL, STOP, NodeTables, node_log_probs, node_logits
 from bytecache.stages.train.objective.objective import Objective

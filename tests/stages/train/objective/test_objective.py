@@ -15,10 +15,9 @@ from bytecache.schemas.settings import Student as Small
 from bytecache.schemas.settings import Train
 from bytecache.stages.student import student
 from bytecache.stages.student.student import Student
-from bytecache.stages.train.batches.stream import MicroBatch, ShardReader, collate, cut
-from bytecache.stages.train.objective.byte_head import HEAD_SYMBOLS, SLOTS
-from bytecache.stages.train.objective.heads import make_head
-from bytecache.stages.train.objective.loss import IGNORE
+from bytecache.stages.train.batches.stream import ShardReader, collate, cut
+from bytecache.stages.train.batches.types import IGNORE, SLOTS, MicroBatch
+from bytecache.stages.train.objective.heads import HEAD_SYMBOLS, make_head
 from bytecache.stages.train.objective.objective import Objective
 from tests.support.student_data import make_dataset
 

@@ -10,13 +10,13 @@ import pytest
 
 from bytecache.pipeline.stores import open_store
 from bytecache.pipeline.stores.readonly import ReadOnlyStore
-from bytecache.schemas.scratch import cache_folder, scratch_folder
+from bytecache.schemas.files import cache_folder, scratch_folder
 from tests.support.places import ROOT
 
 OWNER = """
 import sys
 from pathlib import Path
-from bytecache.schemas.scratch import scratch_folder
+from bytecache.schemas.files import scratch_folder
 with scratch_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("written")
     print("ready", flush=True)

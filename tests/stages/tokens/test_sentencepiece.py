@@ -46,7 +46,8 @@ def assert_as_the_library(vocabulary: Vocabulary, model: bytes, texts: list[str]
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"model_type": "unigram"}, {"add_dummy_prefix": False}, {"split_digits": True, "allow_whitespace_only_pieces": True},
+    {}, {"model_type": "unigram"}, {"add_dummy_prefix": False},
+    {"split_digits": True, "allow_whitespace_only_pieces": True},
     {"user_defined_symbols": ["<tool>", "  "], "control_symbols": ["[INST]"]}, {"eos_id": -1, "pad_id": 3},
 ], ids=str)  # fmt: skip
 def test_texts_are_cut_as_sentencepiece_cuts_them(tmp_path: Path, options: dict[str, object]) -> None:
@@ -91,7 +92,8 @@ def test_without_byte_fallback_unknown_letters_set_a_text_aside(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("options", "why"), [
-    ({}, "joins spaces"), ({"normalization_rule_name": "nfkc", "remove_extra_whitespaces": False}, "compatibility form"),
+    ({}, "joins spaces"),
+    ({"normalization_rule_name": "nfkc", "remove_extra_whitespaces": False}, "compatibility form"),
     ({"normalization_rule_name": "identity"}, "joins spaces"),
     ({**FAITHFUL, "normalization_rule_name": "nfkc_cf"}, "compatibility form"),
     ({**FAITHFUL, "treat_whitespace_as_suffix": True}, "behind it"),

@@ -3,7 +3,7 @@
 In order of preference: `tokenizer.json`, Tekken (`tekken*.json`), tiktoken rank files (`*.tiktoken`), RWKV vocabularies
 (`rwkv_vocab*.txt`), SentencePiece models (`*.model`), then what transformers makes of `vocab.json` and `merges.txt`.
 Each is read as it stands and cut by the library it was made for, never through AutoTokenizer: some of its classes
-rebuild a `tokenizer.json` from their own defaults, and from Mistral's SentencePiece model it makes a tokenizer that cuts
+rebuild a `tokenizer.json` from their own defaults, and from Mistral's SentencePiece model it makes one that cuts
 every text we tried into other tokens.
 """
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bytecache.pipeline.config import RESOLVED_FILE, render_template
-from bytecache.pipeline.stores import Store, open_store
+from bytecache.pipeline.stores import LocalStore, Store, open_store
+from bytecache.pipeline.units import documents
 from bytecache.pipeline.units.runner import StopFlag
 from bytecache.schemas.settings import Settings
 
@@ -19,12 +21,25 @@ class Context:
     say: Callable[[str], None] = print
 
     def save_config(self, key: str, *, changed: bool = True) -> None:
-        """Keep the resolved configuration at `key`, beside the output it made; skipped if nothing was made."""
-        if changed or not self.store.exists(key):
-            self.store.replace_text(key, render_template(self.settings))
-            self.store.replace_text(RESOLVED_FILE, render_template(self.settings))
+        """Keep the resolved configuration at `key`, beside the output it made; if nothing was made, only mend it."""
+        for place in (key, RESOLVED_FILE):
+            if changed or not documents.is_whole(self.store, place):
+                documents.write_document(self.store, place, render_template(self.settings))
 
 
 def open_context(settings: Settings, say: Callable[[str], None] = print) -> Context:
     """A context on the run folder of the settings."""
     return Context(settings, open_store(settings.run.dir, settings.run.scratch), say=say)
+
+
+def own_configuration(place: str) -> Path | None:
+    """The configuration that a local run folder was made with: its own file, or where that is damaged a stage's."""
+    local = Path(place).expanduser()
+    if not local.is_dir():
+        return None
+    store = LocalStore(local)
+    keys = [RESOLVED_FILE, *(f"{stage}/{RESOLVED_FILE}" for stage in ("report", "teacher", "plan"))]
+    whole = next((key for key in keys if documents.is_whole(store, key)), None)
+    if whole is None and store.exists(RESOLVED_FILE) and not store.exists(documents.document_place(RESOLVED_FILE)):
+        whole = RESOLVED_FILE  # of software that kept no receipts of it
+    return local / whole if whole else None

@@ -95,6 +95,7 @@ assert {module.MARK for module in (schemas, stages, pipeline)} == {"of the user"
 """
 
 
+@pytest.mark.slow
 def test_works_beside_a_users_own_modules_of_the_same_names(users: Environment, tmp_path: Path) -> None:
     for name in ("schemas", "stages", "pipeline"):
         (tmp_path / f"{name}.py").write_text('MARK = "of the user"\n')

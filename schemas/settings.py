@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bytecache.schemas.secrets import SecretAddress, SecretHeader
+
 
 class Section(BaseModel):
     """A table of `pipeline.toml`; frozen, so that a resolved configuration cannot drift from its hash."""
@@ -131,9 +133,12 @@ class Convert(Section):
 
 
 class Dataset(Section):
-    source: str = ""
+    source: SecretAddress = SecretAddress()
     """Byte targets that train and evaluate read instead of this run's own: a folder, or a URL such as
-    `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`."""
+    `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`. A password or token in it is written nowhere: other
+    machines take it from $BYTECACHE_DATASET_SOURCE."""
+    private_redirects: bool = False
+    """Follow a redirect of an http(s) source to an address of a private network or of this machine."""
     cache_dir: str = ""
     """Where shards read from a URL are kept; empty = `shards` in the cache folder ($BYTECACHE_CACHE, else bytecache in
     $XDG_CACHE_HOME or ~/.cache)."""
@@ -269,11 +274,12 @@ class Fleet(Section):
     """Seconds from SIGTERM or a notice to the kill: a unit that cannot finish within is given back at once."""
     notice_file: str = ""
     """A file whose appearance is a notice of preemption; empty = none."""
-    notice_url: str = ""
+    notice_url: SecretAddress = SecretAddress()
     """A metadata address to poll for a notice of preemption; empty = none. See `pipeline/fleet/preemption.py`."""
-    notice_header: str = ""
-    """Header for notice_url, e.g. `Metadata-Flavor: Google`."""
-    notice_token_url: str = ""
+    notice_header: SecretHeader = SecretHeader()
+    """Header for notice_url, e.g. `Metadata-Flavor: Google`. Any other value may be a token, is written nowhere, and is
+    taken from $BYTECACHE_FLEET_NOTICE_HEADER where this is empty."""
+    notice_token_url: SecretAddress = SecretAddress()
     """Where to PUT for a token first (AWS IMDSv2); empty = none."""
     notice_match: str = "."
     """Regular expression that the answer of notice_url must contain to be a notice; an error status never is."""

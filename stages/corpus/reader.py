@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.files import kind_of
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import conversations
 
@@ -71,7 +72,10 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], int]:
             )
     else:
         known = [(root, root.name)]
-    for _, name in known:
+    for path, name in known:
+        # A pipe can be read once, a plan reads its corpus twice; a device may never end.
+        if path.exists() and not path.is_file():
+            raise InputError(f"{str(path)!r} is {kind_of(path.stat().st_mode)}, not a regular file; name a file")
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:

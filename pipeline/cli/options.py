@@ -17,7 +17,7 @@ import typer
 
 from bytecache.pipeline.cli.terminal import PIPE_CLOSED, say, say_error
 from bytecache.pipeline.config import load_settings
-from bytecache.schemas.errors import BytecacheError
+from bytecache.schemas.errors import BytecacheError, missing_package
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -119,8 +119,14 @@ def refusals() -> Iterator[None]:
     from bytecache.pipeline.stores import disk_errors
 
     try:
-        with disk_errors("writing"):
-            yield
+        try:
+            with disk_errors("writing"):
+                yield
+        except ModuleNotFoundError as error:
+            refusal = missing_package(error)
+            if refusal is None:
+                raise
+            raise refusal from error
     except BytecacheError as error:
         say_error(str(error))
         raise typer.Exit(error.exit_code) from None

@@ -51,6 +51,10 @@ class _PrivateError(StorageError):
     """The connection leads to a private address, and may not."""
 
 
+class _NothingMoreError(Exception):
+    """The object ends where the transfer is to go on."""
+
+
 def is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
@@ -62,7 +66,11 @@ def pieces(url: str, start: int = 0, *, private_redirects: bool = False) -> Iter
     and an answer that no repetition helps; IntegrityError where the object ends before `start`; PassingError, OSError,
     http.client.HTTPException for what may pass.
     """
-    with _open(url, start, private_redirects) as answer:
+    try:
+        opened = _open(url, start, private_redirects)
+    except _NothingMoreError:
+        return
+    with opened as answer:
         behind = start if answer.status == 200 else 0  # no ranges here: the known part comes again
         if answer.status == 206 and not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
             raise StorageError(f"{masked(url)}: answers another range than it is asked for; it cannot be read")
@@ -103,7 +111,7 @@ def _open(url: str, start: int, private_redirects: bool) -> http.client.HTTPResp
         except urllib.error.HTTPError as error:
             with error:
                 if error.code not in _REDIRECTS:
-                    raise _refusal(url, error) from None
+                    raise _refusal(url, error, start) from None
                 target = _next(url, target, error.headers.get("Location"))
         except urllib.error.URLError as error:
             if isinstance(error.reason, BaseException):
@@ -114,11 +122,13 @@ def _open(url: str, start: int, private_redirects: bool) -> http.client.HTTPResp
     raise StorageError(f"{masked(url)}: more than {MAX_REDIRECTS} redirects; name the address that it ends at")
 
 
-def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
+def _refusal(url: str, error: urllib.error.HTTPError, start: int) -> Exception:
     if error.code in _GONE:
         return FileNotFoundError(f"HTTP {error.code}")
     if error.code in _DENIED:
         return PermissionError(f"HTTP {error.code}")
+    if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
+        return _NothingMoreError()
     if error.code == 416:
         return IntegrityError("the object became shorter while it was fetched")
     if error.code in (408, 425, 429) or error.code >= 500:

@@ -45,7 +45,7 @@ class Server(Quiet, BaseHTTPRequestHandler):
         if self.ranges and (wanted := self.headers.get("Range")):
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             if start >= len(DATA):
-                return self._head(416, 0)
+                return self._head(416, 0, Content_Range=f"bytes */{len(DATA)}")
         body = DATA[start:]
         partly = {"Content-Range": f"bytes {start}-{len(DATA) - 1}/{len(DATA)}"} if start else {}
         self._head(206 if start else 200, len(body), **partly)
@@ -222,6 +222,11 @@ def test_an_object_that_became_shorter_is_wrong_bytes_and_no_end_of_tries(serve:
 ])  # fmt: skip
 def test_private_addresses(address: str, private: bool) -> None:
     assert is_private(address) is private
+
+
+def test_a_transfer_that_broke_at_the_very_end_is_whole(serve: Any) -> None:
+    url, _ = serve()
+    assert list(pieces(f"{url}/x", len(DATA))) == []
 
 
 def test_a_connection_is_judged_by_the_address_it_has(monkeypatch: pytest.MonkeyPatch, serve: Any) -> None:

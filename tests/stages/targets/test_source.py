@@ -126,7 +126,9 @@ def test_transfers_that_fail_are_tried_again(memory: str, tmp_path: Path, monkey
     monkeypatch.setattr(source, "PROGRESS", 100)
     starts.clear()
     assert len(load_shard(remote, remote.entries[0]))
-    assert starts == list(range(0, remote.entries[0].size + 1, 100)), "each connection goes on where the last one ended"
+    assert starts == [*range(0, remote.entries[0].size, 100), remote.entries[0].size], (
+        "each connection goes on where the last one ended"
+    )
 
     def dead(url: str, start: int, access: source.Access) -> Iterator[bytes]:
         raise ConnectionResetError("dead")

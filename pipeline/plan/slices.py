@@ -71,7 +71,7 @@ class Slicer:
         pieces = [self.open[low:high] for low, high in itertools.pairwise(edges)]
         self.n_bytes -= int(sizes[: edges[-1]].sum())
         del self.open[: edges[-1]]
-        self._enough = self.n_bytes + max(self._unit_bytes, self.n_bytes if self.head is None else 0)
+        self._enough = self.n_bytes + max(self._unit_bytes // 2, self.n_bytes if self.head is None else 0)
         yield from pieces
 
 

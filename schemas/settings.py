@@ -41,10 +41,11 @@ class Corpus(Section):
     """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
     max_bytes: int = Field(150_000, ge=0)
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
-    unit_bytes: int = Field(50_000, ge=1_000)
-    """Bytes of text in one unit of teacher work, the most that a kill can lose: minutes of a CPU; 1-4 MB on a GPU."""
+    unit_bytes: int = Field(50_000, ge=1_000, le=1_000_000_000)
+    """Most bytes of text in one unit of teacher work, half of it the least (a longer document is a unit alone), and
+    what a kill can lose: minutes of a CPU; 1-4 MB on a GPU."""
     jobs: int = Field(0, ge=0)
-    """Processes of this machine that plan the corpus, each with files of its own; 0 = one a core."""
+    """Processes of this machine that plan the corpus, each with files or lines of its own; 0 = one a core."""
     license: str = ""
     """Licence of the text, for those you share the targets with; copied into dataset.json."""
     attribution: str = ""

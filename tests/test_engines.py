@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, Phi3Config
 from schemas import settings as st
 from schemas.errors import ConfigError, EngineError, InputError, Interrupted
 from schemas.token_dump import read_windows
-from stages.engines.vllm_worker import Want
+from stages.engines.engine import Prompt
 from stages.identity import teacher_identity
 from stages.lattice import Lattice
 from stages.teacher import Teacher, open_teacher
@@ -107,9 +107,9 @@ def test_branches_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_id_outside_the_vocabulary_never_reaches_the_engine(vllm_teacher):
-    want = Want(np.array([0, 10_000_000], np.int32), 0, np.zeros(1, np.uint8), np.array([0, 1]), "x")
+    prompt = Prompt("x", np.array([0, 10_000_000], np.int32), 0, np.zeros(1, np.uint8), np.array([0, 1]))
     with pytest.raises(EngineError, match="outside the teacher's vocabulary"):
-        list(vllm_teacher.engine._run([want], reuse_prefix=False))
+        list(vllm_teacher.engine.score([prompt]))
 
 
 def test_groups_bound_what_is_held_at_once(tiny_checkpoint, monkeypatch):

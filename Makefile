@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 COMPILE := uv pip compile -q pyproject.toml --extra default-models --extra remote --extra ray --python-version 3.11 --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links
 
-.PHONY: run test fast check gemma lock clean
+.PHONY: run test fast check torture gemma lock clean
 .DEFAULT_GOAL := run
 
 $(STAMP): lock/cpu.txt pyproject.toml
@@ -27,6 +27,9 @@ test: $(STAMP) check gemma  ## everything CI runs: lint, types, fast and full ti
 
 fast: $(STAMP)  ## the tier to run at every save, under three minutes
 	$(BIN)/python -m pytest -m "not slow"
+
+torture: $(STAMP)  ## a thousand workers killed at random moments; every hash must be the undisturbed run's
+	$(BIN)/python -m benchmarks.torture --kills 1000
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

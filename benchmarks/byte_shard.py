@@ -16,8 +16,8 @@ from pydoc_data import topics
 
 import numpy as np
 
-from schemas.arrays import F32, U8
-from schemas.byte_shard import PRECISIONS, ShardBuilder, read_shard
+from bytecache.schemas.arrays import F32, U8
+from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
 
 ORDERS = {1: 0.005, 2: 0.015, 3: 0.08, 4: 0.2, 5: 0.7}
 PIECE = 1 << 15

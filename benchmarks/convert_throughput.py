@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from schemas import settings as st
-from schemas.token_dump import DumpWriter, read_windows
-from schemas.window import Window
-from stages.convert import convert_units
-from stages.rows import keep_rows
+from bytecache.schemas import settings as st
+from bytecache.schemas.dump.parquet import DumpWriter, read_windows
+from bytecache.schemas.dump.rows import keep_rows
+from bytecache.schemas.dump.window import Window
+from bytecache.stages.convert.convert import convert_units
 
 STAGES = {
     "read": ("token_dump.py", ("read_windows", "read_meta")),

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from schemas import settings as st
-from schemas.arrays import END
-from schemas.byte_shard import ShardBuilder
-from schemas.hashing import file_sha256
-from schemas.manifest import ShardEntry, read_dataset, write_dataset
-from schemas.token_dump import read_meta, read_windows
-from schemas.window import Window
-from stages.teacher import resolve_model
-from stages.tokens.vocab import load_vocabulary
+from bytecache.schemas import settings as st
+from bytecache.schemas.arrays import END
+from bytecache.schemas.dataset.index import ShardEntry, read_dataset, write_dataset
+from bytecache.schemas.dump.parquet import read_meta, read_windows
+from bytecache.schemas.dump.window import Window
+from bytecache.schemas.files import file_sha256
+from bytecache.schemas.shard.reader import ShardBuilder
+from bytecache.stages.teacher.teacher import resolve_model
+from bytecache.stages.tokens.vocab import load_vocabulary
 
 KINDS = ("fast", "topk")
 

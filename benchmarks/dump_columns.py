@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from schemas import token_dump
-from schemas.rounding import round_masses
-from schemas.token_dump import DumpWriter, read_windows
-from schemas.window import Window
-from stages.divergence import kl_spread
-from stages.lattice import Lattice
+from bytecache.schemas.dump import parquet as token_dump
+from bytecache.schemas.dump.masses import round_masses
+from bytecache.schemas.dump.parquet import DumpWriter, read_windows
+from bytecache.schemas.dump.window import Window
+from bytecache.stages.fidelity.divergence import kl_spread
+from bytecache.stages.lattice.lattice import Lattice
 
 
 def columns_of(part: Path) -> tuple[int, int, dict[str, list[int]]]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import planning
-from pipeline.config import load_settings
-from pipeline.context import open_context
-from pipeline.estimate import convert_pilot, run_pilot
-from pipeline.prediction import ratio_total
+from bytecache.pipeline.commands.estimate.estimate import convert_pilot, run_pilot
+from bytecache.pipeline.commands.estimate.prediction import ratio_total
+from bytecache.pipeline.config import load_settings
+from bytecache.pipeline.context import open_context
+from bytecache.pipeline.plan import make as planning
 
 RESULT = Path(__file__).parent / "results" / "estimate_error.json"
 PILOTS = (2, 3, 5)

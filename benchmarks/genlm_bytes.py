@@ -17,8 +17,8 @@ Reported, loading, compilation, trie building and static rows excluded:
     tokens            fed to the model per byte of text, padding included: genlm-bytes keeps no key/value cache unless
                       told ("tuned": of the best history, every 16 tokens), so a history costs its whole context again
     histories         evaluated per byte of text
-    KL, JSD, leak     per byte, against the same teacher at tau = 2e-4, depth 5 (stages.divergence; genlm-bytes has no
-                      tail)
+    KL, JSD, leak     per byte, against the same teacher at tau = 2e-4, depth 5 (stages.fidelity.divergence;
+                      genlm-bytes has no tail)
 
 "many" is documents of 80 to 200 bytes all at once, in batches of each side's own making ("tuned" raises genlm-bytes'
 limit of 20 histories to 64). "long" is this project alone on more of the same text: what a corpus runs at. Ours are
@@ -43,12 +43,12 @@ import numpy as np
 import torch
 
 from benchmarks.texts import builtin_texts, clip, folder_texts
-from schemas import settings as st
-from schemas.arrays import END
-from stages.divergence import divergence
-from stages.identity import resolve_model
-from stages.lattice import Lattice
-from stages.teacher import REFERENCE, Teacher, open_teacher
+from bytecache.schemas import settings as st
+from bytecache.schemas.arrays import END
+from bytecache.stages.fidelity.divergence import divergence
+from bytecache.stages.lattice.lattice import Lattice
+from bytecache.stages.models.locate import resolve_model
+from bytecache.stages.teacher.teacher import REFERENCE, Teacher, open_teacher
 
 THEIRS: list[tuple[str, dict[str, Any], int]] = [
     ("K=10, prune 0.01", {"K": 10, "prune_threshold": 0.01}, 0),

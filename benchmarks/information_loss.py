@@ -18,8 +18,8 @@ With --passages N only the last is measured, of the presets, on N passages of ea
 passages, standard deviation between them, least and greatest. How well the cheap presets do depends on the text, so
 that one passage says little of them.
 
-Reference: tau = 2e-4, depth 5, float32, transformers; stages.divergence has the formulas. What storing loses is
-measured by benchmarks/rate_distortion.py.
+Reference: tau = 2e-4, depth 5, float32, transformers; stages.fidelity.divergence has the formulas. What storing
+loses is measured by benchmarks/rate_distortion.py.
 """
 
 import argparse
@@ -33,13 +33,13 @@ import numpy as np
 import torch
 
 from benchmarks.texts import builtin_texts, folder_texts, prose_passages
-from schemas import settings as st
-from schemas.arrays import END
-from schemas.window import Window
-from stages.divergence import divergence, even_weights, spread_tail
-from stages.fidelity import true_symbols
-from stages.lattice import Lattice, Targets
-from stages.teacher import REFERENCE, Teacher, open_teacher
+from bytecache.schemas import settings as st
+from bytecache.schemas.arrays import END
+from bytecache.schemas.dump.window import Window
+from bytecache.stages.fidelity.certificate import true_symbols
+from bytecache.stages.fidelity.divergence import divergence, even_weights, spread_tail
+from bytecache.stages.lattice.lattice import Lattice, Targets
+from bytecache.stages.teacher.teacher import REFERENCE, Teacher, open_teacher
 
 EFFORTS: dict[str, dict[str, float]] = {
     "spans": {"tau": 1.0, "depth": 0, "static": 0.0},

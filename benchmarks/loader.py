@@ -31,17 +31,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
-from schemas.byte_shard import ByteShard, read_shard
-from schemas.hashing import file_sha256
-from schemas.manifest import describe_shard, read_dataset, write_dataset
-from schemas.packing import COLUMNS
-from schemas.settings import Student
-from schemas.shard_builder import ShardBuilder
-from schemas.zarr_zip import read_zarr_zip
-from stages.training import stream, student
-from stages.training.dataset import ByteTargets
-from stages.training.order import sequential
-from stages.training.source import load_shard
+from bytecache.schemas.dataset.index import describe_shard, read_dataset, write_dataset
+from bytecache.schemas.files import file_sha256
+from bytecache.schemas.settings import Student
+from bytecache.schemas.shard.builder import ShardBuilder
+from bytecache.schemas.shard.codes import COLUMNS
+from bytecache.schemas.shard.reader import ByteShard, read_shard
+from bytecache.schemas.shard.zarr_zip import read_zarr_zip
+from bytecache.stages.student import student
+from bytecache.stages.targets.dataset import ByteTargets
+from bytecache.stages.targets.order import sequential
+from bytecache.stages.targets.source import load_shard
+from bytecache.stages.train.batches import stream
 
 WINDOW, RUN, DENSE_MB = 1024, 16, 1.0
 

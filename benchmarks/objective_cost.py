@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas import settings as st
-from schemas.manifest import read_dataset
-from stages.training import stream, student
-from stages.training.objective import Objective
-from stages.training.order import sequential
+from bytecache.schemas import settings as st
+from bytecache.schemas.dataset.index import read_dataset
+from bytecache.stages.student import student
+from bytecache.stages.targets.order import sequential
+from bytecache.stages.train.batches import stream
+from bytecache.stages.train.batches.types import MicroBatch, Step
+from bytecache.stages.train.objective.objective import Objective
 
 SIZES = {
     "small": st.Student(),
@@ -34,7 +36,7 @@ SIZES = {
 HEADS = ("parallel", "mlp", "transformer", "autoregressive", "marginal")
 
 
-def step(opened: student.Student, objective: Objective, micros: list[stream.MicroBatch]) -> float:
+def step(opened: student.Student, objective: Objective, micros: list[MicroBatch]) -> float:
     """CPU seconds of one forward and backward over the micro-batches."""
     began = time.process_time()
     for micro in micros:
@@ -53,7 +55,7 @@ def measure(opened: student.Student, reader: stream.ShardReader, rounds: int, si
     micros = [stream.collate(g, with_targets=True) for g in stream.group(rows)]
     tokens = sum(m.input_ids.numel() for m in micros)
     slots = sum(len(m.slot_token) for m in micros)
-    begun = stream.Step(0, micros, {})
+    begun = Step(0, micros, {})
     weights = sum(p.numel() for p in opened.model.parameters() if p.ndim > 1)
     plain = Objective(st.Train(head="parallel", lambda_byte=0.0, lambda_kl=0.0), opened, 0)
     lines = []

@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline.parallel import Processes
-from pipeline.planning import make_plan
-from pipeline.stores import LocalStore
-from pipeline.survey import Survey
-from schemas.settings import Settings
+from bytecache.pipeline.plan.make import make_plan
+from bytecache.pipeline.plan.parallel import Processes
+from bytecache.pipeline.plan.survey import Survey
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.settings import Settings
 
 RESULT = Path(__file__).parent / "results" / "planning.json"
 FILE_MB = 20

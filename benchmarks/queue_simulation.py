@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.simulated_store import LAYOUT, NAMES, ModelStore, parsed
-from pipeline.fleet.claims import Claim, Claimer, Idle
-from pipeline.fleet.ledger import BLOCK, Delete, Get, Limits, Replace, Request, n_blocks
-from pipeline.plan import KEPT, PAGE, PLAN_KEY
-from schemas.settings import Fleet
+from bytecache.pipeline.fleet.claims import Claim, Claimer, Idle
+from bytecache.pipeline.fleet.ledger import BLOCK, Delete, Get, Limits, Replace, Request, n_blocks
+from bytecache.pipeline.plan.index import KEPT, PAGE, PLAN_KEY
+from bytecache.schemas.settings import Fleet
 
 BANDWIDTH = 100e6
 """Bytes a second that a worker reads an object with."""

@@ -32,9 +32,9 @@ import numcodecs
 import numpy as np
 
 from benchmarks.texts import builtin_texts, multilingual_text
-from schemas import prior as priors
-from schemas import settings as st
-from schemas.byte_shard import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
+from bytecache.schemas import settings as st
+from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard.reader import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
 
 THRESHOLDS = (3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2, 4e-2)
 SWEEP = {
@@ -72,8 +72,8 @@ class Capture(NamedTuple):
 
 def capture(model: str, context: int, texts: dict[str, str], folder: Path) -> None:
     """Rows of those of the texts that `folder` lacks, from one running teacher."""
-    from stages.probe import probe_with
-    from stages.teacher import open_teacher
+    from bytecache.stages.teacher.probe import probe_with
+    from bytecache.stages.teacher.teacher import open_teacher
 
     teacher = None
     for name, text in texts.items():

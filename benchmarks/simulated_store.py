@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from pipeline.fleet.ledger import Delete, Get, Layout, List, Put, Reading, Replace, Request, read_block
-from pipeline.plan import PAGE, PLAN_KEY, Unit, index_bytes, make_index, page_bytes
+from bytecache.pipeline.fleet.ledger import Delete, Get, Layout, List, Put, Reading, Replace, Request, read_block
+from bytecache.pipeline.plan.index import PAGE, PLAN_KEY, Unit, index_bytes, make_index, page_bytes
 
 LAYOUT = Layout("teacher")
 UNITS = f"{LAYOUT.root}/units/"

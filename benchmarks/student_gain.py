@@ -31,16 +31,19 @@ import numpy as np
 import torch
 
 from benchmarks.degraded_targets import degrade
-from schemas import settings as st
-from schemas.manifest import read_dataset
-from schemas.token_dump import read_meta
-from stages.identity import resolve_model, vocabulary_of
-from stages.training import evaluate, stream, student
-from stages.training.objective import Objective
-from stages.training.order import sequential
-from stages.training.source import load_shard
-from stages.training.teacher_tokens import TokenDump
-from stages.training.train import train
+from bytecache.schemas import settings as st
+from bytecache.schemas.dataset.index import read_dataset
+from bytecache.schemas.dump.parquet import read_meta
+from bytecache.stages.evaluate import evaluate
+from bytecache.stages.models.locate import resolve_model
+from bytecache.stages.student import student
+from bytecache.stages.targets.order import sequential
+from bytecache.stages.targets.source import load_shard
+from bytecache.stages.teacher.identity import vocabulary_of
+from bytecache.stages.train.batches import stream
+from bytecache.stages.train.batches.teacher_tokens import TokenDump
+from bytecache.stages.train.objective.objective import Objective
+from bytecache.stages.train.train import train
 
 PAPER = {"head": "parallel", "byte_reduction": "mean", "lambda_byte": 1.0}
 AUTO = {**PAPER, "head": "autoregressive", "lambda_kl": 1.0}

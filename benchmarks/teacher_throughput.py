@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from schemas import settings as st
-from stages.corpus import CorpusReader
-from stages.engines.engine import Prompt
-from stages.lattice import STATIC_PASSES, Lattice
-from stages.teacher import open_teacher
-from stages.windows import new_window, plan_windows
+from bytecache.schemas import settings as st
+from bytecache.stages.corpus.reader import CorpusReader
+from bytecache.stages.engines.engine import Prompt
+from bytecache.stages.lattice.lattice import STATIC_PASSES, Lattice
+from bytecache.stages.teacher.teacher import open_teacher
+from bytecache.stages.teacher.windows import new_window, plan_windows
 
 
 def vllm_prompt_logprobs(engine: Any, prompts: list[Prompt], k: int) -> None:

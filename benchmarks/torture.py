@@ -2,7 +2,7 @@
 
     python -m benchmarks.torture --kills 1000 --out benchmarks/results/torture.json
 
-`bytecache torture` does the same with any configuration; this one brings a corpus and a tiny random teacher of its own.
+`python -m tests.torture` does the same with any configuration; this one brings a corpus and a tiny random teacher.
 Also measures what a restart costs: a worker's start (fork, so without imports) to its first unit, and a fresh process.
 """
 
@@ -15,13 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from small_run import small_settings  # noqa: E402
-
-from pipeline.config import render_template  # noqa: E402
-from pipeline.fleet.torture import torture  # noqa: E402
+from bytecache.pipeline.config import render_template
+from tests.support.small_run import small_settings
+from tests.torture.harness import torture
 
 
 def main() -> None:
@@ -53,8 +49,8 @@ def restart_costs(folder: Path, config: str) -> dict[str, float]:
 
     def run(*arguments: str) -> float:
         began = time.monotonic()
-        command = [sys.executable, "-m", "pipeline.cli", *arguments, "--config", str(file)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        command = [sys.executable, "-m", "bytecache", *arguments, "--config", str(file)]
+        subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
         return round(time.monotonic() - began, 2)
 
     run("plan")

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from schemas.errors import ConfigError
-from schemas.settings import Section, Settings
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import Section, Settings
 
 DEFAULT_FILE = "pipeline.toml"
 RESOLVED_FILE = "config.toml"

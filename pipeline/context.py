@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.config import RESOLVED_FILE, render_template
-from pipeline.runner import StopFlag
-from pipeline.stores import Store, open_store
-from schemas.settings import Settings
+from bytecache.pipeline.config import RESOLVED_FILE, render_template
+from bytecache.pipeline.stores import Store, open_store
+from bytecache.pipeline.units.runner import StopFlag
+from bytecache.schemas.settings import Settings
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Fixtures shared by all tests."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,15 +8,13 @@ import pytest
 # numba's and torch's thread pools fight over two cores; tests are small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
-
-from command_line import fake_convert, fake_teacher, world  # noqa: F401 - fixtures for all tests
+from tests.support.command_line import fake_convert, fake_teacher, world  # noqa: F401 - fixtures for all tests
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """Factory of tiny random checkpoints, one folder per family and shape."""
-    from tiny_models import make_checkpoint
+    from tests.support.tiny_models import make_checkpoint
 
     made: dict[tuple, Path] = {}
 

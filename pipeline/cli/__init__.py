@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipeline.cli import estimate, fleet, jobs, stages, tools
+from bytecache.pipeline.cli import estimate, fleet, jobs, stages, tools
 
 app = typer.Typer(
     help=(

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Given, JsonOption, run_stage, takes_settings
+from bytecache.pipeline.cli.options import Given, JsonOption, run_stage, takes_settings
 
 if TYPE_CHECKING:
-    from pipeline.context import Context
+    from bytecache.pipeline.context import Context
 
 app = typer.Typer()
 
@@ -49,10 +49,10 @@ def estimate(
 
     Example: bytecache estimate --source books.jsonl --run-dir runs/books --units 5 --price 2.5 --max-dollars 40
     """
-    from pipeline import estimate as module
-    from pipeline.budget import Budget, within_budget
-    from pipeline.plan import load_plan
-    from schemas.settings import Convert, Teacher
+    from bytecache.pipeline.commands.estimate import estimate as module
+    from bytecache.pipeline.commands.estimate.budget import Budget, within_budget
+    from bytecache.pipeline.plan.index import load_plan
+    from bytecache.schemas.settings import Convert, Teacher
 
     budget = Budget(max_ratio, max_dollars, max_gb, gb_price)
 

@@ -1,17 +1,13 @@
 """Commands for runs that many workers share."""
 
-import json
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Given, refusals, run_stage, takes_settings
-from schemas.errors import ConfigError
+from bytecache.pipeline.cli.options import Given, run_stage, takes_settings
 
 if TYPE_CHECKING:
-    from pipeline.context import Context
+    from bytecache.pipeline.context import Context
 
 app = typer.Typer()
 
@@ -36,7 +32,7 @@ def retry(
 
     Example: bytecache retry teacher --run-dir runs/books
     """
-    from pipeline.fleet import commands
+    from bytecache.pipeline.commands import workers as commands
 
     run_stage(given, lambda context: commands.retry_stage(context, stage, new_job, lost))
 
@@ -55,9 +51,9 @@ def merge(
 
     Example: bytecache merge here/run there/run --run-dir runs/whole
     """
-    from pipeline.fleet.ledger import STAGES
-    from pipeline.fleet.merge import merge as merge_runs
-    from pipeline.stores import open_store
+    from bytecache.pipeline.commands.merge import merge as merge_runs
+    from bytecache.pipeline.fleet.ledger import STAGES
+    from bytecache.pipeline.stores import open_store
 
     def command(context: "Context") -> None:
         result = merge_runs(context.store, [open_store(source) for source in sources])
@@ -69,29 +65,3 @@ def merge(
         typer.echo(f"merge: {'; '.join(counts)}; {len(result.skipped)} skipped")
 
     run_stage(given, command)
-
-
-@app.command()
-@takes_settings(run_dir=False)
-def torture(
-    folder: Annotated[Path, typer.Argument(help="A new folder to work in; removed again if all is well.")],
-    given: Given,
-    kills: Annotated[int, typer.Option(min=1, help="Processes to kill.")] = 200,
-    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the moments and victims.")] = 0,
-) -> None:
-    """Kill workers at random moments of every stage until enough have died, and compare with an undisturbed run.
-
-    Reads: the corpus and the teacher. Writes: runs under the folder; prints a JSON report. Exit code 4 if any hash
-    differs, a unit is lost or a file is left over. Choose a corpus of seconds: it is run many times over.
-
-    Example: bytecache torture runs/torture --kills 50 --set corpus.max_bytes=20000 --set train.steps=20
-    """
-    with refusals():
-        from pipeline.fleet.torture import torture as command
-
-        if folder.exists():
-            raise ConfigError(f"{folder} exists; name a new folder")
-        report = command(given.settings(), folder, kills=kills, workers=workers, seed=seed)
-        shutil.rmtree(folder)
-        typer.echo(json.dumps(report, indent=2))

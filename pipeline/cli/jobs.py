@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Given, injected, refusals, run_stage, takes_settings
-from schemas.settings import Settings
+from bytecache.pipeline.cli.options import Given, injected, refusals, run_stage, takes_settings
+from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
-    from pipeline.context import Context
-    from pipeline.jobs.command import JobSpec
+    from bytecache.pipeline.context import Context
+    from bytecache.pipeline.launch.command import JobSpec
 
 app = typer.Typer(
     name="jobs",
@@ -54,7 +54,7 @@ class Asked:
 
     def of(self, settings: Settings) -> "JobSpec":
         """What to start. Raises ConfigError."""
-        from pipeline.jobs.command import plan_job
+        from bytecache.pipeline.launch.command import plan_job
 
         return plan_job(settings, self.stage, self.workers, self.gpus, self.cpus)
 
@@ -85,7 +85,7 @@ def local(
 
     Example: bytecache jobs local --workers 8 --run-dir runs/books
     """
-    from pipeline.jobs.local import run_local
+    from bytecache.pipeline.launch.local import run_local
 
     run_stage(given, lambda context: run_local(asked.of(context.settings), context.stop, restarts=restarts))
 
@@ -107,7 +107,7 @@ def ray(
 
     Example: bytecache jobs ray --address auto --workers 16 --run-dir s3://bucket/books
     """
-    from pipeline.jobs.ray_cluster import run_on_ray
+    from bytecache.pipeline.launch.ray_cluster import run_on_ray
 
     def command(context: "Context") -> None:
         run_on_ray(asked.of(context.settings), context.stop, address=address, restarts=restarts)
@@ -135,7 +135,7 @@ def slurm(
     Example: bytecache jobs slurm --workers 32 --run-dir /shared/books --setup ". /shared/venv/bin/activate" | sbatch
     """
     with refusals():
-        from pipeline.jobs.slurm import slurm_script
+        from bytecache.pipeline.launch.slurm import slurm_script
 
         spec = asked.of(given.settings())
         _emit(slurm_script(spec, time_limit=time_limit, partition=partition, setup=setup), out)
@@ -163,7 +163,7 @@ def skypilot(
     with refusals():
         import yaml
 
-        from pipeline.jobs.skypilot import SETUP, launch_lines, skypilot_task
+        from bytecache.pipeline.launch.skypilot import SETUP, launch_lines, skypilot_task
 
         spec = asked.of(given.settings())
         task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, spot=spot)
@@ -193,7 +193,7 @@ def kubernetes(
     with refusals():
         import yaml
 
-        from pipeline.jobs.kubernetes import kubernetes_job
+        from bytecache.pipeline.launch.kubernetes import kubernetes_job
 
         spec = asked.of(given.settings())
         job = kubernetes_job(spec, image=image, secret=secret, namespace=namespace, memory=memory)

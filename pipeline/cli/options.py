@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.config import load_settings
-from schemas.errors import BytecacheError
-from schemas.settings import Settings
+from bytecache.pipeline.config import load_settings
+from bytecache.schemas.errors import BytecacheError
+from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
-    from pipeline.context import Context
+    from bytecache.pipeline.context import Context
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="A TOML file; default: ./pipeline.toml where there is one.")
@@ -115,7 +115,7 @@ def takes_settings(*keys: str, run_dir: bool = True) -> Callable[..., Any]:
 @contextmanager
 def refusals() -> Iterator[None]:
     """One line and an exit code for whatever the user can act on."""
-    from pipeline.stores import disk_errors
+    from bytecache.pipeline.stores import disk_errors
 
     try:
         with disk_errors("writing"):
@@ -128,7 +128,7 @@ def refusals() -> Iterator[None]:
 def run_stage(given: Given, command: Callable[["Context"], Any], **more: str | None) -> None:
     """Run a stage command under the signal handlers; `more`: see `Given.settings`."""
     with refusals():
-        from pipeline.context import open_context
+        from bytecache.pipeline.context import open_context
 
         context = open_context(given.settings(**more), typer.echo)
         if not sys.stderr.isatty():

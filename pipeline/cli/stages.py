@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Given, OnlyOption, WorkerOption, run_stage, takes_settings
+from bytecache.pipeline.cli.options import Given, OnlyOption, WorkerOption, run_stage, takes_settings
 
 if TYPE_CHECKING:
-    from pipeline.context import Context
+    from bytecache.pipeline.context import Context
 
 app = typer.Typer()
 
@@ -25,9 +25,9 @@ def plan(given: Given) -> None:
 
     Example: bytecache plan --source books.jsonl --run-dir runs/books
     """
-    from pipeline import commands_data
+    from bytecache.pipeline.commands.plan import plan as command
 
-    run_stage(given, commands_data.plan)
+    run_stage(given, command)
 
 
 @app.command()
@@ -46,10 +46,10 @@ def teacher(given: Given, worker: WorkerOption = False) -> None:
     """
 
     def command(context: "Context") -> None:
-        from pipeline import commands_data
-        from pipeline.fleet import commands
+        from bytecache.pipeline.commands import workers as commands
+        from bytecache.pipeline.commands.teacher import teacher as alone
 
-        commands.teacher_worker(context) if worker else commands_data.teacher(context)
+        commands.teacher_worker(context) if worker else alone(context)
 
     run_stage(given, command)
 
@@ -68,10 +68,10 @@ def convert(given: Given, worker: WorkerOption = False) -> None:
     """
 
     def command(context: "Context") -> None:
-        from pipeline import commands_data
-        from pipeline.fleet import commands
+        from bytecache.pipeline.commands import workers as commands
+        from bytecache.pipeline.commands.convert import convert as alone
 
-        commands.convert_worker(context) if worker else commands_data.convert(context)
+        commands.convert_worker(context) if worker else alone(context)
 
     run_stage(given, command)
 
@@ -84,13 +84,13 @@ def train(given: Given, only: OnlyOption = "") -> None:
     Reads: targets/. Writes: train/distilled-KEY/ and train/control-KEY/ with checkpoints and metrics.jsonl.
 
     Resumes from the newest whole checkpoint, with any number of processes; SIGTERM saves one and exits with code 75.
-    Several processes: torchrun --nproc-per-node 8 -m pipeline.cli train ... (train.parallel: ddp or fsdp).
+    Several processes: torchrun --nproc-per-node 8 -m bytecache train ... (train.parallel: ddp or fsdp).
 
     Example: bytecache train --run-dir runs/books --set train.steps=2000 --only distilled
     """
-    from pipeline import commands_student
+    from bytecache.pipeline.commands.train import train as command
 
-    run_stage(given, lambda context: commands_student.train(context, only))
+    run_stage(given, lambda context: command(context, only))
 
 
 @app.command()
@@ -112,13 +112,13 @@ def evaluate(
 
     Example: bytecache evaluate --run-dir runs/books --lm-eval lambada_openai --limit 200
     """
-    from pipeline import commands_student
+    from bytecache.pipeline.commands import evaluate as measuring
 
     def command(context: "Context") -> None:
-        commands_student.evaluate(context, only)
+        measuring.evaluate(context, only)
         typer.echo(context.store.read_bytes("report/report.md").decode("utf-8"))
         if lm_eval:
-            commands_student.measure_exported(context, lm_eval.split(","), limit, only)
+            measuring.measure_exported(context, lm_eval.split(","), limit, only)
             typer.echo(context.store.read_bytes("report/lm-eval.md").decode("utf-8"))
 
     run_stage(given, command)
@@ -134,9 +134,9 @@ def export(given: Given, only: OnlyOption = "") -> None:
 
     Example: bytecache export --run-dir runs/books
     """
-    from pipeline import commands_student
+    from bytecache.pipeline.commands.export import export as command
 
-    run_stage(given, lambda context: commands_student.export(context, only))
+    run_stage(given, lambda context: command(context, only))
 
 
 @app.command()
@@ -150,6 +150,6 @@ def run(given: Given) -> None:
 
     Example: bytecache run --run-dir runs/first --set corpus.max_bytes=100000
     """
-    from pipeline import chain
+    from bytecache.pipeline.commands import run as chain
 
     run_stage(given, chain.run)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import Given, JsonOption, refusals, run_stage, takes_settings
-from pipeline.config import render_template
-from schemas.errors import ConfigError, InputError, IntegrityError
-from schemas.settings import Settings
+from bytecache.pipeline.cli.options import Given, JsonOption, refusals, run_stage, takes_settings
+from bytecache.pipeline.config import render_template
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
-    from pipeline.context import Context
+    from bytecache.pipeline.context import Context
 
 app = typer.Typer()
 
@@ -28,8 +28,8 @@ def status(given: Given, as_json: JsonOption = False) -> None:
     Example: bytecache status --run-dir runs/books --json
     """
     with refusals():
-        from pipeline import status as module
-        from pipeline.context import open_context
+        from bytecache.pipeline.commands import status as module
+        from bytecache.pipeline.context import open_context
 
         report = module.status(open_context(given.settings()))
         typer.echo(json.dumps(report, indent=2) if as_json else module.status_table(report))
@@ -61,7 +61,7 @@ def verify(
     Example: bytecache verify runs/books --repair; or: bytecache verify downloaded --repair --from hf://datasets/me/books
     """
     with refusals():
-        from pipeline import verification as module
+        from bytecache.pipeline.commands import verify as module
 
         run = given.settings().run
         place = str(folder) if folder else run.dir
@@ -76,8 +76,8 @@ def verify(
                 raise InputError(f"{place} is not a folder; --from repairs a local copy of a data set")
             done = module.repair_dataset(local, source)
         elif repair:
-            from pipeline.config import RESOLVED_FILE
-            from pipeline.context import open_context
+            from bytecache.pipeline.config import RESOLVED_FILE
+            from bytecache.pipeline.context import open_context
 
             own = local / RESOLVED_FILE
             settings = given.settings(own if own.is_file() else None, run__dir=place)
@@ -115,10 +115,10 @@ def inspect(
     Example: bytecache inspect runs/books/targets/train-00000-0a1b2c3d4e5f.zarr.zip --html page.html
     """
     with refusals():
-        from pipeline.inspection import inspect_file, paint
+        from bytecache.pipeline.commands.inspect.text import inspect_file, paint
 
         if html is not None:
-            from pipeline.inspection_page import POSITIONS, shard_page
+            from bytecache.pipeline.commands.inspect.page import POSITIONS, shard_page
 
             html.write_text(shard_page(file, document, start, limit or POSITIONS, top or 8), encoding="utf-8")
             typer.echo(f"{html}: open it in a browser")
@@ -160,7 +160,7 @@ def fidelity(
 
     Example: bytecache fidelity downloaded/targets --teacher ./SmolLM2 --sample 32 --seed 7
     """
-    from pipeline import fidelity as module
+    from bytecache.pipeline.commands import fidelity as module
 
     def command(context: "Context") -> None:
         place = folder or Path(context.settings.run.dir).expanduser()
@@ -188,7 +188,7 @@ def probe(
     Example: bytecache probe --teacher ./SmolLM2 --text-file page.txt --preset exact --out page.npz
     """
     with refusals():
-        from pipeline.probing import probe as command
+        from bytecache.pipeline.commands.probe import probe as command
 
         chosen = given.chosen
         depth = "3" if chosen["teacher.tau"] is not None and chosen["teacher.depth"] is None else None

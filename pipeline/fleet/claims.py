@@ -19,7 +19,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pipeline.fleet.ledger import (
+from bytecache.pipeline.fleet.ledger import (
     BLOCK,
     CLAIM,
     DONE,

@@ -10,30 +10,31 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline import receipts
-from pipeline.config import changed_keys, flattened
-from pipeline.fleet.ledger import Layout, read_json
-from pipeline.runner import Job
-from pipeline.stores import Store
-from schemas.errors import ConfigError, IntegrityError
-from schemas.hashing import file_sha256
+from bytecache.pipeline.config import changed_keys, flattened
+from bytecache.pipeline.fleet.ledger import Layout, read_json
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.runner import Job
+from bytecache.schemas.errors import ConfigError, IntegrityError
+from bytecache.schemas.files import file_sha256
 
 VERSION = 1
 _SHOWN = 4
+_OF_STUDENTS = tuple(f"stages/{room}" for room in ("targets/", "student/", "train/", "evaluate/", "export.py"))
 
 
 @cache
 def code_hashes() -> dict[str, str]:
-    """Hash of each source file of `schemas` and `stages` (training apart), by its path."""
+    """Hash of each source file of `schemas` and `stages` by its path; what works on students alone is left out."""
     found = {}
     for package in ("schemas", "stages"):
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(f"bytecache.{package}")
         if spec is None or spec.origin is None:
             raise IntegrityError(f"source of {package} not found; reinstall bytecache")
         root = Path(spec.origin).parent
         for file in sorted(root.rglob("*.py")):
             name = f"{package}/{file.relative_to(root).as_posix()}"
-            if not name.startswith("stages/training/"):
+            if not name.startswith(_OF_STUDENTS):
                 found[name] = file_sha256(file)[:12]
     return found
 

@@ -14,7 +14,7 @@ no delete or compare-and-swap is needed. The state of a unit is in the *names*: 
 at most two pages of an object store) says what is free, held, done and set aside; one listing of `blocks/` says it of
 the whole job, to the block. A million units are 3,907 blocks, four pages.
 
-These are hints that save work. Whether a unit is done is said by its receipt alone (`pipeline.receipts`).
+These are hints that save work. Whether a unit is done is said by its receipt alone (`pipeline.units.receipts`).
 """
 
 import json
@@ -23,8 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.stores import Store, json_bytes
-from schemas.errors import StorageError
+from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.schemas.errors import StorageError
 
 FOLDER = "fleet"
 STAGES = ("teacher", "convert")

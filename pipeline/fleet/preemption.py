@@ -4,7 +4,7 @@ After a request to stop, no unit is claimed. The one in flight goes on if it is 
 `fleet.notice_s` (by its own progress so far, else by the mean of the worker's units) and is given back at once if not,
 so that another worker can start it before this machine is gone. The engine is asked at its next poll and never killed
 in the middle of a write; only where it does not answer by the deadline, the claim is given back and the process ends,
-which is as safe as kill -9 (`pipeline.runner`).
+which is as safe as kill -9 (`pipeline.units.runner`).
 
 Notices, all off by default (settings [fleet]):
 - `notice_file`: a file that appears, for termination handlers that write one;
@@ -30,8 +30,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from schemas.errors import ConfigError
-from schemas.settings import Fleet
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import Fleet
 
 MARGIN_S = 2.0
 """Kept for giving back the claim before the kill, where the notice is long enough."""

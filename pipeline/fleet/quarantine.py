@@ -9,11 +9,21 @@ forgives all attempts so far; what happened stays on record.
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import receipts
-from pipeline.fleet.ledger import BLOCK, FAILED, FORGIVEN, LOST, Layout, UnitState, n_blocks, read_json, read_names
-from pipeline.runner import Job
-from pipeline.stores import Store
-from schemas.errors import InputError
+from bytecache.pipeline.fleet.ledger import (
+    BLOCK,
+    FAILED,
+    FORGIVEN,
+    LOST,
+    Layout,
+    UnitState,
+    n_blocks,
+    read_json,
+    read_names,
+)
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.runner import Job
+from bytecache.schemas.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import time
 from typing import Any
 
-from pipeline.context import Context
-from pipeline.fleet.ledger import STAGES, Layout, block_size, n_blocks, read_json, read_names
-from pipeline.fleet.quarantine import facts_of, quarantined
-from pipeline.processes import has_ended
-from pipeline.progress import human_bytes
-from pipeline.stores import overlapped
-from schemas.settings import Fleet
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.fleet.ledger import STAGES, Layout, block_size, n_blocks, read_json, read_names
+from bytecache.pipeline.fleet.quarantine import facts_of, quarantined
+from bytecache.pipeline.stores import overlapped
+from bytecache.pipeline.stores.processes import has_ended
+from bytecache.pipeline.units.progress import human_bytes
+from bytecache.schemas.settings import Fleet
 
 
 def fleet_status(context: Context) -> list[dict[str, Any]]:

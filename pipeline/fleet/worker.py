@@ -21,16 +21,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.fleet.claims import Claim, Claimer, Idle
-from pipeline.fleet.job import join
-from pipeline.fleet.ledger import Delete, Layout, Limits, Replace, Steps, perform
-from pipeline.fleet.preemption import Drain
-from pipeline.processes import has_ended, process_name
-from pipeline.receipts import Receipt
-from pipeline.runner import Job, Task, Tick, Work, finished, run_one
-from pipeline.stores import Store
-from schemas.errors import BytecacheError, EngineError, InputError, IntegrityError, Interrupted, StorageError
-from schemas.settings import Fleet
+from bytecache.pipeline.fleet.claims import Claim, Claimer, Idle
+from bytecache.pipeline.fleet.job import join
+from bytecache.pipeline.fleet.ledger import Delete, Layout, Limits, Replace, Steps, perform
+from bytecache.pipeline.fleet.preemption import Drain
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.stores.processes import has_ended, process_name
+from bytecache.pipeline.units.receipts import Receipt
+from bytecache.pipeline.units.runner import Job, Task, Tick, Work, finished, run_one
+from bytecache.schemas.errors import BytecacheError, EngineError, InputError, IntegrityError, Interrupted, StorageError
+from bytecache.schemas.settings import Fleet
 
 TICK_S = 0.2
 """Between looks of the heartbeat's thread at signals and deadlines."""

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped
-from pipeline.stores.local import LocalStore
-from schemas.errors import ConfigError
-from stages.scratch import cache_folder
+from bytecache.pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped
+from bytecache.pipeline.stores.local import LocalStore
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.files import cache_folder
 
 __all__ = [
     "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped",
@@ -16,7 +16,7 @@ def open_store(place: str, scratch: str = "") -> Store:
     """The store of a run: a path, or a URL (s3://bucket/prefix, gs://..., az://account/container/..., hf://datasets/...).
 
     `scratch`: local folder for copies and temporary files of remote runs; empty = `runs` in the cache
-    (`stages.scratch.cache_folder`). Raises ConfigError for a scheme that has no store here or whose library is not
+    (`schemas.files.cache_folder`). Raises ConfigError for a scheme that has no store here or whose library is not
     installed.
     """
     scheme, separator, _ = place.partition("://")
@@ -24,14 +24,14 @@ def open_store(place: str, scratch: str = "") -> Store:
         return LocalStore(Path(place).expanduser())
     folder = Path(scratch).expanduser() if scratch else cache_folder() / "runs"
     if scheme in READABLE:
-        from pipeline.stores.readonly import ReadOnlyStore
+        from bytecache.pipeline.stores.readonly import ReadOnlyStore
 
         return ReadOnlyStore(place, folder)
     if scheme not in WRITABLE:
         known = ", ".join(f"{name}://" for name in (*WRITABLE, *READABLE))
         raise ConfigError(f"run.dir = {place}: no store for {scheme}://; use a folder or one of {known}")
     try:
-        from pipeline.stores.objects import ObjectStore
+        from bytecache.pipeline.stores.objects import ObjectStore
     except ModuleNotFoundError as error:
         raise ConfigError(f"run.dir = {place} needs {error.name}; pip install 'bytecache[remote]'") from None
     return ObjectStore(place, folder)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from schemas.errors import ConfigError, StorageError
+from bytecache.schemas.errors import ConfigError, StorageError
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.processes import has_ended, is_ours, process_name
-from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
-from schemas.errors import StorageError
-from schemas.hashing import file_sha256
-from stages.scratch import flush_to_disk
+from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
+from bytecache.pipeline.stores.processes import has_ended, is_ours, process_name
+from bytecache.schemas.errors import StorageError
+from bytecache.schemas.files import file_sha256, flush_to_disk
 
 STALE_SECONDS = 7 * 24 * 3600
 # Links are refused (FAT, some network file systems): rename is atomic there, and the content is the same either way.

@@ -33,13 +33,13 @@ from typing import Any, BinaryIO
 import obstore
 from obstore.exceptions import AlreadyExistsError
 
-from pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
-from pipeline.stores.local import STALE_SECONDS, LocalStore
-from pipeline.stores.mirror import Mirror
-from pipeline.stores.retry import Damaged, patiently
-from pipeline.stores.services import open_client
-from schemas.errors import ConfigError, StorageError
-from schemas.hashing import file_sha256
+from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
+from bytecache.pipeline.stores.local import STALE_SECONDS, LocalStore
+from bytecache.pipeline.stores.mirror import Mirror
+from bytecache.pipeline.stores.retry import Damaged, patiently
+from bytecache.pipeline.stores.services import open_client
+from bytecache.schemas.errors import ConfigError, StorageError
+from bytecache.schemas.files import file_sha256
 
 SINGLE_PUT = 128 * 1024 * 1024
 COPY_LIMIT = 5 * 1024**3

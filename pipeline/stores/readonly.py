@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from pipeline.stores.base import check_key, disk_errors
-from pipeline.stores.local import LocalStore
-from pipeline.stores.mirror import Mirror
-from schemas.errors import ConfigError, StorageError
-from schemas.hashing import file_sha256
+from bytecache.pipeline.stores.base import check_key, disk_errors
+from bytecache.pipeline.stores.local import LocalStore
+from bytecache.pipeline.stores.mirror import Mirror
+from bytecache.schemas.errors import ConfigError, StorageError
+from bytecache.schemas.files import file_sha256
 
 
 class ReadOnlyStore:

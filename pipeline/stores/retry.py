@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from schemas.errors import IntegrityError, StorageError
+from bytecache.schemas.errors import IntegrityError, StorageError
 
 Result = TypeVar("Result")
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0

@@ -1,4 +1,4 @@
-"""What of the machine enters a teacher's numbers: the device, the precision it makes of `auto`, the head's precision."""
+"""What of the machine enters a teacher's numbers: device, precision that it makes of `auto`, the head's precision."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from schemas import settings as st
-from schemas.errors import InputError
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import InputError
 
 CPU_TOKENS, GPU_TOKENS = 512, 8192
 """Tokens computed at once where teacher.max_batched_tokens = 0: enough to keep the device busy, and memory small."""

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from schemas.errors import ConfigError
-from stages.engines.paths import RowMasses
-from stages.engines.static import StaticJob
+from bytecache.schemas.errors import ConfigError
+from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.static import StaticJob
 
 
 class Prompt(NamedTuple):

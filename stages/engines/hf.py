@@ -14,14 +14,22 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from schemas import settings as st
-from schemas.errors import ConfigError, EngineError, InputError
-from stages.engines import packed
-from stages.engines.device import head_is_quantised, trunk_dtype
-from stages.engines.engine import Branch, Engine, Prompt
-from stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
-from stages.engines.static import StaticJob, StaticStates, batches, context_tokens, linear_logits, together, tokens_of
-from stages.weights import refuse_missing
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import ConfigError, EngineError, InputError
+from bytecache.stages.engines import packed
+from bytecache.stages.engines.device import head_is_quantised, trunk_dtype
+from bytecache.stages.engines.engine import Branch, Engine, Prompt
+from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
+from bytecache.stages.engines.static import (
+    StaticJob,
+    StaticStates,
+    batches,
+    context_tokens,
+    linear_logits,
+    together,
+    tokens_of,
+)
+from bytecache.stages.models.weights import refuse_missing
 
 KEPT_BYTES = 1 << 31
 """Bytes of keys and values of a group kept at once; a window beyond it is run again for every pass of branches."""
@@ -178,7 +186,9 @@ def _load(folder: Path, settings: st.Teacher) -> Any:
 
     name = f"teacher.model = {settings.model!r}"
     if head_is_quantised(folder):
-        raise ConfigError(f'{name} has a quantised output embedding, which needs its kernels; set teacher.backend = "vllm"')
+        raise ConfigError(
+            f'{name} has a quantised output embedding, which needs its kernels; set teacher.backend = "vllm"'
+        )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,

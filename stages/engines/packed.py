@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from stages.engines.engine import Branch, Prompt
+from bytecache.stages.engines.engine import Branch, Prompt
 
 NEW_TOKENS = 256
 """Tokens that several windows evaluate in one pass at most."""

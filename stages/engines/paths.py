@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from numba import njit
 
-from schemas.errors import ConfigError, EngineError
-from stages.rows import members, ragged
-from stages.tokens.byte_trie import find_child
-from stages.tokens.vocab import Vocabulary
+from bytecache.schemas.dump.rows import members, ragged
+from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.tokens.byte_trie import find_child
+from bytecache.stages.tokens.vocab import Vocabulary
 
 
 class PathPlan(NamedTuple):

@@ -27,9 +27,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
-from stages.scratch import scratch_folder
-from stages.tokens.vocab import Misfit, Vocabulary
+from bytecache.schemas.files import scratch_folder
+from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
+from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 
 CONTEXTS = ("\n", " in")
 BATCH = 64
@@ -202,7 +202,11 @@ class StaticStates:
                     stated = (opened.metadata() or {}).get("sha256")
             except (OSError, SafetensorError):
                 tokens = states = stated = None
-            if stated is None or stated != _digest(tokens, states) or states.shape[:2] != (len(tokens), self._per_token):
+            if (
+                stated is None
+                or stated != _digest(tokens, states)
+                or states.shape[:2] != (len(tokens), self._per_token)
+            ):
                 _LOG.warning("%s: damaged static states, not used; they are computed again", file)
                 continue
             fresh = [row for row, token in enumerate(tokens.tolist()) if token not in self._place]

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from schemas import settings as st
-from schemas.errors import BytecacheError, EngineError
-from stages.engines.engine import Branch, Engine, Prompt, refuse_long_branches
-from stages.engines.paths import PathReducer, RowMasses
-from stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
-from stages.engines.vllm_start import CPU_BLOCK, logit_rows, reason, start_engine
-from stages.engines.vllm_worker import Request, Want, WantState
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import BytecacheError, EngineError
+from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_branches
+from bytecache.stages.engines.paths import PathReducer, RowMasses
+from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
+from bytecache.stages.engines.vllm_start import CPU_BLOCK, logit_rows, reason, start_engine
+from bytecache.stages.engines.vllm_worker import Request, Want, WantState
 
 TOKENS_IN_FLIGHT = 16_384
 """Tokens that the scheduler has still to compute at most, cached prefixes aside."""

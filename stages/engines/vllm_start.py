@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from schemas import settings as st
-from schemas.errors import ConfigError, EngineError
-from stages.engines.device import batched_tokens, head_is_quantised, trunk_dtype
-from stages.engines.paths import PathReducer
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.engines.device import batched_tokens, head_is_quantised, trunk_dtype
+from bytecache.stages.engines.paths import PathReducer
 
 CPU_BLOCK = 32
 """Tokens per cache block on a CPU, the fewest it takes: a branch recomputes at most one block of its prefix."""
@@ -107,7 +107,7 @@ def engine_arguments(folder: Path, settings: st.Teacher, longest: int, *, on_cpu
         "trust_remote_code": settings.trust_remote_code,
         "load_format": "safetensors",
         "use_tqdm_on_load": False,
-        "worker_extension_cls": "stages.engines.vllm_worker.PathExtension",
+        "worker_extension_cls": "bytecache.stages.engines.vllm_worker.PathExtension",
         "disable_log_stats": True,
     }
     if on_cpu:

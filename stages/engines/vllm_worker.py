@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
-from stages.engines.static import StaticJob, StaticStates, linear_logits
+from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
+from bytecache.stages.engines.static import StaticJob, StaticStates, linear_logits
 
 V1_HOOK = "_get_prompt_logprobs_dict"
 V2_HOOK = "compute_prompt_logprobs"

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from schemas.errors import InputError
-from stages.tokens.byte_trie import Trie, longest_match
-from stages.tokens.token_bytes import SPACE_MARK, UNICODE_FORMS, Json, parts
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.byte_trie import Trie, longest_match
+from bytecache.stages.tokens.token_bytes import SPACE_MARK, UNICODE_FORMS, Json, parts
 
 
 class Encoder(Protocol):

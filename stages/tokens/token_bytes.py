@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from schemas.errors import InputError
+from bytecache.schemas.errors import InputError
 
 Json = dict[str, Any]
 

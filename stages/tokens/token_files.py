@@ -15,10 +15,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from schemas.errors import InputError
-from stages.tokens.byte_trie import build_trie, sort_tokens
-from stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder
-from stages.tokens.token_bytes import Json, TokenTable, table_from_json
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.byte_trie import build_trie, sort_tokens
+from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder
+from bytecache.stages.tokens.token_bytes import Json, TokenTable, table_from_json
 
 _FILES = ["*.json", "*.model", "*.tiktoken", "rwkv_vocab*.txt", "*.jinja"]
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.errors import InputError
-from stages.tokens.byte_trie import Trie, build_trie, sort_tokens
-from stages.tokens.encoders import Encoder
-from stages.tokens.token_files import TokenizerFiles, as_ids, open_tokenizer
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.byte_trie import Trie, build_trie, sort_tokens
+from bytecache.stages.tokens.encoders import Encoder
+from bytecache.stages.tokens.token_files import TokenizerFiles, as_ids, open_tokenizer
 
 __all__ = ["Encoded", "Misfit", "Trie", "Vocabulary", "load_vocabulary"]
 
@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
     prefix: NDArray[np.int32] = np.zeros(0, np.int32)
     """Tokens before `ids`, whose bytes are not asked for: an answer's context, start token included. Empty: none."""
     context: bytes = b""
-    """Bytes that stand before the text in a shard, unsupervised (`stages.conversations`)."""
+    """Bytes that stand before the text in a shard, unsupervised (`stages.corpus.conversations`)."""
 
 
 class Misfit(ValueError):  # noqa: N818 -- a verdict on a text, returned as often as raised

@@ -1,0 +1,180 @@
+"""The index of a run's data set: what identifies it, when it is refused, and its publication after the last shard."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bytecache.pipeline.config import changed_keys, flattened
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.plan.index import Plan
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import Receipt
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+
+if TYPE_CHECKING:
+    from bytecache.schemas.dataset.index import Dataset
+
+TARGETS = "targets"
+CONVERTER = tuple(f"bytecache.{module}" for module in (
+    "stages.convert.convert", "stages.convert.coarser", "schemas.dump.rows", "stages.lattice.lattice",
+    "stages.lattice.forward", "stages.fidelity.certificate", "stages.fidelity.divergence", "schemas.dump.parquet",
+    "schemas.dump.window", "schemas.dump.masses", "schemas.shard.builder",
+    "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
+    "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",
+    "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.arrays",
+))  # fmt: skip
+"""Modules whose code decides the bytes of a shard and the figures of its certificate."""
+_RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
+"""What an index says about its shards that may be corrected afterwards."""
+
+
+def set_aside(dumps: list[Receipt]) -> dict[str, int]:
+    """Documents set aside by reason, over dump receipts."""
+    found: dict[str, int] = defaultdict(int)
+    for receipt in dumps:
+        for reason, count in receipt.counts.get("set_aside", {}).items():
+            found[reason] += count
+    return dict(found)
+
+
+def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:
+    """The fidelity of all shards together; None where no dump part had reference windows."""
+    from bytecache.stages.fidelity.certificate import Fidelity
+
+    reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
+    return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
+
+
+def dataset_identity(
+    context: Context, planned: Plan, teacher: dict[str, Any], missing: Sequence[int] = ()
+) -> dict[str, Any]:
+    """What tells one data set from another: whose targets, of which text, how converted. `teacher`: its identity.
+
+    `missing`: units of the plan that it goes without.
+    """
+    return {
+        "teacher": teacher,
+        "corpus": planned.corpus,
+        "settings": {
+            "plan": planned.settings,
+            "convert": context.settings.convert.shaping(),
+            "conversion_code": receipts.code_fingerprint(*CONVERTER)[:16],
+            **({"missing_units": list(missing)} if missing else {}),
+        },
+    }
+
+
+def dataset_info(
+    context: Context, planned: Plan, dumps: list[Receipt], missing: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies.
+
+    `missing`: see `pipeline.commands.missing.describe`.
+    """
+    identity = dumps[0].inputs["teacher"]
+    return {
+        **dataset_identity(context, planned, identity, [unit["unit"] for unit in missing]),
+        "tokenizer": {
+            "vocabulary_sha256": identity.get("vocabulary", ""),
+            **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
+        },
+        "software": receipts.software_versions(),
+        "creation": {
+            "plan": planned.hash,
+            "set_aside": set_aside(dumps),
+            **({"missing": list(missing)} if missing else {}),
+        },
+        "name": context.settings.dataset.name,
+        "license": context.settings.dataset.license,
+        "corpus_license": context.settings.corpus.license,
+        "teacher_license": context.settings.dataset.teacher_license,
+        "attribution": context.settings.corpus.attribution,
+    }
+
+
+def read_index(store: Store) -> "Dataset | None":
+    """The index of the data set in a run, or None if none was published; shards are not touched.
+
+    Raises IntegrityError if it is damaged.
+    """
+    from bytecache.schemas.dataset.index import DATASET, MANIFEST, read_dataset
+
+    if not store.exists(f"{TARGETS}/{DATASET}"):
+        return None
+    if store.exists(f"{TARGETS}/{MANIFEST}"):  # absent: read_dataset says so
+        store.get_path(f"{TARGETS}/{MANIFEST}")
+    return read_dataset(store.get_path(f"{TARGETS}/{DATASET}").parent)
+
+
+def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
+    """A published data set is never changed: somebody may be reading it. `info`: see `dataset_identity`."""
+    try:
+        dataset = read_index(context.store)
+        old = dataset.info if dataset else info
+    except IntegrityError:
+        return  # a damaged index is rebuilt
+    changes: list[str] = []
+    for name in ("teacher", "corpus", "settings"):
+        changes += changed_keys(flattened(old.get(name, {})), flattened(info[name]))
+    if changes:
+        raise ConfigError(
+            f"{context.store.name}/{TARGETS} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, "
+            "delete the folder, or choose a new run.dir"
+        )
+
+
+def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
+    """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
+    from bytecache.schemas.dataset import card
+    from bytecache.schemas.dataset.index import ShardEntry, index_documents
+
+    store = context.store
+    entries = []
+    for receipt in shards:
+        (file,) = receipt.files
+        fixed = {
+            "file": Path(file.path).name,
+            "split": receipt.inputs["split"],
+            "sha256": file.sha256,
+            "size": file.size,
+            "key": receipt.key,
+        }
+        counted = {name: receipt.counts[name] for name in ShardEntry.model_fields if name not in fixed}
+        entries.append(ShardEntry(**fixed, **counted))
+    if not any(entry.n_documents for entry in entries if entry.split == "train"):
+        raise InputError(
+            "the teacher's tokenizer could reproduce no training document; choose another teacher, or clean the corpus "
+            f"(reasons: {info['creation']['set_aside']})"
+        )
+    measured = certificate(shards, info["teacher"])
+    with suppress(IntegrityError):
+        dataset = read_index(store)
+        if (
+            dataset is not None
+            and dataset.fidelity == measured
+            and all(dataset.info.get(name) == info[name] for name in _RESTATED)
+            and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file)
+        ):
+            return False
+    # Shards of a conversion with other settings that was never published; an index must list all of its folder.
+    listed = {entry.file for entry in entries}
+    for key in list(store.list(TARGETS)):
+        if key.endswith(".zarr.zip") and Path(key).name not in listed:
+            store.delete(key)
+    keys = {receipt.key for receipt in shards}
+    for _, key in list(receipts.list_receipts(store, "convert")):
+        if key not in keys:
+            store.delete(receipts.receipt_path("convert", key))
+    for name, raw in index_documents(entries, info, measured).items():
+        key = f"{TARGETS}/{name}"
+        if name == card.FILE and store.exists(key) and not card.is_ours(store.get_path(key)):
+            continue  # somebody wrote their own
+        store.replace(key, store.write_temp(name, raw))
+    return True
+
+
+def _by_file(entry: Any) -> str:
+    return str(entry.file)

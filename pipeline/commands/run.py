@@ -1,0 +1,91 @@
+"""`run`: every stage in order, and the table at the end, from receipts alone (so it can be printed any time)."""
+
+import math
+from typing import Any
+
+from bytecache.pipeline.commands.convert import convert
+from bytecache.pipeline.commands.evaluate import evaluate
+from bytecache.pipeline.commands.export import export
+from bytecache.pipeline.commands.plan import plan
+from bytecache.pipeline.commands.teacher import teacher
+from bytecache.pipeline.commands.train import train, trained
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.units.progress import human_bytes
+from bytecache.pipeline.units.receipts import Receipt
+from bytecache.schemas.errors import ConfigError
+
+LN2 = math.log(2.0)
+
+
+def run(context: Context) -> bool:
+    """Run what is not done yet; False if there was nothing to do. Ends with the table (also report/summary.md).
+
+    Raises ConfigError with dataset.source: `run` makes the data set it trains on.
+    """
+    if context.settings.dataset.source:
+        raise ConfigError(
+            f"dataset.source = {context.settings.dataset.source!r}: `run` makes its own data set; leave it empty, or "
+            "use `bytecache train`, `evaluate` and `export`"
+        )
+    planned, new = plan(context)
+    dumped = teacher(context)
+    converted = convert(context, dumped.receipts)
+    made = int(new) + dumped.made + converted.made + train(context)
+    results: list[dict[str, Any]] = []
+    if planned.n_heldout:
+        results, count = evaluate(context)
+        made += count
+    else:
+        context.say("evaluate: skipped, the plan has no held-out documents (corpus.heldout_fraction)")
+    made += export(context)
+    table = summary_table(planned.n_bytes, dumped.receipts, converted.receipts, trained(context), results)
+    context.store.replace_text("report/summary.md", table)
+    if not made:
+        context.say(f"run: nothing to do, every output of {context.store.name} is whole")
+    context.say("")
+    context.say(table)
+    return made > 0
+
+
+def summary_table(
+    text_bytes: int, dumps: list[Receipt], shards: list[Receipt], runs: list[Receipt], results: list[dict[str, Any]]
+) -> str:
+    """Sizes, times, throughputs and bits per byte as a Markdown table; times are those of the work when it was done."""
+    lines = ["| what | value |", "|---|---:|"]
+
+    def row(name: str, value: str) -> None:
+        lines.append(f"| {name} | {value} |")
+
+    def seconds(found: list[Receipt]) -> float:
+        return sum(receipt.timings.get("seconds", 0.0) for receipt in found)
+
+    def size(found: list[Receipt]) -> int:
+        return sum(file.size for receipt in found for file in receipt.files)
+
+    def total(found: list[Receipt], name: str) -> float:
+        return float(sum(receipt.counts.get(name) or 0 for receipt in found))
+
+    row("corpus", f"{human_bytes(text_bytes)} in {len(dumps)} units")
+    scored = total(dumps, "bytes") or text_bytes
+    tokens = total(dumps, "tokens")
+    row("teacher: tokens (branches)", f"{tokens:,.0f} ({total(dumps, 'branches'):,.0f})")
+    row("teacher: time, speed", f"{seconds(dumps):.0f} s, {tokens / max(seconds(dumps), 1e-9):,.0f} tokens/s")
+    row("dump: size", f"{human_bytes(size(dumps))}, {size(dumps) / scored:.2f} bytes per text byte")
+    row("convert: time, speed", f"{seconds(shards):.1f} s, {scored / 1e6 / max(seconds(shards), 1e-9):.3f} MB text/s")
+    row("targets: size", f"{human_bytes(size(shards))}, {size(shards) / scored:.2f} bytes per text byte")
+    for name, title in (("canonical_nll", "canonical tokens"), ("teacher_nll", "as a byte model")):
+        if any(name in receipt.counts for receipt in shards):
+            row(f"teacher, {title}", f"{total(shards, name) / LN2 / scored:.4f} bits/byte, all text")
+    for receipt in runs:
+        speed = receipt.counts.get("text_bytes_per_s", 0.0)
+        row(f"train {receipt.name}: time, speed", f"{seconds([receipt]):.0f} s, {human_bytes(speed)}/s of text")
+    for result in results:
+        name = result["name"]
+        row(f"held out, student {name}: tokens", f"{result['token_bits_per_byte']:.4f} bits/byte")
+        row(f"held out, student {name}: byte head or choices", f"{result['head_bits_per_byte']:.4f} bits/covered byte")
+        row(f"held out, student {name}: KL to the teacher", f"{result['kl_nats_per_byte']:.4f} nats/covered byte")
+    if results:
+        row("held out, teacher", f"{results[0]['teacher_bits_per_byte']:.4f} bits/byte")
+        share = results[0]["head_time_share"]
+        row("objective's share of a step's time", "not measured" if share is None else f"{share:.1%}")
+    return "\n".join(lines) + "\n"

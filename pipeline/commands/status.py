@@ -1,0 +1,136 @@
+"""What a run folder holds, from its receipts; no model, no GPU. Price: receipts and file sizes are read, no content."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bytecache.pipeline.commands.dataset import read_index
+from bytecache.pipeline.commands.missing import summary
+from bytecache.pipeline.commands.teacher import teacher_changes
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.fleet.report import fleet_status, fleet_table
+from bytecache.pipeline.plan.index import Plan, read_plan
+from bytecache.pipeline.stores import Store, overlapped
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.progress import human_bytes
+from bytecache.pipeline.units.receipts import Receipt
+from bytecache.schemas.errors import IntegrityError
+
+
+def status(context: Context) -> dict[str, Any]:
+    """Per stage what is done of what is planned. A receipt counts if its files are there with the right size.
+
+    {"run": folder, "stages": [{"stage", "what", "done", "total" (None: unknown), "bytes", "note"}],
+    "fleet": see `pipeline.fleet.report.fleet_status`, "damaged": [...]}
+    """
+    store = context.store
+    damaged: list[str] = []
+    by_stage: dict[str, list[Receipt]] = defaultdict(list)
+    for found in overlapped(lambda place: _look(store, *place), receipts.list_receipts(store)):
+        if isinstance(found, Receipt):
+            by_stage[found.stage].append(found)
+        elif found:
+            damaged.append(found)
+    planned = read_plan(store)
+    stages = [_plan_row(planned, by_stage["plan"])]
+    stages += _teacher_rows(context, planned, by_stage["teacher"])
+    stages.append(_convert_row(store, by_stage["convert"]))
+    stages += _train_rows(store, by_stage["train"])
+    stages += [_simple_row(stage, receipt) for stage in ("evaluate", "export") for receipt in by_stage[stage]]
+    return {"run": store.name, "stages": stages, "fleet": fleet_status(context), "damaged": damaged}
+
+
+def _look(store: Store, stage: str, key: str) -> Receipt | str | None:
+    """A receipt whose files are there, what is wrong with it, or None if it went meanwhile."""
+    try:
+        receipt = receipts.read_receipt(store, stage, key)
+    except IntegrityError as error:
+        return str(error)
+    kept = () if receipt is None or receipt.deleted else receipt.files
+    wrong = [file.path for file in kept if store.size(file.path) != file.size]
+    return f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size" if receipt and wrong else receipt
+
+
+def status_table(report: dict[str, Any]) -> str:
+    """`status` for a person."""
+    lines = [f"{report['run']}"]
+    for row in report["stages"]:
+        total = "?" if row["total"] is None else row["total"]
+        size = human_bytes(row["bytes"]) if row["bytes"] else "-"
+        done = f"{row['done']}/{total}"
+        line = f"  {row['stage']:<9} {row['what']:<24} {done:>11} {size:>9}  {row['note']}"
+        lines.append(line.rstrip())
+    if report["fleet"]:
+        lines.append(fleet_table(report["fleet"]))
+    lines += [f"  damaged: {line}" for line in report["damaged"]]
+    if report["damaged"]:
+        lines.append("  rerun the stage to repair what is damaged")
+    return "\n".join(lines)
+
+
+def _row(stage: str, what: str, done: int, total: int | None, size: int, note: str = "") -> dict[str, Any]:
+    return {"stage": stage, "what": what, "done": done, "total": total, "bytes": size, "note": note}
+
+
+def _size(found: list[Receipt]) -> int:
+    return sum(file.size for receipt in found for file in receipt.files if not receipt.deleted)
+
+
+def _plan_row(planned: Plan | None, found: list[Receipt]) -> dict[str, Any]:
+    if planned is None:
+        return _row("plan", "-", 0, 1, 0, "run `bytecache plan`")
+    note = f"{human_bytes(planned.n_bytes)} of text, {len(planned.sizes)} units, {planned.n_heldout} held out"
+    return _row("plan", planned.hash[:12], 1, 1, _size(found), note)
+
+
+def _teacher_rows(context: Context, planned: Plan | None, found: list[Receipt]) -> list[dict[str, Any]]:
+    groups: dict[str, list[Receipt]] = defaultdict(list)
+    slices = {unit.sha256 for unit in planned.units} if planned else set()
+    for receipt in found:
+        if receipt.inputs.get("slice") in slices:
+            groups[receipt.group].append(receipt)
+    total = len(planned.sizes) if planned else None
+    rows = []
+    for group, dumps in sorted(groups.items()):
+        changes = teacher_changes(dumps[0], context.settings.teacher.resolved())
+        note = f"other settings than the configuration: {'; '.join(changes)}" if changes else ""
+        gone = sum(receipt.deleted for receipt in dumps)
+        notes = [note] if note else []
+        notes += [f"{gone} parts deleted after conversion"] if gone else []
+        rows.append(_row("teacher", group, len(dumps), total, _size(dumps), "; ".join(notes)))
+    return rows or [_row("teacher", "-", 0, total, 0)]
+
+
+def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:
+    try:
+        dataset = read_index(store)
+    except IntegrityError as error:
+        return _row("convert", "-", len(found), None, _size(found), str(error))
+    if dataset is None:
+        return _row("convert", "-", len(found), None, _size(found), "no data set published yet")
+    listed = {entry.file for entry in dataset.entries}
+    done = [receipt for receipt in found if Path(receipt.files[0].path).name in listed]
+    missing = dataset.info["creation"].get("missing", [])
+    note = "data set published" + (f"; {summary(missing)}" if missing else "")
+    return _row("convert", dataset.manifest_hash[:12], len(done), len(listed), _size(done), note)
+
+
+def _train_rows(store: Store, found: list[Receipt]) -> list[dict[str, Any]]:
+    rows = []
+    finished = {Path(receipt.counts["checkpoint"]).parent.name for receipt in found}
+    for receipt in found:
+        steps = receipt.inputs["train"]["steps"]
+        rows.append(_row("train", Path(receipt.counts["checkpoint"]).parent.name, steps, steps, _size([receipt])))
+    last: dict[str, int] = {}
+    for key in store.list("train"):
+        path = Path(key)
+        if path.suffix == ".safetensors" and path.stem.startswith("step-"):
+            last[path.parent.name] = int(path.stem.removeprefix("step-"))  # listed in order: the last one stays
+    for name, done in sorted(last.items()):
+        if name not in finished:
+            rows.append(_row("train", name, done, None, 0, "unfinished: `bytecache train` continues here"))
+    return rows or [_row("train", "-", 0, None, 0)]
+
+
+def _simple_row(stage: str, receipt: Receipt) -> dict[str, Any]:
+    return _row(stage, receipt.name, 1, 1, _size([receipt]), receipt.files[0].path if stage == "evaluate" else "")

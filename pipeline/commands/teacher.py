@@ -1,0 +1,148 @@
+"""`teacher`: one token dump for each slice. A dump part's key holds its slice and the teacher's full identity."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bytecache.pipeline.commands.dataset import (
+    set_aside,
+)
+from bytecache.pipeline.config import changed_keys
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.fleet.ledger import Layout
+from bytecache.pipeline.fleet.quarantine import quarantined
+from bytecache.pipeline.plan.index import Plan, Unit, load_plan
+from bytecache.pipeline.stores import overlapped
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import Receipt, unit_key
+from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
+from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
+from bytecache.schemas.files import file_sha256
+from bytecache.schemas.settings import Teacher
+
+
+def teacher_job(context: Context, planned: Plan) -> Job:
+    """One unit of work per unit of the plan."""
+    from bytecache.stages.teacher.identity import resolve_model, teacher_identity
+    from bytecache.stages.tokens.chat import template_sha256
+
+    store, settings = context.store, context.settings
+    identity = teacher_identity(settings.teacher)
+    # Units of conversations depend on the chat template that they are rendered with.
+    chat = planned.settings.get("kind") == "chat"
+    rendered = {"template": template_sha256(resolve_model(settings.teacher))} if chat else {}
+    group = unit_key("teacher", {**identity, **rendered})[:12]
+
+    def task(index: int) -> Task:
+        unit = planned.units[index]
+        inputs = {"slice": unit.sha256, "teacher": identity, **rendered}
+        name = f"{unit.index:05d}-{unit.split}"
+        out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
+        return Task("teacher", name, out, inputs, unit.n_bytes, group, unit)
+
+    @contextmanager
+    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
+        from bytecache.stages.teacher.teacher import open_teacher
+
+        engine = open_teacher(settings.teacher)
+
+        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+            unit: Unit = task.payload
+            piece = store.get_path(unit.slice)
+            if file_sha256(piece) != unit.sha256:
+                raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
+            counts = engine.dump_unit(piece, out, task.key, stop, tick)
+            store.release(unit.slice)
+            return counts
+
+        try:
+            if engine.identity() != identity:
+                raise EngineError(
+                    f"teacher {settings.teacher.model} changed while it was loaded; rerun when it is at rest"
+                )
+            yield work
+        finally:
+            engine.close()
+
+    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, planned.sizes, task, open_work)
+
+
+def teacher(context: Context) -> Outcome:
+    """Dump every unit that has no dump yet; the engine starts only if there is one."""
+    job = teacher_job(context, load_plan(context.store, context.settings))
+    outcome = run_job(context.store, job, context.stop)
+    context.save_config("teacher/config.toml", changed=outcome.made > 0)
+    context.say(outcome_line("teacher", outcome))
+    aside = set_aside(outcome.receipts)
+    if aside:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(aside.items()))
+        context.say(f"teacher: documents set aside because its tokenizer cannot reproduce them ({reasons})")
+    return outcome
+
+
+def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
+    """Sound dump receipts of every unit, made with the current teacher settings, in plan order.
+
+    Units that workers set aside may be missing; what to make of that: `pipeline.commands.missing`.
+
+    Raises InputError if some are missing, ConfigError if only dumps of other settings exist or several sets fit.
+    """
+    store, settings = context.store, context.settings
+    groups: dict[str, dict[str, Receipt]] = defaultdict(dict)
+    keys = [key for _, key in receipts.list_receipts(store, "teacher")]
+    for receipt in overlapped(lambda key: receipts.read_receipt(store, "teacher", key), keys):
+        if receipt is not None:
+            groups[receipt.group][str(receipt.inputs.get("slice"))] = receipt
+    wanted = {unit.index: unit.sha256 for unit in planned.units}
+    aside = {entry.unit for entry in quarantined(store, Layout("teacher"))}
+    fitting: dict[str, dict[int, Receipt]] = {}
+    best, differences = 0, ""
+    for group, by_slice in sorted(groups.items()):
+        found = {index: by_slice[sha256] for index, sha256 in wanted.items() if sha256 in by_slice}
+        if not found:
+            continue
+        changes = teacher_changes(next(iter(found.values())), settings.teacher)
+        if changes:
+            differences = "; ".join(changes)
+            continue
+        best = max(best, len(found))
+        if wanted.keys() - found.keys() <= aside:
+            fitting[group] = found
+    if len(fitting) > 1:
+        raise ConfigError(
+            f"{store.name} holds whole dumps of {len(fitting)} versions of this teacher or its software "
+            f"({', '.join(fitting)}); delete the receipts of those you do not want in {receipts.FOLDER}/teacher"
+        )
+    if fitting:
+        (dumps,) = fitting.values()
+        for problems in overlapped(lambda receipt: receipts.problems(store, receipt), dumps.values()):
+            if problems:
+                raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
+        return dumps
+    if differences and not best:
+        raise ConfigError(
+            f"{store.name} holds dumps of other teacher settings only ({differences}); "
+            "restore them or run `bytecache teacher`"
+        )
+    raise InputError(
+        f"{store.name} holds {best} of {len(wanted)} dump parts; run `bytecache teacher` to make the others"
+    )
+
+
+def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
+    """How the settings that a dump was made with differ from the current ones."""
+    return identity_changes(receipt.inputs["teacher"], settings)
+
+
+def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
+    """How the settings in a teacher's identity differ from the current ones."""
+    from bytecache.stages.teacher.identity import model_name
+
+    old = {
+        **identity.get("settings", {}),
+        **{name: identity[name] for name in ("model", "revision") if name in identity},
+    }
+    now = settings.resolved().model_dump() | {"model": model_name(settings)}
+    return list(changed_keys(old, {name: now[name] for name in old if name in now}))

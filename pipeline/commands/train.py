@@ -1,0 +1,217 @@
+"""`train`: byte targets to a distilled student and its control.
+
+A run's key holds the data set's manifest hash, the student's and the training settings and the seed; its folder
+is `train/<name>-<key12>`. The stage writes checkpoints there and resumes from the newest whole one by itself; the
+receipt, written after the last step, is what makes the run done.
+"""
+
+import io
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bytecache.pipeline.commands.dataset import TARGETS
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.progress import Reporter
+from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
+from bytecache.pipeline.units.runner import Task, commit_receipt, finished
+from bytecache.schemas.errors import ConfigError, InputError, Interrupted
+from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
+
+if TYPE_CHECKING:
+    from bytecache.schemas.dataset.index import Dataset
+    from bytecache.stages.train.batches.teacher_tokens import TokenDump
+    from bytecache.stages.train.parallel import World
+
+DISTILLED, CONTROL = "distilled", "control"
+
+
+def run_names(settings: Train, only: str = "") -> list[str]:
+    """The runs to train: the distilled student, and its control if asked for. `only` names one of them."""
+    names = [DISTILLED, CONTROL] if settings.control else [DISTILLED]
+    if only and only not in (DISTILLED, CONTROL):
+        raise ConfigError(f"--only {only}: unknown run; runs: {DISTILLED}, {CONTROL}")
+    return [only] if only else names
+
+
+def open_targets(context: Context) -> "Dataset":
+    """The data set to learn from: dataset.source (a folder or URL), else this run's own, if it was published.
+
+    Raises InputError if it was not, IntegrityError or StorageError for an index that is damaged or out of reach.
+    """
+    from bytecache.stages.targets.source import open_dataset
+
+    settings = context.settings.dataset
+    if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):
+        raise InputError(f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first")
+    limit = int(settings.cache_gib * 2**30)
+    place = settings.source or context.store.folder(TARGETS)
+    return open_dataset(place, cache_dir=settings.cache_dir, cache_bytes=limit)
+
+
+def student_prefix(context: Context, dataset: str) -> str:
+    """Key of the untrained student's folder, named by its recipe; distilled and control begin from the same."""
+    recipe = {"dataset": dataset, "student": context.settings.student.model_dump(), "seed": context.settings.run.seed}
+    return f"train/student-{unit_key('student', recipe)[:12]}"
+
+
+def train_task(context: Context, name: str, dataset: str) -> Task:
+    """The task of one training run; `out` is its folder."""
+    settings = context.settings
+    shape = settings.train.model_dump(exclude=set(NEUTRAL))
+    if name == CONTROL:
+        shape["lambda_kl"] = 0.0
+    inputs = {
+        "name": name,
+        "dataset": dataset,
+        "student": settings.student.model_dump(),
+        "train": shape,
+        "seed": settings.run.seed,
+    }
+    return Task("train", name, f"train/{name}-{unit_key('train', inputs)[:12]}", inputs, settings.train.steps)
+
+
+def train(context: Context, only: str = "") -> int:
+    """Train what is not trained yet; returns how many runs this call finished.
+
+    Every process of a torchrun calls this; the first one alone prepares, reports and writes.
+    """
+    from bytecache.stages.train.parallel import joined
+
+    with joined(context.settings.train.parallel) as world:
+        if not world.main:
+            context = replace(context, say=lambda line: None)
+        return _train(context, world, only)
+
+
+def _train(context: Context, world: "World", only: str) -> int:
+    targets = open_targets(context)
+    dataset = targets.manifest_hash
+    made = 0
+    for name in run_names(context.settings.train, only):
+        task = train_task(context, name, dataset)
+        receipt = finished(context.store, task)
+        if receipt is not None:
+            context.say(f"train {name}: nothing to do, {task.measure} steps are done ({task.out})")
+            continue
+        _train_one(context, world, task, targets)
+        made += 1
+    return made
+
+
+def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
+    from bytecache.stages.student import student
+    from bytecache.stages.train.train import train as train_stage
+
+    store, settings = context.store, context.settings
+    start = student_prefix(context, targets.manifest_hash)
+    folder = store.folder(start, "student.json")
+    if world.main:
+        student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+        store.publish(start)
+    world.wait()
+    out = store.folder(task.out)
+    steps = settings.train.steps
+    silent = None if world.main else io.StringIO()
+    with Reporter(f"train {task.name}", 1, steps, measure="steps", stream=silent) as progress:
+        first = True
+
+        def report(record: dict[str, Any]) -> None:
+            nonlocal first
+            if first:
+                progress.done, first = int(record["step"]) - 1, False
+            progress.tick({"steps": 1, "tokens": record.get("tokens", 0)})
+            if (int(record["step"]) - 1) % settings.train.checkpoint_every == 0:
+                store.publish(task.out)  # the step before this one may have ended with a checkpoint
+            if record["step"] % settings.train.checkpoint_every == 0 or record["step"] == steps:
+                progress.line({"stage": "train", **record, **progress.rates()})
+
+        started = time.monotonic()
+        try:
+            result = train_stage(
+                settings.train,
+                folder,
+                targets,
+                out,
+                name=task.name,
+                seed=settings.run.seed,
+                lambda_kl=task.inputs["train"]["lambda_kl"],
+                stop=context.stop,
+                report=report,
+                dump=_token_dump(context) if task.inputs["train"]["lambda_kl"] else None,
+            )
+        except Interrupted:
+            if world.main:
+                store.publish(task.out)
+            raise
+    if not world.main:
+        return
+    store.publish(task.out)
+    checkpoint = Path(result["checkpoint"])
+    files = [
+        record_file(store, f"{task.out}/{name}") for name in (checkpoint.name, checkpoint.with_suffix(".json").name)
+    ]
+    counts = {
+        **result,
+        "checkpoint": f"{task.out}/{checkpoint.name}",
+        "student": start,
+    }
+    context.save_config(f"{task.out}/config.toml")
+    commit_receipt(store, run_receipt(task, files, counts, time.monotonic() - started))
+    context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
+
+
+def _token_dump(context: Context) -> "TokenDump | None":
+    """The teacher's tokens, where `train.head` is a baseline that asks for them."""
+    from bytecache.stages.models.locate import resolve_model
+    from bytecache.stages.teacher.identity import vocabulary_of
+    from bytecache.stages.train.batches.teacher_tokens import TokenDump
+
+    settings = context.settings
+    if settings.train.head not in BASELINES:
+        return None
+    folder = context.store.folder("teacher")
+    if settings.train.head == "uld":
+        return TokenDump(folder)
+    return TokenDump(folder, lambda: vocabulary_of(settings.teacher, resolve_model(settings.teacher)))
+
+
+def run_receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:
+    return Receipt(
+        stage=task.stage,
+        key=task.key,
+        name=task.name,
+        files=tuple(files),
+        inputs=task.inputs,
+        counts=counts,
+        timings={"seconds": round(seconds, 3)},
+        versions=receipts.software_versions(),
+    )
+
+
+def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt]:
+    """Receipts of the finished runs of the current settings; `dataset`: the manifest hash, if known already.
+
+    Raises InputError if one asked for is not finished.
+    """
+    dataset = dataset or open_targets(context).manifest_hash
+    found = []
+    for name in run_names(context.settings.train, only):
+        receipt = finished(context.store, train_task(context, name, dataset))
+        if receipt is not None:
+            found.append(receipt)
+        elif only:
+            raise InputError(f"{context.store.name} holds no finished run {name}; run `bytecache train` first")
+    if not found:
+        raise InputError(f"{context.store.name} holds no run trained with these settings; run `bytecache train` first")
+    return found
+
+
+def run_files(store: Store, run: Receipt) -> tuple[Path, Path]:
+    """Local folder of the student that a finished run began from, and local file of its last checkpoint."""
+    checkpoint = Path(run.counts["checkpoint"])
+    folder = store.folder(checkpoint.parent.as_posix())
+    return store.folder(run.counts["student"], "student.json"), folder / checkpoint.name

@@ -1,0 +1,149 @@
+"""`teacher --worker`, `convert --worker` and `retry`."""
+
+from contextlib import nullcontext
+from typing import Any
+
+from bytecache.pipeline.commands.convert import convert, convert_job
+from bytecache.pipeline.commands.dataset import TARGETS
+from bytecache.pipeline.commands.missing import units_aside
+from bytecache.pipeline.commands.teacher import find_dumps, identity_changes, teacher_job
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.fleet.job import join
+from bytecache.pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
+from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
+from bytecache.pipeline.fleet.worker import Share, Worker
+from bytecache.pipeline.plan.index import Plan, load_plan
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.receipts import Receipt
+from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work
+from bytecache.schemas.errors import BytecacheError, ConfigError, InputError
+
+_SHOWN = 3
+
+
+def teacher_worker(context: Context) -> Share:
+    """Work on the plan's dumps together with any number of others."""
+    planned = load_plan(context.store, context.settings)
+    share = _work(context, teacher_job(context, planned))
+    context.save_config("teacher/config.toml", changed=False)
+    return share
+
+
+def convert_worker(context: Context) -> Share:
+    """Work on the shards together with others; whoever comes first when all are made publishes the index."""
+    planned = load_plan(context.store, context.settings)
+    job = _convert_job(context, planned)
+    share = _work(context, job)
+    index = f"{TARGETS}/dataset.json"
+    if not context.store.exists(index):
+        _work(context, _index_job(context, job))
+        if not context.store.exists(index):
+            raise InputError(f"{context.store.name}: {index} was published and is gone; run `bytecache convert`")
+    return share
+
+
+def _work(context: Context, job: Job) -> Share:
+    share = Worker(context.store, job, context.settings.fleet, context.stop).run()
+    entries = quarantined(context.store, Layout(job.stage))
+    if entries:
+        shown = "; ".join(f"unit {entry.unit} ({entry.reasons[-1]})" for entry in entries[:_SHOWN] if entry.reasons)
+        raise BytecacheError(
+            f"{job.stage}: all units are done but {len(entries)}, which are set aside after repeated failure: {shown}; "
+            f"`bytecache status` names them all; mend the cause and run `bytecache retry {job.stage}`, then a worker"
+            + ("; or convert the rest with `--set convert.allow_quarantined=true`" if job.stage == "teacher" else "")
+        )
+    context.say(
+        f"{job.stage}: this worker made {share.made} of {len(job.measures)} units"
+        + (f", {share.found} it took up were whole already" if share.found else "")
+    )
+    return share
+
+
+def _convert_job(context: Context, planned: Plan) -> Job:
+    """The shards, with the receipts of their parts read when a shard is claimed instead of all at once."""
+    store = context.store
+    begun = read_json(store, Layout("teacher").job)
+    if begun is None:  # the dump was made without workers: find it by its receipts
+        found = find_dumps(context, planned)  # no quarantine either
+        identity = next(iter(found.values())).inputs["teacher"]
+        return convert_job(context, planned, identity, found.__getitem__)
+    identity = begun["identity"]["teacher"]
+    changes = identity_changes(identity, context.settings.teacher)
+    if changes:
+        raise ConfigError(
+            f"{store.name}: the workers' dump was made with other teacher settings ({'; '.join(changes[:4])}); restore "
+            "them, or run `bytecache teacher`"
+        )
+
+    # The teacher, and the chat template where there is one: what `teacher_job` puts into a unit's key.
+    shared = {name: value for name, value in begun["identity"].items() if name != "plan"}
+
+    def made(index: int) -> Receipt | None:
+        key = receipts.unit_key("teacher", {"slice": planned.units[index].sha256, **shared})
+        return receipts.read_receipt(store, "teacher", key)
+
+    def dump(index: int) -> Receipt:
+        receipt = made(index)
+        if receipt is None:
+            raise InputError(
+                f"{store.name}: unit {index} of {len(planned.sizes)} has no dump; run `bytecache teacher --worker` to "
+                "the end first"
+            )
+        return receipt
+
+    aside = units_aside(context, lambda index: made(index) is not None)
+    return convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
+
+
+def _index_job(context: Context, shards: Job) -> Job:
+    """One unit, the data set's index, so that one worker publishes it and another takes over if that one dies."""
+
+    def task(index: int) -> Task:
+        return Task("index", "index", f"{FOLDER}/index/published.json", shards.identity, sum(shards.measures))
+
+    def work(task: Task, out: Any, tick: Tick) -> dict[str, Any]:
+        outcome: Outcome = convert(context)
+        out.write_text(f"{len(outcome.receipts)}\n")
+        return {"shards": len(outcome.receipts)}
+
+    def open_work(stop: Any) -> Any:
+        opened: Work = work
+        return nullcontext(opened)
+
+    return Job("index", shards.identity, [sum(shards.measures)], task, open_work)
+
+
+# ---- retry
+
+
+def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
+    """Lift the quarantine of a stage; returns how many units may be tried again."""
+    if stage not in STAGES:
+        raise InputError(f"{stage!r} is no stage of workers; name one of {', '.join(STAGES)}")
+    store = context.store
+    if new_job:
+        count = forget_job(store, stage)
+        if stage == "convert":
+            forget_index(context)
+        context.say(f"retry: the {stage} job is given up ({count} ledger objects); what it made stays")
+        return 0
+    layout = Layout(stage)
+    if read_json(store, layout.job) is None:
+        raise InputError(f"{store.name} holds no {stage} job of workers; nothing to retry")
+    forgiven = retry(store, layout)
+    if lost:
+        planned = load_plan(store, context.settings)
+        job = teacher_job(context, planned) if stage == "teacher" else _convert_job(context, planned)
+        join(store, job)
+        forgiven += requeue_lost(store, job)
+        if stage == "convert":
+            forget_index(context)
+    named = f": {', '.join(str(unit) for unit in forgiven[:20])}" if forgiven else ""
+    context.say(f"retry: {len(forgiven)} units of {stage} may be tried again{named}")
+    return len(forgiven)
+
+
+def forget_index(context: Context) -> None:
+    """The index may have to be published again."""
+    for key in [*context.store.list(Layout("index").root)]:
+        context.store.delete(key)

@@ -1,0 +1,45 @@
+"""A Slurm job array: one task per worker, put back in the queue when it was preempted (exit code 75).
+
+`--signal` gives the worker SIGTERM before the time limit, `--requeue` covers nodes that Slurm takes away by itself. The
+workers share the run folder, so tasks may start, end and repeat in any order.
+"""
+
+import math
+import shlex
+
+from bytecache.pipeline.launch.command import JobSpec
+from bytecache.schemas.errors import Interrupted
+
+
+def slurm_script(spec: JobSpec, *, time_limit: str, partition: str = "", setup: str = "") -> str:
+    """The script for `sbatch`. `time_limit`: as Slurm writes it; `setup`: shell lines before the worker."""
+    notice = max(60, math.ceil(spec.settings.fleet.notice_s) + 5)  # Slurm may be a minute late
+    options = [
+        f"--job-name={spec.name}",
+        f"--array=0-{spec.workers - 1}",
+        "--ntasks=1",
+        f"--cpus-per-task={spec.cpus}",
+        *([f"--gpus-per-task={spec.gpus}"] if spec.gpus else []),
+        *([f"--partition={partition}"] if partition else []),
+        f"--time={time_limit}",
+        "--requeue",
+        "--open-mode=append",
+        f"--signal=TERM@{notice}",
+        f"--output={spec.name}-%A_%a.log",
+    ]
+    return "\n".join([
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH {option}" for option in options),
+        "set -u",
+        f"export OMP_NUM_THREADS={spec.cpus}",
+        *([setup] if setup else []),
+        f"srun --ntasks=1 {shlex.join(spec.command())}",
+        "code=$?",
+        f'if [ "$code" -eq {Interrupted.exit_code} ]; then',
+        "    # Preempted or out of time: everything whole is kept, the same task goes on later.",
+        '    scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        "    exit 0",
+        "fi",
+        'exit "$code"',
+        "",
+    ])  # fmt: skip

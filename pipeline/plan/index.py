@@ -1,0 +1,253 @@
+"""The plan as it lies in the store: an index of all units, and pages that say where the text of each one is.
+
+    plan/plan.json              of the whole: identity of the text, bytes of every unit, which are held out, hashes
+                                of the pages
+    plan/units/NUMBER-HASH.json a page: `PAGE` units, each with its slice, its hash and its counts
+    plan/slices/...             the text
+
+Each is committed after all that it names: a plan that exists is whole. A worker reads the index once, and a page when
+it claims a unit from it; claims go through a page in order (`pipeline.fleet.claims`), so it keeps the last few.
+
+Price, at a million units (10 TB of text in units of 10 MB; `benchmarks/queue_simulation.py`): an index of 8.8 MB and
+977 pages of 0.2 MB, of which a worker of a hundred units reads a few. In one file it was 190 MB for each worker.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, overload
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bytecache.pipeline.config import changed_keys
+from bytecache.pipeline.stores import Store
+from bytecache.pipeline.units.receipts import canonical_json, unit_key
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.settings import Settings
+
+PLAN_VERSION = 3
+PLAN_KEY = "plan/plan.json"
+PAGE = 1024
+"""Units of a page: four blocks of claims."""
+KEPT = 4
+"""Pages that a worker keeps."""
+Split = Literal["train", "heldout"]
+# Only these shape the slices; where the text came from does not, its content does.
+_SHAPING = ("seed", "unit_bytes", "heldout_fraction")
+
+
+class Unit(BaseModel):
+    """One slice: `slice` is its store key, `sha256` that of the slice file, `n_bytes` of UTF-8 text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    index: int
+    split: Split
+    slice: str
+    sha256: str
+    n_docs: int
+    n_bytes: int
+
+
+class Index(BaseModel):
+    """`plan.json`. `sizes`: bytes of text of every unit; `heldout`: indices of those that are; `pages`: their sha256.
+
+    `corpus`: identity and counts of the text; `settings`: what shaped the slices; `hash` names the whole plan.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: int
+    corpus: dict[str, Any]
+    settings: dict[str, Any]
+    sizes: tuple[int, ...]
+    heldout: tuple[int, ...]
+    page: int
+    pages: tuple[str, ...]
+    hash: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An index and the store that its pages are in. Two plans are equal if their indices are."""
+
+    index: Index
+    store: Store = field(compare=False, repr=False)
+
+    @property
+    def hash(self) -> str:
+        return self.index.hash
+
+    @property
+    def corpus(self) -> dict[str, Any]:
+        return self.index.corpus
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.index.settings
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of text in every unit; reads no page."""
+        return self.index.sizes
+
+    @property
+    def n_heldout(self) -> int:
+        return len(self.index.heldout)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of text in all units."""
+        return sum(self.index.sizes)
+
+    def of_split(self, split: Split) -> list[int]:
+        """Indices of a split's units, in order; reads no page."""
+        if split == "heldout":
+            return list(self.index.heldout)
+        heldout = set(self.index.heldout)
+        return [index for index in range(len(self.sizes)) if index not in heldout]
+
+    @property
+    def page_keys(self) -> list[str]:
+        """Store keys of the pages."""
+        return [page_key(number, sha256) for number, sha256 in enumerate(self.index.pages)]
+
+    @cached_property
+    def units(self) -> "Units":
+        """All units; reads pages as they are asked for."""
+        return Units(self)
+
+
+class Units(Sequence[Unit]):
+    """The units of a plan. Raises IntegrityError where a page is missing or not as the index states."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._pages: dict[int, tuple[Unit, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._plan.sizes)
+
+    @overload
+    def __getitem__(self, at: int) -> Unit: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Unit]: ...
+    def __getitem__(self, at: int | slice) -> Unit | list[Unit]:
+        if isinstance(at, slice):
+            return [self[index] for index in range(*at.indices(len(self)))]
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        size = self._plan.index.page
+        return self.page(at // size)[at % size]
+
+    def __iter__(self) -> Iterator[Unit]:
+        for number in range(len(self._plan.index.pages)):
+            yield from self.page(number)
+
+    def page(self, number: int) -> tuple[Unit, ...]:
+        """The units of one page."""
+        found = self._pages.get(number)
+        if found is None:
+            found = read_page(self._plan.store, number, self._plan.index.pages[number])
+            while len(self._pages) >= KEPT:
+                del self._pages[next(iter(self._pages))]
+            self._pages[number] = found
+        return found
+
+
+def page_key(number: int, sha256: str) -> str:
+    """Where a page is stored. The name holds the content: a half-written plan never lends a page to another one."""
+    return f"plan/units/{number:05d}-{sha256[:12]}.json"
+
+
+def page_bytes(units: Sequence[Unit]) -> bytes:
+    """A page as it is stored."""
+    return canonical_json([unit.model_dump() for unit in units]) + b"\n"
+
+
+def read_page(store: Store, number: int, sha256: str) -> tuple[Unit, ...]:
+    """The units of a page. Raises IntegrityError where it is missing or altered."""
+    key = page_key(number, sha256)
+    raw = store.read_bytes(key) if store.exists(key) else b""
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise IntegrityError(f"{store.name}: {key} is missing or altered; run `bytecache plan` to repair it")
+    return tuple(Unit.model_validate(unit) for unit in json.loads(raw))
+
+
+def make_index(
+    corpus: dict[str, Any], shape: dict[str, Any], sizes: Sequence[int], heldout: Sequence[int], pages: Sequence[str],
+    page: int = PAGE,
+) -> Index:  # fmt: skip
+    """The index of pages that are committed, of `page` units each."""
+    index = Index(
+        version=PLAN_VERSION, corpus=corpus, settings=shape, sizes=tuple(sizes), heldout=tuple(heldout), page=page,
+        pages=tuple(pages), hash="",
+    )  # fmt: skip
+    return index.model_copy(update={"hash": _plan_hash(index)})
+
+
+def index_bytes(index: Index) -> bytes:
+    """`plan.json` as it is stored."""
+    return canonical_json(index.model_dump()) + b"\n"
+
+
+def read_plan(store: Store) -> Plan | None:
+    """The plan of a run folder as written, or None. Raises IntegrityError if it is damaged or of another version."""
+    if not store.exists(PLAN_KEY):
+        return None
+    raw, path = store.read_bytes(PLAN_KEY), f"{store.name}/{PLAN_KEY}"
+    try:
+        found = json.loads(raw)
+        version = found.get("version")
+        if version == PLAN_VERSION:
+            index = Index.model_validate(found)
+    except (ValueError, ValidationError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise IntegrityError(f"{path} is damaged ({reason}); delete it and run `bytecache plan` again") from None
+    if version != PLAN_VERSION:
+        raise IntegrityError(
+            f"{path} has version {version}, this software reads {PLAN_VERSION}; finish the run with the version "
+            "that planned it, or plan again in a new run.dir"
+        )
+    if index.hash != _plan_hash(index):
+        raise IntegrityError(f"{path} was edited: its hash differs; delete it and run `bytecache plan` again")
+    return Plan(index, store)
+
+
+def load_plan(store: Store, settings: Settings) -> Plan:
+    """The plan a stage works from. Raises InputError if there is none, ConfigError if settings changed since."""
+    plan = read_plan(store)
+    if plan is None:
+        raise InputError(f"{store.name} holds no plan; run `bytecache plan` with this run.dir first")
+    refuse_changes(plan, settings, None)
+    return plan
+
+
+def refuse_changes(plan: Plan, settings: Settings, corpus: dict[str, Any] | None) -> None:
+    """Raise ConfigError if the plan was made with other settings or, where `corpus` is given, of other text."""
+    changes = list(changed_keys(plan.settings, shape_of(settings)))
+    if corpus is not None and plan.corpus["sha256"] != corpus["sha256"]:
+        changes.append(
+            "corpus text: {n_documents} documents, {n_bytes} bytes, sha256 {sha256:.12}".format(**plan.corpus)
+            + " -> {n_documents} documents, {n_bytes} bytes, sha256 {sha256:.12}".format(**corpus)
+        )
+    if changes:
+        raise ConfigError(
+            f"{plan.store.name} was planned otherwise ({'; '.join(changes)}); restore that, or use a new run.dir"
+        )
+
+
+def shape_of(settings: Settings) -> dict[str, Any]:
+    """The settings that decide the slices."""
+    shape = {"seed": settings.run.seed, **settings.corpus.model_dump()}
+    return {name: shape[name] for name in _SHAPING} | ({"kind": shape["kind"]} if shape["kind"] != "text" else {})
+
+
+def corpus_identity(corpus: dict[str, Any]) -> dict[str, Any]:
+    """What of a plan's `corpus` identifies the text."""
+    return {name: corpus[name] for name in ("sha256", "n_documents", "n_bytes")}
+
+
+def _plan_hash(index: Index) -> str:
+    parts = index.model_dump(exclude={"hash", "corpus"})
+    return unit_key("plan", {**parts, "corpus": corpus_identity(index.corpus)})

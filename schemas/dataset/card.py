@@ -1,0 +1,155 @@
+"""The card of a dataset: a README.md in the form of data hubs (a YAML header, then Markdown), made from the index.
+
+A folder with its card can be uploaded as it is. Text from the maker is quoted, so that it cannot end the header or
+pose as a heading; the card repeats the index and decides nothing. Its last line is its own hash: a damaged card is
+found by whatever release looks at it. Whoever deletes the first mark and that line has a card of their own.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE = "README.md"
+MARK = "<!-- made by bytecache from dataset.json; delete this line and the last to keep your own text -->"
+_SEAL = b"<!-- bytecache: sha256 of all above "
+_SIZES = ((10**9, "1B<n<10B"), (10**6, "1M<n<10M"), (10**5, "100K<n<1M"), (10**4, "10K<n<100K"), (10**3, "1K<n<10K"))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a card may be written there: none yet, or one of ours that nobody took over."""
+    try:
+        return MARK in path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def fault(raw: bytes) -> str:
+    """Why a card is not as it was made; "" where it is, or where nothing says that it is one of ours."""
+    above, found, seal = raw.rpartition(_SEAL)
+    if not found:
+        return "its last line, its hash, is missing" if MARK.encode() in raw else ""
+    if seal != _seal(above)[len(_SEAL) :]:
+        return "it does not match the hash in its last line"
+    return ""
+
+
+def _seal(above: bytes) -> bytes:
+    return _SEAL + hashlib.sha256(above).hexdigest().encode() + b" -->\n"
+
+
+def render(document: dict[str, Any]) -> bytes:
+    """The card of an index document (`dataset.json` as an object), UTF-8."""
+    info, splits = document["info"], document["splits"]
+    name = _line(info.get("name")) or "Byte targets"
+    lines = ["---", f"pretty_name: {json.dumps(name)}", *_license(str(info.get("license", "")))]
+    lines += [f"size_categories: [{_size(sum(total['n_documents'] for total in splits.values()))}]"]
+    lines += ["task_categories: [text-generation]", "tags: [bytecache, distillation, byte-level, zarr]"]
+    # Hubs guess a table from any Parquet file; the manifest is an index, not the data.
+    lines += ["viewer: false", "---", "", MARK, "", f"# {_markdown(name)}", ""]
+    lines += [
+        "What a teacher language model says about every byte of a text: for each position the probability of the next",
+        "byte or of the end, independent of any tokenizer. A student with any tokenizer can be distilled from it",
+        "without the teacher in memory (Byte-Level Distillation, arXiv 2604.07466).",
+        "",
+        "| | " + " | ".join(splits) + " |",
+        "|---|" + "---:|" * len(splits),
+    ]
+    for field, label in (
+        ("n_shards", "shards"), ("n_documents", "documents"), ("n_bytes", "bytes of text"),
+        ("n_entries", "listed probabilities"), ("size", "bytes on disk"),
+    ):  # fmt: skip
+        lines.append(f"| {label} | " + " | ".join(f"{total[field]:,}" for total in splits.values()) + " |")
+    lines.append("| mean unlisted mass | " + " | ".join(f"{t['tail_mean']:.2e}" for t in splits.values()) + " |")
+    lines += ["", "## Where it comes from", "", "| | |", "|---|---|"]
+    for label, value in _facts(info):
+        lines.append(f"| {label} | {_markdown(value)} |")
+    fidelity = document.get("fidelity") or {}
+    if fidelity:
+        lines += ["", "## Fidelity", "", "| | |", "|---|---:|"]
+        lines += [f"| {_markdown(_line(key))} | {_markdown(value)} |" for key, value in _leaves(fidelity)]
+    lines += [
+        "",
+        "## Licence",
+        "",
+        f"- This data set: {_markdown(_line(info.get('license')) or 'not stated')}",
+        f"- The text in it: {_markdown(_line(info.get('corpus_license')) or 'not stated')}",
+        f"- The teacher and its outputs: {_markdown(_line(info.get('teacher_license')) or 'not stated')}",
+    ]
+    if info.get("attribution"):
+        lines.append(f"- Attribution: {_markdown(_line(info['attribution']))}")
+    lines += [
+        "",
+        "## Reading it",
+        "",
+        "```python",
+        "from bytecache import ByteTargets",
+        "",
+        'for window in ByteTargets("FOLDER-OR-URL", split="train", window=1024):',
+        "    ...  # text, mask, sparse (row, symbol, probability), tail",
+        "```",
+        "",
+        "`bytecache verify FOLDER` recomputes every hash; `bytecache inspect SHARD --html page.html` shows a shard.",
+        "Any Zarr v3 reader opens one; the format is bytecache's `schemas/SPEC.md`.",
+        "",
+        f"Content: sha256 `{document['manifest']['content_sha256']}`",
+    ]
+    text = "\n".join([*lines, "", ""]).encode()
+    return text + _seal(text)
+
+
+def _license(text: str) -> list[str]:
+    """Hubs want an identifier; anything longer is `other` with a name."""
+    plain = text.strip().lower()
+    if plain and len(plain) <= 40 and all(c.isascii() and (c.isalnum() or c in ".-+") for c in plain):
+        return [f"license: {json.dumps(plain)}"]
+    return ["license: other", f"license_name: {json.dumps(_line(text) or 'not stated')}"]
+
+
+def _size(n: int) -> str:
+    return next((label for least, label in _SIZES if n >= least), "n<1K")
+
+
+def _facts(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    teacher, corpus = info.get("teacher") or {}, info.get("corpus") or {}
+    settings, software = info.get("settings") or {}, info.get("software") or {}
+    named = (("teacher", teacher.get("model") or teacher.get("name")), ("revision", teacher.get("revision")))
+    yield from ((label, _line(value)) for label, value in named if value)
+    if info.get("tokenizer"):
+        yield "teacher's vocabulary", _line(", ".join(f"{k} {v}" for k, v in _leaves(info["tokenizer"])))
+    chosen = teacher.get("settings") or {}
+    if chosen:
+        yield "teacher settings", _line(", ".join(f"{k} = {v}" for k, v in _leaves(chosen)))
+    if corpus:
+        yield "corpus", _line(", ".join(f"{k} = {v}" for k, v in _leaves(corpus)))
+    if settings.get("convert"):
+        yield "conversion", _line(", ".join(f"{k} = {v}" for k, v in _leaves(settings["convert"])))
+    missing = (info.get("creation") or {}).get("missing") or []
+    if missing:
+        documents, size = (sum(unit["n_documents"] for unit in missing), sum(unit["n_bytes"] for unit in missing))
+        listed = "; ".join(f"unit {unit['unit']} ({unit['reason']})" for unit in missing)
+        yield "missing", _line(f"{documents} documents, {size} bytes of the corpus (dataset.json lists them): {listed}")
+    if software:
+        yield "software", _line(", ".join(f"{k} {v}" for k, v in _leaves(software)))
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _leaves(item, f"{prefix}{key}.")
+        elif item not in ("", None):
+            yield prefix + str(key), f"{item:.4g}" if isinstance(item, float) else str(item)
+
+
+def _line(value: Any) -> str:
+    text = " ".join(str(value or "").split())
+    return text if len(text) <= 600 else text[:597] + "..."
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown and HTML show as it is."""
+    out = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join("\\" + c if c in "\\`*_[]|#!" else c for c in out)

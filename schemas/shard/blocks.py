@@ -1,0 +1,61 @@
+"""Rows that wait in memory to be encoded."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bytecache.schemas.arrays import F32, F64, I16, U8
+
+BLOCK = 1 << 14
+"""Rows that are encoded at a time."""
+ENTRIES = 1 << 19
+"""Entries that a block of rows has room for; memory of which only what is used is real."""
+
+
+class Block:
+    """Up to `BLOCK` rows that wait to be encoded: checked, their entries in order (see `gather`)."""
+
+    def __init__(self, entries: int) -> None:
+        self.n_rows = self.n_entries = 0
+        self.mask: U8 = np.empty(BLOCK, np.uint8)
+        self.true: I16 = np.empty(BLOCK, np.int16)  # the symbol that follows
+        self.count: I16 = np.empty(BLOCK, np.int16)
+        self.listable: I16 = np.empty(BLOCK, np.int16)
+        self.rest: F64 = np.empty(BLOCK, np.float64)
+        self.unlisted: F64 = np.empty(BLOCK, np.float64)
+        self.given: F32 = np.empty(BLOCK, np.float32)
+        self.symbol: I16 = np.empty(entries, np.int16)
+        self.prob: F32 = np.empty(entries, np.float32)
+
+    def has_room(self, rows: int, entries: int) -> bool:
+        return self.n_rows + rows <= BLOCK and self.n_entries + entries <= len(self.symbol)
+
+    def room(self, rows: int) -> tuple[I16, I16, F64, F64, I16, F32]:
+        """Where the next `rows` go: count, listable, rest, unlisted; symbol, prob, as many as there is room for."""
+        at, entry = slice(self.n_rows, self.n_rows + rows), self.n_entries
+        return (
+            self.count[at], self.listable[at], self.rest[at], self.unlisted[at],
+            self.symbol[entry:], self.prob[entry:],
+        )  # fmt: skip
+
+    def rows(self, n: int) -> "Rows":
+        """The first n rows."""
+        m = int(self.count[:n].sum(dtype=np.int64))
+        return Rows(
+            self.true[:n], self.mask[:n], self.count[:n], self.listable[:n], self.rest[:n], self.unlisted[:n],
+            self.given[:n], self.symbol[:m], self.prob[:m],
+        )  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Rows as `quantise.encode_rows` takes them; see there."""
+
+    true: I16
+    mask: U8
+    n_kept: I16
+    listable: I16
+    rest: F64
+    unlisted: F64
+    given: F32
+    symbol: I16
+    prob: F32

@@ -1,0 +1,238 @@
+"""Byte targets: the teacher's next-byte distribution at every position of a text, in one Zarr v3 zip per shard.
+
+A document of n bytes owns n + 1 positions; the last one predicts END. Per position: the most likely symbol
+(implied probability: 1 minus the rest), the unlisted mass, and a ragged list of the symbols that the shard's own
+context prior does not predict well enough. SPEC.md is the normative description. This module is what users need: the
+reader, and the writer's names. `shard_builder` writes, `prior` holds the context tree, `quantise` what a writer
+chooses, `packing` the columns, `expansion` the reader's loops, `zarr_zip` the file.
+
+Price in memory: 7 bytes a position and 2 a listed symbol. Sizes, speeds and the commands that measure them: SPEC.md,
+"Cost".
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bytecache.schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
+from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard import quantise
+from bytecache.schemas.shard.builder import PRECISIONS, Precision, ShardBuilder
+from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, TAIL, VERSION, check_bounds
+from bytecache.schemas.shard.expansion import INDEX_STRIDE, SPARE, decode_rows, expand_rows
+from bytecache.schemas.shard.prior import Prior
+from bytecache.schemas.shard.zarr_zip import read_zarr_zip
+
+__all__ = [
+    "FORMAT",
+    "PRECISIONS",
+    "TAIL_MASS",
+    "VERSION",
+    "ByteShard",
+    "Precision",
+    "ShardBuilder",
+    "Triples",
+    "read_shard",
+]
+
+_REASONS = {
+    quantise.BAD_ORDER: ("entry", "ranks run beyond the last symbol"),
+    quantise.BAD_CODE: ("entry", "a code that no writer produces"),
+    quantise.BAD_MASS: ("entry", "listed mass and tail reach 1"),
+    quantise.BAD_COUNT: ("head", "the counts do not add up to the lengths of `entry` and `top`"),
+    quantise.BAD_COUNT_OVER: ("count_over", "its length is not the number of counts of 7 and more"),
+    quantise.BAD_GAP_OVER: ("gap_over", "its length is not the number of widest gaps"),
+}
+"""Why `expand_rows` refuses: the member to blame, and the words."""
+
+
+TAIL_MASS: F32 = TAIL.astype(np.float32)
+"""float32 [256]: unlisted mass of a `tail` code."""
+
+
+class Triples(NamedTuple):
+    """Sparse rows: non-zero (row, symbol, probability), rows ascending, symbols ascending within a row."""
+
+    row: NDArray[np.int32]
+    """int32 [E], relative to the first requested position"""
+    symbol: NDArray[np.int16]
+    """int16 [E], 0..255 bytes, 256 END"""
+    prob: F32
+    """float32 [E]"""
+
+
+@dataclass(frozen=True, eq=False)
+class ByteShard:
+    """A shard in memory, N positions, D documents, E listed symbols; made by `read_shard`, which has checked it."""
+
+    path: str
+    attrs: dict[str, Any]
+    """what the writer was given"""
+    statistics: dict[str, Any]
+    """n_documents, n_bytes, n_positions, n_supervised, n_entries, tail_mean, tail_max, kl_mean, quantisation_kl_mean"""
+    precision: dict[str, Any]
+    """what the writer spent: prune, rate, value_step, tail_step"""
+    text: U8
+    """uint8 [N]: the byte that follows at each position; 0 at END positions"""
+    mask: U8
+    """uint8 [N]: 1 = supervised"""
+    doc_start: I64
+    """int64 [D + 1]: document d owns positions doc_start[d]..doc_start[d + 1], the last of them END"""
+    doc_id: list[str]
+    prior: Prior = field(repr=False)
+    codes: dict[str, NDArray[Any]] = field(repr=False)
+    """rows by symbol, as `expansion.expand_rows` makes them: tail, count, place uint8 [N]; key uint16 [<= E + N]"""
+    key_index: I64 = field(repr=False)
+    """int64: key offset of every 1024th position, and of N"""
+
+    @cached_property
+    def tail(self) -> F32:
+        """float32 [N]: decoded unlisted mass; kept once asked for (`tails` gives a part and keeps nothing)."""
+        return self.tails(0, len(self))
+
+    def tails(self, lo: int, hi: int) -> F32:
+        """float32 [hi - lo]: decoded unlisted mass of positions lo..hi."""
+        return TAIL_MASS[self.codes["tail"][lo:hi]]
+
+    @cached_property
+    def _rows(self) -> tuple[NDArray[Any], ...]:
+        return self.key_index, *(self.codes[name] for name in ("tail", "count", "place", "key"))
+
+    @cached_property
+    def _spread(self) -> tuple[I16, F64]:
+        return self.prior.child(), self.prior.weights()
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def triples(self, lo: int, hi: int) -> Triples:
+        """Non-zero probabilities of positions lo..hi, implied symbol and END included, the tail left out.
+
+        A row's probabilities and its `tail` sum to 1 (float32 rounding aside). Raises IndexError.
+        """
+        if not 0 <= lo <= hi <= len(self.text):
+            raise IndexError(f"{self.path}: positions {lo}..{hi} are outside 0..{len(self)}")
+        return Triples._make(decode_rows(lo, hi, *self._rows))
+
+    def dense(self, lo: int, hi: int, spread_tail: bool = False) -> F32:
+        """float32 [hi - lo, 257]: the same as a table; 1028 bytes per position, for small ranges. Raises IndexError.
+
+        With `spread_tail`, the tail is divided among the unlisted symbols as the shard's prior weighs them (rows
+        then sum to 1): the distribution that `statistics["kl_mean"]` speaks of.
+        """
+        row, symbol, prob = self.triples(lo, hi)
+        out = np.zeros((hi - lo, SYMBOLS), np.float32)
+        out[row, symbol] = prob
+        if spread_tail and hi > lo:
+            out += (self.tail_weights(lo, hi) * self.tails(lo, hi)[:, None].astype(np.float64)).astype(np.float32)
+        return out
+
+    def tail_weights(self, lo: int, hi: int) -> F64:
+        """float64 [hi - lo, 257], rows sum to 1: how the prior divides a tail, 0 where listed. Raises IndexError."""
+        row, symbol, _ = self.triples(lo, hi)
+        child, weights = self._spread
+        share = weights[priors.find_nodes(self.text, self.doc_start, child, lo, hi)]
+        share[row, symbol] = 0.0
+        return share / share.sum(1, keepdims=True)
+
+    def document(self, index: int) -> bytes:
+        """Text of one document."""
+        return self.text[self.doc_start[index] : self.doc_start[index + 1] - 1].tobytes()
+
+
+def read_shard(path: str | os.PathLike[str]) -> ByteShard:
+    """Read and check a whole shard.
+
+    Raises IntegrityError, naming file and member, unless every column is present, whole, consistent with the
+    others and decodes to distributions; StorageError when the file cannot be read.
+    """
+    columns, attributes = read_zarr_zip(path, COLUMNS)
+    name = os.fspath(path)
+
+    def refuse(member: str, why: str) -> IntegrityError:
+        return IntegrityError(f"{name}: member {member!r}: {why}; fetch or make this shard again")
+
+    if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
+        found = f"{attributes.get('format')!r} version {attributes.get('version')!r}"
+        raise refuse("zarr.json", f"is {found[:120]}, this reader knows {FORMAT!r} version {VERSION}")
+    attrs, statistics, precision = (attributes.get(key) for key in ("attrs", "statistics", "precision"))
+    if not isinstance(attrs, dict) or not isinstance(statistics, dict) or not isinstance(precision, dict):
+        raise refuse("zarr.json", "lacks attrs, statistics or precision")
+    step = precision.get("value_step")
+    if type(step) is not int or step not in STEPS:
+        raise refuse("zarr.json", f"precision.value_step is {str(step)[:40]}, must be one of {STEPS}")
+    n = len(columns["text"])
+    for member in ("mask", "head", "tail_low"):
+        if len(columns[member]) != n:
+            raise refuse(member, f"{len(columns[member])} rows, but `text` has {n}")
+    if n and columns["mask"].max() > 1:
+        raise refuse("mask", "holds a value other than 0 and 1")
+    doc_start, id_start = columns["doc_start"], columns["doc_id_start"]
+    for member, start, stop, least in (
+        ("doc_start", doc_start, n, 1),
+        ("doc_id_start", id_start, len(columns["doc_id"]), 0),
+    ):
+        # Bounds first: a difference of unchecked int64 values could wrap around.
+        if len(start) == 0 or start[0] != 0 or start[-1] != stop or start.min() < 0 or start.max() > stop:
+            raise refuse(member, f"offsets must run from 0 to {stop}")
+        if (np.diff(start) < least).any():
+            raise refuse(member, f"offsets must grow by at least {least}")
+    if len(id_start) != len(doc_start):
+        raise refuse("doc_id_start", f"{len(id_start) - 1} ids for {len(doc_start) - 1} documents")
+    if columns["text"][doc_start[1:] - 1].any():
+        raise refuse("text", "an END position holds a byte other than 0")
+    blob = columns["doc_id"].tobytes()
+    try:
+        doc_id = [blob[a:b].decode("utf-8") for a, b in zip(id_start[:-1].tolist(), id_start[1:].tolist(), strict=True)]
+    except UnicodeDecodeError as error:
+        raise refuse("doc_id", f"is not UTF-8 ({error.reason})") from error
+    try:
+        prior = priors.check_prior(columns["prior_parent"], columns["prior_byte"], columns["prior_code"])
+    except ValueError as error:
+        raise refuse(str(error).partition(" ")[0], str(error).partition(" ")[2]) from error
+    codes, index = _expand(columns, step, prior, refuse)
+    counts = {
+        "n_documents": len(doc_id),
+        "n_bytes": n - len(doc_id),
+        "n_positions": n,
+        "n_entries": len(columns["entry"]),
+    }
+    # The first golden shard does not say how many are supervised.
+    counts |= {"n_supervised": int(columns["mask"].sum(dtype=np.int64))} if "n_supervised" in statistics else {}
+    for key, value in counts.items():
+        if statistics.get(key) != value:
+            raise refuse("zarr.json", f"{key} is {str(statistics.get(key))[:40]}, the columns hold {value}")
+    return ByteShard(
+        name, attrs, statistics, precision, columns["text"], columns["mask"], doc_start, doc_id, prior, codes, index
+    )
+
+
+def _expand(
+    columns: dict[str, NDArray[Any]], step: int, prior: Prior, refuse: Callable[[str, str], IntegrityError]
+) -> tuple[dict[str, NDArray[Any]], I64]:
+    """The rows by symbol, and the index of their keys."""
+    try:
+        check_bounds(columns, step)
+    except ValueError as error:
+        raise refuse(str(error).partition(" ")[0], str(error).partition(" ")[2]) from error
+    stored = [columns[name] for name in ("head", "tail_low", "count_over", "top", "entry", "gap_over")]
+    n, m = len(columns["head"]), len(columns["entry"])
+    if n == 0 and any(len(column) for column in stored):
+        raise refuse("entry", "entries, but no rows")
+    tail, count, place = (np.empty(n, np.uint8) for _ in range(3))
+    key, index = np.empty(n + m + SPARE, np.uint16), np.zeros(-(-n // INDEX_STRIDE) + 1, np.int64)
+    order = prior.order()
+    row, reason, n_keys = expand_rows(
+        columns["text"], columns["doc_start"], prior.child(), order.reshape(-1), priors.ranks(order).reshape(-1),
+        *stored, step, tail, count, place, key, index,
+    )  # fmt: skip
+    if row >= 0:
+        member, why = _REASONS[reason]
+        raise refuse(member, f"position {row}: {why}")
+    return {"tail": tail, "count": count, "place": place, "key": key[:n_keys]}, index

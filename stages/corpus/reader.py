@@ -1,0 +1,355 @@
+"""Documents from files: JSONL, gzipped JSONL, Parquet, plain text, folders of them, or Python's own documentation.
+
+One streaming pass in a fixed order (folders: by path, recursively; files: as they lie), never more than one
+document and one Parquet batch in memory. A document is kept to the byte: no newline or Unicode normalisation.
+Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; `document_ids` makes repeated
+ones unique.
+"""
+
+import difflib
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.settings import Corpus
+from bytecache.stages.corpus import conversations
+
+BUILTIN = "builtin:pydoc-topics"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+ID_FIELDS = ("id", "doc_id")
+MAX_DOCUMENT = 1 << 30
+PARAGRAPH_BYTES = 4096
+_BOM = b"\xef\xbb\xbf"
+
+
+class Document(NamedTuple):
+    """`text` always encodes to UTF-8 and is never empty; `doc_id` is the source's own.
+
+    `context`: what is read before the text and not learned (`stages.corpus.conversations`); empty for plain text.
+    """
+
+    doc_id: str
+    text: str
+    context: str = ""
+
+
+File = tuple[str, str]
+"""Path, and the name within the corpus that ids are made of."""
+
+
+def corpus_files(corpus: Corpus) -> tuple[list[File], int]:
+    """The files of a corpus in order, none for a built-in one, and how many others its folder holds.
+
+    Raises InputError where there is no such source, nothing in it that can be read, or a name that is not UTF-8;
+    ConfigError for a built-in corpus that does not exist or is not of `corpus.kind`.
+    """
+    source = corpus.source
+    if source.startswith("builtin:"):
+        if source != BUILTIN:
+            raise ConfigError(f"corpus.source = {source!r}: the only built-in corpus is {BUILTIN}")
+        if corpus.kind != "text":
+            raise ConfigError(f"corpus.kind = {corpus.kind!r}: {BUILTIN} is plain text; name another source")
+        return [], 0
+    root = Path(source).expanduser()
+    if not root.exists():
+        raise InputError(f"corpus.source = {source!r} does not exist; name a file, a folder or {BUILTIN}")
+    ignored = 0
+    if root.is_dir():
+        files = sorted(_walk(root), key=lambda pair: pair[1].encode("utf-8", "surrogateescape"))
+        known = [pair for pair in files if pair[1].endswith(SUFFIXES)]
+        ignored = len(files) - len(known)
+        if not known:
+            raise InputError(
+                f"folder {source} holds none of {', '.join(SUFFIXES)} ({len(files)} other files); "
+                "convert the text to one of them"
+            )
+    else:
+        known = [(root, root.name)]
+    for _, name in known:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"file name {name!r} is not UTF-8; rename it") from None
+    return [(str(path), name) for path, name in known], ignored
+
+
+def is_past(limit: int, documents: int, n_bytes: int, size: int) -> bool:
+    """Whether a document of `size` bytes, after so many, is one too many: the end is the border nearest `limit`.
+
+    0 = no limit; there is one document at least.
+    """
+    if not limit or not documents:
+        return False
+    return n_bytes >= limit or abs(n_bytes + size - limit) > abs(limit - n_bytes)
+
+
+class CorpusReader:
+    """Iterates the documents of `corpus.source`, or of some of its files; the counters are of the latest iteration.
+
+    Iterating raises InputError, naming file, line or row, byte offset and remedy, on: a missing file, no text
+    at all, bytes that are not UTF-8, malformed JSON, a missing text field, unpaired surrogates, truncated
+    gzip or Parquet, a document above 1 GiB.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.n_documents = 0
+        self.n_bytes = 0
+        self.n_empty = 0
+        self.n_ignored_files = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        files, self.n_ignored_files = corpus_files(self.corpus)
+        yield from (document for document, _ in self.encoded(files))
+        if not self.n_documents:
+            raise self.no_text(self.n_empty)
+
+    def encoded(self, files: Sequence[File]) -> Iterator[tuple[Document, bytes]]:
+        """The documents of these files (none: of the built-in corpus), each with its text in UTF-8; up to max_bytes."""
+        self.n_documents = self.n_bytes = self.n_empty = 0
+        limit = self.corpus.max_bytes
+        for where, doc_id, text, context in self._raw(files):
+            if not text:
+                self.n_empty += 1
+                continue
+            if context:
+                _encode(context, where)
+            raw = _encode(text, where)
+            if is_past(limit, self.n_documents, self.n_bytes, len(raw)):
+                return
+            self.n_documents += 1
+            self.n_bytes += len(raw)
+            yield Document(doc_id, text, context), raw
+            if limit and self.n_bytes >= limit:
+                return
+
+    def no_text(self, n_empty: int) -> InputError:
+        """What to say of a corpus without a document."""
+        return InputError(
+            f"corpus {self.corpus.source} holds no text ({n_empty} empty documents); "
+            "name a source with text in corpus.source"
+        )
+
+    def _raw(self, files: Sequence[File]) -> Iterator[tuple[str, str, str, str]]:
+        """(place for messages, id, text, context) of every document, empty ones included."""
+        if not files:
+            yield from ((*found, "") for found in _pydoc_topics())
+        for place, name in files:
+            path = Path(place)
+            try:
+                yield from self._read_file(path, name)
+            except OSError as error:
+                raise InputError(
+                    f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"
+                ) from error
+
+    def _read_file(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
+        if name.endswith(".jsonl"):
+            with path.open("rb") as stream:
+                yield from self._jsonl(stream, path, name)
+        elif name.endswith(".jsonl.gz"):
+            with gzip.open(path, "rb") as stream:
+                yield from self._jsonl(stream, path, name)
+        elif name.endswith(".parquet"):
+            yield from self._parquet(path, name)
+        elif name.endswith(".txt"):
+            if self.corpus.kind != "text":
+                raise InputError(f"{path}: corpus.kind = {self.corpus.kind!r} needs JSONL or Parquet; convert the file")
+            yield from ((*found, "") for found in self._txt(path, name))
+        else:
+            raise InputError(f"{path}: unknown kind of corpus file; known: {', '.join(SUFFIXES)}")
+
+    def _jsonl(self, stream: BinaryIO | gzip.GzipFile, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
+        field = self.corpus.text_field
+        offset, number = 0, 0
+        while True:
+            try:
+                line = stream.readline(MAX_DOCUMENT + 1)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise InputError(
+                    f"{path}: truncated or damaged gzip after line {number} (byte {offset} of the text): {error}; "
+                    "fetch the file again"
+                ) from None
+            if not line:
+                return
+            number += 1
+            where = f"{path}, line {number} (byte {offset})"
+            if len(line) > MAX_DOCUMENT:
+                raise InputError(f"{where}: line longer than {MAX_DOCUMENT} bytes; split the document")
+            raw = line.removeprefix(_BOM) if number == 1 else line
+            offset += len(line)
+            if not raw.strip():
+                continue
+            text = _decode(raw, path, number, offset - len(raw))
+            try:
+                record: Any = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object per line is expected"
+                ) from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
+            if self.corpus.kind != "text":
+                yield from self._turns(record, f"{name}:{number}", where)
+                continue
+            if field not in record:
+                raise InputError(f"{where}: no field {field!r}; {_offer(field, list(record))}")
+            value = record[field]
+            if value is not None and not isinstance(value, str):
+                raise InputError(
+                    f"{where}: field {field!r} is {type(value).__name__}, expected text; name another corpus.text_field"
+                )
+            yield where, _record_id(record, f"{name}:{number}", where), value or "", ""
+
+    def _turns(self, record: dict[str, Any], fallback: str, where: str) -> Iterator[tuple[str, str, str, str]]:
+        doc_id = _record_id(record, fallback, where)
+        for turn in conversations.turns(record, self.corpus.kind, where):
+            yield where, doc_id + turn.suffix, turn.text, turn.context
+
+    def _parquet(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        field = self.corpus.text_field
+        row = 0
+        try:
+            with pq.ParquetFile(path) as file:
+                columns = file.schema_arrow.names
+                if self.corpus.kind == "text":
+                    _check_text_column(file.schema_arrow, field, path)
+                    wanted = [field]
+                else:
+                    wanted = [column for column in conversations.FIELDS if column in columns]
+                wanted += [column for column in ID_FIELDS if column in columns and column not in wanted]
+                for batch in file.iter_batches(batch_size=64, columns=wanted):
+                    for record in batch.to_pylist():
+                        where = f"{path}, row {row}"
+                        if self.corpus.kind == "text":
+                            yield where, _record_id(record, f"{name}:{row}", where), record[field] or "", ""
+                        else:
+                            yield from self._turns(record, f"{name}:{row}", where)
+                        row += 1
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}, near row {row}: not UTF-8 ({error.reason} at byte {error.start} of the value); re-encode it"
+            ) from None
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = str(error).splitlines()[0][:160]
+            raise InputError(
+                f"{path}: truncated or damaged Parquet after row {row}: {reason}; fetch the file again"
+            ) from None
+
+    def _txt(self, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
+        if self.corpus.text_split == "file":
+            if path.stat().st_size > MAX_DOCUMENT:
+                raise InputError(f'{path}: larger than {MAX_DOCUMENT} bytes; set corpus.text_split = "paragraphs"')
+            raw = path.read_bytes()
+            text = _decode(raw, path, 1, 0).removeprefix("\ufeff")
+            yield str(path), name, text
+            return
+        with path.open("rb") as stream:
+            for first, piece in _paragraph_runs(_lines(stream, path)):
+                yield f"{path}, line {first}", f"{name}:{first}", piece
+
+
+def _check_text_column(schema: Any, field: str, path: Path) -> None:
+    import pyarrow as pa
+
+    if field not in schema.names:
+        raise InputError(f"{path}: no column {field!r}; {_offer(field, schema.names)}")
+    kind = schema.field(field).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise InputError(f"{path}: column {field!r} is {kind}, expected text; name another corpus.text_field")
+
+
+def _lines(stream: BinaryIO, path: Path) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT), b""), 1):
+        text = _decode(line, path, number, offset)
+        yield text.removeprefix("\ufeff") if number == 1 else text
+        offset += len(line)
+
+
+def _paragraph_runs(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """(first line, text): a run ends after a blank line once it has PARAGRAPH_BYTES; joined, they are the lines."""
+    pieces: list[str] = []
+    size, first = 0, 1
+    for number, line in enumerate(lines, 1):
+        pieces.append(line)
+        size += len(line.encode())
+        if (size >= PARAGRAPH_BYTES and not line.strip()) or size > MAX_DOCUMENT // 2:
+            yield first, "".join(pieces)
+            pieces, size, first = [], 0, number + 1
+    if pieces:
+        yield first, "".join(pieces)
+
+
+def _pydoc_topics() -> Iterator[tuple[str, str, str]]:
+    """Runs of paragraphs of Python's documentation, in the order of a hash of their names: any prefix is fair."""
+    from pydoc_data.topics import topics
+
+    pieces = {
+        f"{topic}:{first}": piece
+        for topic, text in topics.items()
+        for first, piece in _paragraph_runs(text.splitlines(keepends=True))
+    }
+    for name in sorted(pieces, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
+        yield f"{BUILTIN} {name}", name, pieces[name]
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, str]]:
+    for place, folders, files in os.walk(root):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        for file in files:
+            if not file.startswith("."):
+                path = Path(place) / file
+                yield path, path.relative_to(root).as_posix()
+
+
+def _decode(raw: bytes, path: Path, line: int, offset: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise InputError(
+            f"{path}, line {line} (byte {offset + error.start}): byte 0x{raw[error.start]:02x} is not UTF-8 "
+            f"({error.reason}); re-encode the file as UTF-8"
+        ) from None
+
+
+def _encode(text: str, where: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: unpaired surrogate \\u{ord(text[error.start]):04x} at character {error.start} "
+            "cannot be UTF-8; repair or remove the document"
+        ) from None
+
+
+def _record_id(record: dict[str, Any], fallback: str, where: str) -> str:
+    for field in ID_FIELDS:
+        value = record.get(field)
+        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+            _encode(str(value), f"{where}, field {field!r}")
+            return str(value)
+    return fallback
+
+
+def _offer(field: str, present: list[str]) -> str:
+    near = difflib.get_close_matches(field, present, n=1, cutoff=0.3)
+    names = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
+    if "messages" in present or any(set(pair) <= set(present) for pair in conversations.PAIRS):
+        return f'present: {names}; set corpus.kind = "chat"'
+    return f"present: {names or 'nothing'}; set corpus.text_field" + (f" = {near[0]!r}" if near else "")

@@ -1,0 +1,259 @@
+"""Held-out figures of a trained student, each beside the teacher's own on the same text.
+
+Every held-out document that the student's tokenizer can align is read once in windows of `train.window_bytes`, cut at
+fixed places, each with one token of context before it or `train.context_bytes`, as in training. On supervised
+positions:
+
+- token bits/byte: sum of token NLL, EOS included, / text bytes / ln 2. The student as an ordinary language model.
+- byte-head bits/byte: mean -log2 q(true symbol) over *covered* symbols, i.e. the first ten bytes of each token and END.
+  Parallel heads do not see the earlier bytes of their token, so this is above the token figure by design. Without a
+  head (`marginal`) q is the student's own choice at each byte, where its token ends included.
+- KL(teacher || head), nats per covered symbol, unlisted symbols as one bucket.
+- teacher bits/byte: the stored probability of the true symbol, END included, per text byte; an unlisted symbol gets an
+  equal share of its position's tail (a floor: the truth is at most the tail). Also per covered symbol.
+- calibration error (ECE, Guo et al. 2017): |accuracy - confidence| of the most likely byte, over fifteen equal bins of
+  confidence, weighted by how many bytes fall into each. 0 is a student whose 80 % is right four times in five.
+
+The head's price is measured in the same call: parameters, share of FLOPs, share of CPU time (forward and backward with
+and without the head, alternating, median of several).
+Price: one forward pass over the split.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.dataset.index import Dataset
+from bytecache.schemas.errors import InputError
+from bytecache.schemas.settings import Train as TrainSettings
+from bytecache.stages.student import student
+from bytecache.stages.targets.order import sequential
+from bytecache.stages.targets.source import open_dataset
+from bytecache.stages.train import checkpoint
+from bytecache.stages.train.batches import stream
+from bytecache.stages.train.batches.types import MicroBatch
+from bytecache.stages.train.run import Run, micro_loss, start_run
+
+
+def true_nats(
+    row: npt.NDArray[np.int64],
+    symbol: npt.NDArray[np.int64],
+    prob: npt.NDArray[np.float32],
+    tail: npt.NDArray[np.float32],
+    true: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """-ln of the teacher's probability of the true symbol at each of n places.
+
+    Args:
+        row, symbol, prob: [E] entries; row indexes the n places. tail, true: [n].
+
+    Returns:
+        (nats float64 [n], listed bool [n]); an unlisted truth gets tail / (257 - listed symbols), at least 2**-24.
+    """
+    count = np.bincount(row, minlength=true.size)
+    p = tail.astype(np.float64) / np.maximum(SYMBOLS - count, 1)
+    hit = symbol == true[row]
+    p[row[hit]] = prob[hit]
+    listed = np.zeros(true.size, np.bool_)
+    listed[row[hit]] = True
+    return -np.log(np.maximum(p, 2.0**-24)), listed
+
+
+def _teacher(row: stream.Row) -> tuple[float, int, int]:
+    """Sum of nats, supervised positions and unlisted truths among a row's positions."""
+    src = row.source
+    lo, hi = int(src.start[row.first]), int(src.end[row.last - 1])
+    triples = src.shard.triples(lo, hi)
+    nats, listed = true_nats(
+        np.asarray(triples.row, np.int64), np.asarray(triples.symbol, np.int64), triples.prob,
+        np.asarray(src.shard.tail[lo:hi]), src.symbol[lo:hi].astype(np.int64),
+    )  # fmt: skip
+    mask = np.asarray(src.shard.mask[lo:hi]) != 0
+    return float(nats[mask].sum()), int(mask.sum()), int((mask & ~listed).sum())
+
+
+def load_trained(student_dir: Path, checkpoint_path: Path) -> Run:
+    """The student folder with a checkpoint's weights; IntegrityError for a torn or foreign checkpoint."""
+    opened = student.load(student_dir)
+    tensors, state = checkpoint.load(checkpoint_path)
+    if state["identity"]["student"] != opened.identity:
+        raise InputError(
+            f"{checkpoint_path}: trained from another student than {student_dir}; pass the folder it began from"
+        )
+    with torch.random.fork_rng(devices=[]):
+        # Whatever it was trained in, it is measured and exported in float32.
+        settings = TrainSettings(**{**state["identity"]["settings"], "dtype": "float32"})
+        run = start_run(opened, settings, 0, torch.device("cpu"))
+        run.restore(tensors)
+    opened.model.eval()
+    return run
+
+
+def _time(run: Run, micros: list[MicroBatch], *, use_head: bool) -> float:
+    weights = run.objective.lambda_byte, run.objective.lambda_kl
+    run.objective.lambda_byte, run.objective.lambda_kl = (1.0, 1.0) if use_head else (0.0, 0.0)
+    began = time.process_time()
+    for micro in micros:
+        loss = run.objective.total(micro_loss(run, micro), 1, 1)
+        loss.backward()  # type: ignore[no-untyped-call]
+    run.objective.lambda_byte, run.objective.lambda_kl = weights
+    run.optimizer.zero_grad(set_to_none=True)
+    return time.process_time() - began
+
+
+def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str, float | None]:
+    """Parameters of the head and its share of a training step (optimiser excluded), by FLOPs and by the clock.
+
+    The clock is not asked for the baselines, whose targets are not at hand here.
+    """
+    weights = sum(p.numel() for p in run.student.model.parameters() if p.ndim > 1)
+    embedding = run.student.model.get_input_embeddings().weight
+    tied = embedding is run.student.model.get_output_embeddings().weight
+    tokens = sum(m.input_ids.numel() for m in micros)
+    slots = sum(m.slot_token.numel() for m in micros)
+    # 2 FLOPs per weight forward, 4 backward; looking an input embedding up is free, attention scores are left out.
+    body = 6 * (weights - (0 if tied else embedding.numel())) * tokens
+    head = run.objective.flops(tokens, slots)
+    share: float | None = None
+    if not run.objective.baseline:
+        _time(run, micros, use_head=True)
+        # Pairs run back to back and their median is taken: other work on the machine slows both halves of a pair.
+        ratios = [_time(run, micros, use_head=False) / _time(run, micros, use_head=True) for _ in range(repeats)]
+        share = max(0.0, 1 - float(np.median(ratios)))
+    return {
+        "head_parameters": run.objective.n_parameters,
+        "model_parameters": sum(p.numel() for p in run.student.model.parameters()),
+        "head_flops_share": head / (head + body),
+        "head_time_share": share,
+    }
+
+
+class Calibration:
+    """Expected calibration error of byte predictions, fifteen equal bins of confidence."""
+
+    BINS = 15
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((3, self.BINS))
+
+    def add(self, scores: torch.Tensor, true: torch.Tensor) -> None:
+        """scores float [S, symbols], log-probabilities up to a constant; true int64 [S]."""
+        if not true.numel():
+            return
+        confidence, guess = torch.softmax(scores.double(), dim=-1).max(dim=-1)
+        where = np.minimum((confidence.numpy() * self.BINS).astype(np.int64), self.BINS - 1)
+        right = (guess == true).double().numpy()
+        for row, weight in zip(self.sums, (None, confidence.numpy(), right), strict=True):
+            row += np.bincount(where, weights=weight, minlength=self.BINS)
+
+    @property
+    def error(self) -> float:
+        """Mean |accuracy - confidence|."""
+        n, confidence, right = self.sums
+        return float(np.abs(confidence - right).sum() / max(n.sum(), 1))
+
+
+def evaluate(
+    settings: TrainSettings,
+    student_dir: Path,
+    targets_dir: Path | Dataset,
+    checkpoint_path: Path,
+    *,
+    name: str,
+    split: str = "heldout",
+) -> dict[str, Any]:
+    """Measure one checkpoint on one split (see the module's docstring for every figure).
+
+    Raises:
+        InputError: the split is empty, or no document of it can be aligned. IntegrityError: a torn checkpoint or shard.
+    """
+    run = load_trained(student_dir, checkpoint_path)
+    opened = run.student
+    dataset = open_dataset(targets_dir)
+    reader = stream.ShardReader(
+        dataset.where, dataset, split, opened.vocabulary, opened.end_id, resident=1,
+        template=opened.template, max_tokens=opened.max_tokens,
+    )  # fmt: skip
+    token = head_ce = kl = teacher = teacher_covered = 0.0
+    n_tokens = n_bytes = n_slots = n_positions = n_unlisted = 0
+    sample: list[MicroBatch] = []
+    context = settings.context_bytes
+    calibration = Calibration()
+    for window in sequential(reader.positions, settings.batch * settings.window_bytes):
+        source = reader[window.shard]
+        rows = [
+            row
+            for lo in range(window.lo, window.hi, settings.window_bytes)
+            for row in stream.cut(source, lo, min(lo + settings.window_bytes, window.hi), opened.max_tokens, context)
+        ]
+        for members in stream.group(rows):
+            # "sum" weighs every slot 1, so the parts are plain sums over slots.
+            micro = stream.collate(members, with_targets=True, byte_reduction="sum")
+            with torch.inference_mode():
+                logits, hidden = opened.forward(micro.input_ids)
+                parts = run.objective(logits, hidden, micro, measure=True)
+                calibration.add(*run.objective.byte_scores(logits, hidden, micro))
+            token, head_ce, kl = token + float(parts.token), head_ce + float(parts.byte), kl + float(parts.kl)
+            assert micro.targets is not None
+            slot, symbol, prob, tail = (t.numpy() for t in micro.targets)
+            teacher_covered += float(true_nats(slot, symbol, prob, tail, micro.slot_symbol.numpy())[0].sum())
+            n_tokens, n_bytes = n_tokens + micro.n_tokens, n_bytes + micro.n_bytes
+            n_slots += len(micro.slot_token)
+            for row in members:
+                nats, positions, unlisted = _teacher(row)
+                teacher, n_positions, n_unlisted = teacher + nats, n_positions + positions, n_unlisted + unlisted
+            if len(sample) < 2:
+                sample.append(micro)
+    skipped = reader.skipped_documents()
+    if not n_bytes:
+        raise InputError(f"{dataset.where}: nothing in split {split!r} can be evaluated; set aside: {skipped}")
+    bits = 1 / math.log(2)
+    return {
+        "name": name,
+        "split": split,
+        "text_bytes": n_bytes,
+        "tokens": n_tokens,
+        "covered_share": n_slots / n_positions,
+        "token_bits_per_byte": token * bits / n_bytes,
+        "head_bits_per_byte": head_ce * bits / n_slots,
+        "kl_nats_per_byte": kl / n_slots,
+        "calibration_error": calibration.error,
+        "teacher_bits_per_byte": teacher * bits / n_bytes,
+        "teacher_bits_per_covered_byte": teacher_covered * bits / n_slots,
+        "teacher_unlisted_share": n_unlisted / n_positions,
+        "skipped_documents": skipped,
+        **head_cost(run, sample),
+    }
+
+
+ROWS = (
+    ("token_bits_per_byte", "student tokens, bits/byte", ".4f"),
+    ("head_bits_per_byte", "byte head or choices, bits/covered byte", ".4f"),
+    ("kl_nats_per_byte", "KL(teacher ‖ student), nats/covered byte", ".4f"),
+    ("calibration_error", "calibration error of its bytes (ECE)", ".4f"),
+    ("teacher_bits_per_byte", "teacher, bits/byte", ".4f"),
+    ("teacher_bits_per_covered_byte", "teacher, bits/covered byte", ".4f"),
+    ("covered_share", "bytes covered by the head", ".2%"),
+    ("teacher_unlisted_share", "true bytes the targets do not list", ".2%"),
+    ("text_bytes", "held-out text, bytes", ",d"),
+    ("model_parameters", "parameters of the student", ",d"),
+    ("head_parameters", "parameters of the head (dropped at export)", ",d"),
+    ("head_flops_share", "objective's share of a step, matrix FLOPs", ".1%"),
+    ("head_time_share", "objective's share of a step, time", ".1%"),
+)
+
+
+def report_table(results: list[dict[str, Any]]) -> str:
+    """The results of `evaluate`, one column each, as a Markdown table."""
+    lines = ["| held out | " + " | ".join(str(r["name"]) for r in results) + " |"]
+    lines.append("|---|" + "---:|" * len(results))
+    for key, label, spec in ROWS:
+        values = ["not measured" if r[key] is None else format(r[key], spec) for r in results]
+        lines.append(f"| {label} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"

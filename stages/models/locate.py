@@ -1,0 +1,62 @@
+"""Where a model lies: a name or a folder to a folder with its files, without loading any of it."""
+
+from pathlib import Path
+
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import InputError
+from bytecache.schemas.files import cache_folder, file_sha256
+
+
+def resolve_model(settings: st.Teacher) -> Path:
+    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache.
+
+    Raises InputError where there is none, StorageError where the cache cannot be written.
+    """
+    model = settings.model
+    if model.startswith("builtin:"):
+        from bytecache.stages.models.builtin import materialise_builtin
+
+        return materialise_builtin(model.removeprefix("builtin:"), cache_folder() / "models")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(
+            f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+    if settings.trust_remote_code:
+        wanted.append("*.py")
+    try:
+        return Path(snapshot_download(model, revision=settings.revision or None, allow_patterns=wanted))
+    except Exception as error:
+        raise InputError(
+            f"teacher.model = {model!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "
+            "check the name and the network, or give a checkpoint folder"
+        ) from error
+
+
+def model_name(settings: st.Teacher) -> str:
+    """The teacher's name for strangers: a hub id or builtin name, or the last part of a folder's path."""
+    return Path(settings.model).expanduser().resolve().name if Path(settings.model).is_dir() else settings.model
+
+
+def weights_identity(folder: Path) -> dict[str, str]:
+    """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
+    out = {}
+    named = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
+        if not file.is_file():
+            continue
+        blob = file.resolve().name
+        if len(blob) == 64 and all(c in "0123456789abcdef" for c in blob):
+            out[file.name] = blob
+            continue
+        out[file.name] = file_sha256(file)
+    if not any(name.endswith(".safetensors") for name in out):
+        raise InputError(
+            f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"
+        )
+    return out

@@ -1,0 +1,220 @@
+"""Byte targets for any training loop: windows from a folder or URL, ordered, resumable, in bounded memory.
+
+    from bytecache import ByteTargets
+
+    for window in ByteTargets("hf://datasets/owner/name", split="train", window=1024, seed=0):
+        window.text, window.row, window.symbol, window.prob, window.tail, ...
+
+The sequence of windows is endless and a pure function of (dataset, split, window, seed, pool), see `order`; `epochs`
+bounds it. Ranks take turns in it, and the workers of a `torch.utils.data.DataLoader` take turns in their rank's share:
+with `batch_size=None` (or batches collated by you) R ranks x W workers yield together what one process yields alone.
+State is one integer, the position in that sequence, and a fingerprint of what defines it; a state taken in one process
+can be loaded at any number of ranks and workers. `torchdata.stateful_dataloader.StatefulDataLoader` saves and restores
+it by itself with the same workers; `position` reads the integer out of its state for another layout.
+Nothing is skipped: a shard that is not the manifest's is an IntegrityError that names it.
+
+Price: 7 bytes of memory per byte of text and 2 per listed probability (14 together at the default precision), for the
+shards of the present pool and, loaded meanwhile, of the next (`shelf`), in each process: with shards of 16 MiB of text
+and 16 in a pool 3.7 GB, 7.5 at most; `pool` = 4 takes a quarter of it. A worker is a process: 0 or 1 suffices, since
+reading runs in threads beside your step. Speeds: `benchmarks/loader.py`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from bytecache.schemas.arrays import END
+from bytecache.schemas.dataset.index import Dataset
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.shard.reader import ByteShard
+from bytecache.stages.targets.order import POOL, Order, Window
+from bytecache.stages.targets.prefetch import prefetch
+from bytecache.stages.targets.shelf import Shelf
+from bytecache.stages.targets.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
+
+STATE_VERSION = 1
+
+
+class TargetWindow(NamedTuple):
+    """n consecutive positions of one shard and what the teacher says at each; may span documents (each ends in END)."""
+
+    number: int
+    """position in the global sequence"""
+    epoch: int
+    shard: int
+    """index among the split's shards, in manifest order"""
+    start: int
+    """first position in the shard"""
+    text: npt.NDArray[np.uint8]
+    """uint8 [n]: the byte that follows; 0 at END positions"""
+    true: npt.NDArray[np.int64]
+    """int64 [n]: the same as a symbol, 256 = END"""
+    mask: npt.NDArray[np.uint8]
+    """uint8 [n]: 1 = supervised"""
+    tail: npt.NDArray[np.float32]
+    """float32 [n]: probability of everything not listed"""
+    row: npt.NDArray[np.int32]
+    """int32 [E], ascending: which of the n positions"""
+    symbol: npt.NDArray[np.int16]
+    """int16 [E], ascending within a row: 0..255, 256 = END"""
+    prob: npt.NDArray[np.float32]
+    """float32 [E]: probability of that symbol there; a row's and its tail sum to 1"""
+
+
+class ByteTargets(IterableDataset[TargetWindow]):
+    """Windows of byte targets in training order.
+
+    Args:
+        place: a folder, an fsspec URL, or a Dataset from `open_dataset`.
+        split: "train" or "heldout". window: positions per window, at least 1. seed: of the order.
+        epochs: stop after this many readings of the split; 0 = never.
+        rank, ranks: this process's share; by default those of torch.distributed, if it is initialised, when iterated.
+        pool: shards mixed together; twice as many are in memory at most. depth: windows decoded ahead; 0 = none.
+        manifest_hash: the content you expect (`content_sha256` of dataset.json); "" = any.
+        cache_dir, cache_bytes: see `open_dataset`.
+
+    Raises:
+        InputError: the split is empty. ConfigError: impossible arguments, or content other than `manifest_hash`.
+        IntegrityError, StorageError: an index or, while iterating, a shard that is damaged or out of reach.
+    """
+
+    def __init__(
+        self, place: str | os.PathLike[str] | Dataset, split: str = "train", *, window: int = 1024, seed: int = 0,
+        epochs: int = 0, rank: int | None = None, ranks: int | None = None, pool: int = POOL, depth: int = 8,
+        manifest_hash: str = "", cache_dir: str | os.PathLike[str] = "", cache_bytes: int = CACHE_BYTES,
+    ) -> None:  # fmt: skip
+        self.dataset = open_dataset(place, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        if manifest_hash and manifest_hash != self.dataset.manifest_hash:
+            raise ConfigError(
+                f"{self.dataset.where}: content is {self.dataset.manifest_hash}, expected {manifest_hash}; "
+                "the data set was replaced: fetch the one you want, or drop manifest_hash"
+            )
+        if (rank is None) != (ranks is None) or (ranks is not None and not 0 <= (rank or 0) < ranks):
+            raise ConfigError(f"rank {rank} of {ranks}: give both, with 0 <= rank < ranks, or neither")
+        if window < 1 or pool < 1 or depth < 0 or epochs < 0:
+            raise ConfigError(
+                f"window {window}, pool {pool}, depth {depth}, epochs {epochs}: must not be negative or 0"
+            )
+        self.entries = self.dataset.split(split)
+        if not self.entries:
+            splits = ", ".join(sorted({entry.split for entry in self.dataset.entries}))
+            raise InputError(f"{self.dataset.where}: no shards of split {split!r}; it has {splits or 'none'}")
+        positions = [entry.n_positions for entry in self.entries]
+        self.order = Order(self.dataset.manifest_hash, positions, window, seed, pool=pool)
+        self.epochs, self.depth, self._layout = epochs, depth, (rank, ranks)
+        what = [self.dataset.manifest_hash, split, window, seed, pool]
+        self.fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        self._start = 0  # global position at which the present reading began
+        self._taken = 0  # windows this process has handed out since
+        self._loaded: list[int] | None = None  # [rank, ranks, worker, workers] of a loaded worker state
+        self._shelf: Shelf[ByteShard] = Shelf(
+            lambda number: load_shard(self.dataset, self.entries[number]),
+            lambda number: fetch_ahead(self.dataset, self.entries[number]),
+        )
+
+    def layout(self) -> tuple[int, int, int, int]:
+        """(rank, ranks, worker, workers) of the calling process."""
+        rank, ranks = self._layout
+        if rank is None or ranks is None:
+            ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
+        worker = get_worker_info()
+        return (rank, ranks, worker.id, worker.num_workers) if worker else (rank, ranks, 0, 1)
+
+    def __iter__(self) -> Iterator[TargetWindow]:
+        """From the loaded state, or the start; a second call starts again unless a state was loaded since."""
+        rank, ranks, worker, workers = self.layout()
+        if self._loaded is None:
+            self._start = self._taken = 0
+        elif self._taken and self._loaded != [rank, ranks, worker, workers]:
+            was = "rank {} of {}, worker {} of {}".format(*self._loaded)
+            raise ConfigError(
+                f"this state is that of {was}, now rank {rank} of {ranks}, worker {worker} of {workers}; "
+                "to change the layout load {'position': ByteTargets.position(state)}"
+            )
+        self._loaded = None
+        # Ranks deal the numbers out by remainder, so that any start is fair; a rank's workers by turns.
+        first = self._start + (rank - self._start) % ranks + ranks * (worker + workers * self._taken)
+        source = self._windows(first, ranks * workers)
+        windows = prefetch(source, self.depth) if self.depth else source
+        with closing(windows):
+            for window in windows:
+                self._taken += 1
+                yield window
+
+    def _windows(self, first: int, stride: int) -> Generator[TargetWindow, None, None]:
+        with closing(self._shelf.follow(self.order.pools(first, self.epochs))) as windows:
+            for number, window in islice(enumerate(windows, first), 0, None, stride):
+                yield self._read(number, window)
+
+    def _read(self, number: int, window: Window) -> TargetWindow:
+        shard = self._shelf[window.shard]
+        lo, hi = window.lo, window.hi
+        text = np.array(shard.text[lo:hi])  # a copy: a view would keep the shard alive
+        true = text.astype(np.int64)
+        a, b = np.searchsorted(shard.doc_start, [lo + 1, hi + 1])
+        true[np.asarray(shard.doc_start[a:b]) - 1 - lo] = END
+        triples = shard.triples(lo, hi)
+        return TargetWindow(
+            number, window.epoch, window.shard, lo, text, true, np.array(shard.mask[lo:hi]),
+            shard.tails(lo, hi), triples.row, triples.symbol, triples.prob,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` continues from: after the last window that this process handed out."""
+        rank, ranks, worker, workers = self._loaded or self.layout()
+        state = {"version": STATE_VERSION, "fingerprint": self.fingerprint}
+        if workers == 1:
+            return {**state, "position": self._start + ranks * self._taken}
+        return {**state, "start": self._start, "taken": self._taken, "layout": [rank, ranks, worker, workers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the windows that a state has seen.
+
+        {"position": n} alone is enough; a fingerprint is compared if there is one. A position fits any number of
+        ranks and workers; the state of one of several workers fits the same worker only. Raises ConfigError.
+        """
+        if state.get("version", STATE_VERSION) != STATE_VERSION:
+            raise ConfigError(f"loader state version {state['version']}, this software knows {STATE_VERSION}")
+        if state.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise ConfigError(
+                f"{self.dataset.where}: the state belongs to another data set, split, window, seed or pool "
+                f"(fingerprint {str(state['fingerprint'])[:12]}, now {self.fingerprint[:12]}); restore those"
+            )
+        self._start = int(state.get("position", state.get("start", 0)))
+        self._taken = int(state.get("taken", 0))
+        self._loaded = list(state.get("layout", [0, 1, 0, 1]))
+
+    @staticmethod
+    def position(state: Any) -> int:
+        """The global position in a state: of this class, or of a StatefulDataLoader around it with any workers.
+
+        Every window before it was handed out by the ranks in step, none after it. Raises ConfigError.
+        """
+        found = list(_states(state))
+        if found and "position" in found[0]:
+            return int(found[0]["position"])
+        if not found or len(found) != found[0]["layout"][3]:
+            raise ConfigError("this is no state of ByteTargets, or not that of all its workers")
+        ranks = int(found[0]["layout"][1])
+        return int(found[0]["start"]) + ranks * sum(int(one["taken"]) for one in found)
+
+
+def _states(value: Any) -> Iterator[dict[str, Any]]:
+    """The states of ByteTargets inside nested dictionaries, each worker's once."""
+    if not isinstance(value, dict):
+        return
+    if "fingerprint" in value and ("position" in value or "taken" in value):
+        yield value
+        return
+    for inner in value.values():
+        yield from _states(inner)

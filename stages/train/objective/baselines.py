@@ -1,0 +1,62 @@
+"""Two known ways across tokenizers, on equal terms with the rest: they match the teacher's tokens, not its bytes.
+
+    uld          sum over i of |p_(i) - q_(i)|, both distributions sorted in descending order
+                 (Universal Logit Distillation, Boizard et al., arXiv 2402.12030)
+    shared_topk  KL(teacher || student) over those of the teacher's top k that some token of the student spells; all
+                 other mass of each side is one bucket, as for bytes
+
+Both compare at places where a token of the teacher and one of the student begin at the same byte. (ULD's paper pairs
+the i-th token with the i-th, which drifts apart over anything longer than an answer.) The dump holds the teacher's top
+k: of `uld` the sums beyond rank k are compared instead of the probabilities, a lower bound of the paper's distance and
+equal to it where k covers the vocabulary. Neither has parameters.
+Price: a softmax over the vocabulary at the common places, for `uld` a top-k beside it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bytecache.stages.train.batches.types import SlotTargets
+from bytecache.stages.train.objective.loss import byte_terms
+
+
+def sorted_distance(logits: Tensor, prob: Tensor, temperature: float = 1.0) -> Tensor:
+    """ULD's distance at each place.
+
+    Args:
+        logits: float [A, V], the student's. prob: float [A, K], the teacher's largest, descending.
+        temperature: of both sides; the teacher's top k is renormalised to its own mass at temperature 1.
+
+    Returns:
+        float [A], 0 to 2.
+    """
+    q = torch.softmax(logits / temperature, dim=-1)
+    if temperature != 1:
+        heated = prob ** (1 / temperature)
+        prob = heated / heated.sum(1, keepdim=True).clamp_min(1e-12) * prob.sum(1, keepdim=True)
+    k = min(prob.shape[1], q.shape[1])
+    mine = functional.pad(q.topk(k, dim=-1).values, (0, prob.shape[1] - k))
+    beyond = (1 - prob.sum(1)).clamp_min(0) - (1 - mine.sum(1)).clamp_min(0)
+    return (prob - mine).abs().sum(1) + beyond.abs()
+
+
+def shared_distance(
+    logits: Tensor, ids: Tensor, prob: Tensor, divergence: str = "forward", temperature: float = 1.0
+) -> Tensor:
+    """Divergence over shared tokens and one bucket at each place.
+
+    Args:
+        logits: float [A, V]. ids: int64 [A, K], -1 = not shared, else unique in a row. prob: float [A, K].
+
+    Returns:
+        float [A], nats.
+    """
+    slot, column = torch.nonzero(ids >= 0, as_tuple=True)
+    listed = prob[slot, column]
+    tail = (1 - torch.zeros_like(prob[:, 0]).index_add_(0, slot, listed)).clamp_min(0)
+    symbols = logits.shape[1]
+    # Where every token of the student is listed, what is left is rounding, and it could go nowhere.
+    tail = torch.where((ids >= 0).sum(1) < symbols, tail, 0.0)
+    targets = SlotTargets(slot, ids[slot, column], listed, tail)
+    none = slot.new_zeros(len(logits))
+    return byte_terms(logits, none, targets, divergence=divergence, temperature=temperature, symbols=symbols)[1]

@@ -1,1 +1,0 @@
-"""The student: streaming, objective, training, evaluation, export."""

@@ -1,0 +1,112 @@
+"""Configuration: the shipped file is complete, and every mistake is refused in one useful line."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bytecache.pipeline.config import load_settings, render_template, sections
+from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.settings import Settings
+from tests.support.places import ROOT
+
+SHIPPED = ROOT / "pipeline.toml"
+
+
+def refusal(tmp_path: Path, toml: str, *overrides: str) -> str:
+    path = tmp_path / "pipeline.toml"
+    path.write_text(toml, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_shipped_file_is_the_rendered_defaults() -> None:
+    assert SHIPPED.read_text(encoding="utf-8") == render_template(Settings()), (
+        "run: bytecache config --defaults > pipeline.toml"
+    )
+
+
+def test_shipped_file_has_every_key_with_its_default_and_documentation() -> None:
+    raw = SHIPPED.read_text(encoding="utf-8")
+    assert tomllib.loads(raw) == Settings().model_dump()
+    words = " ".join(line.removeprefix("# ") for line in raw.splitlines())
+    for kind in sections().values():
+        for field in kind.model_fields.values():
+            assert field.description
+            assert " ".join(field.description.split()) in words
+
+
+def test_rendering_round_trips_awkward_values(tmp_path: Path) -> None:
+    overrides = ['corpus.text_field="a\\"b\\\\c\\u007f\\n"', "teacher.floor=1e-7", "train.control=false", "run.dir=ü x"]
+    settings = load_settings(None, overrides)
+    assert settings.corpus.text_field == 'a"b\\c\x7f\n'
+    path = tmp_path / "again.toml"
+    path.write_text(render_template(settings), encoding="utf-8")
+    assert load_settings(path) == settings
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text("[teacher]\ntop_k = 4\ndepth = 1\n", encoding="utf-8")
+    settings = load_settings(path, ["teacher.top_k=7", "teacher.top_k=8", "teacher.tau=0.5"])
+    assert (settings.teacher.top_k, settings.teacher.depth, settings.teacher.tau) == (8, 1, 0.5)
+
+
+@pytest.mark.parametrize("raw", ["2048", "true", "runs/x", '"2048"', "a=b"])
+def test_text_keys_take_bare_words(raw: str) -> None:
+    assert load_settings(None, [f"student.tokenizer={raw}"]).student.tokenizer == raw.strip('"')
+
+
+def test_integers_are_numbers() -> None:
+    assert load_settings(None, ["teacher.tau=1"]).teacher.tau == 1.0
+
+
+@pytest.mark.parametrize(
+    ("toml", "expected"),
+    [
+        ("[teacher]\ntop_kk = 3", ["unknown key teacher.top_kk", "did you mean top_k?", "pipeline.toml"]),
+        ("[teacher]\nprune = 0.1", ["unknown key teacher.prune", "did you mean convert.prune?"]),
+        ("[techer]\ntop_k = 3", ["unknown section techer", "did you mean teacher?"]),
+        ("top_k = 3", ["unknown section top_k", "did you mean teacher.top_k?"]),
+        ("teacher = 3", ["teacher = 3", "[teacher]"]),
+        ("[teacher]\ntop_k = -1", ["teacher.top_k = -1", "an integer >= 0", "default 16"]),
+        ('[teacher]\ntop_k = "8"', ['teacher.top_k = "8"', "an integer >= 0"]),
+        ("[teacher]\ntop_k = true", ["teacher.top_k = true", "an integer >= 0"]),
+        ("[teacher]\ntau = nan", ["teacher.tau = nan"]),
+        ("[train]\nlearning_rate = inf", ["train.learning_rate = inf", "finite"]),
+        ("[convert]\ntau = -0.5", ["convert.tau = -0.5", ">= 0, or -1"]),
+        ('[teacher]\nbackend = "jax"', ['teacher.backend = "jax"', 'one of "vllm", "hf"']),
+        ("[corpus]\nheldout_fraction = 1.0", [">= 0 and < 1"]),
+        ("[teacher]\ntop_k = [1]", ["[1]", "an integer"]),
+        ("[teacher\n", ["is not TOML", "line 1"]),
+    ],
+)
+def test_refusals_name_the_key_the_value_and_the_limit(tmp_path: Path, toml: str, expected: list[str]) -> None:
+    message = refusal(tmp_path, toml)
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("teacher.top_k", "expected section.key=value"),
+        ("top_k=8", "expected section.key=value"),
+        ("teacher.topk=8", "did you mean top_k?"),
+        ("teacher.top_k=many", 'teacher.top_k = "many" from --set teacher.top_k=many: expected an integer >= 0'),
+    ],
+)
+def test_override_refusals_name_the_option(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in refusal(tmp_path, "", override)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_settings(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b'[run]\ndir = "\xe9"')
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 13"):
+        load_settings(tmp_path / "latin.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings(tmp_path)

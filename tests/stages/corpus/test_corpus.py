@@ -1,0 +1,159 @@
+"""Corpora: every source gives the same documents, and every damaged one a message with the place and the remedy."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.settings import Corpus
+from bytecache.stages.corpus.reader import CorpusReader, Document
+
+TEXTS = ["first\r\nline", "", "zweiter ü\u2028", "a \u0000 b", "   "]
+
+
+def read(source: Path | str, **keys: object) -> list[Document]:
+    return list(CorpusReader(Corpus.model_validate({"source": str(source), "max_bytes": 0, **keys})))
+
+
+def jsonl(path: Path, records: list[object]) -> Path:
+    raw = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def refusal(source: Path | str, **keys: object) -> str:
+    with pytest.raises(InputError) as caught:
+        read(source, **keys)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.parquet"])
+def test_texts_survive_to_the_byte_and_empty_ones_are_counted(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": [*TEXTS, None], "other": range(6)}), path)
+    else:
+        jsonl(path, [{"text": text} for text in [*TEXTS, None]])
+    reader = CorpusReader(Corpus(source=str(path)))
+    documents = list(reader)
+    assert [document.text for document in documents] == [text for text in TEXTS if text]
+    assert (reader.n_documents, reader.n_empty) == (4, 2)
+    assert reader.n_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert len({document.doc_id for document in documents}) == 4
+
+
+def test_ids_are_those_of_the_source(tmp_path: Path) -> None:
+    ids: list[object] = ["a", "a", 7, None, ""]
+    path = jsonl(tmp_path / "c.jsonl", [{"id": name, "text": "x"} for name in ids])
+    assert [document.doc_id for document in read(path)] == ["a", "a", "7", "c.jsonl:4", "c.jsonl:5"]
+
+
+def test_folder_is_read_in_path_order_without_hidden_or_foreign_files(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name, text in {
+        "z.txt": "3",
+        "b/a.txt": "2",
+        "a.txt": "1",
+        "a.md": "no",
+        ".git/x.txt": "no",
+        ".h.txt": "no",
+    }.items():
+        (tmp_path / name).write_text(text)
+    reader = CorpusReader(Corpus(source=str(tmp_path)))
+    assert list(reader) == [Document("a.txt", "1"), Document("b/a.txt", "2"), Document("z.txt", "3")]
+    assert reader.n_ignored_files == 1
+
+
+def test_paragraphs_join_to_the_file(tmp_path: Path) -> None:
+    text = "\n\n".join(f"paragraph {i} " + "ä" * (37 * i % 900) for i in range(60)) + "\r\n\r\nlast, no newline"
+    path = tmp_path / "t.txt"
+    path.write_bytes(text.encode())
+    documents = read(path, text_split="paragraphs")
+    assert "".join(document.text for document in documents) == text
+    assert len(documents) > 3
+    assert all(4096 <= len(document.text.encode()) < 8192 for document in documents[:-1])
+    assert [document.text for document in read(path)] == [text]
+
+
+def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
+    assert [document.text for document in read(tmp_path)] == ["hello", "hello"]
+
+
+def test_max_bytes_stops_at_the_nearest_border(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "c.jsonl", [{"text": "x" * size} for size in (100, 100, 100)])
+    assert [len(read(path, max_bytes=limit)) for limit in (1, 100, 149, 151, 200, 260, 1000)] == [1, 1, 1, 2, 2, 3, 3]
+
+
+def test_builtin_corpus_is_shuffled_and_its_prefix_stable() -> None:
+    documents = read("builtin:pydoc-topics", max_bytes=0)
+    names = [document.doc_id for document in documents]
+    assert names != sorted(names)
+    assert sum(len(document.text) for document in documents) > 300_000
+    part = read("builtin:pydoc-topics", max_bytes=100_000)
+    assert part == documents[: len(part)]
+    assert 60_000 < sum(len(document.text.encode()) for document in part) < 140_000
+
+
+def test_unknown_builtin_is_refused() -> None:
+    with pytest.raises(ConfigError, match="builtin:pydoc-topics"):
+        read("builtin:wikipedia")
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "expected"),
+    [
+        ("c.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2 (byte 14)", "not JSON"]),
+        ("c.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ["line 2 (byte 24)", "0xff", "UTF-8"]),
+        ("c.jsonl", b'\n{"text": "a\\ud800b"}\n', ["line 2 (byte 1)", "\\ud800", "character 1"]),
+        ("c.jsonl", b'{"id": "\\udc00", "text": "a"}\n', ["line 1", "\\udc00", "'id'"]),
+        ("c.jsonl", b'{"body": "a", "n": 1}\n', ["no field 'text'", "body, n", "corpus.text_field"]),
+        ("c.jsonl", b'{"text": 3}\n', ["field 'text' is int"]),
+        ("c.jsonl", b"[1]\n", ["JSON list", "expected an object"]),
+        ("c.jsonl", b"[" * 100_000 + b"\n", ["line 1", "JSON"]),
+        ("c.jsonl", b'{"text": ""}\n', ["holds no text (1 empty documents)"]),
+        ("c.jsonl", b"", ["holds no text"]),
+        ("c.txt", b"fine\nb\xe9d\n", ["line 2 (byte 6)", "0xe9"]),
+        ("c.parquet", b"PAR1 no", ["truncated or damaged Parquet"]),
+        ("c.csv", b"a,b", ["unknown kind", ".jsonl"]),
+    ],
+)
+def test_damage_is_named_with_its_place(tmp_path: Path, name: str, raw: bytes, expected: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(raw)
+    message = refusal(path)
+    for part in [str(path), *expected]:
+        assert part in message
+
+
+def test_truncated_containers(tmp_path: Path) -> None:
+    whole = jsonl(tmp_path / "whole.jsonl.gz", [{"text": f"{i} " * 300} for i in range(200)]).read_bytes()
+    (tmp_path / "c.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    assert "truncated or damaged gzip after line" in refusal(tmp_path / "c.jsonl.gz")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    (tmp_path / "d.jsonl.gz").write_bytes(flipped)
+    assert "gzip" in refusal(tmp_path / "d.jsonl.gz") or "not JSON" in refusal(tmp_path / "d.jsonl.gz")
+    pq.write_table(pa.table({"text": ["a" * 5000, "b" * 5000]}), tmp_path / "c.parquet", compression="none")
+    raw = (tmp_path / "c.parquet").read_bytes()
+    (tmp_path / "c.parquet").write_bytes(raw[:3000])
+    assert "truncated or damaged Parquet" in refusal(tmp_path / "c.parquet")
+
+
+def test_parquet_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "c.parquet")
+    assert "no column 'text'; present: body, n" in refusal(tmp_path / "c.parquet")
+    assert "column 'n' is int64" in refusal(tmp_path / "c.parquet", text_field="n")
+    assert read(tmp_path / "c.parquet", text_field="body") == [Document("c.parquet:0", "a")]
+
+
+def test_missing_sources(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "none")
+    assert "holds none of .jsonl" in refusal(tmp_path)

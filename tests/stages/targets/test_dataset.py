@@ -1,0 +1,157 @@
+"""ByteTargets: one global sequence, whatever the number of ranks and workers, wherever it was stopped."""
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from bytecache.schemas.dataset.index import read_dataset
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.stages.targets.dataset import ByteTargets
+from bytecache.stages.targets.source import load_shard
+from tests.support.student_data import make_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("dataset") / "d", documents=12, per_shard=3)
+
+
+def targets(folder: Path, **options: Any) -> ByteTargets:
+    return ByteTargets(folder, **{"window": 64, "seed": 3, "pool": 2, **options})
+
+
+def place(window: Any) -> tuple[int, ...]:
+    return (int(window.number), int(window.epoch), int(window.shard), int(window.start))
+
+
+def alone(folder: Path, n: int) -> list[tuple[int, ...]]:
+    return [place(window) for window in islice(targets(folder), n)]
+
+
+def test_an_epoch_holds_every_position_once_with_its_targets(folder: Path) -> None:
+    dataset = read_dataset(folder)
+    shards = [load_shard(dataset, entry) for entry in dataset.split("train")]
+    seen = [np.zeros(len(shard), int) for shard in shards]
+    for n, window in enumerate(targets(folder, epochs=1)):
+        assert window.number == n and window.epoch == 0
+        shard, lo, hi = shards[window.shard], window.start, window.start + len(window.text)
+        seen[window.shard][lo:hi] += 1
+        dense = np.zeros((hi - lo, 257), np.float32)
+        dense[window.row, window.symbol] = window.prob
+        np.testing.assert_array_equal(dense, shard.dense(lo, hi))
+        np.testing.assert_allclose(dense.sum(1) + window.tail, 1, atol=1e-5)
+        np.testing.assert_array_equal(window.mask, shard.mask[lo:hi])
+        ends = np.isin(np.arange(lo, hi), shard.doc_start[1:] - 1)
+        np.testing.assert_array_equal(window.true, np.where(ends, 256, window.text.astype(int)))
+        assert window.text.base is None, "a view would keep the shard in memory"
+    assert all((count == 1).all() for count in seen)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 1), (1, 2), (2, 0), (3, 2)])
+def test_ranks_and_workers_share_one_sequence(folder: Path, ranks: int, workers: int) -> None:
+    want = alone(folder, 36)
+    got: list[Any] = []
+    for rank in range(ranks):
+        loader = DataLoader(targets(folder, rank=rank, ranks=ranks), batch_size=None, num_workers=workers)
+        got.append([place(window) for window in islice(loader, 36 // ranks)])
+    assert [got[n % ranks][n // ranks] for n in range(36)] == want
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_stateful_loader_resumes_by_itself_and_in_any_other_layout(folder: Path, workers: int) -> None:
+    want = alone(folder, 40)
+    loader = StatefulDataLoader(targets(folder), batch_size=None, num_workers=workers)
+    stream = iter(loader)
+    assert [place(next(stream)) for _ in range(7)] == want[:7]
+    state = json.loads(json.dumps(loader.state_dict())) if workers == 0 else loader.state_dict()
+    again = StatefulDataLoader(targets(folder), batch_size=None, num_workers=workers)
+    again.load_state_dict(state)
+    assert [place(window) for window in islice(again, 9)] == want[7:16]
+    assert ByteTargets.position(state) == 7
+    for ranks, others in ((1, 0), (2, 0), (2, 2), (1, 2)):
+        parts = []
+        for rank in range(ranks):
+            part = targets(folder, rank=rank, ranks=ranks)
+            part.load_state_dict({"position": 7})
+            parts.append([place(w) for w in islice(DataLoader(part, batch_size=None, num_workers=others), 12)])
+        steps = [sorted(step) for step in zip(*parts, strict=True)]
+        assert steps == [want[7 + k * ranks : 7 + (k + 1) * ranks] for k in range(12)]
+
+
+def test_state_follows_what_was_handed_out_not_what_was_read_ahead(folder: Path) -> None:
+    want = alone(folder, 30)
+    for depth in (0, 1, 8):
+        data = targets(folder, depth=depth)
+        stream = iter(data)
+        got = [place(next(stream)) for _ in range(5)]
+        state = data.state_dict()
+        assert state["position"] == 5 and got == want[:5]
+        for ranks in (1, 2):
+            part = targets(folder, rank=1 % ranks, ranks=ranks)
+            part.load_state_dict(state)
+            taken = [place(window) for window in islice(part, 4)]
+            assert taken == [w for w in want[5:] if w[0] % ranks == 1 % ranks][:4]
+            assert part.state_dict()["position"] == 5 + 4 * ranks
+        assert [place(window) for window in islice(data, 3)] == want[:3], "a second reading starts again"
+
+
+def test_a_state_of_something_else_is_refused(folder: Path) -> None:
+    state = targets(folder).state_dict()
+    for options in ({"seed": 4}, {"window": 65}, {"split": "heldout"}, {"pool": 3}):
+        with pytest.raises(ConfigError, match="another data set, split, window, seed or pool"):
+            targets(folder, **options).load_state_dict(state)
+    with pytest.raises(ConfigError, match="version 9"):
+        targets(folder).load_state_dict({"version": 9})
+    loader = StatefulDataLoader(targets(folder), batch_size=None, num_workers=2)
+    list(islice(loader, 3))
+    state = loader.state_dict()
+    one = next(iter(state["_snapshot"]["_worker_snapshots"].values()))["dataset_state"]
+    data = targets(folder)
+    data.load_state_dict(one)
+    with pytest.raises(ConfigError, match=r"worker 0 of 2, now rank 0 of 1, worker 0 of 1"):
+        next(iter(data))
+    for broken in ({}, {"x": 1}, one):
+        with pytest.raises(ConfigError, match="no state of ByteTargets"):
+            ByteTargets.position(broken)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_shard_stops_the_reader_by_name(folder: Path, tmp_path: Path, workers: int) -> None:
+    copy = make_dataset(tmp_path / "d", documents=12, per_shard=3)
+    entry = read_dataset(copy).split("train")[2]
+    raw = bytearray((copy / entry.file).read_bytes())
+    raw[len(raw) // 2] ^= 4
+    (copy / entry.file).write_bytes(raw)
+    data = DataLoader(targets(copy, epochs=1), batch_size=None, num_workers=workers)
+    with pytest.raises(IntegrityError, match=entry.file):
+        list(data)
+
+
+def test_arguments_that_cannot_be_honoured(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"no shards of split 'x'; it has heldout, train"):
+        targets(folder, split="x")
+    for options in ({"rank": 1}, {"rank": 2, "ranks": 2}, {"window": 0}, {"pool": 0}, {"depth": -1}):
+        with pytest.raises(ConfigError):
+            targets(folder, **options)
+    with pytest.raises(ConfigError, match="content is"):
+        targets(folder, manifest_hash="0" * 64)
+    assert targets(folder, manifest_hash=read_dataset(folder).manifest_hash)
+
+
+def test_memory_holds_two_pools_at_most(folder: Path) -> None:
+    data = targets(folder, depth=0)
+    most = max(len(data._shelf) for _ in islice(data, 200))
+    assert 2 < most <= 4
+
+
+def test_windows_become_tensors(folder: Path) -> None:
+    window = next(iter(DataLoader(targets(folder), batch_size=None)))
+    assert window.text.dtype == torch.uint8 and window.prob.dtype == torch.float32
+    assert window.row.dtype == torch.int32 and int(window.row.max()) == len(window.text) - 1

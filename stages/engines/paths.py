@@ -223,8 +223,8 @@ class PathReducer:
     ) -> RowMasses:
         """Reduce `logits` float [R, >= size]; `next_token` int64 [R], -1 for none.
 
-        Columns past the vocabulary (a head padded beyond it) count as control mass. `where` names the text of all rows, or of one, in
-        errors.
+        Columns past the vocabulary (a head padded beyond it) count as control mass. `where` names the text of all rows,
+        or of one, in errors.
         Raises EngineError when a row has NaN, +Inf or no mass at all.
         """
         rows = logits.shape[0]

@@ -39,7 +39,7 @@ LOGIT_ROWS = 128
 TOGETHER = 4096
 """Histories of several windows whose rows are made together: bounds memory, and the time to a stop."""
 HELD_BYTES = 1 << 30
-"""Bytes of states in the host's memory at most (each process of a teacher that is spread over several holds its own)."""
+"""Bytes of states in the host's memory at most (of each process, where a teacher is spread over several)."""
 MAX_SAVED = 1 << 31
 """Bytes of states in a teacher's folder of the cache at most."""
 SAVE_AT_ONCE = 512

@@ -172,7 +172,7 @@ class VllmEngine(Engine):
         each, whole = self.branch_tokens / self.branches, self._prefix_tokens / self.branches
         if each > 0.9 * whole and whole > 2 * CPU_BLOCK:
             raise EngineError(
-                f"teacher.model = {self._model!r}: vLLM computes {each:.0f} of the {whole:.0f} tokens of a branch again, "
+                f"teacher.model = {self._model!r}: vLLM computes {each:.0f} of a branch's {whole:.0f} tokens again, "
                 "because this architecture's cache cannot be entered in the middle; set teacher.depth = 0 and "
                 "teacher.sample_tokens = 0 (static rows stand in for branches), or a teacher.context that makes each "
                 "branch cheap"
@@ -243,7 +243,7 @@ class VllmEngine(Engine):
             raise
         except Exception as error:
             raise EngineError(
-                f"vLLM failed while {doing}: {type(error).__name__}: {reason(error)}; rerun the same command to continue"
+                f"vLLM failed while {doing} ({type(error).__name__}: {reason(error)}); rerun the same command to go on"
             ) from error
 
     def forget(self) -> None:

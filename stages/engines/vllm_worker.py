@@ -86,7 +86,7 @@ class Scheduled(NamedTuple):
     """Ours; vLLM appends a random suffix to the request id that it was given."""
     begin: int
     """First token of the prompt that the step computes."""
-    count: int
+    tokens: int
     offset: int
     """Row of `hidden_states` that belongs to `begin`."""
 
@@ -230,7 +230,7 @@ class PathExtension:
             if request.name in self._wanted_states:
                 self._capture_state(hidden_states, request)
             elif asked := self._asked.get(request.name):
-                stop = min(request.begin + request.count, asked.stop)
+                stop = min(request.begin + request.tokens, asked.stop)
                 # A preempted request starts over; rows it gave already are the same again. Rows that are missing from a
                 # cached prefix are never given, and collect() does not return the want.
                 lo = max(request.begin, asked.next)
@@ -275,7 +275,7 @@ class PathExtension:
     def _capture_state(self, hidden_states: torch.Tensor, request: Scheduled) -> None:
         want = self._wanted_states[request.name]
         last = want.length - 1 - request.begin
-        if 0 <= last < request.count:
+        if 0 <= last < request.tokens:
             self._static.put(want.token, want.context, hidden_states[request.offset + last])
             del self._wanted_states[request.name]
 

@@ -14,6 +14,7 @@ from tests.support.places import ROOT
 COMMANDS = [
     "plan", "teacher", "convert", "train", "evaluate", "export",
     "run", "status", "verify", "inspect", "fidelity", "probe", "config", "retry", "merge",
+    "push", "pull",
     "jobs local", "jobs ray", "jobs slurm", "jobs skypilot", "jobs kubernetes", "estimate",
 ]  # fmt: skip
 

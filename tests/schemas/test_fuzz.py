@@ -268,7 +268,12 @@ def test_a_damaged_dump_part_never_crashes(dump: Path, changes: list[Callable[[b
         (b"[" * 200_000, "nested too deep"),
         (b'{"a":' * 100_000, "nested too deep"),
         (b"\xff", "utf-8"),
-        (b"9" * 5_000, "integer string conversion"),
+        (b"9" * 5_000, "beyond 64 bits"),
+        (b'{"mean": 1' + b"0" * 400 + b"}", "beyond 64 bits"),
+        (b"9223372036854775808", "beyond 64 bits"),
+        (b"-9223372036854775809", "beyond 64 bits"),
+        (b"1e999", "beyond a float64"),
+        (b"-1e999", "beyond a float64"),
         (b"", "Expecting value"),
     ],
 )

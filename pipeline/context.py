@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bytecache.pipeline.config import RESOLVED_FILE, render_template
+from bytecache.pipeline.config import RESOLVED_FILE, render_published, render_template
 from bytecache.pipeline.stores import LocalStore, Store, open_store
 from bytecache.pipeline.units import documents
 from bytecache.pipeline.units.runner import StopFlag
@@ -20,11 +20,15 @@ class Context:
     stop: StopFlag = field(default_factory=StopFlag)
     say: Callable[[str], None] = print
 
-    def save_config(self, key: str, *, changed: bool = True) -> None:
-        """Keep the resolved configuration at `key`, beside the output it made; if nothing was made, only mend it."""
-        for place in (key, RESOLVED_FILE):
+    def save_config(self, key: str, *, changed: bool = True, published: bool = False) -> None:
+        """Keep the resolved configuration at `key`, beside the output it made; if nothing was made, only mend it.
+
+        `published`: what lies there is for strangers, who get the settings that decided it and no path.
+        """
+        render = render_published if published else render_template
+        for place, text in ((key, render(self.settings)), (RESOLVED_FILE, render_template(self.settings))):
             if changed or not documents.is_whole(self.store, place):
-                documents.write_document(self.store, place, render_template(self.settings))
+                documents.write_document(self.store, place, text)
 
 
 def open_context(settings: Settings, say: Callable[[str], None] = print) -> Context:

@@ -70,7 +70,7 @@ class _Repair:
         self._targets(deep)
         self._orphans()
         for key in self.configurations:
-            self.context.save_config(key)
+            self.context.save_config(key, published=key.startswith(f"{TARGETS}/"))
             self.done.append(f"made again: {key}, from the settings in use")
         self.done += [_left(command, self.left[command]) for command in _LEFT if self.left[command]]
         return self.done

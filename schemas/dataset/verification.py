@@ -12,9 +12,9 @@ import numpy as np
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
-from bytecache.schemas.dataset.index import DATASET, SUFFIX, ShardEntry, read_dataset
+from bytecache.schemas.dataset.index import DATASET, MAX_JSON, SUFFIX, ShardEntry, read_dataset
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256
+from bytecache.schemas.files import file_sha256, read_regular
 from bytecache.schemas.shard import quantise
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 
@@ -52,9 +52,12 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
         fault = check_shard(dataset.path(entry), entry, deep=deep)
         problems += [fault] if fault else []
     known = {entry.file for entry in dataset.entries}
+    sizes = {entry.size for entry in dataset.entries}
     for path in sorted(dataset.folder.iterdir()):
         if path.name.endswith(SUFFIX) and path.name not in known:
-            twin = by_hash.get(file_sha256(path)) if path.is_file() else None
+            # A file of another size is no copy, however long it would take to hash.
+            copied = path.is_file() and path.stat().st_size in sizes
+            twin = by_hash.get(file_sha256(path)) if copied else None
             kind, detail = ("duplicated", f"same content as {twin}") if twin else ("foreign", "no entry lists it")
             problems.append(Problem(path.name, kind, detail))
     return problems + _check_card(dataset.folder)
@@ -62,15 +65,22 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
 
 def _check_card(folder: Path) -> list[Problem]:
     try:
-        rendered = card.render(strict_json.parse((folder / DATASET).read_bytes()))
-        fault = card.fault((folder / card.FILE).read_bytes(), rendered)
+        raw = read_regular(folder / card.FILE, card.LONGEST)
     except FileNotFoundError:
         return [Problem(card.FILE, "missing", "the data set has no card for those who download it")]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return []  # an index that no card can be made from is the index's fault
     except OSError as error:
-        return [Problem(card.FILE, "unreadable", str(error))]
+        return [Problem(card.FILE, "unreadable", error.strerror or str(error))]
+    # Whoever writes more than that has a card of his own.
+    fault = card.fault(raw, _rendered(folder)) if len(raw) <= card.LONGEST else ""
     return [Problem(card.FILE, "altered", fault)] if fault else []
+
+
+def _rendered(folder: Path) -> bytes:
+    """The card that the index makes; nothing where it makes none."""
+    try:
+        return card.render(strict_json.parse(read_regular(folder / DATASET, MAX_JSON)))
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        return b""
 
 
 def check_shard(path: Path, entry: ShardEntry, *, deep: bool = False) -> Problem | None:

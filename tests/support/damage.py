@@ -1,9 +1,9 @@
 """One damaged file in a finished run: is it found, is it named, does following the commands lead out?
 
-Damages: a flipped bit, a file cut short, a missing file, and a file that has changed places with its neighbour. For each
-the harness asks `verify`, then the command that reads the file, and then follows what it is told: first `verify
---repair` and the commands that it leaves, then (in another copy) the commands that the reading stage names. Whoever
-follows must end with a whole run of the same outputs, without meeting the same refusal twice.
+Damages: a flipped bit, a file cut short, a missing one, and one that has changed places with its neighbour. For each
+the harness asks `verify`, then the command that reads the file, and follows what it is told: first `verify --repair`
+and the commands that it leaves, then (in another copy) the commands that the reading stage names. Whoever follows must
+end with a whole run of the same outputs, without being sent in a circle.
 """
 
 import re
@@ -150,7 +150,11 @@ def _copy(finished: Path, work: Path) -> None:
 def _names(text: str, key: str) -> bool:
     """Whether words name a file: by its name, its folder's, or the unit that its receipt is of."""
     parts = Path(key)
-    names = [parts.name, parts.stem.partition(".")[0][:12], *(["plan"] if key.startswith(("plan/", "receipts/plan")) else [])]
+    names = [
+        parts.name,
+        parts.stem.partition(".")[0][:12],
+        *(["plan"] if key.startswith(("plan/", "receipts/plan")) else []),
+    ]
     names += [part for part in parts.parts[:-1] if "-" in part]
     if key.startswith("receipts/"):
         names += [f"{parts.parts[1]} "]
@@ -169,7 +173,7 @@ def _repair(work: Path, before: dict[str, str]) -> str:
         return f"! repair: exit {code}: {text.strip().splitlines()[-1][:200]}"
     status, said = call("verify")
     if status:
-        return f"! still: {[line for line in said.splitlines() if not line.startswith('error')][0][:200]}"
+        return f"! still: {next(line for line in said.splitlines() if not line.startswith('error'))[:200]}"
     after = {k: v for k, v in outputs(work).items() if not LOGS.fullmatch(k)}
     other = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     if other:
@@ -198,7 +202,10 @@ def _obey(command: str) -> str:
 
 def table(verdicts: list[Verdict]) -> str:
     """Kinds of files x damages as Markdown: found, named, whole again."""
-    lines = ["| file | damage | cases | found | named | whole again | by the reader's word |", "|---|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| file | damage | cases | found | named | whole again | by the reader's word |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for group in sorted({(kind(v.key), DAMAGES.index(v.damage)) for v in verdicts}):
         name, damage = group[0], DAMAGES[group[1]]
         cases = [v for v in verdicts if kind(v.key) == name and v.damage == damage]

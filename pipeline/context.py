@@ -28,6 +28,8 @@ class Context:
         render = render_published if published else render_template
         for place, text in ((key, render(self.settings)), (RESOLVED_FILE, render_template(self.settings))):
             if changed or not documents.is_whole(self.store, place):
+                if not changed and documents.was_written(self.store, place):
+                    self.say(f"{place} was missing or altered and is written again, from the settings in use")
                 documents.write_document(self.store, place, text)
 
 

@@ -83,8 +83,9 @@ class _Repair:
             self.store.delete(place)  # written again at its own place below
         for place, fault in inventory.damaged.items():
             self.done.append(f"set aside: {place} as {set_aside(self.store, place)} ({fault})")
-            if place not in returned:
-                self._lost(place.split("/")[1], Path(place).stem[:12])
+            stage = place.split("/")[1]
+            if place not in returned and stage not in _FOLDERS:  # of a folder the name is found below
+                self._lost(stage, Path(place).stem[:12])
         for place, receipt in returned.items():
             if not self.store.exists(place):
                 receipts.replace_receipt(self.store, receipt)

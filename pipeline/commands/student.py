@@ -4,6 +4,7 @@ Distilled and control students begin from the same folder, `train/student-<key12
 after it; `evaluate` and `export` read it. The same recipe makes the same bytes.
 """
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,10 @@ def make_student(context: Context, targets: "Dataset") -> None:
 
     store, settings = context.store, context.settings
     task = student_task(context, targets.manifest_hash)
-    if finished(store, task) is not None:
+    if finished(store, task, _warn) is not None:
         return
+    if store.exists(f"{task.out}/{RECORD}"):
+        context.say(f"train: {task.out} is there without a sound receipt; it is checked, or made again")
     started = time.monotonic()
     with disk_errors(f"preparing the student, writing {store.name}/{task.out}"):
         moved = set_damaged_folder_aside(store, task.stage, task.key, task.out)
@@ -61,3 +64,7 @@ def make_student(context: Context, targets: "Dataset") -> None:
         versions=receipts.software_versions(),
     )
     commit_receipt(store, receipt)
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -48,7 +48,10 @@ def open_targets(context: Context) -> "Dataset":
 
     settings = context.settings.dataset
     if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):
-        raise InputError(f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first")
+        raise InputError(
+            f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first "
+            f"({TARGETS}/dataset.json is missing)"
+        )
     limit = int(settings.cache_gib * 2**30)
     place = settings.source.reveal() or context.store.folder(TARGETS)
     return open_dataset(

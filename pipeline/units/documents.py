@@ -35,6 +35,11 @@ def is_whole(store: Store, key: str) -> bool:
     return record is not None and not receipts.file_fault(store, record)
 
 
+def was_written(store: Store, key: str) -> bool:
+    """Whether a document has a receipt, sound or not."""
+    return store.exists(document_place(key))
+
+
 def document_key(key: str) -> str:
     """Key of a document's receipt."""
     return receipts.unit_key(STAGE, {"file": key})

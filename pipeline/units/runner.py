@@ -225,8 +225,8 @@ def commit_receipt(store: Store, receipt: Receipt) -> Receipt:
     except IntegrityError:
         other = None
     # One with other files beside its own is replaced too: it would name what this call wrote anew.
-    same_records = other is not None and other.beside == receipt.beside
-    if other is not None and same_records and (other.files == receipt.files or not receipts.problems(store, other)):
+    sound = other is not None and other.beside == receipt.beside and not receipts.key_fault(other)
+    if other is not None and sound and (other.files == receipt.files or not receipts.problems(store, other)):
         return other
     store.delete(receipts.receipt_path(receipt.stage, receipt.key))
     if not receipts.write_receipt(store, receipt):

@@ -41,6 +41,8 @@ def fault(raw: bytes, rendered: bytes = b"") -> str:
         return ""
     if not raw.strip() or (len(raw) < len(rendered) and rendered.startswith(raw)):
         return f"{len(raw)} bytes, cut short"
+    if raw.startswith((b"# bytecache: ", b"PAR1", b"PK\3\4", b"{\n")):
+        return "it holds another file of ours"
     above, found, seal = raw.rpartition(_SEAL)
     if not found:
         return "its last line, its hash, is missing" if MARK.encode() in raw else ""

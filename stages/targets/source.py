@@ -251,7 +251,10 @@ def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:
             break
         dataset.cache.drop(entry.sha256)  # damaged on this disk: once more from the source
     what = f"sha256 is {found[:12]}, the manifest says {entry.sha256[:12]}" if found else "the shard is missing"
-    raise IntegrityError(f"{dataset.where}/{entry.file}: {what}; fetch it again (verify --repair) or convert it again")
+    raise IntegrityError(
+        f"{dataset.where}/{entry.file}: {what}; run `bytecache convert` where it was made, or "
+        "`bytecache verify FOLDER --repair --from PLACE` where it came from PLACE"
+    )
 
 
 def _as_listed(dataset: Dataset, entry: ShardEntry, shard: ByteShard) -> ByteShard:

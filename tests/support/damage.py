@@ -21,7 +21,7 @@ _PATIENCE = 6
 _READERS = (
     (r"(plan|receipts/plan)/.*", "plan"),
     (r"(teacher|receipts/teacher|receipts/convert)/.*", "convert"),
-    (r"targets/(README\.md|config\.toml)", "convert"),
+    (r"targets/(README\.md|config\.toml|heldout-.*)", "convert"),
     (r"targets/.*", "train --set train.learning_rate=0.001 --only distilled"),
     (r"(train|receipts/(train|student))/.*", "train"),
     (r"(report|receipts/evaluate)/.*", "evaluate"),
@@ -60,7 +60,7 @@ def files(run: Path) -> list[str]:
 def kind(key: str) -> str:
     """The kind of a file: its key without what tells it from its siblings."""
     key = re.sub(r"\b(train|heldout)-\d{5}-[0-9a-f]{12}", "SHARD", key)
-    key = re.sub(r"\d{5}-(train|heldout)-[0-9a-f]{12}", "UNIT", key)
+    key = re.sub(r"\d{5}-(train|heldout)-[0-9a-f]{12}|(?<=slices/)(train|heldout)-[0-9a-f]+", "UNIT", key)
     key = re.sub(r"[0-9a-f]{64}", "KEY", key)
     key = re.sub(r"\d{5}-[0-9a-f]{12}\.json", "PAGE.json", key)
     key = re.sub(r"(distilled|control)-[0-9a-f]{12}", "RUN", key)
@@ -136,7 +136,13 @@ def examine(finished: Path, work: Path, key: str, damage: str, *, follow: bool =
     inflict(work, key, damage)
     _, text = call(command)
     told = [line for line in text.splitlines() if not line.startswith("{")]
-    named = "yes" if _names("\n".join(told), key) or _names("\n".join(told), neighbour(files(finished), key)) else "no"
+    # A unit whose receipt is gone was never done: that it is made again is all that can be said.
+    remade = damage == "missing" and key.startswith("receipts/") and re.search(r"\b(made|measured)\b", text)
+    named = (
+        "yes"
+        if remade or _names("\n".join(told), key) or _names("\n".join(told), neighbour(files(finished), key))
+        else "no"
+    )
     _copy(finished, work)
     inflict(work, key, damage)
     return Verdict(key, damage, found, named, ends, _obey(command))

@@ -142,6 +142,46 @@ def table_from_json(spec: Json, where: str, named_special: frozenset[str] = froz
     return TokenTable(family, table, names, frozenset(unknown))
 
 
+def table_from_sentencepiece(processor: Any, where: str) -> TokenTable:
+    """Bytes of every id of a SentencePiece model, as its own library reads it.
+
+    Raises InputError for a model whose normaliser changes text: drops spaces, rewrites characters, or puts the space
+    of a word behind it.
+    """
+
+    def refuse(why: str) -> InputError:
+        return InputError(
+            f"tokenizer of {where}: its SentencePiece model {why}, so its tokens do not spell the text; "
+            "use a teacher with a byte-level or byte-fallback tokenizer"
+        )
+
+    for text, why in (
+        ("a  b", "joins spaces"),
+        ("a b ", "drops spaces at the end of a text"),
+        ("a\n\tb", "rewrites white space"),
+        ("\ufb01\uff21\u00bd", "rewrites characters to a compatibility form"),
+        ("e\u0301", "composes accents"),
+        ("Ab", "changes the case of letters"),
+    ):
+        normalised = processor.normalize(text).replace(SPACE_MARK, " ")
+        if normalised == text + " ":
+            raise refuse("puts the space of a word behind it")
+        if normalised not in (text, " " + text):
+            raise refuse(why)
+    table: list[bytes | None] = []
+    names: dict[str, int] = {}
+    for i in range(processor.vocab_size()):
+        piece = processor.id_to_piece(i)
+        names.setdefault(piece, i)
+        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+            table.append(None)
+        elif processor.is_byte(i):
+            table.append(bytes([int(piece[3:-1], 16)]))
+        else:
+            table.append(piece.replace(SPACE_MARK, " ").encode() or None)
+    return TokenTable("sentencepiece", table, names, frozenset({processor.unk_id()}))
+
+
 def is_control(token: Json, named_special: frozenset[str]) -> bool:
     """Whether an entry of `added_tokens` stands for something other than its text.
 

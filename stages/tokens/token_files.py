@@ -1,13 +1,16 @@
 """Finds a model's tokenizer and configuration files and reads them, whatever their kind.
 
 In order of preference: `tokenizer.json`, Tekken (`tekken*.json`), tiktoken rank files (`*.tiktoken`), RWKV vocabularies
-(`rwkv_vocab*.txt`), then whatever transformers can turn into a fast tokenizer. `tokenizer.json` is read as it stands,
-not through AutoTokenizer: some of its classes rebuild the pipeline from their own defaults.
+(`rwkv_vocab*.txt`), SentencePiece models (`*.model`), then what transformers makes of `vocab.json` and `merges.txt`.
+Each is read as it stands and cut by the library it was made for, never through AutoTokenizer: some of its classes
+rebuild a `tokenizer.json` from their own defaults, and from Mistral's SentencePiece model it makes one that cuts
+every text we tried into other tokens.
 """
 
 import ast
 import base64
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,24 +20,24 @@ from tokenizers import Tokenizer
 
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.byte_trie import build_trie, sort_tokens
-from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder
-from bytecache.stages.tokens.token_bytes import Json, TokenTable, table_from_json
+from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder, SentencePieceEncoder
+from bytecache.stages.tokens.token_bytes import Json, TokenTable, table_from_json, table_from_sentencepiece
 
 _FILES = ["*.json", "*.model", "*.tiktoken", "rwkv_vocab*.txt", "*.jinja"]
+_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
 # How rank files cut text before merging; the files themselves do not say (facts of the published encodings).
-_CL100K = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"\p{N}{1,3}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
 )
+_SPACES = (r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
+# tiktoken keeps white space at the end of a text together, whatever new lines are in it.
+_CL100K = "|".join((*_WORDS, r"\s+$", *_SPACES))
+_QWEN = "|".join((*_WORDS, *_SPACES)).replace(r"\p{N}{1,3}", r"\p{N}")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _O200K = "|".join(
@@ -43,9 +46,7 @@ _O200K = "|".join(
         rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
+        *_SPACES,
     )
 )
 _QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
@@ -61,7 +62,7 @@ _RANK_FILES: dict[str, tuple[str, dict[str, int]]] = {
         },
     ),
     "o200k_base": (_O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
-    "qwen": (_CL100K.replace(r"\p{N}{1,3}", r"\p{N}"), {text: 151643 + i for i, text in enumerate(_QWEN_SPECIAL)}),
+    "qwen": (_QWEN, {text: 151643 + i for i, text in enumerate(_QWEN_SPECIAL)}),
 }
 
 
@@ -105,6 +106,9 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
         ("tekken*.json", _read_tekken),
         ("*.tiktoken", _read_ranks),
         ("rwkv_vocab*.txt", _read_rwkv),
+        ("tokenizer.model", _read_model),
+        ("*.model", _read_model),
+        ("*.model.v*", _read_model),
     ):
         for file in files:
             if file.match(pattern):
@@ -206,11 +210,48 @@ def _add_declared(table: TokenTable, tokenizer_config: Json) -> None:
         table.names[content] = i
 
 
+def _read_model(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    """A SentencePiece model; some checkpoints give that name to a file of ranks."""
+    content = file.read_bytes()
+    if _RANK_LINE.match(content):
+        return _read_ranks(file, where, tokenizer_config)
+    try:
+        encoder = SentencePieceEncoder(content)
+    except InputError as error:
+        raise InputError(f"{file}: {error}; fetch the file again, or put a tokenizer.json beside it") from error
+    processor = encoder.processor
+    table = table_from_sentencepiece(processor, where)
+    for text, i in _read_json(file.parent / "added_tokens.json").items():
+        _declare(table, str(text), int(i), special=True)
+    for key, entry in (tokenizer_config.get("added_tokens_decoder") or {}).items():
+        special = not isinstance(entry, dict) or bool(entry.get("special", True))
+        _declare(table, _text_of(entry), int(key), special=special)
+    named = {key: text for key in _SPECIAL_KEYS if (text := _text_of(tokenizer_config.get(key)))}
+    for text in named.values():
+        if text in table.names and len(text) > 1:
+            table.token_bytes[table.names[text]] = None
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    bos, eos = (
+        table.names.get(named[key]) if key in named else (ids[key] if ids[key] >= 0 else None)
+        for key in ("bos_token", "eos_token")
+    )
+    return TokenizerFiles(where, table, lambda _: encoder, bos=bos, eos=eos)
+
+
+def _declare(table: TokenTable, text: str, i: int, *, special: bool) -> None:
+    """A token that files beside a SentencePiece model declare, new or in a piece's place; the model never cuts it."""
+    if not text or table.names.get(text) == i:
+        return
+    table.token_bytes.extend([None] * (i + 1 - len(table.token_bytes)))
+    table.token_bytes[i] = None if special else text.encode()
+    table.names[text] = i
+
+
 def _read_ranks(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
     known = _RANK_FILES.get(file.stem)
     if known is None:
         raise InputError(
-            f"{file.name}: a rank file does not say how text is cut and this one is not known "
+            f"{file}: a rank file does not say how text is cut and this one is not known "
             f"({', '.join(sorted(_RANK_FILES))} are); put the model's tokenizer.json beside it"
         )
     pattern, special = known

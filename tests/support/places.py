@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 """The repository."""
-GOLDEN = ROOT / "tests" / "schemas" / "data"
+GOLDEN_FILES = ROOT / "tests" / "schemas" / "data"
 """Golden files of the formats."""
 FIXTURES = ROOT.parent / "shared" / "fixtures"
 """Real tokenizers and corpora that may lie beside a checkout; where they are missing, tests that want them say so."""

@@ -14,10 +14,10 @@ import numpy as np
 from bytecache.schemas.arrays import END, F32, U8
 from bytecache.schemas.shard import prior as priors
 from bytecache.schemas.shard.reader import ByteShard, ShardBuilder, read_shard
-from tests.support.places import GOLDEN
+from tests.support.places import GOLDEN_FILES
 
-GOLDEN = GOLDEN / "golden-shard.zarr.zip"
-GOLDEN_CONTEXTS = GOLDEN / "golden-contexts.zarr.zip"
+GOLDEN = GOLDEN_FILES / "golden-shard.zarr.zip"
+GOLDEN_CONTEXTS = GOLDEN_FILES / "golden-contexts.zarr.zip"
 
 
 def rows(*given_rows: dict[Any, float]) -> F32:
@@ -151,7 +151,7 @@ def natural_rows(n: int) -> tuple[np.ndarray, F32, F32]:
 
 
 if __name__ == "__main__":
-    GOLDEN.mkdir(exist_ok=True)
+    GOLDEN_FILES.mkdir(exist_ok=True)
     golden_builder().write(GOLDEN, {"teacher": {"name": "none, written by hand"}, "license": "CC0-1.0"})
     text = json.dumps(golden_values(read_shard(GOLDEN)), indent=1, ensure_ascii=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match.group().split()), text)  # flat lists on one line

@@ -1,6 +1,6 @@
 """A shard as one HTML file: text in heat colours, every byte's alternatives and tail. Works offline, loads nothing.
 
-The page is `inspection_page.html` with the numbers in it (base64 of little-endian arrays inside JSON). Strings of the
+The page is `page.html` with the numbers in it (base64 of little-endian arrays inside JSON). Strings of the
 shard reach the page as data only (`<` is escaped in the JSON, the script sets text, never markup), and its content
 security policy forbids every request.
 Price: about 60 bytes of page per position at 8 alternatives; `POSITIONS` bounds it to some 4 MB.
@@ -19,7 +19,7 @@ from bytecache.schemas.shard.reader import ByteShard, read_shard
 
 POSITIONS = 1 << 16
 """Most positions in one page."""
-_TEMPLATE = Path(__file__).with_name("inspection_page.html")
+_TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def shard_page(path: Path, document: str = "", start: int = 0, limit: int = POSITIONS, top: int = 8) -> str:

@@ -39,7 +39,7 @@ def convert_units(
     and `unaccounted_mean`, the tail's part that no evaluated history explains; at a coarser effort than the dump's
     `stand_ins`, branches in the place of static rows; `fidelity` is the state of a `Fidelity` over the
     parts' reference windows (None without any), `reference` how these were made, `bound` the state of a
-    `stages.fidelity.bound.Bound` over all positions, whose summary the shard's attributes hold. `tick` receives {"bytes"} per window.
+    `Bound` over all positions, whose summary the shard's attributes hold. `tick` receives {"bytes"} per window.
     Raises IntegrityError for parts that are damaged, inconsistent or of different teachers, ConfigError for a
     rate that is too low, and for a tau, depth or static that asks for more than the dump holds, Interrupted when
     `stop()` says so; the output is then incomplete.

@@ -77,8 +77,8 @@ class Rows(NamedTuple):
 class Sums(NamedTuple):
     """What the sum writes; m scored positions, R rows, S stops, and room for every entry and every row."""
 
-    count: np.ndarray
-    """int64 [m]; symbols above zero of each scored position"""
+    n_symbols: np.ndarray
+    """int64 [m]; those above zero of each scored position"""
     symbol: np.ndarray
     """int16; they, ascending, position after position"""
     prob: np.ndarray
@@ -199,7 +199,7 @@ def forward(rows: Rows, lies: Tables, first: int, last: int, joins: bool, sums: 
                 written = _write_one(rows, lies, cells, i, inverse, sums, written)
             else:
                 written = _write_all(board, inverse, sums, written)
-            sums.count[i - first] = written - before
+            sums.n_symbols[i - first] = written - before
         if not alone:
             _wipe(board)
         if i == last or i >= len(rows.text):
@@ -348,7 +348,7 @@ def _write_one(rows: Rows, lies: Tables, cells: _Cells, i: int, inverse: float, 
         sums.symbol[PLACE(place)] = END
         sums.prob[PLACE(place)] = p
         place += p > np.float32(0.0)
-    return place  # type: ignore[no-any-return]
+    return int(place)
 
 
 @njit(cache=True, nogil=True)
@@ -364,7 +364,7 @@ def _write_all(board: _Board, inverse: float, sums: Sums, written: int) -> int:
                 sums.symbol[PLACE(place)] = b
                 sums.prob[PLACE(place)] = p
                 place += p > np.float32(0.0)
-    return place  # type: ignore[no-any-return]
+    return int(place)
 
 
 @njit(cache=True, nogil=True)

@@ -137,9 +137,9 @@ class Lattice:
         self.marginal_nll = float(logp[0] - logp[-1])
         # A window inside a document runs to its last byte for the chain rule, but its successor owns that target.
         targets = m if window.is_last else m - 1
-        entries -= int(sums.count[targets:].sum())
+        entries -= int(sums.n_symbols[targets:].sum())
         self._targets = SparseTargets(
-            sums.count[:targets], sums.symbol[:entries], sums.prob[:entries], sums.tail[:targets], logp[:targets],
+            sums.n_symbols[:targets], sums.symbol[:entries], sums.prob[:entries], sums.tail[:targets], logp[:targets],
             sums.unaccounted[:targets],
         )  # fmt: skip
         self._sums, self._lies = sums, lies
@@ -164,14 +164,15 @@ class Lattice:
         housed = np.diff(self._lies.at)[position] > 0
 
         def along_text(which: np.ndarray) -> np.ndarray:
-            return np.bincount(position[which], lost[which], minlength=n + 1)[: n + 1]
+            return np.bincount(position[which], lost[which], minlength=n + 1)[: n + 1].astype(np.float64)
 
-        parts = [along_text(which) for which in (orphan & housed, to_static, orphan & ~housed)]
-        # The evaluated share counts what entered at this byte already; before, there was that and what was lost here.
-        whole = sums.evaluated + sum(parts)
-        parts = [np.divide(part, whole, out=np.zeros(n + 1), where=whole > 0.0) for part in parts]
-        parts[2][(whole <= 0.0) | (sums.ratio <= 0.0)] = 1.0
-        return Handed(*parts, sums.evaluated)
+        joined, static, nowhere = (along_text(which) for which in (orphan & housed, to_static, orphan & ~housed))
+        # The evaluated share is what there is after the losses at the same byte.
+        whole = sums.evaluated + joined + static + nowhere
+        for part in (joined, static, nowhere):
+            np.divide(part, whole, out=part, where=whole > 0.0)
+        nowhere[(whole <= 0.0) | (sums.ratio <= 0.0)] = 1.0
+        return Handed(joined, static, nowhere, sums.evaluated)
 
     def deviations(self, *, tau: float, depth: int) -> Deviations:
         """Stops with no row of their own that carry more than `least_share`, wherever they end.
@@ -181,7 +182,9 @@ class Lattice:
         w = self.window
         row, _ = self._stops
         least = least_share(tau, depth, w.row_depth[row].astype(np.int64) + 1)
-        return self._pick(np.flatnonzero((self._lies.child < 0) & (self._sums.share > least) & (w.row_static[row] == 0)))
+        return self._pick(
+            np.flatnonzero((self._lies.child < 0) & (self._sums.share > least) & (w.row_static[row] == 0))
+        )
 
     def homeless(self, *, share: float) -> Deviations:
         """Where no row ends but a history of more than `share` does: the heaviest such history, by token.
@@ -246,7 +249,7 @@ def _room_for(w: Window, m: int) -> Sums:
     n, rows = len(w.text), len(w.row_start)
     room = len(w.entry_byte) + rows + 8
     return Sums(
-        count=np.zeros(m, np.int64), symbol=np.empty(room, np.int16), prob=np.empty(room, np.float32),
+        n_symbols=np.zeros(m, np.int64), symbol=np.empty(room, np.int16), prob=np.empty(room, np.float32),
         tail=np.zeros(m, np.float32), unaccounted=np.zeros(m, np.float32), ratio=np.zeros(n + 1),
         share=np.zeros(len(w.stop_mass)), peak=np.zeros(rows), purity=np.zeros(rows), evaluated=np.zeros(n + 1),
     )  # fmt: skip

@@ -20,9 +20,14 @@ def kubernetes_job(
 ) -> dict[str, Any]:
     """The Job as an object, for `kubectl apply -f -`. `secret`: holds the store's credentials as environment variables.
 
-    Raises ConfigError: the run folder is a path of this machine.
+    Raises ConfigError: the run folder is a path of this machine, or settings hold secrets and no `secret` is named.
     """
     needs_shared_run(spec.settings)
+    if spec.secrets and not secret:
+        raise ConfigError(
+            f"settings hold secrets, which are written to no file: put {', '.join(spec.secrets)} into a secret of the "
+            "cluster and name it with --secret"
+        )
     limits: dict[str, Any] = {"memory": memory}
     if spec.gpus:
         limits["nvidia.com/gpu"] = spec.gpus

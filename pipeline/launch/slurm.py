@@ -31,6 +31,7 @@ def slurm_script(spec: JobSpec, *, time_limit: str, partition: str = "", setup: 
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in options),
         "set -u",
+        *(f': "${{{name}:?a secret of the configuration; set it where you call sbatch}}"' for name in spec.secrets),
         f"export OMP_NUM_THREADS={spec.cpus}",
         *([setup] if setup else []),
         f"srun --ntasks=1 {shlex.join(spec.command())}",

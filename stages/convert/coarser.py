@@ -22,7 +22,8 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.rows import take_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError
-from bytecache.stages.lattice.lattice import DEEPEST, STATIC_PASSES, Deviations, Lattice
+from bytecache.stages.lattice.effort import DEEPEST
+from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 
 
 class Effort(NamedTuple):

@@ -16,7 +16,7 @@ shard is written it is read back, and for the very positions of the stretch
 
 Beside it `bound` says, for every position and without a reference, what the targets can be wrong by
 (stages.fidelity.bound). Sums, maxima and histograms merge across shards in any grouping (stages.fidelity.measure).
-Price: reading the shard back (SPEC.md, "Cost") and two lattices per reference window.
+Price: reading the shard back (docs/results.md) and two lattices per reference window.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
 """The lattice of a window: next-byte distributions from its rows, and which rows it lacks.
 
 The sums are stages/lattice/forward.py's; here are their results, and the choice of what a teacher should evaluate next:
-every history that carries more of its prefix than `least_share` says, wherever it ends. Where the canonical tokens
-break is no exception. A cut can say what follows: with a pre-tokeniser that takes a run of white space whole, two line
-breaks are one token only before more white space, so a history that ends at the same byte by another cut goes on
-otherwise. (Such histories used to join the canonical row unasked. On Python source that cost 0.01 to 0.02 nats per byte
-at `exact`, nearly all of it at a few positions after blank lines, in indentation and at quotes.)
+every history that carries more of its prefix than stages/lattice/effort.py says, wherever it ends. Where the canonical
+tokens break is no exception. A cut can say what follows: with a pre-tokeniser that takes a run of white space whole,
+two line breaks are one token only before more white space, so a history that ends at the same byte by another cut goes
+on otherwise. (Such histories used to join the canonical row unasked. On Python source that cost 0.01 to 0.02 nats per
+byte at `exact`, nearly all of it at a few positions after blank lines, in indentation and at quotes.)
 """
 
 from functools import cached_property
@@ -16,12 +16,9 @@ from numba import njit
 
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.window import NEVER, Window
+from bytecache.stages.lattice.effort import least_share
 from bytecache.stages.lattice.forward import Rows, Sums, Tables, forward, tables
 
-GROWTH = 3.0
-"""How much more a history must carry for every token beyond the depth; see `least_share`."""
-DEEPEST = 200
-"""Tokens off the canonical ones at most; a dump counts them in a byte."""
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""
 
@@ -99,18 +96,6 @@ def _spread(count: np.ndarray, symbol: np.ndarray, prob: np.ndarray) -> np.ndarr
             out[i, symbol[k]] = prob[k]
         at += count[i]
     return out
-
-
-def least_share(tau: float, depth: int, off: np.ndarray) -> np.ndarray:
-    """What a history `off` tokens off the canonical ones (int [K]) must carry to be evaluated, float64 [K].
-
-    `tau` as far as `depth` tokens, `GROWTH` times more for every token beyond: one cut of the text that is as likely as
-    the canonical one is followed until its memory of the difference fades. Nothing at depth 0.
-    """
-    beyond = np.clip(off.astype(np.float64) - depth, 0.0, DEEPEST)
-    with np.errstate(over="ignore", invalid="ignore"):
-        least = np.where(beyond > 0, tau * GROWTH**beyond, tau)
-    return np.where(off > (DEEPEST if depth else 0), np.inf, least)
 
 
 class Lattice:

@@ -21,7 +21,8 @@ TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
     "stages.convert.convert", "stages.convert.coarser", "schemas.dump.rows", "stages.lattice.lattice",
     "stages.lattice.forward", "stages.lattice.effort", "stages.fidelity.certificate", "stages.fidelity.divergence",
-    "stages.fidelity.bound", "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window", "schemas.dump.masses", "schemas.shard.builder",
+    "stages.fidelity.bound", "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window",
+    "schemas.dump.masses", "schemas.shard.builder",
     "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
     "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",
     "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.arrays",

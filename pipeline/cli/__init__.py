@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from bytecache.pipeline.cli import estimate, fleet, jobs, share, stages, tools
+from bytecache.pipeline.cli import estimate, fleet, foreign, jobs, share, stages, tools
 
 app = typer.Typer(
     help=(
@@ -30,6 +30,7 @@ app.add_typer(tools.app)
 app.add_typer(estimate.app)
 app.add_typer(jobs.app)
 app.add_typer(fleet.app)
+app.add_typer(foreign.app)
 app.add_typer(share.app)
 
 

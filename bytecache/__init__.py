@@ -55,7 +55,11 @@ def __getattr__(name: str) -> Any:
     """A public name, loaded when it is first asked for (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'bytecache' has no attribute {name!r}")
-    value = getattr(import_module(f"bytecache.{_HOMES.get(name, 'schemas.errors')}"), name)
+    try:
+        value = getattr(import_module(f"bytecache.{_HOMES.get(name, 'schemas.errors')}"), name)
+    except ModuleNotFoundError as error:
+        refusal = import_module("bytecache.schemas.errors").missing_package(error)
+        raise ImportError(f"{name}: {refusal or error}", name=error.name) from error
     globals()[name] = value
     return value
 

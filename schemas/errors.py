@@ -45,3 +45,19 @@ class Interrupted(BytecacheError):  # noqa: N818 - a request, not a fault
     """SIGTERM or SIGINT: whole units are on disk; rerun the same command to continue."""
 
     exit_code = 75
+
+
+EXTRAS = {
+    "train": ("accelerate", "peft", "safetensors", "tensorboard", "tokenizers", "torch", "transformers"),
+    "remote": ("aiohttp", "huggingface_hub", "obstore", "s3fs"),
+}
+"""Packages that come with an extra, by the names they are imported by; pyproject.toml says why they are extras."""
+
+
+def missing_package(error: ImportError) -> ConfigError | None:
+    """What to install where an import failed for want of an extra's package; None if it failed for another reason."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages and isinstance(error, ModuleNotFoundError):
+            return ConfigError(f"this needs the package {package}, which is not installed: install bytecache[{extra}]")
+    return None

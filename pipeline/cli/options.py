@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bytecache.pipeline.config import load_settings
-from bytecache.schemas.errors import BytecacheError
+from bytecache.schemas.errors import BytecacheError, missing_package
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -118,8 +118,14 @@ def refusals() -> Iterator[None]:
     from bytecache.pipeline.stores import disk_errors
 
     try:
-        with disk_errors("writing"):
-            yield
+        try:
+            with disk_errors("writing"):
+                yield
+        except ModuleNotFoundError as error:
+            refusal = missing_package(error)
+            if refusal is None:
+                raise
+            raise refusal from error
     except BytecacheError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(error.exit_code) from None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bytecache.pipeline.cli.options import Given, injected, refusals, run_stage, takes_settings
+from bytecache.pipeline.cli.terminal import say
+from bytecache.schemas.files import write_text
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,10 +39,10 @@ RestartsOption = Annotated[int, typer.Option("--restarts", min=0, help="Restarts
 
 def _emit(text: str, out: Path | None) -> None:
     if out is None:
-        typer.echo(text, nl=False)
+        say(text, nl=False)
     else:
-        out.write_text(text, encoding="utf-8")
-        typer.echo(f"{out} written")
+        write_text(out, text)
+        say(f"{out} written")
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,10 @@ def open_targets(context: Context) -> "Dataset":
     if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):
         raise InputError(f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first")
     limit = int(settings.cache_gib * 2**30)
-    place = settings.source or context.store.folder(TARGETS)
-    return open_dataset(place, cache_dir=settings.cache_dir, cache_bytes=limit)
+    place = settings.source.reveal() or context.store.folder(TARGETS)
+    return open_dataset(
+        place, cache_dir=settings.cache_dir, cache_bytes=limit, private_redirects=settings.private_redirects
+    )
 
 
 def student_prefix(context: Context, dataset: str) -> str:

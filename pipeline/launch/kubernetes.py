@@ -20,12 +20,17 @@ def kubernetes_job(
 ) -> dict[str, Any]:
     """The Job as an object, for `kubectl apply -f -`. `secret`: holds the store's credentials as environment variables.
 
-    Raises ConfigError: the run folder is a path of this machine.
+    Raises ConfigError: the run folder is a path of this machine, or settings hold secrets and no `secret` is named.
     """
     needs_shared_run(spec.settings)
     given = {"--image": image, "--secret": secret, "--namespace": namespace, "--memory": memory}
     for option, value in given.items():
         one_word(option, value)
+    if spec.secrets and not secret:
+        raise ConfigError(
+            f"settings hold secrets, which are written to no file: put {', '.join(spec.secrets)} into a secret of the "
+            "cluster and name it with --secret"
+        )
     limits: dict[str, Any] = {"memory": memory}
     if spec.gpus:
         limits["nvidia.com/gpu"] = spec.gpus

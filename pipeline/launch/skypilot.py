@@ -45,6 +45,8 @@ def skypilot_task(
         "num_nodes": 1,
         "resources": resources,
         "envs": {"OMP_NUM_THREADS": str(spec.cpus)},
+        # Values come with `sky jobs launch --secret NAME`, from the environment there.
+        **({"secrets": dict.fromkeys(spec.secrets)} if spec.secrets else {}),
         "setup": setup,
         # exec: SIGTERM must reach the worker, not a shell that waits for it.
         "run": f"exec {shlex.join(spec.command())}",
@@ -55,5 +57,8 @@ def launch_lines(spec: JobSpec, file: str) -> str:
     """Shell that starts every worker from one task file, as a comment. Raises ConfigError for a name with new lines."""
     if not file.isprintable():
         raise ConfigError(f"--out {file!r}: a file name with new lines or control characters; choose another")
-    loop = f"for i in $(seq {spec.workers}); do sky jobs launch -y -d -n {spec.name}-$i {shlex.quote(file)}; done"
+    secrets = "".join(f" --secret {name}" for name in spec.secrets)
+    loop = (
+        f"for i in $(seq {spec.workers}); do sky jobs launch -y -d{secrets} -n {spec.name}-$i {shlex.quote(file)}; done"
+    )
     return f"# {loop}\n"

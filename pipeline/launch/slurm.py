@@ -36,6 +36,7 @@ def slurm_script(spec: JobSpec, *, time_limit: str, partition: str = "", setup: 
         *(f"#SBATCH {option}" for option in options),
         *([setup] if setup else []),
         "set -u",
+        *(f': "${{{name}:?a secret of the configuration; set it where you call sbatch}}"' for name in spec.secrets),
         f"export OMP_NUM_THREADS={spec.cpus}",
         # A step does not inherit the cores of its job (Slurm 22.05 and later).
         f"srun --ntasks=1 --cpus-per-task={spec.cpus} {shlex.join(spec.command())}",

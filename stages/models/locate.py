@@ -50,7 +50,12 @@ def locate(
 
 def model_name(settings: st.Teacher) -> str:
     """The teacher's name for strangers: a hub id or builtin name, or the last part of a folder's path."""
-    return Path(settings.model).expanduser().resolve().name if Path(settings.model).is_dir() else settings.model
+    model = settings.model
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name
+    # A folder of another machine is named alike here, where it is not.
+    return folder.name if model.startswith((".", "/", "~")) or model.count("/") > 1 else model
 
 
 def weights_identity(folder: Path) -> dict[str, str]:

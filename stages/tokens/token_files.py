@@ -100,7 +100,7 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
             f"{where}: config.json or generation_config.json holds no token ids ({error}); fetch them again"
         ) from error
     tokenizer_config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    files = [only] if only else sorted(folder.iterdir())
+    files = [only] if only else sorted(file for file in folder.iterdir() if file.is_file())
     for pattern, reader in (
         ("tokenizer.json", _read_hf),
         ("tekken*.json", _read_tekken),

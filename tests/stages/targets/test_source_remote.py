@@ -1,15 +1,8 @@
-"""Real services on loopback: an S3 server, and the protocol of a model hub (only what reading needs)."""
+"""Real services on loopback: an S3 server, and the protocol of a model hub."""
 
-import hashlib
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import fsspec
 import pytest
@@ -19,8 +12,7 @@ from bytecache.schemas.errors import IntegrityError
 from bytecache.stages.targets import source
 from bytecache.stages.targets.dataset import ByteTargets
 from bytecache.stages.targets.source import load_shard, open_dataset
-from tests.support.loopback import Loopback, Quiet
-from tests.support.places import ROOT
+from tests.support.hub_server import on_hub
 from tests.support.student_data import make_dataset
 
 pytestmark = pytest.mark.slow
@@ -66,81 +58,6 @@ def test_s3(folder: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(source, "BACKOFF", 0.0)
     with pytest.raises(IntegrityError, match=r"s3://bucket/none/dataset\.json: missing at the source"):
         open_dataset("s3://bucket/none", cache_dir=tmp_path)
-
-
-class Hub(Quiet, BaseHTTPRequestHandler):
-    """The three kinds of request that the hub's file system makes to read a data set."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        wanted = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        names = json.loads(wanted).get("paths", []) if wanted.startswith("{") else []
-        self._json([self._entry(name) for name in names if (self.folder / name).exists()])
-
-    def do_GET(self) -> None:
-        path = unquote(urlparse(self.path).path)
-        self.asked.append(path)
-        if "/resolve/" in path:
-            file = self.folder / path.split("/resolve/")[1].split("/", 1)[1]
-            if not file.is_file():
-                return self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-            data = file.read_bytes()
-            if "Range" in self.headers:
-                a, b = self.headers["Range"].removeprefix("bytes=").split("-")
-                data = data[int(a) : int(b) + 1 if b else None]
-            self._send(data, 206 if "Range" in self.headers else 200, {"X-Repo-Commit": "c" * 40, "ETag": '"e"'})
-            return None
-        if "/tree/" in path:
-            inside = path.split("/tree/")[1].partition("/")[2]
-            recursive = "recursive=true" in self.path.lower()
-            if not (self.folder / inside).is_dir():
-                return self._json({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-            below = sorted((self.folder / inside).rglob("*") if recursive else (self.folder / inside).iterdir())
-            return self._json([self._entry(p.relative_to(self.folder).as_posix()) for p in below])
-        return self._json({"id": "me/set", "sha": "c" * 40, "siblings": [], "tags": []})
-
-    def _entry(self, name: str) -> dict[str, object]:
-        path = self.folder / name
-        if path.is_dir():
-            return {"type": "directory", "path": name, "oid": "0" * 40}
-        oid = hashlib.sha1(path.read_bytes()).hexdigest()
-        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid}
-
-    def _json(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
-
-    def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-
-def on_hub(folder: Path, code: str, *arguments: str) -> str:
-    """What `code` prints in a process of its own: the hub's client reads its address when it is imported."""
-    handler = type("ThisHub", (Hub,), {"folder": folder, "asked": []})
-    with Loopback(handler) as server:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": server.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": arguments[0] + "/hf",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            capture_output=True, text=True, env=environment, timeout=100, cwd=ROOT,
-        )  # fmt: skip
-    assert done.returncode == 0, (done.stderr[-2000:], handler.asked[-5:])  # type: ignore[attr-defined]
-    return done.stdout
 
 
 def test_a_data_set_on_the_hub(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,284 @@
+"""`push` and `pull`: a data set to the Hugging Face hub and back, whole, checked and resumable.
+
+A push sends what the index lists and nothing else of the folder: shards first, in commits of bounded size, then in one
+last commit the manifest, the card and dataset.json, so that a reader never meets an index of shards that are not there.
+What the hub holds already, by content hash, is not sent again; so a push that broke off goes on where it was. The
+index of another data set is replaced only where that is asked for.
+
+A pull fetches shards by their hashes, then writes the index; what lies in the folder whole is kept.
+Price: one listing of the repository, and the bytes that are missing at the other end.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bytecache.schemas.dataset.card import FILE as CARD
+from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, Dataset, read_dataset
+from bytecache.schemas.dataset.verification import verify_dataset
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, StorageError
+from bytecache.schemas.files import file_sha256, replace_file
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PREFIX = "hf://datasets/"
+INDEX = (MANIFEST, CARD, DATASET)
+"""Files of the last commit, beside the shards."""
+COMMIT_BYTES = 4 << 30
+"""Shards of one commit: what a broken push has to say again is the commit, not the bytes."""
+COMMIT_FILES = 100
+MAX_CARD = 1 << 20
+
+
+class HubPlace(NamedTuple):
+    """A folder of a data set repository on the hub."""
+
+    repository: str
+    revision: str
+    folder: str
+
+    @classmethod
+    def parse(cls, url: str) -> "HubPlace":
+        """`hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`. Raises ConfigError."""
+        parts = url.removeprefix(PREFIX).strip("/").split("/")
+        if not url.startswith(PREFIX) or len(parts) < 2 or not all(parts) or ".." in parts:
+            raise ConfigError(
+                f"{url}: a data set is pushed to hf://datasets/OWNER/NAME[@REVISION][/FOLDER]; elsewhere the "
+                "files of the folder can be copied as they are"
+            )
+        name, _, revision = parts[1].partition("@")
+        return cls(f"{parts[0]}/{name}", revision or "main", "/".join(parts[2:]))
+
+    def path(self, name: str) -> str:
+        """Where a file of the data set lies in the repository."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+class Pushed(NamedTuple):
+    """What a push did."""
+
+    sent: int
+    present: int
+    removed: int
+    n_bytes: int
+    strangers: list[str]
+    """Files of the folder that are no part of the data set, hence not sent."""
+
+
+class _Held(NamedTuple):
+    """A file in the repository: its length, and its sha256 or, for small text files, git's hash of it."""
+
+    size: int
+    sha256: str
+    git: str
+
+    def equals(self, path: Path) -> bool:
+        """Whether this is the content of `path`."""
+        if self.size != path.stat().st_size:
+            return False
+        return self.sha256 == file_sha256(path) if self.sha256 else self.git == _git_hash(path.read_bytes())
+
+
+def push(
+    folder: Path, url: str, *, private: bool = False, replace: bool = False, say: Callable[[str], None] = lambda _: None
+) -> Pushed:
+    """Send the data set in `folder` to the hub.
+
+    Args:
+        private: whether a repository that does not exist yet becomes private.
+        replace: put it in the place of another data set there; shards that only the other one lists are removed.
+        say: told every commit.
+
+    Raises:
+        ConfigError: `url` is no place on the hub, or another data set lies there.
+        IntegrityError: the folder is not whole.
+        StorageError: the hub refuses or cannot be reached.
+    """
+    place = HubPlace.parse(url)
+    faults = verify_dataset(folder)
+    if faults:
+        raise IntegrityError(
+            f"{folder}: {len(faults)} problems, the first: {faults[0].file}: {faults[0].detail}; `bytecache verify` "
+            "lists them, nothing was sent"
+        )
+    dataset = read_dataset(folder)
+    with _hub(url) as api:
+        api.create_repo(place.repository, repo_type="dataset", private=private, exist_ok=True)
+        held = _listing(api, place)
+        obsolete = _obsolete(api, place, held, dataset, url, replace)
+        shards = [folder / entry.file for entry in dataset.entries]
+        index = [folder / name for name in INDEX if (folder / name).is_file()]
+        missing = [path for path in shards if path.name not in held or not held[path.name].equals(path)]
+        for number, batch in enumerate(_batches(missing)):
+            _commit(api, place, batch, [], f"{dataset_name(dataset)}: shards, part {number + 1}")
+            say(f"push: {len(batch)} shards, {sum(path.stat().st_size for path in batch) / 2**20:.1f} MiB")
+        changed = [path for path in index if path.name not in held or not held[path.name].equals(path)]
+        if changed or obsolete:
+            _commit(api, place, changed, obsolete, f"{dataset_name(dataset)}: {len(shards)} shards")
+    known = {path.name for path in [*shards, *index]}
+    sent = [*missing, *changed]
+    return Pushed(
+        sent=len(sent),
+        present=len(known) - len(sent),
+        removed=len(obsolete),
+        n_bytes=sum(path.stat().st_size for path in sent),
+        strangers=sorted(path.name for path in folder.iterdir() if path.name not in known),
+    )
+
+
+def dataset_name(dataset: Dataset) -> str:
+    """What commits call a data set."""
+    return str(dataset.info.get("name") or "byte targets")
+
+
+def pull(place: str, folder: Path, say: Callable[[str], None] = lambda _: None) -> tuple[int, int]:
+    """Make `folder` a whole copy of the data set at `place`, a folder or any URL that can be read.
+
+    Returns (shards fetched, shards that were there). Raises ConfigError where `folder` holds another data set,
+    IntegrityError or StorageError when something cannot be had whole; a second call goes on from there.
+    """
+    from bytecache.stages.targets.source import fetch_bytes, fetch_file, open_dataset
+
+    dataset = open_dataset(place)
+    where = place.rstrip("/")
+    _refuse_other(folder, dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    fetched = present = 0
+    for entry in dataset.entries:
+        path = folder / entry.file
+        if path.is_file() and path.stat().st_size == entry.size and file_sha256(path) == entry.sha256:
+            present += 1
+            continue
+        fetch_file(f"{where}/{entry.file}", path, entry.size, entry.sha256)
+        fetched += 1
+        say(f"pull: {entry.file}, {entry.size / 2**20:.1f} MiB")
+    # The index comes last: a folder with dataset.json is a data set.
+    replace_file(folder / MANIFEST, fetch_bytes(f"{where}/{MANIFEST}", MAX_MANIFEST))
+    try:
+        replace_file(folder / CARD, fetch_bytes(f"{where}/{CARD}", MAX_CARD))
+    except IntegrityError:
+        say(f"pull: {where} has no card ({CARD}); the data set is whole without it")
+    replace_file(folder / DATASET, fetch_bytes(f"{where}/{DATASET}", MAX_JSON))
+    faults = verify_dataset(folder)
+    if faults:
+        raise IntegrityError(f"{folder}: {faults[0].file}: {faults[0].detail}; run the same command again")
+    return fetched, present
+
+
+def _refuse_other(folder: Path, dataset: Dataset) -> None:
+    if not (folder / DATASET).exists():
+        return
+    try:
+        other = read_dataset(folder)
+    except IntegrityError:
+        return  # a damaged copy is made whole
+    if other.entries != dataset.entries:
+        raise ConfigError(f"{folder} holds another data set ({dataset_name(other)}); choose a new folder")
+
+
+@contextmanager
+def _hub(url: str) -> "Iterator[HfApi]":
+    """The hub's client; what it raises becomes a refusal with its remedy."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    # The library under the client changes its name between releases; the client derives its own errors of that one's.
+    connection_errors = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    try:
+        yield HfApi()
+    except LocalTokenNotFoundError as error:
+        raise ConfigError(f"{url}: no token for the hub; set HF_TOKEN, or log in with `hf auth login`") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status in (401, 403):
+            raise StorageError(
+                f"{url}: the hub refuses ({status}); set HF_TOKEN to a token that may write to this repository"
+            ) from error
+        raise StorageError(f"{url}: the hub answers {status}: {str(error).splitlines()[0]}; run it again") from error
+    except connection_errors as error:
+        raise StorageError(f"{url}: the hub cannot be reached ({type(error).__name__}); run the same again") from error
+
+
+def _listing(api: "HfApi", place: HubPlace) -> dict[str, _Held]:
+    """Files of the place by name."""
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    held = {}
+    try:
+        tree = api.list_repo_tree(place.repository, place.folder or None, repo_type="dataset", revision=place.revision)
+        for item in tree:
+            if isinstance(item, RepoFile):
+                sha256 = item.lfs.sha256 if item.lfs else ""
+                held[Path(item.path).name] = _Held(item.size, sha256, item.blob_id)
+    except EntryNotFoundError:
+        return {}
+    return held
+
+
+def _obsolete(
+    api: "HfApi", place: HubPlace, held: dict[str, _Held], dataset: Dataset, url: str, replace: bool
+) -> list[str]:
+    """Shards there that only another data set lists. Raises ConfigError where one lies there and may not go."""
+    if DATASET not in held:
+        return []
+    from bytecache.schemas.dataset.index import parse_index
+    from bytecache.stages.targets.source import fetch_bytes
+
+    try:
+        document = fetch_bytes(f"{url.rstrip('/')}/{DATASET}", MAX_JSON)
+        there = parse_index(
+            Path(place.folder), url, document, lambda: fetch_bytes(f"{url.rstrip('/')}/{MANIFEST}", MAX_MANIFEST)
+        )
+    except IntegrityError:
+        return []  # nobody can read it
+    if there.entries == dataset.entries:
+        return []
+    if not replace:
+        raise ConfigError(
+            f"{url} holds another data set ({dataset_name(there)}, {len(there.entries)} shards); choose another "
+            "place or revision, or give --replace"
+        )
+    listed = {entry.file for entry in dataset.entries}
+    return [entry.file for entry in there.entries if entry.file not in listed and entry.file in held]
+
+
+def _batches(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    batch: list[Path] = []
+    size = 0
+    for path in paths:
+        length = path.stat().st_size
+        if batch and (size + length > COMMIT_BYTES or len(batch) == COMMIT_FILES):
+            yield batch
+            batch, size = [], 0
+        batch.append(path)
+        size += length
+    if batch:
+        yield batch
+
+
+def _commit(api: "HfApi", place: HubPlace, paths: list[Path], removed: list[str], message: str) -> None:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    operations: list[Any] = [CommitOperationAdd(place.path(path.name), path) for path in paths]
+    operations += [CommitOperationDelete(place.path(name)) for name in removed]
+    api.create_commit(
+        place.repository, operations, commit_message=message, repo_type="dataset", revision=place.revision
+    )
+
+
+def _git_hash(data: bytes) -> str:
+    """Git's name of a blob: how the hub identifies small files."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def data_set_folder(given: str, run_dir: str) -> Path:
+    """The folder of a data set: the one named, a run's `targets`, or the configured run's. Raises InputError."""
+    folder = Path(given or run_dir).expanduser()
+    for candidate in (folder, folder / "targets"):
+        if (candidate / DATASET).is_file():
+            return candidate
+    raise InputError(f"{folder} holds no {DATASET}, nor does its folder targets; run `bytecache convert` first")

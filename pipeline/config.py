@@ -3,6 +3,9 @@
 Order: defaults, then the file, then the command line. Values are typed as TOML types them and validated
 strictly (`"8"` is not 8), so that the same file always means the same run. Every refusal is one line that
 names the key, the value, the limit and where it came from; an unknown key also names its nearest neighbour.
+
+Keys that may hold a secret (`schemas.secrets`) are written without it. What neither file nor command line sets is taken
+from the environment, $BYTECACHE_SECTION_KEY: so the jobs that run elsewhere get theirs, and no file has it.
 """
 
 import difflib
@@ -18,10 +21,14 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.messages import public_url, url_secrets
+from bytecache.schemas.secrets import Secret
 from bytecache.schemas.settings import Section, Settings
 
 DEFAULT_FILE = "pipeline.toml"
 RESOLVED_FILE = "config.toml"
+MAX_FILE = 1 << 20
+"""Bytes of a configuration, at most."""
 
 _TITLES = {
     "run": "Where a run lives",
@@ -49,7 +56,8 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
     """Resolve the configuration.
 
     `path`: a TOML file; None = `pipeline.toml` of the working directory where there is one, else defaults.
-    `overrides`: `section.key=value` strings; the last one for a key wins.
+    `overrides`: `section.key=value` strings; the last one for a key wins. Secrets that neither names are those of the
+    environment.
     Raises ConfigError (unreadable file, unknown key, wrong type, value outside its limit).
     """
     origin: dict[tuple[str, str], str] = {}
@@ -66,16 +74,68 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
             for key in table:
                 _check_key(section, key, f"in {source}")
                 origin[section, key] = f"in {source}"
+    hidden = list(secret_keys())
     for text in overrides:
         section, key, value = _parse_override(text)
         data.setdefault(section, {})[key] = value
-        origin[section, key] = f"from --set {text}"
+        origin[section, key] = f"from --set {section}.{key}" if (section, key) in hidden else f"from --set {text}"
+    for section, key in hidden:
+        variable = secret_variable(section, key)
+        if key not in data.get(section, {}) and os.environ.get(variable):
+            data.setdefault(section, {})[key] = os.environ[variable]
+            origin[section, key] = f"from ${variable}"
     try:
         settings = Settings.model_validate(data, strict=True)
     except ValidationError as error:
         raise ConfigError(_explain(error, origin)) from None
     _refuse_numbers(settings, origin)
+    _refuse_text(settings, origin)
     return settings
+
+
+def secret_keys() -> Iterator[tuple[str, str]]:
+    """(section, key) of every key whose value may hold a secret."""
+    for section, kind in sections().items():
+        yield from ((section, key) for key, field in kind.model_fields.items() if isinstance(field.default, Secret))
+
+
+def secret_variable(section: str, key: str) -> str:
+    """The environment variable that a secret key is taken from."""
+    return f"BYTECACHE_{section}_{key}".upper()
+
+
+def secrets_of(settings: Settings) -> dict[str, str]:
+    """Variables and values of the settings that hold a secret: for the environment of processes, never for a file."""
+    values = {(section, key): getattr(getattr(settings, section), key) for section, key in secret_keys()}
+    return {secret_variable(*place): value.reveal() for place, value in values.items() if value.is_secret}
+
+
+PUBLISHED = {
+    "corpus": None,
+    "teacher": None,
+    "convert": None,
+    "dataset": {"name", "license", "teacher_license"},
+}
+"""What is said beside a data set of how it was made: sections, and of some only these keys (None: all)."""
+
+
+def render_published(settings: Settings) -> str:
+    """The settings that decided a data set, as TOML for strangers: no path but its last part, no machine's own."""
+    lines = ["# bytecache: the settings that this data set was made with; a path is its last part alone."]
+    for name, keys in PUBLISHED.items():
+        lines += ["", f"[{name}]"]
+        for key, value in getattr(settings, name):
+            if keys is None or key in keys:
+                lines.append(f"{key} = {_toml_value(_last_part(value) if isinstance(value, str) else value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _last_part(text: str) -> str:
+    """A path's last part, a URL's host and path; any other text as it is."""
+    if "://" in text:
+        return public_url(text)
+    path = text.startswith(("/", "~", "./", "../")) or os.path.isabs(text) or os.path.exists(text)
+    return Path(text).name if path else text
 
 
 def render_template(settings: Settings) -> str:
@@ -91,7 +151,10 @@ def render_template(settings: Settings) -> str:
             limits = describe_limits(field)
             note = f"{field.description or ''} Default: {_toml_value(field.default)}{'; ' + limits if limits else ''}."
             lines += textwrap.wrap(note, 116, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
-            lines.append(f"{key} = {_toml_value(getattr(table, key))}")
+            value = getattr(table, key)
+            if isinstance(value, Secret) and value.is_secret:
+                lines.append(f"# The value given holds a secret, which is not written: ${secret_variable(name, key)}.")
+            lines.append(f"{key} = {_toml_value(value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -125,13 +188,16 @@ def flattened(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(
             f"configuration {path} does not exist; name an existing file, or write one: bytecache config > {path}"
         ) from None
     except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read: {os.strerror(error.errno or 0)}") from None
+    if len(raw) > MAX_FILE:
+        raise ConfigError(f"configuration {path} is longer than {MAX_FILE} bytes; name a pipeline.toml")
     try:
         return tomllib.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -181,13 +247,15 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError, KeyError):
         value = raw
     # A shell strips quotes, so a bare word for a text key is text even where TOML would read 2048 or true.
-    if not isinstance(value, str) and isinstance(sections()[section].model_fields[key].default, str):
+    if not isinstance(value, str) and isinstance(sections()[section].model_fields[key].default, str | Secret):
         value = raw
     return section, key, value
 
 
 def _explain(error: ValidationError, origin: dict[tuple[str, str], str]) -> str:
     problem = error.errors(include_url=False)[0]
+    if len(problem["loc"]) < 2:
+        return f"{problem['loc'] or 'the configuration'}: {problem['msg']}; write [section] and keys below it"
     section, key = (str(part) for part in problem["loc"][:2])
     field = sections()[section].model_fields[key]
     limits = describe_limits(field)
@@ -210,8 +278,31 @@ def _refuse_numbers(settings: Settings, origin: dict[tuple[str, str], str]) -> N
                 raise ConfigError(f"{section}.{key} = {value} {where}: expected a number >= 0, or -1 for the default")
 
 
+def _refuse_text(settings: Settings, origin: dict[tuple[str, str], str]) -> None:
+    """What no file name and no file of ours may hold: NUL, bytes that are not UTF-8, a password in an address."""
+    for section in sections():
+        for key, value in getattr(settings, section):
+            text = value.reveal() if isinstance(value, Secret) else value
+            if not isinstance(text, str):
+                continue
+            if isinstance(value, str) and url_secrets(value):
+                raise ConfigError(
+                    f"{section}.{key} = {value}: a password or token in an address is written to files; leave it out, "
+                    "and to the environment of the service's own tools (AWS_*, GOOGLE_*, AZURE_*, HF_TOKEN)"
+                )
+            where = origin.get((section, key), "")
+            if "\0" in text:
+                raise ConfigError(f"{section}.{key} {where}: holds a NUL character; give a text without it")
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ConfigError(f"{section}.{key} = {value!r} {where}: is not UTF-8; rename it") from None
+
+
 def _type_name(field: FieldInfo) -> str:
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    if isinstance(field.default, Secret):
+        return "text"
     return names.get(type(field.default), "a value") if get_origin(field.annotation) is not Literal else "text,"
 
 
@@ -227,7 +318,10 @@ def _toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
+    if isinstance(value, Secret):
+        value = value.public
     if isinstance(value, str):
+        value = public_url(value)
         escaped = "".join(_TOML_ESCAPES.get(char, char) for char in value)
         return f'"{escaped}"'
     raise TypeError(f"no TOML form for {type(value).__name__}")

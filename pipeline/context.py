@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from bytecache.pipeline.config import RESOLVED_FILE, render_template
+from bytecache.pipeline.config import RESOLVED_FILE, render_published, render_template
 from bytecache.pipeline.stores import Store, open_store
 from bytecache.pipeline.units.runner import StopFlag
 from bytecache.schemas.settings import Settings
@@ -18,10 +18,13 @@ class Context:
     stop: StopFlag = field(default_factory=StopFlag)
     say: Callable[[str], None] = print
 
-    def save_config(self, key: str, *, changed: bool = True) -> None:
-        """Keep the resolved configuration at `key`, beside the output it made; skipped if nothing was made."""
+    def save_config(self, key: str, *, changed: bool = True, published: bool = False) -> None:
+        """Keep the resolved configuration at `key`, beside the output it made; skipped if nothing was made.
+
+        `published`: what lies there is for strangers, who get the settings that decided it and no path.
+        """
         if changed or not self.store.exists(key):
-            self.store.replace_text(key, render_template(self.settings))
+            self.store.replace_text(key, (render_published if published else render_template)(self.settings))
             self.store.replace_text(RESOLVED_FILE, render_template(self.settings))
 
 

@@ -1,49 +1,133 @@
-"""Files of this machine: the hash that names them, writing them whole or not at all, scratch folders, the cache.
+"""Files of this machine: read only where they are files, written whole or not at all; scratch folders, the cache.
+
+Reading. A folder from a stranger may hold a named pipe, a device or a socket where a file is expected: opening a pipe
+waits for ever, and /dev/zero never ends. `open_regular` opens without waiting and refuses what is not a regular file.
+A link to one is followed: hubs keep their files behind links.
+
+Writing. `new_file` gives a stream to a file without a name of its own yet; when the block ends it is flushed and
+renamed to its path, so a reader sees the old content or the new one. A path that is a link, a device, a pipe or a
+folder is refused before anything is written: a rename would replace the link or the device node itself (as root it
+would even take away /dev/null), and a plain write would go to wherever the link points.
 
 A scratch folder lies beside what it becomes and is named after its owner, so that the next owner can sweep a dead
 one's. Libraries that write files make temporary ones of their own beside the target; inside a scratch folder a kill
 cannot leave them among the outputs.
 """
 
+import errno
 import hashlib
 import os
+import secrets
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from bytecache.schemas.errors import StorageError
 
+_KINDS = (
+    (stat.S_ISREG, "a file"), (stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a link"), (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+
+
+class NotAFileError(OSError):
+    """Something else than a regular file stands where one is to be read or written."""
+
+    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        super().__init__(errno.EINVAL, f"is {kind}, not a regular file", os.fspath(path))
+
+
+def kind_of(mode: int) -> str:
+    """What a mode of `os.stat` is of, in words: "a file", "a named pipe", ..."""
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), "no file")
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """A regular file, opened to read bytes. Raises OSError; NotAFileError for a pipe, a device, a folder, a socket."""
+    # Without O_NONBLOCK the opening of a pipe would wait for its writer.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise NotAFileError(path, kind_of(mode))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        with suppress(OSError):
+            os.close(handle)
+        raise
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """At most `limit` + 1 bytes of a regular file: whoever gets that many knows that it is too long. Raises OSError."""
+    with open_regular(path) as file:
+        return file.read(limit + 1)
+
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hex sha256 of a file's bytes, read once in pieces. Raises OSError."""
-    with open(path, "rb") as file:
+    """Hex sha256 of a regular file's bytes, read once in pieces. Raises OSError."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Atomically give `path` this content: temporary name in the same folder, flush, rename, flush the folder."""
+def refuse_to_write(path: Path) -> None:
+    """Raises NotAFileError unless `path` is a regular file or a name that nothing has yet; links are not followed."""
+    with suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise NotAFileError(path, kind_of(mode))
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a finished, flushed file its name, in place of the file that has it. Raises OSError, NotAFileError."""
+    refuse_to_write(path)
+    os.replace(temporary, path)
+    flush_to_disk(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content appears at `path` when the block ends, flushed; after an exception nothing has changed.
+
+    The file gets the mode that the process gives new files. Raises OSError; NotAFileError (nothing is written) where
+    `path` is a link, a device or anything else than a file.
+    """
+    refuse_to_write(path)
+    # Not the path's own name with something added: that could be too long.
+    temporary = path.parent / f".bytecache-{os.getpid()}-{secrets.token_hex(6)}.tmp"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        put_in_place(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Atomically give `path` this content. Raises StorageError: the disk refuses, or `path` is no regular file."""
+    try:
+        with new_file(path) as stream:
+            stream.write(data)
+    except NotAFileError as error:
+        raise StorageError(f"{path} {error.strerror}: name a file or a new name; nothing was written") from error
     except OSError as error:
-        raise StorageError(f"{path}: cannot write: {error}; free space or fix permissions, then rerun") from error
+        why = error.strerror or error
+        raise StorageError(f"{path}: cannot write: {why}; free space or fix permissions, then rerun") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`replace_file` with UTF-8."""
+    replace_file(path, text.encode("utf-8"))
 
 
 _PREFIX = ".scratch-"

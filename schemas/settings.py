@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bytecache.schemas.secrets import SecretAddress, SecretHeader
+
 
 class Section(BaseModel):
     """A table of `pipeline.toml`; frozen, so that a resolved configuration cannot drift from its hash."""
@@ -39,10 +41,11 @@ class Corpus(Section):
     """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
     max_bytes: int = Field(150_000, ge=0)
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
-    unit_bytes: int = Field(50_000, ge=1_000)
-    """Bytes of text in one unit of teacher work, the most that a kill can lose: minutes of a CPU; 1-4 MB on a GPU."""
+    unit_bytes: int = Field(50_000, ge=1_000, le=1_000_000_000)
+    """Most bytes of text in one unit of teacher work, half of it the least (a longer document is a unit alone), and
+    what a kill can lose: minutes of a CPU; 1-4 MB on a GPU."""
     jobs: int = Field(0, ge=0)
-    """Processes of this machine that plan the corpus, each with files of its own; 0 = one a core."""
+    """Processes of this machine that plan the corpus, each with files or lines of its own; 0 = one a core."""
     license: str = ""
     """Licence of the text, for those you share the targets with; copied into dataset.json."""
     attribution: str = ""
@@ -69,8 +72,9 @@ class Teacher(Section):
     """Hub revision; empty = the default branch."""
     backend: Literal["vllm", "hf"] = "vllm"
     """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the trunk; part of the dump's identity. The head is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the trunk; part of the dump's identity. `auto`: float32 on a CPU, the checkpoint's own on a GPU.
+    The head is float32 unless the checkpoint's is quantised."""
     context: int = Field(0, ge=0)
     """Tokens in one window, the start token included; 0 = 1024, or the model's own limit where that is less."""
     overlap: int = Field(-1, ge=-1)
@@ -94,8 +98,8 @@ class Teacher(Section):
     """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
     end: str = "auto"
     """Tokens whose mass is the END symbol: `auto` (the model's EOS ids), or token texts separated by spaces."""
-    max_batched_tokens: int = Field(512, ge=16)
-    """Tokens the engine computes at once; bounds logits memory (tokens x vocabulary x 4 bytes)."""
+    max_batched_tokens: int = Field(0, ge=0)
+    """Tokens the engine computes at once, 16 at least; 0 = 512 on a CPU, 8192 on a GPU."""
     kv_cache_gib: int = Field(1, ge=1)
     """Key/value cache on a CPU, GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
@@ -141,9 +145,12 @@ class Convert(Section):
 class Dataset(Section):
     """What is said of the byte targets, and where students read them."""
 
-    source: str = ""
+    source: SecretAddress = SecretAddress()
     """Byte targets that train and evaluate read instead of this run's own: a folder, or a URL such as
-    `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`."""
+    `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`. A password or token in it is written nowhere: other
+    machines take it from $BYTECACHE_DATASET_SOURCE."""
+    private_redirects: bool = False
+    """Follow a redirect of an http(s) source to an address of a private network or of this machine."""
     cache_dir: str = ""
     """Where shards read from a URL are kept; empty = `shards` in the cache folder ($BYTECACHE_CACHE, else bytecache in
     $XDG_CACHE_HOME or ~/.cache)."""
@@ -285,11 +292,12 @@ class Fleet(Section):
     """Seconds from SIGTERM or a notice to the kill: a unit that cannot finish within is given back at once."""
     notice_file: str = ""
     """A file whose appearance is a notice of preemption; empty = none."""
-    notice_url: str = ""
+    notice_url: SecretAddress = SecretAddress()
     """A metadata address to poll for a notice of preemption; empty = none. See `pipeline/fleet/preemption.py`."""
-    notice_header: str = ""
-    """Header for notice_url, e.g. `Metadata-Flavor: Google`."""
-    notice_token_url: str = ""
+    notice_header: SecretHeader = SecretHeader()
+    """Header for notice_url, e.g. `Metadata-Flavor: Google`. Any other value may be a token, is written nowhere, and is
+    taken from $BYTECACHE_FLEET_NOTICE_HEADER where this is empty."""
+    notice_token_url: SecretAddress = SecretAddress()
     """Where to PUT for a token first (AWS IMDSv2); empty = none."""
     notice_match: str = "."
     """Regular expression that the answer of notice_url must contain to be a notice; an error status never is."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bytecache.pipeline.cli.options import Given, JsonOption, run_stage, takes_settings
+from bytecache.pipeline.cli.terminal import say
 
 if TYPE_CHECKING:
     from bytecache.pipeline.context import Context
@@ -74,10 +75,10 @@ def estimate(
         meaning = module.meaning_of(best, context.settings) if best else ""
         if as_json:
             report = {"text_bytes": planned.n_bytes, "units": len(planned.sizes), "variants": module.as_json(found)}
-            typer.echo(json.dumps(report | ({"chosen": chosen, "meaning": meaning} if best else {}), indent=2))
+            say(json.dumps(report | ({"chosen": chosen, "meaning": meaning} if best else {}), indent=2))
         else:
-            typer.echo(module.table(found, planned.n_bytes, max(price, core_price, gb_price) > 0))
+            say(module.table(found, planned.n_bytes, max(price, core_price, gb_price) > 0))
             if best:
-                typer.echo(f"\nwithin the budget: {chosen}\n({meaning})")
+                say(f"\nwithin the budget: {chosen}\n({meaning})")
 
     run_stage(given, command)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bytecache.pipeline.cli.options import Given, run_stage, takes_settings
+from bytecache.pipeline.cli.terminal import say
 
 if TYPE_CHECKING:
     from bytecache.pipeline.context import Context
@@ -58,10 +59,10 @@ def merge(
     def command(context: "Context") -> None:
         result = merge_runs(context.store, [open_store(source) for source in sources])
         for line in result.skipped:
-            typer.echo(f"skipped: {line}")
+            say(f"skipped: {line}")
         counts = (
             f"{result.copied[stage]} units of {stage} copied, {result.present[stage]} were there" for stage in STAGES
         )
-        typer.echo(f"merge: {'; '.join(counts)}; {len(result.skipped)} skipped")
+        say(f"merge: {'; '.join(counts)}; {len(result.skipped)} skipped")
 
     run_stage(given, command)

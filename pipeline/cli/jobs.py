@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bytecache.pipeline.cli.options import Given, injected, refusals, run_stage, takes_settings
+from bytecache.pipeline.cli.terminal import say
+from bytecache.schemas.files import write_text
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,10 +39,10 @@ RestartsOption = Annotated[int, typer.Option("--restarts", min=0, help="Restarts
 
 def _emit(text: str, out: Path | None) -> None:
     if out is None:
-        typer.echo(text, nl=False)
+        say(text, nl=False)
     else:
-        out.write_text(text, encoding="utf-8")
-        typer.echo(f"{out} written")
+        write_text(out, text)
+        say(f"{out} written")
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,17 @@ def skypilot(
     accelerator: Annotated[str, typer.Option("--accelerator", help="GPU by SkyPilot's name.")] = "L4",
     spot: Annotated[bool, typer.Option("--spot/--on-demand", help="Spot machines.")] = True,
     setup: Annotated[
-        str, typer.Option("--setup", help="Shell lines that install bytecache; empty = from the index.")
+        str, typer.Option("--setup", help="Shell lines that install bytecache; empty = the image has it.")
     ] = "",
+    image: Annotated[str, typer.Option("--image", help="Container that has bytecache, as docker:name:tag.")] = "",
     out: OutOption = None,
 ) -> None:
     """Write a managed spot job for SkyPilot; its first line says how to start one per worker.
 
     Reads: the configuration; run.dir must be a bucket. Writes: YAML.
 
-    Example: bytecache jobs skypilot --workers 16 --accelerator H100 --run-dir s3://bucket/books --out job.yaml
+    Example: bytecache jobs skypilot --workers 16 --accelerator H100 --image docker:registry/bytecache --run-dir
+    s3://bucket/books --out job.yaml
     """
     with refusals():
         import yaml
@@ -166,7 +170,7 @@ def skypilot(
         from bytecache.pipeline.launch.skypilot import SETUP, launch_lines, skypilot_task
 
         spec = asked.of(given.settings())
-        task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, spot=spot)
+        task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, image=image, spot=spot)
         _emit(launch_lines(spec, str(out or "job.yaml")) + yaml.safe_dump(task, sort_keys=False, width=10_000), out)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bytecache.pipeline.cli.terminal import PIPE_CLOSED, say, say_error
 from bytecache.pipeline.config import load_settings
 from bytecache.schemas.errors import BytecacheError, missing_package
 from bytecache.schemas.settings import Settings
@@ -127,8 +128,10 @@ def refusals() -> Iterator[None]:
                 raise
             raise refusal from error
     except BytecacheError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        say_error(str(error))
         raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        raise typer.Exit(PIPE_CLOSED) from None
 
 
 def run_stage(given: Given, command: Callable[["Context"], Any], **more: str | None) -> None:
@@ -136,7 +139,7 @@ def run_stage(given: Given, command: Callable[["Context"], Any], **more: str | N
     with refusals():
         from bytecache.pipeline.context import open_context
 
-        context = open_context(given.settings(**more), typer.echo)
+        context = open_context(given.settings(**more), say)
         if not sys.stderr.isatty():
             # Other people's bars would break the JSON lines; on a terminal a long download should show.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

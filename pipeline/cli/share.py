@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bytecache.pipeline.cli.options import Given, refusals, takes_settings
+from bytecache.pipeline.cli.terminal import say
 from bytecache.pipeline.units.progress import human_bytes
 
 app = typer.Typer()
@@ -31,16 +32,14 @@ def push(
         from bytecache.pipeline.commands import share
 
         source = share.data_set_folder(folder, given.settings().run.dir)
-        pushed = share.push(source, place, private=private, replace=replace, say=typer.echo)
+        pushed = share.push(source, place, private=private, replace=replace, say=say)
         removed = f", {pushed.removed} of the data set before it removed" if pushed.removed else ""
-        typer.echo(
+        say(
             f"push: {place}: {pushed.sent} files sent ({human_bytes(pushed.n_bytes)}), {pushed.present} were "
             f"there{removed}"
         )
         if pushed.strangers:
-            typer.echo(
-                f"push: {len(pushed.strangers)} files are no part of it, not sent: {', '.join(pushed.strangers)}"
-            )
+            say(f"push: {len(pushed.strangers)} files are no part of it, not sent: {', '.join(pushed.strangers)}")
 
 
 @app.command()
@@ -57,5 +56,5 @@ def pull(
     with refusals():
         from bytecache.pipeline.commands import share
 
-        fetched, present = share.pull(place, folder.expanduser(), typer.echo)
-        typer.echo(f"pull: {folder}: whole; {fetched} shards fetched, {present} were there")
+        fetched, present = share.pull(place, folder.expanduser(), say)
+        say(f"pull: {folder}: whole; {fetched} shards fetched, {present} were there")

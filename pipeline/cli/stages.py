@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bytecache.pipeline.cli.options import Given, OnlyOption, WorkerOption, run_stage, takes_settings
+from bytecache.pipeline.cli.terminal import say
 
 if TYPE_CHECKING:
     from bytecache.pipeline.context import Context
@@ -116,10 +117,10 @@ def evaluate(
 
     def command(context: "Context") -> None:
         measuring.evaluate(context, only)
-        typer.echo(context.store.read_bytes("report/report.md").decode("utf-8"))
+        say(context.store.read_bytes("report/report.md").decode("utf-8"))
         if lm_eval:
             measuring.measure_exported(context, lm_eval.split(","), limit, only)
-            typer.echo(context.store.read_bytes("report/lm-eval.md").decode("utf-8"))
+            say(context.store.read_bytes("report/lm-eval.md").decode("utf-8"))
 
     run_stage(given, command)
 

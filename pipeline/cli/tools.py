@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bytecache.pipeline.cli.options import Given, JsonOption, refusals, run_stage, takes_settings
+from bytecache.pipeline.cli.terminal import say
 from bytecache.pipeline.config import render_template
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.files import refuse_to_write, write_text
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def status(given: Given, as_json: JsonOption = False) -> None:
         from bytecache.pipeline.context import open_context
 
         report = module.status(open_context(given.settings()))
-        typer.echo(json.dumps(report, indent=2) if as_json else module.status_table(report))
+        say(json.dumps(report, indent=2) if as_json else module.status_table(report))
 
 
 @app.command()
@@ -81,19 +83,19 @@ def verify(
 
             own = local / RESOLVED_FILE
             settings = given.settings(own if own.is_file() else None, run__dir=place)
-            done = module.repair_run(open_context(settings, lambda line: None if as_json else typer.echo(line)))
+            done = module.repair_run(open_context(settings, lambda line: None if as_json else say(line)))
         problems, checked = module.verify_place(place, run.scratch)
         if as_json:
             report = {"folder": place, "files": checked, "problems": problems}
-            typer.echo(json.dumps(report | ({"repaired": done} if repair else {}), indent=2))
+            say(json.dumps(report | ({"repaired": done} if repair else {}), indent=2))
         else:
             for line in [*done, *problems]:
-                typer.echo(line)
+                say(line)
         if problems:
             remedy = "what is left is named above" if repair else "rerun the stage, or `verify --repair`"
             raise IntegrityError(f"{place}: {len(problems)} problems in {checked} files; {remedy}")
         if not as_json:
-            typer.echo(f"{place}: {checked} files match their hashes")
+            say(f"{place}: {checked} files match their hashes")
 
 
 @app.command()
@@ -120,13 +122,14 @@ def inspect(
         if html is not None:
             from bytecache.pipeline.commands.inspect.page import POSITIONS, shard_page
 
-            html.write_text(shard_page(file, document, start, limit or POSITIONS, top or 8), encoding="utf-8")
-            typer.echo(f"{html}: open it in a browser")
+            refuse_to_write(html)
+            write_text(html, shard_page(file, document, start, limit or POSITIONS, top or 8))
+            say(f"{html}: open it in a browser")
             return
         report = inspect_file(file, document, start, limit or 40, top or 4)
         if as_json:
             report.pop("heat", None)
-            typer.echo(json.dumps(report, indent=2, default=str))
+            say(json.dumps(report, indent=2, default=str))
         else:
             from rich.console import Console
 
@@ -193,7 +196,7 @@ def probe(
         chosen = given.chosen
         depth = "3" if chosen["teacher.tau"] is not None and chosen["teacher.depth"] is None else None
         settings = given.settings(teacher__backend=chosen["teacher.backend"] or "hf", teacher__depth=depth)
-        typer.echo(command(settings.teacher, text_file, out))
+        say(command(settings.teacher, text_file, out))
 
 
 @app.command()
@@ -209,4 +212,4 @@ def config(
     Example: bytecache config --set teacher.depth=2 > pipeline.toml
     """
     with refusals():
-        typer.echo(render_template(Settings() if defaults else given.settings()), nl=False)
+        say(render_template(Settings() if defaults else given.settings()), nl=False)

@@ -139,7 +139,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     job = convert_job(context, planned, info["teacher"], found.__getitem__, [one.unit for one in aside])
     outcome = run_job(context.store, job, context.stop)
     index_is_new = publish_index(context, outcome.receipts, info)
-    context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new)
+    context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new, published=True)
     context.say(outcome_line("convert", outcome))
     context.say(summary_line(certificate(outcome.receipts, info["teacher"])))
     if aside:

@@ -19,7 +19,7 @@ from bytecache.pipeline.stores import disk_errors
 from bytecache.pipeline.units.receipts import software_versions
 from bytecache.schemas.dataset.index import DATASET, Dataset, read_dataset
 from bytecache.schemas.errors import InputError, IntegrityError
-from bytecache.schemas.files import file_sha256
+from bytecache.schemas.files import file_sha256, refuse_to_write, write_text
 from bytecache.schemas.settings import Teacher
 
 SLACK = 0.5
@@ -158,6 +158,8 @@ def fidelity(
     """
     from bytecache.stages.fidelity.certificate import figure
 
+    with disk_errors(f"writing {out}"):
+        refuse_to_write(out)
     dataset = find_dataset(folder)
     settings = teacher_settings(dataset, context.settings.teacher, model)
     measured = measure(context, dataset, settings, sample, any_teacher)
@@ -176,7 +178,7 @@ def fidelity(
     }
     with disk_errors(f"writing {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        write_text(out, json.dumps(report, indent=1, sort_keys=True) + "\n")
     for line in table(measured, claimed):
         context.say(line)
     context.say(f"{out}: {measured['sample']['positions']} positions in {measured['sample']['windows']} stretches")

@@ -1,14 +1,17 @@
 """`probe`: one text, one teacher, one .npz; the file appears whole or not at all."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
 from bytecache.pipeline.stores import disk_errors
 from bytecache.schemas.errors import InputError
+from bytecache.schemas.files import new_file, refuse_to_write
 from bytecache.schemas.settings import Teacher
+
+MOST = 1 << 24
+"""Bytes of a text that is probed: a row of probabilities takes a thousand times as many."""
 
 
 def probe(settings: Teacher, text_file: Path, out: Path) -> str:
@@ -17,9 +20,12 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
     Raises InputError for a file that cannot be read or is not UTF-8, and what the teacher raises.
     """
     try:
-        raw = text_file.read_bytes()
+        with text_file.open("rb") as stream:
+            raw = stream.read(MOST + 1)
     except OSError as error:
         raise InputError(f"{text_file} cannot be read: {error.strerror}; name a UTF-8 text file") from None
+    if len(raw) > MOST:
+        raise InputError(f"{text_file} is longer than {MOST} bytes; a probe scores one text in memory: cut it")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -30,6 +36,8 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
         raise InputError(f"folder {out.parent} of --out does not exist; make it first")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file in it, such as {out / 'probe.npz'}")
+    with disk_errors(f"writing {out}"):
+        refuse_to_write(out)
     from bytecache.stages.teacher.probe import probe_text
 
     probs, tail, data = probe_text(settings, text)
@@ -44,13 +52,5 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
 
 
 def _write(out: Path, probs: np.ndarray, tail: np.ndarray, data: np.ndarray) -> None:
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
-    with disk_errors(f"writing {out}"):
-        try:
-            with scratch.open("wb") as stream:
-                np.savez(stream, probs=probs, tail=tail, text=data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(scratch, out)
-        finally:
-            scratch.unlink(missing_ok=True)
+    with disk_errors(f"writing {out}"), new_file(out) as stream:
+        np.savez(stream, probs=probs, tail=tail, text=data)

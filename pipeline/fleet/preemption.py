@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.secrets import SecretAddress
 from bytecache.schemas.settings import Fleet
 
 MARGIN_S = 2.0
@@ -87,11 +88,13 @@ class Drain:
         try:
             if self.settings.notice_token_url:
                 ask = urllib.request.Request(
-                    self.settings.notice_token_url, method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+                    self.settings.notice_token_url.reveal(),
+                    method="PUT",
+                    headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"},
                 )
                 with urllib.request.urlopen(ask, timeout=_TIMEOUT_S) as answer:
                     headers["X-aws-ec2-metadata-token"] = answer.read(4096).decode("ascii", "replace")
-            ask = urllib.request.Request(self.settings.notice_url, headers=headers)
+            ask = urllib.request.Request(self.settings.notice_url.reveal(), headers=headers)
             with urllib.request.urlopen(ask, timeout=_TIMEOUT_S) as answer:
                 body = answer.read(65536).decode("utf-8", "replace")
         except (OSError, urllib.error.URLError, ValueError):
@@ -133,14 +136,15 @@ class Drain:
 def notice_header(settings: Fleet) -> tuple[str, str] | None:
     """The header of notice_url, or None. Raises ConfigError for one that is none, or an address that is no http."""
     for name in ("notice_url", "notice_token_url"):
-        url = getattr(settings, name)
-        if url and not url.startswith(("http://", "https://")):
+        url: SecretAddress = getattr(settings, name)
+        if url and not url.reveal().startswith(("http://", "https://")):
             raise ConfigError(
                 f"fleet.{name} = {url!r} is no http:// or https:// address; for a file use fleet.notice_file"
             )
     if not settings.notice_header:
         return None
-    name, colon, value = settings.notice_header.partition(":")
-    if not colon or not name.strip() or "\n" in settings.notice_header:
-        raise ConfigError(f"fleet.notice_header = {settings.notice_header!r}: write `Name: value`")
+    header = settings.notice_header.reveal()
+    name, colon, value = header.partition(":")
+    if not colon or not name.strip() or "\n" in header:
+        raise ConfigError("fleet.notice_header: write `Name: value`")
     return name.strip(), value.strip()

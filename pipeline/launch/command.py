@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from bytecache.pipeline.config import sections
+from bytecache.pipeline.config import secrets_of, sections
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.secrets import Secret
 from bytecache.schemas.settings import Settings
 
 Stage = Literal["teacher", "convert", "train"]
@@ -29,6 +30,11 @@ class JobSpec:
     def name(self) -> str:
         """For job lists: lower case and hyphens, as every scheduler takes."""
         return f"bytecache-{self.stage}"
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """Environment variables that a worker takes its secrets from, with their values; only names go to a file."""
+        return secrets_of(self.settings)
 
     def command(self, program: tuple[str, ...] = ("bytecache",)) -> list[str]:
         """The worker's arguments. `program`: how bytecache is called there."""
@@ -62,14 +68,28 @@ def plan_job(settings: Settings, stage: str, workers: int, gpus: int | None, cpu
 
 
 def overrides(settings: Settings) -> list[str]:
-    """`section.key=value` for every setting that differs from its default, in order."""
+    """`section.key=value` for every setting that differs from its default and holds no secret, in order."""
     found = []
     for section in sections():
         default, given = getattr(Settings(), section), getattr(settings, section)
         for key, value in given:
             if value != getattr(default, key):
+                if isinstance(value, Secret):
+                    if value.is_secret:
+                        continue  # the worker's environment has it, see `JobSpec.secrets`
+                    value = value.public
                 found.append(f"{section}.{key}={json.dumps(value) if not isinstance(value, str) else value}")
     return found
+
+
+def one_word(option: str, value: str) -> str:
+    """`value`, if it is empty or one word: what is put into a line of a job file must not begin another.
+
+    Raises ConfigError.
+    """
+    if value and (value.split() != [value] or not value.isprintable()):
+        raise ConfigError(f"{option} {value!r}: expected one word, without spaces or new lines")
+    return value
 
 
 def needs_shared_run(settings: Settings) -> None:

@@ -24,7 +24,7 @@ def run_local(spec: JobSpec, stop: Callable[[], bool], *, visible: list[str] | N
         )
     environments = []
     for number in range(spec.workers):
-        environment = {**os.environ}
+        environment = {**os.environ, **spec.secrets}
         if spec.gpus:
             mine = ids[number * spec.gpus : (number + 1) * spec.gpus]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)

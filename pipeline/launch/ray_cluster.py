@@ -27,10 +27,15 @@ class Engine:
     def __init__(self) -> None:
         self._stopping = False
 
-    def run(self, command: list[str], cpus: int, notice_s: float, restarts: int) -> list[int]:
-        """Exit codes of the worker, the last one final. The environment is the actor's: Ray has set the GPUs there."""
+    def run(
+        self, command: list[str], cpus: int, notice_s: float, restarts: int, secrets: dict[str, str] | None = None
+    ) -> list[int]:
+        """Exit codes of the worker, the last one final. The environment is the actor's: Ray has set the GPUs there.
+
+        `secrets`: variables that the worker's environment has besides.
+        """
         program = [sys.executable, *command]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(cpus)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(cpus), **(secrets or {})}
         try:
             (child,) = supervise(
                 program,
@@ -79,7 +84,7 @@ def run_on_ray(
         engines = [actor.remote() for _ in range(spec.workers)]
         command = spec.command(("-m", "bytecache"))
         notice = spec.settings.fleet.notice_s
-        waiting = [engine.run.remote(command, spec.cpus, notice, restarts) for engine in engines]
+        waiting = [engine.run.remote(command, spec.cpus, notice, restarts, spec.secrets) for engine in engines]
         running = list(waiting)
         while running:
             done, running = ray.wait(running, timeout=POLL_S)

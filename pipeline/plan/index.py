@@ -27,7 +27,7 @@ from bytecache.pipeline.units.receipts import canonical_json, unit_key
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.settings import Settings
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 PLAN_KEY = "plan/plan.json"
 PAGE = 1024
 """Units of a page: four blocks of claims."""

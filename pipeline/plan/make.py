@@ -1,15 +1,18 @@
-"""Planning: the corpus cut once into immutable slices, the units of all later work.
+"""Planning: the corpus cut into immutable slices, the units of all later work.
 
-Two passes, each by `corpus.jobs` processes over the files of the corpus. The first (`survey`) hashes every
-document and finds where slices begin; it is all that a repeated `plan` costs. The second (`slices`) writes
-them: documents in corpus order, each split apart, a slice closed before it would exceed `corpus.unit_bytes` (a longer
-document is a slice alone). A document is held out if sha256(seed, text) falls under `corpus.heldout_fraction`, so equal
-texts never straddle the splits. The plan does not depend on how many processes there were. What is written, and in
-which order: `pipeline.plan.index`. Price: see `benchmarks/planning.py`.
+One pass over the corpus, by `corpus.jobs` processes (`pipeline.plan.parts`). Documents stay in the order of the corpus,
+each split apart; where a slice ends is for the documents to say (`pipeline.plan.slices`). A document is held out if a
+hash of (seed, text) falls under `corpus.heldout_fraction`, so equal texts never straddle the splits; where that leaves
+a side empty, the threshold is moved to the nearest document and the corpus read once more. The plan does not depend on
+how many processes there were. What is written, and in which order: `pipeline.plan.index`. Price: see
+`benchmarks/planning.py`; a repeated plan only counts the corpus and hashes the slices.
 """
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline.plan.index import (
@@ -28,8 +31,8 @@ from bytecache.pipeline.plan.index import (
     shape_of,
 )
 from bytecache.pipeline.plan.parallel import Processes
-from bytecache.pipeline.plan.slices import commit, write_slices
-from bytecache.pipeline.plan.survey import Survey, processes_for
+from bytecache.pipeline.plan.parts import Cut, Cutter, Rule, cut_corpus, processes_for
+from bytecache.pipeline.plan.writing import Slice, delete_slices
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units.receipts import (
     FileRecord,
@@ -39,8 +42,10 @@ from bytecache.pipeline.units.receipts import (
     software_versions,
     write_receipt,
 )
-from bytecache.schemas.errors import IntegrityError
+from bytecache.pipeline.units.runner import commit_file
+from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.settings import Settings
+from bytecache.stages.corpus.reader import File, corpus_files
 
 
 def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambda: False) -> tuple[Plan, bool]:
@@ -49,21 +54,41 @@ def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambd
     Raises InputError (corpus), ConfigError (a plan of another corpus or other settings is already there),
     Interrupted (`stop()` became true; rerun).
     """
-    with Processes[Any, Any](processes_for(settings.corpus), stop) as processes:
-        survey = Survey(settings, processes)
-        old = read_plan(store)
+    corpus = settings.corpus
+    old = read_plan(store)
+    if old is not None:
+        refuse_changes(old, settings, None)
+    files, n_ignored = corpus_files(corpus)
+    stamp = _stamp(files)
+    rule = Rule(settings.run.seed, corpus.kind, int(corpus.heldout_fraction * 2**64))
+    with Processes[Any, Any](processes_for(corpus, files), stop) as processes:
         if old is not None:
-            refuse_changes(old, settings, survey.corpus)
+            refuse_changes(old, settings, _identity(*cut_corpus(Cutter(corpus, rule), files, None, processes)))
             if _is_whole(old):
                 _write_receipts(old)
                 return old, False
-        index = _write_units(store, settings, survey, processes)
+        cut, sha256 = cut_corpus(Cutter(corpus, rule, store.name, settings.run.scratch), files, store, processes)
+        corrected = rule.corrected(cut.lowest, cut.highest)
+        if corrected != rule:
+            uneven = cut.slices
+            cutter = Cutter(corpus, corrected, store.name, settings.run.scratch)
+            cut, sha256 = cut_corpus(cutter, files, store, processes)
+            delete_slices(store, uneven, but=cut.slices)
+    if _stamp(files) != stamp:
+        raise InputError(f"corpus {corpus.source} changed while it was being read; rerun when it is at rest")
+    text = _identity(cut, sha256) | {
+        "n_empty_skipped": cut.n_empty,
+        "n_ids_renamed": sum(one.n_renamed for one in cut.slices),
+        "n_files_ignored": n_ignored,
+        "source": Path(corpus.source).name,
+    }
+    index = _write_pages(store, settings, text, sorted(cut.slices))
     if old is not None and old.hash != index.hash:
         raise IntegrityError(f"{store.name}: damaged slices cannot be rewritten alike; plan again in a new run.dir")
     plan = Plan(index, store)
     if not store.put_if_absent(PLAN_KEY, store.write_temp(PLAN_KEY, index_bytes(index))):
         plan = read_plan(store) or plan
-        refuse_changes(plan, settings, survey.corpus)
+        refuse_changes(plan, settings, text)
     _write_receipts(plan)
     return plan, old is None
 
@@ -103,27 +128,31 @@ def slice_is_whole(store: Store, unit: Unit) -> bool:
     return store.exists(unit.slice) and store.sha256(unit.slice) == unit.sha256
 
 
-def _write_units(store: Store, settings: Settings, survey: Survey, processes: Processes[Any, Any]) -> Index:
-    """Slices and pages; returns the index, which is not yet written."""
-    sizes: list[int] = []
-    heldout: list[int] = []
+def _stamp(files: Sequence[File]) -> str:
+    """What tells files that were written to from files at rest: a hash of their sizes and times."""
+    digest = hashlib.sha256()
+    for file in files:
+        with suppress(OSError):  # whoever reads it will say why
+            stat = os.stat(file.path)
+            digest.update(b"%d %d\n" % (stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()
+
+
+def _identity(cut: Cut, sha256: str) -> dict[str, Any]:
+    return {"sha256": sha256, "n_documents": cut.n_documents, "n_bytes": cut.n_bytes}
+
+
+def _write_pages(store: Store, settings: Settings, corpus: dict[str, Any], slices: Sequence[Slice]) -> Index:
+    """The pages of these slices as units; returns the index, which is not yet written."""
+    units = [
+        Unit(index=at, split=one.split, slice=one.key, sha256=one.sha256, n_docs=one.n_docs, n_bytes=one.n_bytes)
+        for at, one in enumerate(slices)
+    ]
     pages: list[str] = []
-    page: list[Unit] = []
-
-    def close_page() -> None:
-        raw = page_bytes(page)
-        sha256 = hashlib.sha256(raw).hexdigest()
-        key = page_key(len(pages), sha256)
-        commit(store, key, store.write_temp(key, raw), sha256)
-        pages.append(sha256)
-        page.clear()
-
-    for unit in write_slices(store, settings, survey, processes):
-        page.append(unit)
-        sizes.append(unit.n_bytes)
-        heldout.extend([unit.index] if unit.split == "heldout" else [])
-        if len(page) == PAGE:
-            close_page()
-    if page:
-        close_page()
-    return make_index(survey.corpus, shape_of(settings), sizes, heldout, pages, PAGE)
+    for first in range(0, len(units), PAGE):
+        raw = page_bytes(units[first : first + PAGE])
+        pages.append(hashlib.sha256(raw).hexdigest())
+        key = page_key(len(pages) - 1, pages[-1])
+        commit_file(store, key, store.write_temp(key, raw))
+    heldout = [unit.index for unit in units if unit.split == "heldout"]
+    return make_index(corpus, shape_of(settings), [unit.n_bytes for unit in units], heldout, pages, PAGE)

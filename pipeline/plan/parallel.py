@@ -30,7 +30,7 @@ class Processes(Generic[Task, Answer]):
     """Use as a context. `jobs`: how many; 1 = none but this one. `stop`: looked at while waiting, and by the tasks."""
 
     def __init__(self, jobs: int, stop: Stop) -> None:
-        self.jobs, self._stop = jobs, stop
+        self.jobs, self.stop = jobs, stop
         self._pool: ProcessPoolExecutor | None = None
         self._event: Any = None
 
@@ -53,7 +53,7 @@ class Processes(Generic[Task, Answer]):
         """
         if self._pool is None:
             for task in tasks:
-                yield function(task, self._stop)
+                yield function(task, self.stop)
             return
         waiting: deque[Future[Answer]] = deque()
         left = iter(tasks)
@@ -71,7 +71,7 @@ class Processes(Generic[Task, Answer]):
 
     def _result(self, future: "Future[Answer]") -> Answer:
         while not wait([future], _POLL_S).done:
-            if self._stop():
+            if self.stop():
                 self._event.set()
                 raise Interrupted("stopped by a signal before it was whole; rerun the same command")
         try:

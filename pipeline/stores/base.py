@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from bytecache.schemas.errors import ConfigError, StorageError
+from bytecache.schemas.files import NotAFileError
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -133,6 +134,10 @@ def disk_errors(doing: str) -> Iterator[None]:
     """Turn the operating system's refusals (full, read-only, quota, limits) into StorageError with the remedy."""
     try:
         yield
+    except NotAFileError as error:
+        raise StorageError(
+            f"{doing}: {error.filename} {error.strerror}: move it away, or name a new file; it was left as it is"
+        ) from error
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0)
         if remedy is None and "No space left" in str(error):  # Arrow keeps the words, not always the number

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
 from bytecache.pipeline.stores.processes import has_ended, is_ours, process_name
 from bytecache.schemas.errors import StorageError
-from bytecache.schemas.files import file_sha256, flush_to_disk
+from bytecache.schemas.files import file_sha256, flush_to_disk, open_regular, put_in_place, refuse_to_write
 
 STALE_SECONDS = 7 * 24 * 3600
 # Links are refused (FAT, some network file systems): rename is atomic there, and the content is the same either way.
@@ -48,6 +48,8 @@ class LocalStore:
                 try:
                     os.link(source, target)
                 except FileExistsError:
+                    if not target.is_file():
+                        refuse_to_write(target)
                     return False
                 except OSError as error:
                     if error.errno not in _NO_LINKS:
@@ -73,8 +75,7 @@ class LocalStore:
             try:
                 self._make_folder(target.parent)
                 flush_to_disk(source)
-                os.replace(source, target)
-                flush_to_disk(target.parent)
+                put_in_place(source, target)
             finally:
                 source.unlink(missing_ok=True)
 
@@ -96,7 +97,7 @@ class LocalStore:
         return path
 
     def open(self, key: str) -> BinaryIO:
-        return self.get_path(key).open("rb")
+        return open_regular(self.get_path(key))
 
     def read_bytes(self, key: str) -> bytes:
         return self.get_path(key).read_bytes()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bytecache.schemas.files import put_in_place
+
 
 class Note(BaseModel):
     """Where a local copy came from: the object's `version` tag; `size` and `mtime_ns` of the copy as it was made."""
@@ -58,7 +60,7 @@ class Mirror:
         """Make `source` (same device) the copy of `key`."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, path)
+        put_in_place(source, path)
         self.describe(key, version, path.stat())
         return path
 
@@ -69,7 +71,7 @@ class Mirror:
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_name(f".{os.getpid()}-{place.name}")
         temporary.write_text(json.dumps(note.model_dump()))
-        os.replace(temporary, place)
+        put_in_place(temporary, place)
 
     def drop(self, key: str) -> None:
         """Forget a copy and free its space."""

@@ -27,6 +27,7 @@ from bytecache.pipeline.units.progress import Reporter, human_bytes
 from bytecache.pipeline.units.receipts import FileRecord, Receipt
 from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.files import file_sha256
+from bytecache.schemas.messages import one_line
 
 Tick = Callable[[dict[str, Any]], None]
 
@@ -241,7 +242,7 @@ def _interrupted(stage: str, done: int, total: int) -> Interrupted:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def outcome_line(stage: str, outcome: Outcome) -> str:

@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bytecache.schemas.files import read_regular
+
 FILE = "README.md"
 MARK = "<!-- made by bytecache from dataset.json; delete this line and the last to keep your own text -->"
+LONGEST = 1 << 24
+"""Bytes of a card of ours, at most: it repeats an index, which is no longer."""
 _SEAL = b"<!-- bytecache: sha256 of all above "
 _SIZES = ((10**9, "1B<n<10B"), (10**6, "1M<n<10M"), (10**5, "100K<n<1M"), (10**4, "10K<n<100K"), (10**3, "1K<n<10K"))
 
@@ -20,11 +24,12 @@ _SIZES = ((10**9, "1B<n<10B"), (10**6, "1M<n<10M"), (10**5, "100K<n<1M"), (10**4
 def is_ours(path: Path) -> bool:
     """Whether a card may be written there: none yet, or one of ours that nobody took over."""
     try:
-        return MARK in path.read_text(encoding="utf-8")
+        raw = read_regular(path, LONGEST)
     except FileNotFoundError:
         return True
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         return False
+    return len(raw) <= LONGEST and MARK.encode() in raw
 
 
 def fault(raw: bytes) -> str:

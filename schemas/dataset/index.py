@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256, replace_file
+from bytecache.schemas.files import NotAFileError, file_sha256, read_regular, replace_file
 
 FORMAT = "bytecache.dataset"
 VERSION = 1
@@ -223,10 +223,13 @@ def write_dataset(
 
 def _load(path: Path, limit: int) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > limit:
+        data = read_regular(path, limit)
+        if len(data) > limit:
+            size = path.stat().st_size
             raise IntegrityError(f"{path}: {size} bytes, at most {limit} are read; this is not an index of this format")
-        return path.read_bytes()
+        return data
+    except NotAFileError as error:
+        raise IntegrityError(f"{path} {error.strerror}; fetch or make the index again") from error
     except FileNotFoundError as error:
         raise IntegrityError(
             f"{path}: missing; the dataset was never finished: rerun the stage that makes it"

@@ -16,6 +16,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from zarr.storage import MemoryStore
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError, StorageError
+from bytecache.schemas.files import NotAFileError, open_regular, refuse_to_write
 
 CHUNK = 1 << 20
 """Elements per chunk a writer uses (shorter columns have one chunk of their own length)."""
@@ -50,6 +52,10 @@ def write_zarr_zip(
 
     Writes `path` directly: the caller chooses a temporary name and commits. Raises StorageError.
     """
+    try:
+        refuse_to_write(Path(path))
+    except OSError as error:
+        raise StorageError(f"{os.fspath(path)} {error.strerror}: name a file or a new name") from error
     members: dict[str, Any] = {}
     store = MemoryStore(members)
     group = zarr.create_group(store, attributes=attributes)
@@ -241,7 +247,7 @@ def read_zarr_zip(
     name = os.fspath(path)
     member = "*"
     try:
-        with zipfile.ZipFile(name) as archive:
+        with open_regular(name) as file, zipfile.ZipFile(file) as archive:
             checked = _Checked(name, archive, dtypes)
             checked.check_zip()
             meta = checked.json("zarr.json")
@@ -256,6 +262,8 @@ def read_zarr_zip(
     except IntegrityError:
         raise
     except Exception as error:  # zipfile, zarr and numcodecs raise many kinds for broken bytes
+        if isinstance(error, NotAFileError):
+            raise IntegrityError(f"{name} {error.strerror}; fetch or make this shard again") from error
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset outside the file
             raise StorageError(f"{name}: cannot read shard: {error}; check the path and permissions") from error
         why = str(error) or type(error).__name__

@@ -2,8 +2,8 @@
 
 One streaming pass in a fixed order (folders: by path, recursively; files: as they lie), never more than one
 document and one Parquet batch in memory. A document is kept to the byte: no newline or Unicode normalisation.
-Document ids are the source's `id`/`doc_id` where it has one, else `file:line`; `document_ids` makes repeated
-ones unique.
+Document ids are the source's `id`/`doc_id` where it has one, else the file and a hash of the record: an id never
+depends on what lies before the document.
 """
 
 import difflib
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.files import kind_of
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import conversations
+from bytecache.stages.corpus.line_range import LineRange
 
 BUILTIN = "builtin:pydoc-topics"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
@@ -39,8 +41,13 @@ class Document(NamedTuple):
     context: str = ""
 
 
-File = tuple[str, str]
-"""Path, and the name within the corpus that ids are made of."""
+class File(NamedTuple):
+    """A file of the corpus, by the `name` that ids are made of; or of it the lines that begin in [begin, end)."""
+
+    path: str
+    name: str
+    begin: int = 0
+    end: int | None = None
 
 
 def corpus_files(corpus: Corpus) -> tuple[list[File], int]:
@@ -71,12 +78,15 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], int]:
             )
     else:
         known = [(root, root.name)]
-    for _, name in known:
+    for path, name in known:
+        # A pipe can be read once, a plan reads its corpus twice; a device may never end.
+        if path.exists() and not path.is_file():
+            raise InputError(f"{str(path)!r} is {kind_of(path.stat().st_mode)}, not a regular file; name a file")
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
             raise InputError(f"file name {name!r} is not UTF-8; rename it") from None
-    return [(str(path), name) for path, name in known], ignored
+    return [File(str(path), name) for path, name in known], ignored
 
 
 def is_past(limit: int, documents: int, n_bytes: int, size: int) -> bool:
@@ -140,19 +150,21 @@ class CorpusReader:
         """(place for messages, id, text, context) of every document, empty ones included."""
         if not files:
             yield from ((*found, "") for found in _pydoc_topics())
-        for place, name in files:
-            path = Path(place)
+        for file in files:
+            path = Path(file.path)
             try:
-                yield from self._read_file(path, name)
+                yield from self._read_file(path, file)
             except OSError as error:
                 raise InputError(
                     f"{path} cannot be read: {error.strerror or error}; check the file and its permissions"
                 ) from error
 
-    def _read_file(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
+    def _read_file(self, path: Path, file: File) -> Iterator[tuple[str, str, str, str]]:
+        name = file.name
         if name.endswith(".jsonl"):
             with path.open("rb") as stream:
-                yield from self._jsonl(stream, path, name)
+                lines = stream if file.end is None else LineRange(stream, file.begin, file.end)
+                yield from self._jsonl(lines, path, name)
         elif name.endswith(".jsonl.gz"):
             with gzip.open(path, "rb") as stream:
                 yield from self._jsonl(stream, path, name)
@@ -165,7 +177,9 @@ class CorpusReader:
         else:
             raise InputError(f"{path}: unknown kind of corpus file; known: {', '.join(SUFFIXES)}")
 
-    def _jsonl(self, stream: BinaryIO | gzip.GzipFile, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
+    def _jsonl(
+        self, stream: BinaryIO | gzip.GzipFile | LineRange, path: Path, name: str
+    ) -> Iterator[tuple[str, str, str, str]]:
         field = self.corpus.text_field
         offset, number = 0, 0
         while True:
@@ -198,7 +212,7 @@ class CorpusReader:
             if not isinstance(record, dict):
                 raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
             if self.corpus.kind != "text":
-                yield from self._turns(record, f"{name}:{number}", where)
+                yield from self._turns(record, _content_id(name, raw), where)
                 continue
             if field not in record:
                 raise InputError(f"{where}: no field {field!r}; {_offer(field, list(record))}")
@@ -207,7 +221,7 @@ class CorpusReader:
                 raise InputError(
                     f"{where}: field {field!r} is {type(value).__name__}, expected text; name another corpus.text_field"
                 )
-            yield where, _record_id(record, f"{name}:{number}", where), value or "", ""
+            yield where, _record_id(record, _content_id(name, raw), where), value or "", ""
 
     def _turns(self, record: dict[str, Any], fallback: str, where: str) -> Iterator[tuple[str, str, str, str]]:
         doc_id = _record_id(record, fallback, where)
@@ -233,9 +247,10 @@ class CorpusReader:
                     for record in batch.to_pylist():
                         where = f"{path}, row {row}"
                         if self.corpus.kind == "text":
-                            yield where, _record_id(record, f"{name}:{row}", where), record[field] or "", ""
+                            text = record[field] or ""
+                            yield where, _record_id(record, _content_id(name, text.encode()), where), text, ""
                         else:
-                            yield from self._turns(record, f"{name}:{row}", where)
+                            yield from self._turns(record, _content_id(name, repr(record).encode()), where)
                         row += 1
         except UnicodeDecodeError as error:
             raise InputError(
@@ -259,7 +274,7 @@ class CorpusReader:
             return
         with path.open("rb") as stream:
             for first, piece in _paragraph_runs(_lines(stream, path)):
-                yield f"{path}, line {first}", f"{name}:{first}", piece
+                yield f"{path}, line {first}", _content_id(name, piece.encode()), piece
 
 
 def _check_text_column(schema: Any, field: str, path: Path) -> None:
@@ -336,6 +351,11 @@ def _encode(text: str, where: str) -> bytes:
             f"{where}: unpaired surrogate \\u{ord(text[error.start]):04x} at character {error.start} "
             "cannot be UTF-8; repair or remove the document"
         ) from None
+
+
+def _content_id(name: str, raw: bytes) -> str:
+    """The id of a record without one: its file and its content, so that it stays the same wherever it moves to."""
+    return f"{name}:{hashlib.sha256(raw.strip()).hexdigest()[:16]}"
 
 
 def _record_id(record: dict[str, Any], fallback: str, where: str) -> str:

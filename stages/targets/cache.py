@@ -57,6 +57,11 @@ def receive(path: Path, pieces: Iterable[bytes], size: int, sha256: str) -> None
         raise IntegrityError(f"the source sends {what}, the manifest says {size} bytes of {sha256}")
 
 
+def _turn(path: Path) -> BinaryIO:
+    """A file to lock, made where there is none; never one behind a link, and nothing is written to it."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "rb")
+
+
 class FileCache:
     """Files by sha256 under `folder`, at most `limit` bytes of them (files in use excepted)."""
 
@@ -107,7 +112,7 @@ class FileCache:
         path = self.path(sha256)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with (path.parent / ".lock").open("w") as turn, scratch_folder(self.folder) as scratch:
+            with _turn(path.parent / ".lock") as turn, scratch_folder(self.folder) as scratch:
                 fcntl.flock(turn, fcntl.LOCK_EX)  # workers of one machine want the same shards: fetch each once
                 if (file := self._lock(sha256)) is not None:
                     return file

@@ -3,7 +3,8 @@
 A dataset is opened by its two small index files, which are checked before a shard is touched; shards are fetched whole
 when first needed, named only by the manifest (plain names, so nothing outside the dataset's folder can be asked for),
 written to the cache only if size and sha256 are the manifest's, and hashed again at every load, because disks forget.
-A shard that cannot be had whole is refused by name; none is ever skipped.
+A shard that cannot be had whole is refused by name; none is ever skipped. A transfer that breaks goes on where it
+ended, however long it takes: what ends it is silence (`http`).
 Price: hashing 1 GB/s per core. The cache's bound is `cache_bytes`; `shelf` hides latency by fetching ahead.
 """
 
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,24 @@ from bytecache.schemas.dataset.index import (
     read_dataset,
 )
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
-from bytecache.schemas.files import cache_folder, file_sha256, scratch_folder
+from bytecache.schemas.files import (
+    NotAFileError,
+    cache_folder,
+    file_sha256,
+    put_in_place,
+    refuse_to_write,
+    scratch_folder,
+)
+from bytecache.schemas.messages import masked
 from bytecache.schemas.shard.reader import ByteShard, read_shard
+from bytecache.stages.targets import http
 from bytecache.stages.targets.cache import FileCache, receive
 
 CACHE_BYTES = 50 << 30
 ATTEMPTS, BACKOFF = 4, 1.0
-"""Tries of one transfer, and seconds before the second; each further one waits four times longer."""
+"""Tries of one transfer that bring nothing, and seconds before the second; each further one waits four times longer."""
+PROGRESS = 64 * 1024
+"""Bytes that a connection must bring before it breaks, for the next one to count as the first try."""
 PIECE = 1 << 22
 
 
@@ -43,58 +56,103 @@ def is_url(place: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(place)
 
 
-def _transfer(url: str, limit: int) -> Iterator[bytes]:
-    """The object's bytes in pieces, at most `limit` + 1 of them. Raises what the file system raises."""
+@dataclass(frozen=True)
+class Access:
+    """How a place may be read. `private_redirects`: see `stages.targets.http`."""
+
+    private_redirects: bool = False
+
+
+DIRECT = Access()
+
+
+def _from(url: str, start: int, access: Access) -> Iterator[bytes]:
+    """The object's bytes from `start` on, over one connection. Raises what the file system raises."""
+    if http.is_http(url):
+        yield from http.pieces(url, start, private_redirects=access.private_redirects)
+        return
     fs, path = fsspec.core.url_to_fs(url)
-    # Without a block size http servers are read as one stream, which those without ranges serve too.
-    options: dict[str, Any] = {"block_size": 0} if url.startswith(("http://", "https://")) else {}
-    left = limit + 1
-    with fs.open(path, "rb", **options) as file:
-        while left > 0 and (piece := file.read(min(PIECE, left))):
-            left -= len(piece)
+    with fs.open(path, "rb") as file:
+        if start:
+            file.seek(start)
+        while piece := file.read(PIECE):
             yield piece
 
 
-def _retried(url: str, attempt: Callable[[], Any]) -> Any:
-    """`attempt()`, again after failures that may pass; what remains is an error of ours that names the URL."""
-    for number in range(1, ATTEMPTS + 1):
+def _transfer(url: str, limit: int, access: Access) -> Iterator[bytes]:
+    """The object's bytes in pieces, at most `limit` + 1 of them, over as many connections as that takes.
+
+    A connection that breaks is followed by another one that goes on where it ended. `ATTEMPTS` of them in a row
+    without `PROGRESS` bytes end it. Raises StorageError, IntegrityError, ConfigError, naming the URL.
+    """
+    done, failures = 0, 0
+    while done <= limit:
+        begun = done
         try:
-            return attempt()
-        except (ConfigError, StorageError):
-            raise
-        except ImportError as error:
-            raise ConfigError(f"{url}: {error}; pip install 'bytecache[remote]' or the package it names") from error
-        except PermissionError as error:
-            raise StorageError(f"{url}: access refused ({error}); check your credentials for it") from error
+            for piece in _from(url, done, access):
+                part = piece[: limit + 1 - done]
+                done += len(part)
+                yield part
+                if done > limit:
+                    break
+            return
         except Exception as error:  # every file system has its own kinds of network error
-            # fsspec's http file system calls a dead line a missing file too, and names the cause.
-            if isinstance(error, FileNotFoundError) and _is_absence(error.__cause__):
-                raise IntegrityError(f"{url}: missing at the source; ask its maker, or check the address") from error
-            if isinstance(error, ValueError) and "Protocol not known" in str(error):
-                raise ConfigError(f"{url}: {error}; use a folder, s3://, hf://, gs://, az:// or https://") from error
-            # Wrong bytes twice are the source's own, not a torn transfer.
-            if number == (2 if isinstance(error, IntegrityError) else ATTEMPTS):
-                if isinstance(error, BytecacheError):
-                    raise type(error)(f"{url}: {error}") from error
-                why = f"{type(error).__name__}: {error}"
-                raise StorageError(f"{url}: cannot be read after {ATTEMPTS} tries ({why[:300]}); try later") from error
-            time.sleep(BACKOFF * 4 ** (number - 1))
-    raise AssertionError
+            refusal = _permanent(url, error)
+            if refusal is not None:
+                raise refusal from error
+            failures = 1 if done - begun >= PROGRESS else failures + 1
+            if failures >= ATTEMPTS:
+                why = f"{type(error).__name__}: {masked(str(error))}"
+                raise StorageError(
+                    f"{masked(url)}: cannot be read after {ATTEMPTS} tries, {done} bytes came ({why[:300]}); try later"
+                ) from error
+            time.sleep(max(BACKOFF * 4 ** (failures - 1), getattr(error, "wait", 0.0)))
+
+
+def _permanent(url: str, error: Exception) -> BytecacheError | None:
+    """What is said of a failure that no repetition mends; None for one that may pass."""
+    place = masked(url)
+    if isinstance(error, BytecacheError):
+        return error if place in str(error) else type(error)(f"{place}: {error}")
+    if isinstance(error, ImportError):
+        return ConfigError(f"{place}: {error}; pip install 'bytecache[remote]' or the package it names")
+    if isinstance(error, PermissionError):
+        return StorageError(f"{place}: access refused ({masked(str(error))}); check your credentials for it")
+    # Some file systems call a dead line a missing file too, and name the cause.
+    if isinstance(error, FileNotFoundError) and _is_absence(error.__cause__):
+        return IntegrityError(f"{place}: missing at the source; ask its maker, or check the address")
+    if isinstance(error, ValueError) and "Protocol not known" in str(error):
+        return ConfigError(f"{place}: {error}; use a folder, s3://, hf://, gs://, az:// or https://")
+    return None
+
+
+def _twice(url: str, attempt: Callable[[], Any]) -> Any:
+    """`attempt()`, once more where the bytes were wrong: twice they are the source's own, not a torn transfer."""
+    try:
+        return attempt()
+    except IntegrityError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise
+    try:
+        return attempt()
+    except IntegrityError as error:
+        place = masked(url)
+        raise IntegrityError(str(error) if place in str(error) else f"{place}: {error}") from error
 
 
 def _is_absence(cause: BaseException | None) -> bool:
     return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
 
 
-def fetch_bytes(url: str, limit: int) -> bytes:
+def fetch_bytes(url: str, limit: int, access: Access = DIRECT) -> bytes:
     """A small object whole. Raises IntegrityError (missing, larger than `limit`), StorageError, ConfigError."""
-    data: bytes = _retried(url, lambda: b"".join(_transfer(url, limit)))
+    data = b"".join(_transfer(url, limit, access))
     if len(data) > limit:
-        raise IntegrityError(f"{url}: more than {limit} bytes; this is not an index of this format")
+        raise IntegrityError(f"{masked(url)}: more than {limit} bytes; this is not an index of this format")
     return data
 
 
-def fetch_file(url: str, path: Path, size: int, sha256: str) -> None:
+def fetch_file(url: str, path: Path, size: int, sha256: str, access: Access = DIRECT) -> None:
     """Make `path` the object at `url` (or a plain path), if it is `size` bytes of that hash; it appears whole.
 
     Raises IntegrityError, naming the source, when it is not; StorageError, ConfigError.
@@ -103,10 +161,14 @@ def fetch_file(url: str, path: Path, size: int, sha256: str) -> None:
     def attempt() -> None:
         with scratch_folder(path.parent) as scratch:
             temporary = scratch / "file"
-            receive(temporary, _transfer(url, size), size, sha256)
-            os.replace(temporary, path)
+            receive(temporary, _transfer(url, size, access), size, sha256)
+            put_in_place(temporary, path)
 
-    _retried(url, attempt)
+    try:
+        refuse_to_write(path)
+    except NotAFileError as error:
+        raise StorageError(f"{path} {error.strerror}: move it away; it was left as it is") from error
+    _twice(url, attempt)
 
 
 @dataclass(frozen=True)
@@ -115,10 +177,11 @@ class RemoteDataset(Dataset):
 
     url: str = ""
     cache: FileCache | None = None
+    access: Access = DIRECT
 
     @property
     def where(self) -> str:
-        return self.url
+        return masked(self.url)
 
     def path(self, entry: ShardEntry) -> Path:
         """Not for readers: a cached file may be evicted unless it is `held`."""
@@ -133,10 +196,10 @@ class RemoteDataset(Dataset):
         def enter() -> Path:
             nonlocal held
             assert self.cache is not None
-            held = self.cache.held(entry.sha256, entry.size, lambda: _transfer(url, entry.size))
+            held = self.cache.held(entry.sha256, entry.size, lambda: _transfer(url, entry.size, self.access))
             return held.__enter__()
 
-        path: Path = _retried(url, enter)
+        path: Path = _twice(url, enter)
         try:
             yield path
         finally:
@@ -145,12 +208,13 @@ class RemoteDataset(Dataset):
 
 
 def open_dataset(
-    place: str | os.PathLike[str] | Dataset, *, cache_dir: str | os.PathLike[str] = "", cache_bytes: int = CACHE_BYTES
-) -> Dataset:
+    place: str | os.PathLike[str] | Dataset, *, cache_dir: str | os.PathLike[str] = "", cache_bytes: int = CACHE_BYTES,
+    private_redirects: bool = False,
+) -> Dataset:  # fmt: skip
     """Open a dataset of byte targets by its folder or fsspec URL; its index is read and checked, no shard is.
 
     An open dataset is returned as it is. `cache_dir` (default: `shards` in the cache, `scratch.cache_folder`) and
-    `cache_bytes` are for URLs only.
+    `cache_bytes` are for URLs only, `private_redirects` (follow them to private addresses) for http(s) alone.
     Raises IntegrityError for an index that is missing, damaged or of another version, StorageError when it cannot be
     read, ConfigError for a URL without a file system.
     """
@@ -162,9 +226,11 @@ def open_dataset(
         return read_dataset(Path(place).expanduser())
     url = os.fspath(place).rstrip("/")
     cache = FileCache(Path(cache_dir or cache_folder() / "shards").expanduser(), cache_bytes)
-    document = fetch_bytes(f"{url}/{DATASET}", MAX_JSON)
-    index = parse_index(cache.folder, url, document, lambda: fetch_bytes(f"{url}/{MANIFEST}", MAX_MANIFEST))
-    return RemoteDataset(**vars(index), url=url, cache=cache)
+    access = Access(private_redirects)
+    document = fetch_bytes(f"{url}/{DATASET}", MAX_JSON, access)
+    table = partial(fetch_bytes, f"{url}/{MANIFEST}", MAX_MANIFEST, access)
+    index = parse_index(cache.folder, masked(url), document, table)
+    return RemoteDataset(**vars(index), url=url, cache=cache, access=access)
 
 
 def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:

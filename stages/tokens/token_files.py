@@ -100,7 +100,7 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
             f"{where}: config.json or generation_config.json holds no token ids ({error}); fetch them again"
         ) from error
     tokenizer_config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    files = [only] if only else sorted(folder.iterdir())
+    files = [only] if only else sorted(file for file in folder.iterdir() if file.is_file())
     for pattern, reader in (
         ("tokenizer.json", _read_hf),
         ("tekken*.json", _read_tekken),
@@ -334,7 +334,7 @@ def _convert_slow(folder: Path, where: str, trust_remote_code: bool) -> Tokenize
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"no tokenizer found in {where} ({reason}); a teacher needs a tokenizer.json") from error
+        raise InputError(f"no tokenizer found in {where} ({reason}); add its tokenizer.json") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError(

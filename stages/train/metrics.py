@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.files import scratch_folder
+from bytecache.schemas.files import put_in_place, scratch_folder
 from bytecache.schemas.settings import Train as TrainSettings
 
 UNPLOTTED = ("name", "step", "steps")
@@ -36,7 +36,7 @@ class Metrics:
                 continue  # the line a kill cut short
         with scratch_folder(path.parent) as scratch:
             (scratch / path.name).write_text("".join(kept))
-            (scratch / path.name).replace(path)
+            put_in_place(scratch / path.name, path)
         self.file = path.open("a", buffering=1)
         self.board: Any = None
         if settings.tensorboard:

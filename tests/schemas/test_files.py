@@ -1,65 +1,189 @@
-"""Folders of this machine: scratch gone at exit, kept when renamed, a dead owner's swept; one cache for all copies."""
+"""Only regular files are read, and only regular files or new names are written; what stands there otherwise stays."""
 
 import os
-import signal
-import subprocess
-import sys
+import socket
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bytecache.pipeline.stores import open_store
-from bytecache.pipeline.stores.readonly import ReadOnlyStore
-from bytecache.schemas.files import cache_folder, scratch_folder
-from tests.support.places import ROOT
+from bytecache.pipeline.stores import LocalStore
+from bytecache.schemas.errors import StorageError
+from bytecache.schemas.files import (
+    NotAFileError,
+    file_sha256,
+    new_file,
+    open_regular,
+    put_in_place,
+    read_regular,
+    replace_file,
+)
+from bytecache.schemas.settings import Train
+from bytecache.schemas.shard.builder import ShardBuilder
+from bytecache.stages.targets.cache import FileCache
+from bytecache.stages.targets.source import fetch_file
+from bytecache.stages.train.metrics import Metrics
 
-OWNER = """
-import sys
-from pathlib import Path
-from bytecache.schemas.files import scratch_folder
-with scratch_folder(Path(sys.argv[1])) as folder:
-    (folder / "half").write_text("written")
-    print("ready", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_gone_at_exit_unless_renamed(tmp_path: Path) -> None:
-    with scratch_folder(tmp_path) as folder:
-        (folder / "x").write_text("x")
-        folder.rename(tmp_path / "kept")
-    with pytest.raises(RuntimeError), scratch_folder(tmp_path):
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+Make = Callable[[Path], None]
 
 
-def test_a_killed_owners_folder_is_swept_by_the_next(tmp_path: Path) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert owner.stdout is not None
-    assert owner.stdout.readline() == "ready\n"
-    with scratch_folder(tmp_path):
-        assert len(list(tmp_path.iterdir())) == 2  # the living owner's is left alone
-    os.kill(owner.pid, signal.SIGKILL)
-    owner.communicate()
-    assert len(list(tmp_path.iterdir())) == 1
-    with scratch_folder(tmp_path) as mine:
-        assert list(tmp_path.iterdir()) == [mine]
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(path))
 
 
-def test_all_copies_lie_in_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("BYTECACHE_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == tmp_path / ".cache/bytecache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg/bytecache"
-    monkeypatch.setenv("BYTECACHE_CACHE", "~/own")
-    assert cache_folder() == tmp_path / "own"
-    places: list[Path] = []
-    monkeypatch.setattr(ReadOnlyStore, "__init__", lambda self, url, scratch: places.append(scratch))
-    open_store("hf://datasets/me/books")
-    open_store("hf://datasets/me/books", "~/here")
-    assert places == [tmp_path / "own/runs", tmp_path / "here"]
+def _link_to_a_file(path: Path) -> None:
+    (path.parent / "elsewhere").write_bytes(b"theirs")
+    path.symlink_to("elsewhere")
+
+
+ODD: dict[str, Make] = {
+    "named pipe": lambda path: os.mkfifo(path),
+    "socket": _socket,
+    "folder": lambda path: path.mkdir(),
+    "link to a file": _link_to_a_file,
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "link to a device": lambda path: path.symlink_to("/dev/null"),
+}
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Kind, inode and content of everything in a folder, links not followed."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        seen = path.lstat()
+        regular = stat.S_ISREG(seen.st_mode)
+        found[path.name] = (stat.S_IFMT(seen.st_mode), seen.st_ino, path.read_bytes() if regular else b"")
+    return found
+
+
+def _into_a_store(path: Path) -> None:
+    store = LocalStore(path.parent)
+    store.replace(path.name, store.write_temp("x", b"new"))
+
+
+def _new_into_a_store(path: Path) -> None:
+    store = LocalStore(path.parent)
+    if not store.put_if_absent(path.name, store.write_temp("x", b"new")):
+        # A link to a file is an object of the store, as the readers of a store see it.
+        assert path.is_file()
+        raise StorageError("is there already")
+
+
+def _a_shard(path: Path) -> None:
+    builder = ShardBuilder()
+    certain = np.zeros((2, 257), np.float32)
+    certain[0, 97] = certain[1, 256] = 1.0
+    builder.append(np.array([97], np.uint8), certain, np.zeros(2, np.float32))
+    builder.end_document("d")
+    builder.write(path, {})
+
+
+def _a_fetched_file(path: Path) -> None:
+    source = path.parent.parent / "source"
+    source.write_bytes(b"new")
+    fetch_file(f"local://{source}", path, 3, file_sha256(source))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "replace_file": lambda path: replace_file(path, b"new"),
+    "store.replace": _into_a_store,
+    "store.put_if_absent": _new_into_a_store,
+    "shard": _a_shard,
+    "fetch_file": _a_fetched_file,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_whoever_writes_leaves_what_is_no_file_alone(writer: str, kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "name.zarr.zip"
+    ODD[kind](path)
+    before = state(folder)
+    with pytest.raises((StorageError, NotAFileError)):
+        WRITERS[writer](path)
+    after = {name: seen for name, seen in state(folder).items() if name != ".tmp"}
+    assert after == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make device nodes")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_device_node_stays_a_device_node(writer: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "null"
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("no device nodes here")
+    with pytest.raises((StorageError, NotAFileError), match="device"):
+        WRITERS[writer](path)
+    assert stat.S_ISCHR(path.lstat().st_mode)
+
+
+def test_the_log_of_a_run_and_the_lock_of_a_cache_are_not_written_through_a_link(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"theirs")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").symlink_to(theirs)
+    with pytest.raises(NotAFileError):
+        Metrics(run, 0, Train(tensorboard=False), "distilled")
+    cache = FileCache(tmp_path / "cache", 1 << 20)
+    sha256 = "ab" * 32
+    lock = cache.path(sha256).parent / ".lock"
+    lock.parent.mkdir(parents=True)
+    lock.symlink_to(theirs)
+    with pytest.raises(StorageError), cache.held(sha256, 3, lambda: iter([b"new"])):
+        pass
+    assert theirs.read_bytes() == b"theirs"
+
+
+def test_writing_to_a_new_name_and_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)  # as long as a name can be
+    for content in (b"one", b"two"):
+        replace_file(path, content)
+        assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == [path.name]
+    umask = os.umask(0o027)
+    try:
+        replace_file(path, b"three")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640, "a new file has the mode that the user gives new files"
+
+
+def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    replace_file(path, b"old")
+
+    def break_off() -> None:
+        with new_file(path) as stream:
+            stream.write(b"half of it")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        break_off()
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(StorageError, match="cannot write"):
+        replace_file(tmp_path / "missing" / "file", b"new")
+    with pytest.raises(NotAFileError):
+        put_in_place(path, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["named pipe", "folder", "link to a device"])
+def test_reading_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "name"
+    ODD[kind](path)
+    for read in (open_regular, file_sha256, lambda place: read_regular(place, 10)):
+        with pytest.raises(OSError, match=r"not a regular file|Is a directory"):
+            read(path)
+
+
+def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
+    _link_to_a_file(tmp_path / "name")
+    assert read_regular(tmp_path / "name", 100) == b"theirs"
+    assert read_regular(tmp_path / "name", 3) == b"thei", "one more than asked for says that there is more"

@@ -59,7 +59,7 @@ def test_help_does_not_load_the_engine() -> None:
 
 
 def test_console_script_is_declared() -> None:
-    assert 'bytecache = "bytecache.pipeline.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'bytecache = "bytecache.__main__:main"' in (ROOT / "pyproject.toml").read_text()
     done = subprocess.run(
         [sys.executable, "-m", "bytecache", "config", "--set", "teacher.top_k=-1"],
         capture_output=True, text=True, cwd=ROOT,

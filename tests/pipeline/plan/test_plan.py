@@ -86,10 +86,16 @@ def test_changed_corpus_or_settings_are_refused_with_what_changed(tmp_path: Path
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
 def test_small_corpora_get_both_splits(tmp_path: Path, fraction: float) -> None:
-    for texts in (["a", "b"], ["same", "same"], ["a", "b", "c", "a"]):
+    for texts in (["a", "b"], ["a", "b", "c", "a"], [f"document {i}" for i in range(50)]):
         settings = settings_of(corpus(tmp_path / "c.jsonl", texts), heldout_fraction=fraction)
-        plan, _ = planning.make_plan(LocalStore(tmp_path / f"run-{''.join(texts)}"), settings)
+        store = LocalStore(tmp_path / f"run-{len(texts)}")
+        plan, _ = planning.make_plan(store, settings)
         assert {unit.split for unit in plan.units} == {"train", "heldout"}
+        sides: dict[str, set[str]] = {"train": set(), "heldout": set()}
+        for unit in plan.units:
+            sides[unit.split] |= set(pq.read_table(store.get_path(unit.slice)).column("text").to_pylist())
+        assert min(map(len, sides.values())) == 1, "one document alone is moved"
+        assert sorted(store.list("plan/slices")) == sorted(unit.slice for unit in plan.units)
 
 
 def test_no_heldout_when_none_is_asked_for_or_possible(tmp_path: Path) -> None:
@@ -97,8 +103,11 @@ def test_no_heldout_when_none_is_asked_for_or_possible(tmp_path: Path) -> None:
         LocalStore(tmp_path / "a"), settings_of(corpus(tmp_path / "c.jsonl", ["a", "b"]), heldout_fraction=0.0)
     )
     assert {unit.split for unit in plan.units} == {"train"}
-    plan, _ = planning.make_plan(LocalStore(tmp_path / "b"), settings_of(corpus(tmp_path / "d.jsonl", ["a"])))
-    assert {unit.split for unit in plan.units} == {"train"}
+    for number, texts in enumerate((["a"], ["same", "same"])):  # equal texts are on one side
+        for seed in range(6):
+            settings = settings_of(corpus(tmp_path / "d.jsonl", texts), heldout_fraction=0.5, seed=seed)
+            plan, _ = planning.make_plan(LocalStore(tmp_path / f"{number}-{seed}"), settings)
+            assert {unit.split for unit in plan.units} == {"train"}
 
 
 def test_equal_texts_never_straddle_the_splits(tmp_path: Path) -> None:
@@ -162,9 +171,9 @@ def test_pages_are_read_as_they_are_asked_for_and_checked(tmp_path: Path, monkey
 
 
 def test_a_stopped_plan_leaves_no_plan(tmp_path: Path) -> None:
-    settings = settings_of(corpus(tmp_path / "c.jsonl", ["a" * 900] * 9))
+    settings = settings_of(corpus(tmp_path / "c.jsonl", [f"{i}" * 900 for i in range(9)]))
     store = LocalStore(tmp_path / "run")
-    calls = iter([False] * 22 + [True])  # equal texts: surveyed twice
+    calls = iter([False] * 8 + [True])
     with pytest.raises(Interrupted, match="rerun"):
         planning.make_plan(store, settings, lambda: next(calls))
     assert list(store.list("plan/slices"))

@@ -1,30 +1,32 @@
 """The plan is the same however many processes make it and however the corpus is cut into files; none is left behind."""
 
+import itertools
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from bytecache.pipeline.plan import make as planning
-from bytecache.pipeline.plan import survey
+from bytecache.pipeline.plan import make, parts
 from bytecache.pipeline.plan.index import read_plan
 from bytecache.pipeline.plan.parallel import Processes
+from bytecache.pipeline.plan.writing import unique
 from bytecache.pipeline.stores import LocalStore
 from bytecache.pipeline.units import receipts
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Settings
+from bytecache.stages.corpus.reader import File, corpus_files
 from tests.support.places import ROOT
 
 
@@ -53,7 +55,7 @@ def settings(source: Path, jobs: int = 1, **keys: object) -> Settings:
 
 
 def planned(store: LocalStore, wanted: Settings) -> dict[str, str]:
-    planning.make_plan(store, wanted)
+    make.make_plan(store, wanted)
     return {key: file_sha256(store.get_path(key)) for key in store.list("") if not key.startswith(receipts.FOLDER)}
 
 
@@ -62,79 +64,156 @@ def contents(found: dict[str, str]) -> dict[str, str]:
     return {key: sha256 for key, sha256 in found.items() if key != "plan/plan.json"}
 
 
-@given(
-    some.lists(some.tuples(some.sampled_from([0, 1, 5, 2**63, 2**64 - 1]), some.integers(1, 40)), max_size=40),
-    some.sampled_from([0, 2, 2**63, 2**64]), some.sampled_from([-1, 1, 2**64 - 1]), some.integers(-1, 12),
-    some.integers(0, 30),
-)  # fmt: skip
-def test_documents_together_are_as_one_by_one(
-    documents: list[tuple[int, int]], threshold: int, train_hash: int, train_index: int, begun: int
-) -> None:
-    rule = survey.Rule(0, "text", threshold, train_hash, train_index)
-    hashes, sizes = np.array([h for h, _ in documents], np.uint64), np.array([n for _, n in documents], np.int64)
-    heldout = rule.heldout(hashes, 3)
-    assert heldout.tolist() == [rule.split(h, 3 + at) == "heldout" for at, (h, _) in enumerate(documents)]
-    alone, together = (survey.Packing(25, 7, {"train": begun, "heldout": 0}) for _ in range(2))
-    for size in sizes.tolist():
-        if alone.closes("train", size):
-            alone.close("train")
-        alone.add("train", size)
-    together.add_all("train", sizes)
-    assert alone == together
-
-
 @pytest.mark.parametrize("limit", [0, 30_000])
 def test_files_and_parts_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     found = []
-    for number, (files, part) in enumerate(((1, 10**6), (7, 10**6), (7, 3000), (40, 1))):
-        monkeypatch.setattr(survey, "PART_BYTES", part)
+    for number, (files, part) in enumerate(((1, 10**6), (1, 2000), (7, 10**6), (7, 3000), (40, 1))):
+        monkeypatch.setattr(parts, "PART_BYTES", part)
         source = corpus(tmp_path / f"corpus-{number}", records(120), files)
         store = LocalStore(tmp_path / f"run-{number}")
         found.append(contents(planned(store, settings(source, max_bytes=limit))))
     assert all(one == found[0] for one in found)
     plan = read_plan(store)
-    assert plan is not None and plan.n_heldout > 2
-    rows = [row for unit in plan.units for row in pq.read_table(store.get_path(unit.slice)).to_pylist()]
-    assert len({row["doc_id"] for row in rows}) == len(rows) == plan.corpus["n_documents"]
-    assert plan.corpus["n_ids_renamed"] > 2
+    assert plan is not None
+    assert plan.n_heldout > 2
+    rows = [pq.read_table(store.get_path(unit.slice)).to_pylist() for unit in plan.units]
+    assert all(len({row["doc_id"] for row in unit}) == len(unit) for unit in rows)
+    assert sum(map(len, rows)) == plan.corpus["n_documents"]
+    names = sum(1 for unit in rows for row in unit if "#" in row["doc_id"])
+    assert plan.corpus["n_ids_renamed"] == names > 2
     if not limit:
-        assert sorted(row["text"] for row in rows) == sorted(one["text"] for one in records(120) if one["text"])
+        texts = sorted(row["text"] for unit in rows for row in unit)
+        assert texts == sorted(one["text"] for one in records(120) if one["text"])
         assert plan.corpus["n_empty_skipped"] == sum(not one["text"] for one in records(120))
+
+
+def in_this_process(
+    self: Processes[object, object], function: Callable[..., object], tasks: Iterable[object]
+) -> object:
+    """What `map` gives, without a process: parts that know nothing of each other."""
+    return (function(pickle.loads(pickle.dumps(task)), self.stop) for task in tasks)
+
+
+@pytest.mark.parametrize("limit", [0, 7000, 30_000])
+def test_parts_cut_apart_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Every size of part, with and without an end of a slice that its reader can be certain of."""
+    source = corpus(tmp_path / "corpus", records(300), 3)
+    alone = planned(LocalStore(tmp_path / "alone"), settings(source, max_bytes=limit))
+    monkeypatch.setattr(Processes, "map", in_this_process)
+    monkeypatch.setattr(Processes, "__enter__", lambda self: self)
+    monkeypatch.setattr(make, "processes_for", lambda corpus, files: 4)
+    for part in (500, 3000, 9000, 40_000):
+        monkeypatch.setattr(parts, "PART_BYTES", part)
+        monkeypatch.setattr(parts, "LONGEST_HEAD", 2 * part)
+        store = LocalStore(tmp_path / f"run-{part}")
+        assert planned(store, settings(source, 4, max_bytes=limit)) == alone
+        assert not make.make_plan(store, settings(source, 4, max_bytes=limit))[1]
+
+
+def test_documents_that_are_all_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hash is lower than another: slices fill up, and who knows a part alone leaves it to who knows all."""
+    source = corpus(tmp_path / "corpus", [{"text": "the same " * 10}] * 900, 3)
+    alone = planned(LocalStore(tmp_path / "alone"), settings(source))
+    monkeypatch.setattr(Processes, "map", in_this_process)
+    monkeypatch.setattr(make, "processes_for", lambda corpus, files: 4)
+    monkeypatch.setattr(Processes, "__enter__", lambda self: self)
+    monkeypatch.setattr(parts, "PART_BYTES", 30_000)
+    monkeypatch.setattr(parts, "LONGEST_HEAD", 10_000)
+    assert planned(LocalStore(tmp_path / "run"), settings(source, 4)) == alone
+    plan = read_plan(LocalStore(tmp_path / "run"))
+    assert plan is not None
+    assert set(plan.sizes[:-2]) == {1440}
+    assert plan.n_bytes == 900 * 90
 
 
 def test_processes_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit, behind which a file is damaged: that is nobody's business, whoever reads ahead."""
-    monkeypatch.setattr(survey, "PART_BYTES", 3000)
+    monkeypatch.setattr(parts, "PART_BYTES", 3000)
     source = corpus(tmp_path / "corpus", records(200), 20)
     (source / "018.jsonl").write_text("damaged")
     alone, together = LocalStore(tmp_path / "alone"), LocalStore(tmp_path / "together")
     limit = 40_000
     assert planned(alone, settings(source, max_bytes=limit)) == planned(together, settings(source, 3, max_bytes=limit))
-    assert survey.processes_for(settings(source, 3, max_bytes=limit).corpus) == 3
-    assert not planning.make_plan(together, settings(source, 2, max_bytes=limit))[1]
+    assert not make.make_plan(together, settings(source, 2, max_bytes=limit))[1]
     with pytest.raises(InputError, match=r"018\.jsonl, line 1 .*not JSON"):
-        planning.make_plan(LocalStore(tmp_path / "none"), settings(source, 2))
+        make.make_plan(LocalStore(tmp_path / "none"), settings(source, 2))
     (source / "001.jsonl").write_text('{"text": "other"}\n')
     with pytest.raises(ConfigError, match="corpus text"):
-        planning.make_plan(together, settings(source, 2, max_bytes=limit))
+        make.make_plan(together, settings(source, 2, max_bytes=limit))
 
 
-def test_a_corpus_that_changes_between_the_passes_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_lines_of_a_long_file_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 1000)
+    source = tmp_path / "c.jsonl"
+    source.write_text("".join(json.dumps({"text": f"line {i} " * 9}) + "\n" for i in range(200)) + "{no\n")
+    wanted = settings(source, jobs)
+    assert len(parts.cut_files([File(str(source), "c.jsonl")])) > 10
+    with pytest.raises(InputError, match=r"c\.jsonl, line 201 \(byte \d+\): not JSON"):
+        make.make_plan(LocalStore(tmp_path / "run"), wanted)
+
+
+@pytest.mark.parametrize("what", ["insert", "delete", "change", "a file"])
+def test_a_corpus_that_changes_keeps_its_slices_but_a_few(tmp_path: Path, what: str) -> None:
+    """Documents without ids of their own, so that names must not depend on places either."""
+    texts = [{"text": f"document {i} " * (1 + i * 7 % 13)} for i in range(600)]
+    changed = list(texts)
+    if what == "insert":
+        changed.insert(200, {"text": "a new document"})
+    elif what == "delete":
+        del changed[200]
+    elif what == "change":
+        changed[200] = {"text": "another document"}
+    names = []
+    for number, documents in enumerate((texts, changed)):
+        source = corpus(tmp_path / str(number), documents, 1)
+        if number and what == "a file":
+            (source / "0.txt").write_text("a file before all others")
+        store = LocalStore(tmp_path / f"run-{number}")
+        plan, _ = make.make_plan(store, settings(source, heldout_fraction=0.1))
+        names.append({(unit.slice, unit.sha256) for unit in plan.units})
+    before, after = names
+    assert len(before) > 35
+    assert 1 <= len(after - before) <= 6
+    assert len(before - after) <= 6
+
+
+def test_small_files_together_give_units_of_the_wanted_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = corpus(tmp_path / "corpus", [{"text": f"{i} " * 12} for i in range(600)], 600)
+    monkeypatch.setattr(parts, "PART_BYTES", 2000)
+    plan, _ = make.make_plan(LocalStore(tmp_path / "run"), settings(source, unit_bytes=2000))
+    assert min(plan.sizes) >= 1000 - 48
+    assert max(plan.sizes) <= 2000
+    assert len(parts.cut_files(corpus_files(settings(source).corpus)[0])) < 60
+
+
+def test_a_corpus_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     source = corpus(tmp_path / "corpus", records(50), 2)
-    wanted = settings(source)
-    processes: Processes[object, object] = Processes(1, lambda: False)
-    found = survey.Survey(wanted, processes)
-    path = source / "001.jsonl"
-    path.write_text(path.read_text().replace("49 ", "94 "))
-    from bytecache.pipeline.plan.slices import write_slices
+    store, calls = LocalStore(tmp_path / "run"), itertools.count()
+
+    def meddle() -> bool:
+        if next(calls) == 20:
+            with (source / "000.jsonl").open("a") as stream:
+                stream.write('{"text": "late"}\n')
+        return False
 
     with pytest.raises(InputError, match="changed while it was being read"):
-        list(write_slices(LocalStore(tmp_path / "run"), wanted, found, processes))
+        make.make_plan(store, settings(source), meddle)
+    assert read_plan(store) is None
+
+
+@given(some.lists(some.sampled_from(["a", "b", "a#2", "a#3", "a#2#2", ""]), max_size=12))
+def test_ids_of_a_slice_are_made_unique(ids: list[str]) -> None:
+    names = unique(ids)
+    assert len(set(names)) == len(ids)
+    for at, (name, own) in enumerate(zip(names, ids, strict=True)):
+        assert name == own if own not in ids[:at] else name.startswith(f"{own}#")
 
 
 def test_processes_for_small_corpora_and_built_in_ones(tmp_path: Path) -> None:
-    assert survey.processes_for(Settings().corpus) == 1
-    assert survey.processes_for(settings(corpus(tmp_path / "c", records(20), 4), 8).corpus) == 1
+    assert parts.processes_for(Settings().corpus, []) == 1
+    small = settings(corpus(tmp_path / "c", records(20), 4), 8).corpus
+    assert parts.processes_for(small, corpus_files(small)[0]) == 1
 
 
 def double(task: int, stop: Callable[[], bool]) -> int:
@@ -215,5 +294,5 @@ def test_a_killed_plan_leaves_no_process_and_is_finished_by_a_rerun(tmp_path: Pa
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     alone = LocalStore(tmp_path / "alone")
     wanted = settings(source, unit_bytes=200000, heldout_fraction=0.1)
-    plan, again = planning.make_plan(alone, wanted)[0], read_plan(LocalStore(tmp_path / "run"))
+    plan, again = make.make_plan(alone, wanted)[0], read_plan(LocalStore(tmp_path / "run"))
     assert again is not None and again.hash == plan.hash

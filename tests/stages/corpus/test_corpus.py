@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.settings import Corpus
+from bytecache.stages.corpus.line_range import LineRange
 from bytecache.stages.corpus.reader import CorpusReader, Document
 
 TEXTS = ["first\r\nline", "", "zweiter ü\u2028", "a \u0000 b", "   "]
@@ -50,7 +52,47 @@ def test_texts_survive_to_the_byte_and_empty_ones_are_counted(tmp_path: Path, na
 def test_ids_are_those_of_the_source(tmp_path: Path) -> None:
     ids: list[object] = ["a", "a", 7, None, ""]
     path = jsonl(tmp_path / "c.jsonl", [{"id": name, "text": "x"} for name in ids])
-    assert [document.doc_id for document in read(path)] == ["a", "a", "7", "c.jsonl:4", "c.jsonl:5"]
+    names = [document.doc_id for document in read(path)]
+    assert names[:3] == ["a", "a", "7"]
+    assert len(set(names[2:])) == 3
+    assert all(re.fullmatch(r"c\.jsonl:[0-9a-f]{16}", name) for name in names[3:])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "paragraphs", "chat"])
+def test_ids_do_not_depend_on_what_lies_before_a_document(tmp_path: Path, form: str) -> None:
+    def names(numbers: list[int]) -> list[str]:
+        texts = [f"{number} " * 3000 + "\n\n" for number in numbers]
+        path = tmp_path / {"parquet": "c.parquet", "paragraphs": "c.txt"}.get(form, "c.jsonl")
+        if form == "parquet":
+            pq.write_table(pa.table({"text": texts}), path)
+        elif form == "paragraphs":
+            path.write_text("".join(texts))
+        else:
+            key = {"jsonl": "text", "chat": "prompt"}[form]
+            path.write_text("".join(json.dumps({key: text, "response": "yes"}) + "\n" for text in texts))
+        keys = {"paragraphs": {"text_split": "paragraphs"}, "chat": {"kind": "chat"}}.get(form, {})
+        return [document.doc_id for document in read(path, **keys)]
+
+    before, after = names([1, 2, 3, 4]), names([9, 1, 3, 4])
+    assert len(set(before)) == 4
+    assert (after[1], after[2:]) == (before[0], before[2:])
+
+
+def test_every_line_is_in_one_range(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    lines = [b"\n" if i % 5 == 0 else b"x" * (i * 7 % 11) + b"\n" for i in range(40)] + [b"last"]
+    path.write_bytes(b"".join(lines))
+    size = path.stat().st_size
+    for step in (1, 2, 3, 7, 50, size):
+        found = []
+        for begin in range(0, size, step):
+            with path.open("rb") as stream:
+                some = LineRange(stream, begin, min(begin + step, size))
+                part = list(iter(lambda some=some: some.readline(1 << 20), b""))
+            if begin:
+                assert part[0] == b"\n", "no line of a range is the first of its file"
+            found += part[1:] if begin else part
+        assert found == lines
 
 
 def test_folder_is_read_in_path_order_without_hidden_or_foreign_files(tmp_path: Path) -> None:
@@ -151,7 +193,7 @@ def test_parquet_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "c.parquet")
     assert "no column 'text'; present: body, n" in refusal(tmp_path / "c.parquet")
     assert "column 'n' is int64" in refusal(tmp_path / "c.parquet", text_field="n")
-    assert read(tmp_path / "c.parquet", text_field="body") == [Document("c.parquet:0", "a")]
+    assert [document.text for document in read(tmp_path / "c.parquet", text_field="body")] == ["a"]
 
 
 def test_missing_sources(tmp_path: Path) -> None:

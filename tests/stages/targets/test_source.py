@@ -105,29 +105,35 @@ def test_refusals_name_the_url_and_the_shard(folder: Path, memory: str, http_url
 
 def test_transfers_that_fail_are_tried_again(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = open_dataset(memory, cache_dir=tmp_path)
-    whole, calls = source._transfer, []
+    whole, starts = source._from, []
 
-    def flaky(url: str, limit: int) -> Iterator[bytes]:
-        calls.append(url)
-        if len(calls) == 1:
-            yield b"torn"
-            raise ConnectionResetError("the line went dead")
-        if len(calls) == 2:
-            yield b"torn"
-            return
-        yield from whole(url, limit)
+    def short(url: str, start: int, access: source.Access) -> Iterator[bytes]:
+        starts.append(start)
+        yield b"torn"
 
-    monkeypatch.setattr(source, "_transfer", flaky)
+    monkeypatch.setattr(source, "_from", short)
     with pytest.raises(IntegrityError, match="4 bytes"):  # wrong bytes at the second try are believed
         load_shard(remote, remote.entries[0])
-    calls[:] = ["", ""]
-    assert len(load_shard(remote, remote.entries[0]))
-    calls[:] = []
+    assert starts == [0, 0]
 
-    def dead(url: str, limit: int) -> Iterator[bytes]:
+    def flaky(url: str, start: int, access: source.Access) -> Iterator[bytes]:
+        starts.append(start)
+        for piece in whole(url, start, access):
+            yield piece[:100]
+            raise ConnectionResetError("the line went dead")
+
+    monkeypatch.setattr(source, "_from", flaky)
+    monkeypatch.setattr(source, "PROGRESS", 100)
+    starts.clear()
+    assert len(load_shard(remote, remote.entries[0]))
+    assert starts == [*range(0, remote.entries[0].size, 100), remote.entries[0].size], (
+        "each connection goes on where the last one ended"
+    )
+
+    def dead(url: str, start: int, access: source.Access) -> Iterator[bytes]:
         raise ConnectionResetError("dead")
 
-    monkeypatch.setattr(source, "_transfer", dead)
+    monkeypatch.setattr(source, "_from", dead)
     with pytest.raises(StorageError, match=r"after 4 tries.*dead"):
         load_shard(remote, remote.entries[1])
 

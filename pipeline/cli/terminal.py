@@ -1,0 +1,105 @@
+"""What commands say to a terminal or a pipe, and what is said when nobody foresaw the error.
+
+Everything passes `schemas.messages.shown`: a stranger's text gets no control over the terminal, nobody's password is
+printed. A fault of ours becomes one line, with the traceback in a log file: `crash_line`.
+"""
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+
+import typer
+
+from bytecache.schemas.files import cache_folder, write_text
+from bytecache.schemas.messages import masked, one_line, shown
+
+STOPPED, PIPE_CLOSED = 130, 141
+"""Exit codes of a Ctrl-C, and of a reader of our output that left (`| head -1`), as shells have them."""
+KEPT_LOGS = 20
+"""Logs of faults that are kept; older ones go when a new one is written."""
+
+
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """One or several lines for the user: results to stdout, `err` to stderr."""
+    typer.echo(shown(text), err=err, nl=nl)
+
+
+def say_error(text: str) -> None:
+    """A refusal, as one line on stderr."""
+    say(f"error: {one_line(text)}", err=True)
+
+
+def open_standard_streams() -> None:
+    """Give descriptors 0, 1 and 2 to /dev/null where the caller closed them (`>&-`).
+
+    Else the next file that is opened gets the number, and what a library prints ends up in a shard.
+    """
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, mode)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))
+        else:
+            # A terminal of another encoding shows what it can, instead of ending the command.
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def crash_line(error: BaseException) -> str:
+    """Writes the traceback to a log and returns the line that says what happened, where it is, and where to report it.
+
+    The log lies in `logs` of the cache folder, or of the folder for temporary files where that cannot be written.
+    """
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    place = _write_log(error)
+    where = f"the traceback is in {place}" if place else "its traceback could not be written anywhere"
+    return f"{one_line(what, 300)} (a fault of bytecache: {where}; please report it with that file, {_bugs()})"
+
+
+def _write_log(error: BaseException) -> Path | None:
+    lines = [
+        f"bytecache {_version()}, Python {sys.version.split()[0]}, {sys.platform}",
+        "arguments: " + " ".join(sys.argv[1:]),
+        "",
+        *traceback.format_exception(error),
+    ]
+    text = masked("\n".join(lines)) + "\n"
+    name = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+    for folder in (cache_folder() / "logs", Path(tempfile.gettempdir()) / f"bytecache-logs-{os.getuid()}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_text(folder / name, text)
+            for old in sorted(folder.glob("*.log"))[:-KEPT_LOGS]:
+                old.unlink(missing_ok=True)
+            return folder / name
+        except Exception:  # a full disk, a read-only home: the line alone must do
+            continue
+    return None
+
+
+def _version() -> str:
+    try:
+        return metadata.version("bytecache")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _bugs() -> str:
+    """Where the package says that bugs are reported."""
+    try:
+        urls = metadata.metadata("bytecache").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        urls = []
+    named = {name.strip().lower(): url.strip() for name, _, url in (entry.partition(",") for entry in urls)}
+    return next(
+        (named[name] for name in ("issues", "bug tracker", "bugs", "tracker") if name in named), "see CONTRIBUTING.md"
+    )

@@ -1,0 +1,113 @@
+"""The child of `guard`: opens one tokenizer or chat template and works on what it is sent, within limits.
+
+First message: what to open. `{"kind": "tokenizer", "spec": tokenizer.json as text}`; `{"kind": "ranks", "ranks":
+[[bytes in hex, rank], ...], "pattern": ...}`; `{"kind": "template", "template": Jinja, "names": special tokens}`. Each
+message after it is a piece of work; its answer is JSON and, for tokens, their ids as int32. Nothing is written, nothing
+is read but the pipe.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bytecache.stages.tokens.guard import Limits, bound_this_process, receive, send
+
+_PR_SET_PDEATHSIG = 1
+Work = Callable[[dict[str, Any]], tuple[Any, bytes]]
+
+
+def main() -> None:
+    """Answer messages until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's business
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    work: Work | None = None
+    while True:
+        try:
+            seconds, memory, arguments = json.loads(receive(sys.stdin.buffer))
+        except EOFError:
+            return
+        bound_this_process(Limits(seconds, memory))
+        answer: Any
+        try:
+            if work is None:
+                work, answer, raw = _open(arguments), {}, b""
+            else:
+                answer, raw = work(arguments)
+        except MemoryError:
+            answer, raw = {"failure": "out of memory"}, b""
+        except BaseException as error:  # a panic of a Rust library is no Exception
+            answer, raw = {"failure": f"{' '.join(str(error).split())[:80] or type(error).__name__}"}, b""
+        send(answers, json.dumps(answer).encode())
+        send(answers, raw)
+
+
+def _open(setup: dict[str, Any]) -> Work:
+    openers: dict[str, Callable[[dict[str, Any]], Work]] = {
+        "tokenizer": _tokenizer, "ranks": _ranks, "template": _template,
+    }  # fmt: skip
+    return openers[setup["kind"]](setup)
+
+
+def _tokenizer(setup: dict[str, Any]) -> Work:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(setup["spec"])
+    tokenizer.encode_special_tokens = bool(setup["seal"])
+
+    def work(arguments: dict[str, Any]) -> tuple[Any, bytes]:
+        found = tokenizer.encode_batch_fast(arguments["texts"], add_special_tokens=False)
+        return _ids([encoding.ids for encoding in found])
+
+    return work
+
+
+def _ranks(setup: dict[str, Any]) -> Work:
+    import tiktoken
+
+    ranks = {bytes.fromhex(data): rank for data, rank in setup["ranks"]}
+    encoding = tiktoken.Encoding("guarded", pat_str=setup["pattern"], mergeable_ranks=ranks, special_tokens={})
+
+    def work(arguments: dict[str, Any]) -> tuple[Any, bytes]:
+        return _ids([encoding.encode_ordinary(text) for text in arguments["texts"]])
+
+    return work
+
+
+def _ids(found: list[list[int]]) -> tuple[Any, bytes]:
+    flat = np.array([i for ids in found for i in ids], "<i4")
+    return [len(ids) for ids in found], flat.tobytes()
+
+
+def _template(setup: dict[str, Any]) -> Work:
+    from datetime import datetime
+
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    date = datetime.fromisoformat(setup["date"])
+
+    def work(arguments: dict[str, Any]) -> tuple[Any, bytes]:
+        rendered = []
+        for messages, prompt in arguments["renderings"]:
+            (text,), _ = render_jinja_template(
+                conversations=[messages], chat_template=setup["template"], add_generation_prompt=prompt,
+                **{**setup["names"], "strftime_now": date.strftime},
+            )  # fmt: skip
+            rendered.append(str(text))
+            if len(rendered[-1]) > arguments["longest"]:
+                raise ValueError(f"more than {arguments['longest']} characters")
+        return rendered, b""
+
+    return work
+
+
+if __name__ == "__main__":
+    main()

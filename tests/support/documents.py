@@ -65,11 +65,7 @@ class Document:
         for line in self.shell_lines():
             for part in re.split(r" (?:&&|\|\|?|;) ", line):
                 words = _words(part)
-                if (
-                    "bytecache" in words[:1]
-                    or words[:3] == ["python", "-m", "bytecache"]
-                    or (words[:1] == ["torchrun"] and "bytecache" in words)
-                ):
+                if words[:1] in (["bytecache"], ["python"], ["torchrun"]) and "bytecache" in words:
                     yield words[1 + words.index("bytecache") :]
 
 

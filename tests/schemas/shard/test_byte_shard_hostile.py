@@ -178,7 +178,9 @@ CLAUSES: dict[str, tuple[str, ...]] = {
     "SPEC 4.2": ("too much mass",),
     "SPEC 4.3": ("rank beyond",),
     "SPEC 4.4": ("all and more",),
-    "SPEC 9.2": ("absurd shape", "many chunks", "huge chunks", "bomb frame", "no frame", "broken frame", "bomb of chunks"),
+    "SPEC 9.2": (
+        "absurd shape", "many chunks", "huge chunks", "bomb frame", "no frame", "broken frame", "bomb of chunks",
+    ),
     "SPEC 10.1": ("other format", "other version"),
 }  # fmt: skip
 """Clauses of the specification, and the attacks that break them; 9.4 asks for all of the middle."""

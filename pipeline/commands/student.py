@@ -53,6 +53,8 @@ def make_student(context: Context, targets: "Dataset") -> None:
         if moved:
             context.say(f"train: the student in {task.out} was damaged: set aside ({moved[0]}, ...) and made again")
         store.publish(task.out)
+    for note in info.get("notes", []):
+        context.say(note)
     receipt = Receipt(
         stage=task.stage,
         key=task.key,

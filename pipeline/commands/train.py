@@ -157,6 +157,12 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     context.save_config(f"{task.out}/config.toml")
     receipt = run_receipt(task, [record_file(store, key) for key in keys], counts, time.monotonic() - started)
     commit_receipt(store, receipt.model_copy(update={"beside": tuple(beside)}))
+    if skipped := result["skipped_documents"]:
+        from bytecache.stages.tokens.misfits import words
+
+        context.say(
+            f"train {task.name}: {sum(skipped.values())} documents skipped because of the student: {words(skipped)}"
+        )
     context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
 
 

@@ -15,7 +15,7 @@ from bytecache.schemas.dataset import card
 from bytecache.schemas.dataset.index import DATASET, MAX_JSON, SUFFIX, ShardEntry, read_dataset
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256, read_regular
-from bytecache.schemas.shard import quantise
+from bytecache.schemas.shard.codes import TAIL
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 
 _COUNTED = ("n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries")
@@ -128,10 +128,10 @@ def _false_tails(shard: ByteShard) -> list[str]:
     """Where a shard's statistics of its unlisted mass are not those of its columns (rounding to six digits aside)."""
     codes = np.bincount(shard.codes["tail"][shard.mask == 1], minlength=256)
     used = np.flatnonzero(codes)
-    mass = math.fsum(float(quantise.TAIL[code]) * int(codes[code]) for code in used)
+    mass = math.fsum(float(TAIL[code]) * int(codes[code]) for code in used)
     measured = {
         "tail_mean": mass / max(1, int(codes.sum())),
-        "tail_max": float(quantise.TAIL[used].max()) if len(used) else 0.0,
+        "tail_max": float(TAIL[used].max()) if len(used) else 0.0,
     }
     return [
         f"{name} is {shard.statistics.get(name)} in its statistics, {value:.6g} in its columns"

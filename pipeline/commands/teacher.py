@@ -25,7 +25,8 @@ from bytecache.schemas.settings import Teacher
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    from bytecache.stages.teacher.identity import resolve_model, teacher_identity
+    from bytecache.stages.models.locate import resolve_model
+    from bytecache.stages.teacher.identity import teacher_identity
     from bytecache.stages.tokens.chat import template_sha256
 
     store, settings = context.store, context.settings
@@ -77,8 +78,9 @@ def teacher(context: Context) -> Outcome:
     context.say(outcome_line("teacher", outcome))
     aside = set_aside(outcome.receipts)
     if aside:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(aside.items()))
-        context.say(f"teacher: documents set aside because its tokenizer cannot reproduce them ({reasons})")
+        from bytecache.stages.tokens.misfits import words
+
+        context.say(f"teacher: {sum(aside.values())} documents set aside because {words(aside)}")
     return outcome
 
 
@@ -138,7 +140,7 @@ def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
 
 def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
     """How the settings in a teacher's identity differ from the current ones."""
-    from bytecache.stages.teacher.identity import model_name
+    from bytecache.stages.models.locate import model_name
 
     old = {
         **identity.get("settings", {}),

@@ -18,7 +18,7 @@ from bytecache.pipeline.stores.base import TEMP_FOLDER
 from tests.support.fleet_jobs import marks
 from tests.support.tiny_models import make_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SENTENCE = "the student reads the notes as often as it likes, and so does the teacher. "
 
 

@@ -25,10 +25,12 @@ from bytecache.schemas.settings import Teacher
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
+    from bytecache.stages.models.fitness import refuse_quantised_teacher
     from bytecache.stages.teacher.identity import resolve_model, teacher_identity
     from bytecache.stages.tokens.chat import template_sha256
 
     store, settings = context.store, context.settings
+    refuse_quantised_teacher(resolve_model(settings.teacher), settings.teacher.model, settings.teacher.backend)
     identity = teacher_identity(settings.teacher)
     # Units of conversations depend on the chat template that they are rendered with.
     chat = planned.settings.get("kind") == "chat"

@@ -23,6 +23,7 @@ from bytecache.schemas.errors import InputError, Interrupted
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus.conversations import opening
 from bytecache.stages.corpus.reader import CorpusReader, Document, File, is_past
+from bytecache.stages.corpus.tally import Tally
 
 PART_BYTES = 32 * 1024 * 1024
 """Files are read together up to this size, as they lie; longer JSONL is read in ranges of it."""
@@ -63,18 +64,20 @@ class Cut:
     """What was made of the corpus so far, or of a part: slices, documents on their way into others, and what was read.
 
     `lowest`, `highest`: of the hashes that decide the split; `identities`: of the documents, for who hashes them all.
-    `is_full`: `corpus.max_bytes` is reached; `is_whole`: nothing went wrong, else nothing of it counts.
+    `is_full`: `corpus.max_bytes` is reached; `is_cut`: there is more behind it; `is_whole`: nothing went wrong, else
+    nothing of it counts.
     """
 
     slicers: dict[Split, Slicer]
     slices: list[Slice] = field(default_factory=list)
     n_documents: int = 0
     n_bytes: int = 0
-    n_empty: int = 0
+    tally: Tally = field(default_factory=Tally)
     lowest: int = 2**64
     highest: int = -1
     identities: bytearray = field(default_factory=bytearray)
     is_full: bool = False
+    is_cut: bool = False
     is_whole: bool = True
 
 
@@ -106,18 +109,22 @@ class Cutter:
 
     def read(self, cut: Cut, part: Part, store: Store | None, stop: Stop, limit: int) -> None:
         """Take in a part, up to `limit` bytes of all text. Raises InputError where it cannot be read, Interrupted."""
-        reader, n_empty = CorpusReader(_endless(self.corpus)), cut.n_empty
-        for index, (document, raw) in enumerate(reader.encoded(part[1])):
-            if stop():
-                raise Interrupted("plan stopped by a signal before it was whole; rerun the same command")
-            cut.n_empty = n_empty + reader.n_empty
-            cut.is_full = is_past(limit, cut.n_documents, cut.n_bytes, len(raw))
-            if not cut.is_full:
+        reader = CorpusReader(_endless(self.corpus))
+        try:
+            for index, (document, raw) in enumerate(reader.encoded(part[1])):
+                if stop():
+                    raise Interrupted("plan stopped by a signal before it was whole; rerun the same command")
+                cut.is_cut = cut.is_full or is_past(limit, cut.n_documents, cut.n_bytes, len(raw))
+                cut.is_full = cut.is_cut
+                if cut.is_full:
+                    break
                 self._take(cut, document, raw, (part[0], index), store)
                 cut.is_full = 0 < limit <= cut.n_bytes
-            if cut.is_full:
-                return
-        cut.n_empty = n_empty + reader.n_empty
+        except InputError:
+            if not cut.is_full:
+                raise
+            cut.is_cut = True  # what lies behind the end is nobody's business
+        cut.tally.add(reader.tally)
 
     def _take(self, cut: Cut, document: Document, raw: bytes, place: tuple[int, int], store: Store | None) -> None:
         digest = digest_of(document, raw)
@@ -142,7 +149,7 @@ class Cutter:
         """Take in what another process made of the next part."""
         cut.n_documents += part.n_documents
         cut.n_bytes += part.n_bytes
-        cut.n_empty += part.n_empty
+        cut.tally.add(part.tally)
         cut.lowest, cut.highest = min(cut.lowest, part.lowest), max(cut.highest, part.highest)
         cut.identities += part.identities
         cut.slices += part.slices
@@ -174,6 +181,7 @@ def cut_corpus(
     for part, other in zip(parts, others, strict=False):
         written += other.slices if other else []
         if cut.is_full:
+            cut.is_cut = True
             continue
         if other and other.is_whole and not 0 < limit <= cut.n_bytes + other.n_bytes:
             cutter.join(cut, other, store)
@@ -183,7 +191,7 @@ def cut_corpus(
         cut.identities.clear()
     cutter.finish(cut, store, end=True)
     if not cut.n_documents:
-        raise CorpusReader(cutter.corpus).no_text(cut.n_empty)
+        raise CorpusReader(cutter.corpus).no_text(cut.tally)
     if store is not None:
         delete_slices(store, written, but=cut.slices)
     return cut, identity.hexdigest()

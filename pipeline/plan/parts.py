@@ -10,7 +10,8 @@ end is certain. Memory: in each process four units of text, and the ids and dige
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,21 +111,21 @@ class Cutter:
     def read(self, cut: Cut, part: Part, store: Store | None, stop: Stop, limit: int) -> None:
         """Take in a part, up to `limit` bytes of all text. Raises InputError where it cannot be read, Interrupted."""
         reader = CorpusReader(_endless(self.corpus))
-        try:
-            for index, (document, raw) in enumerate(reader.encoded(part[1])):
-                if stop():
-                    raise Interrupted("plan stopped by a signal before it was whole; rerun the same command")
-                cut.is_cut = cut.is_full or is_past(limit, cut.n_documents, cut.n_bytes, len(raw))
-                cut.is_full = cut.is_cut
-                if cut.is_full:
-                    break
+        documents = reader.encoded(part[1])
+        tally = None
+        for index, (document, raw) in enumerate(documents):
+            if stop():
+                raise Interrupted("plan stopped by a signal before it was whole; rerun the same command")
+            cut.is_full = cut.is_cut = is_past(limit, cut.n_documents, cut.n_bytes, len(raw))
+            if not cut.is_full:
                 self._take(cut, document, raw, (part[0], index), store)
                 cut.is_full = 0 < limit <= cut.n_bytes
-        except InputError:
-            if not cut.is_full:
-                raise
-            cut.is_cut = True  # what lies behind the end is nobody's business
-        cut.tally.add(reader.tally)
+                if cut.is_full:  # empty documents behind the end are not counted
+                    tally = replace(reader.tally, unanswered=Counter(reader.tally.unanswered))
+                    cut.is_cut = _goes_on(documents)
+            if cut.is_full:
+                break
+        cut.tally.add(tally or reader.tally)
 
     def _take(self, cut: Cut, document: Document, raw: bytes, place: tuple[int, int], store: Store | None) -> None:
         digest = digest_of(document, raw)
@@ -195,6 +196,14 @@ def cut_corpus(
     if store is not None:
         delete_slices(store, written, but=cut.slices)
     return cut, identity.hexdigest()
+
+
+def _goes_on(documents: Iterator[tuple[Document, bytes]]) -> bool:
+    """Whether there is another document, be it one that cannot be read."""
+    try:
+        return next(documents, None) is not None
+    except InputError:
+        return True
 
 
 def _read_here(cutter: Cutter, cut: Cut, part: Part, store: Store | None, stop: Stop) -> None:

@@ -8,7 +8,8 @@ are split into train and held out together.
 Of a record with a prompt and a response, `system`, `context`, `input` and `history` are part of what is read before the
 response, as Alpaca, Dolly and SQuAD mean them.
 `corpus.kind = "completion"`: text is the response, context the prompt, both as they are; nothing is rendered.
-Every field of a record is used, or named in a refusal, or in `corpus.ignore_fields`: nothing of it is lost unsaid.
+Every field of a record is used, or named in a refusal, or in `corpus.ignore_fields`; numbers, which nobody says, are
+counted and said.
 Price: a context is repeated for every turn of its conversation.
 """
 
@@ -181,14 +182,17 @@ def _history(record: dict[str, Any], where: str) -> list[dict[str, str]]:
 
 def _refuse_others(record: dict[str, Any], used: set[str], where: str, why: str) -> None:
     """Refuse a field that holds something and is not used."""
-    others = sorted(
-        name for name, value in record.items() if name not in used and name not in ID_FIELDS and not _is_empty(value)
-    )
+    others = sorted(name for name in unused(record) if name not in used and not isinstance(record[name], int | float))
     if others:
         raise InputError(
             f"{where}: field {others[0]!r} would be lost, {why}; if it is not part of the conversation, name it in "
             f"corpus.ignore_fields (fields not used here: {' '.join(others[:8])})"
         )
+
+
+def unused(record: dict[str, Any]) -> Iterator[str]:
+    """Fields that hold something and do not name the record. Numbers among them are said and not refused."""
+    return (name for name, value in record.items() if name not in ID_FIELDS and not _is_empty(value))
 
 
 def _is_empty(value: Any) -> bool:

@@ -258,8 +258,9 @@ class CorpusReader:
         for role in roles if n_turns else ():
             if role not in KNOWN_ROLES:
                 note(self.tally.strange, role)
-        for name in record.keys() & self._ignored:
-            note(self.tally.unread, name)
+        for name in conversations.unused(record):
+            if name in self._ignored or isinstance(record[name], int | float):
+                note(self.tally.unread, name)
 
     def _parquet(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
         import pyarrow as pa

@@ -53,7 +53,7 @@ LOST: list[tuple[str, Record, str]] = [
     ("chat", {"messages": [user("Weather?"), assistant("?")], "tools": [{"type": "function"}]}, "tools"),
     ("chat", {"messages": [user("a"), assistant("b")], "input": "c"}, "input"),
     ("chat", {"prompt": "a", "response": "b", "category": "closed"}, "category"),
-    ("chat", {"prompt": "a", "response": "b", "score": 0}, "score"),
+    ("chat", {"prompt": "a", "response": "b", "reference": ["c"], "score": 0.5}, "reference"),
     ("chat", {"prompt": "a", "response": "b", "question": "c", "answer": "d"}, "answer"),
     ("completion", {"instruction": "a", "input": "b", "output": "c"}, "input"),
     ("completion", {"context": "a", "question": "b", "answer": "c"}, "context"),
@@ -104,6 +104,8 @@ def test_fields_that_are_named_are_left_out_and_counted(tmp_path: Path, suffix: 
     some = reader(write(tmp_path / f"c.{suffix}", records), ignore_fields="score category absent")
     assert [document.doc_id for document in some] == ["n0", "n1", "n2"]
     assert some.tally.unread == {"category": 3, "score": 3}
+    some = reader(write(tmp_path / f"d.{suffix}", [{"prompt": "a", "response": "b", "score": 0.5, "turn": True}]))
+    assert len(list(some)) == 1 and some.tally.unread == {"score": 1, "turn": 1}
 
 
 def test_every_field_of_any_record_is_used_or_named(tmp_path: Path) -> None:

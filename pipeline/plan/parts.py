@@ -182,12 +182,12 @@ def cut_corpus(
     for part, other in zip(parts, others, strict=False):
         written += other.slices if other else []
         if cut.is_full:
-            cut.is_cut = True
             continue
         if other and other.is_whole and not 0 < limit <= cut.n_bytes + other.n_bytes:
             cutter.join(cut, other, store)
         else:
             _read_here(cutter, cut, part, store, processes.stop)
+        cut.is_cut = cut.is_cut or (cut.is_full and part is not parts[-1])
         identity.update(cut.identities)
         cut.identities.clear()
     cutter.finish(cut, store, end=True)

@@ -177,6 +177,7 @@ def cut_corpus(
     """
     cut, identity, limit = cutter.begin(known=True), hashlib.sha256(), cutter.corpus.max_bytes
     parts, written = cut_files(files), list[Slice]()
+    last = parts[0]
     wanted = (part for part in parts if not cut.is_full)
     others = processes.map(cutter, wanted) if processes.jobs > 1 else itertools.repeat(None)
     for part, other in zip(parts, others, strict=False):
@@ -187,9 +188,10 @@ def cut_corpus(
             cutter.join(cut, other, store)
         else:
             _read_here(cutter, cut, part, store, processes.stop)
-        cut.is_cut = cut.is_cut or (cut.is_full and part is not parts[-1])
+        last = part
         identity.update(cut.identities)
         cut.identities.clear()
+    cut.is_cut = cut.is_cut or (cut.is_full and last is not parts[-1])
     cutter.finish(cut, store, end=True)
     if not cut.n_documents:
         raise CorpusReader(cutter.corpus).no_text(cut.tally)

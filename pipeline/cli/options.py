@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bytecache.pipeline.cli.terminal import PIPE_CLOSED, say, say_error
+from bytecache.pipeline.cli.terminal import PIPE_CLOSED, say, say_error, show_warnings
 from bytecache.pipeline.config import MAX_FILE, RESOLVED_FILE, load_run_settings, load_settings
 from bytecache.schemas.errors import BytecacheError, ConfigError, missing_package
 from bytecache.schemas.files import read_regular
@@ -165,6 +165,7 @@ def refusals() -> Iterator[None]:
     """One line and an exit code for whatever the user can act on."""
     from bytecache.pipeline.stores import disk_errors
 
+    show_warnings()
     try:
         try:
             with disk_errors("writing"):

@@ -64,6 +64,13 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
     return _resolve([*_file_layers(path), _override_layer(overrides)])
 
 
+PERMISSIONS = (
+    ("teacher", "trust_remote_code"), ("dataset", "private_redirects"), ("convert", "allow_quarantined"),
+    ("convert", "delete_dump"),
+)  # fmt: skip
+"""What a user allows once: no run folder, which may be a stranger's, allows it again."""
+
+
 def load_run_settings(
     path: Path | None, overrides: Sequence[str], saved: Callable[[Settings], tuple[str, bytes] | None]
 ) -> tuple[Settings, list[str]]:
@@ -84,8 +91,10 @@ def load_run_settings(
     if kept is None:
         return plain, []
     base = _saved_layer(*kept)
-    for place in [("run", "dir"), *(place for place in secret_keys() if os.environ.get(secret_variable(*place)))]:
-        base.pop(place, None)  # only the public part of a secret was written
+    # Of a secret only the public part was written; what the environment says of it goes first.
+    told = [place for place in secret_keys() if os.environ.get(secret_variable(*place))]
+    for place in [("run", "dir"), *PERMISSIONS, *told]:
+        base.pop(place, None)
     if path is None:
         defaults = Settings()
         files = [

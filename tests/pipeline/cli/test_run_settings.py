@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bytecache.pipeline.cli.options import Given
-from bytecache.pipeline.config import load_settings, render_template
+from bytecache.pipeline.config import PERMISSIONS, load_settings, render_template
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Settings
 from tests.support.command_line import FakeTeacher, bytecache, refusal
@@ -89,3 +89,12 @@ def test_secrets_come_from_the_environment_also_to_a_run_that_was_saved(
     assert "secret" not in saved["dataset"]["source"]
     monkeypatch.setenv("BYTECACHE_DATASET_SOURCE", address)
     assert Given(None, []).settings().dataset.source.reveal() == address
+
+
+def test_a_run_folder_gives_no_permission(world: Path) -> None:
+    given = [".".join(place) for place in PERMISSIONS]
+    bytecache("plan", *(part for key in given for part in ("--set", f"{key}=true")))
+    saved = tomllib.loads((world / "run/config.toml").read_text())
+    for section, key in PERMISSIONS:
+        assert saved[section][key] is True
+        assert getattr(getattr(Given(None, []).settings(), section), key) is False

@@ -1,14 +1,16 @@
 """What was found out about a checkpoint, remembered for the next command that asks: no library need be loaded again.
 
 An answer is filed in the cache folder under a hash of all that it depends on: every file of the checkpoint, what was
-asked, the versions of the libraries and our own code. So nothing stale is ever found; an answer that is damaged is
-found out again. Price: the hash of the checkpoint (1.5 GB a second), and none of the 3 s that torch and transformers
-take to load.
+asked, the versions of the libraries, our own code, and the machine with the devices that it shows. So nothing stale is
+ever found; an answer that is damaged is found out again. Price: the hash of the checkpoint (1.5 GB a second), and none
+of the 3 s that torch and transformers take to load.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import os
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +36,9 @@ def remembered(folder: Path, question: dict[str, Any], find_out: Callable[[], An
     Raises:
         What `find_out` raises. OSError: a file of the checkpoint cannot be read.
     """
-    depends_on = {"question": question, "files": _files(folder), "versions": _versions(), "code": _code()}
+    depends_on = {
+        "question": question, "files": _files(folder), "versions": _versions(), "code": _code(), "machine": _machine(),
+    }  # fmt: skip
     path = cache_folder() / "answers" / f"{_sha256(depends_on)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(read_regular(path, _MAX_ANSWER))
@@ -61,6 +65,15 @@ def _versions() -> dict[str, str]:
 
 def _code() -> dict[str, str]:
     return {f"{stage}/{file.name}": file_sha256(file) for stage in _CODE for file in (_STAGES / stage).glob("*.py")}
+
+
+def _machine() -> list[str]:
+    """This start of this machine, and what decides which of its devices are seen."""
+    with suppress(OSError):
+        chosen = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.endswith("VISIBLE_DEVICES")]
+        devices = sorted(str(path) for pattern in ("nvidia*", "kfd", "dri/*") for path in Path("/dev").glob(pattern))
+        return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *chosen, *devices]
+    return [secrets.token_hex(16)]  # unknown: nothing is found
 
 
 def _sha256(value: Any) -> str:

@@ -34,6 +34,9 @@ def test_an_answer_is_found_out_once(folder: Path, monkeypatch: pytest.MonkeyPat
     assert remembered(folder, {"q": 1}, find_out) == {"answer": 5}
     monkeypatch.setattr(module, "_versions", lambda: {"torch": "9"})
     assert remembered(folder, {"q": 1}, find_out) == {"answer": 6}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert remembered(folder, {"q": 1}, find_out) == {"answer": 7}
+    assert remembered(folder, {"q": 1}, find_out) == {"answer": 7}
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"answer": "b", "sha256": "00"}', b'{"answer": "b"}'])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bytecache.pipeline.config import RESOLVED_FILE, render_published, render_template
-from bytecache.pipeline.stores import LocalStore, Store, open_store
+from bytecache.pipeline.stores import Store, open_store
 from bytecache.pipeline.units import documents
 from bytecache.pipeline.units.runner import StopFlag
 from bytecache.schemas.settings import Settings
@@ -38,14 +38,23 @@ def open_context(settings: Settings, say: Callable[[str], None] = print) -> Cont
     return Context(settings, open_store(settings.run.dir, settings.run.scratch), say=say)
 
 
-def own_configuration(place: str) -> Path | None:
-    """The configuration that a local run folder was made with: its own file, or where that is damaged a stage's."""
-    local = Path(place).expanduser()
-    if not local.is_dir():
-        return None
-    store = LocalStore(local)
+def own_configuration(store: Store) -> Path | None:
+    """A local copy of the configuration that a run was made with: its own, or where that is damaged a stage's."""
     keys = [RESOLVED_FILE, *(f"{stage}/{RESOLVED_FILE}" for stage in ("report", "teacher", "plan"))]
     whole = next((key for key in keys if documents.is_whole(store, key)), None)
-    if whole is None and store.exists(RESOLVED_FILE) and not store.exists(documents.document_place(RESOLVED_FILE)):
-        whole = RESOLVED_FILE  # of software that kept no receipts of it
-    return local / whole if whole else None
+    if whole is None and store.exists(RESOLVED_FILE) and not documents.was_written(store, RESOLVED_FILE):
+        whole = RESOLVED_FILE  # written by hand, or by software that kept no receipt of it
+    return store.get_path(whole) if whole else None
+
+
+def configuration_fault(store: Store) -> str:
+    """Why a run's own configuration is not to be read; "" where it may be, or where no command of ours wrote it.
+
+    Every command takes its settings from there: one altered digit would be another run.
+    """
+    if not documents.was_written(store, RESOLVED_FILE) or documents.is_whole(store, RESOLVED_FILE):
+        return ""
+    return (
+        f"{store.name}/{RESOLVED_FILE} or its receipt is missing or altered since it was written; run `bytecache verify "
+        "--repair` to set it right (settings are changed with --set or in pipeline.toml, not there)"
+    )

@@ -68,7 +68,7 @@ def verify(
     with refusals():
         from bytecache.pipeline.commands import verify as module
 
-        run = given.settings().run
+        run = given.settings(of_run=False).run
         place = str(folder) if folder else run.dir
         done = _repair(given, place, source, deep, quiet=as_json) if repair else []
         if source and not repair:
@@ -104,8 +104,12 @@ def _repair(given: Given, place: str, source: str, deep: bool, *, quiet: bool) -
         return repair_dataset(local, source)
     from bytecache.pipeline.commands.repair import repair_run
     from bytecache.pipeline.context import open_context, own_configuration
+    from bytecache.pipeline.stores import open_store
 
-    settings = given.settings(own_configuration(place), run__dir=place)
+    # A damaged config.toml is one of the things to repair: what the run was made with is read from a whole one.
+    own = own_configuration(open_store(place, given.settings(of_run=False).run.scratch))
+    given.config, given.fresh = given.config or own, True
+    settings = given.settings({"run.dir": place})
     return repair_run(open_context(settings, lambda line: None if quiet else say(line)), deep=deep)
 
 
@@ -181,7 +185,8 @@ def fidelity(
         wanted = module.Sample(sample, tokens, seed)
         module.fidelity(context, place, given.chosen["teacher.model"], wanted, out, any_teacher=any_teacher)
 
-    run_stage(given, command, teacher__backend=given.chosen["teacher.backend"] or "hf")
+    # A data set elsewhere has nothing to do with the run folder of the settings.
+    run_stage(given, command, {"teacher.backend": given.chosen["teacher.backend"] or "hf"}, of_run=folder is None)
 
 
 @app.command()
@@ -206,8 +211,24 @@ def probe(
 
         chosen = given.chosen
         depth = "3" if chosen["teacher.tau"] is not None and chosen["teacher.depth"] is None else None
-        settings = given.settings(teacher__backend=chosen["teacher.backend"] or "hf", teacher__depth=depth)
+        more = {"teacher.backend": chosen["teacher.backend"] or "hf", "teacher.depth": depth}
+        settings = given.settings(more, of_run=False)
         say(command(settings.teacher, text_file, out))
+
+
+@app.command()
+@takes_settings("corpus.source", "teacher.model", "teacher.backend")
+def check(given: Given) -> None:
+    """Look at corpus, teacher and student for whatever would stop a run, before any work.
+
+    Reads: the beginning of the corpus; configuration and tokenizers of the models, none of their weights. Writes
+    nothing. `run` looks first too; this says all that is wrong at once.
+
+    Example: bytecache check --source chats.jsonl --set corpus.kind=chat --set student.model=./small
+    """
+    from bytecache.pipeline.commands.check import check as command
+
+    run_stage(given, command)
 
 
 @app.command()
@@ -223,4 +244,4 @@ def config(
     Example: bytecache config --set teacher.depth=2 > pipeline.toml
     """
     with refusals():
-        say(render_template(Settings() if defaults else given.settings()), nl=False)
+        say(render_template(Settings() if defaults else given.settings(of_run=False)), nl=False)

@@ -32,6 +32,7 @@ def student_task(context: Context, dataset: str) -> Task:
 def make_student(context: Context, targets: "Dataset") -> None:
     """See that the student is there and whole; a damaged one is set aside and made again from its recipe."""
     from bytecache.stages.student import student
+    from bytecache.stages.student.check import check_student
 
     store, settings = context.store, context.settings
     task = student_task(context, targets.manifest_hash)
@@ -43,6 +44,8 @@ def make_student(context: Context, targets: "Dataset") -> None:
     with disk_errors(f"preparing the student, writing {store.name}/{task.out}"):
         moved = set_damaged_folder_aside(store, task.stage, task.key, task.out)
         folder = store.folder(task.out, RECORD)
+        if not folder.exists():
+            check_student(settings.student, settings.train)
         try:
             info = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
         except ConfigError:

@@ -6,6 +6,7 @@ receipt, written after the last step, is what makes the run done.
 """
 
 import io
+import os
 import sys
 import time
 from dataclasses import replace
@@ -80,30 +81,26 @@ def train(context: Context, only: str = "") -> int:
 
     Every process of a torchrun calls this; the first one alone prepares, reports and writes.
     """
-    from bytecache.stages.train.parallel import joined
-
-    with joined(context.settings.train.parallel) as world:
-        if not world.main:
-            context = replace(context, say=lambda line: None)
-        return _train(context, world, only)
-
-
-def _train(context: Context, world: "World", only: str) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        context = replace(context, say=lambda line: None)
     targets = open_targets(context)
-    dataset = targets.manifest_hash
-    if world.main:
-        make_student(context, targets)
-    world.wait()
-    made = 0
-    for name in run_names(context.settings.train, only):
-        task = train_task(context, name, dataset)
-        receipt = finished(context.store, task, _warn if world.main else None)
-        if receipt is not None:
-            context.say(f"train {name}: nothing to do, {task.measure} steps are done ({task.out})")
-            continue
-        _train_one(context, world, task, targets)
-        made += 1
-    return made
+    store, dataset = context.store, targets.manifest_hash
+    tasks = [train_task(context, name, dataset) for name in run_names(context.settings.train, only)]
+    pending = [task for task in tasks if finished(store, task, _warn) is None]
+    for task in tasks:
+        if task not in pending:
+            context.say(f"train {task.name}: nothing to do, {task.measure} steps are done ({task.out})")
+    # What was trained from the student is evaluated and exported with it, so a finished run looks after it too.
+    if pending or finished(store, student_task(context, dataset)) is None:
+        from bytecache.stages.train.parallel import joined
+
+        with joined(context.settings.train.parallel) as world:
+            if world.main:
+                make_student(context, targets)
+            world.wait()
+            for task in pending:
+                _train_one(context, world, task, targets)
+    return len(pending)
 
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:

@@ -48,13 +48,15 @@ def own_configuration(store: Store) -> Path | None:
 
 
 def configuration_fault(store: Store) -> str:
-    """Why a run's own configuration is not to be read; "" where it may be, or where no command of ours wrote it.
+    """Why the configuration in a run is not to be read; "" where it may be, or where no command of ours wrote it.
 
     Every command takes its settings from there: one altered digit would be another run.
     """
-    if not documents.was_written(store, RESOLVED_FILE) or documents.is_whole(store, RESOLVED_FILE):
+    if not store.exists(RESOLVED_FILE) or not documents.was_written(store, RESOLVED_FILE):
+        return ""
+    if documents.is_whole(store, RESOLVED_FILE):
         return ""
     return (
-        f"{store.name}/{RESOLVED_FILE} or its receipt is missing or altered since it was written; run `bytecache verify "
-        "--repair` to set it right (settings are changed with --set or in pipeline.toml, not there)"
+        "is not as it was written: damaged, or edited; run `bytecache verify --repair` to set it right, or go on with "
+        "--fresh (settings are changed with --set or in pipeline.toml, not there)"
     )

@@ -107,12 +107,15 @@ def _saved_configuration(settings: Settings, *, remote: bool) -> tuple[str, byte
     name = f"{place}/{RESOLVED_FILE}"
     if "://" in place and not remote:
         return None
-    from bytecache.pipeline.context import configuration_fault
+    from bytecache.pipeline.context import configuration_fault, own_configuration
     from bytecache.pipeline.stores import open_store
 
     store = open_store(place, settings.run.scratch)
     if fault := configuration_fault(store):
-        raise IntegrityError(f"configuration {fault}")
+        raise ConfigError(f"configuration {name} {fault}")
+    if not store.exists(RESOLVED_FILE) and (copy := own_configuration(store)) is not None:
+        say(f"warning: {name} is missing; the settings are those of {copy}", err=True)
+        return str(copy), copy.read_bytes()
     if "://" in place:
         return (name, store.read_bytes(RESOLVED_FILE)) if store.exists(RESOLVED_FILE) else None
     try:

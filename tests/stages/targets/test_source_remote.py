@@ -55,7 +55,7 @@ def test_s3(folder: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.Monke
     same(open_dataset(s3_url, cache_dir=tmp_path), read_dataset(folder))
     local = [w.number for w in ByteTargets(folder, window=64, epochs=1)]
     assert [w.number for w in ByteTargets(s3_url, window=64, epochs=1, cache_dir=tmp_path)] == local
-    monkeypatch.setattr(source, "BACKOFF", 0.0)
+    monkeypatch.setattr(source, "PATIENCE", 1.0)
     with pytest.raises(IntegrityError, match=r"s3://bucket/none/dataset\.json: missing at the source"):
         open_dataset("s3://bucket/none", cache_dir=tmp_path)
 

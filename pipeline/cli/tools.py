@@ -200,6 +200,21 @@ def probe(
 
 
 @app.command()
+@takes_settings("corpus.source", "teacher.model", "teacher.backend")
+def check(given: Given) -> None:
+    """Look at corpus, teacher and student for whatever would stop a run, before any work.
+
+    Reads: the beginning of the corpus; configuration and tokenizers of the models, none of their weights. Writes
+    nothing. `run` looks first too; this says all that is wrong at once.
+
+    Example: bytecache check --source chats.jsonl --set corpus.kind=chat --set student.model=./small
+    """
+    from bytecache.pipeline.commands.check import check as command
+
+    run_stage(given, command)
+
+
+@app.command()
 @takes_settings(run_dir=False)
 def config(
     given: Given,

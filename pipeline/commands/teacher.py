@@ -21,6 +21,7 @@ from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outc
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Teacher
+from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.locate import model_name, resolve_model
 from bytecache.stages.models.remembered import remembered
 
@@ -68,6 +69,7 @@ def teacher_job(context: Context, planned: Plan) -> Job:
 def find_identity(settings: Teacher, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The teacher's identity, and what units of this `corpus.kind` depend on besides; loads a checkpoint only once."""
     folder = resolve_model(settings)
+    refuse_quantised_teacher(folder, settings.model, settings.backend)
 
     def identity() -> dict[str, Any]:
         from bytecache.stages.teacher.identity import teacher_identity

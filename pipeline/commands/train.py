@@ -101,12 +101,15 @@ def train(context: Context, only: str = "") -> int:
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
     from bytecache.stages.student import student
+    from bytecache.stages.student.check import check_student
     from bytecache.stages.train.train import train as train_stage
 
     store, settings = context.store, context.settings
     start = student_prefix(context, targets.manifest_hash)
     folder = store.folder(start, "student.json")
     if world.main:
+        if not folder.exists():
+            check_student(settings.student, settings.train)
         prepared = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
         for note in prepared.get("notes", []):
             context.say(note)

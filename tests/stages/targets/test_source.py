@@ -55,7 +55,7 @@ def http_url(folder: Path) -> Iterator[str]:
 
 
 def same(one: Dataset, other: Dataset) -> None:
-    assert one.manifest_hash == other.manifest_hash and one.entries == other.entries and one.info == other.info
+    assert one.content_sha256 == other.content_sha256 and one.entries == other.entries and one.info == other.info
     assert one.fidelity == other.fidelity
     for entry in one.entries:
         a, b = load_shard(one, entry), load_shard(other, entry)

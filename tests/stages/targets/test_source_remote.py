@@ -64,11 +64,11 @@ def test_a_data_set_on_the_hub(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom bytecache.stages.targets.dataset import ByteTargets\n"
         "data = ByteTargets('hf://datasets/me/set', window=64, epochs=1, cache_dir=sys.argv[1])\n"
-        "print(sum(len(w.text) for w in data), data.dataset.manifest_hash)"
+        "print(sum(len(w.text) for w in data), data.dataset.content_sha256)"
     )
     dataset = read_dataset(folder)
     said = on_hub(folder, code, str(tmp_path))
-    assert said.split() == [str(sum(e.n_positions for e in dataset.split("train"))), dataset.manifest_hash]
+    assert said.split() == [str(sum(e.n_positions for e in dataset.split("train"))), dataset.content_sha256]
 
 
 def test_a_run_on_the_hub_is_read_and_verified_and_not_written(folder: Path, tmp_path: Path) -> None:

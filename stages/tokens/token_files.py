@@ -188,7 +188,7 @@ def _from_backend(backend: Tokenizer, where: str, tokenizer_config: Json) -> Tok
     bos, eos = (table.names.get(named[key]) if key in named else None for key in ("bos_token", "eos_token"))
 
     def make_encoder(final: list[bytes | None]) -> Encoder:
-        return HfEncoder(spec, frozenset(i for i, data in enumerate(final) if data is None))
+        return HfEncoder(spec, frozenset(i for i, data in enumerate(final) if data is None), where)
 
     return TokenizerFiles(where, table, make_encoder, bos=bos, eos=eos)
 

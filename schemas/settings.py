@@ -72,8 +72,9 @@ class Teacher(Section):
     """Hub revision; empty = the default branch."""
     backend: Literal["vllm", "hf"] = "vllm"
     """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the trunk; part of the dump's identity. The head is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the trunk; part of the dump's identity. `auto`: float32 on a CPU, the checkpoint's own on a GPU.
+    The head is float32 unless the checkpoint's is quantised."""
     context: int = Field(0, ge=0)
     """Tokens in one window, the start token included; 0 = 1024, or the model's own limit where that is less."""
     overlap: int = Field(-1, ge=-1)
@@ -97,8 +98,8 @@ class Teacher(Section):
     """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
     end: str = "auto"
     """Tokens whose mass is the END symbol: `auto` (the model's EOS ids), or token texts separated by spaces."""
-    max_batched_tokens: int = Field(512, ge=16)
-    """Tokens the engine computes at once; bounds logits memory (tokens x vocabulary x 4 bytes)."""
+    max_batched_tokens: int = Field(0, ge=0)
+    """Tokens the engine computes at once, 16 at least; 0 = 512 on a CPU, 8192 on a GPU."""
     kv_cache_gib: int = Field(1, ge=1)
     """Key/value cache on a CPU, GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)

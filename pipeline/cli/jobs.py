@@ -152,15 +152,17 @@ def skypilot(
     accelerator: Annotated[str, typer.Option("--accelerator", help="GPU by SkyPilot's name.")] = "L4",
     spot: Annotated[bool, typer.Option("--spot/--on-demand", help="Spot machines.")] = True,
     setup: Annotated[
-        str, typer.Option("--setup", help="Shell lines that install bytecache; empty = from the index.")
+        str, typer.Option("--setup", help="Shell lines that install bytecache; empty = the image has it.")
     ] = "",
+    image: Annotated[str, typer.Option("--image", help="Container that has bytecache, as docker:name:tag.")] = "",
     out: OutOption = None,
 ) -> None:
     """Write a managed spot job for SkyPilot; its first line says how to start one per worker.
 
     Reads: the configuration; run.dir must be a bucket. Writes: YAML.
 
-    Example: bytecache jobs skypilot --workers 16 --accelerator H100 --run-dir s3://bucket/books --out job.yaml
+    Example: bytecache jobs skypilot --workers 16 --accelerator H100 --image docker:registry/bytecache --run-dir
+    s3://bucket/books --out job.yaml
     """
     with refusals():
         import yaml
@@ -168,7 +170,7 @@ def skypilot(
         from bytecache.pipeline.launch.skypilot import SETUP, launch_lines, skypilot_task
 
         spec = asked.of(given.settings())
-        task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, spot=spot)
+        task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, image=image, spot=spot)
         _emit(launch_lines(spec, str(out or "job.yaml")) + yaml.safe_dump(task, sort_keys=False, width=10_000), out)
 
 

@@ -145,9 +145,16 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
         counted = {name: receipt.counts[name] for name in ShardEntry.model_fields if name not in fixed}
         entries.append(ShardEntry(**fixed, **counted))
     if not any(entry.n_documents for entry in entries if entry.split == "train"):
+        from bytecache.stages.tokens.misfits import remedy, words
+
+        aside = info["creation"]["set_aside"]
+        if not aside:
+            raise InputError(
+                "no document is left for training, all are held out; lower corpus.heldout_fraction, or plan more text "
+                "(corpus.max_bytes, corpus.text_split) in a new run.dir"
+            )
         raise InputError(
-            "the teacher's tokenizer could reproduce no training document; choose another teacher, or clean the corpus "
-            f"(reasons: {info['creation']['set_aside']})"
+            f"the teacher could read no training document because {words(aside)}; {remedy(aside, 'teacher')}"
         )
     measured = certificate(shards, info["teacher"])
     with suppress(IntegrityError):

@@ -77,6 +77,8 @@ def summary_table(
         if any(name in receipt.counts for receipt in shards):
             row(f"teacher, {title}", f"{total(shards, name) / LN2 / scored:.4f} bits/byte, all text")
     for receipt in runs:
+        if skipped := sum(receipt.counts.get("skipped_documents", {}).values()):
+            row(f"train {receipt.name}: documents that the student cannot read", f"{skipped:,}")
         speed = receipt.counts.get("text_bytes_per_s", 0.0)
         row(f"train {receipt.name}: time, speed", f"{seconds([receipt]):.0f} s, {human_bytes(speed)}/s of text")
     for result in results:

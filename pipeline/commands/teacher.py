@@ -77,8 +77,9 @@ def teacher(context: Context) -> Outcome:
     context.say(outcome_line("teacher", outcome))
     aside = set_aside(outcome.receipts)
     if aside:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(aside.items()))
-        context.say(f"teacher: documents set aside because its tokenizer cannot reproduce them ({reasons})")
+        from bytecache.stages.tokens.misfits import words
+
+        context.say(f"teacher: {sum(aside.values())} documents set aside because {words(aside)}")
     return outcome
 
 

@@ -112,7 +112,9 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     start = student_prefix(context, targets.manifest_hash)
     folder = store.folder(start, "student.json")
     if world.main:
-        student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+        prepared = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+        for note in prepared.get("notes", []):
+            context.say(note)
         store.publish(start)
     world.wait()
     out = store.folder(task.out)
@@ -163,6 +165,12 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     }
     context.save_config(f"{task.out}/config.toml")
     commit_receipt(store, run_receipt(task, files, counts, time.monotonic() - started))
+    if skipped := result["skipped_documents"]:
+        from bytecache.stages.tokens.misfits import words
+
+        context.say(
+            f"train {task.name}: {sum(skipped.values())} documents skipped because of the student: {words(skipped)}"
+        )
     context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
 
 

@@ -82,6 +82,16 @@ def overrides(settings: Settings) -> list[str]:
     return found
 
 
+def one_word(option: str, value: str) -> str:
+    """`value`, if it is empty or one word: what is put into a line of a job file must not begin another.
+
+    Raises ConfigError.
+    """
+    if value and (value.split() != [value] or not value.isprintable()):
+        raise ConfigError(f"{option} {value!r}: expected one word, without spaces or new lines")
+    return value
+
+
 def needs_shared_run(settings: Settings) -> None:
     """Raises ConfigError for a run folder that machines of a cloud cannot share."""
     if "://" not in settings.run.dir:

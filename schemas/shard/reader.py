@@ -6,8 +6,8 @@ context prior does not predict well enough. SPEC.md is the normative description
 reader, and the writer's names. `shard_builder` writes, `prior` holds the context tree, `quantise` what a writer
 chooses, `packing` the columns, `expansion` the reader's loops, `zarr_zip` the file.
 
-Price in memory: 7 bytes a position and 2 a listed symbol. Sizes, speeds and the commands that measure them: SPEC.md,
-"Cost".
+Price in memory: 7 bytes a position and 2 a listed symbol. Sizes, speeds and the commands that measure them:
+docs/results.md.
 """
 
 import os

@@ -16,7 +16,8 @@ text's own next byte is always listed, with its exact mass. Price on one core: o
 `benchmarks/teacher_throughput.py` measures it beside the forward pass.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -217,10 +218,13 @@ class PathReducer:
         self._end_ids = torch.from_numpy(np.flatnonzero(is_end))
         self._control_ids = torch.from_numpy(np.flatnonzero(~self._ordinary & ~is_end))
 
-    def reduce(self, logits: torch.Tensor, plan: PathPlan, next_token: np.ndarray, *, where: str) -> RowMasses:
+    def reduce(
+        self, logits: torch.Tensor, plan: PathPlan, next_token: np.ndarray, *, where: str | Callable[[int], str]
+    ) -> RowMasses:
         """Reduce `logits` float [R, >= size]; `next_token` int64 [R], -1 for none.
 
-        Columns past the vocabulary (a head padded beyond it) count as control mass. `where` names the text in errors.
+        Columns past the vocabulary (a head padded beyond it) count as control mass. `where` names the text of all rows,
+        or of one, in errors.
         Raises EngineError when a row has NaN, +Inf or no mass at all.
         """
         rows = logits.shape[0]
@@ -228,11 +232,11 @@ class PathReducer:
         for a in range(0, rows, self.chunk):
             b = min(a + self.chunk, rows)
             offsets = plan.level_offset[a : b + 1]
-            parts.append(self._chunk(logits[a:b], offsets, plan.node, next_token[a:b], f"{where}, row {a}"))
+            parts.append(self._chunk(logits[a:b], offsets, plan.node, next_token[a:b], (where, a)))
         return concatenate(parts)
 
     def _chunk(
-        self, logits: torch.Tensor, level_offset: np.ndarray, node: np.ndarray, next_token: np.ndarray, where: str
+        self, logits: torch.Tensor, level_offset: np.ndarray, node: np.ndarray, next_token: np.ndarray, where: Any
     ) -> RowMasses:
         rows = logits.shape[0]
         logits = logits.to(torch.float32)
@@ -240,8 +244,11 @@ class PathReducer:
         e = torch.exp(logits - peak)
         total = e.sum(dim=-1, dtype=torch.float64)
         if not bool(torch.isfinite(total).all()):
+            row = where[1] + int(torch.isfinite(total).int().argmin())
+            name = where[0] if isinstance(where[0], str) else where[0](row)
             raise EngineError(
-                f'the teacher returned NaN or Inf logits ({where}); try teacher.dtype = "float32" or another checkpoint'
+                f"the teacher returned NaN or Inf logits ({name}, row {row}); "
+                'try teacher.dtype = "float32" or another checkpoint'
             )
         log_norm = peak[:, 0].double() + total.log()
         end = e[:, self._end_ids].sum(dim=-1, dtype=torch.float64) / total

@@ -13,7 +13,7 @@ for the very positions of the stretch
 
 Sums, maxima and histograms merge across shards in any grouping; p99 is read off the histogram and rounded up to a
 bin's edge (6 %). Standard errors treat windows, not positions, as independent (ratio estimator), because errors
-come in runs. Price: reading the shard back (SPEC.md, "Cost") and two lattices per reference window.
+come in runs. Price: reading the shard back (docs/results.md) and two lattices per reference window.
 """
 
 import hashlib

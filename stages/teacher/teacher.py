@@ -30,7 +30,14 @@ from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 from bytecache.stages.models.locate import resolve_model
-from bytecache.stages.teacher.identity import AUTO_CONTEXT, fit_context, identity_of, vocabulary_of
+from bytecache.stages.teacher.identity import (
+    AUTO_CONTEXT,
+    REFERENCE,
+    fit_context,
+    identity_of,
+    longest_history,
+    vocabulary_of,
+)
 from bytecache.stages.teacher.inputs import read_inputs
 from bytecache.stages.teacher.windows import (
     LEAD,
@@ -45,8 +52,6 @@ from bytecache.stages.teacher.windows import (
 )
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
-REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 5}
-"""Settings of reference windows: within 1e-4 nats of every cover evaluated, on prose and code."""
 OUTGROWN_PASSES = 2
 """How often static rows that carry more than tau are replaced: the second finds a tenth of the first, a third none."""
 MAX_BRANCHES = 200_000
@@ -61,11 +66,11 @@ class Teacher:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]):
         self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
         self._identity = identity
-        kept = {name: identity.get(name) for name in ("weights", "vocabulary", "static_contexts", "versions")}
-        kept |= {"backend": settings.backend, "dtype": settings.dtype}
+        named = ("weights", "vocabulary", "static_contexts", "versions", "dtype", "device", "head_dtype")
+        kept = {name: identity.get(name) for name in named} | {"backend": settings.backend}
         name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
-        self._static_file = cache_folder() / "static" / f"{name}.safetensors"
-        engine.load_static(self._static_file)
+        self._static_folder = cache_folder() / "static" / name
+        engine.load_static(self._static_folder)
 
     def identity(self) -> dict[str, Any]:
         """See `teacher_identity`."""
@@ -264,7 +269,7 @@ class Teacher:
         if documents and self.settings.sample_tokens:
             writer.append(self.reference_window(documents, unit_key, stop))
         writer.close()
-        self.engine.save_static(self._static_file)
+        self.engine.save_static(self._static_folder)
         return counts
 
     def close(self) -> None:
@@ -312,7 +317,7 @@ def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT)
     if settings.backend == "vllm":
         from bytecache.stages.engines.vllm import VllmEngine
 
-        engine = VllmEngine(folder, reducer, settings)
+        engine = VllmEngine(folder, reducer, settings, longest=longest_history(settings, folder))
     else:
         from bytecache.stages.engines.hf import HfEngine
 

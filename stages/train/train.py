@@ -132,6 +132,7 @@ def _train(
         dataset.where, dataset, "train", opened.vocabulary, opened.end_id,
         template=opened.template, max_tokens=opened.max_tokens, dump=tokens,
     )  # fmt: skip
+    reader.require_text()
     run = start_run(opened, settings, seed, world.device, lambda_kl=kl, world=world, reader=reader)
     out_dir.mkdir(parents=True, exist_ok=True)
     path, refused = checkpoint.latest(out_dir)

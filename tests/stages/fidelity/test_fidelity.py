@@ -114,6 +114,7 @@ def test_empty_documents_have_an_end_to_measure(tmp_path, teacher, texts):
 
 
 def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_path, teacher):
+    """TOKEN_DUMP 8."""
     window = marked(teacher, TEXT, 30)
     (back,) = read_windows(write_part(tmp_path / "a", [window]))
     assert back.reference and back.doc_position == window.doc_position == plan_of(teacher, TEXT, 30, 1).first

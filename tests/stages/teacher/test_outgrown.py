@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from test_fidelity import histories
 
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
@@ -10,6 +9,7 @@ from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 from tests.support.function_model import function_teacher
+from tests.support.histories import histories
 
 EFFORT = {"tau": 0.05, "depth": 2, "static": 0.001}
 TEXT = "The teacher reads the text once; the student reads the notes as often as it likes, and the cache is there."

@@ -55,9 +55,9 @@ class Corpus(Section):
 
 
 PRESETS: dict[str, dict[str, float]] = {
-    "fast": {"tau": 0.6, "depth": 2, "static": 0.002},
-    "balanced": {"tau": 0.04, "depth": 2, "static": 0.005},
-    "exact": {"tau": 0.0015, "depth": 3, "static": 0.0005},
+    "fast": {"tau": 0.3, "depth": 2, "static": 0.002},
+    "balanced": {"tau": 0.03, "depth": 1, "static": 0.002},
+    "exact": {"tau": 0.002, "depth": 2, "static": 0.0002},
 }
 """What `teacher.preset` stands for; measured by `benchmarks/information_loss.py`."""
 
@@ -84,12 +84,13 @@ class Teacher(Section):
     floor: float = Field(1e-5, ge=0.0, le=1e-2)
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
     preset: Literal["fast", "balanced", "exact"] = "balanced"
-    """Effort: rows per canonical token of prose about 1.06 with `fast`, 1.4 with `balanced`, 2.2 with `exact`."""
+    """Effort: rows per canonical token about 1.1 with `fast`, 1.4 with `balanced`, 2.2 with `exact`."""
     tau: float = Field(-1.0, ge=-1.0, le=1.0)
-    """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, where it ends
-    or (with static rows) further on; 0 = all, -1 = preset."""
+    """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, wherever it
+    ends, or (with static rows) further on; 0 = all, -1 = preset."""
     depth: int = Field(-1, ge=-1, le=200)
-    """Passes of branch evaluation, each one token further from the canonical tokens; 0 = none, -1 = preset."""
+    """Tokens off the canonical ones as far as which tau decides; every token beyond asks for three times the share.
+    0 = evaluate no deviation at all, -1 = preset."""
     static: float = Field(-1.0, ge=-1.0, le=1.0)
     """Below tau, histories with more than this share go on as their last token would alone; 0 = off, -1 = preset."""
     sample_tokens: int = Field(128, ge=0)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bytecache.pipeline.cli.terminal import PIPE_CLOSED, say, say_error
+from bytecache.pipeline.cli.terminal import PIPE_CLOSED, say, say_error, show_warnings
 from bytecache.pipeline.config import load_settings
 from bytecache.schemas.errors import BytecacheError, missing_package
 from bytecache.schemas.settings import Settings
@@ -118,6 +118,7 @@ def refusals() -> Iterator[None]:
     """One line and an exit code for whatever the user can act on."""
     from bytecache.pipeline.stores import disk_errors
 
+    show_warnings()
     try:
         try:
             with disk_errors("writing"):

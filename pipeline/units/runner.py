@@ -10,9 +10,9 @@ A first SIGTERM or SIGINT raises a flag that the work polls; the unit in flight 
 process exits with code 75. A second one exits at once, which is as safe as kill -9.
 """
 
+import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -28,6 +28,8 @@ from bytecache.pipeline.units.receipts import FileRecord, Receipt
 from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.messages import one_line
+
+_LOGGER = logging.getLogger("bytecache")
 
 Tick = Callable[[dict[str, Any]], None]
 
@@ -242,7 +244,7 @@ def _interrupted(stage: str, done: int, total: int) -> Interrupted:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
+    _LOGGER.warning("%s", one_line(message))
 
 
 def outcome_line(stage: str, outcome: Outcome) -> str:

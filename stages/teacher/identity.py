@@ -9,12 +9,13 @@ from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.stages.engines.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
 from bytecache.stages.engines.static import CONTEXTS
+from bytecache.stages.lattice.effort import reach
 from bytecache.stages.models.locate import model_name, resolve_model, weights_identity
 from bytecache.stages.teacher.windows import LEAD
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
-REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 5}
-"""Settings of reference windows: within 1e-4 nats of every cover evaluated, on prose and code."""
+REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 8}
+"""Effort of reference windows, which have no static rows and join nothing."""
 LEAST_CONTEXT = LEAD + 3
 """teacher.context, with no overlap."""
 RESERVED = 16
@@ -71,7 +72,7 @@ def fit_context(settings: st.Teacher, folder: Path, automatic: int = AUTO_CONTEX
 def branch_reach(settings: st.Teacher) -> int:
     """Tokens by which a branch may pass the end of its window: it cuts the text there into smaller tokens."""
     effort = settings.resolved()
-    return max(effort.depth, REFERENCE["depth"] if effort.sample_tokens else 0)
+    return max(reach(effort.tau, effort.depth), reach(**REFERENCE) if effort.sample_tokens else 0)
 
 
 def positions(config: Any, context: int) -> int:

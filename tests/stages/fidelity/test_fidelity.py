@@ -188,10 +188,10 @@ def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_pat
         _, counts = convert(tmp_path, name, [ordinary, window], precision="precise", rate=1e-7, prune=prune)
         found.append(Fidelity([counts["fidelity"]]).certificate({}, {}) or {})
     fine, coarse = found
-    assert fine["branch_kl"]["max"] < 1e-9
+    assert fine["branch_kl"]["max"] < 1e-5  # what is below DEEP joins in production and is dropped in a reference
     assert fine["kl"]["mean"] < 5e-3 < coarse["kl"]["mean"]
     assert fine["tail"]["pruned"] < 1e-2 < coarse["tail"]["pruned"]
-    assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"])
+    assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"], rel=1e-3)
     assert fine["rows_per_token"]["production"] == fine["rows_per_token"]["reference"] > 1
 
 

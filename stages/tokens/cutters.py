@@ -26,7 +26,8 @@ def _published() -> Iterator[str]:
     """The expressions of GPT-2 and its many heirs: each alternative that can fail late is followed by one that eats."""
     for digits in (r"\p{N}", r"\p{N}{1,3}", r"\p{N}{1}", r"\d", r"\d{1,3}", r"\p{N}+"):
         yield digits
-        yield f"{_CUTS}|{_WORD}|{digits}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*|{_SPACES}"
+        for end in ("", r"\s+$|"):
+            yield f"{_CUTS}|{_WORD}|{digits}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*|{end}{_SPACES}"
         for contraction in ("", f"{_CUTS}?"):
             words = (
                 rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{contraction}|"

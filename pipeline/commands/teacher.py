@@ -25,7 +25,8 @@ from bytecache.schemas.settings import Teacher
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    from bytecache.stages.teacher.identity import resolve_model, teacher_identity
+    from bytecache.stages.models.locate import resolve_model
+    from bytecache.stages.teacher.identity import teacher_identity
     from bytecache.stages.tokens.chat import template_sha256
 
     store, settings = context.store, context.settings
@@ -139,7 +140,7 @@ def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
 
 def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
     """How the settings in a teacher's identity differ from the current ones."""
-    from bytecache.stages.teacher.identity import model_name
+    from bytecache.stages.models.locate import model_name
 
     old = {
         **identity.get("settings", {}),

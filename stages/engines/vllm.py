@@ -154,7 +154,7 @@ class VllmEngine(Engine):
 
     def _collect(self, name: str, label: str) -> RowMasses:
         answers = self._call("collecting rows", "bytecache_collect", [name])
-        rows = next((answer.get(name) for answer in answers if answer is not None), None)
+        rows: RowMasses | None = next((answer.get(name) for answer in answers if answer is not None), None)
         if rows is None:
             raise EngineError(f"vLLM finished {label} without all of its rows; rerun the command")
         return rows
@@ -259,4 +259,5 @@ def _root_mass(rows: RowMasses) -> np.ndarray:
     first = np.cumsum([0, *rows.n_levels[:-1]])
     begin = np.cumsum([0, *rows.fanout])[first]
     mass = np.cumsum(np.append(0.0, rows.entry_mass.astype(np.float64)))
-    return mass[begin + rows.fanout[first]] - mass[begin]
+    root_mass: np.ndarray = mass[begin + rows.fanout[first]] - mass[begin]
+    return root_mass

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 COMPILE := uv pip compile -q pyproject.toml --extra default-models --extra remote --extra ray --python-version 3.11 --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links
 
-.PHONY: run test fast check torture gemma lock clean
+.PHONY: run test fast check torture gemma docs lock clean
 .DEFAULT_GOAL := run
 
 $(STAMP): lock/cpu.txt pyproject.toml
@@ -35,6 +35,9 @@ check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the reference and pipeline.toml, from the code
+	$(BIN)/python docs/reference/generate.py
 
 lock:  ## refresh the lock files (needs uv)
 	$(COMPILE) --extra cpu --group dev -o lock/cpu.txt > /dev/null

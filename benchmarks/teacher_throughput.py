@@ -23,7 +23,6 @@ from typing import Any
 from bytecache.schemas import settings as st
 from bytecache.stages.corpus.reader import CorpusReader
 from bytecache.stages.engines.engine import Prompt
-from bytecache.stages.engines.vllm_worker import Want
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Lattice
 from bytecache.stages.teacher.teacher import open_teacher
 from bytecache.stages.teacher.windows import new_window, plan_windows
@@ -87,8 +86,8 @@ def main() -> None:
     }
     for _ in range(args.rounds):
         began = time.perf_counter()
-        nothing = [Want(p.tokens, len(p.tokens) - 1, p.text, p.starts[-1:], "") for p in prompts]
-        list(teacher.engine._run(nothing, reuse_prefix=False))
+        last = [p._replace(first_row=len(p.tokens) - 1, starts=p.starts[-1:]) for p in prompts]
+        list(teacher.engine.score(last))
         times["prefill"].append(time.perf_counter() - began)
         began = time.perf_counter()
         rows = list(teacher.engine.score(prompts))

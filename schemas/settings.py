@@ -37,6 +37,9 @@ class Corpus(Section):
     rendered by the teacher's and the student's own chat template. `completion`: prompt and response, joined as text."""
     text_field: str = "text"
     """Name of the text column in JSONL and Parquet sources."""
+    ignore_fields: str = ""
+    """Names of fields of `chat` and `completion` records that are no part of what is read or said, separated by spaces;
+    any other field that is not used is refused."""
     text_split: Literal["file", "paragraphs"] = "file"
     """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
     max_bytes: int = Field(150_000, ge=0)
@@ -55,9 +58,9 @@ class Corpus(Section):
 
 
 PRESETS: dict[str, dict[str, float]] = {
-    "fast": {"tau": 0.6, "depth": 2, "static": 0.002},
-    "balanced": {"tau": 0.04, "depth": 2, "static": 0.005},
-    "exact": {"tau": 0.0015, "depth": 3, "static": 0.0005},
+    "fast": {"tau": 0.3, "depth": 2, "static": 0.002},
+    "balanced": {"tau": 0.03, "depth": 1, "static": 0.002},
+    "exact": {"tau": 0.002, "depth": 2, "static": 0.0002},
 }
 """What `teacher.preset` stands for; measured by `benchmarks/information_loss.py`."""
 
@@ -72,8 +75,9 @@ class Teacher(Section):
     """Hub revision; empty = the default branch."""
     backend: Literal["vllm", "hf"] = "vllm"
     """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the trunk; part of the dump's identity. The head is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the trunk; part of the dump's identity. `auto`: float32 on a CPU, the checkpoint's own on a GPU.
+    The head is float32 unless the checkpoint's is quantised."""
     context: int = Field(0, ge=0)
     """Tokens in one window, the start token included; 0 = 1024, or the model's own limit where that is less."""
     overlap: int = Field(-1, ge=-1)
@@ -83,12 +87,13 @@ class Teacher(Section):
     floor: float = Field(1e-5, ge=0.0, le=1e-2)
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
     preset: Literal["fast", "balanced", "exact"] = "balanced"
-    """Effort: rows per canonical token of prose about 1.06 with `fast`, 1.4 with `balanced`, 2.2 with `exact`."""
+    """Effort: rows per canonical token about 1.1 with `fast`, 1.4 with `balanced`, 2.2 with `exact`."""
     tau: float = Field(-1.0, ge=-1.0, le=1.0)
-    """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, where it ends
-    or (with static rows) further on; 0 = all, -1 = preset."""
+    """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, wherever it
+    ends, or (with static rows) further on; 0 = all, -1 = preset."""
     depth: int = Field(-1, ge=-1, le=200)
-    """Passes of branch evaluation, each one token further from the canonical tokens; 0 = none, -1 = preset."""
+    """Tokens off the canonical ones as far as which tau decides; every token beyond asks for three times the share.
+    0 = evaluate no deviation at all, -1 = preset."""
     static: float = Field(-1.0, ge=-1.0, le=1.0)
     """Below tau, histories with more than this share go on as their last token would alone; 0 = off, -1 = preset."""
     sample_tokens: int = Field(128, ge=0)
@@ -97,8 +102,8 @@ class Teacher(Section):
     """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
     end: str = "auto"
     """Tokens whose mass is the END symbol: `auto` (the model's EOS ids), or token texts separated by spaces."""
-    max_batched_tokens: int = Field(512, ge=16)
-    """Tokens the engine computes at once; bounds logits memory (tokens x vocabulary x 4 bytes)."""
+    max_batched_tokens: int = Field(0, ge=0)
+    """Tokens the engine computes at once, 16 at least; 0 = 512 on a CPU, 8192 on a GPU."""
     kv_cache_gib: int = Field(1, ge=1)
     """Key/value cache on a CPU, GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)

@@ -1,9 +1,9 @@
 """Export: drop the byte head and leave an ordinary `transformers` checkpoint that loads with none of our code.
 
 Algorithm: weights of the checkpoint go into the student's own architecture, adapters are merged into them,
-`save_pretrained` (safetensors) plus its tokenizer into a scratch folder, then the folder is reopened with
-`AutoModelForCausalLM` alone and its token logits are compared with the trained model's on a fixed batch. Only a folder
-that agrees is renamed into place.
+`save_pretrained` (safetensors) and the tokenizer's files, to the byte, go into a scratch folder, then the folder is
+reopened with `AutoModelForCausalLM` alone and its token logits are compared with the trained model's on a fixed batch.
+Only a folder that agrees is renamed into place. transformers 4 opens it as well.
 Price: one copy of the weights and two forward passes of 2 x 64 tokens.
 """
 
@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.files import scratch_folder
 from bytecache.stages.evaluate.evaluate import load_trained
+from bytecache.stages.models.ordinary import make_ordinary
 from bytecache.stages.student import student
+from bytecache.stages.student.tokenizer_files import check_kept, keep
 from bytecache.stages.train import checkpoint
 
 TOLERANCE = 1e-6
@@ -34,7 +36,7 @@ def export(student_dir: Path, checkpoint_path: Path, out_dir: Path) -> dict[str,
 
     Returns:
         {"checkpoint_sha256", "files": {name: sha256}, "max_abs_difference", "parameters"}; also `export.json` there.
-        Where adapters were merged, "merge_difference" as well (see MERGED).
+        Where adapters were merged, "merge_difference" as well (see MERGED). "notes": see `tokenizer_files.check_kept`.
 
     Raises:
         IntegrityError: a torn checkpoint, or the reloaded model differs from the trained one.
@@ -51,7 +53,8 @@ def export(student_dir: Path, checkpoint_path: Path, out_dir: Path) -> dict[str,
     merged = _merge(opened)
     with scratch_folder(out_dir.parent) as scratch:
         opened.model.save_pretrained(scratch)
-        opened.tokenizer.save_pretrained(scratch)
+        keep(student_dir, scratch, str(student_dir))
+        make_ordinary(scratch)
         difference = compare(opened, scratch)
         if not difference <= TOLERANCE:
             raise IntegrityError(
@@ -63,6 +66,7 @@ def export(student_dir: Path, checkpoint_path: Path, out_dir: Path) -> dict[str,
             "files": _hashes(scratch),
             "max_abs_difference": difference,
             **merged,
+            "notes": check_kept(scratch, "export"),
             "parameters": sum(p.numel() for p in opened.model.parameters()),
         }
         (scratch / record.name).write_text(json.dumps(result, indent=1, sort_keys=True))
@@ -104,7 +108,6 @@ def _sample(opened: student.Student) -> torch.Tensor:
 def compare(opened: student.Student, folder: Path) -> float:
     """Largest absolute difference of token logits between a model in memory and the one in `folder`."""
     ids = _sample(opened)
-    AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     again = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False).eval()
     with torch.inference_mode():
         return float((opened.model(input_ids=ids).logits - again(input_ids=ids).logits).abs().max())

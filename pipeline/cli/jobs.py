@@ -139,7 +139,7 @@ def slurm(
     with refusals():
         from bytecache.pipeline.launch.slurm import slurm_script
 
-        spec = asked.of(given.settings())
+        spec = asked.of(given.settings(remote=False))
         _emit(slurm_script(spec, time_limit=time_limit, partition=partition, setup=setup), out)
 
 
@@ -152,23 +152,25 @@ def skypilot(
     accelerator: Annotated[str, typer.Option("--accelerator", help="GPU by SkyPilot's name.")] = "L4",
     spot: Annotated[bool, typer.Option("--spot/--on-demand", help="Spot machines.")] = True,
     setup: Annotated[
-        str, typer.Option("--setup", help="Shell lines that install bytecache; empty = from the index.")
+        str, typer.Option("--setup", help="Shell lines that install bytecache; empty = the image has it.")
     ] = "",
+    image: Annotated[str, typer.Option("--image", help="Container that has bytecache, as docker:name:tag.")] = "",
     out: OutOption = None,
 ) -> None:
     """Write a managed spot job for SkyPilot; its first line says how to start one per worker.
 
     Reads: the configuration; run.dir must be a bucket. Writes: YAML.
 
-    Example: bytecache jobs skypilot --workers 16 --accelerator H100 --run-dir s3://bucket/books --out job.yaml
+    Example: bytecache jobs skypilot --workers 16 --accelerator H100 --image docker:registry/bytecache --run-dir
+    s3://bucket/books --out job.yaml
     """
     with refusals():
         import yaml
 
         from bytecache.pipeline.launch.skypilot import SETUP, launch_lines, skypilot_task
 
-        spec = asked.of(given.settings())
-        task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, spot=spot)
+        spec = asked.of(given.settings(remote=False))
+        task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, image=image, spot=spot)
         _emit(launch_lines(spec, str(out or "job.yaml")) + yaml.safe_dump(task, sort_keys=False, width=10_000), out)
 
 
@@ -197,6 +199,6 @@ def kubernetes(
 
         from bytecache.pipeline.launch.kubernetes import kubernetes_job
 
-        spec = asked.of(given.settings())
+        spec = asked.of(given.settings(remote=False))
         job = kubernetes_job(spec, image=image, secret=secret, namespace=namespace, memory=memory)
         _emit(yaml.safe_dump(job, sort_keys=False, width=10_000), out)

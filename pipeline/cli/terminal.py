@@ -4,6 +4,7 @@ Everything passes `schemas.messages.shown`: a stranger's text gets no control ov
 printed. A fault of ours becomes one line, with the traceback in a log file: `crash_line`.
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -31,6 +32,22 @@ def say(text: str, *, err: bool = False, nl: bool = True) -> None:
 def say_error(text: str) -> None:
     """A refusal, as one line on stderr."""
     say(f"error: {one_line(text)}", err=True)
+
+
+class _Lines(logging.Handler):
+    """Warnings of library code as lines on stderr, wherever that leads when they come."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one record."""
+        say(f"{record.levelname.lower()}: {one_line(record.getMessage())}", err=True)
+
+
+_LINES = _Lines()
+
+
+def show_warnings() -> None:
+    """Let the logger `bytecache` speak on stderr; asking again changes nothing."""
+    logging.getLogger("bytecache").addHandler(_LINES)
 
 
 def open_standard_streams() -> None:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
     "stages.convert.convert", "stages.convert.coarser", "schemas.dump.rows", "stages.lattice.lattice",
-    "stages.lattice.forward", "stages.fidelity.certificate", "stages.fidelity.divergence", "schemas.dump.parquet",
-    "schemas.dump.window", "schemas.dump.masses", "schemas.shard.builder",
+    "stages.lattice.forward", "stages.lattice.effort", "stages.fidelity.certificate", "stages.fidelity.divergence",
+    "stages.fidelity.bound", "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window",
+    "schemas.dump.masses", "schemas.shard.builder",
     "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
     "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",
     "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.arrays",
@@ -41,11 +42,14 @@ def set_aside(dumps: list[Receipt]) -> dict[str, int]:
 
 
 def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:
-    """The fidelity of all shards together; None where no dump part had reference windows."""
+    """The fidelity of all shards together: measured where the dump had reference windows, bounded everywhere."""
+    from bytecache.stages.fidelity.bound import Bound
     from bytecache.stages.fidelity.certificate import Fidelity
 
     reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
-    return Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
+    measured = Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
+    bound = Bound(receipt.counts.get("bound") for receipt in shards).summary()
+    return measured if bound is None else (measured or {}) | {"bound": bound}
 
 
 def dataset_identity(
@@ -145,9 +149,16 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
         counted = {name: receipt.counts[name] for name in ShardEntry.model_fields if name not in fixed}
         entries.append(ShardEntry(**fixed, **counted))
     if not any(entry.n_documents for entry in entries if entry.split == "train"):
+        from bytecache.stages.tokens.misfits import remedy, words
+
+        aside = info["creation"]["set_aside"]
+        if not aside:
+            raise InputError(
+                "no document is left for training, all are held out; lower corpus.heldout_fraction, or plan more text "
+                "(corpus.max_bytes, corpus.text_split) in a new run.dir"
+            )
         raise InputError(
-            "the teacher's tokenizer could reproduce no training document; choose another teacher, or clean the corpus "
-            f"(reasons: {info['creation']['set_aside']})"
+            f"the teacher could read no training document because {words(aside)}; {remedy(aside, 'teacher')}"
         )
     measured = certificate(shards, info["teacher"])
     with suppress(IntegrityError):

@@ -38,7 +38,7 @@ class JobSpec:
 
     def command(self, program: tuple[str, ...] = ("bytecache",)) -> list[str]:
         """The worker's arguments. `program`: how bytecache is called there."""
-        given = [part for setting in overrides(self.settings) for part in ("--set", setting)]
+        given = ["--fresh"] + [part for setting in overrides(self.settings) for part in ("--set", setting)]
         if self.stage != "train":
             return [*program, self.stage, "--worker", *given]
         if self.gpus > 1:
@@ -80,6 +80,16 @@ def overrides(settings: Settings) -> list[str]:
                     value = value.public
                 found.append(f"{section}.{key}={json.dumps(value) if not isinstance(value, str) else value}")
     return found
+
+
+def one_word(option: str, value: str) -> str:
+    """`value`, if it is empty or one word: what is put into a line of a job file must not begin another.
+
+    Raises ConfigError.
+    """
+    if value and (value.split() != [value] or not value.isprintable()):
+        raise ConfigError(f"{option} {value!r}: expected one word, without spaces or new lines")
+    return value
 
 
 def needs_shared_run(settings: Settings) -> None:

@@ -9,7 +9,7 @@ each finds nothing left and ends by itself.
 import math
 from typing import Any
 
-from bytecache.pipeline.launch.command import JobSpec, needs_shared_run
+from bytecache.pipeline.launch.command import JobSpec, needs_shared_run, one_word
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 
 SCRATCH = "/scratch"
@@ -23,6 +23,9 @@ def kubernetes_job(
     Raises ConfigError: the run folder is a path of this machine, or settings hold secrets and no `secret` is named.
     """
     needs_shared_run(spec.settings)
+    given = {"--image": image, "--secret": secret, "--namespace": namespace, "--memory": memory}
+    for option, value in given.items():
+        one_word(option, value)
     if spec.secrets and not secret:
         raise ConfigError(
             f"settings hold secrets, which are written to no file: put {', '.join(spec.secrets)} into a secret of the "
@@ -34,7 +37,8 @@ def kubernetes_job(
     container: dict[str, Any] = {
         "name": "worker",
         "image": image,
-        "command": [*spec.command(), "--set", f"run.scratch={SCRATCH}"],
+        # The kubelet puts variables in the place of $(NAME).
+        "command": [part.replace("$(", "$$(") for part in (*spec.command(), "--set", f"run.scratch={SCRATCH}")],
         "env": [{"name": "OMP_NUM_THREADS", "value": str(spec.cpus)}, {"name": "HF_HOME", "value": f"{SCRATCH}/hub"}],
         "resources": {"requests": {"cpu": str(spec.cpus)}, "limits": limits},
         "volumeMounts": [{"name": "scratch", "mountPath": SCRATCH}],

@@ -6,10 +6,10 @@ passed on as SIGTERM, and as SIGKILL when the notice period is over: units are s
 """
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from bytecache.schemas.errors import BytecacheError, EngineError, Interrupted, StorageError
 
 POLL_S = 0.1
+_LOGGER = logging.getLogger("bytecache")
 _AGAIN = (EngineError.exit_code, StorageError.exit_code)
 
 
@@ -83,11 +84,7 @@ def _step(
     if (code < 0 or code in _AGAIN) and child.restarts < restarts:
         child.restarts += 1
         child.not_before = time.monotonic() + pause_s * 2 ** (child.restarts - 1)
-        print(
-            f"warning: worker {child.number} ended with code {code}; restart {child.restarts} of {restarts}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _LOGGER.warning("worker %d ended with code %d; restart %d of %d", child.number, code, child.restarts, restarts)
     else:
         child.code = code
 

@@ -4,7 +4,7 @@ One Parquet row is one *window*: a run of text with every evaluated history of i
 can be converted with nothing but this file. A long document is several windows; the bytes before `score_start`
 are context and belong to an earlier window. Inside a window, *rows* are histories: the canonical tokens first,
 in order, then branches (histories through a token that is not canonical). All list columns are flat and ragged;
-SPEC.md gives the sums that delimit them.
+TOKEN_DUMP.md gives the sums that delimit them.
 
 A *reference window* is a second record of a short stretch that ordinary windows of the part score too, evaluated
 much deeper. It gives no targets; the converter compares (stages.fidelity.certificate).
@@ -76,9 +76,10 @@ def round_entries(window: "Window") -> np.ndarray:
     The text's own next byte, the prefix of all that follows, keeps `SHARE_BITS`.
     """
     bits = window.entry_mass.astype(np.float32).view(np.uint32)
-    return round_by_share(window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits).view(
-        np.float32
+    rounded: np.ndarray = round_by_share(
+        window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits
     )
+    return rounded.view(np.float32)
 
 
 def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:

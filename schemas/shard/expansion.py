@@ -12,7 +12,7 @@ of its row, 0xFF00 + code, told from byte 255 by a flag.
 4. row by row: keys to their place, eight at a time, of which the next row overwrites what was too many.
 
 `decode_rows` works the same way: all keys of a range first, then what there is one of per row.
-Price, one core: SPEC.md, "Cost".
+Price, one core: docs/results.md, "Speed of the format".
 """
 
 import numpy as np

@@ -14,7 +14,7 @@ what finer ones would cost. Guaranteed whatever the input:
 * the result does not depend on the machine: sums run in fixed point or in a fixed order, logarithms that decide
   come from an integer table, square roots are IEEE's.
 
-Price, one core: SPEC.md, "Cost".
+Price, one core: docs/results.md, "Speed of the format".
 """
 
 import math

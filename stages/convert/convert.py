@@ -20,6 +20,7 @@ from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
 from bytecache.schemas.shard.builder import LEAST_RATE
 from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import Fidelity
 from bytecache.stages.lattice.lattice import Lattice
 
@@ -30,14 +31,15 @@ def convert_units(
     settings: st.Convert,
     attrs: dict[str, Any],
     stop: Callable[[], bool],
-    tick: Callable[[dict], None],
+    tick: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Convert dump parts of one teacher, in order, into one shard at `out_path`.
 
     Returns the shard's counts plus `teacher_nll` (marginal, nats over the text, END not included), `canonical_nll`
     and `unaccounted_mean`, the tail's part that no evaluated history explains; at a coarser effort than the dump's
     `stand_ins`, branches in the place of static rows; `fidelity` is the state of a `Fidelity` over the
-    parts' reference windows (None without any), `reference` how these were made. `tick` receives {"bytes"} per window.
+    parts' reference windows (None without any), `reference` how these were made, `bound` the state of a
+    `Bound` over all positions, whose summary the shard's attributes hold. `tick` receives {"bytes"} per window.
     Raises IntegrityError for parts that are damaged, inconsistent or of different teachers, ConfigError for a
     rate that is too low, and for a tau, depth or static that asks for more than the dump holds, Interrupted when
     `stop()` says so; the output is then incomplete.
@@ -56,6 +58,7 @@ def convert_units(
     kind, ends = "text", True
     reference: dict[str, Any] = {}
     marginal = canonical = unaccounted = 0.0
+    bound = Bound()
     effort: Effort | None = None
     stand_ins = 0
     for part in parts:
@@ -93,6 +96,7 @@ def convert_units(
             marginal += lattice.marginal_nll
             canonical += window.canonical_nll
             unaccounted += float(targets.unaccounted.sum(dtype=np.float64))
+            bound.add(lattice)
             open_document = window.doc_id
             if window.is_last:
                 builder.end_document(window.doc_id)
@@ -102,7 +106,7 @@ def convert_units(
             raise IntegrityError(f"{part}: document {open_document!r} breaks off; delete the part and dump it again")
     if kind != "text":
         attrs = {**attrs, "kind": kind}
-    counts = dict(builder.write(out_path, {**attrs, "teacher": teacher}))
+    counts = dict(builder.write(out_path, {**attrs, "teacher": teacher, "bound": bound.summary()}))
     fidelity = Fidelity()
     if references:
         shard = read_shard(out_path)
@@ -114,6 +118,7 @@ def convert_units(
         "canonical_nll": canonical,
         "unaccounted_mean": unaccounted / max(1, counts["n_supervised"]),
         "fidelity": fidelity.state(),
+        "bound": bound.state(),
         "reference": reference,
     }
     return counts if effort is None else counts | {"stand_ins": stand_ins}

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bytecache.schemas.errors import ConfigError
 from bytecache.stages.engines.paths import RowMasses
 from bytecache.stages.engines.static import StaticJob
 
@@ -34,6 +35,16 @@ class Branch(NamedTuple):
     """Byte of the prompt's text where the history ends."""
 
 
+def refuse_long_branches(name: str, branches: Sequence[Branch], longest: int) -> None:
+    """Raises ConfigError for a branch of more than `longest` tokens; `name` of its window."""
+    most = max((branch.anchor + 1 + len(branch.chain) for branch in branches), default=0)
+    if most > longest:
+        raise ConfigError(
+            f"{name}: a branch of {most} tokens exceeds the {longest} that the teacher holds; "
+            "lower teacher.depth, or teacher.context"
+        )
+
+
 class Engine(ABC):
     """Evaluates histories and reduces their logits beside the model. All calls keep order."""
 
@@ -50,12 +61,12 @@ class Engine(ABC):
         """Static rows (stages.engines.static), grouped by job."""
 
     @abstractmethod
-    def load_static(self, file: Path) -> None:
-        """Take the static states of an earlier run of the same teacher."""
+    def load_static(self, folder: Path) -> None:
+        """Take the static states of earlier runs of the same teacher."""
 
     @abstractmethod
-    def save_static(self, file: Path) -> None:
-        """Keep the static states for later runs of the same teacher."""
+    def save_static(self, folder: Path) -> None:
+        """Keep new static states for later runs of the same teacher, if they are worth a file."""
 
     def forget(self) -> None:  # noqa: B027 - most engines remember nothing
         """Drop what was cached: the bytes of a unit must not depend on the units before it."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError, InputError
 from bytecache.stages.engines import packed
+from bytecache.stages.engines.device import head_is_quantised, trunk_dtype
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
 from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
 from bytecache.stages.engines.static import (
@@ -28,6 +29,7 @@ from bytecache.stages.engines.static import (
     together,
     tokens_of,
 )
+from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.weights import refuse_missing
 
 KEPT_BYTES = 1 << 31
@@ -40,6 +42,7 @@ class HfEngine(Engine):
     def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
         self.reducer = reducer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        refuse_quantised_teacher(folder, settings.model, "hf")
         self.model = _load(folder, settings)
         _check_rope(self.model, settings.context)
         self.model.to(self.device).eval()
@@ -60,7 +63,10 @@ class HfEngine(Engine):
             )
         self._contexts = context_tokens(reducer.vocabulary)
         self._static = StaticStates(
-            reducer, len(self._contexts), linear=linear_logits(self.model.config.get_text_config())
+            reducer,
+            len(self._contexts),
+            linear=linear_logits(self.model.config.get_text_config()),
+            device=self.device,
         )
         self._kept: dict[int, tuple[Prompt, packed.Keys]] = {}
         self._kept_bytes = 0
@@ -129,20 +135,20 @@ class HfEngine(Engine):
 
     @torch.inference_mode()
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
-        for run in batches(self._static.missing(tokens_of(jobs))):
-            for number, context in enumerate(self._contexts):
-                for token, state in zip(run, self._states(context, run), strict=True):
-                    self._static.put(token, number, state)
         for some in together(jobs):
+            for run in batches(self._static.missing(tokens_of(some))):
+                for number, context in enumerate(self._contexts):
+                    for token, state in zip(run, self._states(context, run), strict=True):
+                        self._static.put(token, number, state)
             rows = self._static.rows(some, self._head)
             assert rows is not None
             yield from rows
 
-    def load_static(self, file: Path) -> None:
-        self._static.load(file)
+    def load_static(self, folder: Path) -> None:
+        self._static.load(folder)
 
-    def save_static(self, file: Path) -> None:
-        self._static.save(file)
+    def save_static(self, folder: Path) -> None:
+        self._static.save(folder)
 
     def _states(self, context: np.ndarray, tokens: Sequence[int]) -> torch.Tensor:
         """What the output embedding is given after (context, token), [tokens, width]."""
@@ -166,7 +172,7 @@ class HfEngine(Engine):
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, with what Gemma, Cohere and Granite do to them afterwards."""
         config = self.model.config.get_text_config()
-        logits: torch.Tensor = self.model.get_output_embeddings()(states.to(self.device)).float()
+        logits: torch.Tensor = self.model.get_output_embeddings()(states).float()
         if getattr(config, "logit_scale", None):
             logits = logits * config.logit_scale
         if getattr(config, "logits_scaling", None):
@@ -181,10 +187,14 @@ def _load(folder: Path, settings: st.Teacher) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = f"teacher.model = {settings.model!r}"
+    if head_is_quantised(folder):
+        raise ConfigError(
+            f'{name} has a quantised output embedding, which needs its kernels; set teacher.backend = "vllm"'
+        )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, settings.dtype),
+            dtype=trunk_dtype(settings, on_cpu=not torch.cuda.is_available()),
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             attn_implementation="sdpa",

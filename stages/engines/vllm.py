@@ -2,121 +2,63 @@
 
 Requests are plain pre-tokenised prompts with one sampled token; the rows we want ride on the prefill (see
 stages.engines.vllm_worker). `LLMEngine.step()` is driven here with a cap on the tokens in flight, so memory stays flat.
-Branches are short requests whose prefix is in the prefix cache, added right after their window.
+Branches are short requests whose prefix is in the prefix cache, added right after their window; what the cache does not
+hold of them is counted, and a model whose cache holds nothing of them is refused.
 
 An engine exception is fatal by design: after one, vLLM's next call may never return.
 """
 
+import contextlib
 import logging
-import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bytecache.schemas import settings as st
-from bytecache.schemas.errors import ConfigError, EngineError
-from bytecache.stages.engines.engine import Branch, Engine, Prompt
-from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate
+from bytecache.schemas.errors import BytecacheError, EngineError
+from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_branches
+from bytecache.stages.engines.paths import PathReducer, RowMasses
 from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
-from bytecache.stages.engines.vllm_worker import Want, WantState
+from bytecache.stages.engines.vllm_start import CPU_BLOCK, logit_rows, reason, start_engine
+from bytecache.stages.engines.vllm_worker import LEAVE_S, Request, Want, WantState
 
 TOKENS_IN_FLIGHT = 16_384
-"""Prompt tokens handed to the scheduler at once."""
-_BLOCK = {"cpu": 32, "gpu": 16}
-"""Tokens per cache block, the fewest an engine takes: a branch recomputes at most one block of its prefix."""
+"""Tokens that the scheduler has still to compute at most, cached prefixes aside."""
+TRIAL_BRANCHES = 64
+"""Branches after which the engine is judged by what it computed for them."""
+COSTLY_BRANCH = 64
+"""Tokens computed for a branch above which a line says so."""
+_LOG = logging.getLogger("bytecache.vllm")
 
 
-def _environment(settings: st.Teacher) -> None:
-    """Before vLLM is imported. In-process: an engine process of its own survives a kill and keeps its GPU."""
-    defaults = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    # vLLM warns about its platform before it configures its own logger.
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+class Ask(NamedTuple):
+    """A want and the prompts of its requests, in order."""
 
-
-def _quiet_llvmlite() -> None:
-    """Let vLLM start after numba was imported.
-
-    vLLM 0.32 reads `__dict__` of every attribute of every module; llvmlite's library proxy answers any name with a
-    function, and vLLM dies on it. The proxy has no `__dict__`, so it may say so.
-    """
-    from llvmlite.binding import ffi
-
-    proxy: Any = type(ffi.lib)
-    answer = proxy.__getattr__
-
-    def guarded(self: Any, name: str) -> Any:
-        if name == "__dict__":
-            raise AttributeError(name)
-        return answer(self, name)
-
-    proxy.__getattr__ = guarded
+    want: Want
+    prompts: list[np.ndarray]
+    cached: int = 0
+    """Tokens of each prompt that the prefix cache is expected to hold, the last block aside."""
 
 
 class VllmEngine(Engine):
     """Rows from an in-process `vllm.LLMEngine`. Raises EngineError when the self-test fails."""
 
-    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
-        _environment(settings)
-        _quiet_llvmlite()
-        warnings.filterwarnings("ignore", message=".*reduce_op.*", category=FutureWarning)
-        try:
-            from vllm import EngineArgs, LLMEngine
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            raise ConfigError(
-                'teacher.backend = "vllm" but vLLM is not installed: install bytecache[cpu] or bytecache[gpu], '
-                'or set teacher.backend = "hf"'
-            ) from error
+    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher, *, longest: int):
         self._serial = 0
-        on_cpu = current_platform.is_cpu()
-        arguments: dict[str, Any] = {
-            "model": str(folder),
-            "dtype": settings.dtype,
-            "hf_overrides": {"head_dtype": "float32"},
-            "max_model_len": settings.context,
-            "max_num_batched_tokens": settings.max_batched_tokens,
-            "max_num_seqs": min(128, settings.max_batched_tokens),
-            "enable_chunked_prefill": True,
-            # Reference windows branch even where production does not.
-            "enable_prefix_caching": settings.depth > 0 or settings.sample_tokens > 0,
-            "block_size": _BLOCK["cpu" if on_cpu else "gpu"],
-            "enforce_eager": on_cpu,
-            "skip_tokenizer_init": True,
-            "async_scheduling": False,
-            "seed": 0,
-            "tensor_parallel_size": settings.tensor_parallel,
-            "trust_remote_code": settings.trust_remote_code,
-            "load_format": "safetensors",
-            "use_tqdm_on_load": False,
-            "worker_extension_cls": "bytecache.stages.engines.vllm_worker.PathExtension",
-            "disable_log_stats": True,
-        }
-        if not on_cpu:
-            arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
-        try:
-            self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        except Exception as error:
-            raise EngineError(
-                f"vLLM could not start with teacher.model = {settings.model!r}: {_reason(error)}; "
-                'lower teacher.context or teacher.kv_cache_gib, or try teacher.backend = "hf"'
-            ) from error
+        self._model, self._longest = settings.model, longest
+        self.branches = self.branch_tokens = self._prefix_tokens = 0
+        self._said = False
+        self._engine, on_cpu = start_engine(folder, settings, longest)
         self._contexts = context_tokens(reducer.vocabulary)
-        if not all(self._engine.collective_rpc("bytecache_install", args=(reducer, len(self._contexts)))):
+        self._size = reducer.vocabulary.size
+        rows = logit_rows(reducer, on_cpu=on_cpu)
+        kinds = self._call("installing its hook", "bytecache_install", reducer, len(self._contexts), rows)
+        if not all(kinds):
             raise EngineError(
                 "this vLLM's model runner has no hook for path masses; install the version in the lock file"
             )
-        self._vocabulary_size = reducer.vocabulary.size
         self._self_test(reducer)
 
     def _self_test(self, reducer: PathReducer) -> None:
@@ -130,12 +72,13 @@ class VllmEngine(Engine):
         prompt = Prompt("self-test", tokens, 0, np.frombuffer(b"".join(pieces[1:]), np.uint8), starts)
         (rows,) = self.score([prompt])
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=1)
-        self._engine.add_request("self-test-reference", {"prompt_token_ids": tokens.tolist()}, params)
+        self._add("self-test-reference", tokens, params, "self-test")
         reference: list[Any] | None = None
         while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
+            for output in self._step():
                 reference = output.prompt_logprobs
-        assert reference is not None
+        if reference is None:
+            raise EngineError("vLLM returned no prompt logprobs in the self-test; install the version in the lock file")
         theirs = np.array([row[int(t)].logprob for row, t in zip(reference[1:], tokens[1:], strict=True)])
         worst = float(np.abs(theirs - rows.next_logp[:-1]).max())
         mass = float(np.abs(_root_mass(rows) + rows.end + rows.control - 1).max())
@@ -146,74 +89,115 @@ class VllmEngine(Engine):
             )
 
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
-        wants = (Want(p.tokens, p.first_row, p.text, p.starts, p.name) for p in prompts)
-        return self._run(list(wants), reuse_prefix=False)
+        return self._run([self._ask(prompt) for prompt in prompts], reuse_prefix=False)
+
+    def _ask(self, prompt: Prompt) -> Ask:
+        following = np.append(prompt.tokens[prompt.first_row + 1 :], -1).astype(np.int64)
+        requests = {self._name(): Request(prompt.first_row, len(prompt.tokens))}
+        return Ask(Want(prompt.name, prompt.text, prompt.starts, following, requests), [prompt.tokens])
 
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
-        wants = []
-        for prompt, branches in jobs:
-            for branch in branches:
-                tokens = np.append(prompt.tokens[: branch.anchor + 1], np.array(branch.chain, np.int32))
-                start = np.array([branch.start], np.int64)
-                wants.append(Want(tokens, len(tokens) - 1, prompt.text, start, f"{prompt.name}, branch"))
-        rows = self._run(wants, reuse_prefix=True)
-        for _, branches in jobs:
-            yield concatenate([next(rows) for _ in branches])
+        return self._run([self._ask_branches(*job) for job in jobs], reuse_prefix=True)
 
-    def _run(self, wants: list[Want], *, reuse_prefix: bool) -> Iterator[RowMasses]:
-        """Keep about TOKENS_IN_FLIGHT tokens in the scheduler; yield rows in the order of `wants`."""
+    def _ask_branches(self, prompt: Prompt, branches: Sequence[Branch]) -> Ask:
+        refuse_long_branches(prompt.name, branches, self._longest)
+        prompts = [np.append(prompt.tokens[: b.anchor + 1], np.array(b.chain, np.int32)) for b in branches]
+        starts = np.array([branch.start for branch in branches], np.int64)
+        requests = {self._name(): Request(len(tokens) - 1, len(tokens)) for tokens in prompts}
+        none = np.full(len(branches), -1, np.int64)
+        return Ask(Want(f"{prompt.name}, branches", prompt.text, starts, none, requests), prompts)
+
+    def _name(self) -> str:
+        self._serial += 1
+        return f"bc{self._serial}"
+
+    def _run(self, asks: list[Ask], *, reuse_prefix: bool) -> Iterator[RowMasses]:
+        """Keep about TOKENS_IN_FLIGHT tokens in the scheduler; yield the rows of each ask, in order."""
         from vllm import SamplingParams
 
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, ignore_eos=True, skip_reading_prefix_cache=not reuse_prefix
         )
-        ready: dict[str, RowMasses] = {}
-        names = [f"bc{self._serial + i}" for i in range(len(wants))]
-        self._serial += len(wants)
-        size = {name: len(want.tokens) for name, want in zip(names, wants, strict=True)}
-        added, flying, given = 0, 0, 0
-        while given < len(wants):
-            batch = {}
-            while added < len(wants) and (flying == 0 or flying + len(wants[added].tokens) <= TOKENS_IN_FLIGHT):
-                batch[names[added]] = wants[added]
-                flying += len(wants[added].tokens)
-                added += 1
-            if batch:
-                self._engine.collective_rpc("bytecache_want", args=(batch,))
-                for name, want in batch.items():
-                    self._add(name, want.tokens, params)
-            finished = [o.request_id for o in self._step() if o.finished]
-            if finished:
-                collected: dict[str, RowMasses] = {}
-                for part in self._engine.collective_rpc("bytecache_collect", args=(finished,)):
-                    collected.update(part)
-                missing = [name for name in finished if name not in collected]
-                if missing:
-                    raise EngineError(
-                        f"vLLM finished {len(missing)} requests without all their rows; rerun the command"
-                    )
-                ready.update(collected)
-                flying -= sum(size[name] for name in finished)
-            while given < len(wants) and names[given] in ready:
-                yield ready.pop(names[given])
-                given += 1
+        to_come = [
+            (number, name, prompt)
+            for number, ask in enumerate(asks)
+            for name, prompt in zip(ask.want.requests, ask.prompts, strict=True)
+        ]
+        owner = {name: number for number, name, _ in to_come}
+        cost = {name: self._expected(prompt, reuse_prefix=reuse_prefix) for _, name, prompt in to_come}
+        unfinished = [len(ask.prompts) for ask in asks]
+        announced = added = flying = 0
+        for number in range(len(asks)):
+            while unfinished[number]:
+                while added < len(to_come) and (not flying or flying + cost[to_come[added][1]] <= TOKENS_IN_FLIGHT):
+                    ask, name, prompt = to_come[added]
+                    if ask >= announced:
+                        wants = {str(ask): asks[ask].want}
+                        self._call("announcing a window", "bytecache_want", wants)
+                        announced = ask + 1
+                    self._add(name, prompt, params, asks[ask].want.label)
+                    flying += cost[name]
+                    added += 1
+                for output in self._step():
+                    if output.finished:
+                        name = output.request_id
+                        unfinished[owner[name]] -= 1
+                        flying -= cost[name]
+                        if reuse_prefix:
+                            self._count(output)
+            if reuse_prefix:
+                self._judge()
+            yield self._collect(str(number), asks[number].want.label)
+
+    def _expected(self, prompt: np.ndarray, *, reuse_prefix: bool) -> int:
+        """Tokens of a prompt that are to be computed."""
+        return min(len(prompt), CPU_BLOCK) if reuse_prefix else len(prompt)
+
+    def _collect(self, name: str, label: str) -> RowMasses:
+        answers = self._call("collecting rows", "bytecache_collect", [name])
+        rows: RowMasses | None = next((answer.get(name) for answer in answers if answer is not None), None)
+        if rows is None:
+            raise EngineError(f"vLLM finished {label} without all of its rows; rerun the command")
+        return rows
+
+    def _count(self, output: Any) -> None:
+        """Add what a branch cost."""
+        self.branches += 1
+        self._prefix_tokens += len(output.prompt_token_ids)
+        self.branch_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
+
+    def _judge(self) -> None:
+        """Say what branches cost, once; refuse a model that computes all of them anew."""
+        if self.branches < TRIAL_BRANCHES:
+            return
+        each, whole = self.branch_tokens / self.branches, self._prefix_tokens / self.branches
+        if each > 0.9 * whole and whole > 2 * CPU_BLOCK:
+            raise EngineError(
+                f"teacher.model = {self._model!r}: vLLM computes {each:.0f} of a branch's {whole:.0f} tokens again, "
+                "because this architecture's cache cannot be entered in the middle; set teacher.depth = 0 and "
+                "teacher.sample_tokens = 0 (static rows stand in for branches), or a teacher.context that makes each "
+                "branch cheap"
+            )
+        if each > COSTLY_BRANCH and not self._said:
+            self._said = True
+            _LOG.warning("vLLM computes %.0f tokens for each branch; a smaller teacher.context costs less", each)
 
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
-        missing = self._engine.collective_rpc("bytecache_static_missing", args=(tokens_of(jobs),))[0]
-        for tokens in batches(missing):
-            self._ask_states(tokens)
         for some in together(jobs):
-            answers = self._engine.collective_rpc("bytecache_static_rows", args=(some,))
+            missing = self._call("looking up static states", "bytecache_static_missing", tokens_of(some))[0]
+            for tokens in batches(missing):
+                self._ask_states(tokens)
+            answers = self._call("making static rows", "bytecache_static_rows", some)
             rows = next((rows for rows in answers if rows is not None), None)
             if rows is None:
                 raise EngineError("no worker of vLLM holds logits; rerun the command")
             yield from rows
 
-    def load_static(self, file: Path) -> None:
-        self._engine.collective_rpc("bytecache_static_file", args=(file, False))
+    def load_static(self, folder: Path) -> None:
+        self._call("loading static states", "bytecache_load_static", folder)
 
-    def save_static(self, file: Path) -> None:
-        self._engine.collective_rpc("bytecache_static_file", args=(file, True))
+    def save_static(self, folder: Path) -> None:
+        self._call("saving static states", "bytecache_save_static", folder)
 
     def _ask_states(self, tokens: Sequence[int]) -> None:
         """One batch of prompts (context, token), alone in the engine."""
@@ -226,38 +210,50 @@ class VllmEngine(Engine):
         prompts = []
         for number, context in enumerate(self._contexts):
             for token in tokens:
-                wants[f"bc{self._serial + len(wants)}"] = WantState(token, number, len(context) + 1)
+                wants[self._name()] = WantState(token, number, len(context) + 1)
                 prompts.append(np.append(context, np.int32(token)))
-        self._serial += len(wants)
-        self._engine.collective_rpc("bytecache_want_states", args=(wants,))
+        self._call("announcing static states", "bytecache_want_states", wants)
         for name, prompt in zip(wants, prompts, strict=True):
-            self._add(name, prompt, params)
+            self._add(name, prompt, params, "static states")
         while self._engine.has_unfinished_requests():
             self._step()
 
-    def _add(self, name: str, tokens: np.ndarray, params: Any) -> None:
+    def _add(self, name: str, tokens: np.ndarray, params: Any, label: str) -> None:
         # An id past the vocabulary would kill the engine and hang the next call.
-        if int(tokens.max()) >= self._vocabulary_size or int(tokens.min()) < 0:
-            raise EngineError(
-                f"token id {int(tokens.max())} is outside the teacher's vocabulary of {self._vocabulary_size}"
-            )
-        self._engine.add_request(name, {"prompt_token_ids": tokens.tolist()}, params)
+        if int(tokens.max()) >= self._size or int(tokens.min()) < 0:
+            raise EngineError(f"token id {int(tokens.max())} is outside the teacher's vocabulary of {self._size}")
+        self._guard(
+            f"taking {len(tokens)} tokens of {label}",
+            lambda: self._engine.add_request(name, {"prompt_token_ids": tokens.tolist()}, params),
+        )
 
     def _step(self) -> list[Any]:
+        outputs: list[Any] = self._guard("scoring", self._engine.step)
+        return outputs
+
+    def _call(self, doing: str, method: str, *args: Any) -> list[Any]:
+        """Answers of all workers to one of our methods (stages.engines.vllm_worker)."""
+        answers: list[Any] = self._guard(doing, lambda: self._engine.collective_rpc(method, args=args))
+        return answers
+
+    def _guard(self, doing: str, call: Callable[[], Any]) -> Any:
+        """Every call of vLLM goes through here: what it raises becomes a refusal that names what was done."""
         try:
-            return self._engine.step()
+            return call()
+        except BytecacheError:
+            raise
         except Exception as error:
-            if isinstance(error, EngineError):
-                raise
             raise EngineError(
-                f'vLLM failed while scoring: {_reason(error)}; rerun the same command, or try teacher.backend = "hf"'
+                f"vLLM failed while {doing} ({type(error).__name__}: {reason(error)}); rerun the same command to go on"
             ) from error
 
     def forget(self) -> None:
-        if not self._engine.reset_prefix_cache():
+        if not self._guard("dropping its prefix cache", self._engine.reset_prefix_cache):
             raise EngineError("vLLM could not drop its prefix cache between units; rerun the same command to continue")
 
     def close(self) -> None:
+        with contextlib.suppress(Exception):  # an engine that failed may not answer
+            self._engine.collective_rpc("bytecache_leave", timeout=LEAVE_S)
         self._engine.engine_core.shutdown()
 
 
@@ -266,9 +262,5 @@ def _root_mass(rows: RowMasses) -> np.ndarray:
     first = np.cumsum([0, *rows.n_levels[:-1]])
     begin = np.cumsum([0, *rows.fanout])[first]
     mass = np.cumsum(np.append(0.0, rows.entry_mass.astype(np.float64)))
-    return mass[begin + rows.fanout[first]] - mass[begin]
-
-
-def _reason(error: BaseException) -> str:
-    """The start of an error's message; pydantic's says what is wrong in its third line."""
-    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:3])
+    root_mass: np.ndarray = mass[begin + rows.fanout[first]] - mass[begin]
+    return root_mass

@@ -38,6 +38,7 @@ from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import open_dataset
+from bytecache.stages.tokens import misfits
 from bytecache.stages.train import checkpoint
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.types import MicroBatch
@@ -217,7 +218,14 @@ def evaluate(
                 sample.append(micro)
     skipped = reader.skipped_documents()
     if not n_bytes:
-        raise InputError(f"{dataset.where}: nothing in split {split!r} can be evaluated; set aside: {skipped}")
+        raise InputError(
+            f"{dataset.where}: nothing in split {split!r} can be evaluated"
+            + (
+                f" because of the student: {misfits.words(skipped)}; {misfits.remedy(skipped, 'student')}"
+                if skipped
+                else ""
+            )
+        )
     bits = 1 / math.log(2)
     return {
         "name": name,
@@ -234,6 +242,7 @@ def evaluate(
         "teacher_bits_per_covered_byte": teacher_covered * bits / n_slots,
         "teacher_unlisted_share": n_unlisted / n_positions,
         "skipped_documents": skipped,
+        "n_skipped": sum(skipped.values()),
         **head_cost(run, sample),
     }
 
@@ -258,6 +267,7 @@ ROWS = (
     ("covered_share", "bytes covered by the head", ".2%"),
     ("teacher_unlisted_share", "true bytes the targets do not list", ".2%"),
     ("text_bytes", "held-out text, bytes", ",d"),
+    ("n_skipped", "held-out documents that the student cannot read", ",d"),
     ("model_parameters", "parameters of the student", ",d"),
     ("head_parameters", "parameters of the head (dropped at export)", ",d"),
     ("head_flops_share", "objective's share of a step, matrix FLOPs", ".1%"),
@@ -270,6 +280,6 @@ def report_table(results: list[dict[str, Any]]) -> str:
     lines = ["| held out | " + " | ".join(str(r["name"]) for r in results) + " |"]
     lines.append("|---|" + "---:|" * len(results))
     for key, label, spec in ROWS:
-        values = ["not measured" if r[key] is None else format(r[key], spec) for r in results]
+        values = ["not measured" if r.get(key) is None else format(r[key], spec) for r in results]
         lines.append(f"| {label} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"

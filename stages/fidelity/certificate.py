@@ -2,18 +2,21 @@
 
 A dump part holds *reference windows* (schemas.dump.parquet): short stretches whose histories were evaluated far deeper
 than production asks. All rows of such a window but the static ones give the reference, the rows marked `row_sampled`
-give what production knew (less, where the conversion asked for less). Once the shard is written it is read back, and
-for the very positions of the stretch
+give what production knew (less, where the conversion asked for less). The reference has no static rows and nothing in
+it joins: it is what the evaluated histories say, and how much of the mass they lack is measured beside it. Once the
+shard is written it is read back, and for the very positions of the stretch
 
     kl, kl_bucket, jsd, leak   reference against what the shard says (stages.fidelity.divergence has the formulas)
     branch_kl                  reference against the production targets before they are stored
     storing_kl                 production targets against what the shard says: pruning and quantisation alone
     tail                       what the shard stores as unlisted, and of that: `unevaluated` histories, `pruned`
                                symbols, and `other`: control tokens and entries below teacher.floor
+    missed                     share of the reference's mass that ends at the position in a history which it did not
+                               evaluate either: large where a reference is none (one that let histories join did)
 
-Sums, maxima and histograms merge across shards in any grouping; p99 is read off the histogram and rounded up to a
-bin's edge (6 %). Standard errors treat windows, not positions, as independent (ratio estimator), because errors
-come in runs. Price: reading the shard back (SPEC.md, "Cost") and two lattices per reference window.
+Beside it `bound` says, for every position and without a reference, what the targets can be wrong by
+(stages.fidelity.bound). Sums, maxima and histograms merge across shards in any grouping (stages.fidelity.measure).
+Price: reading the shard back (docs/results.md) and two lattices per reference window.
 """
 
 import hashlib
@@ -31,17 +34,16 @@ from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.fidelity.divergence import divergence, kl_spread
-from bytecache.stages.lattice.lattice import Lattice, Targets
+from bytecache.stages.fidelity.measure import Measure, rounded
+from bytecache.stages.lattice.lattice import Lattice
 
-VERSION = 1
+VERSION = 2
 """Of the accumulator and the certificate; states of different versions do not merge."""
-MEASURES = ("kl", "kl_bucket", "jsd", "leak", "branch_kl", "storing_kl", "tail")
+MEASURES = ("kl", "kl_bucket", "jsd", "leak", "branch_kl", "storing_kl", "tail", "missed")
+OF_PRODUCTION = ("branch_kl", "storing_kl")
+"""Measures that need the rows which production had."""
 TAIL_PARTS = ("unevaluated", "pruned", "other")
 COUNTS = ("positions", "windows", "documents", "canonical_rows", "production_rows", "reference_rows")
-_BINS = 40
-"""Histogram bins per decade."""
-_LEAST = 1e-12
-"""Values below share the lowest bin."""
 
 
 def true_symbols(window: Window) -> np.ndarray:
@@ -65,66 +67,13 @@ def locate(window: Window, shard: ByteShard) -> int:
     )
 
 
-class _Measure:
-    """Mean, spread between windows, p99 and maximum of one number per position; mergeable."""
-
-    def __init__(self) -> None:
-        self.total = self.largest = 0.0
-        self.squares = self.cross = 0.0
-        """Over windows: sum of S^2 and of S n, S the window's sum and n its positions."""
-        self.histogram: dict[int, int] = {}
-        """Positions per bin of log10 |value|."""
-
-    def add(self, values: np.ndarray) -> None:
-        total = math.fsum(values)
-        self.total += total
-        self.squares += total * total
-        self.cross += total * len(values)
-        size = np.abs(values)
-        self.largest = max(self.largest, float(size.max(initial=0.0)))
-        bins = np.floor(np.log10(np.maximum(size, _LEAST)) * _BINS).astype(int)
-        for index, count in zip(*np.unique(bins, return_counts=True), strict=True):
-            self.histogram[int(index)] = self.histogram.get(int(index), 0) + int(count)
-
-    def merge(self, state: dict[str, Any]) -> None:
-        self.total += state["total"]
-        self.squares += state["squares"]
-        self.cross += state["cross"]
-        self.largest = max(self.largest, state["largest"])
-        for index, count in state["histogram"].items():
-            self.histogram[int(index)] = self.histogram.get(int(index), 0) + count
-
-    def state(self) -> dict[str, Any]:
-        histogram = {str(index): count for index, count in sorted(self.histogram.items())}
-        return {
-            "total": self.total, "squares": self.squares, "cross": self.cross, "largest": self.largest,
-            "histogram": histogram,
-        }  # fmt: skip
-
-    def _p99(self, positions: int) -> float:
-        above = positions // 100
-        for index in sorted(self.histogram, reverse=True):
-            above -= self.histogram[index]
-            if above < 0:
-                return min(10.0 ** ((index + 1) / _BINS), self.largest)
-        return 0.0
-
-    def summary(self, positions: int, windows: int, squared_positions: float) -> dict[str, float]:
-        """mean, stderr, p99, max; p99 and max are of the absolute value."""
-        mean = self.total / positions
-        spread = max(0.0, self.squares - 2 * mean * self.cross + mean * mean * squared_positions)
-        stderr = math.sqrt(spread * windows / (windows - 1)) / positions if windows > 1 else 0.0
-        found = {"mean": mean, "stderr": stderr, "p99": self._p99(positions), "max": self.largest}
-        return {name: _rounded(value) for name, value in found.items()}
-
-
 class Fidelity:
     """What was measured so far; `state()` is JSON that `merge` takes back, `certificate()` is for people."""
 
     def __init__(self, states: Iterable[dict[str, Any] | None] = ()) -> None:
         self.counts = dict.fromkeys(COUNTS, 0)
         self.squared_positions = 0.0
-        self.measures = {name: _Measure() for name in MEASURES}
+        self.measures = {name: Measure() for name in MEASURES}
         self.tail_parts = dict.fromkeys(TAIL_PARTS, 0.0)
         self._last_document: tuple[str, str] | None = None
         for state in states:
@@ -138,10 +87,11 @@ class Fidelity:
         """
         lo = locate(window, shard)
         deep = keep_rows(window, window.row_static == 0)
-        whole, known = Lattice(deep).targets(), Lattice(asked).targets()
+        reference = Lattice(deep, joins=False)
+        whole, known = reference.targets(), Lattice(asked).targets()
         hi = lo + len(known.tail)
         stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
-        self.add_positions(whole, shard, lo, true_symbols(window), window.doc_id)
+        self.add_positions(reference, shard, lo)
         self._add("branch_kl", kl_spread(whole.probs, whole.tail, known.probs, known.tail))
         self._add("storing_kl", kl_spread(known.probs, known.tail, stored, tail, weights))
         pruned = np.where(stored > 0, 0.0, known.probs).sum(dtype=np.float64)
@@ -153,20 +103,22 @@ class Fidelity:
         self.counts["production_rows"] += int((asked.row_static == 0).sum())
         self.counts["reference_rows"] += len(deep.row_depth)
 
-    def add_positions(self, reference: Targets, shard: ByteShard, lo: int, symbol: np.ndarray, doc_id: str) -> None:
+    def add_positions(self, reference: Lattice, shard: ByteShard, lo: int) -> None:
         """Measure one stretch: the shard's positions from `lo` on against `reference`; a document's stretches in a row.
 
         Tails are spread as the shard's prior says.
         """
+        window, targets = reference.window, reference.targets()
+        symbol = true_symbols(window)
         hi = lo + len(symbol)
         stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
-        document = (shard.path, doc_id)
-        found = divergence(reference.probs, reference.tail, stored, tail, symbol, weights)
-        for name, values in found._asdict().items():
+        for name, values in divergence(targets.probs, targets.tail, stored, tail, symbol, weights)._asdict().items():
             self._add(name, values)
         self._add("tail", tail.astype(np.float64))
+        self._add("missed", reference.handed().total[window.score_start :][: len(symbol)])
         self.counts["positions"] += len(symbol)
         self.counts["windows"] += 1
+        document = (shard.path, window.doc_id)
         self.counts["documents"] += document != self._last_document
         self._last_document = document
         self.squared_positions += float(len(symbol)) ** 2
@@ -210,21 +162,21 @@ class Fidelity:
         figures = {
             name: measure.summary(positions, windows, self.squared_positions)
             for name, measure in self.measures.items()
-            if whole or name not in ("branch_kl", "storing_kl")
+            if whole or name not in OF_PRODUCTION
         }
         out: dict[str, Any] = {
             "version": VERSION,
-            "unit": "nats per position; leak: bits per position; tail: probability",
+            "unit": "nats per position; leak: bits per position; tail, missed: probability",
             "reference": reference,
             "teacher_sha256": identity_hash(teacher),
             "sample": {name: self.counts[name] for name in ("positions", "windows", "documents")},
             **figures,
         }
         if whole:
-            out["tail"] |= {name: _rounded(mass / positions) for name, mass in self.tail_parts.items()}
+            out["tail"] |= {name: rounded(mass / positions) for name, mass in self.tail_parts.items()}
             rows = self.counts["canonical_rows"]
             out["rows_per_token"] = {
-                name: _rounded(self.counts[f"{name}_rows"] / rows) for name in ("production", "reference")
+                name: rounded(self.counts[f"{name}_rows"] / rows) for name in ("production", "reference")
             }
         return out
 
@@ -243,7 +195,7 @@ def figure(certificate: dict[str, Any], name: str, which: str = "mean") -> float
 
 def summary_line(certificate: dict[str, Any] | None) -> str:
     """A certificate in one line."""
-    if certificate is None:
+    if certificate is None or "kl" not in certificate:
         return "fidelity: not measured (no reference windows in the dump)"
     kl, leak = figure(certificate, "kl"), figure(certificate, "leak")
     sample, reference = (partial(figure, certificate, name) for name in ("sample", "reference"))
@@ -253,7 +205,3 @@ def summary_line(certificate: dict[str, Any] | None) -> str:
         f"leak {leak:+.2g} bits/byte, tail {figure(certificate, 'tail'):.2g}, "
         f"over {sample('positions'):g} positions, against tau {reference('tau'):g}, depth {reference('depth'):g}"
     )
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")

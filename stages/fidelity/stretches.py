@@ -55,5 +55,4 @@ def measure_stored(
         symbol, text = true_symbols(window), shard.text[lo : lo + stretch.n_targets]
         if not np.array_equal(symbol[symbol != END], text[: len(symbol)][symbol != END]):
             raise IntegrityError(f"{where}: its text changed at byte {stretch.first}; fetch or make this shard again")
-        targets = Lattice(window).targets()
-        found.add_positions(targets, shard, lo, symbol, name)
+        found.add_positions(Lattice(window, joins=False), shard, lo)

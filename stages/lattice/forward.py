@@ -9,13 +9,19 @@ of the weights of all cells at i, and U_i the weight of histories that nobody ev
     P(END | x[:i])  = sum over rows that end at i of p(history) * mass(row, END) / P(x[:i])
 
 (Vieira et al., arXiv 2412.03719). One byte on, a cell moves down its row's path; tokens that end there (*stops*)
-hand their weight to the row of the longer history if that was evaluated. If not, it joins the heaviest row that
-ends at the same byte, the canonical one first: the same text cut differently predicts nearly the same continuation.
-Where no row ends, a static row (stages.engines.static) should: the teacher stage adds one for the heaviest history
-that ends there, and the others join it; one that comes to weigh more than tau is `outgrown` (lattice.py), and its
-history is evaluated. What has no row even so is *unaccounted*: it is kept in U, follows the text at the rate of the
-known cells, and joins the canonical row at its next break. What is unlisted or unaccounted at a position is that
-position's tail; nothing is renormalised. With every history evaluated nothing joins, U is empty, the sums are exact.
+hand their weight to the row of the longer history if that was evaluated. If not, they are *orphans*, too light to have
+been asked for (stages/lattice/lattice.py says when), and one of three things becomes of them:
+
+    joined    they go on as the heaviest row that ends at the same byte would, the canonical one first
+    static    where no row ends, a static row (stages.engines.static) should: the teacher stage adds one for the
+              heaviest history that ends there, and the others join it
+    nowhere   what has no row even so is *unaccounted*: it is kept in U, follows the text at the rate of the known
+              cells, and joins the canonical row at its next break
+
+What is unlisted or unaccounted at a position is that position's tail; nothing is renormalised. With every history
+evaluated nothing joins, U is empty, the sums are exact. Beside the weight of a row goes the part of it that came
+through evaluated histories alone, so that what was handed on can be told (`Sums.evaluated`). `joins=False` drops
+orphans instead, for a reference that shares no assumption with production: P is then that of the evaluated histories.
 
 One pass, float64, weights rescaled at every byte so that P(x[:i]) never underflows; time is linear in the bytes
 and in the listed entries, memory is one window. Text to which no known history gives a mass (beyond float32: below
@@ -31,6 +37,8 @@ from bytecache.schemas.arrays import END, PLACE
 
 _NOTHING = 1e-300
 """A total that is no better than zero: one over it must be finite."""
+_WORDS = 33
+"""Words of eight symbols that hold the 257."""
 
 
 class Tables(NamedTuple):
@@ -50,6 +58,71 @@ class Tables(NamedTuple):
     """int64 [L + 1]; where a level's entries begin"""
     stop_offset: np.ndarray
     """int64 [R + 1]; where a row's stops begin"""
+
+
+class Rows(NamedTuple):
+    """The members of a window that the sum reads, by their names there (schemas/dump/window.py)."""
+
+    text: np.ndarray
+    start: np.ndarray
+    static: np.ndarray
+    end: np.ndarray
+    control: np.ndarray
+    entry_byte: np.ndarray
+    entry_mass: np.ndarray
+    stop_depth: np.ndarray
+    stop_mass: np.ndarray
+
+
+class Sums(NamedTuple):
+    """What the sum writes; m scored positions, R rows, S stops, and room for every entry and every row."""
+
+    n_symbols: np.ndarray
+    """int64 [m]; those above zero of each scored position"""
+    symbol: np.ndarray
+    """int16; they, ascending, position after position"""
+    prob: np.ndarray
+    """float32; their probabilities"""
+    tail: np.ndarray
+    """float32 [m]"""
+    unaccounted: np.ndarray
+    """float32 [m]"""
+    ratio: np.ndarray
+    """float64 [n + 1]; P(x[:i]) over P(x[:i - 1])"""
+    share: np.ndarray
+    """float64 [S]; weight of each stop over P of the text to its end"""
+    peak: np.ndarray
+    """float64 [R]; the largest share of each row along the text"""
+    purity: np.ndarray
+    """float64 [R]; the part of each row's weight that came through evaluated histories alone"""
+    evaluated: np.ndarray
+    """float64 [n + 1]; the share of such weight in P(x[:i]), after what ends at i was handed on"""
+
+
+class _Cells(NamedTuple):
+    """The rows that the walk is inside of, R at most, and what is known of every row."""
+
+    row: np.ndarray
+    """int64; the rows, in no order that matters"""
+    prefix: np.ndarray
+    """float64; of each, the mass of tokens that begin with the text since its start and do not end before here"""
+    follows: np.ndarray
+    """float64; of each, the mass of those that go on with the text's next byte"""
+    weight: np.ndarray
+    """float64 [R]; p(history) over P(x[:i]), by row"""
+    next_stop: np.ndarray
+    """int64 [R]; the first stop of each row that lies ahead"""
+    ended: np.ndarray
+    """int64 [S]; stops that ended at the last byte, whose shares await its total"""
+
+
+class _Board(NamedTuple):
+    """Sums by symbol at one position."""
+
+    mass: np.ndarray
+    """float64 [264]"""
+    words: np.ndarray
+    """uint64 [40]; which symbols were touched, eight to a word"""
 
 
 @njit(cache=True, nogil=True)
@@ -91,192 +164,271 @@ def tables(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def forward(
-    text: np.ndarray, first: int, last: int, row_start: np.ndarray,
-    by_start: np.ndarray, at: np.ndarray, canonical: np.ndarray, child: np.ndarray,
-    level_offset: np.ndarray, entry_offset: np.ndarray, stop_offset: np.ndarray,
-    end: np.ndarray, control: np.ndarray, entry_byte: np.ndarray, entry_mass: np.ndarray,
-    stop_depth: np.ndarray, stop_mass: np.ndarray,
-    count: np.ndarray, symbol: np.ndarray, prob: np.ndarray, tail: np.ndarray, ratio: np.ndarray,
-    unaccounted: np.ndarray, share: np.ndarray, peak: np.ndarray,
-) -> int:  # fmt: skip
-    """Run over positions 0..last; write targets of first..last, `share` of every stop, largest share of every row.
+def forward(rows: Rows, lies: Tables, first: int, last: int, joins: bool, sums: Sums) -> int:
+    """Run over positions 0..last; write targets of first..last, and of all of them what `Sums` says.
 
-    `ratio` becomes P(x[:i]) over P(x[:i - 1]) of every position. `symbol` and `prob` need room for every entry and
-    every row. Returns how many of it were written.
+    Returns how many of `sums.symbol` were written.
     """
-    alone: Any
-    b: Any
-    k: Any
-    before: Any
-    written: Any
-    rows = len(row_start)
-    weight = np.zeros(rows)
-    next_stop = stop_offset[:-1].copy()
-    active = np.zeros(rows, np.int64)
-    prefix = np.zeros(rows)
-    n_active = 0
-    acc = np.zeros(264)
-    seen = np.zeros(40, np.uint64)
-    touched = seen.view(np.uint8)  # by symbol, eight to a word
-    found = np.empty(rows, np.float64)  # mass of the text's next byte in each active cell
-    written = 0
+    cells, board = _empty_cells(lies), _Board(np.zeros(264), np.zeros(40, np.uint64))
+    count = ended = written = 0
     unknown = 0.0
-    pending = np.zeros(len(stop_depth), np.int64)
-    n_pending = 0
-    weight[by_start[0]] = 1.0
+    cells.weight[lies.by_start[0]] = sums.purity[lies.by_start[0]] = 1.0
     for i in range(last + 1):
-        for k in range(at[i], at[i + 1]):
-            active[n_active] = by_start[k]
-            prefix[n_active] = 1.0
-            n_active += 1
-        byte = np.int64(text[i]) if i < len(text) else np.int64(-1)
-        lost = canonical[i] >= 0 and weight[canonical[i]] <= _NOTHING
-        if lost:  # perhaps the text so far has probability zero; the canonical row asks nothing of what came before
-            for a in range(n_active):
-                lost &= weight[active[a]] * prefix[a] <= _NOTHING
-            if lost:
-                weight[canonical[i]] = 1.0
-        known = 0.0
-        listed = 0.0
-        ahead = 0.0  # weight that has the text's next byte
-        alone = n_active == 1
-        if alone:  # most positions: the entries are in order, nothing is summed by symbol
-            r = active[0]
-            depth = i - row_start[r]
-            level = level_offset[r] + depth
-            w = weight[r]
-            here = mass = 0.0
-            before = np.int64(-1)
-            for e in range(PLACE(entry_offset[level]), PLACE(entry_offset[level + 1])):
-                m = np.float64(entry_mass[e])
-                b = np.int64(entry_byte[e])
-                alone &= b > before
-                before = b
-                here += m
-                mass = m if b == byte else mass
-            found[0] = mass
-            if alone:
-                listed = w * here
-                if depth == 0:
-                    listed += w * end[r]
-                    here += end[r] + control[r]
-                known = w * max(prefix[0], here)
-                ahead = w * mass
-        for a in range(0 if alone else n_active):
-            r = active[a]
-            depth = i - row_start[r]
-            level = level_offset[r] + depth
-            w = weight[r]
-            here = mass = 0.0
-            for e in range(PLACE(entry_offset[level]), PLACE(entry_offset[level + 1])):
-                m = np.float64(entry_mass[e])
-                b = np.uint64(entry_byte[e])
-                acc[b] += w * m
-                touched[b] = 1
-                here += m
-                mass = m if np.int64(b) == byte else mass
-            found[a] = mass
-            listed += w * here
-            if depth == 0:
-                acc[END] += w * end[r]
-                touched[END] = 1
-                listed += w * end[r]
-                here += end[r] + control[r]
-            # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
-            known += w * max(prefix[a], here)
-        if not alone and byte >= 0:
-            ahead = acc[byte]
-        rate = 0.0
-        if i < len(text):
-            rate = ahead / known if known > 0.0 else 1.0
-        total = ratio[i] = known + unknown
+        count = _enter(cells, count, lies, sums, i)
+        restarted = _restart_if_lost(cells, count, lies, sums, i)
+        alone = count == 1
+        known = evaluated = listed = ahead = 0.0
+        if alone:
+            alone, known, evaluated, listed, ahead = _look_in_one(rows, lies, cells, sums, i)
+        if not alone:
+            known, evaluated, listed, ahead = _look_in_all(rows, lies, cells, count, sums, i, board)
+        rate = ahead / known if known > 0.0 else 1.0
+        total = known + unknown
+        sums.ratio[i] = 0.0 if restarted else total
         if total <= _NOTHING:
-            unknown = 1.0
-            total = 1.0
-            ratio[i] = 0.0
-        elif lost:
-            ratio[i] = 0.0
+            unknown = total = 1.0
+            sums.ratio[i] = 0.0
         inverse = 1.0 / total
-        for k in range(n_pending):
-            share[pending[k]] *= inverse
-        n_pending = 0
-        for a in range(n_active):
-            r = active[a]
-            peak[r] = max(peak[r], weight[r] * inverse * prefix[a])
+        _note_shares(cells, count, ended, inverse, sums)
+        sums.evaluated[i] = evaluated * inverse
         if i >= first:
-            out = i - first
-            unaccounted[out] = unknown * inverse
-            tail[out] = max(0.0, 1.0 - listed * inverse)
-            before = np.int64(written)
+            sums.unaccounted[i - first] = unknown * inverse
+            sums.tail[i - first] = max(0.0, 1.0 - listed * inverse)
+            before = written
             if alone:
-                w *= inverse
-                for e in range(PLACE(entry_offset[level]), PLACE(entry_offset[level + 1])):
-                    p = np.float32(w * np.float64(entry_mass[e]))
-                    symbol[PLACE(written)] = entry_byte[e]
-                    prob[PLACE(written)] = p
-                    written += p > np.float32(0.0)
-                if depth == 0:
-                    p = np.float32(w * end[r])
-                    symbol[PLACE(written)] = END
-                    prob[PLACE(written)] = p
-                    written += p > np.float32(0.0)
-            for word in range(PLACE(0 if alone else 33)):
-                if seen[word] != 0:
-                    for b in range(word * PLACE(8), word * PLACE(8) + PLACE(8)):
-                        p = np.float32(acc[b] * inverse)
-                        symbol[PLACE(written)] = b
-                        prob[PLACE(written)] = p
-                        written += p > np.float32(0.0)
-            count[out] = written - before
-        for word in range(PLACE(0 if alone else 33)):
-            if seen[word] != 0:
-                seen[word] = 0
-                for b in range(word * PLACE(8), word * PLACE(8) + PLACE(8)):
-                    acc[b] = 0.0
-        if i == last or i >= len(text):
+                written = _write_one(rows, lies, cells, i, inverse, sums, written)
+            else:
+                written = _write_all(board, inverse, sums, written)
+            sums.n_symbols[i - first] = written - before
+        if not alone:
+            _wipe(board)
+        if i == last or i >= len(rows.text):
             break
         unknown *= rate * inverse
-        orphan = 0.0
-        kept = 0
-        for a in range(n_active):
-            r = active[a]
-            depth = i - row_start[r]
-            level = level_offset[r] + depth
-            mass = found[a]
-            if level + 1 >= level_offset[r + 1] or mass == 0.0:  # a weight beside no mass would grow beyond float64
-                continue
-            weight[r] *= inverse
-            w = weight[r]
-            s = next_stop[r]
-            while s < stop_offset[r + 1] and stop_depth[s] == depth + 1:
-                m = np.float64(stop_mass[s])
-                mass -= m
-                c = child[s]
-                share[s] = w * m
-                pending[n_pending] = s
-                n_pending += 1
-                if c >= 0:
-                    weight[c] += w * m
-                else:
-                    orphan += w * m
-                s += 1
-            next_stop[r] = s
-            active[kept] = r
-            prefix[kept] = max(mass, 0.0)
-            kept += 1
-        n_active = kept
-        # The text cut differently predicts nearly the same continuation: orphans join the heaviest row that ends here.
-        heir = canonical[i + 1]
-        if heir >= 0:
-            orphan += unknown
-            unknown = 0.0
-        elif orphan > 0.0:
-            for k in range(at[i + 1], at[i + 2]):
-                if heir < 0 or weight[by_start[k]] > weight[heir]:
-                    heir = by_start[k]
-        if heir >= 0:
-            weight[heir] += orphan
-        else:
-            unknown += orphan
+        count, ended, orphan = _advance(rows, lies, cells, count, inverse, i, sums)
+        if joins:
+            unknown = _hand_on(lies, cells, i + 1, orphan, unknown)
     return written
+
+
+@njit(cache=True, nogil=True)
+def _empty_cells(lies: Tables) -> _Cells:
+    rows, stops = len(lies.by_start), len(lies.child)
+    return _Cells(
+        np.zeros(rows, np.int64), np.zeros(rows), np.zeros(rows), np.zeros(rows), lies.stop_offset[:-1].copy(),
+        np.zeros(stops, np.int64),
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _enter(cells: _Cells, count: int, lies: Tables, sums: Sums, i: int) -> int:
+    """Rows that start at byte i become cells; returns how many cells there are."""
+    for k in range(lies.at[i], lies.at[i + 1]):
+        r = lies.by_start[k]
+        cells.row[count] = r
+        cells.prefix[count] = 1.0
+        # So far it is the weight that evaluated histories handed down, the sum of which nothing else can exceed.
+        sums.purity[r] = min(1.0, sums.purity[r] / cells.weight[r]) if cells.weight[r] > 0.0 else 0.0
+        count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _restart_if_lost(cells: _Cells, count: int, lies: Tables, sums: Sums, i: int) -> bool:
+    """Perhaps the text so far has probability zero; the canonical row asks nothing of what came before."""
+    heir = lies.canonical[i]
+    if heir < 0 or cells.weight[heir] > _NOTHING:
+        return False
+    for a in range(count):
+        if cells.weight[cells.row[a]] * cells.prefix[a] > _NOTHING:
+            return False
+    cells.weight[heir] = sums.purity[heir] = 1.0
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _look_in_one(
+    rows: Rows, lies: Tables, cells: _Cells, sums: Sums, i: int
+) -> tuple[bool, float, float, float, float]:
+    """`_look_in_all` of a single cell, as at most positions: its entries are in order, nothing is summed by symbol.
+
+    The first result is whether they were.
+    """
+    b: Any
+    before: Any
+    r = cells.row[0]
+    depth = i - rows.start[r]
+    level = lies.level_offset[r] + depth
+    byte = np.int64(rows.text[i]) if i < len(rows.text) else np.int64(-1)
+    w = cells.weight[r]
+    ordered = True
+    here = mass = 0.0
+    before = np.int64(-1)
+    for e in range(PLACE(lies.entry_offset[level]), PLACE(lies.entry_offset[level + 1])):
+        m = np.float64(rows.entry_mass[e])
+        b = np.int64(rows.entry_byte[e])
+        ordered &= b > before
+        before = b
+        here += m
+        mass = m if b == byte else mass
+    cells.follows[0] = mass
+    listed = w * here
+    if depth == 0:
+        listed += w * rows.end[r]
+        here += rows.end[r] + rows.control[r]
+    known = w * max(cells.prefix[0], here)
+    return ordered, known, sums.purity[r] * known, listed, w * mass
+
+
+@njit(cache=True, nogil=True)
+def _look_in_all(
+    rows: Rows, lies: Tables, cells: _Cells, count: int, sums: Sums, i: int, board: _Board
+) -> tuple[float, float, float, float]:
+    """Sum the cells at i by symbol.
+
+    Returns their weight, the evaluated part of it, the part that has a listed symbol, the part that has the text's own
+    next byte.
+    """
+    byte = np.int64(rows.text[i]) if i < len(rows.text) else np.int64(-1)
+    touched = board.words.view(np.uint8)
+    known = evaluated = listed = 0.0
+    for a in range(count):
+        r = cells.row[a]
+        depth = i - rows.start[r]
+        level = lies.level_offset[r] + depth
+        w = cells.weight[r]
+        here = mass = 0.0
+        for e in range(PLACE(lies.entry_offset[level]), PLACE(lies.entry_offset[level + 1])):
+            m = np.float64(rows.entry_mass[e])
+            b = np.uint64(rows.entry_byte[e])
+            board.mass[b] += w * m
+            touched[b] = 1
+            here += m
+            mass = m if np.int64(b) == byte else mass
+        cells.follows[a] = mass
+        listed += w * here
+        if depth == 0:
+            board.mass[END] += w * rows.end[r]
+            touched[END] = 1
+            listed += w * rows.end[r]
+            here += rows.end[r] + rows.control[r]
+        # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
+        in_cell = w * max(cells.prefix[a], here)
+        known += in_cell
+        evaluated += sums.purity[r] * in_cell
+    return known, evaluated, listed, board.mass[byte] if byte >= 0 else 0.0
+
+
+@njit(cache=True, nogil=True)
+def _note_shares(cells: _Cells, count: int, ended: int, inverse: float, sums: Sums) -> None:
+    """The total at this byte is known: shares of the tokens that ended here, and of the rows that go on."""
+    for k in range(ended):
+        sums.share[cells.ended[k]] *= inverse
+    for a in range(count):
+        r = cells.row[a]
+        sums.peak[r] = max(sums.peak[r], cells.weight[r] * inverse * cells.prefix[a])
+
+
+@njit(cache=True, nogil=True)
+def _write_one(rows: Rows, lies: Tables, cells: _Cells, i: int, inverse: float, sums: Sums, written: int) -> int:
+    """The distribution of a single cell, straight from its entries; returns the new end of what is written."""
+    place: Any
+    place = written
+    r = cells.row[0]
+    depth = i - rows.start[r]
+    level = lies.level_offset[r] + depth
+    w = cells.weight[r] * inverse
+    for e in range(PLACE(lies.entry_offset[level]), PLACE(lies.entry_offset[level + 1])):
+        p = np.float32(w * np.float64(rows.entry_mass[e]))
+        sums.symbol[PLACE(place)] = rows.entry_byte[e]
+        sums.prob[PLACE(place)] = p
+        place += p > np.float32(0.0)
+    if depth == 0:
+        p = np.float32(w * rows.end[r])
+        sums.symbol[PLACE(place)] = END
+        sums.prob[PLACE(place)] = p
+        place += p > np.float32(0.0)
+    return int(place)
+
+
+@njit(cache=True, nogil=True)
+def _write_all(board: _Board, inverse: float, sums: Sums, written: int) -> int:
+    """The distribution on the board; returns the new end of what is written."""
+    place: Any
+    b: Any
+    place = written
+    for word in range(PLACE(_WORDS)):
+        if board.words[word] != 0:
+            for b in range(word * PLACE(8), word * PLACE(8) + PLACE(8)):
+                p = np.float32(board.mass[b] * inverse)
+                sums.symbol[PLACE(place)] = b
+                sums.prob[PLACE(place)] = p
+                place += p > np.float32(0.0)
+    return int(place)
+
+
+@njit(cache=True, nogil=True)
+def _wipe(board: _Board) -> None:
+    b: Any
+    for word in range(PLACE(_WORDS)):
+        if board.words[word] != 0:
+            board.words[word] = 0
+            for b in range(word * PLACE(8), word * PLACE(8) + PLACE(8)):
+                board.mass[b] = 0.0
+
+
+@njit(cache=True, nogil=True)
+def _advance(
+    rows: Rows, lies: Tables, cells: _Cells, count: int, inverse: float, i: int, sums: Sums
+) -> tuple[int, int, float]:
+    """Move every cell over the byte at i; tokens that end there hand their weight to the rows of their histories.
+
+    Returns how many cells are left, how many tokens ended, and the weight of those without a row.
+    """
+    orphan = 0.0
+    left = ended = 0
+    for a in range(count):
+        r = cells.row[a]
+        depth = i - rows.start[r]
+        mass = cells.follows[a]
+        if lies.level_offset[r] + depth + 1 >= lies.level_offset[r + 1] or mass == 0.0:
+            continue  # a weight beside no mass would grow beyond float64
+        cells.weight[r] *= inverse
+        w = cells.weight[r]
+        s = cells.next_stop[r]
+        while s < lies.stop_offset[r + 1] and rows.stop_depth[s] == depth + 1:
+            m = np.float64(rows.stop_mass[s])
+            mass -= m
+            c = lies.child[s]
+            sums.share[s] = w * m
+            cells.ended[ended] = s
+            ended += 1
+            if c >= 0:
+                cells.weight[c] += w * m
+                if rows.static[c] == 0:
+                    sums.purity[c] += sums.purity[r] * w * m
+            else:
+                orphan += w * m
+            s += 1
+        cells.next_stop[r] = s
+        cells.row[left] = r
+        cells.prefix[left] = max(mass, 0.0)
+        left += 1
+    return left, ended, orphan
+
+
+@njit(cache=True, nogil=True)
+def _hand_on(lies: Tables, cells: _Cells, i: int, orphan: float, unknown: float) -> float:
+    """Orphans join the heaviest row that ends at i, the canonical one first; returns the weight that has none."""
+    heir = lies.canonical[i]
+    if heir >= 0:
+        orphan += unknown
+        unknown = 0.0
+    elif orphan > 0.0:
+        for k in range(lies.at[i], lies.at[i + 1]):
+            if heir < 0 or cells.weight[lies.by_start[k]] > cells.weight[heir]:
+                heir = lies.by_start[k]
+    if heir < 0:
+        return unknown + orphan
+    cells.weight[heir] += orphan
+    return unknown

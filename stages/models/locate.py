@@ -8,11 +8,23 @@ from bytecache.schemas.files import cache_folder, file_sha256
 
 
 def resolve_model(settings: st.Teacher) -> Path:
-    """The teacher's checkpoint folder: a folder, a hub snapshot, or a builtin converted once into the cache.
+    """The teacher's checkpoint folder, see `locate`."""
+    return locate(
+        settings.model, "teacher.model", revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+
+
+def locate(
+    model: str, setting: str, *, revision: str = "", trust_remote_code: bool = False, weights: bool = True
+) -> Path:
+    """The folder of a model: a folder, a hub snapshot, or a builtin converted once into the cache.
+
+    Args:
+        setting: names it in messages, as `teacher.model`. trust_remote_code: fetch a checkpoint's code as well.
+        weights: fetch more than a tokenizer.
 
     Raises InputError where there is none, StorageError where the cache cannot be written.
     """
-    model = settings.model
     if model.startswith("builtin:"):
         from bytecache.stages.models.builtin import materialise_builtin
 
@@ -21,19 +33,17 @@ def resolve_model(settings: st.Teacher) -> Path:
     if folder.is_dir():
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise InputError(
-            f"teacher.model = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME"
-        )
+        raise InputError(f"{setting} = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
-    if settings.trust_remote_code:
-        wanted.append("*.py")
+    wanted = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+    wanted += ["*.safetensors"] if weights else []
+    wanted += ["*.py"] if trust_remote_code else []
     try:
-        return Path(snapshot_download(model, revision=settings.revision or None, allow_patterns=wanted))
+        return Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
     except Exception as error:
         raise InputError(
-            f"teacher.model = {model!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "
+            f"{setting} = {model!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "
             "check the name and the network, or give a checkpoint folder"
         ) from error
 
@@ -48,6 +58,12 @@ def model_name(settings: st.Teacher) -> str:
     return folder.name if model.startswith((".", "/", "~")) or model.count("/") > 1 else model
 
 
+def blob_sha256(file: Path) -> str:
+    """The hash that a hub's blob behind `file` is named by; empty where it has another name."""
+    name = file.resolve().name
+    return name if len(name) == 64 and all(digit in "0123456789abcdef" for digit in name) else ""
+
+
 def weights_identity(folder: Path) -> dict[str, str]:
     """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
     out = {}
@@ -55,11 +71,7 @@ def weights_identity(folder: Path) -> dict[str, str]:
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
         if not file.is_file():
             continue
-        blob = file.resolve().name
-        if len(blob) == 64 and all(c in "0123456789abcdef" for c in blob):
-            out[file.name] = blob
-            continue
-        out[file.name] = file_sha256(file)
+        out[file.name] = blob_sha256(file) or file_sha256(file)
     if not any(name.endswith(".safetensors") for name in out):
         raise InputError(
             f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"

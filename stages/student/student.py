@@ -3,8 +3,8 @@
 `prepare` writes an ordinary Hugging Face folder (safetensors weights, tokenizer, `student.json` with its identity) from
 the settings: a new small Llama with tied embeddings, a copy of an existing causal LM in float32, or such a copy under
 another tokenizer (`transfer`). `bpe:N` trains a byte-level BPE on the training documents, `bytes` has a token for every
-byte, so every text can be encoded and every token maps to bytes. `load` opens the folder and joins model, tokenizer and
-exact token bytes. The same settings, data set and seed give the same weights.
+byte (`new_tokenizer`); any other is copied to the byte (`tokenizer_files`). `load` opens the folder and joins model,
+tokenizer and exact token bytes. The same settings, data set and seed give the same weights.
 Price: BPE training reads at most 64 MiB of text and takes about 1 s per 3 MB; the folder appears by one rename.
 """
 
@@ -16,41 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
 from safetensors import SafetensorError
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.files import flush_to_disk, scratch_folder
 from bytecache.schemas.settings import Student as StudentSettings
-from bytecache.schemas.settings import Teacher as TeacherSettings
+from bytecache.stages.models.fitness import refuse_unfit_student
+from bytecache.stages.models.locate import locate
+from bytecache.stages.models.ordinary import make_ordinary
 from bytecache.stages.models.weights import refuse_missing
+from bytecache.stages.student.new_tokenizer import byte_tokenizer, train_bpe, write_tokenizer
+from bytecache.stages.student.tokenizer_files import check_kept, keep, open_kept
 from bytecache.stages.student.transfer import transfer
 from bytecache.stages.targets.source import load_shard, open_dataset
 from bytecache.stages.tokens.chat import Template
-from bytecache.stages.tokens.token_bytes import byte_alphabet
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
-BOS, EOS = "<|bos|>", "<|eos|>"
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] + '\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' }}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
-)
-"""Of a new student: plain words for roles, its end token after an answer."""
 BPE_BYTES = 64 * 1024 * 1024
 """Text that a `bpe:N` tokenizer is trained on, at most."""
 NEW_TOKENIZER = "bpe:2048"
@@ -132,53 +124,6 @@ def split_model(opened: Student) -> tuple[Callable[[Tensor, Tensor | None], Tens
     return trunk, to_logits
 
 
-def train_bpe(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `size` tokens (256 bytes and two control tokens included); deterministic.
-
-    Raises:
-        ConfigError: `size` leaves no room for the 256 bytes and two control tokens.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if size < len(alphabet) + 2:
-        raise ConfigError(f"student.tokenizer = 'bpe:{size}': at least {len(alphabet) + 2} tokens are needed; raise N")
-    tokenizer = _byte_level(models.BPE(), use_regex=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False, min_frequency=2
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return _finished(tokenizer)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token: id 2 + byte, after the start and the end token."""
-    letters = {BOS: 0, EOS: 1, **{letter: 2 + byte for letter, byte in byte_alphabet().items()}}
-    tokenizer = _byte_level(models.BPE(vocab=letters, merges=[]), use_regex=False)
-    tokenizer.add_special_tokens([BOS, EOS])
-    return _finished(tokenizer)
-
-
-def _byte_level(model: Any, *, use_regex: bool) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
-    """As transformers loads it: the start token in front of every text, our chat template."""
-    start = tokenizer.token_to_id(BOS)
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, start)]),
-        ]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
-
-
 def split_texts(targets: Path | Dataset, split: str, limit: int) -> Iterator[str]:
     """The documents of a split as text, in manifest order, until `limit` bytes; shards verified first."""
     dataset = open_dataset(targets)
@@ -194,27 +139,35 @@ def split_texts(targets: Path | Dataset, split: str, limit: int) -> Iterator[str
             yield text[int(lo) : int(hi) - 1].tobytes().decode("utf-8", errors="ignore")
 
 
-def _tokenizer(name: str, targets_dir: Path | Dataset) -> PreTrainedTokenizerBase:
+def write_student_tokenizer(settings: StudentSettings, source: Path | None, targets: Path | Dataset, out: Path) -> None:
+    """Write the tokenizer that the settings ask for into `out`; `source`: the folder of `student.model`, if any.
+
+    Raises ConfigError (bpe:N with no number, no end token) or InputError (no tokenizer there, or none that is exact).
+    """
+    name = settings.tokenizer or ("" if source else NEW_TOKENIZER)
     if name == "bytes":
-        return byte_tokenizer()
-    if name.startswith("bpe:"):
-        size = name.removeprefix("bpe:")
-        if not size.isdigit():
-            raise ConfigError(f"student.tokenizer = {name!r}: write bpe:N with N a number, e.g. bpe:2048")
-        return train_bpe(split_texts(targets_dir, "train", BPE_BYTES), int(size))
-    tokenizer = _open(AutoTokenizer, name)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"student.tokenizer = {name!r} declares no EOS token, so documents cannot end; declare one")
-    return tokenizer
+        write_tokenizer(byte_tokenizer(), out)
+    elif name.startswith("bpe:"):
+        write_tokenizer(train_bpe(split_texts(targets, "train", BPE_BYTES), bpe_size(name)), out)
+    elif name:
+        where = f"student.tokenizer = {name!r}"
+        keep(locate(name, "student.tokenizer", weights=False), out, where)
+        if open_kept(out).eos_token_id is None:
+            raise ConfigError(
+                f"{where} declares no EOS token, so documents cannot end; "
+                "name its end token as eos_token in its tokenizer_config.json"
+            )
+    else:
+        assert source is not None
+        keep(source, out, f"student.model = {settings.model!r}")
 
 
-def model_source(model: str) -> str:
-    """What transformers opens for `student.model`: a folder or hub id as it is, a builtin's folder in the cache."""
-    if not model.startswith("builtin:"):
-        return model
-    from bytecache.stages.models.locate import resolve_model
-
-    return str(resolve_model(TeacherSettings(model=model)))
+def bpe_size(name: str) -> int:
+    """N of `bpe:N`. Raises ConfigError."""
+    size = name.removeprefix("bpe:")
+    if not size.isdigit():
+        raise ConfigError(f"student.tokenizer = {name!r}: write bpe:N with N a number, e.g. bpe:2048")
+    return int(size)
 
 
 def _open(factory: Any, source: str, **options: Any) -> Any:
@@ -288,22 +241,25 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
         if found.get("recipe") == recipe and found.get("files") == folder_hashes(out_dir):
             return dict(found)
         raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
-    source = model_source(settings.model)
-    model = _open_model(source) if source else None
-    if model is not None and not settings.tokenizer:
-        tokenizer = _open(AutoTokenizer, source)
-    else:
-        tokenizer = _tokenizer(settings.tokenizer or NEW_TOKENIZER, targets_dir)
+    source = locate(settings.model, "student.model") if settings.model else None
+    if source:
+        refuse_unfit_student(source, f"student.model = {settings.model!r}")
+    model = _open_model(str(source)) if source else None
     with scratch_folder(out_dir.parent) as scratch:
-        tokenizer.save_pretrained(scratch)
-        info: dict[str, Any] = {"recipe": recipe, "vocabulary": len(tokenizer)}
+        write_student_tokenizer(settings, source, targets_dir, scratch)
+        new = load_vocabulary(str(scratch), for_student=True) if model is None or settings.tokenizer else None
+        info: dict[str, Any] = {"recipe": recipe, "vocabulary": len(open_kept(scratch))}
         if model is None:
-            model = new_model(settings, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, seed)
-        elif settings.tokenizer:
-            new = load_vocabulary(str(scratch), lm_head_rows=len(tokenizer))
-            old = load_vocabulary(source, lm_head_rows=int(model.get_output_embeddings().weight.shape[0]))
+            assert new is not None
+            tokenizer = open_kept(scratch)
+            model = new_model(settings, new.size, tokenizer.bos_token_id, tokenizer.eos_token_id, seed)
+        elif new is not None:
+            rows = int(model.get_output_embeddings().weight.shape[0])
+            old = load_vocabulary(str(source), lm_head_rows=rows, for_student=True)
             info["transfer"] = transfer(model, old, new)
         model.save_pretrained(scratch)
+        make_ordinary(scratch)
+        info["notes"] = check_kept(scratch, "student")
         info |= {"files": folder_hashes(scratch), "parameters": sum(p.numel() for p in model.parameters())}
         (scratch / record.name).write_text(json.dumps(info, indent=1, sort_keys=True))
         for path in scratch.iterdir():
@@ -323,9 +279,10 @@ def load(folder: Path) -> Student:
     if record.is_file() and json.loads(record.read_text())["files"] != folder_hashes(folder):
         raise IntegrityError(f"{folder}: files differ from student.json; delete it and prepare the student again")
     config = _open(AutoConfig, str(folder))
-    tokenizer = _open(AutoTokenizer, str(folder))
+    tokenizer = open_kept(folder)
     model = _open_model(str(folder), config=config)
-    vocabulary = load_vocabulary(str(folder), lm_head_rows=int(model.get_output_embeddings().weight.shape[0]))
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    vocabulary = load_vocabulary(str(folder), lm_head_rows=rows, for_student=True)
     ends = [int(i) for i in vocabulary.end_ids]
     end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     digest = hashlib.sha256(vocabulary.fingerprint.encode())

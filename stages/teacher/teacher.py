@@ -1,8 +1,9 @@
 """The teacher stage: documents to windows of evaluated histories, whatever the engine.
 
-Pass 0 runs every window's canonical tokens once. Passes 1..depth ask the lattice which unevaluated histories hold
-more than `tau` of their prefix and evaluate those as one batch. Static rows (stages.engines.static) then stand in for
-what is left. Where the text goes on as a static row said and others did not, as at a name that nobody expects, that
+Pass 0 runs every window's canonical tokens once. The passes after it ask the lattice which unevaluated histories hold
+more of their prefix than `least_share` says (`tau`, and beyond `depth` tokens off the canonical ones ever more),
+wherever they end, and evaluate those as one batch. Static rows (stages.engines.static) then stand in where nothing
+else does. Where the text goes on as a static row said and others did not, as at a name that nobody expects, that
 row comes to carry more than `tau` after all: its history is evaluated too, and takes its place. (1 to 2 % more rows;
 at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced`, and from 0.00058 to 0.00008 on CJK
 at `exact` with Gemma-3-270m.) How a long document is cut into windows: stages.teacher.windows.
@@ -28,9 +29,17 @@ from bytecache.schemas.files import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
+from bytecache.stages.lattice.effort import DEEPEST
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 from bytecache.stages.models.locate import resolve_model
-from bytecache.stages.teacher.identity import AUTO_CONTEXT, fit_context, identity_of, vocabulary_of
+from bytecache.stages.teacher.identity import (
+    AUTO_CONTEXT,
+    REFERENCE,
+    fit_context,
+    identity_of,
+    longest_history,
+    vocabulary_of,
+)
 from bytecache.stages.teacher.inputs import read_inputs
 from bytecache.stages.teacher.windows import (
     LEAD,
@@ -45,8 +54,6 @@ from bytecache.stages.teacher.windows import (
 )
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
-REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 5}
-"""Settings of reference windows: within 1e-4 nats of every cover evaluated, on prose and code."""
 OUTGROWN_PASSES = 2
 """How often static rows that carry more than tau are replaced: the second finds a tenth of the first, a third none."""
 MAX_BRANCHES = 200_000
@@ -61,11 +68,11 @@ class Teacher:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]):
         self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
         self._identity = identity
-        kept = {name: identity.get(name) for name in ("weights", "vocabulary", "static_contexts", "versions")}
-        kept |= {"backend": settings.backend, "dtype": settings.dtype}
+        named = ("weights", "vocabulary", "static_contexts", "versions", "dtype", "device", "head_dtype")
+        kept = {name: identity.get(name) for name in named} | {"backend": settings.backend}
         name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
-        self._static_file = cache_folder() / "static" / f"{name}.safetensors"
-        engine.load_static(self._static_file)
+        self._static_folder = cache_folder() / "static" / name
+        engine.load_static(self._static_folder)
 
     def identity(self) -> dict[str, Any]:
         """See `teacher_identity`."""
@@ -131,8 +138,8 @@ class Teacher:
     def branch(
         self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool], *, tau: float, depth: int
     ) -> None:
-        """Branches in passes, until nothing exceeds `tau` or a history is `depth` tokens off the canonical ones."""
-        for _ in range(depth):
+        """Branches in passes, each one token longer, until the lattice asks for none (see `least_share`)."""
+        for _ in range(DEEPEST if depth else 0):
             if not self._branch_once(plans, windows, stop, tau, depth):
                 break
 
@@ -204,7 +211,12 @@ class Teacher:
         return sum(len(homeless.row) for _, homeless in found)
 
     def dump_unit(
-        self, slice_path: Path, out_path: Path, unit_key: str, stop: Callable[[], bool], tick: Callable[[dict], None]
+        self,
+        slice_path: Path,
+        out_path: Path,
+        unit_key: str,
+        stop: Callable[[], bool],
+        tick: Callable[[dict[str, Any]], None],
     ) -> dict[str, Any]:
         """Evaluate one slice of the corpus into one dump part.
 
@@ -264,7 +276,7 @@ class Teacher:
         if documents and self.settings.sample_tokens:
             writer.append(self.reference_window(documents, unit_key, stop))
         writer.close()
-        self.engine.save_static(self._static_file)
+        self.engine.save_static(self._static_folder)
         return counts
 
     def close(self) -> None:
@@ -312,7 +324,7 @@ def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT)
     if settings.backend == "vllm":
         from bytecache.stages.engines.vllm import VllmEngine
 
-        engine = VllmEngine(folder, reducer, settings)
+        engine = VllmEngine(folder, reducer, settings, longest=longest_history(settings, folder))
     else:
         from bytecache.stages.engines.hf import HfEngine
 

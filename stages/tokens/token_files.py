@@ -334,7 +334,7 @@ def _convert_slow(folder: Path, where: str, trust_remote_code: bool) -> Tokenize
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"no tokenizer found in {where} ({reason}); a teacher needs a tokenizer.json") from error
+        raise InputError(f"no tokenizer found in {where} ({reason}); add its tokenizer.json") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError(

@@ -186,6 +186,17 @@ class Vocabulary:
         return digest.hexdigest()
 
 
+TEACHER_REMEDIES = (
+    "set teacher.start to the text of its start token",
+    "set teacher.end to the text of its end token",
+)
+"""What to do about a start token, and an end token, that cannot be found: of a teacher, and of a student."""
+STUDENT_REMEDIES = (
+    "name it as bos_token in the student's tokenizer_config.json",
+    "name it as eos_token in the student's tokenizer_config.json",
+)
+
+
 def load_vocabulary(
     model_dir_or_id: str | Path,
     *,
@@ -194,19 +205,25 @@ def load_vocabulary(
     end: str = "auto",
     trust_remote_code: bool = False,
     revision: str = "",
+    for_student: bool = False,
 ) -> Vocabulary:
     """The vocabulary of a checkpoint folder, tokenizer file or hub id.
 
     `lm_head_rows`: rows of the model's output; default config.json's vocab_size, else the tokenizer's length.
     `start`: "auto" (the configuration's BOS, else the tokenizer's, else EOS) or a token's text.
+    `for_student`: what is missing is asked of the files, since a student has no settings for it.
     `end`: "auto" (every EOS of configuration, generation configuration and tokenizer) or texts separated by spaces.
     Raises InputError for tokenizers whose tokens do not spell the text, and where start or end cannot be found.
     """
-    files = open_tokenizer(model_dir_or_id, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        files = open_tokenizer(model_dir_or_id, revision=revision, trust_remote_code=trust_remote_code)
+    except InputError as error:
+        raise InputError(str(error).replace("use a teacher", "use a student") if for_student else str(error)) from error
     table = list(files.table.token_bytes)
     size = lm_head_rows or files.config.get("vocab_size") or len(table)
-    end_ids = _end_ids(files, end, size)
-    start_id = _start_id(files, start, size)
+    remedies = STUDENT_REMEDIES if for_student else TEACHER_REMEDIES
+    end_ids = _end_ids(files, end, size, remedies)
+    start_id = _start_id(files, start, size, remedies)
     # Ids beyond the head have no probability; rows beyond the tokenizer have no bytes.
     table = table[:size] + [None] * (size - len(table))
     for i in end_ids:
@@ -222,19 +239,19 @@ def load_vocabulary(
     )
 
 
-def _start_id(files: TokenizerFiles, start: str, size: int) -> int:
+def _start_id(files: TokenizerFiles, start: str, size: int, remedies: tuple[str, str]) -> int:
     if start != "auto":
-        return _checked(_named(files, start, "teacher.start"), files, "teacher.start", size)
+        return _checked(_named(files, start, "teacher.start"), files, "teacher.start", size, remedies[0])
     # The model knows best: converted tokenizers often neither add nor name the BOS that training used.
     candidates = [files.config.get("bos_token_id"), files.generation.get("bos_token_id"), files.bos]
     candidates += [files.config.get("eos_token_id"), files.generation.get("eos_token_id"), files.eos]
     for candidate in candidates:
         for i in as_ids(candidate):
-            return _checked(i, files, "the start token", size)
-    raise InputError(f"{files.where} names neither BOS nor EOS; set teacher.start to the text of its start token")
+            return _checked(i, files, "the start token", size, remedies[0])
+    raise InputError(f"{files.where} names neither BOS nor EOS; {remedies[0]}")
 
 
-def _end_ids(files: TokenizerFiles, end: str, size: int) -> list[int]:
+def _end_ids(files: TokenizerFiles, end: str, size: int, remedies: tuple[str, str]) -> list[int]:
     if end != "auto":
         # A token may itself be or hold a space.
         whole = _find(files, end) is not None
@@ -246,8 +263,8 @@ def _end_ids(files: TokenizerFiles, end: str, size: int) -> list[int]:
             *as_ids(files.eos),
         ]
     if not found:
-        raise InputError(f"{files.where} names no end token; set teacher.end to the text of its end token")
-    return sorted({_checked(i, files, "the end token", size) for i in found})
+        raise InputError(f"{files.where} names no end token; {remedies[1]}")
+    return sorted({_checked(i, files, "the end token", size, remedies[1]) for i in found})
 
 
 def _find(files: TokenizerFiles, text: str) -> int | None:
@@ -266,9 +283,7 @@ def _named(files: TokenizerFiles, text: str, setting: str) -> int:
     raise InputError(f"{setting} = {text!r} is no token of {files.where}{hint}")
 
 
-def _checked(i: int, files: TokenizerFiles, what: str, size: int) -> int:
+def _checked(i: int, files: TokenizerFiles, what: str, size: int, remedy: str) -> int:
     if not 0 <= i < size:
-        raise InputError(
-            f"{what} of {files.where} has id {i}, but the model has {size} rows; set teacher.start/teacher.end"
-        )
+        raise InputError(f"{what} of {files.where} has id {i}, but the model has {size} rows; {remedy}")
     return i

@@ -103,7 +103,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @FEW
 @given(data=st.data())
 def test_members_changed_with_fitting_checksums(members: dict[str, bytes], data: st.DataObject, tmp_path: Path) -> None:
-    """Whatever is inside, what comes out is a refusal or a shard that keeps every promise of a shard."""
+    """Whatever is inside, what comes out is a refusal or a shard that keeps every promise of a shard (SPEC 9.4)."""
     edited = dict(members)
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from(sorted(edited)))
@@ -278,11 +278,13 @@ def test_a_damaged_dump_part_never_crashes(dump: Path, changes: list[Callable[[b
     ],
 )
 def test_json_with_two_meanings_is_refused(text: bytes, words: str) -> None:
+    """SPEC 7.8."""
     with pytest.raises(ValueError, match=words):
         strict_json.parse(text)
 
 
 def test_overlapping_and_hidden_members_are_refused(tmp_path: Path) -> None:
+    """SPEC 9.1."""
     good = GOLDEN.read_bytes()
     path = tmp_path / "x.zarr.zip"
 
@@ -310,6 +312,7 @@ def test_overlapping_and_hidden_members_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_would_decompress_to_much_is_refused(dataset: Path, tmp_path: Path) -> None:
+    """SPEC 9.3."""
     rows = [read_dataset(dataset).entries[0].model_dump()]
     table = pa.Table.from_pylist(rows, schema=manifest._SCHEMA).take(pa.array(np.zeros(5_000_000, np.int32)))
     sink = pa.BufferOutputStream()

@@ -29,6 +29,7 @@ from bytecache.schemas.shard.reader import TAIL_MASS
 from bytecache.stages.targets.order import POOL, Order, Window
 from bytecache.stages.targets.shelf import Shelf
 from bytecache.stages.targets.source import fetch_ahead, load_shard
+from bytecache.stages.tokens import misfits
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches import slots
 from bytecache.stages.train.batches.answers import TemplateSource
@@ -210,9 +211,28 @@ class ShardReader:
         """Positions per shard of the split, from the manifest."""
         return [e.n_positions for e in self.entries]
 
+    def require_text(self) -> None:
+        """Tokenise shards up to the first that has something to learn.
+
+        Raises:
+            InputError: none has, with the reasons for which documents were skipped.
+        """
+        if not any(self[number].supervised.any() for number in range(len(self.entries))):
+            raise barren_split(self.folder, self.skipped_documents())
+
     def skipped_documents(self) -> dict[str, int]:
         """Documents set aside in the shards used so far, by reason."""
         return dict(sum(self.skipped.values(), Counter[str]()))
+
+
+def barren_split(folder: Path | str, skipped: dict[str, int]) -> InputError:
+    """What to say of a split without anything to learn; `skipped`: documents by reason."""
+    if not skipped:
+        return InputError(f"{folder}: nothing to train on, no position of its text is supervised; choose other targets")
+    return InputError(
+        f"{folder}: no document can be trained on because of the student: {misfits.words(skipped)}; "
+        f"{misfits.remedy(skipped, 'student')}"
+    )
 
 
 def make_step(
@@ -251,5 +271,5 @@ def steps(
             )  # fmt: skip
             barren = 0 if step.micro else barren + batch
             if barren > order.epoch_length(0) + 2 * batch:
-                raise InputError(f"{reader.folder}: no document can be trained on; set aside: {step.skipped}")
+                raise barren_split(reader.folder, step.skipped)
             yield step

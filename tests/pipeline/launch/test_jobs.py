@@ -163,7 +163,7 @@ TASK_SCHEMA = {
         "envs": {"additionalProperties": {"type": "string"}},
         "resources": {"additionalProperties": False, "properties": {
             "accelerators": {"pattern": "^[A-Za-z0-9-]+:[1-9][0-9]*$"}, "cpus": {"pattern": r"^\d+\+$"},
-            "use_spot": {"type": "boolean"},
+            "use_spot": {"type": "boolean"}, "image_id": {"type": "string"},
             "job_recovery": {"additionalProperties": False, "properties": {
                 "max_restarts_on_errors": {"type": "integer"},
                 "recover_on_exit_codes": {"type": "array", "items": {"maximum": 255}}}}}},

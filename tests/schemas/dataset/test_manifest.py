@@ -104,6 +104,7 @@ def hash_of(entries: tuple[ShardEntry, ...]) -> str:
 
 
 def test_every_flipped_bit_of_a_shard_is_found(folder: Path) -> None:
+    """SPEC 7.9."""
     entry = read_dataset(folder).entries[1]
     path = folder / entry.file
     data = path.read_bytes()
@@ -128,6 +129,7 @@ def test_every_flipped_bit_of_the_index_is_found(folder: Path, name: str) -> Non
     [(b'"CC0-1.0"', b'"CC0-1.1"'), (b"Zo", b"zo"), (b" ", b"  "), (b"\n", b"\r\n"), (b"}\n", b"}"), (b"{", b'{"a":1,')],
 )
 def test_an_edited_dataset_json_is_refused(folder: Path, old: bytes, new: bytes) -> None:
+    """SPEC 7.7."""
     path = folder / "dataset.json"
     path.write_bytes(path.read_bytes().replace(old, new, 1))
     with pytest.raises(IntegrityError, match="damaged or edited"):
@@ -192,6 +194,7 @@ def test_deep_verification_opens_shards(folder: Path) -> None:
     ["../x.zarr.zip", "/etc/x.zarr.zip", "a/b.zarr.zip", "a\\b.zarr.zip", ".x.zarr.zip", "x.txt", "x.zarr.zip\n"],
 )
 def test_names_that_leave_the_folder_are_refused(folder: Path, name: str) -> None:
+    """SPEC 7.3."""
     rows = rows_of(folder)
     with pytest.raises(ValidationError):
         ShardEntry(**rows[0] | {"file": name})
@@ -201,6 +204,7 @@ def test_names_that_leave_the_folder_are_refused(folder: Path, name: str) -> Non
 
 
 def test_a_manifest_that_fits_its_hash_but_not_the_rules_is_refused(folder: Path) -> None:
+    """SPEC 7.2."""
     rows = rows_of(folder)
     for change, words in (
         ({"sha256": "0"}, "sha256 '0' refused"),
@@ -230,6 +234,7 @@ def test_a_manifest_that_fits_its_hash_but_not_the_rules_is_refused(folder: Path
     ],
 )
 def test_a_foreign_or_wrong_index_is_refused_with_its_reason(folder: Path, document: Any, words: str) -> None:
+    """SPEC 10.1."""
     index = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_bytes(seal(index | document))
     with pytest.raises(IntegrityError, match=words):
@@ -238,6 +243,7 @@ def test_a_foreign_or_wrong_index_is_refused_with_its_reason(folder: Path, docum
 
 
 def test_an_unfinished_dataset_is_refused(folder: Path) -> None:
+    """SPEC 7.1."""
     (folder / "dataset.json").unlink()
     with pytest.raises(IntegrityError, match="never finished"):
         read_dataset(folder)

@@ -67,7 +67,10 @@ def test_same_windows_same_bytes(tmp_path, windows):
 
 
 def test_entries_keep_the_bits_that_their_share_deserves(windows):
-    """By definition: an error of 2^-16 of the prefix, or of 2^-6 of the entry; nothing vanishes; twice is as once."""
+    """By definition: an error of 2^-16 of the prefix, or of 2^-6 of the entry; nothing vanishes; twice is as once.
+
+    TOKEN_DUMP 6.
+    """
     for window in windows:
         rounded = round_entries(window)
         off = np.abs(rounded.astype(np.float64) - window.entry_mass)
@@ -113,6 +116,7 @@ def test_truncated_part_is_refused(tmp_path, windows, keep):
 
 
 def test_other_versions_and_other_files_are_refused(tmp_path, windows, monkeypatch):
+    """TOKEN_DUMP 1."""
     monkeypatch.setattr(token_dump, "VERSION", 99)
     path = write(tmp_path / "a.parquet", windows)
     monkeypatch.undo()
@@ -124,6 +128,7 @@ def test_other_versions_and_other_files_are_refused(tmp_path, windows, monkeypat
 
 @pytest.mark.parametrize("name", ["row_parent", "n_levels", "stop_depth", "fanout", "row_start"])
 def test_inconsistent_window_is_refused(tmp_path, windows, name):
+    """TOKEN_DUMP 2."""
     path = write(tmp_path / "a.parquet", windows[:1])
     table = pq.read_table(path)
     column = table.schema.get_field_index(name)
@@ -156,7 +161,10 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_window_that_no_teacher_made_is_refused(tmp_path, windows, what):
-    """Counts that add up are not enough: with these the sums would be NaN, or those of another text."""
+    """Counts that add up are not enough: with these the sums would be NaN, or those of another text.
+
+    TOKEN_DUMP 3 and 4.
+    """
     path = write(tmp_path / "a.parquet", windows[:1])
     name, at, value = WRONG[what]
     table = pq.read_table(path)
@@ -173,6 +181,7 @@ def test_a_window_that_no_teacher_made_is_refused(tmp_path, windows, what):
 
 @pytest.mark.parametrize("name", ["doc_id", "score_start", "doc_position", "text", "is_last"])
 def test_a_null_is_refused(tmp_path, windows, name):
+    """TOKEN_DUMP 2."""
     path = write(tmp_path / "a.parquet", windows[:2])
     table = pq.read_table(path)
     column = table.schema.get_field_index(name)
@@ -194,6 +203,7 @@ def test_a_null_is_refused(tmp_path, windows, name):
     ],
 )
 def test_metadata_of_no_dump_are_refused(tmp_path, windows, old, new, words):
+    """TOKEN_DUMP 1."""
     path = tmp_path / "a.parquet"
     writer = DumpWriter(path, {"teacher": {"settings": {"tau": 0.01}}, "kind": "text", "ends": True})
     writer.append(windows[0])
@@ -216,6 +226,7 @@ def test_a_dump_that_does_not_say_its_effort_is_not_coarsened(tmp_path, windows)
 
 
 def test_stops_out_of_order_are_refused(tmp_path, windows):
+    """TOKEN_DUMP 5."""
     w = windows[0]
     row = int(np.flatnonzero(w.n_stops > 1)[0])
     stops = slice(int(w.n_stops[:row].sum()), int(w.n_stops[: row + 1].sum()))

@@ -57,6 +57,7 @@ def test_decoded_rows_stay_within_the_promised_bounds(
     zeros: bool,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    """SPEC 4.5, 4.6, 4.7 and 4.8."""
     n = 40
     probs, tail = random_rows(seed, n, sharpness, tail_exponent, zeros)
     builder = ShardBuilder(prune, precision)
@@ -128,6 +129,7 @@ def test_presets_trade_bytes_for_divergence_and_the_prior_pays(tmp_path: Path) -
 
 
 def test_prompts_are_no_part_of_the_prior_nor_of_the_statistics(tmp_path: Path) -> None:
+    """SPEC 1.3 and 2.7."""
     prompt = np.frombuffer(b'[{"role": "user", "content": "?"}]' * 40, np.uint8)
     nothing = np.zeros((len(prompt), 257), np.float32), np.ones(len(prompt), np.float32)
     builders = {"text": ShardBuilder(), "chat": ShardBuilder()}
@@ -229,6 +231,7 @@ def test_sparse_index_finds_rows_beyond_its_stride(tmp_path: Path) -> None:
 
 
 def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
+    """SPEC 2.2."""
     digests = {hashlib.sha256(make(tmp_path / str(k))[0].read_bytes()).hexdigest() for k in range(2)}
     assert len(digests) == 1
     assert hashlib.sha256(make(tmp_path / "c", seed=9)[0].read_bytes()).hexdigest() not in digests
@@ -356,6 +359,7 @@ def test_rows_of_every_length_agree_with_the_reader_of_the_specification(precisi
 def test_bad_rows_are_named_and_leave_the_builder_unchanged(
     column: int, value: float, words: str, tmp_path: Path
 ) -> None:
+    """SPEC 4.9."""
     text = np.zeros(40, np.uint8)
     probs, tail = random_rows(0, 41, 3.0, -5.0, False)
     bad = probs.copy()

@@ -1,4 +1,7 @@
-"""Hostile and damaged shards: each is refused with an IntegrityError that names the file and the member."""
+"""Hostile and damaged shards: each is refused with an IntegrityError that names the file and the member.
+
+Which clause of schemas/SPEC.md each attack breaks stands in CLAUSES.
+"""
 
 import json
 import zipfile
@@ -127,6 +130,7 @@ ATTACKS: dict[str, tuple[Callable[[Members], Members], str]] = {
         lambda m: _array(_column(m, "gap_over", _longer), "gap_over", **_size(m, "gap_over", 1)),
         "gap_over",
     ),
+    "rank beyond": (lambda m: _column(m, "gap_over", lambda v: v * 0 + 240), "position.*ranks run beyond"),
     "huge overflow": (lambda m: _column(m, "gap_over", _at(0, 255)), "gap_over.*255, at most 240"),
     "huge count": (lambda m: _column(m, "count_over", _at(0, 121)), "count_over.*121, at most 120"),
     "tail_low value": (lambda m: _column(m, "tail_low", _at(0, 16)), "tail_low.*16, at most 15"),
@@ -156,6 +160,37 @@ ATTACKS: dict[str, tuple[Callable[[Members], Members], str]] = {
 }
 
 
+CLAUSES: dict[str, tuple[str, ...]] = {
+    "SPEC 1.2": ("end text",),
+    "SPEC 2.1": ("extra member", "climbing name", "absolute name", "extra chunk", "missing column", "missing group"),
+    "SPEC 2.3": ("two dimensions", "other codec", "other dtype", "fill value", "unknown key", "negative shape"),
+    "SPEC 2.4": ("missing chunk",),
+    "SPEC 2.5": ("not json", "no attrs", "step", "no step", "no precision"),
+    "SPEC 2.6": (
+        "shorter column", "count", "count sum", "miss sum", "longer overflow", "huge overflow", "huge count",
+        "tail_low value", "mask value", "few weights", "offset jump", "offset wrap", "offset equal", "id offsets",
+        "id not utf-8",
+    ),
+    "SPEC 2.7": ("wrong statistics",),
+    "SPEC 3.1": ("no root", "loop", "parent jump", "chain", "twins"),
+    "SPEC 3.3": ("weight",),
+    "SPEC 4.1": ("zero code",),
+    "SPEC 4.2": ("too much mass",),
+    "SPEC 4.3": ("rank beyond",),
+    "SPEC 4.4": ("all and more",),
+    "SPEC 9.2": (
+        "absurd shape", "many chunks", "huge chunks", "bomb frame", "no frame", "broken frame", "bomb of chunks",
+    ),
+    "SPEC 10.1": ("other format", "other version"),
+}  # fmt: skip
+"""Clauses of the specification, and the attacks that break them; 9.4 asks for all of the middle."""
+
+
+def test_every_attack_breaks_a_clause() -> None:
+    cited = [attack for attacks in CLAUSES.values() for attack in attacks]
+    assert sorted(cited) == sorted(ATTACKS)
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_hostile_archives_are_refused_by_name(attack: str, tmp_path: Path) -> None:
@@ -174,6 +209,7 @@ def test_hostile_archives_are_refused_by_name(attack: str, tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_duplicated_deflated_and_truncated_zips_are_refused(tmp_path: Path) -> None:
+    """SPEC 2.2."""
     good, _ = make(tmp_path / "good.zarr.zip")
     data = good.read_bytes()
     bad = tmp_path / "bad.zarr.zip"

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, GPTJConfig, Phi3Config
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, Interrupted
-from bytecache.stages.engines.vllm_worker import Want
+from bytecache.stages.engines.engine import Branch, Prompt, refuse_long_branches
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher.identity import teacher_identity
+from bytecache.stages.teacher.identity import REFERENCE, fit_context, longest_history, teacher_identity
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from tests.support.tiny_models import byte_level_tokenizer
 
@@ -106,10 +106,94 @@ def test_branches_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_branches_may_pass_the_end_of_their_window(vllm_teacher, tiny_checkpoint):
+    """A full window whose last token a branch cuts into single bytes: the rows of the other engine."""
+    reference = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", **BASE))
+    vocabulary = vllm_teacher.vocabulary
+    document, room = vocabulary.encode(TEXTS[0] * 2), BASE["context"] - 2
+    size = np.diff(document.starts)
+    end = room + int(np.argmax(size[room - 1 :]))
+    first = end - room
+    text = np.frombuffer(document.data, np.uint8)[document.starts[first] : document.starts[end]]
+    tokens = np.append(vocabulary.start_id, document.ids[first:end]).astype(np.int32)
+    starts = document.starts[first : end + 1] - document.starts[first]
+    prompt = Prompt("full window", tokens, 0, text, starts)
+    single = {vocabulary.token_bytes[int(i)]: int(i) for i in vocabulary.order}
+    last = int(starts[-2])
+    chain = tuple(single[text[i : i + 1].tobytes()] for i in range(last, len(text)))
+    branches = [Branch(len(tokens) - 2, chain[:length], last + length) for length in range(1, len(chain) + 1)]
+    found = []
+    for engine in (vllm_teacher.engine, reference.engine):
+        list(engine.score([prompt]))
+        (rows,) = engine.score_branches([(prompt, branches)])
+        found.append(rows)
+    assert len(tokens) == BASE["context"] - 1 and len(chain) > 2
+    np.testing.assert_allclose(found[0].log_norm, found[1].log_norm, atol=1e-3)
+    np.testing.assert_allclose(found[0].topk_logp, found[1].topk_logp, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("call", ["add_request", "step", "collective_rpc"])
+def test_whatever_vllm_raises_becomes_a_refusal(vllm_teacher, monkeypatch, call):
+    def fail(*args, **kwargs):
+        raise ValueError("the prompt is longer than it may be")
+
+    document = [d for d in encoded(vllm_teacher) if d[0] == "d3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_teacher.engine._engine, call, fail)
+        with pytest.raises(EngineError, match=r"vLLM failed while .*longer than it may be.*rerun"):
+            list(vllm_teacher.windows(document))
+    for running in list(vllm_teacher.engine._engine.output_processor.request_states):
+        vllm_teacher.engine._engine.abort_request([running], internal=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_teacher_whose_branches_reuse_nothing_is_refused(vllm_teacher, monkeypatch):
+    """As recurrent layers would have it: every branch computes its whole prefix again."""
+    engine = vllm_teacher.engine
+    step = engine._engine.step
+
+    def forgetful():
+        outputs = step()
+        for output in outputs:
+            output.num_cached_tokens = 0
+        return outputs
+
+    monkeypatch.setattr(engine._engine, "step", forgetful)
+    for name in ("branches", "branch_tokens", "_prefix_tokens"):
+        monkeypatch.setattr(engine, name, 0)
+    document = [d for d in encoded(vllm_teacher) if d[0] == "d0"]
+    with pytest.raises(EngineError, match=r"computes \d+ of a branch's \d+ tokens again.*teacher.depth = 0"):
+        list(vllm_teacher.windows(document))
+
+
+def test_a_branch_beyond_the_models_positions_is_refused():
+    branches = [Branch(62, (1, 2), 0), Branch(60, (1,), 0)]
+    refuse_long_branches("document 'd', window 0", branches, 65)
+    with pytest.raises(ConfigError, match=r"document 'd', window 0: a branch of 65 .*exceeds the 64 .*teacher.depth"):
+        refuse_long_branches("document 'd', window 0", branches, 64)
+
+
+@pytest.mark.parametrize("context", [0, 256, 252, 128])
+def test_windows_leave_room_for_branches_within_the_models_positions(tiny_checkpoint, context):
+    """The tiny models hold 256; a reference's branches go deepest."""
+    folder = tiny_checkpoint("bytelevel")
+    settings = st.Teacher(model=str(folder), backend="hf", context=context)
+    reach = REFERENCE["depth"]
+    window, _ = fit_context(settings, folder)
+    assert window == min(context or 256, 256 - reach)
+    longest = longest_history(settings.model_copy(update={"context": window}), folder)
+    assert longest == window - 1 + reach < 256
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_an_id_outside_the_vocabulary_never_reaches_the_engine(vllm_teacher):
-    want = Want(np.array([0, 10_000_000], np.int32), 0, np.zeros(1, np.uint8), np.array([0, 1]), "x")
+    prompt = Prompt("x", np.array([0, 10_000_000], np.int32), 0, np.zeros(1, np.uint8), np.array([0, 1]))
     with pytest.raises(EngineError, match="outside the teacher's vocabulary"):
-        list(vllm_teacher.engine._run([want], reuse_prefix=False))
+        list(vllm_teacher.engine.score([prompt]))
 
 
 def test_groups_bound_what_is_held_at_once(tiny_checkpoint, monkeypatch):
@@ -264,4 +348,7 @@ def test_identity_follows_weights_tokenizer_and_settings(tiny_checkpoint):
     assert of(first)["weights"] != of(tiny_checkpoint("bytelevel", seed=1))["weights"]
     assert of(first)["vocabulary"] != of(tiny_checkpoint("sentencepiece"))["vocabulary"]
     assert of(first) != of(first, tau=0.5)
-    assert of(first, kv_cache_gib=2) == of(first)  # memory is not identity
+    for neutral in ({"kv_cache_gib": 2}, {"max_batched_tokens": 64}, {"tensor_parallel": 2}):  # how, not what
+        assert of(first, **neutral) == of(first)
+    assert of(first)["device"] == "cpu" and of(first)["dtype"] == of(first, dtype="float32")["dtype"] == "float32"
+    assert of(first, dtype="bfloat16")["dtype"] == "bfloat16"

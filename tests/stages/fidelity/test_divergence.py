@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as some
 
-from bytecache.stages.fidelity.certificate import Fidelity, _Measure, summary_line
+from bytecache.stages.fidelity.certificate import Fidelity, summary_line
 from bytecache.stages.fidelity.divergence import divergence, even_weights, kl_spread, spread_tail
+from bytecache.stages.fidelity.measure import Measure
 
 
 def rows(seed: int, m: int, listed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +91,7 @@ def test_a_stored_zero_costs_much_but_not_infinity():
 def test_measures_merge_in_any_grouping_and_p99_is_an_upper_bound():
     rng = np.random.default_rng(0)
     pieces = [rng.lognormal(-8, 3, size) for size in (50, 700, 1, 400)]
-    whole, first, second = _Measure(), _Measure(), _Measure()
+    whole, first, second = Measure(), Measure(), Measure()
     for i, piece in enumerate(pieces):
         whole.add(piece)
         (first if i < 2 else second).add(piece)

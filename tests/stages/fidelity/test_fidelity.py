@@ -114,6 +114,7 @@ def test_empty_documents_have_an_end_to_measure(tmp_path, teacher, texts):
 
 
 def test_reference_windows_survive_the_dump_and_damaged_ones_are_refused(tmp_path, teacher):
+    """TOKEN_DUMP 8."""
     window = marked(teacher, TEXT, 30)
     (back,) = read_windows(write_part(tmp_path / "a", [window]))
     assert back.reference and back.doc_position == window.doc_position == plan_of(teacher, TEXT, 30, 1).first
@@ -187,10 +188,10 @@ def test_a_production_that_asked_for_everything_differs_by_storing_alone(tmp_pat
         _, counts = convert(tmp_path, name, [ordinary, window], precision="precise", rate=1e-7, prune=prune)
         found.append(Fidelity([counts["fidelity"]]).certificate({}, {}) or {})
     fine, coarse = found
-    assert fine["branch_kl"]["max"] < 1e-9
+    assert fine["branch_kl"]["max"] < 1e-5  # what is below DEEP joins in production and is dropped in a reference
     assert fine["kl"]["mean"] < 5e-3 < coarse["kl"]["mean"]
     assert fine["tail"]["pruned"] < 1e-2 < coarse["tail"]["pruned"]
-    assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"])
+    assert fine["kl"]["mean"] == pytest.approx(fine["storing_kl"]["mean"], rel=1e-3)
     assert fine["rows_per_token"]["production"] == fine["rows_per_token"]["reference"] > 1
 
 

@@ -19,7 +19,7 @@ from bytecache.schemas.settings import Student, Train
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages import export
 from bytecache.stages.evaluate import evaluate
-from bytecache.stages.student import student
+from bytecache.stages.student import new_tokenizer, student
 from bytecache.stages.train.train import train
 from tests.support.student_data import document, make_dataset
 
@@ -56,7 +56,9 @@ def test_bpe_tokenizer_is_ordinary_and_spells_everything(world):
     opened = student.load(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = document(3, 5) + "\tunseen \u00e9\U0001f600 <|eos|>"
-    assert tokenizer.bos_token == student.BOS and tokenizer.eos_token == student.EOS and len(tokenizer) <= 300
+    assert (
+        tokenizer.bos_token == new_tokenizer.BOS and tokenizer.eos_token == new_tokenizer.EOS and len(tokenizer) <= 300
+    )
     assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id
     encoded = opened.vocabulary.encode(text)
     assert encoded.data == text.encode() and len(encoded.ids) < len(text.encode())

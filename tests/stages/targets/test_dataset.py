@@ -1,6 +1,7 @@
 """ByteTargets: one global sequence, whatever the number of ranks and workers, wherever it was stopped."""
 
 import json
+import pickle
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,24 @@ def test_windows_become_tensors(folder: Path) -> None:
     window = next(iter(DataLoader(targets(folder), batch_size=None)))
     assert window.text.dtype == torch.uint8 and window.prob.dtype == torch.float32
     assert window.row.dtype == torch.int32 and int(window.row.max()) == len(window.text) - 1
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_workers_that_are_spawned_read_the_same_sequence(folder: Path, tmp_path: Path, remote: bool) -> None:
+    """A spawned worker gets its data set pickled; so does one handed over amid a reading, shards in memory or not."""
+    place_of: Any = folder.as_uri() if remote else folder
+    begun = targets(place_of, cache_dir=tmp_path)
+    assert len(list(islice(begun, 7))) == 7 and len(begun._shelf)
+    for data in (targets(place_of, cache_dir=tmp_path), begun):
+        loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+        assert [place(window) for window in islice(loader, 20)] == alone(folder, 20)
+
+
+def test_a_pickled_loader_goes_on_where_it_was(folder: Path) -> None:
+    data = targets(folder, depth=0)
+    assert [place(window) for window in islice(data, 5)] == alone(folder, 5)
+    copy = pickle.loads(pickle.dumps(data))
+    assert copy.state_dict() == data.state_dict()
+    again = targets(folder)
+    again.load_state_dict(copy.state_dict())
+    assert place(next(iter(again))) == alone(folder, 6)[5]

@@ -1,0 +1,138 @@
+"""Write the tables of README.md and docs/results.md from the committed results of the benchmarks.
+
+    python docs/fill_tables.py
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. A test compares the documents
+with what this would write, so that no figure drifts from the file it comes from.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TEXTS = {"encyclopedia": "encyclopedia", "prose": "manual", "code": "code", "cjk": "CJK"}
+"""Texts as results call them, and as documents do, in their order."""
+PRESETS = ("fast", "balanced", "exact")
+
+
+def result(name: str) -> Any:
+    """One result file."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    """A Markdown table; `head` has its titles, `>` before those of right-aligned columns."""
+    titles = head.split(" | ")
+    rule = ["---:" if title.startswith(">") else "---" for title in titles]
+    lines = [[title.removeprefix(">") for title in titles], rule, *rows]
+    return "\n".join("|" + "|".join(f" {cell} " if line is not rule else cell for cell in line) + "|" for line in lines)
+
+
+def efforts(text: str, name: str = "information_loss.json") -> dict[str, dict[str, float]]:
+    """What each preset gave on one text."""
+    return {effort["name"]: effort for effort in result(name)["results"][text]["effort"]}
+
+
+def presets() -> str:
+    """Every preset on every text."""
+    texts = [text for text in TEXTS if text in result("information_loss.json")["results"]]
+    rows = []
+    for preset in PRESETS:
+        for number, text in enumerate(texts):
+            effort = efforts(text)[preset]
+            figures = [f"{effort['rows_per_token']:.2f}", f"{effort['kl']:.5f}", f"{effort['jsd']:.5f}"]
+            rows.append(["" if number else f"`{preset}`", TEXTS[text], *figures, f"{effort['leak_bits']:+.4f}"])
+    head = "`teacher.preset` | text | >rows per token | >KL | >JSD | >bits given to the true byte beyond exact"
+    return table(head, rows)
+
+
+def presets_short() -> str:
+    """KL and rows of every preset on every text, a line each."""
+    texts = [text for text in TEXTS if text in result("information_loss.json")["results"]]
+    rows = []
+    for preset in PRESETS:
+        cells = [efforts(text)[preset] for text in texts]
+        rows.append([f"`{preset}`", *(f"{cell['kl']:.4f} ({cell['rows_per_token']:.2f})" for cell in cells)])
+    return table("`teacher.preset` | " + " | ".join(f">{TEXTS[text]}" for text in texts), rows)
+
+
+def genlm() -> str:
+    """Speed and KL beside genlm-bytes: the better of its plain and tuned runs."""
+    rows = []
+    runs = result("genlm_bytes.json")["results"]
+    for text, streams in dict.fromkeys((run["text"], run["streams"]) for run in runs):
+        of_text = [run for run in runs if (run["text"], run["streams"]) == (text, streams)]
+        other = [run for run in of_text if run["system"].startswith("genlm")]
+        if not other:
+            continue
+        n_bytes, n_documents = of_text[0]["bytes"], of_text[0]["documents"]
+        what = "one stream" if n_documents == 1 else f"{n_documents} documents"
+        ours = [run for preset in PRESETS for run in of_text if run["system"] == f"bytecache {preset}"]
+        best = max(other, key=lambda run: float(run["bytes_per_cpu_s"]))
+        cells = [f"{run['bytes_per_cpu_s']:.{0 if run in ours else 1}f} ({run['kl']:.5f})" for run in [*ours, best]]
+        rows.append([f"{TEXTS.get(text, text)}, {what}, {n_bytes} bytes", *cells])
+    return table("text | " + " | ".join(f">`{preset}`" for preset in PRESETS) + " | >genlm-bytes", rows)
+
+
+def student_gain() -> str:
+    """The table that the benchmark writes."""
+    return (RESULTS / "student_gain.md").read_text(encoding="utf-8").strip()
+
+
+def objective_cost() -> str:
+    """What each objective adds to a step, by the student's size."""
+    students = result("objective_cost.json")["students"]
+    heads = [objective["head"] for objective in students[0]["objectives"]]
+    rows = []
+    for head in heads:
+        shares = [each["overhead"] for student in students for each in student["objectives"] if each["head"] == head]
+        rows.append([f"`{head}`", *(f"{100 * share:+.1f} %" for share in shares)])
+    sizes = [f">{student['parameters'] / 1e6:.1f} M parameters" for student in students]
+    return table("objective | " + " | ".join(sizes), rows)
+
+
+def rate_distortion() -> str:
+    """Size and divergence of each precision on each capture."""
+    captures = result("rate_distortion.json")
+    rows = []
+    for precision in ("small", "default", "precise"):
+        for number, (capture, measured) in enumerate(captures.items()):
+            shard = next(each for each in measured["shards"] if each.get("preset") == precision)
+            figures = [f"{shard['size']:.1f}", f"{shard['kl']:.3f}"]
+            rows.append(["" if number else f"`{precision}`", *capture.rsplit(" ", 1), *figures])
+    return table("`convert.precision` | teacher | text | >bytes per byte of text | >KL", rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets,
+    "presets-short": presets_short,
+    "genlm": genlm,
+    "student-gain": student_gain,
+    "objective-cost": objective_cost,
+    "rate-distortion": rate_distortion,
+}
+
+
+def filled(text: str) -> str:
+    """A document with its tables as the results have them."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([a-z-]+) -->\n.*?<!-- end -->", fill, text, flags=re.S)
+
+
+def main() -> None:
+    """Fill both documents."""
+    for path in DOCUMENTS:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: tables filled")
+
+
+if __name__ == "__main__":
+    main()

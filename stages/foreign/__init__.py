@@ -1,0 +1,1 @@
+"""Caches that other tools wrote: what they list of a teacher, as a token dump."""

@@ -1,0 +1,226 @@
+"""Records of a foreign cache: token ids, and for every position the listed ids with their log-probabilities.
+
+    plain        input_ids [T], topk_ids [P][k], topk_logprobs [P][k]; other column names may be given
+    distillkit   input_ids [T], compressed_logprobs [P][bytes], bytepacked_indices [P][bytes] (`packed`), or token_ids
+                 and top_values; the settings are compression_config.yaml beside the files
+    axolotl      input_ids [T], logprobs [P][k] of numbers beside target_token_ids [P][k], or of objects
+                 {"token": "token_id:123", "logprob": -0.1}
+    trl          input_ids [T] or prompt_ids + completion_ids, teacher_topk_ids and teacher_topk_logprobs [P][k]
+
+P is T, T - 1, or less where a prompt has none. Files are Parquet, or lines of JSON; they are read by record number, so
+a unit of work reads only its own. A position may list nothing (null).
+"""
+
+import json
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.stages.foreign.packed import Packing
+
+LAYOUTS = ("plain", "distillkit", "axolotl", "trl")
+MAX_LINE = 1 << 28
+"""Bytes of one line of JSON."""
+
+
+class Record(NamedTuple):
+    """One sequence. N entries in all."""
+
+    tokens: np.ndarray
+    """int64 [T]"""
+    counts: np.ndarray
+    """int64 [P]; entries listed at each position"""
+    ids: np.ndarray
+    """int64 [N]"""
+    logps: np.ndarray
+    """float64 [N]; nats"""
+
+
+class Columns(NamedTuple):
+    """Where a layout keeps what is needed."""
+
+    tokens: str
+    ids: str
+    logprobs: str
+
+
+COLUMNS = {
+    "plain": Columns("input_ids", "topk_ids", "topk_logprobs"),
+    "distillkit": Columns("input_ids", "token_ids", "top_values"),
+    "axolotl": Columns("input_ids", "target_token_ids", "logprobs"),
+    "trl": Columns("input_ids", "teacher_topk_ids", "teacher_topk_logprobs"),
+}
+
+
+class Cache:
+    """The records of a file or folder, by number, in the order of the file names.
+
+    Raises ConfigError for a layout whose settings are missing, InputError for files that are none.
+    """
+
+    def __init__(self, place: Path, layout: str, columns: Columns | None = None) -> None:
+        if layout not in LAYOUTS:
+            raise ConfigError(f"--from {layout}: known layouts are {', '.join(LAYOUTS)}")
+        self.place, self.layout = place, layout
+        self.columns = columns or COLUMNS[layout]
+        names = sorted(place.rglob("*")) if place.is_dir() else [place]
+        paths = [path for path in names if path.suffix in (".parquet", ".jsonl", ".json") and path.is_file()]
+        if not paths:
+            raise InputError(f"{place}: no .parquet, .jsonl or .json file; name the cache's file or folder")
+        self.passed_over = sum(path.is_file() for path in names) - len(paths)
+        self.files = [_Parquet(path) if path.suffix == ".parquet" else _Lines(path) for path in paths]
+        self.begin = np.cumsum([0, *(len(file) for file in self.files)]).tolist()
+        self.packing = Packing.beside(paths[0]) if self._is_packed() else None
+
+    def __len__(self) -> int:
+        return int(self.begin[-1])
+
+    def __getitem__(self, number: int) -> Record:
+        """Record `number`. Raises InputError naming the file and the record."""
+        which = bisect_right(self.begin, number) - 1
+        file, inside = self.files[which], number - self.begin[which]
+        row = file.row(inside)
+        try:
+            return self._record(row)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(f"{file.path}, record {inside}: not of layout {self.layout} ({_why(error)})") from error
+
+    def _is_packed(self) -> bool:
+        if self.layout != "distillkit":
+            return False
+        names = self.files[0].names()
+        if "packed_indices" in names:
+            raise ConfigError(
+                f"{self.files[0].path}: the older packed columns (packed_indices, coeffs) are not read; write the "
+                "cache again with DistillKit's present compression, or as token_ids and top_values"
+            )
+        return "compressed_logprobs" in names
+
+    def _record(self, row: dict[str, Any]) -> Record:
+        tokens = self._tokens(row)
+        if self.packing is not None:
+            ids, logps = self.packing.unpack(row["compressed_logprobs"], row["bytepacked_indices"])
+            counts = np.full(len(ids), ids.shape[1], np.int64)
+            return _checked(Record(tokens, counts, ids.reshape(-1), logps.reshape(-1)))
+        listed = row[self.columns.logprobs]
+        if any(isinstance(entry, dict) for position in listed or () if position for entry in position):
+            pairs = [[_named(entry) for entry in position or ()] for position in listed]
+            ids_of = [[token for token, _ in position] for position in pairs]
+            logps_of = [[logp for _, logp in position] for position in pairs]
+        else:
+            ids_of = [position if position is not None else [] for position in row[self.columns.ids]]
+            logps_of = [position if position is not None else [] for position in listed]
+        counts = np.array([len(position) for position in ids_of], np.int64)
+        if [len(position) for position in logps_of] != counts.tolist():
+            raise ValueError("ids and logprobs have different lengths")
+        ids = np.array([token for position in ids_of for token in position], np.int64)
+        logps = np.array([logp for position in logps_of for logp in position], np.float64)
+        return _checked(Record(tokens, counts, ids, logps))
+
+    def _tokens(self, row: dict[str, Any]) -> np.ndarray:
+        if self.columns.tokens in row:
+            return np.asarray(row[self.columns.tokens], np.int64)
+        return np.asarray([*row["prompt_ids"], *row["completion_ids"]], np.int64)
+
+
+def _named(entry: dict[str, Any]) -> tuple[int, float]:
+    """(id, logprob) of {"token": "token_id:123", "logprob": -0.1}."""
+    return int(str(entry["token"]).rpartition(":")[2]), float(entry["logprob"])
+
+
+def _checked(record: Record) -> Record:
+    """The record without padding entries (log-probability -inf). Raises ValueError for what cannot be one."""
+    if record.tokens.ndim != 1 or len(record.counts) > len(record.tokens):
+        raise ValueError(f"{len(record.counts)} positions for {len(record.tokens)} tokens")
+    if np.isnan(record.logps).any() or (record.logps > 1e-2).any():
+        raise ValueError("log-probabilities that are NaN or above 0")
+    if (record.ids < 0).any() or (record.tokens < 0).any():
+        raise ValueError("negative ids")
+    position = np.repeat(np.arange(len(record.counts)), record.counts)
+    keep = ~np.isneginf(record.logps)
+    if not keep.all():
+        position = position[keep]
+        counts = np.bincount(position, minlength=len(record.counts)).astype(np.int64)
+        record = record._replace(counts=counts, ids=record.ids[keep], logps=record.logps[keep])
+    if len(np.unique(np.stack([position, record.ids]), axis=1)[0]) < len(record.ids):
+        raise ValueError("a position lists the same id twice")
+    return record
+
+
+def _why(error: Exception) -> str:
+    return f"column {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+class _Parquet:
+    """Rows of a Parquet file; the last row group read stays in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"{path}: not a whole Parquet file ({error}); fetch it again") from error
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self._begin = np.cumsum([0, *sizes]).tolist()
+        self._group, self._table = -1, None
+
+    def __len__(self) -> int:
+        return int(self._begin[-1])
+
+    def names(self) -> list[str]:
+        return list(self._file.schema_arrow.names)
+
+    def row(self, number: int) -> dict[str, Any]:
+        group = bisect_right(self._begin, number) - 1
+        if group != self._group:
+            try:
+                self._group, self._table = group, self._file.read_row_group(group)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise InputError(f"{self.path}: row group {group} cannot be read ({error}); fetch it again") from error
+        inside = number - self._begin[group]
+        rows: list[dict[str, Any]] = self._table.slice(inside, 1).to_pylist()  # type: ignore[attr-defined]
+        return rows[0]
+
+
+class _Lines:
+    """Lines of JSON, found by their place in the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")
+        self._place: list[int] = []
+        at = 0
+        while line := self._file.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                raise InputError(f"{path}: a line of more than {MAX_LINE} bytes; this is no cache of records")
+            if line.strip():
+                self._place.append(at)
+            at += len(line)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def names(self) -> list[str]:
+        return list(self.row(0)) if self._place else []
+
+    def row(self, number: int) -> dict[str, Any]:
+        self._file.seek(self._place[number])
+        try:
+            row = json.loads(self._file.readline(), parse_constant=_infinite)
+        except ValueError as error:
+            raise InputError(f"{self.path}, record {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{self.path}, record {number}: not a JSON object")
+        return row
+
+
+def _infinite(name: str) -> float:
+    """JSON writers of these caches write -Infinity for padding entries."""
+    if name == "-Infinity":
+        return float("-inf")
+    raise ValueError(f"{name} is no log-probability")

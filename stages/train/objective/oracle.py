@@ -278,7 +278,8 @@ def _target_nats(choices: Choices, marginal: Marginal) -> F64:
     target = tail.astype(np.float64) / np.maximum(marginal.tables.offered(choices.node).numpy() - listed, 1)
     hit = symbol == choices.true.numpy()[slot]
     target[slot[hit]] = prob[hit]
-    return -np.log(np.maximum(target, FLOOR))
+    nats: F64 = -np.log(np.maximum(target, FLOOR))
+    return nats
 
 
 def _cuts(marginal: Marginal, vocabulary: Vocabulary) -> _Cuts:

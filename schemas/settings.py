@@ -37,6 +37,9 @@ class Corpus(Section):
     rendered by the teacher's and the student's own chat template. `completion`: prompt and response, joined as text."""
     text_field: str = "text"
     """Name of the text column in JSONL and Parquet sources."""
+    ignore_fields: str = ""
+    """Names of fields of `chat` and `completion` records that are no part of what is read or said, separated by spaces;
+    any other field that is not used is refused."""
     text_split: Literal["file", "paragraphs"] = "file"
     """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
     max_bytes: int = Field(150_000, ge=0)
@@ -222,11 +225,11 @@ class Train(Section):
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW weight decay on matrices."""
-    head: Literal["marginal", "parallel", "mlp", "transformer", "autoregressive", "uld", "shared_topk"] = "marginal"
+    head: Literal["marginal", "parallel", "autoregressive", "uld", "shared_topk"] = "marginal"
     """What meets the teacher: the student's own token distribution as bytes, or a byte head (the paper: parallel).
     Baselines that read the run's token dump: `uld` (sorted probabilities), `shared_topk` (tokens of equal bytes)."""
     head_width: int = Field(0, ge=0)
-    """Hidden width of the heads mlp, transformer and autoregressive; 0 = the student's own, 256 at most."""
+    """Hidden width of the autoregressive head; 0 = the student's own, 256 at most."""
     lambda_token: float = Field(1.0, ge=0)
     """Weight of the token cross-entropy; the control always has 1."""
     lambda_byte: float = Field(1.0, ge=0)

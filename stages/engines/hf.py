@@ -29,6 +29,7 @@ from bytecache.stages.engines.static import (
     together,
     tokens_of,
 )
+from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.weights import refuse_missing
 
 KEPT_BYTES = 1 << 31
@@ -38,9 +39,10 @@ KEPT_BYTES = 1 << 31
 class HfEngine(Engine):
     """Rows from `AutoModelForCausalLM` on whatever device torch offers."""
 
-    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
+    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher) -> None:
         self.reducer = reducer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        refuse_quantised_teacher(folder, settings.model, "hf")
         self.model = _load(folder, settings)
         _check_rope(self.model, settings.context)
         self.model.to(self.device).eval()
@@ -242,7 +244,7 @@ def _check_rope(model: Any, context: int) -> None:
 class _Float32Head(torch.nn.Module):
     """The output embedding computed in float32."""
 
-    def __init__(self, head: torch.nn.Module):
+    def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
         self.weight = head.weight.detach().float()  # type: ignore[operator]
         bias = getattr(head, "bias", None)

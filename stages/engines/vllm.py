@@ -8,6 +8,7 @@ hold of them is counted, and a model whose cache holds nothing of them is refuse
 An engine exception is fatal by design: after one, vLLM's next call may never return.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_
 from bytecache.stages.engines.paths import PathReducer, RowMasses
 from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
 from bytecache.stages.engines.vllm_start import CPU_BLOCK, logit_rows, reason, start_engine
-from bytecache.stages.engines.vllm_worker import Request, Want, WantState
+from bytecache.stages.engines.vllm_worker import LEAVE_S, Request, Want, WantState
 
 TOKENS_IN_FLIGHT = 16_384
 """Tokens that the scheduler has still to compute at most, cached prefixes aside."""
@@ -44,7 +45,7 @@ class Ask(NamedTuple):
 class VllmEngine(Engine):
     """Rows from an in-process `vllm.LLMEngine`. Raises EngineError when the self-test fails."""
 
-    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher, *, longest: int):
+    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher, *, longest: int) -> None:
         self._serial = 0
         self._model, self._longest = settings.model, longest
         self.branches = self.branch_tokens = self._prefix_tokens = 0
@@ -251,6 +252,8 @@ class VllmEngine(Engine):
             raise EngineError("vLLM could not drop its prefix cache between units; rerun the same command to continue")
 
     def close(self) -> None:
+        with contextlib.suppress(Exception):  # an engine that failed may not answer
+            self._engine.collective_rpc("bytecache_leave", timeout=LEAVE_S)
         self._engine.engine_core.shutdown()
 
 

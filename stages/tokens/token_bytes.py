@@ -13,7 +13,11 @@ Price: 0.1-0.3 s for 150k-262k tokens.
 """
 
 import re
+<<<<<<< HEAD
 from collections.abc import Iterable, Iterator, Mapping
+=======
+from collections.abc import Callable, Iterator
+>>>>>>> main
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -220,7 +224,7 @@ def is_control(token: Json, named_special: frozenset[str]) -> bool:
     return bool(token["special"] or content in named_special or _CONTROL_NAME.fullmatch(content))
 
 
-def _speller(spec: Json, where: str):  # type: ignore[no-untyped-def]
+def _speller(spec: Json, where: str) -> Callable[[str], bytes | None]:
     """The function piece -> bytes of a SentencePiece decoder chain."""
     replacements: list[tuple[str, str]] = []
     has_bytes = bool(spec["model"].get("byte_fallback"))

@@ -13,11 +13,7 @@ Price: 0.1-0.3 s for 150k-262k tokens.
 """
 
 import re
-<<<<<<< HEAD
-from collections.abc import Iterable, Iterator, Mapping
-=======
-from collections.abc import Callable, Iterator
->>>>>>> main
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 

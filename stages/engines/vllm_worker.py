@@ -107,7 +107,7 @@ class Scheduled(NamedTuple):
 class _Wanted:
     """A want in progress: where in the chunks its rows are."""
 
-    def __init__(self, want: Want, reducer: PathReducer):
+    def __init__(self, want: Want, reducer: PathReducer) -> None:
         self.label = want.label
         self.plan = plan_paths(reducer.vocabulary, want.text, want.starts)
         self.following = want.following
@@ -118,7 +118,7 @@ class _Wanted:
 class _Asked:
     """One request of a want: which of its rows comes next."""
 
-    def __init__(self, wanted: _Wanted, request: Request, first_row: int):
+    def __init__(self, wanted: _Wanted, request: Request, first_row: int) -> None:
         self.wanted, self.stop, self.next = wanted, request.stop, request.first
         self.shift = first_row - request.first
 

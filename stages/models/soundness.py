@@ -75,33 +75,32 @@ def _read(file: Path, where: str) -> dict[str, Any]:
 def _check(config: dict[str, Any], where: str) -> None:
     """Types and limits of the numbers that are known; of a model with several parts, of each."""
     for key, most in SIZES.items():
-        given = config.get(key)
-        for value in given if isinstance(given, list) else [given]:
-            if value is None:
-                continue
+        for value in _given(config, key):
             if type(value) is not int or not 1 <= value <= most:
                 raise InputError(
                     f"{where}: {key} = {_shown(value)}: must be a whole number in 1..{most}; fetch it again"
                 )
     for key in _IDS:
-        given = config.get(key)
-        for value in given if isinstance(given, list) else [given]:
+        for value in _given(config, key):
             # -1 is what some write for none.
-            if value is not None and (type(value) is not int or not -1 <= value < MAX_IDS):
+            if type(value) is not int or not -1 <= value < MAX_IDS:
                 raise InputError(f"{where}: {key} = {_shown(value)}: must be an id below {MAX_IDS}; fetch it again")
     for key in _ACTIVATIONS:
-        given = config.get(key)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not isinstance(value, str):
+        for value in _given(config, key):
+            if not isinstance(value, str):
                 raise InputError(f"{where}: {key} = {_shown(value)}: must be a name; fetch it again")
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if type(heads) is type(width) is int and not config.get("head_dim") and width % heads:
-        raise InputError(
-            f"{where}: hidden_size = {width} is no multiple of num_attention_heads = {heads}; fetch it again"
-        )
+        raise InputError(f"{where}: hidden_size = {width} is no multiple of num_attention_heads = {heads}")
     for key in ("text_config", "vision_config", "audio_config"):
         if isinstance(config.get(key), dict):
             _check(config[key], f"{where}: {key}")
+
+
+def _given(config: dict[str, Any], key: str) -> list[Any]:
+    """What a configuration says of a key: one value, or one for each layer; nothing where it is absent or null."""
+    value = config.get(key)
+    return [each for each in (value if isinstance(value, list) else [value]) if each is not None]
 
 
 def _shown(value: Any) -> str:

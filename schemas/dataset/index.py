@@ -88,6 +88,7 @@ class Dataset:
     """how far the stored targets are from a reference of the same teacher (SPEC.md); None: not measured"""
 
     def split(self, name: str) -> list[ShardEntry]:
+        """Entries of one split, in order."""
         return [entry for entry in self.entries if entry.split == name]
 
     @property
@@ -96,6 +97,7 @@ class Dataset:
         return str(self.folder)
 
     def path(self, entry: ShardEntry) -> Path:
+        """Where the shard lies, or would."""
         return self.folder / entry.file
 
     @contextmanager

@@ -97,6 +97,7 @@ class ShardBuilder:
 
     @property
     def n_positions(self) -> int:
+        """Positions so far, END positions included."""
         return len(self._columns["text"])
 
     @property

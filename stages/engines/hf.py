@@ -39,7 +39,7 @@ KEPT_BYTES = 1 << 31
 class HfEngine(Engine):
     """Rows from `AutoModelForCausalLM` on whatever device torch offers."""
 
-    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
+    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher) -> None:
         self.reducer = reducer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         refuse_quantised_teacher(folder, settings.model, "hf")
@@ -240,7 +240,7 @@ def _check_rope(model: Any, context: int) -> None:
 class _Float32Head(torch.nn.Module):
     """The output embedding computed in float32."""
 
-    def __init__(self, head: torch.nn.Module):
+    def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
         self.weight = head.weight.detach().float()  # type: ignore[operator]
         bias = getattr(head, "bias", None)

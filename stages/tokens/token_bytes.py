@@ -13,7 +13,7 @@ Price: 0.1-0.3 s for 150k-262k tokens.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -193,7 +193,7 @@ def is_control(token: Json, named_special: frozenset[str]) -> bool:
     return bool(token["special"] or content in named_special or _CONTROL_NAME.fullmatch(content))
 
 
-def _speller(spec: Json, where: str):  # type: ignore[no-untyped-def]
+def _speller(spec: Json, where: str) -> Callable[[str], bytes | None]:
     """The function piece -> bytes of a SentencePiece decoder chain."""
     replacements: list[tuple[str, str]] = []
     has_bytes = bool(spec["model"].get("byte_fallback"))

@@ -222,16 +222,7 @@ class CorpusReader:
             if not raw.strip():
                 continue
             text = _decode(raw, path, number, offset - len(raw))
-            try:
-                record: Any = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object per line is expected"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
+            record = _parse_record(text, where, field)
             if self.corpus.kind != "text":
                 yield from self._turns(record, _content_id(name, raw), where)
                 continue
@@ -296,6 +287,21 @@ class CorpusReader:
         with path.open("rb") as stream:
             for first, piece in _paragraph_runs(_lines(stream, path)):
                 yield f"{path}, line {first}", _content_id(name, piece.encode()), piece
+
+
+def _parse_record(text: str, where: str, field: str) -> dict[str, Any]:
+    """The object on a line. Raises InputError."""
+    try:
+        record: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object per line is expected"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
+    return record
 
 
 def _check_text_column(schema: Any, field: str, path: Path) -> None:

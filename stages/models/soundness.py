@@ -10,6 +10,7 @@ Price: the header of each weight file, a few ms.
 import json
 import math
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +75,10 @@ def _read(file: Path, where: str) -> dict[str, Any]:
 
 def _check(config: dict[str, Any], where: str) -> None:
     """Types and limits of the numbers that are known; of a model with several parts, of each."""
-    for key, most in SIZES.items():
+    for key, wanted, fits in _rules():
         for value in _given(config, key):
-            if type(value) is not int or not 1 <= value <= most:
-                raise InputError(
-                    f"{where}: {key} = {_shown(value)}: must be a whole number in 1..{most}; fetch it again"
-                )
-    for key in _IDS:
-        for value in _given(config, key):
-            # -1 is what some write for none.
-            if type(value) is not int or not -1 <= value < MAX_IDS:
-                raise InputError(f"{where}: {key} = {_shown(value)}: must be an id below {MAX_IDS}; fetch it again")
-    for key in _ACTIVATIONS:
-        for value in _given(config, key):
-            if not isinstance(value, str):
-                raise InputError(f"{where}: {key} = {_shown(value)}: must be a name; fetch it again")
+            if not fits(value):
+                raise InputError(f"{where}: {key} = {repr(value)[:60]}: must be {wanted}; fetch it again")
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if type(heads) is type(width) is int and not config.get("head_dim") and width % heads:
         raise InputError(f"{where}: hidden_size = {width} is no multiple of num_attention_heads = {heads}")
@@ -97,14 +87,20 @@ def _check(config: dict[str, Any], where: str) -> None:
             _check(config[key], f"{where}: {key}")
 
 
+def _rules() -> Iterator[tuple[str, str, Callable[[Any], bool]]]:
+    """Key, what its values must be, and whether one is."""
+    for key, most in SIZES.items():
+        yield key, f"a whole number in 1..{most}", lambda value, most=most: type(value) is int and 1 <= value <= most
+    for key in _IDS:  # -1 is what some write for none
+        yield key, f"an id below {MAX_IDS}", lambda value: type(value) is int and -1 <= value < MAX_IDS
+    for key in _ACTIVATIONS:
+        yield key, "a name", lambda value: isinstance(value, str)
+
+
 def _given(config: dict[str, Any], key: str) -> list[Any]:
     """What a configuration says of a key: one value, or one for each layer; nothing where it is absent or null."""
     value = config.get(key)
     return [each for each in (value if isinstance(value, list) else [value]) if each is not None]
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:60]
 
 
 def _refuse_beyond_weights(folder: Path, config: dict[str, Any], where: str) -> None:

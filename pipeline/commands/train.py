@@ -188,6 +188,7 @@ def _token_dump(context: Context) -> "TokenDump | None":
 
 
 def run_receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:
+    """The receipt of a trained run."""
     return Receipt(
         stage=task.stage,
         key=task.key,

@@ -24,17 +24,20 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from bytecache.schemas import strict_json
+from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset import card
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.files import NotAFileError, file_sha256, read_regular, replace_file
+from bytecache.schemas.shard.limits import excess
 
 FORMAT = "bytecache.dataset"
 VERSION = 1
 MANIFEST, DATASET, SUFFIX = "manifest.parquet", "dataset.json", ".zarr.zip"
 MAX_JSON, MAX_MANIFEST = 1 << 24, 1 << 28
 """Bytes of the two index files that a reader is willing to load."""
-MAX_SHARDS, MAX_TABLE = 1 << 22, 1 << 31
-"""Rows of a manifest, and the bytes it may decompress to."""
+MAX_SHARDS, ROW_BYTES, TABLE_BYTES = 1 << 20, 32, 2048
+"""Rows of a manifest, at most; the bytes of file that each takes at least (its own sha256 does not compress below 32);
+and the bytes that each may decompress to."""
 
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
@@ -88,6 +91,7 @@ class Dataset:
     """how far the stored targets are from a reference of the same teacher (SPEC.md); None: not measured"""
 
     def split(self, name: str) -> list[ShardEntry]:
+        """Entries of one split, in order."""
         return [entry for entry in self.entries if entry.split == name]
 
     @property
@@ -96,6 +100,7 @@ class Dataset:
         return str(self.folder)
 
     def path(self, entry: ShardEntry) -> Path:
+        """Where the shard lies, or would."""
         return self.folder / entry.file
 
     @contextmanager
@@ -287,7 +292,8 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
             "or rerun the stage that makes them"
         )
     entries = _parse_manifest(table_path, data)
-    if len({entry.file for entry in entries}) != len(entries) or entries != _in_order(entries):
+    distinct = min(len({entry.file for entry in entries}), len({entry.sha256 for entry in entries}))
+    if distinct != len(entries) or entries != _in_order(entries):
         raise IntegrityError(f"{table_path}: shards must be sorted and listed once; make the index again")
     content_sha256 = _content_sha256(entries)
     if manifest.get("content_sha256") != content_sha256 or document.get("splits") != _totals(entries):
@@ -299,20 +305,35 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
     return Dataset(folder, entries, info, content_sha256, fidelity)
 
 
+def _checked(path: str, entry: ShardEntry) -> ShardEntry:
+    """An entry whose counts agree with each other and with the size of its file. Raises IntegrityError."""
+    why = excess(entry.size, entry.n_positions, entry.n_documents)
+    if not why and entry.n_bytes + entry.n_documents != entry.n_positions:
+        why = f"{entry.n_bytes} bytes and {entry.n_documents} documents are not {entry.n_positions} positions"
+    if not why and (entry.n_supervised > entry.n_positions or entry.n_entries > SYMBOLS * entry.n_positions):
+        why = f"{entry.n_supervised} supervised and {entry.n_entries} entries of {entry.n_positions} positions"
+    if why:
+        raise IntegrityError(f"{path}: {entry.file}: {why}; do not use it")
+    return entry
+
+
 def _parse_manifest(path: str, data: bytes) -> tuple[ShardEntry, ...]:
     """The rows of a manifest; what it would decompress to is bounded before anything is decompressed."""
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             meta = file.metadata
             size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-            if not (0 <= meta.num_rows <= MAX_SHARDS and 0 <= size <= MAX_TABLE):
+            most = min(MAX_SHARDS, len(data) // ROW_BYTES)
+            most_bytes = (1 + meta.num_rows) * TABLE_BYTES
+            if not (0 <= meta.num_rows <= most and 0 <= size <= most_bytes and meta.num_row_groups <= 1 + most):
                 raise IntegrityError(
-                    f"{path}: {meta.num_rows} rows of {size} bytes, at most {MAX_SHARDS} rows and {MAX_TABLE} bytes "
-                    "are read; do not use it"
+                    f"{path}: {meta.num_rows} rows of {size} bytes in a file of {len(data)}, at most {most} rows and "
+                    f"{most_bytes} bytes are read; do not use it"
                 )
             if file.schema_arrow.names != _SCHEMA.names or file.schema_arrow.types != _SCHEMA.types:
                 raise IntegrityError(f"{path}: columns {file.schema_arrow.names} are not those of version {VERSION}")
-            return tuple(ShardEntry(**row) for row in file.read().to_pylist())
+            batches = file.iter_batches(batch_size=1024)
+            return tuple(_checked(path, ShardEntry(**row)) for batch in batches for row in batch.to_pylist())
     except ValidationError as error:
         first = error.errors()[0]
         value = repr(first.get("input"))[:120]

@@ -97,7 +97,7 @@ def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:
 class DumpWriter:
     """Writes one part; equal windows give equal bytes. Use `close()`; an unclosed file is not a Parquet file."""
 
-    def __init__(self, path: Path, meta: dict[str, Any]):
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         text = json.dumps({"format": FORMAT, "version": VERSION, **meta}, sort_keys=True)
         self._path = path
         self._schema = SCHEMA.with_metadata({_META: text.encode()})
@@ -141,6 +141,7 @@ class DumpWriter:
         self._pending, self._n_entries = [], 0
 
     def close(self) -> None:
+        """Write what waits, and the end of the file."""
         self._flush()
         self._writer.close()
 

@@ -181,6 +181,7 @@ class RemoteDataset(Dataset):
 
     @property
     def where(self) -> str:
+        """The URL without its secrets."""
         return masked(self.url)
 
     def path(self, entry: ShardEntry) -> Path:

@@ -153,6 +153,7 @@ def _train(
         order, reader, batch=settings.batch, max_tokens=opened.max_tokens, start=first, rank=world.rank,
         ranks=world.size, with_targets=run.objective.needs_targets, byte_reduction=settings.byte_reduction,
         micro_tokens=settings.micro_tokens or automatic, context_bytes=settings.context_bytes,
+        limit=run.objective.term.slots,
     )  # fmt: skip
     source = islice(packing.packed(source) if settings.packing else source, settings.steps - first)
     if world.device.type == "cpu":

@@ -210,7 +210,11 @@ def test_a_manifest_that_fits_its_hash_but_not_the_rules_is_refused(folder: Path
         ({"sha256": "0"}, "sha256 '0' refused"),
         ({"size": -1}, "size -1 refused"),
         ({"tail_mean": float("nan")}, "tail_mean nan refused"),
-        ({"n_bytes": 6}, "totals do not match"),
+        ({"n_bytes": 6}, "6 bytes and 1 documents are not 6 positions"),
+        ({"n_supervised": 7}, "7 supervised and"),
+        ({"n_entries": 6 * 257 + 1}, "1543 entries of 6 positions"),
+        ({"n_positions": 1 << 40, "n_bytes": (1 << 40) - 1}, "positions in a file of"),
+        ({"key": "other"}, "content hash or totals do not match"),
     ):
         rewrite(folder, [rows[0] | change, *rows[1:]])
         with pytest.raises(IntegrityError, match=words):

@@ -35,7 +35,7 @@ def make_student(context: Context, targets: "Dataset") -> None:
     from bytecache.stages.student.check import check_student
 
     store, settings = context.store, context.settings
-    task = student_task(context, targets.manifest_hash)
+    task = student_task(context, targets.content_sha256)
     if finished(store, task, _warn) is not None:
         return
     if store.exists(f"{task.out}/{RECORD}"):

@@ -46,7 +46,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None], *, sealed: boo
 
 
 def raise_counts(document: dict[str, Any]) -> None:
-    document["counts"]["n_positions"] += 1
+    document["counts"]["n_entries"] += 1
 
 
 @pytest.mark.parametrize("stage", ["plan", "teacher", "convert"])
@@ -74,7 +74,7 @@ def test_a_receipt_that_was_sealed_anew_does_not_change_what_is_published(run: P
     before, index = outputs(run), index_of(run)
     rewrite(receipts_of(run, "convert")[0], raise_counts, sealed=True)
     message = refusal(bytecache("convert"), 4)
-    assert "receipts and the published index disagree" in message and "n_positions is" in message
+    assert "receipts and the published index disagree" in message and "n_entries is" in message
     assert "`bytecache verify --repair`" in message
     assert index_of(run) == index
     assert "receipts and index disagree" in bytecache("verify").stdout
@@ -84,11 +84,11 @@ def test_a_receipt_that_was_sealed_anew_does_not_change_what_is_published(run: P
 
 def test_an_index_that_was_sealed_anew_is_told_by_its_shards(run: Path) -> None:
     before, dataset = outputs(run), read_dataset(run / "targets")
-    false = [entry.model_copy(update={"n_positions": entry.n_positions * 2}) for entry in dataset.entries]
+    false = [entry.model_copy(update={"n_entries": entry.n_entries + 9}) for entry in dataset.entries]
     for name, raw in index_documents(false, dataset.info, dataset.fidelity).items():
         (run / "targets" / name).write_bytes(raw)
     assert "disagree" in bytecache("verify").stdout
-    assert "n_positions is" in bytecache("verify", run / "targets", "--deep").stdout
+    assert "n_entries is" in bytecache("verify", run / "targets", "--deep").stdout
     assert "disagree" in refusal(bytecache("convert"), 4)
     assert bytecache("verify", "--repair").exit_code == 0
     assert outputs(run) == before
@@ -101,7 +101,7 @@ def test_where_both_lie_only_the_shards_tell(run: Path) -> None:
         path.unlink()
     assert bytecache("convert").exit_code == 0, "nothing contradicts the receipt before the shard is opened"
     assert bytecache("verify").exit_code == 0
-    assert "n_positions is" in bytecache("verify", "--deep").stdout
+    assert "n_entries is" in bytecache("verify", "--deep").stdout
     assert bytecache("verify", "--deep", "--repair").exit_code == 0
     assert outputs(run) == before and bytecache("verify", "--deep").exit_code == 0
 

@@ -23,7 +23,7 @@ def rewrite(folder: Path, **change: float) -> None:
 @pytest.mark.parametrize(
     "lie",
     [
-        {"n_positions": -6, "n_bytes": -6}, {"n_documents": 1, "n_bytes": -1}, {"n_supervised": -1}, {"n_entries": -1},
+        {"n_positions": 6, "n_bytes": 6}, {"n_documents": 1, "n_bytes": -1}, {"n_supervised": -1}, {"n_entries": -1},
         {"tail_mean": 1e-4}, {"tail_max": 0.01},
     ],
 )  # fmt: skip

@@ -140,7 +140,7 @@ def examine(finished: Path, work: Path, key: str, damage: str, *, follow: bool =
     _, text = call(command)
     told = [line for line in text.splitlines() if not line.startswith("{")]
     # A unit whose receipt is gone was never done: that it is made again is all that can be said.
-    remade = damage == "missing" and key.startswith("receipts/") and re.search(r"\b(made|measured)\b", text)
+    remade = damage == "missing" and key.startswith("receipts/") and re.search(r"\b(made?|make|measured)\b", text)
     named = (
         "yes"
         if remade or _names("\n".join(told), key) or _names("\n".join(told), neighbour(files(finished), key))

@@ -1,6 +1,7 @@
 """`pipeline.toml` and `--set section.key=value` to one frozen `Settings`, and back to commented TOML.
 
-Order: defaults, then the file, then the command line. Values are typed as TOML types them and validated
+Order: defaults, then the configuration that the run folder was used with last, then the file, then the command line.
+Values are typed as TOML types them and validated
 strictly (`"8"` is not 8), so that the same file always means the same run. Every refusal is one line that
 names the key, the value, the limit and where it came from; an unknown key also names its nearest neighbour.
 
@@ -13,7 +14,7 @@ import math
 import os
 import textwrap
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -60,30 +61,110 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
     environment.
     Raises ConfigError (unreadable file, unknown key, wrong type, value outside its limit).
     """
-    origin: dict[tuple[str, str], str] = {}
-    data: dict[str, Any] = {}
+    return _resolve([*_file_layers(path), _override_layer(overrides)])
+
+
+PERMISSIONS = (
+    ("teacher", "trust_remote_code"), ("dataset", "private_redirects"), ("convert", "allow_quarantined"),
+    ("convert", "delete_dump"),
+)  # fmt: skip
+"""What a user allows once: no run folder, which may be a stranger's, allows it again."""
+
+
+def load_run_settings(
+    path: Path | None, overrides: Sequence[str], saved: Callable[[Settings], tuple[str, bytes] | None]
+) -> tuple[Settings, list[str]]:
+    """As `load_settings`, but on top of the configuration that lies in the run folder, if any.
+
+    A `pipeline.toml` that nobody named is on top of it with those values alone that are not the default's: one that
+    was written whole says nothing about this run.
+
+    Args:
+        saved: name and content of the file in the run folder of these settings, where there is one.
+
+    Returns:
+        The settings, and `section.key = value` of every key that is as it is because of the run folder.
+    """
+    files, commands = _file_layers(path), _override_layer(overrides)
+    plain = _resolve([*files, commands])
+    kept = saved(plain)
+    if kept is None:
+        return plain, []
+    base = _saved_layer(*kept)
+    # Of a secret only the public part was written; what the environment says of it goes first.
+    told = [place for place in secret_keys() if os.environ.get(secret_variable(*place))]
+    for place in [("run", "dir"), *PERMISSIONS, *told]:
+        base.pop(place, None)
+    if path is None:
+        defaults = Settings()
+        files = [
+            {place: told for place, told in layer.items() if told[0] != getattr(getattr(defaults, place[0]), place[1])}
+            for layer in files
+        ]
+    here = {("run", "dir"): (plain.run.dir, "of this run")}
+    settings = _resolve([base, *files, commands, here])
+    differing = [
+        f"{section}.{key} = {_toml_value(value)}"
+        for section in sections()
+        for key, value in getattr(settings, section)
+        if value != getattr(getattr(plain, section), key)
+    ]
+    return settings, differing
+
+
+Layer = dict[tuple[str, str], tuple[Any, str]]
+"""(section, key) to value and where it came from, for messages."""
+
+
+def _file_layers(path: Path | None) -> list[Layer]:
     source = path if path is not None else Path(DEFAULT_FILE)
-    if path is not None or source.is_file():
-        data = _read_toml(source)
-        for section, table in data.items():
-            _check_section(section, f"in {source}")
-            if not isinstance(table, dict):
-                raise ConfigError(
-                    f"{source}: {section} = {table!r}: expected a table; write [{section}] and keys below it"
-                )
-            for key in table:
-                _check_key(section, key, f"in {source}")
-                origin[section, key] = f"in {source}"
+    return [_table_layer(_read_toml(source), str(source))] if path is not None or source.is_file() else []
+
+
+def _table_layer(tables: dict[str, Any], source: str) -> Layer:
+    layer: Layer = {}
+    for section, table in tables.items():
+        _check_section(section, f"in {source}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{source}: {section} = {table!r}: expected a table; write [{section}] and keys below it")
+        for key, value in table.items():
+            _check_key(section, key, f"in {source}")
+            layer[section, key] = (value, f"in {source}")
+    return layer
+
+
+def _saved_layer(source: str, raw: bytes) -> Layer:
+    """What a run folder was used with. Raises ConfigError for what cannot be one of ours, or is of other software."""
+    try:
+        return _table_layer(_parse_toml(raw, source), source)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} (it is the configuration that this run was used with last; delete it, and name the run's "
+            "settings by --config and --set)"
+        ) from None
+
+
+def _override_layer(overrides: Iterable[str]) -> Layer:
+    layer: Layer = {}
     hidden = list(secret_keys())
     for text in overrides:
         section, key, value = _parse_override(text)
-        data.setdefault(section, {})[key] = value
-        origin[section, key] = f"from --set {section}.{key}" if (section, key) in hidden else f"from --set {text}"
-    for section, key in hidden:
+        said = f"{section}.{key}" if (section, key) in hidden else text
+        layer[section, key] = (value, f"from --set {said}")
+    return layer
+
+
+def _resolve(layers: Sequence[Layer]) -> Settings:
+    """Settings of layers, the last one on top; secrets that none sets are those of the environment."""
+    merged: Layer = {place: value for layer in layers for place, value in layer.items()}
+    for section, key in secret_keys():
         variable = secret_variable(section, key)
-        if key not in data.get(section, {}) and os.environ.get(variable):
-            data.setdefault(section, {})[key] = os.environ[variable]
-            origin[section, key] = f"from ${variable}"
+        if (section, key) not in merged and os.environ.get(variable):
+            merged[section, key] = (os.environ[variable], f"from ${variable}")
+    data: dict[str, dict[str, Any]] = {}
+    for (section, key), (value, _) in merged.items():
+        data.setdefault(section, {})[key] = value
+    origin = {place: where for place, (_, where) in merged.items()}
     try:
         settings = Settings.model_validate(data, strict=True)
     except ValidationError as error:
@@ -196,6 +277,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read: {os.strerror(error.errno or 0)}") from None
+    return _parse_toml(raw, str(path))
+
+
+def _parse_toml(raw: bytes, path: str) -> dict[str, Any]:
     if len(raw) > MAX_FILE:
         raise ConfigError(f"configuration {path} is longer than {MAX_FILE} bytes; name a pipeline.toml")
     try:

@@ -37,6 +37,9 @@ class Corpus(Section):
     rendered by the teacher's and the student's own chat template. `completion`: prompt and response, joined as text."""
     text_field: str = "text"
     """Name of the text column in JSONL and Parquet sources."""
+    ignore_fields: str = ""
+    """Names of fields of `chat` and `completion` records that are no part of what is read or said, separated by spaces;
+    any other field that is not used is refused."""
     text_split: Literal["file", "paragraphs"] = "file"
     """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
     max_bytes: int = Field(150_000, ge=0)

@@ -56,4 +56,4 @@ def import_(
     def command(context: "Context") -> None:
         import_cache(context, source)
 
-    run_stage(given, command, corpus__source=corpus, corpus__kind="text", corpus__max_bytes="0")
+    run_stage(given, command, {"corpus.source": corpus, "corpus.kind": "text", "corpus.max_bytes": "0"})

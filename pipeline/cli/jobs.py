@@ -139,7 +139,7 @@ def slurm(
     with refusals():
         from bytecache.pipeline.launch.slurm import slurm_script
 
-        spec = asked.of(given.settings())
+        spec = asked.of(given.settings(remote=False))
         _emit(slurm_script(spec, time_limit=time_limit, partition=partition, setup=setup), out)
 
 
@@ -169,7 +169,7 @@ def skypilot(
 
         from bytecache.pipeline.launch.skypilot import SETUP, launch_lines, skypilot_task
 
-        spec = asked.of(given.settings())
+        spec = asked.of(given.settings(remote=False))
         task = skypilot_task(spec, accelerator=accelerator, setup=setup or SETUP, image=image, spot=spot)
         _emit(launch_lines(spec, str(out or "job.yaml")) + yaml.safe_dump(task, sort_keys=False, width=10_000), out)
 
@@ -199,6 +199,6 @@ def kubernetes(
 
         from bytecache.pipeline.launch.kubernetes import kubernetes_job
 
-        spec = asked.of(given.settings())
+        spec = asked.of(given.settings(remote=False))
         job = kubernetes_job(spec, image=image, secret=secret, namespace=namespace, memory=memory)
         _emit(yaml.safe_dump(job, sort_keys=False, width=10_000), out)

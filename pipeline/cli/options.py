@@ -6,6 +6,7 @@ by the options --config, --set, --run-dir and the named shorthands, and passes w
 
 import functools
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bytecache.pipeline.cli.terminal import PIPE_CLOSED, say, say_error, show_warnings
-from bytecache.pipeline.config import load_settings
-from bytecache.schemas.errors import BytecacheError, missing_package
+from bytecache.pipeline.config import MAX_FILE, RESOLVED_FILE, load_run_settings, load_settings
+from bytecache.schemas.errors import BytecacheError, ConfigError, missing_package
+from bytecache.schemas.files import read_regular
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ SetOption = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any key, e.g. teacher.top_k=8; repeatable."),
 ]
 RunDirOption = Annotated[str | None, typer.Option("--run-dir", "-r", help="The run folder (run.dir).")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Do not begin from the settings that the run folder was used with last.")
+]
 SHORTHANDS: dict[str, tuple[str, Any]] = {
     "corpus.source": ("source", typer.Option("--source", help="The corpus (corpus.source).")),
     "corpus.jobs": ("jobs", typer.Option("--jobs", metavar="N", help="Processes that read the corpus (corpus.jobs).")),
@@ -58,20 +63,61 @@ class Given:
     """What a command line says of the configuration. Resolved when asked for, where a refusal becomes one line."""
 
     def __init__(
-        self, config: Path | None, overrides: list[str] | None, run_dir: str | None = None, **shorthand: str | None
+        self,
+        config: Path | None,
+        overrides: list[str] | None,
+        run_dir: str | None = None,
+        fresh: bool = False,
+        **shorthand: str | None,
     ) -> None:
-        self.config, self.overrides = config, list(overrides or [])
+        self.config, self.overrides, self.fresh = config, list(overrides or []), fresh
         keys = {name: key for key, (name, _) in SHORTHANDS.items()}
         self.chosen = {"run.dir": run_dir} | {keys[name]: value for name, value in shorthand.items()}
 
-    def settings(self, config: Path | None = None, /, **more: str | None) -> Settings:
-        """The configuration. Shorthands win over --set; `more` (section__key=value) over both, unless None.
+    def settings(
+        self, more: Mapping[str, str | None] | None = None, *, of_run: bool = True, remote: bool = True
+    ) -> Settings:
+        """The configuration. Shorthands win over --set; `more` (section.key to value) over both, unless None.
 
-        `config`: the file to read where the user named none. Raises ConfigError.
+        `of_run`: on top of the one that the run folder was used with last, which is said where it matters; not
+        `remote`: only if that folder is on this machine.
+        Raises ConfigError.
         """
-        chosen = self.chosen | {name.replace("__", "."): value for name, value in more.items() if value is not None}
-        given = [f"{key}={value}" for key, value in chosen.items() if value is not None]
-        return load_settings(self.config or config, [*self.overrides, *given])
+        chosen = self.chosen | {key: value for key, value in (more or {}).items() if value is not None}
+        overrides = [*self.overrides, *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
+        if not of_run or self.fresh:
+            return load_settings(self.config, overrides)
+        settings, values = load_run_settings(
+            self.config, overrides, lambda plain: _saved_configuration(plain, remote=remote)
+        )
+        if values and sys.stderr.isatty():
+            more_values = f" and {len(values) - 5} more" if len(values) > 5 else ""
+            say(
+                f"settings of this run, as {RESOLVED_FILE} there has them: {', '.join(values[:5])}{more_values}",
+                err=True,
+            )
+        elif values:
+            say(json.dumps({"stage": "settings", "from": RESOLVED_FILE, "values": values}), err=True)
+        return settings
+
+
+def _saved_configuration(settings: Settings, *, remote: bool) -> tuple[str, bytes] | None:
+    """Name and content of the configuration in the run folder. Raises ConfigError where it cannot be read."""
+    place = settings.run.dir
+    name = f"{place}/{RESOLVED_FILE}"
+    if "://" in place:
+        if not remote:
+            return None
+        from bytecache.pipeline.stores import open_store
+
+        store = open_store(place, settings.run.scratch)
+        return (name, store.read_bytes(RESOLVED_FILE)) if store.exists(RESOLVED_FILE) else None
+    try:
+        return name, read_regular(Path(place).expanduser() / RESOLVED_FILE, MAX_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"configuration {name} cannot be read: {error}; delete it or name another run.dir") from None
 
 
 def injected(name: str, options: Mapping[str, Any], build: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,6 +153,7 @@ def takes_settings(*keys: str, run_dir: bool = True) -> Callable[..., Any]:
     options: dict[str, Any] = {"config": (ConfigOption, None), "overrides": (SetOption, None)}
     if run_dir:
         options["run_dir"] = (RunDirOption, None)
+        options["fresh"] = (FreshOption, False)
     for key in keys:
         name, option = SHORTHANDS[key]
         options[name] = (Annotated[str | None, option], None)
@@ -135,12 +182,18 @@ def refusals() -> Iterator[None]:
         raise typer.Exit(PIPE_CLOSED) from None
 
 
-def run_stage(given: Given, command: Callable[["Context"], Any], **more: str | None) -> None:
-    """Run a stage command under the signal handlers; `more`: see `Given.settings`."""
+def run_stage(
+    given: Given,
+    command: Callable[["Context"], Any],
+    more: Mapping[str, str | None] | None = None,
+    *,
+    of_run: bool = True,
+) -> None:
+    """Run a stage command under the signal handlers; `more` and `of_run`: see `Given.settings`."""
     with refusals():
         from bytecache.pipeline.context import open_context
 
-        context = open_context(given.settings(**more), say)
+        context = open_context(given.settings(more, of_run=of_run), say)
         if not sys.stderr.isatty():
             # Other people's bars would break the JSON lines; on a terminal a long download should show.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

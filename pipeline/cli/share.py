@@ -31,7 +31,7 @@ def push(
     with refusals():
         from bytecache.pipeline.commands import share
 
-        source = share.data_set_folder(folder, given.settings().run.dir)
+        source = share.data_set_folder(folder, given.settings(of_run=False).run.dir)
         pushed = share.push(source, place, private=private, replace=replace, say=say)
         removed = f", {pushed.removed} of the data set before it removed" if pushed.removed else ""
         say(

@@ -65,7 +65,7 @@ def verify(
     with refusals():
         from bytecache.pipeline.commands import verify as module
 
-        run = given.settings().run
+        run = given.settings(of_run=False).run
         place = str(folder) if folder else run.dir
         local = Path(place).expanduser()
         done: list[str] = []
@@ -78,11 +78,9 @@ def verify(
                 raise InputError(f"{place} is not a folder; --from repairs a local copy of a data set")
             done = module.repair_dataset(local, source)
         elif repair:
-            from bytecache.pipeline.config import RESOLVED_FILE
             from bytecache.pipeline.context import open_context
 
-            own = local / RESOLVED_FILE
-            settings = given.settings(own if own.is_file() else None, run__dir=place)
+            settings = given.settings({"run.dir": place})
             done = module.repair_run(open_context(settings, lambda line: None if as_json else say(line)))
         problems, checked = module.verify_place(place, run.scratch)
         if as_json:
@@ -170,7 +168,8 @@ def fidelity(
         wanted = module.Sample(sample, tokens, seed)
         module.fidelity(context, place, given.chosen["teacher.model"], wanted, out, any_teacher=any_teacher)
 
-    run_stage(given, command, teacher__backend=given.chosen["teacher.backend"] or "hf")
+    # A data set elsewhere has nothing to do with the run folder of the settings.
+    run_stage(given, command, {"teacher.backend": given.chosen["teacher.backend"] or "hf"}, of_run=folder is None)
 
 
 @app.command()
@@ -195,8 +194,24 @@ def probe(
 
         chosen = given.chosen
         depth = "3" if chosen["teacher.tau"] is not None and chosen["teacher.depth"] is None else None
-        settings = given.settings(teacher__backend=chosen["teacher.backend"] or "hf", teacher__depth=depth)
+        more = {"teacher.backend": chosen["teacher.backend"] or "hf", "teacher.depth": depth}
+        settings = given.settings(more, of_run=False)
         say(command(settings.teacher, text_file, out))
+
+
+@app.command()
+@takes_settings("corpus.source", "teacher.model", "teacher.backend")
+def check(given: Given) -> None:
+    """Look at corpus, teacher and student for whatever would stop a run, before any work.
+
+    Reads: the beginning of the corpus; configuration and tokenizers of the models, none of their weights. Writes
+    nothing. `run` looks first too; this says all that is wrong at once.
+
+    Example: bytecache check --source chats.jsonl --set corpus.kind=chat --set student.model=./small
+    """
+    from bytecache.pipeline.commands.check import check as command
+
+    run_stage(given, command)
 
 
 @app.command()
@@ -212,4 +227,4 @@ def config(
     Example: bytecache config --set teacher.depth=2 > pipeline.toml
     """
     with refusals():
-        say(render_template(Settings() if defaults else given.settings()), nl=False)
+        say(render_template(Settings() if defaults else given.settings(of_run=False)), nl=False)

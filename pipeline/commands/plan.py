@@ -1,13 +1,26 @@
-"""`plan`: the corpus cut into slices, the units of all later work."""
+"""`plan`: the corpus cut into slices, the units of all later work; and all that was left out of it, said."""
+
+from collections.abc import Iterator
 
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.units.progress import human_bytes
+from bytecache.schemas.settings import Corpus
+from bytecache.stages.corpus.reader import corpus_files
+from bytecache.stages.corpus.tally import listed
+
+MOST_NAMES = 5
+"""Ignored files that are named."""
+MUCH_HELD_OUT = 0.5
+"""Share of the text beyond which what is held out is more than anyone asks for."""
 
 
 def plan(context: Context) -> tuple[Plan, bool]:
-    """Cut the corpus into slices; returns the plan and whether it is new."""
+    """Cut the corpus into slices; returns the plan and whether it is new.
+
+    Raises what `make_plan` does, and InputError or ConfigError where the student could not be trained on any of it.
+    """
     context.store.sweep()
     made, new = planning.make_plan(context.store, context.settings, context.stop)
     context.save_config("plan/config.toml", changed=new)
@@ -18,4 +31,45 @@ def plan(context: Context) -> tuple[Plan, bool]:
         f"{human_bytes(corpus['n_bytes'])} of text in {len(made.sizes)} units "
         f"({made.n_heldout} held out)"
     )
+    for line in left_out(made, context.settings.corpus):
+        context.say(f"plan: {line}")
+    if made.settings.get("kind") == "chat":
+        from bytecache.pipeline.commands.check import check_student_reads
+
+        for line in check_student_reads(context, made):
+            context.say(f"plan: {line}")
     return made, new
+
+
+def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
+    """What of the corpus is not in the plan, or not in training, a line each."""
+    corpus = made.corpus
+    passed = corpus.get("passed_over", {})
+    if corpus.get("is_cut"):
+        yield f"the first {human_bytes(corpus['n_bytes'])} of more (corpus.max_bytes = {settings.max_bytes}; 0 = all)"
+    if corpus.get("n_files_ignored"):
+        names = corpus_files(settings)[1]
+        more = ", ..." if len(names) > MOST_NAMES else ""
+        yield f"{corpus['n_files_ignored']} files of other kinds ignored: {', '.join(names[:MOST_NAMES])}{more}"
+    if unanswered := passed.get("unanswered"):
+        yield (
+            f"{sum(unanswered.values())} records left out, no message of role assistant; "
+            f"roles found: {listed(unanswered)}"
+        )
+    if strange := passed.get("strange"):
+        yield f"roles that a chat template may not know, by records: {listed(strange)}"
+    if unread := passed.get("unread"):
+        yield f"fields that are not read, by records: {listed(unread)}"
+    yield from _lopsided(made, settings)
+
+
+def _lopsided(made: Plan, settings: Corpus) -> Iterator[str]:
+    heldout = sum(made.sizes[index] for index in made.index.heldout)
+    split = 'corpus.text_split = "paragraphs" makes more documents of a .txt file'
+    if settings.heldout_fraction and not made.n_heldout:
+        yield f"nothing is held out, all is for training: too few documents that differ ({split})"
+    elif heldout > MUCH_HELD_OUT * made.n_bytes:
+        yield (
+            f"warning: {human_bytes(heldout)} of {human_bytes(made.n_bytes)} are held out, since a few documents are "
+            f"most of the text; {split}"
+        )

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from bytecache.pipeline.commands.convert import convert
+from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.commands.evaluate import evaluate
 from bytecache.pipeline.commands.export import export
 from bytecache.pipeline.commands.plan import plan
@@ -22,11 +23,16 @@ def run(context: Context) -> bool:
 
     Raises ConfigError with dataset.source: `run` makes the data set it trains on.
     """
+    from bytecache.stages.student.check import check_student
+
     if context.settings.dataset.source:
         raise ConfigError(
             f"dataset.source = {context.settings.dataset.source!r}: `run` makes its own data set; leave it empty, or "
             "use `bytecache train`, `evaluate` and `export`"
         )
+    if not context.store.exists(f"{TARGETS}/dataset.json"):
+        # What would stop the training is better known before the teacher has been paid for.
+        check_student(context.settings.student, context.settings.train, chat=context.settings.corpus.kind == "chat")
     planned, new = plan(context)
     dumped = teacher(context)
     converted = convert(context, dumped.receipts)

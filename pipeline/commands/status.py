@@ -80,6 +80,9 @@ def _plan_row(planned: Plan | None, found: list[Receipt]) -> dict[str, Any]:
     if planned is None:
         return _row("plan", "-", 0, 1, 0, "run `bytecache plan`")
     note = f"{human_bytes(planned.n_bytes)} of text, {len(planned.sizes)} units, {planned.n_heldout} held out"
+    note += ", the first of more (corpus.max_bytes)" if planned.corpus.get("is_cut") else ""
+    if ignored := planned.corpus.get("n_files_ignored"):
+        note += f", {ignored} files of other kinds ignored"
     return _row("plan", planned.hash[:12], 1, 1, _size(found), note)
 
 

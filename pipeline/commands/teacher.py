@@ -21,18 +21,15 @@ from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outc
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Teacher
+from bytecache.stages.models.fitness import refuse_quantised_teacher
+from bytecache.stages.models.locate import model_name, resolve_model
+from bytecache.stages.models.remembered import remembered
 
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    from bytecache.stages.teacher.identity import resolve_model, teacher_identity
-    from bytecache.stages.tokens.chat import template_sha256
-
     store, settings = context.store, context.settings
-    identity = teacher_identity(settings.teacher)
-    # Units of conversations depend on the chat template that they are rendered with.
-    chat = planned.settings.get("kind") == "chat"
-    rendered = {"template": template_sha256(resolve_model(settings.teacher))} if chat else {}
+    identity, rendered = find_identity(settings.teacher, str(planned.settings.get("kind", "text")))
     group = unit_key("teacher", {**identity, **rendered})[:12]
 
     def task(index: int) -> Task:
@@ -67,6 +64,27 @@ def teacher_job(context: Context, planned: Plan) -> Job:
             engine.close()
 
     return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, planned.sizes, task, open_work)
+
+
+def find_identity(settings: Teacher, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The teacher's identity, and what units of this `corpus.kind` depend on besides; loads a checkpoint only once."""
+    folder = resolve_model(settings)
+    refuse_quantised_teacher(folder, settings.model, settings.backend)
+
+    def identity() -> dict[str, Any]:
+        from bytecache.stages.teacher.identity import teacher_identity
+
+        return teacher_identity(settings)
+
+    def template() -> str:
+        from bytecache.stages.tokens.chat import template_sha256
+
+        return template_sha256(folder)
+
+    asked = {"what": "identity", "name": model_name(settings), "settings": settings.model_dump(mode="json")}
+    # Units of conversations depend on the chat template that they are rendered with.
+    rendered = {"template": remembered(folder, {"what": "template"}, template)} if kind == "chat" else {}
+    return remembered(folder, asked, identity), rendered
 
 
 def teacher(context: Context) -> Outcome:
@@ -139,8 +157,6 @@ def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
 
 def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
     """How the settings in a teacher's identity differ from the current ones."""
-    from bytecache.stages.teacher.identity import model_name
-
     old = {
         **identity.get("settings", {}),
         **{name: identity[name] for name in ("model", "revision") if name in identity},

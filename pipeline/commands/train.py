@@ -6,6 +6,7 @@ receipt, written after the last step, is what makes the run done.
 """
 
 import io
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -81,37 +82,34 @@ def train(context: Context, only: str = "") -> int:
 
     Every process of a torchrun calls this; the first one alone prepares, reports and writes.
     """
-    from bytecache.stages.train.parallel import joined
-
-    with joined(context.settings.train.parallel) as world:
-        if not world.main:
-            context = replace(context, say=lambda line: None)
-        return _train(context, world, only)
-
-
-def _train(context: Context, world: "World", only: str) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        context = replace(context, say=lambda line: None)
     targets = open_targets(context)
-    dataset = targets.manifest_hash
-    made = 0
-    for name in run_names(context.settings.train, only):
-        task = train_task(context, name, dataset)
-        receipt = finished(context.store, task)
-        if receipt is not None:
-            context.say(f"train {name}: nothing to do, {task.measure} steps are done ({task.out})")
-            continue
-        _train_one(context, world, task, targets)
-        made += 1
-    return made
+    tasks = [train_task(context, name, targets.manifest_hash) for name in run_names(context.settings.train, only)]
+    pending = [task for task in tasks if finished(context.store, task) is None]
+    for task in tasks:
+        if task not in pending:
+            context.say(f"train {task.name}: nothing to do, {task.measure} steps are done ({task.out})")
+    if pending:
+        from bytecache.stages.train.parallel import joined
+
+        with joined(context.settings.train.parallel) as world:
+            for task in pending:
+                _train_one(context, world, task, targets)
+    return len(pending)
 
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
     from bytecache.stages.student import student
+    from bytecache.stages.student.check import check_student
     from bytecache.stages.train.train import train as train_stage
 
     store, settings = context.store, context.settings
     start = student_prefix(context, targets.manifest_hash)
     folder = store.folder(start, "student.json")
     if world.main:
+        if not folder.exists():
+            check_student(settings.student, settings.train)
         prepared = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
         for note in prepared.get("notes", []):
             context.say(note)

@@ -28,7 +28,7 @@ from bytecache.pipeline.fleet.preemption import Drain
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.stores.processes import has_ended, process_name
 from bytecache.pipeline.units.receipts import Receipt
-from bytecache.pipeline.units.runner import Job, Task, Tick, Work, finished, run_one
+from bytecache.pipeline.units.runner import Job, Task, Tick, Work, finished, interruption_of, run_one
 from bytecache.schemas.errors import BytecacheError, EngineError, InputError, IntegrityError, Interrupted, StorageError
 from bytecache.schemas.settings import Fleet
 
@@ -207,11 +207,13 @@ class Worker:
                 self.found += 1
                 return
             if self._work is None:
-                self._work = self._engine.enter_context(self.job.open(self.drain.abandon))
+                with interruption_of(self.drain.requested, self._interrupted):
+                    self._work = self._engine.enter_context(self.job.open(self.drain.abandon))
             began = time.monotonic()
             self.drain.unit_begins(task.measure)
             try:
-                receipt, ours = run_one(self.store, task, self._working, self._tick)
+                with interruption_of(self.drain.requested, self._interrupted):
+                    receipt, ours = run_one(self.store, task, self._working, self._tick)
             except (Interrupted, StorageError):
                 raise
             except Exception as error:

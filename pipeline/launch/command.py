@@ -38,7 +38,7 @@ class JobSpec:
 
     def command(self, program: tuple[str, ...] = ("bytecache",)) -> list[str]:
         """The worker's arguments. `program`: how bytecache is called there."""
-        given = [part for setting in overrides(self.settings) for part in ("--set", setting)]
+        given = ["--fresh"] + [part for setting in overrides(self.settings) for part in ("--set", setting)]
         if self.stage != "train":
             return [*program, self.stage, "--worker", *given]
         if self.gpus > 1:

@@ -58,7 +58,7 @@ def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambd
     old = read_plan(store)
     if old is not None:
         refuse_changes(old, settings, None)
-    files, n_ignored = corpus_files(corpus)
+    files, ignored = corpus_files(corpus)
     stamp = _stamp(files)
     rule = Rule(settings.run.seed, corpus.kind, int(corpus.heldout_fraction * 2**64))
     with Processes[Any, Any](processes_for(corpus, files), stop) as processes:
@@ -77,9 +77,11 @@ def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambd
     if _stamp(files) != stamp:
         raise InputError(f"corpus {corpus.source} changed while it was being read; rerun when it is at rest")
     text = _identity(cut, sha256) | {
-        "n_empty_skipped": cut.n_empty,
+        "n_empty_skipped": cut.tally.empty,
         "n_ids_renamed": sum(one.n_renamed for one in cut.slices),
-        "n_files_ignored": n_ignored,
+        "n_files_ignored": len(ignored),
+        "passed_over": cut.tally.as_json(),
+        "is_cut": cut.is_cut,
         "source": Path(corpus.source).name,
     }
     index = _write_pages(store, settings, text, sorted(cut.slices))

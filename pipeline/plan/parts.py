@@ -10,7 +10,8 @@ end is certain. Memory: in each process four units of text, and the ids and dige
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from bytecache.schemas.errors import InputError, Interrupted
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus.conversations import opening
 from bytecache.stages.corpus.reader import CorpusReader, Document, File, is_past
+from bytecache.stages.corpus.tally import Tally
 
 PART_BYTES = 32 * 1024 * 1024
 """Files are read together up to this size, as they lie; longer JSONL is read in ranges of it."""
@@ -63,18 +65,20 @@ class Cut:
     """What was made of the corpus so far, or of a part: slices, documents on their way into others, and what was read.
 
     `lowest`, `highest`: of the hashes that decide the split; `identities`: of the documents, for who hashes them all.
-    `is_full`: `corpus.max_bytes` is reached; `is_whole`: nothing went wrong, else nothing of it counts.
+    `is_full`: `corpus.max_bytes` is reached; `is_cut`: there is more behind it; `is_whole`: nothing went wrong, else
+    nothing of it counts.
     """
 
     slicers: dict[Split, Slicer]
     slices: list[Slice] = field(default_factory=list)
     n_documents: int = 0
     n_bytes: int = 0
-    n_empty: int = 0
+    tally: Tally = field(default_factory=Tally)
     lowest: int = 2**64
     highest: int = -1
     identities: bytearray = field(default_factory=bytearray)
     is_full: bool = False
+    is_cut: bool = False
     is_whole: bool = True
 
 
@@ -106,18 +110,22 @@ class Cutter:
 
     def read(self, cut: Cut, part: Part, store: Store | None, stop: Stop, limit: int) -> None:
         """Take in a part, up to `limit` bytes of all text. Raises InputError where it cannot be read, Interrupted."""
-        reader, n_empty = CorpusReader(_endless(self.corpus)), cut.n_empty
-        for index, (document, raw) in enumerate(reader.encoded(part[1])):
+        reader = CorpusReader(_endless(self.corpus))
+        documents = reader.encoded(part[1])
+        tally = None
+        for index, (document, raw) in enumerate(documents):
             if stop():
                 raise Interrupted("plan stopped by a signal before it was whole; rerun the same command")
-            cut.n_empty = n_empty + reader.n_empty
-            cut.is_full = is_past(limit, cut.n_documents, cut.n_bytes, len(raw))
+            cut.is_full = cut.is_cut = is_past(limit, cut.n_documents, cut.n_bytes, len(raw))
             if not cut.is_full:
                 self._take(cut, document, raw, (part[0], index), store)
                 cut.is_full = 0 < limit <= cut.n_bytes
+                if cut.is_full:  # empty documents behind the end are not counted
+                    tally = replace(reader.tally, unanswered=Counter(reader.tally.unanswered))
+                    cut.is_cut = _goes_on(documents)
             if cut.is_full:
-                return
-        cut.n_empty = n_empty + reader.n_empty
+                break
+        cut.tally.add(tally or reader.tally)
 
     def _take(self, cut: Cut, document: Document, raw: bytes, place: tuple[int, int], store: Store | None) -> None:
         digest = digest_of(document, raw)
@@ -142,7 +150,7 @@ class Cutter:
         """Take in what another process made of the next part."""
         cut.n_documents += part.n_documents
         cut.n_bytes += part.n_bytes
-        cut.n_empty += part.n_empty
+        cut.tally.add(part.tally)
         cut.lowest, cut.highest = min(cut.lowest, part.lowest), max(cut.highest, part.highest)
         cut.identities += part.identities
         cut.slices += part.slices
@@ -169,6 +177,7 @@ def cut_corpus(
     """
     cut, identity, limit = cutter.begin(known=True), hashlib.sha256(), cutter.corpus.max_bytes
     parts, written = cut_files(files), list[Slice]()
+    last = parts[0]
     wanted = (part for part in parts if not cut.is_full)
     others = processes.map(cutter, wanted) if processes.jobs > 1 else itertools.repeat(None)
     for part, other in zip(parts, others, strict=False):
@@ -179,14 +188,24 @@ def cut_corpus(
             cutter.join(cut, other, store)
         else:
             _read_here(cutter, cut, part, store, processes.stop)
+        last = part
         identity.update(cut.identities)
         cut.identities.clear()
+    cut.is_cut = cut.is_cut or (cut.is_full and last is not parts[-1])
     cutter.finish(cut, store, end=True)
     if not cut.n_documents:
-        raise CorpusReader(cutter.corpus).no_text(cut.n_empty)
+        raise CorpusReader(cutter.corpus).no_text(cut.tally)
     if store is not None:
         delete_slices(store, written, but=cut.slices)
     return cut, identity.hexdigest()
+
+
+def _goes_on(documents: Iterator[tuple[Document, bytes]]) -> bool:
+    """Whether there is another document, be it one that cannot be read."""
+    try:
+        return next(documents, None) is not None
+    except InputError:
+        return True
 
 
 def _read_here(cutter: Cutter, cut: Cut, part: Part, store: Store | None, stop: Stop) -> None:

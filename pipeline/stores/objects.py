@@ -25,7 +25,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +36,7 @@ from obstore.exceptions import AlreadyExistsError
 from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
 from bytecache.pipeline.stores.local import STALE_SECONDS, LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
-from bytecache.pipeline.stores.retry import Damaged, patiently
+from bytecache.pipeline.stores.retry import Damaged, Result, patiently
 from bytecache.pipeline.stores.services import open_client
 from bytecache.schemas.errors import ConfigError, StorageError
 from bytecache.schemas.files import file_sha256
@@ -384,7 +384,7 @@ class ObjectStore:
         except FileNotFoundError:
             return None
 
-    def _try(self, doing: str, request: Any) -> Any:
+    def _try(self, doing: str, request: Callable[[], Result]) -> Result:
         return patiently(f"{self.name}, {doing}", request, self._patience)
 
     def _absent(self, key: str) -> StorageError:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +26,7 @@ from bytecache.pipeline.stores import Store, disk_errors, overlapped
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter, human_bytes
 from bytecache.pipeline.units.receipts import FileRecord, Receipt
-from bytecache.schemas.errors import IntegrityError, Interrupted
+from bytecache.schemas.errors import BytecacheError, EngineError, IntegrityError, Interrupted
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.messages import one_line
 
@@ -162,15 +163,34 @@ def run_units(
         raise _interrupted(tasks[0].stage, len(tasks) - len(pending), len(tasks))
     whole = [task for task in tasks if known[task.key] is not None]
     make_reporter = reporter or _default_reporter(tasks)
-    work = open_work()
+    done = len(whole)
+    with interruption_of(stop, partial(_interrupted, tasks[0].stage, done, len(tasks))):
+        work = open_work()
     with make_reporter(len(whole), sum(task.measure for task in whole)) as progress:
         for number, task in enumerate(pending):
             if stop():
                 raise _interrupted(task.stage, len(tasks) - len(pending) + number, len(tasks))
             started = time.monotonic()
-            known[task.key], _ = run_one(store, task, work, progress.tick)
+            with interruption_of(stop, partial(_interrupted, tasks[0].stage, done, len(tasks))):
+                known[task.key], _ = run_one(store, task, work, progress.tick)
+            done += 1
             progress.unit_done(task.name, task.measure, time.monotonic() - started)
     return Outcome([receipt for task in tasks if (receipt := known[task.key])], len(pending))
+
+
+@contextmanager
+def interruption_of(stop: Callable[[], bool], interrupted: Callable[[], Interrupted]) -> Iterator[None]:
+    """Work that fails once it was asked to stop was interrupted.
+
+    A signal to the whole process group ends an engine's helpers too, and what the engine makes of that is no fault of
+    the unit. Refusals of the input, the settings or the store stay what they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if stop() and (isinstance(error, EngineError) or not isinstance(error, BytecacheError)):
+            raise interrupted() from error
+        raise
 
 
 def run_one(store: Store, task: Task, work: Work, tick: Tick) -> tuple[Receipt, bool]:

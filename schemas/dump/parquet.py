@@ -76,9 +76,10 @@ def round_entries(window: "Window") -> np.ndarray:
     The text's own next byte, the prefix of all that follows, keeps `SHARE_BITS`.
     """
     bits = window.entry_mass.astype(np.float32).view(np.uint32)
-    return round_by_share(window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits).view(
-        np.float32
+    rounded: np.ndarray = round_by_share(
+        window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits
     )
+    return rounded.view(np.float32)
 
 
 def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:

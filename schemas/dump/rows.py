@@ -45,4 +45,5 @@ def members(counts: np.ndarray, picked: np.ndarray) -> np.ndarray:
 def ragged(first: np.ndarray, count: np.ndarray) -> np.ndarray:
     """first[0], first[0]+1, ... (count[0] of them), first[1], ...: int64."""
     ends = np.cumsum(count, dtype=np.int64)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
+    indices: np.ndarray = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - count), count)
+    return indices

@@ -51,7 +51,8 @@ PRECISIONS = {
 }
 
 
-_Gather = Callable[..., tuple[int, int, int, float]]
+_Gathered = tuple[int, int, int, float]
+_Gather = Callable[..., _Gathered]
 
 
 class _NegativeZeroError(Exception):
@@ -124,9 +125,10 @@ class ShardBuilder:
             flat = probs.reshape(-1)
             bits = flat.view(np.uint32)
 
-            def run(lo: int, hi: int, tail: F32, *room: Any) -> tuple[int, int, int, float]:
+            def run(lo: int, hi: int, tail: F32, *room: Any) -> _Gathered:
                 a, b = lo * SYMBOLS, hi * SYMBOLS
-                return gather.gather_rows(flat[a:b], bits[a:b], tail, *self._limits, *room)
+                gathered: _Gathered = gather.gather_rows(flat[a:b], bits[a:b], tail, *self._limits, *room)
+                return gathered
 
             return run
 
@@ -157,9 +159,12 @@ class ShardBuilder:
         def gather_from(prob: F32) -> _Gather:
             bits = prob.view(np.uint32)
 
-            def run(lo: int, hi: int, tail: F32, *room: Any) -> tuple[int, int, int, float]:
+            def run(lo: int, hi: int, tail: F32, *room: Any) -> _Gathered:
                 a, b = start[lo], start[hi]
-                return gather.gather_sparse(count[lo:hi], symbol[a:b], prob[a:b], bits[a:b], tail, *self._limits, *room)
+                gathered: _Gathered = gather.gather_sparse(
+                    count[lo:hi], symbol[a:b], prob[a:b], bits[a:b], tail, *self._limits, *room
+                )
+                return gathered
 
             return run
 

@@ -98,7 +98,8 @@ class ByteShard:
 
     def tails(self, lo: int, hi: int) -> F32:
         """float32 [hi - lo]: decoded unlisted mass of positions lo..hi."""
-        return TAIL_MASS[self.codes["tail"][lo:hi]]
+        tails: F32 = TAIL_MASS[self.codes["tail"][lo:hi]]
+        return tails
 
     @cached_property
     def _rows(self) -> tuple[NDArray[Any], ...]:
@@ -139,7 +140,8 @@ class ByteShard:
         child, weights = self._spread
         share = weights[priors.find_nodes(self.text, self.doc_start, child, lo, hi)]
         share[row, symbol] = 0.0
-        return share / share.sum(1, keepdims=True)
+        weights_of_rows: F64 = share / share.sum(1, keepdims=True)
+        return weights_of_rows
 
     def document(self, index: int) -> bytes:
         """Text of one document."""

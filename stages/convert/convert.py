@@ -31,7 +31,7 @@ def convert_units(
     settings: st.Convert,
     attrs: dict[str, Any],
     stop: Callable[[], bool],
-    tick: Callable[[dict], None],
+    tick: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Convert dump parts of one teacher, in order, into one shard at `out_path`.
 

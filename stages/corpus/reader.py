@@ -20,11 +20,12 @@ from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.files import kind_of
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import conversations
+from bytecache.stages.corpus.conversations import ID_FIELDS, KNOWN_ROLES, roles_of
 from bytecache.stages.corpus.line_range import LineRange
+from bytecache.stages.corpus.tally import Tally, listed, note
 
 BUILTIN = "builtin:pydoc-topics"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-ID_FIELDS = ("id", "doc_id")
 MAX_DOCUMENT = 1 << 30
 PARAGRAPH_BYTES = 4096
 _BOM = b"\xef\xbb\xbf"
@@ -50,8 +51,10 @@ class File(NamedTuple):
     end: int | None = None
 
 
-def corpus_files(corpus: Corpus) -> tuple[list[File], int]:
-    """The files of a corpus in order, none for a built-in one, and how many others its folder holds.
+def corpus_files(corpus: Corpus) -> tuple[list[File], list[str]]:
+    """The files of a corpus in order, none for a built-in one, and the names of the others that its folder holds.
+
+    Hidden ones, whose names begin with a full stop, are in neither.
 
     Raises InputError where there is no such source, nothing in it that can be read, or a name that is not UTF-8;
     ConfigError for a built-in corpus that does not exist or is not of `corpus.kind`.
@@ -62,15 +65,15 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], int]:
             raise ConfigError(f"corpus.source = {source!r}: the only built-in corpus is {BUILTIN}")
         if corpus.kind != "text":
             raise ConfigError(f"corpus.kind = {corpus.kind!r}: {BUILTIN} is plain text; name another source")
-        return [], 0
+        return [], []
     root = Path(source).expanduser()
     if not root.exists():
         raise InputError(f"corpus.source = {source!r} does not exist; name a file, a folder or {BUILTIN}")
-    ignored = 0
+    ignored: list[str] = []
     if root.is_dir():
         files = sorted(_walk(root), key=lambda pair: pair[1].encode("utf-8", "surrogateescape"))
         known = [pair for pair in files if pair[1].endswith(SUFFIXES)]
-        ignored = len(files) - len(known)
+        ignored = [name for _, name in files if not name.endswith(SUFFIXES)]
         if not known:
             raise InputError(
                 f"folder {source} holds none of {', '.join(SUFFIXES)} ({len(files)} other files); "
@@ -111,22 +114,30 @@ class CorpusReader:
         self.corpus = corpus
         self.n_documents = 0
         self.n_bytes = 0
-        self.n_empty = 0
+        self.tally = Tally()
         self.n_ignored_files = 0
+        self._ignored = frozenset(corpus.ignore_fields.split())
+
+    @property
+    def n_empty(self) -> int:
+        """Documents without text."""
+        return self.tally.empty
 
     def __iter__(self) -> Iterator[Document]:
-        files, self.n_ignored_files = corpus_files(self.corpus)
+        files, ignored = corpus_files(self.corpus)
+        self.n_ignored_files = len(ignored)
         yield from (document for document, _ in self.encoded(files))
         if not self.n_documents:
-            raise self.no_text(self.n_empty)
+            raise self.no_text(self.tally)
 
     def encoded(self, files: Sequence[File]) -> Iterator[tuple[Document, bytes]]:
         """The documents of these files (none: of the built-in corpus), each with its text in UTF-8; up to max_bytes."""
-        self.n_documents = self.n_bytes = self.n_empty = 0
+        self.n_documents = self.n_bytes = 0
+        self.tally = Tally()
         limit = self.corpus.max_bytes
         for where, doc_id, text, context in self._raw(files):
             if not text:
-                self.n_empty += 1
+                self.tally.empty += 1
                 continue
             if context:
                 _encode(context, where)
@@ -139,10 +150,16 @@ class CorpusReader:
             if limit and self.n_bytes >= limit:
                 return
 
-    def no_text(self, n_empty: int) -> InputError:
+    def no_text(self, tally: Tally) -> InputError:
         """What to say of a corpus without a document."""
+        if tally.unanswered:
+            return InputError(
+                f"corpus {self.corpus.source}: no message of role assistant in {sum(tally.unanswered.values())} "
+                f"records, so there is nothing to learn; roles found: {listed(tally.unanswered)}; name who answers "
+                "`assistant`, and who asks `user`"
+            )
         return InputError(
-            f"corpus {self.corpus.source} holds no text ({n_empty} empty documents); "
+            f"corpus {self.corpus.source} holds no text ({tally.empty} empty documents); "
             "name a source with text in corpus.source"
         )
 
@@ -222,11 +239,28 @@ class CorpusReader:
                     f"{where}: field {field!r} is {type(value).__name__}, expected text; name another corpus.text_field"
                 )
             yield where, _record_id(record, _content_id(name, raw), where), value or "", ""
+            self._note_unread(record, {field})
+
+    def _note_unread(self, record: Iterable[str], used: set[str]) -> None:
+        for name in record:
+            if name not in used and name not in ID_FIELDS:
+                note(self.tally.unread, name)
 
     def _turns(self, record: dict[str, Any], fallback: str, where: str) -> Iterator[tuple[str, str, str, str]]:
         doc_id = _record_id(record, fallback, where)
-        for turn in conversations.turns(record, self.corpus.kind, where):
+        n_turns = 0
+        for turn in conversations.turns(record, self.corpus.kind, where, self._ignored):
+            n_turns += 1
             yield where, doc_id + turn.suffix, turn.text, turn.context
+        roles = roles_of(record)
+        if not n_turns:
+            note(self.tally.unanswered, ", ".join(roles))
+        for role in roles if n_turns else ():
+            if role not in KNOWN_ROLES:
+                note(self.tally.strange, role)
+        for name in conversations.unused(record):
+            if name in self._ignored or isinstance(record[name], int | float):
+                note(self.tally.unread, name)
 
     def _parquet(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
         import pyarrow as pa
@@ -239,10 +273,10 @@ class CorpusReader:
                 columns = file.schema_arrow.names
                 if self.corpus.kind == "text":
                     _check_text_column(file.schema_arrow, field, path)
-                    wanted = [field]
+                    wanted = [field, *(column for column in ID_FIELDS if column in columns and column != field)]
                 else:
-                    wanted = [column for column in conversations.FIELDS if column in columns]
-                wanted += [column for column in ID_FIELDS if column in columns and column not in wanted]
+                    wanted = [column for column in columns if column not in self._ignored]
+                unread = [column for column in columns if column not in wanted]
                 for batch in file.iter_batches(batch_size=64, columns=wanted):
                     for record in batch.to_pylist():
                         where = f"{path}, row {row}"
@@ -251,6 +285,7 @@ class CorpusReader:
                             yield where, _record_id(record, _content_id(name, text.encode()), where), text, ""
                         else:
                             yield from self._turns(record, _content_id(name, repr(record).encode()), where)
+                        self._note_unread(unread, set())
                         row += 1
         except UnicodeDecodeError as error:
             raise InputError(

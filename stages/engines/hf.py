@@ -29,6 +29,7 @@ from bytecache.stages.engines.static import (
     together,
     tokens_of,
 )
+from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.weights import refuse_missing
 
 KEPT_BYTES = 1 << 31
@@ -41,6 +42,7 @@ class HfEngine(Engine):
     def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
         self.reducer = reducer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        refuse_quantised_teacher(folder, settings.model, "hf")
         self.model = _load(folder, settings)
         _check_rope(self.model, settings.context)
         self.model.to(self.device).eval()

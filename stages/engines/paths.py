@@ -10,14 +10,15 @@ and at depth 0 also the mass of END tokens and of control tokens. These are all 
 needs of the row (Vieira et al., arXiv 2412.03719, section 3).
 
 Masses are sums of exp(logit - max) in float64 over each range directly, not differences of a running sum, so a
-mass of 1e-30 keeps its digits. They run where the logits are: numba on a CPU, segment sums of torch on a device.
+mass of 1e-30 keeps its digits. They run where the logits are: numba on a CPU, the kernels of
+stages.engines.paths_device on a device (float32, about 1e-6 of themselves off).
 Entries below `floor` times their prefix's mass are left out and recovered by the lattice as unlisted mass; the
 text's own next byte is always listed, with its exact mass. Price on one core: one pass over the vocabulary per row;
 `benchmarks/teacher_throughput.py` measures it beside the forward pass.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,12 @@ from numba import njit
 
 from bytecache.schemas.dump.rows import members, ragged
 from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.engines.paths_device import Sums, Tables, count_ranges, make_tables, sum_on_device, write_ranges
 from bytecache.stages.tokens.byte_trie import find_child
 from bytecache.stages.tokens.vocab import Vocabulary
+
+Where = str | Callable[[int], str]
+"""Name of a text for messages, of all rows or of one."""
 
 
 class PathPlan(NamedTuple):
@@ -151,19 +156,6 @@ def range_sums(e: np.ndarray, order: np.ndarray, row: np.ndarray, lo: np.ndarray
     return out
 
 
-def range_sums_on_device(
-    e: torch.Tensor, order: torch.Tensor, row: np.ndarray, lo: np.ndarray, hi: np.ndarray
-) -> np.ndarray:
-    """`range_sums` where `e` lives: gathers the ranges end to end and reduces them by segment, in float64."""
-    columns = len(order)
-    width = torch.from_numpy(hi - lo).to(e.device, torch.int64)
-    begin = torch.from_numpy(row * np.int64(columns) + lo).to(e.device)
-    shift = begin - (width.cumsum(0) - width)
-    index = torch.arange(int(width.sum()), device=e.device) + torch.repeat_interleave(shift, width)
-    values = e[:, order].reshape(-1)[index].double()
-    return torch.segment_reduce(values, "sum", lengths=width).cpu().numpy()
-
-
 @njit(cache=True)
 def _list_entries(
     level_offset: np.ndarray, node: np.ndarray, first_child: np.ndarray, byte: np.ndarray, mass: np.ndarray,
@@ -199,7 +191,7 @@ class PathReducer:
     """Reduces rows of logits on the machine that holds them; one per engine, built from the teacher's vocabulary."""
 
     chunk = 64
-    """Rows reduced at once: bounds the float32 scratch to 64 x vocabulary x 4 bytes."""
+    """Rows reduced at once on a CPU: bounds the float32 scratch to 64 x vocabulary x 4 bytes."""
 
     def __init__(self, vocabulary: Vocabulary, *, top_k: int, floor: float):
         if top_k > vocabulary.size:
@@ -209,99 +201,129 @@ class PathReducer:
         self.vocabulary = vocabulary
         self.top_k = top_k
         self.floor = floor
-        trie = vocabulary.trie
-        self._children = np.diff(trie.first_child)
-        self._ordinary = np.zeros(vocabulary.size, bool)
-        self._ordinary[vocabulary.order] = True
-        is_end = np.zeros(vocabulary.size, bool)
+        ordinary, is_end = np.zeros(vocabulary.size, bool), np.zeros(vocabulary.size, bool)
+        ordinary[vocabulary.order] = True
         is_end[vocabulary.end_ids] = True
         self._end_ids = torch.from_numpy(np.flatnonzero(is_end))
-        self._control_ids = torch.from_numpy(np.flatnonzero(~self._ordinary & ~is_end))
+        self._control_ids = torch.from_numpy(np.flatnonzero(~ordinary & ~is_end))
+        self._tables: dict[tuple[torch.device, int], Tables] = {}
 
     def reduce(
-        self, logits: torch.Tensor, plan: PathPlan, next_token: np.ndarray, *, where: str | Callable[[int], str]
+        self,
+        logits: torch.Tensor,
+        plan: PathPlan,
+        next_token: np.ndarray,
+        *,
+        where: Where,
+        row: np.ndarray | None = None,
     ) -> RowMasses:
-        """Reduce `logits` float [R, >= size]; `next_token` int64 [R], -1 for none.
+        """Reduce `logits` float [L, >= size] along a plan of R rows; `next_token` int64 [R], -1 for none.
 
-        Columns past the vocabulary (a head padded beyond it) count as control mass. `where` names the text of all rows,
-        or of one, in errors.
-        Raises EngineError when a row has NaN, +Inf or no mass at all.
+        `row` int64 [R], ascending: which row of logits each is about; None: its own (R = L). Columns past the
+        vocabulary (a head padded beyond it) count as control mass. `where` names the text of all rows, or of one, in
+        errors. Raises EngineError when a row has NaN, +Inf or no mass at all.
         """
-        rows = logits.shape[0]
-        parts = []
-        for a in range(0, rows, self.chunk):
-            b = min(a + self.chunk, rows)
-            offsets = plan.level_offset[a : b + 1]
-            parts.append(self._chunk(logits[a:b], offsets, plan.node, next_token[a:b], (where, a)))
-        return concatenate(parts)
+        return self.begin(logits, plan, next_token, where=where, row=row)()
 
-    def _chunk(
-        self, logits: torch.Tensor, level_offset: np.ndarray, node: np.ndarray, next_token: np.ndarray, where: Any
-    ) -> RowMasses:
-        rows = logits.shape[0]
+    def begin(
+        self,
+        logits: torch.Tensor,
+        plan: PathPlan,
+        next_token: np.ndarray,
+        *,
+        where: Where,
+        row: np.ndarray | None = None,
+    ) -> Callable[[], RowMasses]:
+        """`reduce` in two halves: what is returned waits for a device, and raises; on a CPU all is done at once."""
+        rows = np.arange(len(next_token)) if row is None else row
+        if logits.device.type != "cpu":
+            return self._begin_on_device(logits, plan, next_token, where, rows)
+        parts = []
+        for a in range(0, len(rows), self.chunk):
+            b = min(a + self.chunk, len(rows))
+            part = PathPlan(plan.level_offset[a : b + 1], plan.node)
+            first, last = rows[a], rows[b - 1] + 1
+            sums = self._sums_on_cpu(logits[first:last], part, next_token[a:b], rows[a:b] - first)
+            parts.append(self._assemble(sums, part, next_token[a:b], rows[a:b] - first, where, a))
+        return lambda: concatenate(parts)
+
+    def _sums_on_cpu(self, logits: torch.Tensor, plan: PathPlan, next_token: np.ndarray, row: np.ndarray) -> Sums:
+        """Each mass a sum in float64 over its tokens."""
         logits = logits.to(torch.float32)
         peak = logits.amax(dim=-1, keepdim=True)
         e = torch.exp(logits - peak)
         total = e.sum(dim=-1, dtype=torch.float64)
-        if not bool(torch.isfinite(total).all()):
-            row = where[1] + int(torch.isfinite(total).int().argmin())
-            name = where[0] if isinstance(where[0], str) else where[0](row)
-            raise EngineError(
-                f"the teacher returned NaN or Inf logits ({name}, row {row}); "
-                'try teacher.dtype = "float32" or another checkpoint'
-            )
-        log_norm = peak[:, 0].double() + total.log()
         end = e[:, self._end_ids].sum(dim=-1, dtype=torch.float64) / total
         control = e[:, self._control_ids].sum(dim=-1, dtype=torch.float64)
-        if logits.shape[1] > self.vocabulary.size:
-            control = control + e[:, self.vocabulary.size :].sum(dim=-1, dtype=torch.float64)
-        control = control / total
-        wanted = torch.from_numpy(np.maximum(next_token, 0)).to(logits.device)
-        wanted_logp = logits.gather(1, wanted[:, None])[:, 0].double() - log_norm
-        next_logp = np.where(next_token >= 0, wanted_logp.cpu().numpy(), np.nan)
-        if self.top_k:
-            value, index = torch.topk(logits, self.top_k, dim=-1)
-            topk_id, topk_logp = index.int().cpu().numpy(), (value.double() - log_norm[:, None]).float().cpu().numpy()
-        else:
-            topk_id, topk_logp = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
+        control = (control + e[:, self.vocabulary.size :].sum(dim=-1, dtype=torch.float64)) / total
+        topk_logit, topk_id = torch.topk(logits, self.top_k, dim=-1)
+        wanted = logits[torch.from_numpy(row), torch.from_numpy(np.maximum(next_token, 0))]
 
+        ranges, children = self._ranges(plan, row)
+        mass = range_sums(e.numpy(), self.vocabulary.order, *ranges) / total.numpy()[ranges[0]]
+        return Sums(
+            mass[:children], mass[children:], end.numpy(), control.numpy(), (peak[:, 0].double() + total.log()).numpy(),
+            topk_id.numpy(), topk_logit.numpy(), wanted.numpy(),
+        )  # fmt: skip
+
+    def _ranges(self, plan: PathPlan, row: np.ndarray) -> tuple[np.ndarray, int]:
+        """Runs of `order` of all children and stops of some rows, int32 [3, C]; how many are children's."""
         trie = self.vocabulary.trie
-        n_levels = np.diff(level_offset)
-        span = node[level_offset[0] : level_offset[-1]]
-        level_row = np.repeat(np.arange(rows), n_levels)
-        depth = np.arange(len(span)) - np.repeat(level_offset[:-1] - level_offset[0], n_levels)
+        parts = (trie.first_child, trie.lo, trie.hi, trie.n_equal)
+        children, stops = count_ranges(plan.level_offset, plan.node, trie.first_child, trie.n_equal)
+        ranges = np.empty((3, children + stops), np.int32)
+        write_ranges(plan.level_offset, plan.node, row, *parts, children, ranges)
+        return ranges, children
 
-        child = ragged(trie.first_child[span], self._children[span])
-        child_row = np.repeat(level_row, self._children[span])
-        lo, hi = trie.lo[child], trie.hi[child]
-        if e.device.type == "cpu":
-            mass = range_sums(e.numpy(), self.vocabulary.order, child_row, lo, hi)
-        else:
-            mass = range_sums_on_device(e, torch.from_numpy(self.vocabulary.order).to(e.device), child_row, lo, hi)
-        mass /= total.cpu().numpy()[child_row]
+    def _begin_on_device(
+        self, logits: torch.Tensor, plan: PathPlan, next_token: np.ndarray, where: Where, row: np.ndarray
+    ) -> Callable[[], RowMasses]:
+        width, device, top_k = logits.shape[1], logits.device, self.top_k
+        if (device, width) not in self._tables:
+            ends = self._end_ids.numpy()
+            self._tables[device, width] = make_tables(self.vocabulary.order, ends, width, device)
+        ranges, children = self._ranges(plan, row)
+        tables, token = self._tables[device, width], np.maximum(next_token, 0)
+        wait = sum_on_device(logits, tables, ranges, children, row, token, top_k)
+        return lambda: self._assemble(wait(), plan, next_token, row, where, 0)
+
+    def _assemble(
+        self, sums: Sums, plan: PathPlan, next_token: np.ndarray, row: np.ndarray, where: Where, first: int
+    ) -> RowMasses:
+        """List what reaches the floor. `first`: number of the first row among all that were asked for, for errors."""
+        if not np.isfinite(sums.log_norm).all():
+            bad = first + int(np.flatnonzero(~np.isfinite(sums.log_norm[row]))[0])
+            name = where if isinstance(where, str) else where(bad)
+            raise EngineError(
+                f"the teacher returned NaN or Inf logits ({name}, row {bad}); "
+                'try teacher.dtype = "float32" or another checkpoint'
+            )
+        trie = self.vocabulary.trie
+        n_levels = np.diff(plan.level_offset)
+        span = plan.node[plan.level_offset[0] : plan.level_offset[-1]]
+        depth = np.arange(len(span)) - np.repeat(plan.level_offset[:-1] - plan.level_offset[0], n_levels)
         fanout = np.zeros(len(span), np.uint16)
-        entry_byte, entry_mass = np.zeros(len(child), np.uint8), np.zeros(len(child), np.float32)
+        entry_byte, entry_mass = np.zeros(len(sums.child), np.uint8), np.zeros(len(sums.child), np.float32)
         kept = _list_entries(
-            level_offset, node, trie.first_child, trie.byte, mass, self.floor, fanout, entry_byte, entry_mass
-        )
-
+            plan.level_offset, plan.node, trie.first_child, trie.byte, sums.child, self.floor, fanout, entry_byte,
+            entry_mass,
+        )  # fmt: skip
         n_equal = trie.n_equal[span]
-        stop_token = self.vocabulary.order[ragged(trie.lo[span], n_equal)]
-        stop_row = torch.from_numpy(np.repeat(level_row, n_equal)).to(e.device)
-        stop_value = e[stop_row, torch.from_numpy(stop_token.astype(np.int64)).to(e.device)].double()
+        ends = np.cumsum(np.append(0, n_equal))[plan.level_offset - plan.level_offset[0]]
+        log_norm = sums.log_norm[row]
         return RowMasses(
-            log_norm.float().cpu().numpy(),
-            next_logp.astype(np.float32),
-            end.float().cpu().numpy(),
-            control.float().cpu().numpy(),
+            log_norm.astype(np.float32),
+            np.where(next_token >= 0, sums.next_logit - log_norm, np.nan).astype(np.float32),
+            sums.end[row].astype(np.float32),
+            sums.control[row].astype(np.float32),
             n_levels.astype(np.int32),
             fanout,
             entry_byte[:kept],
             entry_mass[:kept],
-            np.bincount(level_row, weights=n_equal, minlength=rows).astype(np.int32),
+            np.diff(ends).astype(np.int32),
             np.repeat(depth, n_equal).astype(np.uint16),
-            stop_token,
-            (stop_value / total[stop_row]).float().cpu().numpy(),
-            topk_id,
-            topk_logp,
+            self.vocabulary.order[ragged(trie.lo[span], n_equal)],
+            sums.stop.astype(np.float32),
+            sums.topk_id[row].astype(np.int32),
+            (sums.topk_logit - sums.log_norm[:, None]).astype(np.float32)[row],
         )

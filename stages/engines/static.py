@@ -162,18 +162,15 @@ class StaticStates:
             logits = self._logits(token[order[first[a:b]]], logits_of)
             if logits is None or not answer:
                 continue
-            which = torch.from_numpy(np.repeat(np.arange(b - a), np.diff(ends[a : b + 1]))).to(logits.device)
+            # Many histories share a row of logits.
+            which = np.repeat(np.arange(b - a), np.diff(ends[a : b + 1]))
             rows = order[ends[a] : ends[b]]
-            # Gathered a few at a time: many histories share a row of logits.
-            for c in range(0, len(rows), self.reducer.chunk):
-                some = rows[c : c + self.reducer.chunk]
-                wanted = logits[which[c : c + self.reducer.chunk]]
-                none = np.full(len(some), -1, np.int64)
-                where = f"{jobs[0].name} and {len(jobs) - 1} more, static rows"
-                parts.append(self.reducer.reduce(wanted, take_plan(plan, some), none, where=where))
+            none = np.full(len(rows), -1, np.int64)
+            where = f"{jobs[0].name} and {len(jobs) - 1} more, static rows"
+            parts.append(self.reducer.begin(logits, take_plan(plan, rows), none, where=where, row=which))
         if not parts:
             return None
-        found = concatenate(parts)
+        found = concatenate([part() for part in parts])
         # A token list "whatever came before" is nobody's business; zeros cost nothing in the dump.
         found = found._replace(topk_id=np.zeros_like(found.topk_id), topk_logp=np.zeros_like(found.topk_logp))
         place = np.split(np.argsort(order), np.cumsum([len(job.token) for job in jobs])[:-1])

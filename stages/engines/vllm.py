@@ -8,6 +8,7 @@ hold of them is counted, and a model whose cache holds nothing of them is refuse
 An engine exception is fatal by design: after one, vLLM's next call may never return.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_
 from bytecache.stages.engines.paths import PathReducer, RowMasses
 from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
 from bytecache.stages.engines.vllm_start import CPU_BLOCK, logit_rows, reason, start_engine
-from bytecache.stages.engines.vllm_worker import Request, Want, WantState
+from bytecache.stages.engines.vllm_worker import LEAVE_S, Request, Want, WantState
 
 TOKENS_IN_FLIGHT = 16_384
 """Tokens that the scheduler has still to compute at most, cached prefixes aside."""
@@ -154,7 +155,7 @@ class VllmEngine(Engine):
 
     def _collect(self, name: str, label: str) -> RowMasses:
         answers = self._call("collecting rows", "bytecache_collect", [name])
-        rows = next((answer.get(name) for answer in answers if answer is not None), None)
+        rows: RowMasses | None = next((answer.get(name) for answer in answers if answer is not None), None)
         if rows is None:
             raise EngineError(f"vLLM finished {label} without all of its rows; rerun the command")
         return rows
@@ -251,6 +252,8 @@ class VllmEngine(Engine):
             raise EngineError("vLLM could not drop its prefix cache between units; rerun the same command to continue")
 
     def close(self) -> None:
+        with contextlib.suppress(Exception):  # an engine that failed may not answer
+            self._engine.collective_rpc("bytecache_leave", timeout=LEAVE_S)
         self._engine.engine_core.shutdown()
 
 
@@ -259,4 +262,5 @@ def _root_mass(rows: RowMasses) -> np.ndarray:
     first = np.cumsum([0, *rows.n_levels[:-1]])
     begin = np.cumsum([0, *rows.fanout])[first]
     mass = np.cumsum(np.append(0.0, rows.entry_mass.astype(np.float64)))
-    return mass[begin + rows.fanout[first]] - mass[begin]
+    root_mass: np.ndarray = mass[begin + rows.fanout[first]] - mass[begin]
+    return root_mass

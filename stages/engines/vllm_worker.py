@@ -7,7 +7,8 @@ the model runner that every step calls with the final hidden states of all sched
     for every chunk of them:  logits by the model's own head (soft-capping and scaling included), path masses of those
 
 so the head is read once per `logit_rows` rows, whoever asked for them; a branch no longer reads it alone. There is no
-prompt logits tensor at all. With tensor parallelism every rank takes part in the head's product, the first one reduces.
+prompt logits tensor at all. On a device nothing waits inside the step: masses are on their way while the next step runs
+(stages.engines.paths_device). With tensor parallelism every rank takes part in the head's product, the first reduces.
 
 The wrapped method is private to vLLM: `_get_prompt_logprobs_dict` of the V1 runner, or `compute_prompt_logprobs` of the
 V2 runner's `prompt_logprobs_worker`. The engine says which runner it starts, and self-tests.
@@ -15,8 +16,10 @@ V2 runner's `prompt_logprobs_worker`. The engine says which runner it starts, an
 
 import ctypes
 import multiprocessing
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +31,13 @@ from bytecache.stages.engines.static import StaticJob, StaticStates, linear_logi
 
 V1_HOOK = "_get_prompt_logprobs_dict"
 V2_HOOK = "compute_prompt_logprobs"
+LEAVE_S = 0.5
+"""Seconds from `bytecache_leave` to the end: the executor takes it for its own doing by then."""
 _PR_SET_PDEATHSIG = 1
+
+
+def _is_vllm_process() -> bool:
+    return multiprocessing.current_process().name.startswith("VllmWorker")
 
 
 def tie_to_parent() -> None:
@@ -38,10 +47,14 @@ def tie_to_parent() -> None:
     like a failure of the unit; the parent decides what becomes of it. vLLM's own watch over the parent begins when the
     model is loaded and ends a worker after its step; the kernel's is immediate.
     """
-    if multiprocessing.current_process().name.startswith("VllmWorker"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or not _is_vllm_process():
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent.pid:  # it went before the kernel was told
+        os._exit(1)
 
 
 # vLLM imports this module in each worker before it loads the model: the earliest place that is ours.
@@ -132,7 +145,7 @@ class PathExtension:
         self._asked: dict[str, _Asked] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._wanted_states: dict[str, WantState] = {}
-        self._chunks: dict[int, RowMasses] = {}
+        self._chunks: dict[int, Callable[[], RowMasses] | RowMasses] = {}
         self._uncollected: dict[int, int] = {}
         self._serial = 0
         config = runner.model_config.hf_text_config
@@ -191,11 +204,18 @@ class PathExtension:
         parts = []
         for a, b in zip([0, *cuts], [*cuts, len(wanted.chunk)], strict=True):
             number = int(wanted.chunk[a])
-            parts.append(take(self._chunks[number], wanted.place[a:b]))
+            parts.append(take(self._chunk(number), wanted.place[a:b]))
             self._uncollected[number] -= b - a
             if not self._uncollected[number]:
                 del self._chunks[number], self._uncollected[number]
         return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def _chunk(self, number: int) -> RowMasses:
+        """A chunk, waited for where it is still on its way from a device."""
+        chunk = self._chunks[number]
+        if not isinstance(chunk, RowMasses):
+            chunk = self._chunks[number] = chunk()
+        return chunk
 
     def bytecache_static_missing(self, tokens: np.ndarray) -> list[int]:
         """Tokens whose static states must be asked for."""
@@ -218,6 +238,11 @@ class PathExtension:
         """Keep the new static states for later runs."""
         if self._answers:
             self._static.save(folder)
+
+    def bytecache_leave(self) -> None:
+        """End this process soon: it holds nothing that is not saved, and vLLM would wait for it for seconds."""
+        if _is_vllm_process():
+            threading.Timer(LEAVE_S, os._exit, args=(0,)).start()
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits: torch.Tensor | None = self.model_runner.model.compute_logits(hidden_states)
@@ -266,7 +291,7 @@ class PathExtension:
 
         number = self._serial
         self._serial += 1
-        self._chunks[number] = self._reducer.reduce(logits, plan, following, where=where)
+        self._chunks[number] = self._reducer.begin(logits, plan, following, where=where)
         self._uncollected[number] = int(ends[-1])
         for piece, end in zip(pieces, ends.tolist(), strict=True):
             piece.wanted.chunk[piece.lo : piece.hi] = number

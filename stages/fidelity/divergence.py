@@ -39,7 +39,8 @@ def even_weights(listed: np.ndarray) -> np.ndarray:
     """float64 [m, 257], rows sum to 1: even over the symbols that are not `listed`, over all where all are."""
     unlisted = ~listed
     unlisted[listed.all(axis=1)] = True
-    return unlisted / unlisted.sum(axis=1, keepdims=True)
+    weights: np.ndarray = unlisted / unlisted.sum(axis=1, keepdims=True)
+    return weights
 
 
 def spread_tail(probs: np.ndarray, tail: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -49,7 +50,8 @@ def spread_tail(probs: np.ndarray, tail: np.ndarray, weights: np.ndarray) -> np.
 
 def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     ratio = np.log(np.maximum(p, TINY**2) / np.maximum(q, TINY))
-    return np.maximum(np.where(p > 0, p * ratio, 0.0).sum(axis=1), 0.0)
+    divergence: np.ndarray = np.maximum(np.where(p > 0, p * ratio, 0.0).sum(axis=1), 0.0)
+    return divergence
 
 
 def kl_spread(

@@ -56,7 +56,7 @@ class Measure:
         for index in sorted(self.histogram, reverse=True):
             above -= self.histogram[index]
             if above < 0:
-                return min(10.0 ** ((index + 1) / _BINS), self.largest)
+                return min(float(10.0 ** ((index + 1) / _BINS)), self.largest)
         return 0.0
 
     def summary(self, positions: int, windows: int, squared_positions: float) -> dict[str, float]:

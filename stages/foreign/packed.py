@@ -93,7 +93,8 @@ class Packing(BaseModel):
             raise ValueError(f"{rest.shape[1]} bytes too many for these compression settings")
         every = np.concatenate([exact, values], axis=1)
         every = np.cumsum(every, axis=1) if self.delta_encoding else every
-        return np.minimum(every, 0.0)  # a fit may pass above certainty by its error
+        log_probs: np.ndarray = np.minimum(every, 0.0)  # a fit may pass above certainty by its error
+        return log_probs
 
 
 def _take_numbers(packed: np.ndarray, count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +118,8 @@ def _integers(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
         )
     every = np.unpackbits(packed, axis=1)[:, : count * bits].reshape(len(packed), count, bits).astype(np.int64)
     weights: np.ndarray = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
-    return every @ weights
+    integers: np.ndarray = every @ weights
+    return integers
 
 
 def settings_of(packing: "Packing | None") -> dict[str, Any]:

@@ -68,7 +68,8 @@ class Handed(NamedTuple):
     @property
     def total(self) -> np.ndarray:
         """float64 [n + 1]"""
-        return np.minimum(self.joined + self.static + self.nowhere, 1.0)
+        total: np.ndarray = np.minimum(self.joined + self.static + self.nowhere, 1.0)
+        return total
 
 
 class Deviations(NamedTuple):

@@ -58,6 +58,12 @@ def model_name(settings: st.Teacher) -> str:
     return folder.name if model.startswith((".", "/", "~")) or model.count("/") > 1 else model
 
 
+def blob_sha256(file: Path) -> str:
+    """The hash that a hub's blob behind `file` is named by; empty where it has another name."""
+    name = file.resolve().name
+    return name if len(name) == 64 and all(digit in "0123456789abcdef" for digit in name) else ""
+
+
 def weights_identity(folder: Path) -> dict[str, str]:
     """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
     out = {}
@@ -65,11 +71,7 @@ def weights_identity(folder: Path) -> dict[str, str]:
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
         if not file.is_file():
             continue
-        blob = file.resolve().name
-        if len(blob) == 64 and all(c in "0123456789abcdef" for c in blob):
-            out[file.name] = blob
-            continue
-        out[file.name] = file_sha256(file)
+        out[file.name] = blob_sha256(file) or file_sha256(file)
     if not any(name.endswith(".safetensors") for name in out):
         raise InputError(
             f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"

@@ -32,6 +32,7 @@ from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.files import flush_to_disk, scratch_folder
 from bytecache.schemas.settings import Student as StudentSettings
+from bytecache.stages.models.fitness import refuse_unfit_student
 from bytecache.stages.models.locate import locate
 from bytecache.stages.models.ordinary import make_ordinary
 from bytecache.stages.models.weights import refuse_missing
@@ -241,6 +242,8 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
             return dict(found)
         raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
     source = locate(settings.model, "student.model") if settings.model else None
+    if source:
+        refuse_unfit_student(source, f"student.model = {settings.model!r}")
     model = _open_model(str(source)) if source else None
     with scratch_folder(out_dir.parent) as scratch:
         write_student_tokenizer(settings, source, targets_dir, scratch)

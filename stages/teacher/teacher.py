@@ -211,7 +211,12 @@ class Teacher:
         return sum(len(homeless.row) for _, homeless in found)
 
     def dump_unit(
-        self, slice_path: Path, out_path: Path, unit_key: str, stop: Callable[[], bool], tick: Callable[[dict], None]
+        self,
+        slice_path: Path,
+        out_path: Path,
+        unit_key: str,
+        stop: Callable[[], bool],
+        tick: Callable[[dict[str, Any]], None],
     ) -> dict[str, Any]:
         """Evaluate one slice of the corpus into one dump part.
 

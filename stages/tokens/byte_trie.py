@@ -48,7 +48,8 @@ def build_trie(token_bytes: list[bytes | None], order: NDArray[np.int32]) -> Tri
 
 def longest_match(trie: Trie, order: NDArray[np.int32], data: NDArray[np.uint8]) -> NDArray[np.int32]:
     """Greedy longest tokens of `data` (uint8 [n]), lowest id of equals: int32 [T]; ends early where none matches."""
-    return _greedy(trie.lo, trie.n_equal, trie.first_child, trie.byte, order, data)
+    tokens: NDArray[np.int32] = _greedy(trie.lo, trie.n_equal, trie.first_child, trie.byte, order, data)
+    return tokens
 
 
 @njit(cache=True)

@@ -197,7 +197,7 @@ def _spelled_mark(spec: Json) -> list[int]:
 
 def _is_space(part: Json) -> bool:
     """SentencePiece's own Replace(" " -> U+2581), which the table undoes."""
-    return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == SPACE_MARK
+    return (part["type"], part["pattern"], part["content"]) == ("Replace", {"String": " "}, SPACE_MARK)
 
 
 def _without_rewrites(spec: Json) -> Json:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Train as TrainSettings
+from bytecache.stages.student.check import refuse_tied_targets
 from bytecache.stages.student.student import Student, split_model
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.types import MicroBatch, Step
@@ -122,10 +123,11 @@ def add_adapters(opened: Student, settings: TrainSettings) -> None:
     """Freeze the student and put low-rank adapters beside its linear maps (all but the lm_head by default).
 
     Raises:
-        ConfigError: no module of that name.
+        ConfigError: no module of that name, or a head that is the embedding as well.
     """
     from peft import LoraConfig, get_peft_model
 
+    refuse_tied_targets(opened.model, settings.lora_targets)
     named = settings.lora_targets.split()
     targets = "all-linear" if named == ["all-linear"] else named
     config = LoraConfig(

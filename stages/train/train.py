@@ -33,6 +33,7 @@ from bytecache.stages.targets.source import open_dataset
 from bytecache.stages.train import checkpoint
 from bytecache.stages.train.batches import packing, stream
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
+from bytecache.stages.train.batches.types import Step
 from bytecache.stages.train.metrics import Metrics
 from bytecache.stages.train.parallel import World, joined, whole
 from bytecache.stages.train.run import backward_step, kl_share, learning_rate, start_run
@@ -227,7 +228,7 @@ class _Silent:
         pass
 
 
-def _counts(step: stream.Step, world: World) -> dict[str, int]:
+def _counts(step: Step, world: World) -> dict[str, int]:
     """Counts of a step over all ranks; `n_micro` is the largest of any rank."""
     mine = {
         "n_tokens": step.n_tokens,

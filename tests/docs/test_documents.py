@@ -1,7 +1,6 @@
 """What the documents say is so: links, commands, options, keys, paths, programs; and the reference is the code's."""
 
 import ast
-import importlib
 import importlib.util
 import re
 import shutil
@@ -19,6 +18,7 @@ from bytecache.pipeline.cli import app
 from bytecache.pipeline.cli.options import SHORTHANDS
 from bytecache.pipeline.config import load_settings, sections
 from bytecache.schemas.dataset.index import describe_shard, write_dataset
+from bytecache.schemas.settings import Settings
 from bytecache.schemas.shard.builder import ShardBuilder
 from tests.support.documents import Document, documents
 from tests.support.places import ROOT
@@ -87,6 +87,24 @@ def test_commands_parse_and_set_what_there_is(document: Document) -> None:
         load_settings(None, overrides)
 
 
+def test_documents_were_taken_apart() -> None:
+    """The checks above see what they check."""
+    every = documents()
+    assert {"README.md", "docs/quickstart.md", "docs/howto/gpu.md", "schemas/SPEC.md"} <= {each.name for each in every}
+    for count, least in (
+        (sum(len(list(each.commands())) for each in every), 40),
+        (sum(len(each.links()) for each in every), 80),
+        (sum(len(each.inline()) for each in every), 500),
+        (sum(len(each.blocks("toml")) for each in every), 4),
+        (sum(len(each.blocks("python")) for each in every), 4),
+    ):
+        assert count >= least
+    with pytest.raises(AssertionError):
+        command_of(["transmogrify"])
+    with pytest.raises(AssertionError):
+        load_settings_from("[teacher]\ntop_kk = 3\n")
+
+
 @every_document
 def test_commands_and_options_in_prose_exist(document: Document) -> None:
     for words in document.inline():
@@ -109,13 +127,13 @@ def test_keys_of_the_configuration_exist(document: Document) -> None:
         assert load_settings_from(block)
 
 
-def load_settings_from(block: str, tmp: str = "") -> Any:
-    """Settings from TOML text. Raises ConfigError."""
+def load_settings_from(block: str) -> Settings:
+    """Settings from TOML text; every key must exist and hold a value that it allows."""
     table = tomllib.loads(block)
     for section, keys in table.items():
         assert section in sections(), section
         assert not keys.keys() - sections()[section].model_fields.keys(), (section, keys)
-    return sections()["run"] and importlib.import_module("bytecache").Settings.model_validate(table, strict=True)
+    return Settings.model_validate(table, strict=True)
 
 
 @every_document

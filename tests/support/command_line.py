@@ -74,9 +74,10 @@ def fake_identity(settings: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTeacher]]:
-    from bytecache.stages.teacher import identity, teacher
+    from bytecache.pipeline.commands import teacher as command
+    from bytecache.stages.teacher import teacher
 
-    monkeypatch.setattr(identity, "teacher_identity", fake_identity)
+    monkeypatch.setattr(command, "find_identity", lambda settings, kind: (fake_identity(settings), {}))
     monkeypatch.setattr(teacher, "open_teacher", FakeTeacher)
     FakeTeacher.opened, FakeTeacher.fail_at = 0, -1
     yield FakeTeacher

@@ -96,7 +96,10 @@ class PretendDevice(TorchDispatchMode):
         kwargs = kwargs | ({"device": "cpu"} if made_here else {})
         kwargs.pop("pin_memory", None)
         out = func(*tree_map(_content, args), **tree_map(_content, kwargs))
-        self._note(name, ours, args, out)
+        self._note(name, ours, out)
+        # Told how much there will be, or not to look, these need not ask the device.
+        if name in _WAITS and kwargs.get("output_size") is None and not kwargs.get("unsafe"):
+            self.synchronisations[name] += _WAITS[name]
         return tree_map(lambda part: _DeviceTensor(part, self) if isinstance(part, torch.Tensor) else part, out)
 
     def _meet(self, name: str, tensor: torch.Tensor) -> None:
@@ -121,10 +124,10 @@ class PretendDevice(TorchDispatchMode):
         if here != to_device and not kwargs.get("non_blocking"):
             self.synchronisations["to the device" if to_device else "to the host"] += 1
         if here and source.dtype != out.dtype:
-            self._note("cast", [source], (), out)
+            self._note("cast", [source], out)
         return _DeviceTensor(out.clone() if out is source else out, self) if to_device else out
 
-    def _note(self, name: str, ours: list[Any], args: Any, out: Any) -> None:
+    def _note(self, name: str, ours: list[Any], out: Any) -> None:
         """Write down a launch and its traffic; views are free, a gather reads what it gives."""
         base = name.split(".")[0]
         if base in _VIEWS:
@@ -134,8 +137,6 @@ class PretendDevice(TorchDispatchMode):
         read = wrote if base in ("index", "gather", "index_select") else sum(part.content.nbytes for part in ours)
         self.kernels[name] += 1
         self.bytes[name] += read + wrote
-        if name in _WAITS:
-            self.synchronisations[name] += _WAITS[name]
 
 
 def _content(part: Any) -> Any:

@@ -75,8 +75,8 @@ def test_convert_finds_its_dump_among_others_and_never_mixes(
 ) -> None:
     bytecache("plan")
     bytecache("teacher", "--set", "teacher.top_k=3")
-    assert "top_k: 3 -> 16" in refusal(bytecache("convert"), 2)
-    bytecache("teacher")
+    assert "top_k: 3 -> 16" in refusal(bytecache("convert", "--set", "teacher.top_k=16"), 2)
+    bytecache("teacher", "--set", "teacher.top_k=16")
     assert bytecache("convert").exit_code == 0
     message = refusal(bytecache("convert", "--set", "teacher.top_k=3"), 2)
     assert "settings.top_k: 16 -> 3" in message

@@ -63,9 +63,12 @@ def test_the_rest_is_converted_without_units_set_aside_and_the_data_set_says_so(
     assert bytecache("plan", "--run-dir", "whole").exit_code == 0
     dump = FakeTeacher.dump_unit
     poisoned = [3, 5]
+    plan = read_plan(LocalStore(Path("run")))
+    assert plan is not None
+    number_of = {Path(unit.slice).name: unit.index for unit in plan.units}
 
     def poison(self: FakeTeacher, piece: Path, *rest: object) -> dict:
-        if int(piece.name[:5]) in poisoned:
+        if number_of[piece.name] in poisoned:
             raise InputError("this text is poison")
         return dump(self, piece, *rest)  # type: ignore[arg-type]
 

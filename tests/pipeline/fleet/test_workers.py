@@ -14,12 +14,13 @@ import pytest
 
 from bytecache.pipeline.fleet import job as jobs
 from bytecache.pipeline.fleet import worker
-from bytecache.pipeline.fleet.ledger import DONE, read_json, read_names
+from bytecache.pipeline.fleet.ledger import DONE, FAILED, read_json, read_names
 from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
+from bytecache.pipeline.fleet.worker import Worker
 from bytecache.pipeline.stores import LocalStore
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.runner import Job, Work, finished
-from bytecache.schemas.errors import ConfigError, EngineError, InputError, StorageError
+from bytecache.schemas.errors import ConfigError, EngineError, InputError, Interrupted, StorageError
 from tests.support.fleet_jobs import LAYOUT, QUICK, fork, job, marks, run
 
 
@@ -171,6 +172,23 @@ def test_an_engine_that_cannot_start_costs_no_unit_an_attempt(store: LocalStore)
         with pytest.raises(EngineError, match="no GPU"):
             run(store, bad)
     assert run(store, good).made == 3
+
+
+@pytest.mark.parametrize("error", [EngineError("a worker of the engine is gone"), BrokenPipeError("its pipe")])
+def test_a_failure_after_a_signal_is_no_failure_of_the_unit(store: LocalStore, error: Exception) -> None:
+    """Slurm signals the whole process group: the engine may break before the worker has left."""
+    stopped: list[bool] = []
+
+    def fail(unit: int, stop: Callable[[], bool]) -> None:
+        stopped.append(True)
+        raise error
+
+    for _ in range(QUICK.max_failures + 1):
+        stopped.clear()
+        with pytest.raises(Interrupted, match="signal"):
+            Worker(store, job(2, fail), QUICK, lambda: bool(stopped)).run()
+    assert marks(store, FAILED) == [] and quarantined(store, LAYOUT) == []
+    assert run(store, job(2)).made == 2
 
 
 def test_what_is_called_done_but_has_no_receipt_can_be_opened_again(store: LocalStore) -> None:

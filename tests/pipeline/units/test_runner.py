@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from bytecache.pipeline.stores import TEMP_FOLDER, LocalStore
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.runner import StopFlag, Task, Tick, finished, run_units
-from bytecache.schemas.errors import IntegrityError, Interrupted, StorageError
+from bytecache.schemas.errors import EngineError, InputError, IntegrityError, Interrupted, StorageError
 from bytecache.schemas.files import file_sha256
 from tests.support.places import ROOT
 
@@ -152,6 +153,33 @@ def test_stop_between_units_and_inside_one(tmp_path: Path) -> None:
         run_units(store, tasks(), lambda: abandon, never)
     assert len(list(store.list("fake"))) == 2
     assert list((store.root / TEMP_FOLDER).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (EngineError("a worker of the engine is gone"), Interrupted),
+        (BrokenPipeError("the engine's pipe"), Interrupted),
+        (InputError("the corpus changed"), InputError),
+    ],
+)
+@pytest.mark.parametrize("opening", [True, False])
+def test_work_that_fails_after_a_signal_was_interrupted(
+    tmp_path: Path, error: Exception, becomes: type[Exception], opening: bool
+) -> None:
+    """A signal to the process group ends an engine's helpers too; that is no failure of the unit."""
+    store, stop = LocalStore(tmp_path / "run"), StopFlag()
+
+    def fail(*_: Any) -> dict[str, int]:
+        stop.set()
+        raise error
+
+    def open_work() -> Any:
+        return fail() if opening else fail
+
+    with pytest.raises(becomes):
+        run_units(store, tasks(), open_work, stop)
+    assert run(store, tasks()) == N_TASKS
 
 
 def test_work_that_writes_nothing_is_a_fault(tmp_path: Path) -> None:

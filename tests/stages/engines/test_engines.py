@@ -16,7 +16,7 @@ from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, Interrupted
 from bytecache.stages.engines.engine import Branch, Prompt, refuse_long_branches
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher.identity import fit_context, longest_history, teacher_identity
+from bytecache.stages.teacher.identity import REFERENCE, fit_context, longest_history, teacher_identity
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from tests.support.tiny_models import byte_level_tokenizer
 
@@ -176,15 +176,16 @@ def test_a_branch_beyond_the_models_positions_is_refused():
         refuse_long_branches("document 'd', window 0", branches, 64)
 
 
-@pytest.mark.parametrize(("context", "fitted"), [(0, 251), (256, 251), (252, 251), (251, 251), (128, 128)])
-def test_windows_leave_room_for_branches_within_the_models_positions(tiny_checkpoint, context, fitted):
-    """The tiny models hold 256; references are five tokens deep."""
+@pytest.mark.parametrize("context", [0, 256, 252, 128])
+def test_windows_leave_room_for_branches_within_the_models_positions(tiny_checkpoint, context):
+    """The tiny models hold 256; a reference's branches go deepest."""
     folder = tiny_checkpoint("bytelevel")
     settings = st.Teacher(model=str(folder), backend="hf", context=context)
+    reach = REFERENCE["depth"]
     window, _ = fit_context(settings, folder)
-    assert window == fitted
+    assert window == min(context or 256, 256 - reach)
     longest = longest_history(settings.model_copy(update={"context": window}), folder)
-    assert longest == fitted - 1 + 5 < 256
+    assert longest == window - 1 + reach < 256
 
 
 @pytest.mark.slow

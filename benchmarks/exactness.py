@@ -133,7 +133,7 @@ def numbers(limit: int) -> str:
 
 def deep_code(limit: int) -> str:
     """Source with deep indentation: classes and methods of the standard library."""
-    return clip("\n\n".join(inspect.getsource(module)[4000 : 4000 + limit // 2] for module in (tarfile, ast)), limit)
+    return clip("\n\n".join(inspect.getsource(module)[20_000 : 20_000 + limit // 2] for module in (tarfile, ast)), limit)
 
 
 def kinds_of(folder: Path | None, limit: int) -> dict[str, str]:

@@ -22,7 +22,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.rows import take_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError
-from bytecache.stages.lattice.effort import DEEPEST
+from bytecache.stages.lattice.effort import deepest
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 
 
@@ -82,7 +82,7 @@ def coarsen(window: Window, effort: Effort) -> tuple[Window, int]:
     canonical = np.flatnonzero(window.row_depth == 0)
     kept = _Kept(canonical, window.row_parent[canonical], window.row_depth[canonical])
     lattice = Lattice(current := kept.of(window))
-    for _ in range(DEEPEST if effort.depth else 0):
+    for _ in range(deepest(effort.tau, effort.depth)):
         found = lattice.deviations(tau=effort.tau, depth=effort.depth)
         rows = [evaluated.get((int(kept.row[r]), int(t)), -1) for r, t in zip(found.row, found.token, strict=True)]
         if max(rows, default=-1) < 0:

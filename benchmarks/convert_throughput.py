@@ -17,7 +17,6 @@ rate of what the longest conversion adds to the one before. `stages`: seconds pe
 import argparse
 import cProfile
 import json
-import os
 import pstats
 import tempfile
 import time
@@ -140,7 +139,7 @@ def stages(part: Path, n_bytes: int, repeat: int, out: Path) -> dict[str, float]
     for (file, _, function), (_, _, own, whole, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
         total += own
         for name, (where, functions) in STAGES.items():
-            if os.path.basename(file) == where and function in functions:
+            if Path(file).name == where and function in functions:
                 spent[name] += whole
     flush = spent.pop("flush")
     spent["encode"] = flush - spent["learn"]

@@ -33,7 +33,7 @@ SIZES = {
     "medium": st.Student(hidden_size=512, layers=8, heads=8),
     "smollm2": st.Student(model="builtin:smollm2-135m-instruct"),
 }
-HEADS = ("parallel", "mlp", "transformer", "autoregressive", "marginal")
+HEADS = ("parallel", "autoregressive", "marginal")
 
 
 def step(opened: student.Student, objective: Objective, micros: list[MicroBatch]) -> float:

@@ -47,7 +47,9 @@ class Block:
 
 
 class ModelStore:
-    """Answers requests at the moment they reach it. `heartbeat(worker)`: what its heartbeat says, None if it left;
+    """Answers requests at the moment they reach it.
+
+    `heartbeat(worker)`: what its heartbeat says, None if it left;
     `gone(worker)`: somebody removed its heartbeat.
     """
 

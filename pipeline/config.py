@@ -215,7 +215,7 @@ def _last_part(text: str) -> str:
     """A path's last part, a URL's host and path; any other text as it is."""
     if "://" in text:
         return public_url(text)
-    path = text.startswith(("/", "~", "./", "../")) or os.path.isabs(text) or os.path.exists(text)
+    path = text.startswith(("/", "~", "./", "../")) or Path(text).is_absolute() or Path(text).exists()
     return Path(text).name if path else text
 
 

@@ -83,6 +83,7 @@ class SecretAddress(Secret):
 
     @property
     def public(self) -> str:
+        """It without its secrets."""
         return messages.public_url(self._value)
 
     def _secrets(self) -> list[str]:
@@ -94,6 +95,7 @@ class SecretHeader(Secret):
 
     @property
     def public(self) -> str:
+        """The whole of it where clouds publish it, else nothing."""
         return self._value if self._value.strip().lower() in _PUBLIC_HEADERS else ""
 
     def _secrets(self) -> list[str]:

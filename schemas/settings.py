@@ -31,7 +31,7 @@ class Corpus(Section):
     """The text and how it is cut into units of work."""
 
     source: str = "builtin:pydoc-topics"
-    """A .jsonl/.jsonl.gz/.parquet/.txt file, a folder of them, or `builtin:pydoc-topics` (Python's manual)."""
+    """A .jsonl[.gz|.zst], .parquet, .arrow, .txt file, a folder of these, or `builtin:pydoc-topics` (a manual)."""
     kind: Literal["text", "chat", "completion"] = "text"
     """`text`: whole documents. `chat`: `messages`, or prompt and response, of which the assistant's words are learned,
     rendered by the teacher's and the student's own chat template. `completion`: prompt and response, joined as text."""
@@ -226,11 +226,11 @@ class Train(Section):
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW weight decay on matrices."""
-    head: Literal["marginal", "parallel", "mlp", "transformer", "autoregressive", "uld", "shared_topk"] = "marginal"
+    head: Literal["marginal", "parallel", "autoregressive", "uld", "shared_topk"] = "marginal"
     """What meets the teacher: the student's own token distribution as bytes, or a byte head (the paper: parallel).
     Baselines that read the run's token dump: `uld` (sorted probabilities), `shared_topk` (tokens of equal bytes)."""
     head_width: int = Field(0, ge=0)
-    """Hidden width of the heads mlp, transformer and autoregressive; 0 = the student's own, 256 at most."""
+    """Hidden width of the autoregressive head; 0 = the student's own, 256 at most."""
     lambda_token: float = Field(1.0, ge=0)
     """Weight of the token cross-entropy; the control always has 1."""
     lambda_byte: float = Field(1.0, ge=0)

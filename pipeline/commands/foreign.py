@@ -46,11 +46,10 @@ class Source(NamedTuple):
 
 
 def import_cache(context: Context, source: Source) -> Outcome:
-    """Plan a cache's documents and dump what it says of them. `context`: its corpus.source is `CORPUS` in the run
-    folder.
+    """Plan a cache's documents and dump what it says of them.
 
-    Raises ConfigError (the layout, the tokenizer or what the content does not tell), InputError (the files),
-    Interrupted.
+    `context`: its corpus.source is `CORPUS` in the run folder. Raises ConfigError (the layout, the tokenizer or
+    what the content does not tell), InputError (the files), Interrupted.
     """
     store = context.store
     if not isinstance(store, LocalStore):

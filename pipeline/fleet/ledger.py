@@ -254,4 +254,5 @@ def block_size(block: int, n_units: int) -> int:
 
 
 def n_blocks(n_units: int) -> int:
+    """How many blocks so many units fill."""
     return -(-n_units // BLOCK)

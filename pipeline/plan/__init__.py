@@ -1,0 +1,1 @@
+"""Everything about the plan: the corpus cut into units of work."""

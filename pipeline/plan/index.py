@@ -76,14 +76,17 @@ class Plan:
 
     @property
     def hash(self) -> str:
+        """The identity of the plan."""
         return self.index.hash
 
     @property
     def corpus(self) -> dict[str, Any]:
+        """What the corpus was."""
         return self.index.corpus
 
     @property
     def settings(self) -> dict[str, Any]:
+        """The settings that made the plan."""
         return self.index.settings
 
     @property
@@ -93,6 +96,7 @@ class Plan:
 
     @property
     def n_heldout(self) -> int:
+        """Units that are held out."""
         return len(self.index.heldout)
 
     @property

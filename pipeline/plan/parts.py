@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline.plan.index import Split
@@ -229,7 +230,7 @@ def cut_files(files: Sequence[File]) -> list[Part]:
     groups: list[list[File]] = []
     room = 0
     for file in files:
-        size = os.path.getsize(file.path) if os.path.isfile(file.path) else 0  # whoever reads it will say why
+        size = Path(file.path).stat().st_size if Path(file.path).is_file() else 0  # whoever reads it will say why
         if file.name.endswith(".jsonl") and size >= 2 * PART_BYTES:
             edges = [*range(0, size - PART_BYTES + 1, PART_BYTES), size]
             groups += [[file._replace(begin=low, end=high)] for low, high in itertools.pairwise(edges)]

@@ -74,7 +74,9 @@ class Store(Protocol):
         """The object as it is now, never from a cache: small documents that change. Raises StorageError if absent."""
         ...
 
-    def exists(self, key: str) -> bool: ...
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        ...
 
     def size(self, key: str) -> int | None:
         """Bytes of the object, without downloading; None where there is no such object."""

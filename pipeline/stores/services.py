@@ -1,5 +1,7 @@
-"""Clients of the services, as the environment describes them: credentials, endpoint and region under the names that the
-services' own tools read (AWS_*, GOOGLE_*, AZURE_*). An endpoint of the user's own may be http://.
+"""Clients of the services, as the environment describes them.
+
+Credentials, endpoint and region stand under the names that the services' own tools read (AWS_*, GOOGLE_*, AZURE_*). An
+endpoint of the user's own may be http://.
 
 STORAGE_EMULATOR_HOST (host:port or a URL), which Google's libraries read too, points gs:// at a server that speaks
 Cloud Storage's XML interface, without credentials.

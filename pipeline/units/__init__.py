@@ -1,0 +1,1 @@
+"""Units of work: the runner, receipts and progress."""

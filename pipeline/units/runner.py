@@ -42,6 +42,7 @@ class StopFlag:
         self._set = False
 
     def __call__(self) -> bool:
+        """Whether a stop was asked for."""
         return self._set
 
     def set(self) -> None:
@@ -268,6 +269,7 @@ def _warn(message: str) -> None:
 
 
 def outcome_line(stage: str, outcome: Outcome) -> str:
+    """What a stage did, for the user."""
     size = sum(file.size for receipt in outcome.receipts for file in receipt.files)
     total = len(outcome.receipts)
     if not outcome.made:

@@ -1,0 +1,1 @@
+"""A data set folder: its index, its card, what is wrong with it."""

@@ -28,6 +28,7 @@ class Block:
         self.prob: F32 = np.empty(entries, np.float32)
 
     def has_room(self, rows: int, entries: int) -> bool:
+        """Whether so many more rows and entries fit."""
         return self.n_rows + rows <= BLOCK and self.n_entries + entries <= len(self.symbol)
 
     def room(self, rows: int) -> tuple[I16, I16, F64, F64, I16, F32]:

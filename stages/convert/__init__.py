@@ -1,0 +1,1 @@
+"""Token dumps to byte-target shards."""

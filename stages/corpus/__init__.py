@@ -1,0 +1,1 @@
+"""Documents from files, their names, and conversations."""

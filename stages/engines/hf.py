@@ -39,7 +39,7 @@ KEPT_BYTES = 1 << 31
 class HfEngine(Engine):
     """Rows from `AutoModelForCausalLM` on whatever device torch offers."""
 
-    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher):
+    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher) -> None:
         self.reducer = reducer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         refuse_quantised_teacher(folder, settings.model, "hf")
@@ -207,6 +207,10 @@ def _load(folder: Path, settings: st.Teacher) -> Any:
                 'set teacher.backend = "vllm"'
             ) from error
         raise InputError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        # What transformers makes of a configuration that names things it does not have.
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{name}: its config.json describes no model ({type(error).__name__}: {why})") from error
     except (SafetensorError, RuntimeError) as error:  # a damaged file; shapes that config.json does not have
         raise InputError(
             f"{name}: the weights in {folder} are damaged or not those of its config.json "
@@ -240,7 +244,7 @@ def _check_rope(model: Any, context: int) -> None:
 class _Float32Head(torch.nn.Module):
     """The output embedding computed in float32."""
 
-    def __init__(self, head: torch.nn.Module):
+    def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
         self.weight = head.weight.detach().float()  # type: ignore[operator]
         bias = getattr(head, "bias", None)

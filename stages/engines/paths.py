@@ -193,7 +193,7 @@ class PathReducer:
     chunk = 64
     """Rows reduced at once on a CPU: bounds the float32 scratch to 64 x vocabulary x 4 bytes."""
 
-    def __init__(self, vocabulary: Vocabulary, *, top_k: int, floor: float):
+    def __init__(self, vocabulary: Vocabulary, *, top_k: int, floor: float) -> None:
         if top_k > vocabulary.size:
             raise ConfigError(
                 f"teacher.top_k = {top_k} exceeds the teacher's vocabulary of {vocabulary.size}: lower it"

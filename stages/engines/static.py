@@ -85,7 +85,7 @@ class StaticStates:
 
     def __init__(
         self, reducer: PathReducer, contexts: int, *, linear: bool, device: torch.device, limit: int = HELD_BYTES
-    ):
+    ) -> None:
         self.reducer, self.contexts, self.linear = reducer, contexts, linear
         self.device, self.limit = device, limit
         self.held_bytes = self.dropped = 0

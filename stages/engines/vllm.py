@@ -45,7 +45,7 @@ class Ask(NamedTuple):
 class VllmEngine(Engine):
     """Rows from an in-process `vllm.LLMEngine`. Raises EngineError when the self-test fails."""
 
-    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher, *, longest: int):
+    def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher, *, longest: int) -> None:
         self._serial = 0
         self._model, self._longest = settings.model, longest
         self.branches = self.branch_tokens = self._prefix_tokens = 0

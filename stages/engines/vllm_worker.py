@@ -107,7 +107,7 @@ class Scheduled(NamedTuple):
 class _Wanted:
     """A want in progress: where in the chunks its rows are."""
 
-    def __init__(self, want: Want, reducer: PathReducer):
+    def __init__(self, want: Want, reducer: PathReducer) -> None:
         self.label = want.label
         self.plan = plan_paths(reducer.vocabulary, want.text, want.starts)
         self.following = want.following
@@ -118,7 +118,7 @@ class _Wanted:
 class _Asked:
     """One request of a want: which of its rows comes next."""
 
-    def __init__(self, wanted: _Wanted, request: Request, first_row: int):
+    def __init__(self, wanted: _Wanted, request: Request, first_row: int) -> None:
         self.wanted, self.stop, self.next = wanted, request.stop, request.first
         self.shift = first_row - request.first
 
@@ -225,7 +225,7 @@ class PathExtension:
         """Announce requests for static states before they are added to the engine."""
         self._wanted_states.update(wants)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def bytecache_static_rows(self, jobs: list[StaticJob]) -> list[RowMasses] | None:
         """Static rows of some windows; None on ranks that do not answer."""
         return self._static.rows(jobs, self._logits, answer=self._answers)
@@ -248,7 +248,7 @@ class PathExtension:
         logits: torch.Tensor | None = self.model_runner.model.compute_logits(hidden_states)
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _capture(self, hidden_states: torch.Tensor, scheduled: list[Scheduled]) -> None:
         pieces = []
         for request in scheduled:

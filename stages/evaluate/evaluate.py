@@ -8,9 +8,12 @@ positions:
 - byte-head bits/byte: mean -log2 q(true symbol) over *covered* symbols, i.e. the first ten bytes of each token and END.
   Parallel heads do not see the earlier bytes of their token, so this is above the token figure by design. Without a
   head (`marginal`) q is the student's own choice at each byte, where its token ends included.
-- KL(teacher || head), nats per covered symbol, unlisted symbols as one bucket.
+- KL(teacher || head), nats per covered symbol, unlisted symbols as one bucket. Without a head, of the choices that the
+  teacher alone decides (`objective/projection.py`): a student that is its teacher has none.
 - teacher bits/byte: the stored probability of the true symbol, END included, per text byte; an unlisted symbol gets an
   equal share of its position's tail (a floor: the truth is at most the tail). Also per covered symbol.
+- oracle excess (`marginal`): bits/byte by which a student would stand above its teacher that hit every target of the
+  objective (`objective/oracle.py`): what the objective itself costs, with the student's tokenizer, on this text.
 - calibration error (ECE, Guo et al. 2017): |accuracy - confidence| of the most likely byte, over fifteen equal bins of
   confidence, weighted by how many bytes fall into each. 0 is a student whose 80 % is right four times in five.
 
@@ -39,6 +42,8 @@ from bytecache.stages.tokens import misfits
 from bytecache.stages.train import checkpoint
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.types import MicroBatch
+from bytecache.stages.train.objective.marginal import MarginalTerm
+from bytecache.stages.train.objective.oracle import oracle_excess
 from bytecache.stages.train.run import Run, micro_loss, start_run
 
 
@@ -122,7 +127,7 @@ def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str,
     body = 6 * (weights - (0 if tied else embedding.numel())) * tokens
     head = run.objective.flops(tokens, slots)
     share: float | None = None
-    if not run.objective.baseline:
+    if run.objective.term.reads == "bytes":
         _time(run, micros, use_head=True)
         # Pairs run back to back and their median is taken: other work on the machine slows both halves of a pair.
         ratios = [_time(run, micros, use_head=False) / _time(run, micros, use_head=True) for _ in range(repeats)]
@@ -195,7 +200,7 @@ def evaluate(
         ]
         for members in stream.group(rows):
             # "sum" weighs every slot 1, so the parts are plain sums over slots.
-            micro = stream.collate(members, with_targets=True, byte_reduction="sum")
+            micro = stream.collate(members, with_targets=True, byte_reduction="sum", limit=run.objective.term.slots)
             with torch.inference_mode():
                 logits, hidden = opened.forward(micro.input_ids)
                 parts = run.objective(logits, hidden, micro, measure=True)
@@ -224,6 +229,7 @@ def evaluate(
     bits = 1 / math.log(2)
     return {
         "name": name,
+        **_oracle(run, reader),
         "split": split,
         "text_bytes": n_bytes,
         "tokens": n_tokens,
@@ -241,6 +247,14 @@ def evaluate(
     }
 
 
+def _oracle(run: Run, reader: stream.ShardReader) -> dict[str, float | None]:
+    """The oracle excess of the run's objective, which only `marginal` has."""
+    if not isinstance(run.objective.term, MarginalTerm):
+        return {"oracle_excess_bits_per_byte": None, "certain_share": None}
+    found = oracle_excess(run.objective.term.marginal, reader)
+    return {"oracle_excess_bits_per_byte": found.bits_per_byte, "certain_share": found.certain_share}
+
+
 ROWS = (
     ("token_bits_per_byte", "student tokens, bits/byte", ".4f"),
     ("head_bits_per_byte", "byte head or choices, bits/covered byte", ".4f"),
@@ -248,6 +262,8 @@ ROWS = (
     ("calibration_error", "calibration error of its bytes (ECE)", ".4f"),
     ("teacher_bits_per_byte", "teacher, bits/byte", ".4f"),
     ("teacher_bits_per_covered_byte", "teacher, bits/covered byte", ".4f"),
+    ("oracle_excess_bits_per_byte", "oracle excess of the objective, bits/byte", "+.4f"),
+    ("certain_share", "choices that the teacher alone decides", ".1%"),
     ("covered_share", "bytes covered by the head", ".2%"),
     ("teacher_unlisted_share", "true bytes the targets do not list", ".2%"),
     ("text_bytes", "held-out text, bytes", ",d"),

@@ -1,0 +1,1 @@
+"""How far stored targets are from the teacher: certificate and bound."""

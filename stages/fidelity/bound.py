@@ -96,8 +96,11 @@ class Bound:
             measure.merge(state["measures"][name])
 
     def summary(self) -> dict[str, Any] | None:
-        """The figures, six digits: `nats` of (3), its parts and the tail with mean, p99 and maximum, `jsd` the bound on
-        the mean Jensen-Shannon divergence in nats, `leak` that of (2) in bits per position. None without positions."""
+        """The figures, six digits; None without positions.
+
+        `nats` of (3), its parts and the tail with mean, p99 and maximum, `jsd` the bound on the mean Jensen-Shannon
+        divergence in nats, `leak` that of (2) in bits per position.
+        """
         if not self.positions:
             return None
         figures = {

@@ -26,6 +26,7 @@ class Measure:
         """Positions per bin of log10 |value|."""
 
     def add(self, values: np.ndarray) -> None:
+        """One window: a value for each of its positions."""
         total = math.fsum(values)
         self.total += total
         self.squares += total * total
@@ -37,6 +38,7 @@ class Measure:
             self.histogram[int(index)] = self.histogram.get(int(index), 0) + int(count)
 
     def merge(self, state: dict[str, Any]) -> None:
+        """What another one has measured."""
         self.total += state["total"]
         self.squares += state["squares"]
         self.cross += state["cross"]
@@ -45,6 +47,7 @@ class Measure:
             self.histogram[int(index)] = self.histogram.get(int(index), 0) + count
 
     def state(self) -> dict[str, Any]:
+        """JSON for `merge`."""
         histogram = {str(index): count for index, count in sorted(self.histogram.items())}
         return {
             "total": self.total, "squares": self.squares, "cross": self.cross, "largest": self.largest,

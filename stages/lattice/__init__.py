@@ -1,0 +1,1 @@
+"""The sum over covers, and which histories it lacks."""

@@ -53,8 +53,11 @@ class SparseTargets(NamedTuple):
 
 
 class Handed(NamedTuple):
-    """What evaluated histories lose along the text: of their weight at each byte 0..n, the part that ends in a history
-    which was not evaluated, by what stands in for it. (`stages.fidelity.bound` says what follows from that.)"""
+    """What evaluated histories lose along the text.
+
+    Of their weight at each byte 0..n, the part that ends in a history which was not evaluated, by what stands in for
+    it. (`stages.fidelity.bound` says what follows from that.)
+    """
 
     joined: np.ndarray
     """float64 [n + 1]; goes on as another row that ends at the same byte would."""
@@ -67,7 +70,7 @@ class Handed(NamedTuple):
 
     @property
     def total(self) -> np.ndarray:
-        """float64 [n + 1]"""
+        """float64 [n + 1]; the three together."""
         total: np.ndarray = np.minimum(self.joined + self.static + self.nowhere, 1.0)
         return total
 
@@ -106,7 +109,7 @@ class Lattice:
     `joins=False`: what is not evaluated goes nowhere, so that P is that of the evaluated histories (a reference's).
     """
 
-    def __init__(self, window: Window, *, joins: bool = True):
+    def __init__(self, window: Window, *, joins: bool = True) -> None:
         self.window = window
         n = len(window.text)
         lies = Tables(

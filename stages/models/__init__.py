@@ -1,0 +1,1 @@
+"""Where models are: folders, the hub, packages that carry one."""

@@ -1,0 +1,1 @@
+"""Students: new ones, pretrained ones, and ones with another tokenizer."""

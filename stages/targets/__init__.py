@@ -1,0 +1,1 @@
+"""Byte targets for training: from a folder or a URL, in order, in bounded memory."""

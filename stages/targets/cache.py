@@ -84,6 +84,7 @@ class FileCache:
             yield self.path(sha256)
 
     def has(self, sha256: str) -> bool:
+        """Whether a file of that hash is there; its bytes are not checked."""
         return self.path(sha256).is_file()
 
     def drop(self, sha256: str) -> None:

@@ -56,6 +56,7 @@ class _NothingMoreError(Exception):
 
 
 def is_http(url: str) -> bool:
+    """Whether it begins with http:// or https://."""
     return url.lower().startswith(("http://", "https://"))
 
 

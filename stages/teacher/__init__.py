@@ -1,0 +1,1 @@
+"""The teacher stage: documents to windows of evaluated histories."""

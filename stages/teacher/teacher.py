@@ -65,7 +65,7 @@ GROUP_TOKENS = 16_384
 class Teacher:
     """An engine with its vocabulary; turns encoded documents into windows."""
 
-    def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]):
+    def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]) -> None:
         self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
         self._identity = identity
         named = ("weights", "vocabulary", "static_contexts", "versions", "dtype", "device", "head_dtype")
@@ -275,6 +275,7 @@ class Teacher:
         return counts
 
     def close(self) -> None:
+        """Let the engine go."""
         self.engine.close()
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ GRACE = 120.0
 MOST_DEATHS = 50
 """Ends of a child after which it is not started again: what it is given cannot be used."""
 MIB = 1 << 20
+CRASHED = "crashed"
 
 
 class Failure(str):
@@ -70,9 +72,9 @@ class Guard:
         Raises InputError where the child cannot even open what it is to work with, or ended `MOST_DEATHS` times.
         """
         with self._lock:
-            if self._child is None or self._pid != os.getpid():  # after a fork the child is the other process's
-                self._start()
-            answer = self._ask(arguments, limits)
+            answer = self._once(arguments, limits)
+            if answer == CRASHED:  # somebody else may have ended it; if the work does, it does so again
+                answer = self._once(arguments, limits)
             if isinstance(answer, Failure) and self._child is None:
                 self._deaths += 1
                 if self._deaths >= MOST_DEATHS:
@@ -82,11 +84,20 @@ class Guard:
                     )
             return answer
 
+    def _once(self, arguments: dict[str, Any], limits: Limits) -> tuple[Any, bytes] | Failure:
+        if self._child is None or self._pid != os.getpid():  # after a fork the child is the other process's
+            self._start()
+        return self._ask(arguments, limits)
+
     def close(self) -> None:
         """End the child."""
         child, self._child = self._child, None
         if child is not None and self._pid == os.getpid():
             _end(child)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
 
     def _start(self) -> None:
         # -P: a module of that name in the working directory is not ours.
@@ -117,9 +128,12 @@ class Guard:
 
 
 def _cause(code: int | None) -> str:
-    if code is not None and -code in (signal.SIGXCPU, signal.SIGKILL):
-        return "too slow"
-    return "crashed"
+    return "too slow" if code == -signal.SIGXCPU else CRASHED
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up: what it raises then is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -160,7 +174,7 @@ def bound_this_process(limits: Limits) -> None:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(usage.ru_utime + usage.ru_stime + limits.seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    with open("/proc/self/statm", "rb") as file:
+    with Path("/proc/self/statm").open("rb") as file:
         pages = int(file.read().split()[0])
     most = pages * resource.getpagesize() + limits.memory
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -172,7 +186,7 @@ def bound_this_process(limits: Limits) -> None:
 def tokens_of(guard: Guard, texts: Sequence[str]) -> list[list[int] | Failure]:
     """The tokens of every text, or why it has none, from a child that opened a "tokenizer" or "ranks"."""
     found: list[list[int] | Failure] = []
-    for group in _groups(texts):
+    for group in groups(texts):
         answer = guard.call({"texts": group}, encoding_limits(group))
         if isinstance(answer, Failure) and len(group) > 1:
             # One of them did it: each for itself.
@@ -189,16 +203,17 @@ def encoding_limits(texts: Sequence[str]) -> Limits:
     return Limits(10.0 + 5.0 * size / 1e6, 1024 * MIB + 400 * size)
 
 
-def _groups(texts: Sequence[str], most: int = 1 << 20) -> list[list[str]]:
-    groups: list[list[str]] = []
+def groups(texts: Sequence[str], most: int = 1 << 20) -> list[list[str]]:
+    """Consecutive texts together, until they have `most` characters."""
+    found: list[list[str]] = []
     size = most
     for text in texts:
         if size >= most:
-            groups.append([])
+            found.append([])
             size = 0
-        groups[-1].append(text)
+        found[-1].append(text)
         size += len(text)
-    return groups
+    return found
 
 
 def _split(answer: tuple[Any, bytes] | Failure, count: int) -> list[list[int] | Failure]:

@@ -116,7 +116,7 @@ def _train(
         "format": 1,
         "seed": seed,
         "student": opened.identity,
-        "dataset": dataset.manifest_hash,
+        "dataset": dataset.content_sha256,
         "settings": {**settings.model_dump(exclude=set(NEUTRAL)), "lambda_kl": kl},
     }
     tokens = dump if settings.head in BASELINES and kl else None
@@ -147,12 +147,13 @@ def _train(
         first, terms = int(state["step"]), state["terms"]
     world.wait()
     log = Metrics(out_dir, first, settings, name) if world.main else None
-    order = Order(dataset.manifest_hash, reader.positions, settings.window_bytes, seed)
+    order = Order(dataset.content_sha256, reader.positions, settings.window_bytes, seed)
     automatic = stream.MICRO_TOKENS.get(world.device.type, stream.MICRO_TOKENS["cuda"])
     source = stream.steps(
         order, reader, batch=settings.batch, max_tokens=opened.max_tokens, start=first, rank=world.rank,
         ranks=world.size, with_targets=run.objective.needs_targets, byte_reduction=settings.byte_reduction,
         micro_tokens=settings.micro_tokens or automatic, context_bytes=settings.context_bytes,
+        limit=run.objective.term.slots,
     )  # fmt: skip
     source = islice(packing.packed(source) if settings.packing else source, settings.steps - first)
     if world.device.type == "cpu":

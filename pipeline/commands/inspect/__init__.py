@@ -1,0 +1,1 @@
+"""Dumps and shards as a person sees them."""

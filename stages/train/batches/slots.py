@@ -1,4 +1,4 @@
-"""The loops of collation: tokens to slots, the supervised ones of a token's first ten bytes, and their targets. No I/O.
+"""The loops of collation: tokens to slots, the supervised ones of a token's first bytes, and their targets. No I/O.
 
 Price, one core: 10 ns a byte of text for the slots, as much for the targets: 100 bytes of int64 indices are written
 for each byte of text.
@@ -8,25 +8,25 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import END, F32, I16, I32, I64, U8
-from bytecache.stages.train.batches.types import SLOTS
 
 
 @njit(cache=True, nogil=True)
 def row_slots(
-    start: I64, end: I64, skip: I64, mask: U8, symbol: I16, tail: U8, mass: F32, cell: int, mean: bool, at: int,
-    number: U8, token: I64, true: I64, weight: F32, rest: F32, position: I64,
+    start: I64, end: I64, skip: I64, mask: U8, symbol: I16, tail: U8, mass: F32, cell: int, mean: bool, limit: int,
+    at: int, number: U8, token: I64, true: I64, weight: F32, rest: F32, position: I64,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Append the slots of one row's tokens to the output arrays from `at` on.
 
-    start, end, skip int64 [tokens]: a token's text bytes, and how many of its first ten come before them. mask, symbol,
-    tail [N]: the shard's, with `mass` float32 [256] of a tail's code. `cell`: flat index of the row's first token.
-    Output, an element a slot: number among the ten, flat index of its token, the byte that follows, weight (`mean`: the
-    slots of a token share 1), unlisted mass, position. Returns (slots in all, tokens with a slot, supervised bytes).
+    start, end, skip int64 [tokens]: a token's text bytes, and how many of its first `limit` come before them. mask,
+    symbol, tail [N]: the shard's, with `mass` float32 [256] of a tail's code. `cell`: flat index of the row's first
+    token. Output, an element a slot: number in its token, flat index of the token, the byte that follows, weight
+    (`mean`: the slots of a token share 1), unlisted mass, position. Returns (slots in all, tokens with a slot,
+    supervised bytes).
     """
     n_tokens = n_bytes = 0
     for t in range(start.shape[0]):
         first = at
-        for within in range(min(SLOTS - skip[t], end[t] - start[t])):
+        for within in range(min(limit - skip[t], end[t] - start[t])):
             i = start[t] + within
             if mask[i]:
                 number[at] = within + skip[t]
@@ -45,9 +45,9 @@ def row_slots(
 
 
 @njit(cache=True, nogil=True)
-def by_number(number: U8) -> tuple[I64, I64, I64]:
-    """(order, place, counts): slots sorted by number, stable; where each lands; how many of each."""
-    counts = np.zeros(SLOTS, np.int64)
+def by_number(number: U8, limit: int) -> tuple[I64, I64, I64]:
+    """(order, place, counts [limit]): slots sorted by number, stable; where each lands; how many of each."""
+    counts = np.zeros(limit, np.int64)
     for slot in range(number.shape[0]):
         counts[number[slot]] += 1
     free = np.cumsum(counts) - counts

@@ -93,15 +93,18 @@ def group(rows: Sequence[Row], micro_tokens: int = MICRO_TOKENS["cpu"]) -> list[
     return groups
 
 
-def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "mean") -> MicroBatch:
-    """One micro-batch from rows; all arithmetic is per byte, nothing is [tokens, 10, 260]."""
+def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "mean", limit: int = SLOTS) -> MicroBatch:
+    """One micro-batch from rows; all arithmetic is per byte, nothing is [tokens, 10, 260].
+
+    limit: bytes of a token that get slots.
+    """
     width = max(r.length for r in rows)
     input_ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORE, np.int64)
     spans = [(int(r.source.start[r.first]), int(r.source.end[r.last - 1])) for r in rows]
     room = 0
     for src, first, last, _ in rows:
-        taken = np.minimum(SLOTS - src.skip[first:last], src.end[first:last] - src.start[first:last])
+        taken = np.minimum(limit - src.skip[first:last], src.end[first:last] - src.start[first:last])
         room += int(taken.clip(0).sum())
     number = np.empty(room, np.uint8)
     token, true, position = (np.empty(room, np.int64) for _ in range(3))
@@ -115,7 +118,7 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         labels[r, lead : lead + n] = np.where(src.supervised[span], src.ids[span], IGNORE)
         n_slots, tokens, text_bytes = slots.row_slots(
             src.start[span], src.end[span], src.skip[span], src.shard.mask, src.symbol, src.shard.codes["tail"],
-            TAIL_MASS, r * width + lead, byte_reduction == "mean", edges[-1],
+            TAIL_MASS, r * width + lead, byte_reduction == "mean", limit, edges[-1],
             number, token, true, weight, tail, position,
         )  # fmt: skip
         edges.append(n_slots)
@@ -128,7 +131,7 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
             teacher.append([r * width + lead + which, src.teacher.ids[at[which]], src.teacher.prob[at[which]]])
         n_tokens += int(src.supervised[span].sum())
         n_byte_tokens, n_bytes = n_byte_tokens + tokens, n_bytes + text_bytes
-    order, place, counts = slots.by_number(number[: edges[-1]])
+    order, place, counts = slots.by_number(number[: edges[-1]], limit)
     targets = None
     if with_targets:
         triples = [r.source.shard.triples(lo, hi) for r, (lo, hi) in zip(rows, spans, strict=True)]
@@ -234,22 +237,25 @@ def barren_split(folder: Path | str, skipped: dict[str, int]) -> InputError:
 
 def make_step(
     number: int, windows: Sequence[Window], reader: ShardReader, max_tokens: int, *, with_targets: bool,
-    byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"], context_bytes: int = 0,
+    byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"], context_bytes: int = 0, limit: int = SLOTS,
 ) -> Step:  # fmt: skip
     """Read the windows of one step and collate them."""
     rows = [row for w in windows for row in cut(reader[w.shard], w.lo, w.hi, max_tokens, context_bytes)]
-    micro = [collate(g, with_targets=with_targets, byte_reduction=byte_reduction) for g in group(rows, micro_tokens)]
+    micro = [
+        collate(members, with_targets=with_targets, byte_reduction=byte_reduction, limit=limit)
+        for members in group(rows, micro_tokens)
+    ]
     return Step(number, micro, reader.skipped_documents())
 
 
 def steps(
     order: Order, reader: ShardReader, *, batch: int, max_tokens: int, start: int = 0, rank: int = 0, ranks: int = 1,
     with_targets: bool = True, byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"],
-    context_bytes: int = 0,
+    context_bytes: int = 0, limit: int = SLOTS,
 ) -> Iterator[Step]:  # fmt: skip
     """Steps `start`, `start` + 1, ... without end; step s owns windows [s * batch, (s + 1) * batch).
 
-    Rank r of `ranks` gets every ranks-th of them, from the r-th on.
+    Rank r of `ranks` gets every ranks-th of them, from the r-th on. limit: see `collate`.
 
     Raises:
         IntegrityError: a shard is corrupt or missing. InputError: a whole epoch has nothing to train on.
@@ -261,7 +267,7 @@ def steps(
             step = make_step(
                 number, mine, reader, max_tokens,
                 with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
-                context_bytes=context_bytes,
+                context_bytes=context_bytes, limit=limit,
             )  # fmt: skip
             barren = 0 if step.micro else barren + batch
             if barren > order.epoch_length(0) + 2 * batch:

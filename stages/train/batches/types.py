@@ -9,7 +9,7 @@ from torch import Tensor
 IGNORE = -100
 """Label of positions that carry no token loss."""
 SLOTS = 10
-"""Bytes of a token that are predicted; longer tokens are supervised on their first ten only."""
+"""Bytes of a token that byte heads predict; longer tokens are supervised on their first ten only."""
 
 
 class SlotTargets(NamedTuple):
@@ -47,11 +47,11 @@ class TokenTargets(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """R rows padded to T tokens. Slots are the supervised first-ten bytes of the tokens, sorted by slot number.
+    """R rows padded to T tokens. Slots are the supervised first bytes of the tokens, sorted by slot number.
 
     input_ids, labels int64 [R, T]: labels[:, t] follows input_ids[:, t]; IGNORE where unsupervised or padding.
     slot_token int64 [S]: flat index (r * T + t) of the input position whose hidden state predicts the slot's token.
-    slot_counts: slots per slot number, length 10. slot_symbol int64 [S], slot_weight float32 [S].
+    slot_counts: slots per slot number. slot_symbol int64 [S], slot_weight float32 [S].
     targets: the teacher's share, None when not asked for. Counts: predicted tokens, those of them with a supervised
     byte, supervised text bytes. lengths: tokens of each row before padding.
     position_ids int64 [R, T]: only where rows are packed (`packing`), else a token's place in its row.

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bytecache.stages.train.batches.types import SlotTargets
-from bytecache.stages.train.objective.loss import byte_terms
+from bytecache.stages.train.batches.stream import ShardReader
+from bytecache.stages.train.batches.types import MicroBatch, SlotTargets, TokenTargets
+from bytecache.stages.train.objective.loss import LossParts, byte_terms
+from bytecache.stages.train.objective.marginal import MarginalTerm
+from bytecache.stages.train.objective.term import ByteTerm, Work, tokens_alone
 
 
 def sorted_distance(logits: Tensor, prob: Tensor, temperature: float = 1.0) -> Tensor:
@@ -60,3 +63,42 @@ def shared_distance(
     targets = SlotTargets(slot, ids[slot, column], listed, tail)
     none = slot.new_zeros(len(logits))
     return byte_terms(logits, none, targets, divergence=divergence, temperature=temperature, symbols=symbols)[1]
+
+
+class TokenTerm(ByteTerm):
+    """A baseline that matches the teacher's tokens; it is measured by the bytes of the student's own.
+
+    Args:
+        kind: one of `settings.BASELINES`. measure: the term that measures.
+    """
+
+    reads = "tokens"
+
+    def __init__(self, kind: str, measure: MarginalTerm) -> None:
+        super().__init__()
+        self.kind, self.measure, self.slots = kind, measure, measure.slots
+
+    def observe(self, reader: ShardReader) -> None:
+        """See `MarginalTerm.observe`."""
+        self.measure.observe(reader)
+
+    def work(self, micro: MicroBatch, reduction: str, *, measure: bool) -> Work | None:
+        """The teacher's tokens at common places, or the bytes to measure."""
+        return self.measure.work(micro, reduction, measure=True) if measure else micro.teacher
+
+    def of_logits(self, z: Tensor, label: Tensor, work: Work) -> LossParts:
+        """Token CE and the sum of distances at the common places."""
+        if not isinstance(work, TokenTargets):
+            return self.measure.of_logits(z, label, work)
+        parts = tokens_alone(z, label)
+        if not work.row.numel():
+            return parts
+        at, prob = z[work.row], work.prob.to(z.dtype)
+        kind, temperature, _ = self.measure.divergence
+        if self.kind == "uld":
+            return parts._replace(kl=sorted_distance(at, prob, temperature).sum())
+        return parts._replace(kl=shared_distance(at, work.ids, prob, kind, temperature).sum())
+
+    def byte_scores(self, logits: Tensor, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """See `MarginalTerm.byte_scores`."""
+        return self.measure.byte_scores(logits, hidden, micro)

@@ -126,11 +126,16 @@ def diverge(listed: Tensor, log_u: Tensor, targets: SlotTargets, divergence: str
 
 
 class LossParts(NamedTuple):
-    """Sums over a micro-batch in nats, not yet divided, 0-dim: token NLL, weighted byte CE, weighted divergence."""
+    """Sums over a micro-batch in nats, not yet divided, 0-dim.
+
+    token: NLL of the tokens. byte: weighted CE of the bytes. kl: weighted divergence from the teacher. open: weighted
+    CE of the choices that the teacher leaves to the text (`projection.py`).
+    """
 
     token: Tensor
     byte: Tensor
     kl: Tensor
+    open: Tensor
 
     def total(
         self, n_tokens: int, n_byte_tokens: int, lambda_token: float, lambda_byte: float, lambda_kl: float
@@ -138,5 +143,21 @@ class LossParts(NamedTuple):
         """The objective's share of this micro-batch, given the counts of the whole step."""
         loss = lambda_token * self.token / max(n_tokens, 1)
         if lambda_byte or lambda_kl:
-            loss = loss + (lambda_byte * self.byte + lambda_kl * self.kl) / max(n_byte_tokens, 1)
+            loss = loss + (lambda_byte * self.byte + lambda_kl * (self.kl + self.open)) / max(n_byte_tokens, 1)
         return loss
+
+    def plus(self, other: "LossParts") -> "LossParts":
+        """The sums over both sets of positions."""
+        return LossParts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Divergence(NamedTuple):
+    """How teacher and student are compared: `train.divergence`, `train.temperature`, `train.max_tail`."""
+
+    kind: str = "forward"
+    temperature: float = 1.0
+    max_tail: float = 1.0
+
+    def weights(self, weight: Tensor, unlisted: Tensor) -> Tensor:
+        """Weights [S] of the divergence: 0 where the teacher left more than `max_tail` unlisted (float [S])."""
+        return weight if self.max_tail >= 1 else weight * (unlisted <= self.max_tail)

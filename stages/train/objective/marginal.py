@@ -7,43 +7,45 @@ bytes of the token, the student chooses between the *children* w + b and, where 
     q(b | w) = m(w + b) / m(w),      q(stop | w) = sum over tokens equal to w of exp(z_v) / m(w)
 
 The product of these choices along the token's path is its probability, so the token's cross-entropy is the sum of the
-choices' cross-entropies. Each is replaced, or joined, by KL against what the teacher would choose. The slots carry
-log m (symbol 0..255: children, 256: END at the root, 257: stop, 258: ids without bytes at the root); their softmax is
-q. One slot more per token asks at the token's own node: stop here, or go on?
-
-*What the teacher would choose.* It says P(b | text), not where the student's tokenizer cuts. That is a property of the
-tokenizer and of the text that follows, known as frequencies: among the places where a token starts and the text reads
-w b, a share pass(w, b) of the tokens reaches past w + b, a share stop(w, b) is w itself; in the rest the token ended
-earlier, which is excluded here. Hence, by Bayes' rule,
-
-    target(b) ~ P(b) pass(w, b),     target(stop) ~ sum_b P(b) stop(w, b),     target(other) ~ tail,
-
-and every P(b) is first weighted by the share of places where the token before ended where it did, given its bytes, w
-and b: had the text gone on otherwise, that token would have been another. `segmentation.py` counts the shares; a byte
-that no token continues with is a stop. Of the tail, as much stops as of the text's bytes at large; the rest of it forms
-one bucket with unlisted children and control ids. A stop in that bucket would not be learned: what the student loses
-there by stopping too rarely it wins back on bytes that nobody lists. No parameters are trained. Price: `node_sums.py`;
-the shares assume that a cut depends on no more than w and b.
+choices' cross-entropies. A choice is learned from the teacher as far as its bytes say what the tokenizer would do, and
+from the text for the rest (`projection.py`): so the term is whole without the token's cross-entropy, and has the same
+minimum.
+The slots carry log m (symbol 0..255: children, 256: END at the root, 257: stop, 258: ids without bytes at the root);
+their softmax is q. One slot more per token asks at the token's own node: stop here, or go on? Its teacher is the
+position after the token; where that is not in the row, the text decides.
+No parameters are trained. Price: `node_sums.py`.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
-from bytecache.schemas.arrays import END
 from bytecache.stages.tokens.vocab import Vocabulary
+from bytecache.stages.train.batches.stream import ShardReader
 from bytecache.stages.train.batches.types import MicroBatch, SlotTargets
-from bytecache.stages.train.objective.node_sums import STOP, NodeTables
+from bytecache.stages.train.objective.loss import Divergence, LossParts, byte_terms, diverge
+from bytecache.stages.train.objective.node_sums import NodeTables, compiled, node_log_probs, node_logits
+from bytecache.stages.train.objective.projection import TRUST, Places, project
 from bytecache.stages.train.objective.segmentation import Segmentation
+from bytecache.stages.train.objective.symbols import STOP
+from bytecache.stages.train.objective.term import ByteTerm, Work, token_nll, tokens_alone
+
+COUNTED_POSITIONS = 4_000_000
+"""Training text, in positions, that the tokenizer's cuts are counted on."""
 
 
 class Choices(NamedTuple):
     """What the student's tokens choose, slot by slot; S slots, E entries.
 
     row int64 [S]: flat position whose logits choose. node int64 [S]. true int64 [S]. weight float32 [S].
-    targets: entries on children, END and STOP. unlisted float32 [S]: the teacher's own tail.
+    targets: entries on children, END and STOP. unlisted float32 [S]: the teacher's own tail. certain, open bool [S]:
+    the teacher alone or the text alone decides (`projection.py`); open ones have no targets.
     """
 
     row: Tensor
@@ -52,6 +54,8 @@ class Choices(NamedTuple):
     weight: Tensor
     targets: SlotTargets | None
     unlisted: Tensor | None
+    certain: Tensor | None
+    open: Tensor | None
 
     def split(self, rows: int, size: int) -> list["Choices"]:
         """The choices of rows [0, size), [size, 2 size), ..., each with its own row numbers."""
@@ -60,6 +64,8 @@ class Choices(NamedTuple):
         cuts = torch.searchsorted(self.row[by_row].contiguous(), edges).tolist()
         place = torch.empty_like(by_row)
         place[by_row] = torch.arange(by_row.numel(), device=by_row.device)
+        at = by_slot = torch.zeros(0, dtype=torch.int64)
+        inner = [0] * len(cuts)
         if self.targets is not None:
             at, by_slot = torch.sort(place[self.targets.slot], stable=True)
             inner = torch.searchsorted(at, torch.tensor(cuts, device=at.device)).tolist()
@@ -68,118 +74,212 @@ class Choices(NamedTuple):
             mine = by_row[a:b]
             targets = None
             if self.targets is not None:
-                entry = by_slot[inner[number] : inner[number + 1]]
+                span = slice(inner[number], inner[number + 1])
+                entry = by_slot[span]
                 targets = SlotTargets(
-                    at[inner[number] : inner[number + 1]] - a, self.targets.symbol[entry], self.targets.prob[entry],
-                    self.targets.tail[mine],
-                )  # fmt: skip
-            unlisted = None if self.unlisted is None else self.unlisted[mine]
+                    at[span] - a, self.targets.symbol[entry], self.targets.prob[entry], self.targets.tail[mine]
+                )
             parts.append(
                 Choices(
-                    self.row[mine] - number * size,
-                    self.node[mine],
-                    self.true[mine],
-                    self.weight[mine],
-                    targets,
-                    unlisted,
+                    self.row[mine] - number * size, self.node[mine], self.true[mine], self.weight[mine], targets,
+                    None if self.unlisted is None else self.unlisted[mine],
+                    None if self.certain is None else self.certain[mine],
+                    None if self.open is None else self.open[mine],
                 )
-            )
+            )  # fmt: skip
         return parts
 
 
-class Marginal(nn.Module):
-    """The student's token logits as byte choices, with the teacher's targets beside them."""
+class _Ends(NamedTuple):
+    """Slots at tokens' own nodes, X of them; `source`: the first slot of the token after, -1 where there is none.
 
-    def __init__(self, vocabulary: Vocabulary, rows: int) -> None:
-        """`rows`: width of the student's logits."""
+    row, node, depth, source int64 [X].
+    """
+
+    row: Tensor
+    node: Tensor
+    depth: Tensor
+    source: Tensor
+
+    def following(self, symbol: Tensor) -> Tensor:
+        """The text's next symbol [X], from those of the slots; -1 where it is not in the row."""
+        if not symbol.numel():
+            return torch.full_like(self.source, -1)
+        return torch.where(self.source >= 0, symbol[self.source.clamp_min(0)], -1)
+
+
+class Marginal(nn.Module):
+    """The student's token logits as byte choices, with the teacher's targets beside them.
+
+    Args:
+        rows: width of the student's logits. trust: see `projection.TRUST`.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, rows: int, trust: float = TRUST) -> None:
         super().__init__()
         self.tables = NodeTables(vocabulary, rows)
         self.segmentation = Segmentation(self.tables)
+        self.trust = trust
 
     def choices(self, micro: MicroBatch, reduction: str) -> Choices:
-        """Slots of a micro-batch: every supervised byte, and each token's end where its successor is in the row."""
+        """Slots of a micro-batch: every supervised byte, and each supervised token's end."""
         tables = self.tables
-        ids, labels = micro.input_ids.flatten(), micro.labels.flatten()
-        device = labels.device
-        row, true = micro.slot_token, micro.slot_symbol
-        counts = torch.tensor(micro.slot_counts, device=device)
-        depth = torch.repeat_interleave(torch.arange(len(micro.slot_counts), device=device), counts)
-        node = tables.node_of(labels[row], depth)
-        # The token before, and where the trie leads from its end along the bytes of this one: -1 once it leads nowhere.
-        length = tables.length_of(ids)
-        walk = torch.where(length > 0, tables.node_of(ids, length), -1)
-        passed = torch.full_like(row, -1)
-        for slots in torch.split(torch.arange(row.numel(), device=device), micro.slot_counts):
+        row, counts = micro.slot_token, torch.tensor(micro.slot_counts, device=micro.labels.device)
+        depth = torch.repeat_interleave(torch.arange(len(counts), device=row.device), counts)
+        node = tables.node_of(micro.labels.flatten()[row], depth)
+        passed, after = self._walk(micro)
+        ends = self._ends(micro)
+        length = tables.length_of(micro.input_ids.flatten())
+        stopped = torch.zeros(row.numel() + ends.row.numel(), dtype=torch.bool, device=row.device)
+        stopped[row.numel() :] = True
+        places = Places(
+            torch.cat([node, ends.node]), torch.cat([depth, ends.depth]),
+            torch.cat([passed, after[ends.row]]), torch.cat([length[row], length[ends.row]]),
+            torch.cat([micro.slot_symbol, ends.following(micro.slot_symbol)]), stopped,
+        )  # fmt: skip
+        rows = torch.cat([row, ends.row])
+        true = torch.cat([micro.slot_symbol, torch.full_like(ends.row, STOP)])
+        weight = torch.ones(rows.numel(), device=rows.device)
+        if reduction == "mean":
+            weight = 1 / torch.zeros(micro.labels.numel(), device=rows.device).index_add_(0, rows, weight)[rows]
+        if micro.targets is None:
+            return Choices(rows, places.node, true, weight, None, None, None, None)
+        joined, known = _with_ends(micro.targets, ends)
+        projected = project(joined, places, tables, self.segmentation, self.trust)
+        is_open = projected.open | ~known
+        taught = ~is_open[projected.targets.slot]
+        slot, symbol, prob, tail = projected.targets
+        targets = SlotTargets(slot[taught], symbol[taught], prob[taught], torch.where(is_open, 0.0, tail))
+        return Choices(rows, places.node, true, weight, targets, joined.tail, projected.certain & known, is_open)
+
+    def _walk(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Where the trie leads from the token before along this one's bytes: before each slot [S], after each row [P].
+
+        -1 once it leads nowhere.
+        """
+        ids = micro.input_ids.flatten()
+        length = self.tables.length_of(ids)
+        walk = torch.where(length > 0, self.tables.node_of(ids, length), -1)
+        row, passed = micro.slot_token, torch.full_like(micro.slot_token, -1)
+        for slots in torch.split(torch.arange(row.numel(), device=row.device), micro.slot_counts):
             at = walk[row[slots]]
             passed[slots] = at
-            walk[row[slots]] = torch.where(at >= 0, tables.child_of(at.clamp_min(0), true[slots]), -1)
+            walk[row[slots]] = torch.where(at >= 0, self.tables.child_of(at.clamp_min(0), micro.slot_symbol[slots]), -1)
+        return passed, walk
+
+    def _ends(self, micro: MicroBatch) -> _Ends:
+        ids, labels = micro.input_ids.flatten(), micro.labels.flatten()
+        row = torch.nonzero((labels >= 0) & (self.tables.length_of(labels.clamp_min(0)) > 0))[:, 0]
+        depth = self.tables.length_of(labels[row])
         # Slots of number 0 lead the list: there the teacher also says how the token before could have gone on.
-        first = torch.arange(micro.slot_counts[0], device=device)
-        place = row[first]
-        before = ids[place]
-        follows = (length[place] > 0) & (place % micro.input_ids.shape[1] > 0)
-        follows &= labels[(place - 1).clamp_min(0)] == before
-        source = first[follows]
-        end_row = row[source] - 1
-        all_row = torch.cat([row, end_row])
-        all_node = torch.cat([node, tables.node_of(before[follows], length[place[follows]])])
-        all_depth = torch.cat([depth, length[place[follows]]])
-        all_true = torch.cat([true, torch.full_like(source, STOP)])
-        all_passed = torch.cat([passed, walk[end_row]])
-        weight = torch.ones(all_row.numel(), device=device)
-        if reduction == "mean":
-            weight = 1 / torch.zeros(ids.numel(), device=device).index_add_(0, all_row, weight)[all_row]
-        targets = unlisted = None
-        if micro.targets is not None:
-            t = micro.targets
-            # The end slots repeat the entries of the root slots they look at.
-            twin = torch.full_like(row, -1)
-            twin[source] = row.numel() + torch.arange(source.numel(), device=device)
-            again = twin[t.slot] >= 0
-            joined = SlotTargets(
-                torch.cat([t.slot, twin[t.slot][again]]), torch.cat([t.symbol, t.symbol[again]]),
-                torch.cat([t.prob, t.prob[again]]), torch.cat([t.tail, t.tail[source]]),
+        first = torch.full((labels.numel() + 1,), -1, device=row.device)
+        first[micro.slot_token[: micro.slot_counts[0]]] = torch.arange(micro.slot_counts[0], device=row.device)
+        following = (row + 1).clamp_max(labels.numel() - 1)
+        joined = (following > row) & (following % micro.input_ids.shape[1] > 0) & (ids[following] == labels[row])
+        if micro.position_ids is not None:  # packed rows begin anew
+            joined &= micro.position_ids.flatten()[following] > 0
+        source = torch.where(joined, first[following], -1)
+        return _Ends(row, self.tables.node_of(labels[row], depth), depth, source)
+
+
+def _with_ends(targets: SlotTargets, ends: _Ends) -> tuple[SlotTargets, Tensor]:
+    """Targets of the bytes' slots, then of the ends', which repeat those of the slots they look at; who has any."""
+    slots = targets.tail.numel()
+    has = ends.source >= 0
+    twin = torch.full_like(targets.tail, -1, dtype=torch.int64)
+    twin[ends.source[has]] = slots + torch.nonzero(has)[:, 0]
+    again = twin[targets.slot] >= 0
+    joined = SlotTargets(
+        torch.cat([targets.slot, twin[targets.slot][again]]), torch.cat([targets.symbol, targets.symbol[again]]),
+        torch.cat([targets.prob, targets.prob[again]]),
+        torch.cat([targets.tail, torch.where(has, targets.tail[ends.source.clamp_min(0)], 0.0)]),
+    )  # fmt: skip
+    return joined, torch.cat([torch.ones_like(targets.tail, dtype=torch.bool), has])
+
+
+class MarginalTerm(ByteTerm):
+    """`Marginal` in an objective.
+
+    Args:
+        rows: width of the student's logits. trust: see `projection.TRUST`.
+    """
+
+    slots = 64
+
+    def __init__(self, vocabulary: Vocabulary, rows: int, divergence: Divergence, trust: float = TRUST) -> None:
+        super().__init__()
+        self.marginal = Marginal(vocabulary, rows, trust)
+        self.divergence = divergence
+
+    @property
+    def tables(self) -> NodeTables:
+        """The student's vocabulary as a trie."""
+        return self.marginal.tables
+
+    def observe(self, reader: ShardReader) -> None:
+        """Count the tokenizer's cuts on the first shards, at most `COUNTED_POSITIONS`; same data, same counts."""
+        seen = 0
+        for number, positions in enumerate(reader.positions):
+            if seen and seen + positions > COUNTED_POSITIONS:
+                break
+            source = reader[number]
+            real = source.ids != reader.end_id
+            self.marginal.segmentation.add(
+                self.tables, np.asarray(source.shard.text), source.start[real], source.end[real],
+                np.asarray(source.shard.doc_start, np.int64)[1:][source.row[real]] - 1,
             )  # fmt: skip
-            unlisted = joined.tail
-            targets = self.project(joined, all_node, all_depth, all_passed, length[all_row])
-        return Choices(all_row, all_node, all_true, weight, targets, unlisted)
+            seen += positions
+        self.marginal.segmentation.settle()
 
-    def project(self, targets: SlotTargets, node: Tensor, depth: Tensor, passed: Tensor, length: Tensor) -> SlotTargets:
-        """The teacher's bytes as choices at trie nodes (module docstring).
+    def prepare(self, micro: MicroBatch, reduction: str) -> Choices | None:
+        """The choices of a micro-batch; where FSDP holds the counts of cuts in shards, only `work` sees them whole."""
+        if isinstance(self.marginal.segmentation.on, DTensor):
+            return None
+        return self.marginal.choices(micro, reduction)
 
-        Args:
-            targets: of S slots. node, depth: int64 [S], where the token stands. passed: int64 [S], where the trie
-                leads from the token before along this one's bytes; -1 where it leads nowhere. length: int64 [S],
-                bytes of the token before.
+    def work(self, micro: MicroBatch, reduction: str, *, measure: bool) -> Choices | None:
+        """The choices; without targets none, the bytes' CE being the tokens', unless they are measured.
 
-        Returns:
-            Entries on what the nodes offer, by slot: children, END, STOP. The tail is 0 where nothing else is offered.
+        A measured divergence is of certain choices alone, so that a student that is its teacher has none.
         """
-        tables, cut = self.tables, self.segmentation
-        slot, symbol, prob, tail = targets
-        at = node[slot]
-        child = tables.child_of(at, symbol)
-        root_end = (at == 0) & (symbol == END)
-        go = torch.where(child >= 0, cut.reaches(child.clamp_min(0)), root_end.to(prob.dtype))
-        halt = torch.where(at > 0, cut.ended(at, child, depth[slot]), 0.0)
-        known = passed[slot].clamp_min(0)
-        stopped = cut.ended(known, tables.child_of(known, symbol), torch.where(passed[slot] >= 0, length[slot], 0))
-        prob = torch.where(passed[slot] >= 0, prob * stopped, prob)
-        kept, stop = prob * go, torch.zeros_like(tail).index_add_(0, slot, prob * halt)
-        listed = torch.zeros_like(tail).index_add_(0, slot, (kept > 0).to(tail.dtype))
-        # The tail shares the fate of the listed mass, so that it stays the same part of the whole.
-        seen = torch.zeros_like(tail).index_add_(0, slot, targets.prob)
-        used = kept + prob * halt
-        tail = tail * torch.zeros_like(tail).index_add_(0, slot, used) / seen.clamp_min(1e-12)
-        ends = tables.table("n_equal")[node] > 0
-        others = tables.offered(node) - ends.long() > listed  # something is left for the bucket
-        halted = torch.where(ends, torch.where(others, cut.rare[node].to(prob.dtype), 1.0), 0.0)
-        stop = stop + tail * halted
-        rest = torch.where(others, tail * (1 - halted), 0.0)
-        goes, stops = torch.nonzero(kept > 0)[:, 0], torch.nonzero(stop > 0)[:, 0]
-        slot = torch.cat([slot[goes], stops])
-        symbol = torch.cat([symbol[goes], torch.full_like(stops, STOP)])
-        prob = torch.cat([kept[goes], stop[stops]])
-        total = rest.index_add(0, slot, prob).clamp_min(1e-12)
-        slot, by_slot = torch.sort(slot, stable=True)
-        return SlotTargets(slot, symbol[by_slot], prob[by_slot] / total[slot], rest / total)
+        if measure:
+            choices = self.marginal.choices(micro, reduction)
+            return choices if choices.certain is None else choices._replace(open=~choices.certain)
+        if micro.targets is None:
+            return None
+        ready: Choices | None = micro.prepared
+        return ready or self.marginal.choices(micro, reduction)
+
+    def of_logits(self, z: Tensor, label: Tensor, work: Work) -> LossParts:
+        """Token CE, byte CE (which it equals), divergence of the choices that are taught and CE of open ones."""
+        assert isinstance(work, Choices)
+        if work.row.numel() == 0:
+            return tokens_alone(z, label)
+        kind, temperature, _ = self.divergence
+        if work.targets is not None and temperature == 1 and compiled(z.device):
+            asked = (work.row, work.node, work.true, work.targets.slot, work.targets.symbol)
+            token, right, listed, log_u = node_log_probs(z, label, *asked, self.tables)
+            return self._parts(token, -right, diverge(listed, log_u, work.targets, kind), work)
+        token = token_nll(z, label)
+        scores = node_logits(z, work.row, work.node, self.tables)
+        if work.targets is None:
+            ce = functional.cross_entropy(scores, work.true, reduction="none")
+            return self._parts(token, ce, torch.zeros_like(ce), work)
+        offered = self.tables.offered(work.node)
+        terms = byte_terms(scores, work.true, work.targets, divergence=kind, temperature=temperature, symbols=offered)
+        return self._parts(token, *terms, work)
+
+    def _parts(self, token: Tensor, ce: Tensor, apart: Tensor, work: Choices) -> LossParts:
+        """Sums from the CE and the divergence of each choice, float [S]."""
+        if work.open is None or work.unlisted is None:
+            nothing = torch.zeros_like(token)
+            return LossParts(token, (ce * work.weight).sum(), nothing, nothing)
+        weight = self.divergence.weights(work.weight, work.unlisted)
+        kl = torch.where(work.open, 0.0, apart) * weight
+        left = torch.where(work.open, ce, 0.0) * work.weight
+        return LossParts(token, (ce * work.weight).sum(), kl.sum(), left.sum())
+
+    def byte_scores(self, logits: Tensor, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """See `ByteTerm.byte_scores`: the choices of tokens at trie nodes."""
+        choices = self.marginal.choices(replace(micro, targets=None), "sum")
+        return node_logits(logits.flatten(0, 1).float(), choices.row, choices.node, self.tables), choices.true

@@ -24,13 +24,8 @@ from torch.nn import functional
 
 from bytecache.schemas.arrays import END, I64
 from bytecache.stages.tokens.vocab import Vocabulary
-from bytecache.stages.train.objective.heads import HEAD_SYMBOLS
 from bytecache.stages.train.objective.loss import LOWEST
-
-STOP = 257
-"""The token ends at this node."""
-CONTROL = 258
-"""Ids that carry no bytes and end no document."""
+from bytecache.stages.train.objective.symbols import CONTROL, HEAD_SYMBOLS, STOP
 
 
 class Paths(NamedTuple):

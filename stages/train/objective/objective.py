@@ -1,43 +1,38 @@
 """The objective of a run: which terms a micro-batch is scored by, their weights, and the parameters they own.
 
-    loss = lambda_token CE_token + lambda_byte CE_byte + lambda_kl D_byte(teacher, student)
+    loss = lambda_token CE_token + lambda_byte CE_byte + lambda_kl D(teacher, student)
 
 `train.py` knows only this class: it forwards the student, hands over logits, hidden states and the micro-batch, and
 gets sums in nats (`LossParts`); `total` weighs and divides them by the step's counts, `terms` names them for the log.
-Sums of micro-batches and of ranks add up, so `total` is exact for any split of a step. D_byte is a KL (or another
-divergence) per byte, of a byte head that reads the hidden state (`heads.py`), or of the student's own token
-distribution seen as bytes (`marginal.py`); the baselines of `baselines.py` match tokens in its place. Positions whose
-tail exceeds `max_tail` give no D_byte.
+Sums of micro-batches and of ranks add up, so `total` is exact for any split of a step. The token cross-entropy is
+computed here, or by the one `ByteTerm` that `train.head` names in the same pass over the logits:
+
+    marginal                  the student's token distribution as bytes                 (`marginal.py`)
+    parallel, autoregressive  a byte head that reads the hidden state                   (`heads.py`)
+    uld, shared_topk, ...     baselines that match tokens in the place of bytes         (`baselines.py`)
+
 With `chunk`, positions pass the lm_head in pieces that the backward pass computes again: memory for logits falls from
 [positions, V] to [chunk, V] for one more product with the lm_head.
-Parameters appear in checkpoints as `head.*` or `marginal.*` and are dropped at export.
+Parameters appear in checkpoints as `term.*` and are dropped at export.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.settings import BASELINES
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.student import Student
 from bytecache.stages.train.batches.stream import ShardReader
-from bytecache.stages.train.batches.types import IGNORE, MicroBatch, SlotTargets, Step, TokenTargets
-from bytecache.stages.train.objective.baselines import shared_distance, sorted_distance
-from bytecache.stages.train.objective.heads import make_head
-from bytecache.stages.train.objective.loss import LossParts, byte_terms, diverge
-from bytecache.stages.train.objective.marginal import Choices, Marginal
-from bytecache.stages.train.objective.node_sums import compiled, node_log_probs, node_logits
-
-COUNTED_POSITIONS = 4_000_000
-"""Training text, in positions, that the `marginal` objective counts the tokenizer's cuts on."""
-
+from bytecache.stages.train.batches.types import MicroBatch, Step
+from bytecache.stages.train.objective.baselines import TokenTerm
+from bytecache.stages.train.objective.heads import HeadTerm
+from bytecache.stages.train.objective.loss import Divergence, LossParts
+from bytecache.stages.train.objective.marginal import MarginalTerm
+from bytecache.stages.train.objective.term import ByteTerm, Work, tokens_alone
 
 Logits = Tensor | Callable[[Tensor], Tensor]
 """Token logits, or how to make them from the lm_head's input."""
@@ -47,13 +42,23 @@ def _same(z: Tensor) -> Tensor:
     return z
 
 
+def make_term(settings: TrainSettings, student: Student, seed: int) -> ByteTerm:
+    """The term that `train.head` names."""
+    divergence = Divergence(settings.divergence, settings.temperature, settings.max_tail)
+    if settings.head in ("parallel", "autoregressive"):
+        return HeadTerm(settings.head, student.hidden_size, settings.head_width, seed, divergence)
+    rows = int(student.model.get_output_embeddings().weight.shape[0])
+    term = MarginalTerm(student.vocabulary, rows, divergence)
+    return TokenTerm(settings.head, term) if settings.head in BASELINES else term
+
+
 class Objective(nn.Module):
     """Built once per run from its settings and student.
 
     Args:
         settings: the `[train]` section.
-        student: gives the width of the hidden state and, for `marginal`, the vocabulary.
-        seed: of the head's parameters, independent of the global generator.
+        student: gives the width of the hidden state and the vocabulary.
+        seed: of the term's parameters, independent of the global generator.
         lambda_kl: replaces `settings.lambda_kl`; 0 is the control, whose token loss then has weight 1.
     """
 
@@ -64,53 +69,24 @@ class Objective(nn.Module):
         """Of `lambda_kl`, at the current step (`run.kl_share`)."""
         self.lambda_token = settings.lambda_token if self.lambda_kl else 1.0
         self.lambda_byte = settings.lambda_byte
-        self.divergence, self.temperature = settings.divergence, settings.temperature
-        self.chunk = settings.chunk
-        self.max_tail, self.reduction = settings.max_tail, settings.byte_reduction
-        # A baseline is trained on tokens and measured, as a student without a head is, by the bytes of its own.
-        self.baseline = settings.head if settings.head in BASELINES else ""
-        if settings.head == "marginal" or self.baseline:
-            rows = int(student.model.get_output_embeddings().weight.shape[0])
-            self.marginal: Marginal | None = Marginal(student.vocabulary, rows)
-            self.head = None
-        else:
-            self.marginal = None
-            self.head = make_head(settings.head, student.hidden_size, settings.head_width, seed)
+        self.chunk, self.reduction = settings.chunk, settings.byte_reduction
+        self.term = make_term(settings, student, seed)
 
     @property
     def needs_targets(self) -> bool:
         """Whether micro-batches must carry the teacher's entries."""
-        return self.lambda_kl > 0 and not self.baseline
+        return self.lambda_kl > 0 and self.term.reads == "bytes"
 
     def observe(self, reader: ShardReader) -> None:
-        """Learn from training text what the objective needs before step 0: how the student's tokenizer cuts.
-
-        Reads the first shards, at most `COUNTED_POSITIONS`; the same data set gives the same counts. A no-op for heads.
-        """
-        if self.marginal is None:
-            return
-        seen = 0
-        for number, positions in enumerate(reader.positions):
-            if seen and seen + positions > COUNTED_POSITIONS:
-                break
-            source = reader[number]
-            real = source.ids != reader.end_id
-            self.marginal.segmentation.add(
-                self.marginal.tables, np.asarray(source.shard.text), source.start[real], source.end[real],
-                np.asarray(source.shard.doc_start, np.int64)[1:][source.row[real]] - 1,
-            )  # fmt: skip
-            seen += positions
-        self.marginal.segmentation.settle()
+        """Learn from training text what the term needs before step 0."""
+        self.term.observe(reader)
 
     def prepare(self, step: Step) -> Step:
-        """The same step with what needs no student made ahead, for a thread beside the one that trains; CPU only.
-
-        Where FSDP holds the tokenizer's cuts in shards, only `forward` sees them whole.
-        """
-        if self.marginal is None or not self.needs_targets or isinstance(self.marginal.segmentation.on, DTensor):
+        """The same step with what needs no student made ahead, for a thread beside the one that trains; CPU only."""
+        if not self.needs_targets:
             return step
-        made = [replace(m, prepared=self.marginal.choices(m, self.reduction)) for m in step.micro]
-        return replace(step, micro=made)
+        micros = [replace(micro, prepared=self.term.prepare(micro, self.reduction)) for micro in step.micro]
+        return replace(step, micro=micros)
 
     def forward(self, logits: Logits, hidden: Tensor, micro: MicroBatch, *, measure: bool = False) -> LossParts:
         """Sums of one micro-batch.
@@ -121,109 +97,45 @@ class Objective(nn.Module):
             hidden: float [R, T, hidden], the lm_head's input. micro: on the same device.
             measure: compute the byte terms although their weights are 0 (evaluation).
         """
-        rows = hidden.flatten(0, 1) if callable(logits) else logits.flatten(0, 1)
+        states = hidden.flatten(0, 1)
+        rows = states if callable(logits) else logits.flatten(0, 1)
         to_logits = logits if callable(logits) else _same
-        labels = micro.labels.flatten()
-        if self.baseline and not measure:
-            return self._chunked(rows, to_logits, labels, micro.teacher if self.lambda_kl else None)
         wanted = (measure or bool(self.lambda_byte or self.lambda_kl)) and micro.slot_token.numel() > 0
-        if self.marginal is not None and wanted and (measure or micro.targets is not None):
-            ready: Choices | None = None if measure else micro.prepared
-            choices = ready or self.marginal.choices(micro, "sum" if measure else self.reduction)
-            return self._chunked(rows, to_logits, labels, choices)
-        token = self._chunked(rows, to_logits, labels, None).token
-        zero = token.new_zeros(())
-        if self.head is None or not wanted:
-            return LossParts(token, zero, zero)  # without targets the byte CE of `marginal` is the token CE
-        scores = self.head(hidden.flatten(0, 1), micro.slot_token, micro.slot_counts, micro.slot_symbol)
-        targets = micro.targets
-        unlisted = targets.tail if targets is not None else None
-        return LossParts(token, *self._byte_sums(scores, micro.slot_symbol, micro.slot_weight, targets, unlisted))
+        work = of_hidden = None
+        if wanted:
+            work = self.term.work(micro, "sum" if measure else self.reduction, measure=measure)
+            of_hidden = self.term.of_hidden(states, micro)
+        of_logits = self._in_pieces(rows, to_logits, micro.labels.flatten(), work)
+        return of_logits if of_hidden is None else of_logits.plus(of_hidden)
 
-    def _byte_sums(
-        self, scores: Tensor, true: Tensor, weight: Tensor, targets: SlotTargets | None, unlisted: Tensor | None,
-        symbols: int | Tensor = SYMBOLS,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Weighted sums of byte CE and divergence over slots; `symbols`: see `byte_terms`."""
-        if targets is None or unlisted is None:
-            ce = functional.cross_entropy(scores.float(), true, reduction="none")
-            return (ce * weight).sum(), scores.new_zeros((), dtype=torch.float32)
-        ce, apart = byte_terms(
-            scores, true, targets, divergence=self.divergence, temperature=self.temperature, symbols=symbols
-        )
-        return (ce * weight).sum(), (apart * self._kept(weight, unlisted)).sum()
-
-    def _token_distance(self, z: Tensor, own: TokenTargets) -> Tensor:
-        """Sum of a baseline's distances over the common places; z float [P, V]."""
-        at, prob = z[own.row], own.prob.to(z.dtype)
-        if self.baseline == "uld":
-            return sorted_distance(at, prob, self.temperature).sum()
-        return shared_distance(at, own.ids, prob, self.divergence, self.temperature).sum()
-
-    def _kept(self, weight: Tensor, unlisted: Tensor | None) -> Tensor:
-        """Weights of the divergence: 0 where the teacher left more than `max_tail` unlisted."""
-        return weight if self.max_tail >= 1 or unlisted is None else weight * (unlisted <= self.max_tail)
-
-    def _chunked(
-        self,
-        rows: Tensor,
-        to_logits: Callable[[Tensor], Tensor],
-        labels: Tensor,
-        choices: Choices | TokenTargets | None,
+    def _in_pieces(
+        self, rows: Tensor, to_logits: Callable[[Tensor], Tensor], labels: Tensor, work: Work | None
     ) -> LossParts:
-        """Terms that read token logits, over pieces of `chunk` positions so that few [positions, V] arrays live."""
+        """What reads token logits, over pieces of `chunk` positions so that few [positions, V] arrays live."""
 
-        def piece(part: Tensor, label: Tensor, own: Choices | TokenTargets | None) -> LossParts:
+        def piece(part: Tensor, label: Tensor, asked: Work | None) -> LossParts:
             z = to_logits(part)
-            z = z if z.dtype == torch.float64 else z.float()
-            if isinstance(own, Choices) and own.targets is not None and own.row.numel():
-                assert self.marginal is not None
-                if self.temperature == 1 and compiled(z.device):
-                    asked = (own.row, own.node, own.true, own.targets.slot, own.targets.symbol)
-                    token, right, listed, log_u = node_log_probs(z, label, *asked, self.marginal.tables)
-                    apart = diverge(listed, log_u, own.targets, self.divergence)
-                    kl = (apart * self._kept(own.weight, own.unlisted)).sum()
-                    return LossParts(token, -(right * own.weight).sum(), kl)
-            token = functional.cross_entropy(z, label, ignore_index=IGNORE, reduction="sum")
-            zero = token.new_zeros(())
-            if own is None or own.row.numel() == 0:
-                return LossParts(token, zero, zero)
-            if isinstance(own, TokenTargets):
-                return LossParts(token, zero, self._token_distance(z, own))
-            assert self.marginal is not None
-            scores = node_logits(z, own.row, own.node, self.marginal.tables)
-            offered = self.marginal.tables.offered(own.node)
-            return LossParts(token, *self._byte_sums(scores, own.true, own.weight, own.targets, own.unlisted, offered))
+            z = z if z.dtype.itemsize >= 8 else z.float()
+            return tokens_alone(z, label) if asked is None else self.term.of_logits(z, label, asked)
 
         size = self.chunk or len(rows)
         if size >= len(rows):
-            return piece(rows, labels, choices)
-        owned = choices.split(len(rows), size) if choices is not None else None
-        sums: LossParts | None = None
-        for number, first in enumerate(range(0, len(rows), size)):
-            span = slice(first, first + size)
-            own = owned[number] if owned is not None else None
-            parts: LossParts = checkpoint(piece, rows[span], labels[span], own, use_reentrant=False)
-            sums = parts if sums is None else LossParts(*(a + b for a, b in zip(sums, parts, strict=True)))
-        assert sums is not None
-        return sums
+            return piece(rows, labels, work)
+        asked = work.split(len(rows), size) if work is not None else [None] * -(-len(rows) // size)
+        spans = [slice(first, first + size) for first in range(0, len(rows), size)]
+        parts: list[LossParts] = [
+            checkpoint(piece, rows[span], labels[span], one, use_reentrant=False)
+            for span, one in zip(spans, asked, strict=True)
+        ]
+        return reduce(LossParts.plus, parts)
 
     def byte_scores(self, logits: Tensor, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Unnormalised log-probabilities of every byte choice of a micro-batch, [S, symbols], and the true ones [S].
-
-        Args:
-            logits: float [R, T, V]. hidden: float [R, T, hidden]. For measuring; all token logits are held at once.
-        """
-        if self.marginal is None:
-            assert self.head is not None
-            scores = self.head(hidden.flatten(0, 1), micro.slot_token, micro.slot_counts, micro.slot_symbol)
-            return scores, micro.slot_symbol
-        own = self.marginal.choices(micro, "sum")
-        return node_logits(logits.flatten(0, 1).float(), own.row, own.node, self.marginal.tables), own.true
+        """See `ByteTerm.byte_scores`. For measuring; all token logits are held at once."""
+        return self.term.byte_scores(logits, hidden, micro)
 
     def total(self, parts: LossParts, n_tokens: int, n_byte_tokens: int) -> Tensor:
         """The scalar to differentiate: this micro-batch's share of a step with these counts (over all ranks)."""
-        lambda_byte = 0.0 if self.marginal is not None else self.lambda_byte
+        lambda_byte = self.lambda_byte if self.term.own_bytes else 0.0
         return parts.total(n_tokens, n_byte_tokens, self.lambda_token, lambda_byte, self.lambda_kl * self.kl_share)
 
     def terms(self, sums: LossParts, n_tokens: int, n_byte_tokens: int) -> dict[str, float]:
@@ -234,6 +146,7 @@ class Objective(nn.Module):
             "token_nll": float(sums.token) / max(n_tokens, 1),
             "byte_ce": float(sums.byte) / per_byte_token,
             "byte_kl": float(sums.kl) / per_byte_token,
+            "byte_open": float(sums.open) / per_byte_token,
         }
 
     def decays(self, name: str) -> bool:
@@ -242,7 +155,7 @@ class Objective(nn.Module):
 
     def flops(self, tokens: int, slots: int) -> int:
         """Matrix FLOPs, forward and backward, of the byte terms of `tokens` positions and `slots` bytes."""
-        return 0 if self.head is None else self.head.flops(tokens, slots)
+        return self.term.flops(tokens, slots)
 
     @property
     def n_parameters(self) -> int:

@@ -3,13 +3,14 @@
 A teacher says what the next byte is, not whether the student's tokenizer would go on with its token there. Wherever a
 token starts and the text reads c (a node of the byte trie, c = w b), the token reaches c, or it has ended after j of
 c's bytes; where the text leaves the trie after w, it has ended after j of w's bytes. The shares of these outcomes are
-counted over training text, with half an observation more of each outcome that the vocabulary allows. Bayes' rule
-(`marginal.py`) needs no more than these. That a share depends on c alone, not on the text before, is an assumption.
+counted over training text. What the text shows too seldom, c takes from its parent, as if `PRIOR` more places had been
+seen: a token that had ended by then has ended still, one that had reached the parent ends there as often as tokens of
+its length do when a longer one begins with the same bytes, and where the text leaves the trie, the longest token has
+it. Bayes' rule (`marginal.py`) needs no more than these. That a share depends on c alone, not on the text before, is
+an assumption; `marginal.py` asks the teacher only where it hardly matters.
 Of bytes that a teacher does not list it says nothing; they are taken to come as often as in the text at large.
 Price: one walk through the trie per token, about 3 M tokens/s; a float per node and byte of its prefix.
 """
-
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,11 @@ from torch import Tensor, nn
 from bytecache.schemas.arrays import F64, I64
 from bytecache.stages.tokens.byte_trie import find_child
 from bytecache.stages.train.objective.node_sums import NodeTables
+
+PRIOR = 2.0
+"""Places that a node's parent counts for."""
+DEEP = 16
+"""Tokens of this many bytes and more are of one length where the habit of ending early is counted."""
 
 
 @njit(cache=True)
@@ -37,6 +43,50 @@ def _count(text, start, end, doc_end, first_child, byte, base, on, off):  # type
             n, i = c, i + 1
 
 
+@njit(cache=True)
+def _early_ends(parent, depth, base, on, is_token, often):  # type: ignore[no-untyped-def]
+    """often [DEEP + 1]: of tokens that reach a token of so many bytes and could be longer, the share that end there.
+
+    Counted over the nodes that the text reads once: what happens there is what will happen at nodes that it never
+    read. At nodes read often a tokenizer that was made from this very text nearly always goes on.
+    """
+    ended, seen = np.full(len(often), 0.5), np.full(len(often), 1.0)
+    for c in range(1, len(parent)):
+        up = parent[c]
+        if up > 0 and is_token[up] and on[base[c] + depth[up]] + on[base[c]] == 1:
+            at = min(depth[up], len(often) - 1)
+            ended[at] += on[base[c] + depth[up]]
+            seen[at] += 1
+    for d in range(len(often)):
+        often[d] = ended[d] / seen[d]
+
+
+@njit(cache=True)
+def _shares(parent, depth, base, is_token, longest, often, weight, on, off):  # type: ignore[no-untyped-def]
+    """Counts to shares in place, parents first; `longest` [N]: bytes of the longest token that the prefix begins with.
+
+    A node's cells are laid over its parent's: the same outcomes, one of them split.
+    """
+    for c in range(len(parent)):
+        up, d, at = parent[c], depth[c], base[c]
+        total = on[at : at + d + 1].sum()
+        if c == 0:
+            on[at] = 1.0
+        else:
+            early = often[min(d - 1, len(often) - 1)] if d > 1 and is_token[up] else 0.0
+            reached = on[base[up]]
+            for j in range(1, d):
+                expected = on[base[up] + j] if j < d - 1 else reached * early
+                on[at + j] = (on[at + j] + weight * expected) / (total + weight)
+            on[at] = (on[at] + weight * reached * (1 - early)) / (total + weight)
+        total = off[at : at + d + 1].sum()
+        for j in range(d + 1):
+            expected = on[at + j] if 0 < j < d else 0.0
+            if j == longest[c]:
+                expected += on[at]
+            off[at + j] = (off[at + j] + weight * expected) / (total + weight)
+
+
 class Segmentation(nn.Module):
     """Shares of where the token ends, per node; node c of depth D owns D + 1 cells from base[c].
 
@@ -48,31 +98,22 @@ class Segmentation(nn.Module):
 
     def __init__(self, tables: NodeTables) -> None:
         super().__init__()
-        first_child, _ = tables.walk()
+        first_child, byte = tables.walk()
         is_token = tables.table("n_equal").numpy() > 0
         size = is_token.size
         parent = np.concatenate([[0], np.repeat(np.arange(size), np.diff(first_child))])
-        depth = np.zeros(size, np.int64)
+        depth, longest = np.zeros(size, np.int64), np.zeros(size, np.int64)
         lo, hi, level = 0, 1, 0
         while lo < hi:  # numbered breadth first, so a level is a range
             depth[lo:hi] = level
+            longest[lo:hi] = np.where(is_token[lo:hi], level, longest[parent[lo:hi]])
             lo, hi, level = int(first_child[lo]), int(first_child[hi]), level + 1
         base = np.cumsum(depth + 1) - (depth + 1)
-        possible = np.zeros((2, int((depth + 1).sum())), bool)
-        possible[0, base] = True
-        node, up = np.arange(size), np.arange(size)
-        while node.size:
-            possible[0, base[node] + depth[up]] |= is_token[up] & (depth[up] < depth[node]) & (depth[up] > 0)
-            possible[1, base[node] + depth[up]] |= is_token[up]
-            keep = up > 0
-            node, up = node[keep], parent[up[keep]]
-        self._counts = np.zeros(possible.shape, np.int64)
-        self._possible = possible
-        self._owner = np.repeat(np.arange(size), depth + 1)
-        self._parent, self._byte, self._depth = parent[1:], tables.walk()[1][1:], depth
+        self._counts = np.zeros((2, int((depth + 1).sum())), np.int64)
+        self._parent, self._byte, self.depth, self._longest, self._is_token = parent, byte, depth, longest, is_token
         self._bytes = np.full(256, 0.5)
         self.register_buffer("base", torch.from_numpy(base), persistent=False)
-        cells = possible.shape[1]
+        cells = self._counts.shape[1]
         self.on, self.off, self.rare = (nn.Parameter(torch.zeros(n), requires_grad=False) for n in (cells, cells, size))
         self.settle()
 
@@ -84,23 +125,21 @@ class Segmentation(nn.Module):
     @torch.no_grad()
     def settle(self) -> None:
         """Turn counts into shares."""
-        on, off = (self._shares(c, p) for c, p in zip(self._counts, self._possible, strict=True))
-        base, depth = self.get_buffer("base").cpu().numpy(), self._depth
-        often = (self._bytes / self._bytes.sum())[self._byte]
+        base, depth, parent = self.get_buffer("base").cpu().numpy(), self.depth, self._parent
+        on, off = self._counts.astype(np.float64)
+        often = np.zeros(DEEP + 1)
+        _early_ends(parent, depth, base, on, self._is_token, often)
+        _shares(parent, depth, base, self._is_token, self._longest, often, PRIOR, on, off)
+        frequency = (self._bytes / self._bytes.sum())[self._byte[1:]]
 
         def over_children(shares: F64) -> F64:
-            return np.bincount(self._parent, weights=often * shares, minlength=depth.size).astype(np.float64)
+            return np.bincount(parent[1:], weights=frequency * shares, minlength=depth.size).astype(np.float64)
 
-        ends = over_children(on[base[1:] + depth[self._parent]])
-        ends += (1 - over_children(np.ones_like(often))) * off[base + depth]
+        ends = over_children(on[base[1:] + depth[parent[1:]]])
+        ends += (1 - over_children(np.ones_like(frequency))) * off[base + depth]
         rare = np.where(depth > 0, ends / np.maximum(ends + over_children(on[base[1:]]), 1e-9), 0.0)
         for parameter, values in ((self.on, on), (self.off, off), (self.rare, rare)):
             parameter.copy_(torch.from_numpy(values))
-
-    def _shares(self, counts: I64, possible: npt.NDArray[np.bool_]) -> F64:
-        observed = counts + 0.5 * possible
-        total = np.bincount(self._owner, weights=observed)
-        return cast(F64, observed / np.maximum(total, 1e-9)[self._owner])
 
     def reaches(self, child: Tensor) -> Tensor:
         """Share of tokens that reach node `child`, where the text does."""

@@ -130,7 +130,9 @@ def test_evaluation_equals_hand_sums(world):
         with torch.no_grad():
             logits, hidden = run.student.forward(torch.tensor([ids[:-1]]))
             token -= float(torch.log_softmax(logits[0], -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum())
-            slots = torch.einsum("th,ksh->tks", hidden[0], run.objective.head.weight) + run.objective.head.bias
+            slots = (
+                torch.einsum("th,ksh->tks", hidden[0], run.objective.term.head.weight) + run.objective.term.head.bias
+            )
             log_q = torch.log_softmax(slots.double(), -1).numpy()
         dense, tail = shard.dense(lo, hi).astype(np.float64), shard.tail[lo:hi].astype(np.float64)
         true = [*text, 256]

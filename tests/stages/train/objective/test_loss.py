@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from bytecache.stages.train.batches.types import SlotTargets
-from bytecache.stages.train.objective.heads import HEAD_SYMBOLS
 from bytecache.stages.train.objective.loss import FLOOR, byte_terms
+from bytecache.stages.train.objective.symbols import HEAD_SYMBOLS
 
 
 def case(slots: int, seed: int, *, tail: float = 0.1, sharp: float = 2.0):

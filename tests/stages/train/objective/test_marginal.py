@@ -1,58 +1,21 @@
-"""The marginal objective: masses and gradients against enumeration, the chain rule, and Bayes' rule for the cuts."""
+"""The marginal objective: masses and gradients against enumeration, the chain rule, and what trains the logits."""
 
-from collections import Counter
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from torch.nn import functional
 
 from bytecache.schemas.arrays import END
 from bytecache.schemas.settings import Train
-from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches.types import IGNORE, MicroBatch, SlotTargets
 from bytecache.stages.train.objective import node_sums
-from bytecache.stages.train.objective.heads import HEAD_SYMBOLS
 from bytecache.stages.train.objective.loss import byte_terms, diverge
 from bytecache.stages.train.objective.marginal import Marginal
-from bytecache.stages.train.objective.node_sums import CONTROL, STOP, NodeTables, node_log_probs, node_logits
+from bytecache.stages.train.objective.node_sums import NodeTables, node_log_probs, node_logits
 from bytecache.stages.train.objective.objective import Objective
-
-WORDS = [
-    b"a",
-    b"b",
-    b"c",
-    b"ab",
-    b"abc",
-    b"abd",
-    b"ba",
-    b"cab",
-    b"ab",
-    b"bcca",
-    b"\xe6\x97\xa5",
-    b"\xe6",
-    b"\x97",
-    b"\xa5",
-]
-END_ID, START_ID, ROWS = len(WORDS), len(WORDS) + 1, len(WORDS) + 4
-
-
-def vocabulary() -> Vocabulary:
-    """14 tokens, one spelt twice, an end, a start, and two rows of padding beyond the tokenizer."""
-    return Vocabulary([*WORDS, None, None], start_id=START_ID, end_ids=[END_ID], encoder=None)  # type: ignore[arg-type]
-
-
-def prefixes() -> list[bytes]:
-    return sorted({w[:d] for w in WORDS for d in range(len(w) + 1)})
-
-
-def node_number(tables: NodeTables, prefix: bytes) -> int:
-    node = torch.tensor([0])
-    for value in prefix:
-        node = tables.child_of(node, torch.tensor([value]))
-        assert int(node) > 0
-    return int(node)
+from bytecache.stages.train.objective.symbols import CONTROL, HEAD_SYMBOLS, STOP
+from tests.support.small_trie import END_ID, ROWS, START_ID, WORDS, node_number, prefixes, vocabulary
 
 
 def dense_masses(z: torch.Tensor, prefix: bytes) -> torch.Tensor:
@@ -112,6 +75,15 @@ def micro_batch(ids: list[int], targets: SlotTargets | None = None) -> MicroBatc
     )  # fmt: skip
 
 
+def with_teacher(ids: list[int]) -> MicroBatch:
+    """The same with a teacher that has every byte of WORDS equally likely, END too."""
+    bare = micro_batch(ids)
+    slots, symbols = len(bare.slot_symbol), torch.tensor([97, 98, 99, 100, END])
+    slot = torch.arange(slots).repeat_interleave(len(symbols))
+    prob = torch.full((len(slot),), 1 / len(symbols))
+    return micro_batch(ids, SlotTargets(slot, symbols.repeat(slots), prob, torch.zeros(slots)))
+
+
 def test_the_choices_of_a_token_multiply_to_its_probability():
     """Byte CE summed over a document equals its token CE, except for which of two equal spellings was meant."""
     model = Marginal(vocabulary(), ROWS)
@@ -128,154 +100,50 @@ def test_the_choices_of_a_token_multiply_to_its_probability():
     torch.testing.assert_close(torch.zeros(len(ids) + 1).index_add_(0, choices.row, mean), torch.ones(len(ids) + 1))
 
 
-def test_a_padded_or_masked_end_asks_no_choice():
-    """No end slot where the next position does not continue the token: row ends, masks, packed documents."""
-    model = Marginal(vocabulary(), ROWS)
-    micro = micro_batch([0, 4, 1])
+def test_an_end_whose_successor_is_not_there_is_the_texts_to_decide():
+    """The end of the row, a masked successor: the teacher says nothing there, the choice is learned all the same."""
+    model = Marginal(vocabulary(), ROWS, trust=float("inf"))
+    micro = with_teacher([0, 4, 1])
+    ends = model.choices(micro, "sum")
+    assert sorted(ends.row[ends.true == STOP].tolist()) == [0, 1, 2] and ends.certain.all()
     cut = micro.labels.clone()
     cut[0, 1] = IGNORE
     keep = micro.slot_token != 1
-    counts = torch.bincount(
-        torch.repeat_interleave(torch.arange(10), torch.tensor(micro.slot_counts))[keep], minlength=10
-    ).tolist()
-    changed = MicroBatch(
-        micro.input_ids, cut, micro.slot_token[keep], counts, micro.slot_symbol[keep], micro.slot_weight[keep],
-        None, 3, 3, 0, 4,
+    number = torch.repeat_interleave(torch.arange(10), torch.tensor(micro.slot_counts))
+    place = torch.cumsum(keep.long(), 0) - 1
+    t = micro.targets
+    kept = keep[t.slot]
+    changed = replace(
+        micro, labels=cut, slot_token=micro.slot_token[keep], slot_symbol=micro.slot_symbol[keep],
+        slot_counts=torch.bincount(number[keep], minlength=10).tolist(), slot_weight=micro.slot_weight[keep],
+        targets=SlotTargets(place[t.slot[kept]], t.symbol[kept], t.prob[kept], t.tail[keep]),
     )  # fmt: skip
-    rows = model.choices(changed, "sum")
-    assert sorted(rows.row[rows.true == STOP].tolist()) == [2]
-    assert sorted(model.choices(micro, "sum").row[model.choices(micro, "sum").true == STOP].tolist()) == [0, 1, 2]
+    choices = model.choices(changed, "sum")
+    stops = choices.true == STOP
+    assert choices.row[stops].tolist() == [0, 2] and choices.certain[stops].tolist() == [False, True]
+    assert not torch.isin(choices.targets.slot, torch.nonzero(~choices.certain)[:, 0]).any()
 
 
-SPELT = [b"a", b"b", b"c", b"ab", b"abc", b"ba", b"cab"]
-
-
-def greedy(text: bytes) -> list[bytes]:
-    """Cut by longest match."""
-    out, at = [], 0
-    while at < len(text):
-        word = max((w for w in SPELT if text.startswith(w, at)), key=len)
-        out.append(word)
-        at += len(word)
-    return out
-
-
-STEP = {97: [0.1, 0.6, 0.3], 98: [0.5, 0.1, 0.4], 99: [0.4, 0.3, 0.3]}
-
-
-@pytest.fixture(scope="module")
-def source() -> tuple[bytes, list[bytes], Marginal]:
-    """Text of a first-order byte source, its longest-match cuts, and an objective that has counted them."""
-    rng = np.random.default_rng(0)
-    text = [97]
-    for _ in range(60_000):
-        text.append(int(rng.choice([97, 98, 99], p=STEP[text[-1]])))
-    data = bytes(text)
-    words = greedy(data)
-    spelt = Vocabulary([*SPELT, None], start_id=7, end_ids=[7], encoder=None)  # type: ignore[arg-type]
-    model = Marginal(spelt, 8)
-    edges = np.cumsum([0, *map(len, words)])
-    ends = np.full(len(words), len(data))
-    model.segmentation.add(model.tables, np.frombuffer(data, np.uint8), edges[:-1], edges[1:], ends)
-    model.segmentation.settle()
-    return data, words, model
-
-
-def test_projected_targets_are_the_tokenizers_own_choices(source):
-    """A first-order byte source cut by longest match: projecting its exact byte probabilities gives the empirical
-    frequencies of what tokens choose at each node, given the token before, up to sampling."""
-    _, words, model = source
-    compared = 0
-    for before in SPELT:
-        after = [w for v, w in pairwise(words) if v == before]
-        for prefix in (b"", b"a", b"ab", b"b", b"c", b"bc"):
-            seen = Counter("stop" if w == prefix else w[len(prefix)] for w in after if w.startswith(prefix))
-            total = sum(seen.values())
-            if total < 1500:
-                continue
-            compared += 1
-            try:
-                passed = node_number(model.tables, before + prefix)
-            except AssertionError:
-                passed = -1
-            p = torch.tensor(STEP[(before + prefix)[-1]])
-            teacher = SlotTargets(torch.zeros(3, dtype=torch.int64), torch.tensor([97, 98, 99]), p, torch.zeros(1))
-            node, depth = torch.tensor([node_number(model.tables, prefix)]), torch.tensor([len(prefix)])
-            got = model.project(teacher, node, depth, torch.tensor([passed]), torch.tensor([len(before)]))
-            for symbol in (97, 98, 99):
-                mine = float(got.prob[got.symbol == symbol].sum())
-                assert mine == pytest.approx(seen[symbol] / total, abs=0.03), (before, prefix, symbol)
-            stop = float(got.prob[got.symbol == STOP].sum())
-            assert stop == pytest.approx(seen["stop"] / total, abs=0.03), (before, prefix)
-    assert compared > 8
-
-
-def test_of_unlisted_bytes_as_many_stop_as_of_the_text_at_large(source):
-    data, words, model = source
-    often = {b: data.count(b) / len(data) for b in (97, 98, 99)}
-    starts = np.cumsum([0, *map(len, words)])[:-1]
-    for prefix, listed in ((b"a", 99), (b"b", 99), (b"ab", 97)):  # which no token goes on with
-        stops = goes = 0.0
-        for byte, share in often.items():
-            here = [w for at, w in zip(starts, words, strict=True) if data.startswith(prefix + bytes([byte]), at)]
-            stops += share * sum(w == prefix for w in here) / len(here)
-            goes += share * sum(len(w) > len(prefix) for w in here) / len(here)
-        teacher = SlotTargets(torch.tensor([0]), torch.tensor([listed]), torch.tensor([0.2]), torch.tensor([0.8]))
-        got = model.project(
-            teacher, torch.tensor([node_number(model.tables, prefix)]), torch.tensor([len(prefix)]),
-            torch.tensor([-1]), torch.tensor([0]),
-        )  # fmt: skip
-        assert got.symbol.tolist() == [STOP]
-        assert float(got.prob) == pytest.approx(0.2 + 0.8 * stops / (stops + goes), abs=0.01)
-        assert float(got.prob) + float(got.tail) == pytest.approx(1)
-
-
-def test_a_student_that_goes_on_where_the_teacher_stops_is_charged(source):
-    """To stop and to go on with a byte that nobody lists are two things."""
-    _, _, model = source
-    node, one = torch.tensor([node_number(model.tables, b"a")]), torch.ones(1)
-    teacher = SlotTargets(torch.tensor([0]), torch.tensor([99]), one, torch.zeros(1))  # "ac" is no token's beginning
-    targets = model.project(teacher, node, torch.tensor([1]), torch.tensor([-1]), torch.tensor([0]))
-    z = torch.zeros(1, 8)
-    z[0, 3:5] = 8.0  # "ab" and "abc"
-    wrong, right = (
-        float(byte_terms(node_logits(s, torch.tensor([0]), node, model.tables), torch.tensor([STOP]), targets)[1])
-        for s in (z, -z)
-    )
-    assert right < 0.01 and wrong > 5
-
-
-def test_projection_keeps_distributions_and_tails():
-    model = Marginal(vocabulary(), ROWS)
-    names = prefixes()
-    nodes = torch.tensor([node_number(model.tables, p) for p in names])
-    rng = np.random.default_rng(1)
-    slot, symbol, prob = [], [], []
-    tail = rng.uniform(0, 0.3, len(names))
-    for s in range(len(names)):
-        listed = rng.choice([97, 98, 99, 100, 0xE6, 0x97, 0xA5, END], size=4, replace=False)
-        slot += [s] * 4
-        symbol += listed.tolist()
-        prob += (rng.dirichlet(np.ones(4)) * (1 - tail[s])).tolist()
-    targets = SlotTargets(
-        torch.tensor(slot), torch.tensor(symbol), torch.tensor(prob, dtype=torch.float64), torch.tensor(tail)
-    )
-    nothing = torch.full((len(names),), -1)
-    depths = torch.tensor([len(p) for p in names])
-    got = model.project(targets, nodes, depths, nothing, torch.zeros_like(nothing))
-    total = got.tail.clone().index_add_(0, got.slot, got.prob)
-    known = total > 0
-    torch.testing.assert_close(total[known], torch.ones_like(total[known]))
-    z = torch.randn(1, ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    scores = node_logits(z, torch.zeros(len(names), dtype=torch.int64), nodes, model.tables)
-    assert torch.isfinite(scores[got.slot, got.symbol]).all(), "an entry on something the node does not offer"
-    assert torch.isfinite(scores).sum(1).tolist() == model.tables.offered(nodes).tolist()
-    true = scores.argmax(1)
-    for kind in ("forward", "reverse", "js"):
-        _, value = byte_terms(scores, true, got, divergence=kind)
-        assert torch.isfinite(value).all() and (value > -1e-9)[known].all()
-        (grad,) = torch.autograd.grad(value.sum(), z, retain_graph=True)
-        assert torch.isfinite(grad).all() and abs(float(grad.sum())) < 1e-9  # a shift of all logits changes nothing
+def test_packed_rows_do_not_look_at_one_another():
+    """Two rows in one sequence, the second of which begins with the token that the first ends with."""
+    model = Marginal(vocabulary(), ROWS, trust=float("inf"))
+    one = with_teacher([0, 4])
+    first = one.input_ids[0].tolist()
+    ids, labels = torch.tensor([[*first[:2], 0, 4]]), torch.tensor([[0, 4, 4, END_ID]])
+    ids[0, 2] = 4  # what the first row ended with, by chance
+    shape = replace(one, input_ids=ids, labels=labels)
+    slots = sorted([(k, t) for t, v in enumerate([0, 4, 4]) for k in range(len(WORDS[v]))] + [(0, 3)])
+    number, place = (torch.tensor(c) for c in zip(*slots, strict=True))
+    n = len(slots)
+    shape = replace(
+        shape, slot_token=place, slot_counts=torch.bincount(number, minlength=10).tolist(),
+        slot_symbol=torch.full((n,), 97), slot_weight=torch.ones(n),
+        targets=SlotTargets(torch.arange(n), torch.full((n,), 97), torch.ones(n), torch.zeros(n)),
+    )  # fmt: skip
+    for positions, certain in ((None, True), (torch.tensor([[0, 1, 0, 1]]), False)):
+        choices = model.choices(replace(shape, position_ids=positions), "sum")
+        end = (choices.true == STOP) & (choices.row == 1)
+        assert choices.certain[end].tolist() == [certain]
 
 
 def test_one_pass_equals_masses_then_loss():
@@ -337,6 +205,7 @@ class Stub:
 def test_objective_marginal_trains_the_token_logits_towards_the_teacher():
     """Gradient descent on the logits alone: the divergence reaches 0 where the teacher can be matched."""
     objective = Objective(Train(head="marginal", lambda_token=0.0, lambda_kl=1.0, byte_reduction="sum"), Stub(), 0)
+    objective.term.marginal.trust = float("inf")
     ids = [4, 1]
     micro = micro_batch(ids)
     slots = len(micro.slot_symbol)
@@ -357,6 +226,6 @@ def test_objective_marginal_trains_the_token_logits_towards_the_teacher():
         loss.backward()
         optimizer.step()
     assert first > 0.05 and float(loss.detach()) < 1e-3
-    assert objective.n_parameters == 0 and {n.split(".")[0] for n, _ in objective.named_parameters()} == {"marginal"}
+    assert objective.n_parameters == 0 and {n.split(".")[0] for n, _ in objective.named_parameters()} == {"term"}
     tight = Objective(Train(head="marginal", lambda_kl=1.0, max_tail=0.05), Stub(), 0)
     assert float(tight(logits, hidden, micro).kl.detach()) == 0

@@ -17,11 +17,12 @@ from bytecache.stages.student import student
 from bytecache.stages.student.student import Student
 from bytecache.stages.train.batches.stream import ShardReader, collate, cut
 from bytecache.stages.train.batches.types import IGNORE, SLOTS, MicroBatch
-from bytecache.stages.train.objective.heads import HEAD_SYMBOLS, make_head
+from bytecache.stages.train.objective.heads import AutoregressiveHead, ByteHead
 from bytecache.stages.train.objective.objective import Objective
+from bytecache.stages.train.objective.symbols import HEAD_SYMBOLS
 from tests.support.student_data import make_dataset
 
-HEADS = ("parallel", "mlp", "transformer", "autoregressive")
+HEADS = ("parallel", "autoregressive")
 
 
 def small_student(vocabulary: int = 50) -> Student:
@@ -35,7 +36,7 @@ def small_student(vocabulary: int = 50) -> Student:
 
 def some_head(kind: str):
     """A head with weights large enough that every input shows in the output."""
-    head = make_head(kind, 32, 16, 1)
+    head = ByteHead(32, 1) if kind == "parallel" else AutoregressiveHead(32, 16, 1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -138,7 +139,7 @@ def test_reduction_and_micro_batches(reduction):
         micro = batch(rows, ids, labels, lengths, symbols, reduction)
         with torch.no_grad():
             logits, hidden = opened.forward(micro.input_ids)
-            head = objective.head
+            head = objective.term.head
             logq = torch.log_softmax(torch.einsum("rth,ksh->rtks", hidden, head.weight) + head.bias, -1)
             want = sum(-float(logq[at, t, j, symbols[r, t, j]]) / (n if reduction == "mean" else 1)
                        for at, r in enumerate(rows) for t, n in enumerate(lengths[r]) for j in range(n))  # fmt: skip
@@ -191,8 +192,3 @@ def test_chunks_refuse_a_student_that_alters_its_logits():
 def _scaled(output):
     output.logits = output.logits * 3
     return output
-
-
-def test_a_width_that_attention_cannot_divide_is_refused():
-    with pytest.raises(ConfigError, match="head_width = 30"):
-        make_head("transformer", 64, 30, 0)

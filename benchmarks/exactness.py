@@ -49,7 +49,7 @@ from bytecache.stages.tokens.vocab import Encoded, Misfit
 class Remembering(Engine):
     """An engine whose rows are computed once, however many efforts ask for them."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.rows: dict[Any, RowMasses] = {}
 
@@ -133,7 +133,9 @@ def numbers(limit: int) -> str:
 
 def deep_code(limit: int) -> str:
     """Source with deep indentation: classes and methods of the standard library."""
-    return clip("\n\n".join(inspect.getsource(module)[20_000 : 20_000 + limit // 2] for module in (tarfile, ast)), limit)
+    return clip(
+        "\n\n".join(inspect.getsource(module)[20_000 : 20_000 + limit // 2] for module in (tarfile, ast)), limit
+    )
 
 
 def kinds_of(folder: Path | None, limit: int) -> dict[str, str]:

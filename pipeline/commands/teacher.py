@@ -85,11 +85,11 @@ def settle_start(context: Context, kind: str) -> Teacher:
         from bytecache.stages.teacher.start import measured_start
 
         refuse_quantised_teacher(resolve_model(settings), settings.model, settings.backend)
-        record = measured_start(settings)
-        if store.put_json_if_absent(key, {**record, "teacher": asked}):
-            context.say(f"teacher: {start_line(record)}")
+        measured = measured_start(settings)
+        if store.put_json_if_absent(key, {**measured, "teacher": asked}):
+            context.say(f"teacher: {start_line(measured)}")
     record = read_json(store, key)
-    if not isinstance(record, dict) or not isinstance(record.get("start"), str):
+    if record is None or not isinstance(record.get("start"), str):
         raise IntegrityError(f"{store.name}: {key} is damaged; delete it and rerun the same command")
     return settings.model_copy(update={"start": record["start"]})
 

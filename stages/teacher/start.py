@@ -62,8 +62,11 @@ def with_start(settings: st.Teacher) -> tuple[st.Teacher, dict[str, Any] | None]
 
 
 def measured_start(settings: st.Teacher) -> dict[str, Any]:
-    """`start`, the text of the token to take ("auto": the configured one, which has no text or no rival), and
-    `bits_per_byte` under every start by its text. JSON."""
+    """The record, JSON: `start` and `bits_per_byte`.
+
+    `start` is the text of the token to take; "auto", the configured one, which has no text or no rival.
+    `bits_per_byte` has every start by its text.
+    """
     folder = resolve_model(settings)
     depends_on = {
         "what": "start", "sample": SAMPLE, "backend": settings.backend, "dtype": settings.dtype, "end": settings.end,

@@ -79,7 +79,7 @@ class StudentRows(IterableDataset[MicroBatch]):
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
         reader = self.reader
         reader.require_text()
-        order = Order(self.dataset.manifest_hash, reader.positions, self.window, self.seed)
+        order = Order(self.dataset.content_sha256, reader.positions, self.window, self.seed)
         with closing(reader.shelf.follow(order.pools(0, self.epochs))) as windows:
             for window in islice(windows, rank * shares + share, None, ranks * shares):
                 for row in stream.cut(reader[window.shard], window.lo, window.hi, self.max_tokens):

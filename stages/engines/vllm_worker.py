@@ -225,7 +225,7 @@ class PathExtension:
         """Announce requests for static states before they are added to the engine."""
         self._wanted_states.update(wants)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def bytecache_static_rows(self, jobs: list[StaticJob]) -> list[RowMasses] | None:
         """Static rows of some windows; None on ranks that do not answer."""
         return self._static.rows(jobs, self._logits, answer=self._answers)
@@ -248,7 +248,7 @@ class PathExtension:
         logits: torch.Tensor | None = self.model_runner.model.compute_logits(hidden_states)
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _capture(self, hidden_states: torch.Tensor, scheduled: list[Scheduled]) -> None:
         pieces = []
         for request in scheduled:

@@ -16,7 +16,7 @@ from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, Interrupted
 from bytecache.stages.engines.engine import Branch, Prompt, refuse_long_branches
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher.identity import REFERENCE, fit_context, longest_history, teacher_identity
+from bytecache.stages.teacher.identity import branch_reach, fit_context, longest_history, teacher_identity
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from tests.support.tiny_models import byte_level_tokenizer
 
@@ -181,7 +181,7 @@ def test_windows_leave_room_for_branches_within_the_models_positions(tiny_checkp
     """The tiny models hold 256; a reference's branches go deepest."""
     folder = tiny_checkpoint("bytelevel")
     settings = st.Teacher(model=str(folder), backend="hf", context=context)
-    reach = REFERENCE["depth"]
+    reach = branch_reach(settings)
     window, _ = fit_context(settings, folder)
     assert window == min(context or 256, 256 - reach)
     longest = longest_history(settings.model_copy(update={"context": window}), folder)

@@ -29,6 +29,8 @@ class TeacherIdentity(BaseModel):
     """sha256 of weights, configuration and tokenizer files, by name."""
     vocabulary: str = ""
     """Fingerprint of the vocabulary with its start and end tokens."""
+    start: str = "auto"
+    """Name of the token that begins every document."""
     settings: dict[str, Any] = {}
     """What of `[teacher]` decides the numbers, presets resolved."""
     dtype: str = ""

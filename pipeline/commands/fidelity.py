@@ -63,6 +63,8 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
     old, (context, overlap) = identity.settings, identity.windows
     try:
         wanted = {"dtype": old.get("dtype", "float32"), "floor": old.get("floor", settings.floor)}
+        if settings.start == "auto":  # as the data set's teacher did, whatever would be measured here
+            wanted["start"] = identity.start
         return Teacher(
             **settings.model_dump(include={"revision", "backend", "start", "end", "trust_remote_code"})
             | settings.model_dump(include={"max_batched_tokens", "kv_cache_gib", "gpu_memory_utilization"})

@@ -112,6 +112,7 @@ def test_an_export_is_what_was_trained_to_the_byte(tmp_path: Path, targets: Path
     settings = Train(steps=2, batch=2, window_bytes=300, warmup=1, tensorboard=False)
     done = train(settings, tmp_path / "student", targets, tmp_path / "run", name="kept", device="cpu")
     assert done["terms"]["loss"] > 0
+    assert Path(done["checkpoint"]).stat().st_mode & 0o777 == 0o644
     export.export(tmp_path / "student", Path(done["checkpoint"]), tmp_path / "plain")
     assert_same(tmp_path / "plain", source / "tokenizer.json")
     assert_same(tmp_path / "plain", source / "tokenizer.json", PreTrainedTokenizerFast)
@@ -188,6 +189,8 @@ def test_older_names_say_the_same() -> None:
     older = with_older_names({"text_config": {"rope_parameters": scaled}})["text_config"]
     assert (older["rope_theta"], older["partial_rotary_factor"]) == (1e4, 0.5)
     assert older["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    neox = {"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 2e4, "partial_rotary_factor": 0.5}}
+    assert with_older_names(neox) | {"rotary_pct": 0.5, "rotary_emb_base": 2e4} == with_older_names(neox)
     layers = {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}}
     older = with_older_names({"rope_parameters": layers})
     assert (older["rope_theta"], older["rope_local_base_freq"]) == (1e6, 1e4) and "rope_scaling" not in older

@@ -31,7 +31,7 @@ class Corpus(Section):
     """The text and how it is cut into units of work."""
 
     source: str = "builtin:pydoc-topics"
-    """A .jsonl/.jsonl.gz/.parquet/.txt file, a folder of them, or `builtin:pydoc-topics` (Python's manual)."""
+    """A .jsonl[.gz|.zst], .parquet, .arrow, .txt file, a folder of these, or `builtin:pydoc-topics` (a manual)."""
     kind: Literal["text", "chat", "completion"] = "text"
     """`text`: whole documents. `chat`: `messages`, or prompt and response, of which the assistant's words are learned,
     rendered by the teacher's and the student's own chat template. `completion`: prompt and response, joined as text."""

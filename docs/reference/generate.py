@@ -96,15 +96,19 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+_CONFIGURATION = """
+`pipeline.toml` holds these keys in tables of these names. Order: defaults, then the settings that the run folder was
+used with last (unless `--fresh`), then the file (`--config`, else `./pipeline.toml`), then `--set section.key=value`,
+then options of a command that stand for a key. Types are strict (`"8"` is not 8); an unknown key is refused with the
+nearest name. `bytecache config` prints what results. A key that may hold a secret can come from the environment, as
+`$BYTECACHE_SECTION_KEY`; no file that bytecache writes holds it.
+"""
+
+
 def configuration_page() -> str:
     """Every key with its documentation, limits and default."""
     lines = ["# Configuration", "", NOTE, ""]
-    lines += [
-        "`pipeline.toml` holds these keys in tables of these names. Order: defaults, then the file (`--config`, else",
-        "`./pipeline.toml`), then `--set section.key=value`, then options of a command that stand for a key. Types are",
-        'strict (`"8"` is not 8); an unknown key is refused with the nearest name. `bytecache config` prints what',
-        "results.",
-    ]
+    lines += [_prose(_CONFIGURATION)]
     for name, kind in sections().items():
         lines += ["", f"## [{name}]", "", inspect.cleandoc(kind.__doc__ or ""), "", "| key | default | limits | |"]
         lines.append("|---|---|---|---|")

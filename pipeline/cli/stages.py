@@ -18,7 +18,8 @@ app = typer.Typer()
 def plan(given: Given) -> None:
     """Cut the corpus into units of work.
 
-    Reads: corpus.source (JSONL, Parquet, text, a folder). Writes: plan/ in the run folder: plan.json, units/, slices/.
+    Reads: corpus.source (JSONL, Parquet, Arrow, text, a folder). Writes: plan/ in the run folder (plan.json, units/,
+    slices/).
 
     The split into train and held-out documents and the slices are fixed here; planning again with the same text and
     settings changes nothing, with others it is refused. A corpus of several files is read by several processes

@@ -24,17 +24,20 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from bytecache.schemas import strict_json
+from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset import card
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.files import NotAFileError, file_sha256, read_regular, replace_file
+from bytecache.schemas.shard.limits import excess
 
 FORMAT = "bytecache.dataset"
 VERSION = 1
 MANIFEST, DATASET, SUFFIX = "manifest.parquet", "dataset.json", ".zarr.zip"
 MAX_JSON, MAX_MANIFEST = 1 << 24, 1 << 28
 """Bytes of the two index files that a reader is willing to load."""
-MAX_SHARDS, MAX_TABLE = 1 << 22, 1 << 31
-"""Rows of a manifest, and the bytes it may decompress to."""
+MAX_SHARDS, ROW_BYTES, TABLE_BYTES = 1 << 20, 32, 2048
+"""Rows of a manifest, at most; the bytes of file that each takes at least (its own sha256 does not compress below 32);
+and the bytes that each may decompress to."""
 
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
@@ -82,7 +85,7 @@ class Dataset:
     info: dict[str, Any]
     """teacher, tokenizer, corpus, settings, software, creation: objects; name, license, corpus_license,
     teacher_license, attribution: text; and more"""
-    manifest_hash: str
+    content_sha256: str
     """sha256 over the entries' values: the identity that data order depends on, whatever wrote the Parquet file"""
     fidelity: dict[str, Any] | None = None
     """how far the stored targets are from a reference of the same teacher (SPEC.md); None: not measured"""
@@ -113,7 +116,7 @@ def describe_shard(path: str | os.PathLike[str], split: str, key: str, statistic
     return ShardEntry(file=Path(path).name, split=split, key=key, sha256=file_sha256(path), **numbers)
 
 
-def _content_hash(entries: Sequence[ShardEntry]) -> str:
+def _content_sha256(entries: Sequence[ShardEntry]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(json.dumps(entry.model_dump(), sort_keys=True).encode() + b"\n")
@@ -185,7 +188,7 @@ def index_documents(
     rows = [entry.model_dump() for entry in listed]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd", store_schema=False)
     manifest = sink.getvalue().to_pybytes()
-    hashes = {"sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": _content_hash(listed)}
+    hashes = {"sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": _content_sha256(listed)}
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -220,7 +223,7 @@ def write_dataset(
     for name, raw in documents.items():
         if name != card.FILE or card.is_ours(folder / name):
             replace_file(folder / name, raw)
-    return Dataset(folder, listed, _checked_info(info), _content_hash(listed), fidelity)
+    return Dataset(folder, listed, _checked_info(info), _content_sha256(listed), fidelity)
 
 
 def _load(path: Path, limit: int) -> bytes:
@@ -289,16 +292,29 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
             "or rerun the stage that makes them"
         )
     entries = _parse_manifest(table_path, data)
-    if len({entry.file for entry in entries}) != len(entries) or entries != _in_order(entries):
+    distinct = min(len({entry.file for entry in entries}), len({entry.sha256 for entry in entries}))
+    if distinct != len(entries) or entries != _in_order(entries):
         raise IntegrityError(f"{table_path}: shards must be sorted and listed once; make the index again")
-    content_hash = _content_hash(entries)
-    if manifest.get("content_sha256") != content_hash or document.get("splits") != _totals(entries):
+    content_sha256 = _content_sha256(entries)
+    if manifest.get("content_sha256") != content_sha256 or document.get("splits") != _totals(entries):
         raise IntegrityError(f"{path}: content hash or totals do not match {MANIFEST}; make the index again")
     for names, kind in ((_OBJECTS, dict), (_FREE_TEXT, str)):
         for name in names:
             if not isinstance(info.get(name, kind()), kind):
                 raise IntegrityError(f"{path}: info.{name} is not {kind.__name__}; make the index again")
-    return Dataset(folder, entries, info, content_hash, fidelity)
+    return Dataset(folder, entries, info, content_sha256, fidelity)
+
+
+def _checked(path: str, entry: ShardEntry) -> ShardEntry:
+    """An entry whose counts agree with each other and with the size of its file. Raises IntegrityError."""
+    why = excess(entry.size, entry.n_positions, entry.n_documents)
+    if not why and entry.n_bytes + entry.n_documents != entry.n_positions:
+        why = f"{entry.n_bytes} bytes and {entry.n_documents} documents are not {entry.n_positions} positions"
+    if not why and (entry.n_supervised > entry.n_positions or entry.n_entries > SYMBOLS * entry.n_positions):
+        why = f"{entry.n_supervised} supervised and {entry.n_entries} entries of {entry.n_positions} positions"
+    if why:
+        raise IntegrityError(f"{path}: {entry.file}: {why}; do not use it")
+    return entry
 
 
 def _parse_manifest(path: str, data: bytes) -> tuple[ShardEntry, ...]:
@@ -307,14 +323,17 @@ def _parse_manifest(path: str, data: bytes) -> tuple[ShardEntry, ...]:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             meta = file.metadata
             size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-            if not (0 <= meta.num_rows <= MAX_SHARDS and 0 <= size <= MAX_TABLE):
+            most = min(MAX_SHARDS, len(data) // ROW_BYTES)
+            most_bytes = (1 + meta.num_rows) * TABLE_BYTES
+            if not (0 <= meta.num_rows <= most and 0 <= size <= most_bytes and meta.num_row_groups <= 1 + most):
                 raise IntegrityError(
-                    f"{path}: {meta.num_rows} rows of {size} bytes, at most {MAX_SHARDS} rows and {MAX_TABLE} bytes "
-                    "are read; do not use it"
+                    f"{path}: {meta.num_rows} rows of {size} bytes in a file of {len(data)}, at most {most} rows and "
+                    f"{most_bytes} bytes are read; do not use it"
                 )
             if file.schema_arrow.names != _SCHEMA.names or file.schema_arrow.types != _SCHEMA.types:
                 raise IntegrityError(f"{path}: columns {file.schema_arrow.names} are not those of version {VERSION}")
-            return tuple(ShardEntry(**row) for row in file.read().to_pylist())
+            batches = file.iter_batches(batch_size=1024)
+            return tuple(_checked(path, ShardEntry(**row)) for batch in batches for row in batch.to_pylist())
     except ValidationError as error:
         first = error.errors()[0]
         value = repr(first.get("input"))[:120]

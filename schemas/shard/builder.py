@@ -23,6 +23,7 @@ from bytecache.schemas.shard import gather, quantise
 from bytecache.schemas.shard import prior as priors
 from bytecache.schemas.shard.blocks import BLOCK, ENTRIES, Block, Rows
 from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, TAIL, VERSION, Codes, pack_columns
+from bytecache.schemas.shard.limits import excess
 from bytecache.schemas.shard.prior import Prior
 from bytecache.schemas.shard.zarr_zip import write_zarr_zip
 
@@ -306,7 +307,8 @@ class ShardBuilder:
         bytes. Returns n_documents, n_bytes (text), n_positions, n_supervised, n_entries; of supervised positions
         tail_mean, tail_max (decoded), kl_mean (nats, input against decoded with the tail spread by the prior),
         quantisation_kl_mean (over the listed symbols and the tail only); size (bytes of the file). Raises ValueError
-        for an open document or attrs that are not JSON, StorageError when the disk refuses.
+        for an open document or attrs that are not JSON, IntegrityError for more than a reader accepts in a file of
+        that size (`limits`), StorageError when the disk refuses.
         """
         if self.n_positions != self._doc_start[-1]:
             raise ValueError("the last document is open: call end_document before write")
@@ -347,6 +349,9 @@ class ShardBuilder:
         size = write_zarr_zip(
             path, {name: columns[name].astype(kind, copy=False) for name, kind in COLUMNS.items()}, attributes
         )
+        why = excess(size, self.n_positions, len(self._doc_start) - 1)
+        if why:
+            raise IntegrityError(f"{os.fspath(path)}: {why}; make smaller shards (convert.shard_bytes)")
         return {**statistics, "size": size}
 
 

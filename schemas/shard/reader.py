@@ -26,6 +26,7 @@ from bytecache.schemas.shard import quantise
 from bytecache.schemas.shard.builder import PRECISIONS, Precision, ShardBuilder
 from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, TAIL, VERSION, check_bounds
 from bytecache.schemas.shard.expansion import INDEX_STRIDE, SPARE, decode_rows, expand_rows
+from bytecache.schemas.shard.limits import excess
 from bytecache.schemas.shard.prior import Prior
 from bytecache.schemas.shard.zarr_zip import read_zarr_zip
 
@@ -154,8 +155,16 @@ def read_shard(path: str | os.PathLike[str]) -> ByteShard:
     Raises IntegrityError, naming file and member, unless every column is present, whole, consistent with the
     others and decodes to distributions; StorageError when the file cannot be read.
     """
-    columns, attributes = read_zarr_zip(path, COLUMNS)
     name = os.fspath(path)
+
+    def check_sizes(sizes: dict[str, int], size: int) -> None:
+        why = excess(size, sizes["text"], sizes["doc_start"] - 1)
+        if why:
+            raise IntegrityError(
+                f"{name}: {why}; ask its maker for smaller shards (convert.shard_bytes), or do not use it"
+            )
+
+    columns, attributes = read_zarr_zip(path, COLUMNS, check_sizes)
 
     def refuse(member: str, why: str) -> IntegrityError:
         return IntegrityError(f"{name}: member {member!r}: {why}; fetch or make this shard again")

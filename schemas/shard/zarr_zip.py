@@ -15,7 +15,7 @@ import errno
 import math
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ MAX_METADATA = 1 << 24
 """Bytes of one zarr.json."""
 MAX_EXTRA = 64
 """Bytes of a member's extra field: sizes beyond 4 GiB need 20."""
-MAX_RATIO, RATIO_FREE = 500, 1 << 28
-"""A file may decode to 256 MiB whatever its size, and to 500 times its size beyond that."""
+MAX_RATIO, RATIO_FREE = 256, 1 << 27
+"""A file may decode to 128 MiB whatever its size (a default shard of text takes 64), or to 256 times its size."""
 _STAMP = (1980, 1, 1, 0, 0, 0)
 _ENDIAN = {"uint8": {}, "int64": {"configuration": {"endian": "little"}}}
 
@@ -237,11 +237,14 @@ class _Checked:
 
 
 def read_zarr_zip(
-    path: str | os.PathLike[str], dtypes: Mapping[str, str]
+    path: str | os.PathLike[str],
+    dtypes: Mapping[str, str],
+    check_sizes: Callable[[dict[str, int], int], None] = lambda sizes, size: None,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read every column of a zip written by `write_zarr_zip`: (columns, group attributes).
 
-    `dtypes` names exactly the columns to expect, "uint8" or "int64" each. Raises IntegrityError, naming file and
+    `dtypes` names exactly the columns to expect, "uint8" or "int64" each. `check_sizes` is told how long they are, and
+    the size of the file, before any is decoded; it may raise IntegrityError. Raises IntegrityError, naming file and
     member, for anything a writer would not have made; StorageError when the file cannot be read.
     """
     name = os.fspath(path)
@@ -256,6 +259,7 @@ def read_zarr_zip(
             for key in meta.keys() - {"zarr_format", "node_type", "attributes"}:
                 raise checked.refuse("zarr.json", f"key {key!r} is not what this format writes")
             checked.check_columns()
+            check_sizes({name: n for name, (n, _) in checked.shapes.items()}, checked.size)
             columns: dict[str, NDArray[Any]] = {}
             for member in dtypes:
                 columns[member] = checked.column(member)

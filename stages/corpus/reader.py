@@ -1,4 +1,4 @@
-"""Documents from files: JSONL, gzipped JSONL, Parquet, plain text, folders of them, or Python's own documentation.
+"""Documents from files: JSONL (plain, gzip or zstd), Parquet, Arrow, plain text, folders of them, or Python's manual.
 
 One streaming pass in a fixed order (folders: by path, recursively; files: as they lie), never more than one
 document and one Parquet batch in memory. A document is kept to the byte: no newline or Unicode normalisation.
@@ -7,11 +7,9 @@ depends on what lies before the document.
 """
 
 import difflib
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,12 +18,13 @@ from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.files import kind_of
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import conversations
+from bytecache.stages.corpus.containers import COMPRESSED, DAMAGED_LINES, TABLES, Table, open_compressed
 from bytecache.stages.corpus.conversations import ID_FIELDS, KNOWN_ROLES, roles_of
 from bytecache.stages.corpus.line_range import LineRange
 from bytecache.stages.corpus.tally import Tally, listed, note
 
 BUILTIN = "builtin:pydoc-topics"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
+SUFFIXES = (".jsonl", *(f".jsonl{ending}" for ending in COMPRESSED), *TABLES, ".txt")
 MAX_DOCUMENT = 1 << 30
 PARAGRAPH_BYTES = 4096
 _BOM = b"\xef\xbb\xbf"
@@ -72,8 +71,8 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], list[str]]:
     ignored: list[str] = []
     if root.is_dir():
         files = sorted(_walk(root), key=lambda pair: pair[1].encode("utf-8", "surrogateescape"))
-        known = [pair for pair in files if pair[1].endswith(SUFFIXES)]
-        ignored = [name for _, name in files if not name.endswith(SUFFIXES)]
+        known = [pair for pair in files if _is_text(pair[1])]
+        ignored = [name for _, name in files if not _is_text(name)]
         if not known:
             raise InputError(
                 f"folder {source} holds none of {', '.join(SUFFIXES)} ({len(files)} other files); "
@@ -90,6 +89,11 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], list[str]]:
         except UnicodeEncodeError:
             raise InputError(f"file name {name!r} is not UTF-8; rename it") from None
     return [File(str(path), name) for path, name in known], ignored
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file of a folder is part of the corpus; cache-*.arrow are copies that `datasets` leaves beside it."""
+    return name.endswith(SUFFIXES) and not (name.endswith(".arrow") and Path(name).name.startswith("cache-"))
 
 
 def is_past(limit: int, documents: int, n_bytes: int, size: int) -> bool:
@@ -182,11 +186,11 @@ class CorpusReader:
             with path.open("rb") as stream:
                 lines = stream if file.end is None else LineRange(stream, file.begin, file.end)
                 yield from self._jsonl(lines, path, name)
-        elif name.endswith(".jsonl.gz"):
-            with gzip.open(path, "rb") as stream:
+        elif name.endswith(tuple(COMPRESSED)):
+            with open_compressed(path) as stream:
                 yield from self._jsonl(stream, path, name)
-        elif name.endswith(".parquet"):
-            yield from self._parquet(path, name)
+        elif name.endswith(TABLES):
+            yield from self._table(path, name)
         elif name.endswith(".txt"):
             if self.corpus.kind != "text":
                 raise InputError(f"{path}: corpus.kind = {self.corpus.kind!r} needs JSONL or Parquet; convert the file")
@@ -194,18 +198,18 @@ class CorpusReader:
         else:
             raise InputError(f"{path}: unknown kind of corpus file; known: {', '.join(SUFFIXES)}")
 
-    def _jsonl(
-        self, stream: BinaryIO | gzip.GzipFile | LineRange, path: Path, name: str
-    ) -> Iterator[tuple[str, str, str, str]]:
+    def _jsonl(self, stream: BinaryIO | LineRange, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
         field = self.corpus.text_field
         offset, number = 0, 0
         while True:
             try:
                 line = stream.readline(MAX_DOCUMENT + 1)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            except (*DAMAGED_LINES, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
                 raise InputError(
-                    f"{path}: truncated or damaged gzip after line {number} (byte {offset} of the text): {error}; "
-                    "fetch the file again"
+                    f"{path}: truncated or damaged {COMPRESSED.get(path.suffix, 'file')} after line {number} (byte "
+                    f"{offset} of the text): {error}; fetch the file again"
                 ) from None
             if not line:
                 return
@@ -218,16 +222,7 @@ class CorpusReader:
             if not raw.strip():
                 continue
             text = _decode(raw, path, number, offset - len(raw))
-            try:
-                record: Any = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object per line is expected"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
+            record = _parse_record(text, where, field)
             if self.corpus.kind != "text":
                 yield from self._turns(record, _content_id(name, raw), where)
                 continue
@@ -262,42 +257,24 @@ class CorpusReader:
             if name in self._ignored or isinstance(record[name], int | float):
                 note(self.tally.unread, name)
 
-    def _parquet(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _table(self, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
         field = self.corpus.text_field
-        row = 0
-        try:
-            with pq.ParquetFile(path) as file:
-                columns = file.schema_arrow.names
+        with Table(path).opened() as (schema, batches):
+            columns = schema.names
+            if self.corpus.kind == "text":
+                _check_text_column(schema, field, path)
+                wanted = [field, *(column for column in ID_FIELDS if column in columns and column != field)]
+            else:
+                wanted = [column for column in columns if column not in self._ignored]
+            unread = [column for column in columns if column not in wanted]
+            for row, record in batches.records(wanted):
+                where = f"{path}, row {row}"
                 if self.corpus.kind == "text":
-                    _check_text_column(file.schema_arrow, field, path)
-                    wanted = [field, *(column for column in ID_FIELDS if column in columns and column != field)]
+                    text = record[field] or ""
+                    yield where, _record_id(record, _content_id(name, text.encode()), where), text, ""
                 else:
-                    wanted = [column for column in columns if column not in self._ignored]
-                unread = [column for column in columns if column not in wanted]
-                for batch in file.iter_batches(batch_size=64, columns=wanted):
-                    for record in batch.to_pylist():
-                        where = f"{path}, row {row}"
-                        if self.corpus.kind == "text":
-                            text = record[field] or ""
-                            yield where, _record_id(record, _content_id(name, text.encode()), where), text, ""
-                        else:
-                            yield from self._turns(record, _content_id(name, repr(record).encode()), where)
-                        self._note_unread(unread, set())
-                        row += 1
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}, near row {row}: not UTF-8 ({error.reason} at byte {error.start} of the value); re-encode it"
-            ) from None
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            reason = str(error).splitlines()[0][:160]
-            raise InputError(
-                f"{path}: truncated or damaged Parquet after row {row}: {reason}; fetch the file again"
-            ) from None
+                    yield from self._turns(record, _content_id(name, repr(record).encode()), where)
+                self._note_unread(unread, set())
 
     def _txt(self, path: Path, name: str) -> Iterator[tuple[str, str, str]]:
         if self.corpus.text_split == "file":
@@ -310,6 +287,21 @@ class CorpusReader:
         with path.open("rb") as stream:
             for first, piece in _paragraph_runs(_lines(stream, path)):
                 yield f"{path}, line {first}", _content_id(name, piece.encode()), piece
+
+
+def _parse_record(text: str, where: str, field: str) -> dict[str, Any]:
+    """The object on a line. Raises InputError."""
+    try:
+        record: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object per line is expected"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
+    return record
 
 
 def _check_text_column(schema: Any, field: str, path: Path) -> None:

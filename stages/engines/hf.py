@@ -207,6 +207,10 @@ def _load(folder: Path, settings: st.Teacher) -> Any:
                 'set teacher.backend = "vllm"'
             ) from error
         raise InputError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        # What transformers makes of a configuration that names things it does not have.
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{name}: its config.json describes no model ({type(error).__name__}: {why})") from error
     except (SafetensorError, RuntimeError) as error:  # a damaged file; shapes that config.json does not have
         raise InputError(
             f"{name}: the weights in {folder} are damaged or not those of its config.json "

@@ -5,6 +5,7 @@ from pathlib import Path
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.files import cache_folder, file_sha256
+from bytecache.stages.models.soundness import refuse_unsound
 
 
 def resolve_model(settings: st.Teacher) -> Path:
@@ -31,6 +32,7 @@ def locate(
         return materialise_builtin(model.removeprefix("builtin:"), cache_folder() / "models")
     folder = Path(model).expanduser()
     if folder.is_dir():
+        refuse_unsound(folder, f"{setting} = {model!r}")
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"{setting} = {model!r}: no such folder; give a checkpoint folder, a hub id or builtin:NAME")
@@ -40,12 +42,14 @@ def locate(
     wanted += ["*.safetensors"] if weights else []
     wanted += ["*.py"] if trust_remote_code else []
     try:
-        return Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
+        folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
     except Exception as error:
         raise InputError(
             f"{setting} = {model!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "
             "check the name and the network, or give a checkpoint folder"
         ) from error
+    refuse_unsound(folder, f"{setting} = {model!r}")
+    return folder
 
 
 def model_name(settings: st.Teacher) -> str:

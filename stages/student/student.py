@@ -176,6 +176,9 @@ def _open(factory: Any, source: str, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: damaged weights, other shapes
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{source}: {factory.__name__} cannot open it ({reason}); check the path or id") from error
+    except (KeyError, TypeError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{source}: its config.json describes no model ({why}); fetch it again") from error
 
 
 def _open_model(source: str, **options: Any) -> Any:
@@ -234,7 +237,7 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
     Raises:
         ConfigError: impossible sizes, or `out_dir` holds another student. InputError: a model that cannot be opened.
     """
-    recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": open_dataset(targets_dir).manifest_hash}
+    recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": open_dataset(targets_dir).content_sha256}
     record = out_dir / "student.json"
     if out_dir.exists():
         found = json.loads(record.read_text()) if record.is_file() else {}

@@ -35,10 +35,9 @@ def _text_config(settings: st.Teacher, folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code).get_text_config()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: no usable config.json ({str(error).splitlines()[0]}); give a checkpoint folder"
-        ) from error
+    except Exception as error:  # each version of transformers has its own kinds for what it cannot read
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{folder}: no usable config.json ({why}); give a checkpoint folder") from error
 
 
 def longest_history(settings: st.Teacher, folder: Path) -> int:

@@ -14,7 +14,8 @@ the spelled bytes: the answer's first byte may share a token with the white spac
 `Encoded.prefix`, ids without bytes. A message that spells a control token is set aside, never read as one.
 
 The date that some templates print is fixed, since equal inputs must give equal bytes.
-Price: two renderings of a document (0.1 ms each) and its tokenisation.
+Price: three renderings of a document (0.1 ms each, and as much for the way to the child) and its tokenisation; 2 s for
+the child's start.
 """
 
 import hashlib
@@ -22,19 +23,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.stages.tokens.cutters import HfCutter
+from bytecache.stages.tokens.guard import MIB, Failure, Guard, Limits, is_panic
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
 LEAD = 16
 """Tokens before an answer that stay part of its spelled bytes."""
 MARKER = "Qz7marker7zQ"
 """Stands in the answer's place when the template around it is sought; no white space to trim, no markup."""
+RENDER_SECONDS, RENDER_MEMORY, LONGEST = 5.0, 256 * MIB, 1 << 20
+"""What the renderings of one answer may take of the processor and of memory, and their length in characters; beside
+what the length of its messages asks for. Templates that people use take a thousandth of it."""
 DATE = datetime(2026, 1, 1)
 """What templates that print today's date are given."""
 
@@ -44,8 +50,9 @@ class Template:
     """A tokenizer with its chat template, proven usable on a sample conversation; see `open`."""
 
     where: str
-    tokenizer: Any
-    backend: Tokenizer
+    renderer: Guard
+    """Renders conversations in a child: a template is a stranger's program (`guard`)."""
+    cutter: HfCutter
     control: dict[str, int]
     """Text of every control token that a template can contain."""
     end_id: int | None
@@ -58,32 +65,27 @@ class Template:
         Raises:
             ConfigError: there is none, or it cannot be aligned with the bytes of an answer; says why.
         """
-        from transformers import AutoTokenizer
-
         where = f"{setting} = {str(folder)!r}"
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(f"{where}: chat data needs a tokenizer.json; choose another model, or corpus.kind")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{where}: its tokenizer cannot be opened ({str(error).splitlines()[0]})") from error
+        tokenizer = _open_tokenizer(folder, where)
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"{where} has no chat template; choose a chat model, save one with the tokenizer, "
                 'or set corpus.kind = "completion"'
             )
-        backend = Tokenizer.from_file(str(file))
-        backend.no_truncation()
-        backend.no_padding()
-        template = cls(where, tokenizer, backend, vocabulary.control_names, None)
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        cutter = HfCutter(spec | {"truncation": None, "padding": None}, f"the tokenizer of {where}", seal=False)
+        renderer = _renderer(where, str(tokenizer.get_chat_template()), _names(tokenizer))
+        template = cls(where, renderer, cutter, vocabulary.control_names, None)
         sample = [{"role": "user", "content": "Hello"}]
         try:
             trail = template.around(sample, "World")[2]
         except Misfit as misfit:
             raise ConfigError(f"{where}: its chat template cannot be used ({misfit.reason}); choose another") from None
         end = next((i for text, i in template._longest_first() if trail.startswith(text)), None)
-        template = cls(where, tokenizer, backend, template.control, end)
+        template = cls(where, renderer, cutter, template.control, end)
         found = encode_answer(vocabulary, template, json.dumps(sample), "World")
         if isinstance(found, Misfit):
             raise ConfigError(
@@ -102,9 +104,8 @@ class Template:
 
     def around(self, messages: list[dict[str, str]], answer: str) -> tuple[str, str, str]:
         """(prompt, lead, trail) of an answer to `messages`; raises Misfit with the reason where there is none."""
-        prompt = self._render(messages, prompt=True)
-        whole = self._render([*messages, {"role": "assistant", "content": answer}])
-        marked = self._render([*messages, {"role": "assistant", "content": MARKER}])
+        answers = [[*messages, {"role": "assistant", "content": content}] for content in (answer, MARKER)]
+        prompt, whole, marked = self._render([(messages, True), *((one, False) for one in answers)])
         if not whole.startswith(prompt) or not marked.startswith(prompt):
             raise Misfit("template: an answer does not follow the generation prompt")
         lead, found, trail = marked[len(prompt) :].partition(MARKER)
@@ -116,25 +117,47 @@ class Template:
                 return prompt, before, trail
         raise Misfit("template: it changes the answer")
 
-    def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=prompt, strftime_now=DATE.strftime
-                )
-            )
-        except Exception as error:  # whatever a template raises: jinja has many kinds, none of ours
-            raise Misfit(f"template: {' '.join(str(error).split())[:80]}") from None
+    def _render(self, renderings: list[tuple[list[dict[str, str]], bool]]) -> list[str]:
+        """The texts of conversations, each with a generation prompt behind it or without; raises Misfit."""
+        size = sum(len(str(message)) for messages, _ in renderings for message in messages)
+        limits = Limits(RENDER_SECONDS, RENDER_MEMORY + 64 * size)
+        answer = self.renderer.call({"renderings": renderings, "longest": LONGEST + 16 * size}, limits)
+        if isinstance(answer, Failure):
+            raise Misfit(f"template: {answer}")
+        rendered: list[str] = answer[0]
+        return rendered
 
     def _longest_first(self) -> list[tuple[str, int]]:
         return sorted(self.control.items(), key=lambda item: -len(item[0]))
 
 
-def template_sha256(folder: Path | str) -> str:
-    """Hash of a checkpoint's chat template: part of what its words depend on."""
+def _open_tokenizer(folder: Path | str, where: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{where}: its tokenizer cannot be opened ({reason}); fetch it again") from error
+
+
+def _names(tokenizer: Any) -> str:
+    """The special tokens by the names that templates know them by, as JSON."""
+    return json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
+
+
+@lru_cache(maxsize=4)
+def _renderer(where: str, template: str, names: str) -> Guard:
+    """One child for all units of a template: its start costs two seconds."""
+    setup = {"kind": "template", "template": template, "names": json.loads(names), "date": DATE.isoformat()}
+    return Guard(f"the chat template of {where}", setup)
+
+
+def template_sha256(folder: Path | str) -> str:
+    """Hash of a checkpoint's chat template: part of what its words depend on."""
+    tokenizer = _open_tokenizer(folder, f"teacher.model = {str(folder)!r}")
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
@@ -155,7 +178,9 @@ def encode_answer(vocabulary: Vocabulary, template: Template, context: str, answ
     if any(name in text for text in (answer, *(m["content"] for m in messages)) for name in template.control):
         return Misfit("control token in a message")
     before = (prompt + lead).encode()
-    ids = template.backend.encode(prompt + lead + answer, add_special_tokens=False).ids
+    (ids,) = template.cutter.cut([prompt + lead + answer])
+    if isinstance(ids, Failure):
+        return Misfit(ids)
     spelt = _spell(vocabulary, template, np.asarray(ids, np.int32), before + answer.encode(), len(before))
     return spelt if isinstance(spelt, Misfit) else spelt._replace(context=context.encode())
 

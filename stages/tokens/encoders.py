@@ -6,16 +6,17 @@ U+2581, which SentencePiece takes for a space and the plain one spells by bytes)
 decides. Price: the tokenizers library's own speed, 2-5 MB/s per core.
 """
 
-import json
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.byte_trie import Trie, longest_match
+from bytecache.stages.tokens.cutters import HfCutter, RankCutter
+from bytecache.stages.tokens.guard import Failure
 from bytecache.stages.tokens.token_bytes import SPACE_MARK, UNICODE_FORMS, Json, parts
 
 
@@ -25,11 +26,11 @@ class Encoder(Protocol):
     rewrites: bool
     """True where a normaliser outside our control may change the text."""
 
-    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
-        """The model's own tokens, without start or end tokens."""
+    def canonical(self, texts: Sequence[str]) -> Sequence[list[int] | Failure]:
+        """The model's own tokens, without start or end tokens; or why a text has none."""
         ...
 
-    def plain(self, text: str) -> list[int] | None:
+    def plain(self, text: str) -> list[int] | Failure | None:
         """Tokens with every step that can change the text left out; None where there is no such encoding."""
         ...
 
@@ -37,8 +38,8 @@ class Encoder(Protocol):
 class HfEncoder:
     """A `tokenizers` pipeline with its control tokens sealed: text that looks like one is cut like any text."""
 
-    def __init__(self, spec: Json, control: frozenset[int]) -> None:
-        """`spec` is a parsed tokenizer.json; `control` are the ids that text must never reach."""
+    def __init__(self, spec: Json, control: frozenset[int], where: str = "") -> None:
+        """`spec` is a parsed tokenizer.json, `where` its place; `control` are the ids that text must never reach."""
         normalizers = list(parts(spec.get("normalizer"), "normalizers"))
         self.rewrites = any(
             part["type"] not in UNICODE_FORMS | {"Prepend", "ByteLevel"} and not _is_space(part) for part in normalizers
@@ -52,11 +53,12 @@ class HfEncoder:
             token | {"special": True} if token["id"] in control else token | {"special": False}
             for token in spec["added_tokens"]
         ]
-        self._tokenizer = _load(self._spec)
+        self._what = f"the tokenizer of {where}" if where else "the tokenizer"
+        self._cutter = HfCutter(self._spec, self._what)
         plain = _without_rewrites(self._spec)
         # Nothing to leave out: a second encoding would only repeat the first.
         self._plain_spec = plain if plain != self._spec else None
-        self._plain: Tokenizer | None = None
+        self._plain: HfCutter | None = None
         self._mark = _spelled_mark(spec)
         self._prepends = any(part["type"] == "Prepend" for part in normalizers)
         self._prefixes = any(
@@ -65,25 +67,23 @@ class HfEncoder:
             for part in parts(spec.get("pre_tokenizer"), "pretokenizers")
         )
 
-    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
-        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in batch]
+    def canonical(self, texts: Sequence[str]) -> list[list[int] | Failure]:
+        return self._cutter.cut(texts)
 
-    def plain(self, text: str) -> list[int] | None:
+    def plain(self, text: str) -> list[int] | Failure | None:
         marked = bool(self._mark) and SPACE_MARK in text
         if self._plain_spec is None and not marked:
             return None
         if self._plain is None:
-            self._plain = _load(self._plain_spec or self._spec)
+            self._plain = HfCutter(self._plain_spec or self._spec, self._what)
         # The one space the model expects at the start is kept; only those injected elsewhere are not.
         if self._prepends or (self._prefixes and not text.startswith(" ")):
             text = " " + text
-        if not marked:
-            return list(self._plain.encode(text, add_special_tokens=False).ids)
         ids: list[int] = []
-        for number, piece in enumerate(text.split(SPACE_MARK)):
-            ids += self._mark if number else []
-            ids += self._plain.encode(piece, add_special_tokens=False).ids
+        for number, piece in enumerate(self._plain.cut(text.split(SPACE_MARK) if marked else [text])):
+            if isinstance(piece, Failure):
+                return piece
+            ids += (self._mark if number else []) + piece
         return ids
 
 
@@ -93,16 +93,16 @@ class RankEncoder:
     rewrites = False
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, offset: int = 0) -> None:
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise InputError("a tokenizer of ranks needs the package tiktoken; pip install tiktoken") from error
-        self._encoding = tiktoken.Encoding("teacher", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        if importlib.util.find_spec("tiktoken") is None:
+            raise InputError("a tokenizer of ranks needs the package tiktoken; pip install tiktoken")
+        self._cutter = RankCutter(ranks, pattern, "the tokenizer of ranks")
         self._offset = offset
 
-    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
-        batches = self._encoding.encode_ordinary_batch(list(texts), num_threads=1)
-        return [[i + self._offset for i in ids] for ids in batches] if self._offset else batches
+    def canonical(self, texts: Sequence[str]) -> list[list[int] | Failure]:
+        batches = self._cutter.cut(texts)
+        if not self._offset:
+            return batches
+        return [ids if isinstance(ids, Failure) else [i + self._offset for i in ids] for ids in batches]
 
     def plain(self, text: str) -> list[int] | None:
         return None
@@ -179,12 +179,6 @@ class GreedyEncoder:
 
     def plain(self, text: str) -> list[int] | None:
         return None
-
-
-def _load(spec: Json) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def _spelled_mark(spec: Json) -> list[int]:

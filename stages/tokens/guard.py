@@ -33,6 +33,7 @@ GRACE = 120.0
 MOST_DEATHS = 50
 """Ends of a child after which it is not started again: what it is given cannot be used."""
 MIB = 1 << 20
+CRASHED = "crashed"
 
 
 class Failure(str):
@@ -71,9 +72,9 @@ class Guard:
         Raises InputError where the child cannot even open what it is to work with, or ended `MOST_DEATHS` times.
         """
         with self._lock:
-            if self._child is None or self._pid != os.getpid():  # after a fork the child is the other process's
-                self._start()
-            answer = self._ask(arguments, limits)
+            answer = self._once(arguments, limits)
+            if answer == CRASHED:  # somebody else may have ended it; if the work does, it does so again
+                answer = self._once(arguments, limits)
             if isinstance(answer, Failure) and self._child is None:
                 self._deaths += 1
                 if self._deaths >= MOST_DEATHS:
@@ -83,11 +84,20 @@ class Guard:
                     )
             return answer
 
+    def _once(self, arguments: dict[str, Any], limits: Limits) -> tuple[Any, bytes] | Failure:
+        if self._child is None or self._pid != os.getpid():  # after a fork the child is the other process's
+            self._start()
+        return self._ask(arguments, limits)
+
     def close(self) -> None:
         """End the child."""
         child, self._child = self._child, None
         if child is not None and self._pid == os.getpid():
             _end(child)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
 
     def _start(self) -> None:
         # -P: a module of that name in the working directory is not ours.
@@ -118,9 +128,12 @@ class Guard:
 
 
 def _cause(code: int | None) -> str:
-    if code is not None and -code in (signal.SIGXCPU, signal.SIGKILL):
-        return "too slow"
-    return "crashed"
+    return "too slow" if code == -signal.SIGXCPU else CRASHED
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up: what it raises then is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -173,7 +186,7 @@ def bound_this_process(limits: Limits) -> None:
 def tokens_of(guard: Guard, texts: Sequence[str]) -> list[list[int] | Failure]:
     """The tokens of every text, or why it has none, from a child that opened a "tokenizer" or "ranks"."""
     found: list[list[int] | Failure] = []
-    for group in _groups(texts):
+    for group in groups(texts):
         answer = guard.call({"texts": group}, encoding_limits(group))
         if isinstance(answer, Failure) and len(group) > 1:
             # One of them did it: each for itself.
@@ -190,16 +203,17 @@ def encoding_limits(texts: Sequence[str]) -> Limits:
     return Limits(10.0 + 5.0 * size / 1e6, 1024 * MIB + 400 * size)
 
 
-def _groups(texts: Sequence[str], most: int = 1 << 20) -> list[list[str]]:
-    groups: list[list[str]] = []
+def groups(texts: Sequence[str], most: int = 1 << 20) -> list[list[str]]:
+    """Consecutive texts together, until they have `most` characters."""
+    found: list[list[str]] = []
     size = most
     for text in texts:
         if size >= most:
-            groups.append([])
+            found.append([])
             size = 0
-        groups[-1].append(text)
+        found[-1].append(text)
         size += len(text)
-    return groups
+    return found
 
 
 def _split(answer: tuple[Any, bytes] | Failure, count: int) -> list[list[int] | Failure]:

@@ -6,7 +6,6 @@ message after it is a piece of work; its answer is JSON and, for tokens, their i
 is read but the pipe.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -18,14 +17,14 @@ import numpy as np
 
 from bytecache.stages.tokens.guard import Limits, bound_this_process, receive, send
 
-_PR_SET_PDEATHSIG = 1
 Work = Callable[[dict[str, Any]], tuple[Any, bytes]]
 
 
 def main() -> None:
     """Answer messages until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's business
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A Ctrl-C and a notice are the parent's business; when it is gone the pipe ends, and so do we.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer

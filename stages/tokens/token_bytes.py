@@ -13,7 +13,7 @@ Price: 0.1-0.3 s for 150k-262k tokens.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -34,6 +34,33 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CONTROL_NAME = re.compile(
     r"<\|?(unk|pad|mask|bos|eos|unused_?\d+|reserved_\w*\d+)\|?>|\[(UNK|PAD|MASK|BOS|EOS|@BOS@|unused\d+|control_\d+)\]"
 )
+
+
+MAX_IDS = 1 << 22
+"""Ids of a vocabulary, at most; the largest that are published have 2 ** 18, and each costs its readers 50 bytes."""
+
+
+def room_for(ids: Iterable[int], where: str) -> int:
+    """The size of a table that has all these ids. Raises InputError for one that no vocabulary has."""
+    highest, lowest = max(ids, default=-1), min(ids, default=0)
+    if lowest < 0 or highest >= MAX_IDS:
+        bad = lowest if lowest < 0 else highest
+        raise InputError(
+            f"tokenizer of {where}: a token has id {bad}, ids are 0..{MAX_IDS - 1}; fetch the tokenizer's files again"
+        )
+    return highest + 1
+
+
+def refuse_twins(pieces: Mapping[str, int], where: str, what: str = "tokens") -> None:
+    """Raises InputError where two texts have one id: which of them it spells would be chance."""
+    seen: dict[int, str] = {}
+    for piece, i in pieces.items():
+        if i in seen:
+            raise InputError(
+                f"tokenizer of {where}: {what} {seen[i]!r} and {piece!r} have the same id {i}, which spells one; "
+                "fetch the tokenizer's files again, or give one of them an id of its own"
+            )
+        seen[i] = piece
 
 
 class TokenTable(NamedTuple):
@@ -109,7 +136,7 @@ def table_from_json(spec: Json, where: str, named_special: frozenset[str] = froz
     # Unigram stores [piece, score] rows in id order.
     pieces = vocab if isinstance(vocab, dict) else {row[0]: i for i, row in enumerate(vocab)}
     added = spec["added_tokens"]
-    size = 1 + max([*pieces.values(), *(token["id"] for token in added)], default=-1)
+    size = room_for([*pieces.values(), *(token["id"] for token in added)], where)
     table: list[bytes | None] = [None] * size
     unknown = set()
     if family == "byte-level":

@@ -21,7 +21,15 @@ from tokenizers import Tokenizer
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.byte_trie import build_trie, sort_tokens
 from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder, SentencePieceEncoder
-from bytecache.stages.tokens.token_bytes import Json, TokenTable, table_from_json, table_from_sentencepiece
+from bytecache.stages.tokens.guard import is_panic
+from bytecache.stages.tokens.token_bytes import (
+    Json,
+    TokenTable,
+    refuse_twins,
+    room_for,
+    table_from_json,
+    table_from_sentencepiece,
+)
 
 _FILES = ["*.json", "*.model", "*.tiktoken", "rwkv_vocab*.txt", "*.jinja"]
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
@@ -174,9 +182,34 @@ def _read_json(path: Path) -> Json:
 def _read_hf(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
     try:
         backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for anything it cannot parse
+    except BaseException as error:  # the library raises plain Exception for anything it cannot parse, and panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise InputError(f"{file} is not a tokenizer this version of tokenizers can read ({error})") from error
+    _refuse_other_ids(file, backend, where)
     return _from_backend(backend, where, tokenizer_config)
+
+
+def _refuse_other_ids(file: Path, backend: Tokenizer, where: str) -> None:
+    """Raises InputError where the file gives two texts one id, or an added token another id than the library does.
+
+    The library says nothing of either: of two texts it keeps one, by chance, and it numbers added tokens anew.
+    """
+    room_for(backend.get_vocab(True).values(), where)
+    if backend.get_vocab_size(with_added_tokens=False) != len(set(backend.get_vocab(False).values())):
+        refuse_twins(backend.get_vocab(False), where)
+    added = _read_json(file).get("added_tokens") or []
+    stated = {str(entry.get("content")): entry.get("id") for entry in added if isinstance(entry, dict)}
+    room_for([i for i in stated.values() if isinstance(i, int)], where)
+    for content, i in stated.items():
+        used = backend.token_to_id(content)
+        if i != used:
+            taken = backend.id_to_token(i) if isinstance(i, int) else None
+            why = f"is {taken!r}" if taken is not None else "leaves a gap"
+            raise InputError(
+                f"{file}: the added token {content!r} has id {i}, which {why}; the tokenizers library uses {used}: "
+                "correct the file, or fetch it again"
+            )
 
 
 def _from_backend(backend: Tokenizer, where: str, tokenizer_config: Json) -> TokenizerFiles:
@@ -184,11 +217,11 @@ def _from_backend(backend: Tokenizer, where: str, tokenizer_config: Json) -> Tok
     spec = json.loads(backend.to_str())
     named = {key: text for key in _SPECIAL_KEYS if (text := _text_of(tokenizer_config.get(key)))}
     table = table_from_json(spec, where, frozenset(named.values()))
-    _add_declared(table, tokenizer_config)
+    _add_declared(table, tokenizer_config, where)
     bos, eos = (table.names.get(named[key]) if key in named else None for key in ("bos_token", "eos_token"))
 
     def make_encoder(final: list[bytes | None]) -> Encoder:
-        return HfEncoder(spec, frozenset(i for i, data in enumerate(final) if data is None))
+        return HfEncoder(spec, frozenset(i for i, data in enumerate(final) if data is None), where)
 
     return TokenizerFiles(where, table, make_encoder, bos=bos, eos=eos)
 
@@ -198,10 +231,25 @@ def _text_of(entry: Any) -> str:
     return str(entry.get("content") or "") if isinstance(entry, dict) else str(entry or "")
 
 
-def _add_declared(table: TokenTable, tokenizer_config: Json) -> None:
+def _id_of(text: Any, table: TokenTable, where: str) -> int:
+    """An id that a configuration spells as text. Raises InputError for what is none."""
+    try:
+        i = int(text)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"tokenizer_config.json of {where}: {str(text)[:40]!r} is no token id; fetch it again"
+        ) from None
+    room_for([i], where)
+    return i
+
+
+def _add_declared(table: TokenTable, tokenizer_config: Json, where: str) -> None:
     """Tokens that only tokenizer_config.json declares: the model may give them mass, the encoder never makes them."""
-    for key, entry in (tokenizer_config.get("added_tokens_decoder") or {}).items():
-        content, i = _text_of(entry), int(key)
+    declared = tokenizer_config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, dict):
+        raise InputError(f"tokenizer_config.json of {where}: added_tokens_decoder is no object; fetch it again")
+    for key, entry in declared.items():
+        content, i = _text_of(entry), _id_of(key, table, where)
         if not content or content in table.names:
             continue
         table.token_bytes.extend([None] * (i + 1 - len(table.token_bytes)))
@@ -242,7 +290,7 @@ def _declare(table: TokenTable, text: str, i: int, *, special: bool) -> None:
     """A token that files beside a SentencePiece model declare, new or in a piece's place; the model never cuts it."""
     if not text or table.names.get(text) == i:
         return
-    table.token_bytes.extend([None] * (i + 1 - len(table.token_bytes)))
+    table.token_bytes.extend([None] * (room_for([i], "the model") - len(table.token_bytes)))
     table.token_bytes[i] = None if special else text.encode()
     table.names[text] = i
 
@@ -263,7 +311,8 @@ def _read_ranks(file: Path, where: str, tokenizer_config: Json) -> TokenizerFile
                 ranks[base64.b64decode(encoded, validate=True)] = int(number_text)
             except ValueError as error:
                 raise InputError(f"{file} line {number} is no `base64 rank` pair ({error}); fetch it again") from error
-    table: list[bytes | None] = [None] * (1 + max([*ranks.values(), *special.values()]))
+    table: list[bytes | None] = [None] * room_for([*ranks.values(), *special.values()], where)
+    refuse_twins({repr(data): rank for data, rank in ranks.items()}, where, "ranks")
     for data, rank in ranks.items():
         table[rank] = data
     return TokenizerFiles(
@@ -289,6 +338,14 @@ def _read_tekken(file: Path, where: str, tokenizer_config: Json) -> TokenizerFil
         raise InputError(f"{file} is no Tekken vocabulary ({error!r}); fetch the file again") from error
     # Files from before the list existed all begin like this.
     special = special or {"<unk>": 0, "<s>": 1, "</s>": 2}
+    room_for([size - 1], where)
+    highest = 1 + max([*special.values(), *(rank + n_special for rank in ranks.values())], default=-1)
+    if not 0 <= n_special <= size or highest > size:
+        raise InputError(
+            f"{file} is no Tekken vocabulary (ids up to {highest - 1}, {n_special} of them special, in {size}); "
+            "fetch the file again"
+        )
+    refuse_twins({repr(data): rank for data, rank in ranks.items()}, where, "ranks")
     table: list[bytes | None] = [None] * size
     for data, rank in ranks.items():
         table[rank + n_special] = data
@@ -315,7 +372,7 @@ def _read_rwkv(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles
             pieces[int(head)] = data
         except (ValueError, SyntaxError) as error:
             raise InputError(f"{file} line {number} is no `id literal length` row ({error}); fetch it again") from error
-    table: list[bytes | None] = [pieces.get(i) for i in range(1 + max(pieces, default=0))]
+    table: list[bytes | None] = [pieces.get(i) for i in range(room_for(pieces, where) or 1)]
 
     def make_encoder(final: list[bytes | None]) -> Encoder:
         order = sort_tokens(final)

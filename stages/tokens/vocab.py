@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.byte_trie import Trie, build_trie, sort_tokens
 from bytecache.stages.tokens.encoders import Encoder
+from bytecache.stages.tokens.guard import Failure
+from bytecache.stages.tokens.token_bytes import room_for
 from bytecache.stages.tokens.token_files import TokenizerFiles, as_ids, open_tokenizer
 
 __all__ = ["Encoded", "Misfit", "Trie", "Vocabulary", "load_vocabulary"]
@@ -134,11 +136,15 @@ class Vocabulary:
             "fingerprint": self.fingerprint,
         }
 
-    def _align(self, text: str, data: bytes, ids: list[int]) -> Encoded | Misfit:
+    def _align(self, text: str, data: bytes, ids: list[int] | Failure) -> Encoded | Misfit:
+        if isinstance(ids, Failure):
+            return Misfit(ids)
         first = self._match(data, ids)
         if isinstance(first, Encoded):
             return first
         plain = self._encoder.plain(text)
+        if isinstance(plain, Failure):
+            return Misfit(plain)
         second = self._match(data, plain) if plain is not None else first
         if isinstance(second, Encoded):
             return second
@@ -221,6 +227,7 @@ def load_vocabulary(
         raise InputError(str(error).replace("use a teacher", "use a student") if for_student else str(error)) from error
     table = list(files.table.token_bytes)
     size = lm_head_rows or files.config.get("vocab_size") or len(table)
+    room_for([size - 1], files.where)
     remedies = STUDENT_REMEDIES if for_student else TEACHER_REMEDIES
     end_ids = _end_ids(files, end, size, remedies)
     start_id = _start_id(files, start, size, remedies)

@@ -23,7 +23,16 @@ def read(source: Path | str, **keys: object) -> list[Document]:
 
 def jsonl(path: Path, records: list[object]) -> Path:
     raw = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.suffix == ".zst":
+        raw = pa.compress(raw, codec="zstd", asbytes=True)
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def arrow(path: Path, table: pa.Table) -> Path:
+    """A stream of small batches, as `datasets.save_to_disk` writes it."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
     return path
 
 
@@ -34,11 +43,17 @@ def refusal(source: Path | str, **keys: object) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.parquet"])
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.parquet", "c.arrow", "file.arrow"])
 def test_texts_survive_to_the_byte_and_empty_ones_are_counted(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
+    table = pa.table({"text": [*TEXTS, None], "other": range(6)})
     if name.endswith(".parquet"):
-        pq.write_table(pa.table({"text": [*TEXTS, None], "other": range(6)}), path)
+        pq.write_table(table, path)
+    elif name == "file.arrow":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    elif name.endswith(".arrow"):
+        arrow(path, table)
     else:
         jsonl(path, [{"text": text} for text in [*TEXTS, None]])
     reader = CorpusReader(Corpus(source=str(path)))
@@ -179,6 +194,12 @@ def test_truncated_containers(tmp_path: Path) -> None:
     whole = jsonl(tmp_path / "whole.jsonl.gz", [{"text": f"{i} " * 300} for i in range(200)]).read_bytes()
     (tmp_path / "c.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     assert "truncated or damaged gzip after line" in refusal(tmp_path / "c.jsonl.gz")
+    whole = jsonl(tmp_path / "whole.jsonl.zst", [{"text": f"{i * i} " * 300} for i in range(2000)]).read_bytes()
+    for cut in (len(whole) // 2, len(whole) - 4, 3):
+        (tmp_path / "c.jsonl.zst").write_bytes(whole[:cut])
+        assert "truncated or damaged zstd after line" in refusal(tmp_path / "c.jsonl.zst")
+    (tmp_path / "c.jsonl.zst").write_bytes(b"not zstd at all")
+    assert "truncated or damaged zstd after line 0" in refusal(tmp_path / "c.jsonl.zst")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255
     (tmp_path / "d.jsonl.gz").write_bytes(flipped)
@@ -199,3 +220,20 @@ def test_parquet_columns(tmp_path: Path) -> None:
 def test_missing_sources(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "none")
     assert "holds none of .jsonl" in refusal(tmp_path)
+
+
+def test_a_folder_of_save_to_disk_is_read_without_its_copies(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        arrow(tmp_path / split / "data-00000-of-00001.arrow", pa.table({"text": [f"{split} {i}" for i in range(9)]}))
+        (tmp_path / split / "state.json").write_text("{}")
+    arrow(tmp_path / "train" / "cache-0a1b.arrow", pa.table({"text": ["a copy"]}))
+    reader = CorpusReader(Corpus(source=str(tmp_path), max_bytes=0))
+    assert [document.text for document in reader] == [f"{split} {i}" for split in ("test", "train") for i in range(9)]
+
+
+def test_a_damaged_arrow_file_is_refused(tmp_path: Path) -> None:
+    whole = arrow(tmp_path / "whole.arrow", pa.table({"text": ["x" * 100] * 50})).read_bytes()
+    for cut in (0, 5, len(whole) // 2):
+        (tmp_path / "c.arrow").write_bytes(whole[:cut])
+        assert "truncated or damaged Arrow file after row" in refusal(tmp_path / "c.arrow")

@@ -1,0 +1,113 @@
+"""What documents lie in: compressed lines, and tables (Parquet, or the Arrow streams of `datasets.save_to_disk`).
+
+Both are read in one pass with one piece in memory, and say where they break off.
+"""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from bytecache.schemas.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+"""Endings of compressed lines, and what they are called."""
+TABLES = (".parquet", ".arrow")
+DAMAGED_LINES = (EOFError, zlib.error, gzip.BadGzipFile, io.UnsupportedOperation)
+"""What reading damaged compressed lines raises, beside an OSError without a number."""
+_ROWS = 64
+
+
+@contextmanager
+def open_compressed(path: Path) -> Iterator[BinaryIO]:
+    """The decompressed bytes of a .gz or .zst file."""
+    if path.suffix == ".gz":
+        with gzip.open(path, "rb") as stream:
+            yield cast("BinaryIO", stream)
+        return
+    import pyarrow as pa
+
+    with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
+        yield io.BufferedReader(stream)
+
+
+class Table:
+    """The records of a Parquet file or an Arrow stream, in order.
+
+    Iterating raises InputError, naming the file and the row, where it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def opened(self) -> Iterator["tuple[pa.Schema, _Batches]"]:
+        """(schema, batches by the names of columns). What is read inside may raise InputError."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        place = _Batches()
+        try:
+            if self.path.suffix == ".parquet":
+                with pq.ParquetFile(self.path) as file:
+                    place.start = lambda names: file.iter_batches(batch_size=_ROWS, columns=names)
+                    yield file.schema_arrow, place
+            else:
+                with pa.memory_map(str(self.path)) as data, _arrow_reader(data) as reader:
+                    place.start = lambda names: (batch.select(names) for batch in _small(reader))
+                    yield reader.schema, place
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.path}, near row {place.row}: not UTF-8 ({error.reason} at byte {error.start} of the value); "
+                "re-encode it"
+            ) from None
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            kind = "Parquet" if self.path.suffix == ".parquet" else "Arrow file"
+            reason = str(error).splitlines()[0][:160]
+            raise InputError(
+                f"{self.path}: truncated or damaged {kind} after row {place.row}: {reason}; fetch the file again"
+            ) from None
+
+
+class _Batches:
+    """The reading of a table: which row it is at, and its records."""
+
+    def __init__(self) -> None:
+        self.row = 0
+        self.start: Any = None
+
+    def records(self, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(row, record) of every row, with these columns."""
+        for batch in self.start(names):
+            for record in batch.to_pylist():
+                yield self.row, record
+                self.row += 1
+
+
+def _arrow_reader(data: Any) -> Any:
+    """A stream is what `save_to_disk` writes; a file with a footer what other tools do."""
+    import pyarrow as pa
+
+    if data.read(6) == b"ARROW1":
+        data.seek(0)
+        return pa.ipc.open_file(data)
+    data.seek(0)
+    return pa.ipc.open_stream(data)
+
+
+def _small(reader: Any) -> Iterator[Any]:
+    """The batches of a stream or a file, cut to a few rows, so that few records are Python objects at a time."""
+    whole = (
+        reader if not hasattr(reader, "num_record_batches") else map(reader.get_batch, range(reader.num_record_batches))
+    )
+    for batch in whole:
+        for first in range(0, batch.num_rows, _ROWS):
+            yield batch.slice(first, _ROWS)

@@ -1,0 +1,119 @@
+"""Texts cut into ids by a stranger's tokenizer: here where nothing in it can run away, else in a child (`guard`).
+
+What can run away is a regular expression: on some texts its time grows beyond all bounds, or the library gives up and
+ends the process. Those that the published encodings use are known to be linear (`TAME`), and so is a tokenizer that
+has none; these cut in this process, at the library's own speed. Every other expression runs in the child, and so does
+a text of more than `LONG` characters, which takes a hundred bytes of memory a character.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from bytecache.stages.tokens.guard import Failure, Guard, groups, is_panic, tokens_of
+from bytecache.stages.tokens.token_bytes import Json, parts
+
+LONG = 1 << 22
+_CUTS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _published() -> Iterator[str]:
+    """The expressions of GPT-2 and its many heirs: each alternative that can fail late is followed by one that eats."""
+    for digits in (r"\p{N}", r"\p{N}{1,3}", r"\p{N}{1}", r"\d", r"\d{1,3}", r"\p{N}+"):
+        yield digits
+        for end in ("", r"\s+$|"):
+            yield f"{_CUTS}|{_WORD}|{digits}| ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n]*|{end}{_SPACES}"
+        for contraction in ("", f"{_CUTS}?"):
+            words = (
+                rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{contraction}|"
+                rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{contraction}"
+            )
+            for tail in (r"[\r\n/]*", r"[\r\n]*"):
+                yield f"{words}|{digits}| ?[^\\s\\p{{L}}\\p{{N}}]+{tail}|{_SPACES}"
+    yield r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    yield r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    yield "[一-龥\u3040-ゟ゠-ヿ]+"
+    marks = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    yield (marks + "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+")
+    yield r"\s+"
+    yield " {2,}"
+
+
+TAME = frozenset(_published())
+
+
+def is_tame(spec: Json) -> bool:
+    """Whether every regular expression of a tokenizer.json is one of the published ones; None at all is tame too."""
+    return all(pattern in TAME for pattern in _patterns(spec))
+
+
+def _patterns(spec: Json) -> Iterator[str]:
+    for name, plural in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        for part in parts(spec.get(name), plural):
+            pattern = part.get("pattern")
+            if isinstance(pattern, dict) and "Regex" in pattern:
+                yield str(pattern["Regex"])
+
+
+class HfCutter:
+    """A `tokenizers` pipeline. `seal`: text that looks like a control token is cut like any text."""
+
+    def __init__(self, spec: Json, what: str, *, seal: bool = True) -> None:
+        self._spec, self._what, self._seal = spec, what, seal
+        self._here: Tokenizer | None = None
+        self._guard: Guard | None = None
+        if is_tame(spec):
+            self._here = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+            self._here.encode_special_tokens = seal
+
+    def cut(self, texts: Sequence[str]) -> list[list[int] | Failure]:
+        """The ids of every text, or why it has none."""
+        if self._here is None:
+            return tokens_of(self._child(), texts)
+        found: list[list[int] | Failure] = []
+        for group in groups(texts):
+            found += self._cut_here(self._here, group)
+        return found
+
+    def _cut_here(self, tokenizer: Tokenizer, group: list[str]) -> list[list[int] | Failure]:
+        if max(map(len, group)) <= LONG:
+            try:
+                batch = tokenizer.encode_batch_fast(group, add_special_tokens=False)
+                return [encoding.ids for encoding in batch]
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+        return tokens_of(self._child(), group)
+
+    def _child(self) -> Guard:
+        if self._guard is None:
+            text = json.dumps(self._spec, ensure_ascii=False)
+            self._guard = Guard(self._what, {"kind": "tokenizer", "spec": text, "seal": self._seal})
+        return self._guard
+
+
+class RankCutter:
+    """tiktoken over ranks."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str, what: str) -> None:
+        self._here: Any = None
+        self._guard: Guard | None = None
+        if pattern in TAME:
+            import tiktoken
+
+            self._here = tiktoken.Encoding("teacher", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        else:
+            listed = [[data.hex(), rank] for data, rank in ranks.items()]
+            self._guard = Guard(what, {"kind": "ranks", "ranks": listed, "pattern": pattern})
+
+    def cut(self, texts: Sequence[str]) -> list[list[int] | Failure]:
+        """The ranks of every text, or why it has none."""
+        if self._guard is not None:
+            return tokens_of(self._guard, texts)
+        found: list[list[int] | Failure] = list(self._here.encode_ordinary_batch(list(texts), num_threads=1))
+        return found

@@ -87,14 +87,14 @@ def _check(config: dict[str, Any], where: str) -> None:
             _check(config[key], f"{where}: {key}")
 
 
-def _is_size(most: int) -> Callable[[Any], bool]:
+def _within(most: int) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and 1 <= value <= most
 
 
 def _rules() -> Iterator[tuple[str, str, Callable[[Any], bool]]]:
     """Key, what its values must be, and whether one is."""
     for key, most in SIZES.items():
-        yield key, f"a whole number in 1..{most}", _is_size(most)
+        yield key, f"a whole number in 1..{most}", _within(most)
     for key in _IDS:  # -1 is what some write for none
         yield key, f"an id below {MAX_IDS}", lambda value: type(value) is int and -1 <= value < MAX_IDS
     for key in _ACTIVATIONS:

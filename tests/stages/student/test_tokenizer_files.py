@@ -181,6 +181,22 @@ def test_a_tokenizer_that_ends_nothing_or_spells_nothing_is_refused_as_a_student
         student.prepare(Student(tokenizer=str(source)), targets, tmp_path / "student", seed=0)
 
 
+def test_start_and_end_that_only_the_class_names_are_kept(tmp_path: Path, targets: Path) -> None:
+    """Llama's class calls them <s> and </s> where its configuration does not."""
+    spec = json.loads(byte_level_tokenizer(320).to_str().replace("<|begin|>", "<s>").replace("<|end|>", "</s>"))
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    source = tmp_path / "source"
+    source.mkdir()
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizerFast"}))
+    LlamaConfig(vocab_size=320).save_pretrained(source)
+    settings = Student(tokenizer=str(source), hidden_size=16, layers=1, heads=2)
+    student.prepare(settings, targets, tmp_path / "student", seed=0)
+    opened = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert (opened.bos_token, opened.eos_token) == ("<s>", "</s>")
+    assert_same(tmp_path / "student", source / "tokenizer.json")
+
+
 def test_older_names_say_the_same() -> None:
     """What transformers 4 reads, beside what version 5 writes; written out by hand."""
     plain = {"dtype": "float32", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}

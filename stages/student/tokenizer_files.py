@@ -60,7 +60,7 @@ def keep(source: Path, out: Path, where: str) -> None:
         tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
         config = _read(source / "tokenizer_config.json") | _named(tokenizer)
     write_config(out, config)
-    if named := _named_by_class(source, out):
+    if not {"bos_token", "eos_token"} <= config.keys() and (named := _named_by_class(source, out)):
         write_config(out, config | named)
 
 

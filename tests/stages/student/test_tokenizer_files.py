@@ -213,6 +213,7 @@ def test_older_names_say_the_same() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["deepseek_v3", "smollm2", "qwen3", "mistral_v1", "gpt_neox"])
 def test_real_tokenizers_where_fixtures_lie_beside_the_checkout(name: str, tmp_path: Path, targets: Path) -> None:
     folder = FIXTURES / "tokenizers" / name

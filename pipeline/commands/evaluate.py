@@ -17,7 +17,7 @@ from bytecache.pipeline.commands.train import open_targets, run_files, trained
 
 
 def evaluate_tasks(context: Context, dataset: str, only: str = "") -> list[Task]:
-    """One task per finished run on the data set of this manifest hash."""
+    """One task per finished run on the data set of this content"""
     tasks = []
     for run in trained(context, only, dataset):
         inputs = {"name": run.name, "checkpoint": run.counts["sha256"], "dataset": dataset, "split": "heldout"}
@@ -45,7 +45,7 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
 
         return work
 
-    tasks = evaluate_tasks(context, targets.manifest_hash, only)
+    tasks = evaluate_tasks(context, targets.content_sha256, only)
     outcome = run_units(store, tasks, open_work, context.stop, reporter=_reporter(len(tasks)))
     results = [receipt.counts for receipt in outcome.receipts]
     report = json_bytes(results).decode("utf-8")

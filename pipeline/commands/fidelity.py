@@ -170,7 +170,7 @@ def fidelity(
             f"{dataset.folder / DATASET}: its certificate has no mean KL; fetch or make the index again"
         )
     report = {
-        "manifest_sha256": dataset.manifest_hash,
+        "content_sha256": dataset.content_sha256,
         "measured": measured,
         "claimed": claimed,
         "kl_limit": limit,

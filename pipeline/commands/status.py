@@ -115,7 +115,7 @@ def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:
     done = [receipt for receipt in found if Path(receipt.files[0].path).name in listed]
     missing = dataset.info["creation"].get("missing", [])
     note = "data set published" + (f"; {summary(missing)}" if missing else "")
-    return _row("convert", dataset.manifest_hash[:12], len(done), len(listed), _size(done), note)
+    return _row("convert", dataset.content_sha256[:12], len(done), len(listed), _size(done), note)
 
 
 def _train_rows(store: Store, found: list[Receipt]) -> list[dict[str, Any]]:

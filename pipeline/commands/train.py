@@ -1,6 +1,6 @@
 """`train`: byte targets to a distilled student and its control.
 
-A run's key holds the data set's manifest hash, the student's and the training settings and the seed; its folder
+A run's key holds the data set's content hash, the student's and the training settings and the seed; its folder
 is `train/<name>-<key12>`. The stage writes checkpoints there and resumes from the newest whole one by itself; the
 receipt, written after the last step, is what makes the run done.
 """
@@ -85,7 +85,7 @@ def train(context: Context, only: str = "") -> int:
     if os.environ.get("RANK", "0") != "0":
         context = replace(context, say=lambda line: None)
     targets = open_targets(context)
-    tasks = [train_task(context, name, targets.manifest_hash) for name in run_names(context.settings.train, only)]
+    tasks = [train_task(context, name, targets.content_sha256) for name in run_names(context.settings.train, only)]
     pending = [task for task in tasks if finished(context.store, task) is None]
     for task in tasks:
         if task not in pending:
@@ -105,7 +105,7 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     from bytecache.stages.train.train import train as train_stage
 
     store, settings = context.store, context.settings
-    start = student_prefix(context, targets.manifest_hash)
+    start = student_prefix(context, targets.content_sha256)
     folder = store.folder(start, "student.json")
     if world.main:
         if not folder.exists():
@@ -202,11 +202,11 @@ def run_receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], sec
 
 
 def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt]:
-    """Receipts of the finished runs of the current settings; `dataset`: the manifest hash, if known already.
+    """Receipts of the finished runs of the current settings; `dataset`: its content hash, if known already.
 
     Raises InputError if one asked for is not finished.
     """
-    dataset = dataset or open_targets(context).manifest_hash
+    dataset = dataset or open_targets(context).content_sha256
     found = []
     for name in run_names(context.settings.train, only):
         receipt = finished(context.store, train_task(context, name, dataset))

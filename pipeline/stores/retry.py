@@ -1,19 +1,17 @@
-"""Retries of an object store's requests: exponential backoff with full jitter, up to a budget of seconds.
+"""Retries of an object store's requests, by the policy of `schemas.patience`.
 
 What may pass is repeated: 5xx, throttling, time-outs, torn connections, a body that arrives short or altered. What will
 not is refused at once with its remedy: credentials, permissions, a missing bucket. Every request here may be repeated:
 a conditional write that in truth succeeded is recognised as ours by the tag it carries (`ObjectStore.put_if_absent`).
 """
 
-import random
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from bytecache.schemas.errors import IntegrityError, StorageError
+from bytecache.schemas.patience import Patience
 
 Result = TypeVar("Result")
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 _FATAL = ("PermissionDeniedError", "UnauthenticatedError", "UnknownConfigurationKeyError", "InvalidPathError")
 # Their services answer these as plain 404 or 400, which the library files under its general error.
 _FATAL_WORDS = (
@@ -30,16 +28,15 @@ class Damaged(Exception):  # noqa: N818 - a reason to fetch again, not yet an er
     """A download whose bytes are not those that were stored."""
 
 
-def patiently(doing: str, request: Callable[[], Result], patience: float) -> Result:
-    """`request()`, repeated for up to `patience` seconds.
+def patiently(doing: str, request: Callable[[], Result], seconds: float) -> Result:
+    """`request()`, repeated for up to so many seconds.
 
     FileNotFoundError, NotImplementedError and the library's AlreadyExistsError pass through. Raises StorageError where
     the service refuses or the patience ends, IntegrityError where the bytes stay wrong.
     """
     from obstore.exceptions import AlreadyExistsError, BaseError
 
-    end = time.monotonic() + patience
-    pause = FIRST_PAUSE
+    patience = Patience(seconds)
     while True:
         try:
             return request()
@@ -54,13 +51,11 @@ def patiently(doing: str, request: Callable[[], Result], patience: float) -> Res
                 raise StorageError(
                     f"{doing}: the service refuses ({reason}); check the credentials, the bucket and its permissions"
                 ) from error
-            wait = random.uniform(0, pause)
-            if time.monotonic() + wait > end:
-                if isinstance(error, Damaged):
-                    raise IntegrityError(f"{doing}: {reason}; delete the object and rerun the stage") from error
-                raise StorageError(
-                    f"{doing}: still failing after {patience:.0f} s ({reason}); rerun the same command when "
-                    "the service is well again"
-                ) from error
-            time.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            if patience.pause():
+                continue
+            if isinstance(error, Damaged):
+                raise IntegrityError(f"{doing}: {reason}; delete the object and rerun the stage") from error
+            raise StorageError(
+                f"{doing}: still failing after {seconds:.0f} s ({reason}); rerun the same command when the service is "
+                "well again"
+            ) from error

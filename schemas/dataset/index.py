@@ -85,7 +85,7 @@ class Dataset:
     info: dict[str, Any]
     """teacher, tokenizer, corpus, settings, software, creation: objects; name, license, corpus_license,
     teacher_license, attribution: text; and more"""
-    manifest_hash: str
+    content_sha256: str
     """sha256 over the entries' values: the identity that data order depends on, whatever wrote the Parquet file"""
     fidelity: dict[str, Any] | None = None
     """how far the stored targets are from a reference of the same teacher (SPEC.md); None: not measured"""
@@ -116,7 +116,7 @@ def describe_shard(path: str | os.PathLike[str], split: str, key: str, statistic
     return ShardEntry(file=Path(path).name, split=split, key=key, sha256=file_sha256(path), **numbers)
 
 
-def _content_hash(entries: Sequence[ShardEntry]) -> str:
+def _content_sha256(entries: Sequence[ShardEntry]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(json.dumps(entry.model_dump(), sort_keys=True).encode() + b"\n")
@@ -188,7 +188,7 @@ def index_documents(
     rows = [entry.model_dump() for entry in listed]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd", store_schema=False)
     manifest = sink.getvalue().to_pybytes()
-    hashes = {"sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": _content_hash(listed)}
+    hashes = {"sha256": hashlib.sha256(manifest).hexdigest(), "content_sha256": _content_sha256(listed)}
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -223,7 +223,7 @@ def write_dataset(
     for name, raw in documents.items():
         if name != card.FILE or card.is_ours(folder / name):
             replace_file(folder / name, raw)
-    return Dataset(folder, listed, _checked_info(info), _content_hash(listed), fidelity)
+    return Dataset(folder, listed, _checked_info(info), _content_sha256(listed), fidelity)
 
 
 def _load(path: Path, limit: int) -> bytes:
@@ -295,14 +295,14 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
     distinct = min(len({entry.file for entry in entries}), len({entry.sha256 for entry in entries}))
     if distinct != len(entries) or entries != _in_order(entries):
         raise IntegrityError(f"{table_path}: shards must be sorted and listed once; make the index again")
-    content_hash = _content_hash(entries)
-    if manifest.get("content_sha256") != content_hash or document.get("splits") != _totals(entries):
+    content_sha256 = _content_sha256(entries)
+    if manifest.get("content_sha256") != content_sha256 or document.get("splits") != _totals(entries):
         raise IntegrityError(f"{path}: content hash or totals do not match {MANIFEST}; make the index again")
     for names, kind in ((_OBJECTS, dict), (_FREE_TEXT, str)):
         for name in names:
             if not isinstance(info.get(name, kind()), kind):
                 raise IntegrityError(f"{path}: info.{name} is not {kind.__name__}; make the index again")
-    return Dataset(folder, entries, info, content_hash, fidelity)
+    return Dataset(folder, entries, info, content_sha256, fidelity)
 
 
 def _checked(path: str, entry: ShardEntry) -> ShardEntry:

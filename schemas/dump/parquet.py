@@ -12,8 +12,7 @@ much deeper. It gives no targets; the converter compares (stages.fidelity.certif
 Masses are float32 with low bits rounded away, in planes of bytes before zstd: the entries are most of a part and their
 low bits are noise. An entry keeps as many bits as its share of its prefix deserves (`round_entries`): divergence grows
 with p times the square of a relative error, so the many rare ones need few. `benchmarks/dump_columns.py` measures it.
-Entries are a blob per window (`byte_planes`), which is read in half of the time that a Parquet list takes. Version 1
-had lists there too, and is still read.
+Entries are a blob per window, which is read in half of the time that a Parquet list takes.
 """
 
 import json
@@ -32,8 +31,6 @@ from bytecache.schemas.errors import IntegrityError
 
 FORMAT = "bytecache.token-dump"
 VERSION = 2
-READABLE = (1, 2)
-"""Versions that `read_windows` reads; they differ in how two columns are stored."""
 _META = b"bytecache"
 
 _ARROW = {"int32": pa.int32(), "uint16": pa.uint16(), "uint8": pa.uint8(), "float32": pa.float32()}
@@ -45,7 +42,9 @@ _LISTS: dict[str, str] = {
     "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
     "row_sampled": "uint8",
 }  # fmt: skip
-SCHEMA_1 = pa.schema(
+_BLOBS = ("entry_byte", "entry_mass")
+"""Stored as bytes instead of lists: a byte an entry, and the planes of their masses."""
+SCHEMA = pa.schema(
     [
         pa.field("doc_id", pa.string(), nullable=False),
         pa.field("doc_index", pa.int32(), nullable=False),
@@ -56,15 +55,15 @@ SCHEMA_1 = pa.schema(
         pa.field("reference", pa.bool_(), nullable=False),
         pa.field("doc_position", pa.int32(), nullable=False),
         *(
-            pa.field(n, pa.list_(pa.field("element", _ARROW[t], nullable=False)), nullable=False)
-            for n, t in _LISTS.items()
+            pa.field(
+                name,
+                pa.binary() if name in _BLOBS else pa.list_(pa.field("element", _ARROW[kind], nullable=False)),
+                nullable=False,
+            )
+            for name, kind in _LISTS.items()
         ),
     ]
 )
-"""Version 1."""
-_BLOBS = ("entry_byte", "entry_mass")
-"""Lists in version 1, blobs since."""
-SCHEMA = pa.schema([pa.field(f.name, pa.binary(), nullable=False) if f.name in _BLOBS else f for f in SCHEMA_1])
 _GROUP = 1 << 21
 """Entries of a row group: about 10 MB in a reader's memory, whatever the windows' length."""
 _SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32" and name not in _BLOBS]
@@ -166,15 +165,13 @@ def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
         meta = {}
     if meta.get("format") != FORMAT:
         raise IntegrityError(f"{path}: not a bytecache token dump (format {meta.get('format')!r}, expected {FORMAT!r})")
-    version = meta.get("version")
-    if version not in READABLE:
+    if meta.get("version") != VERSION:
         raise IntegrityError(
-            f"{path}: token dump version {version}, this software reads {' and '.join(map(str, READABLE))}; "
+            f"{path}: token dump version {meta.get('version')}, this software reads {VERSION}; "
             "convert it with the release that wrote it or rerun `bytecache teacher`"
         )
-    schema = SCHEMA_1 if version == 1 else SCHEMA
-    if names != schema.names or file.schema_arrow.types != schema.types:
-        raise IntegrityError(f"{path}: columns {names} are not those of version {version}; dump it again")
+    if names != SCHEMA.names or file.schema_arrow.types != SCHEMA.types:
+        raise IntegrityError(f"{path}: columns {names} are not those of version {VERSION}; dump it again")
     return file, meta
 
 
@@ -243,10 +240,9 @@ def _window(path: Path, columns: dict[str, Any], i: int) -> Window:
         else:
             values[name] = column[i]
     mass = values["entry_mass"]
-    if mass.dtype == np.uint8:
-        if len(mass) != 4 * len(values["entry_byte"]):
-            raise _inconsistent(path, values["score_start"], values["doc_id"])
-        values["entry_mass"] = from_planes(mass)
+    if len(mass) != 4 * len(values["entry_byte"]):
+        raise _inconsistent(path, values["score_start"], values["doc_id"])
+    values["entry_mass"] = from_planes(mass)
     return Window(**values)
 
 

@@ -237,7 +237,7 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
     Raises:
         ConfigError: impossible sizes, or `out_dir` holds another student. InputError: a model that cannot be opened.
     """
-    recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": open_dataset(targets_dir).manifest_hash}
+    recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": open_dataset(targets_dir).content_sha256}
     record = out_dir / "student.json"
     if out_dir.exists():
         found = json.loads(record.read_text()) if record.is_file() else {}

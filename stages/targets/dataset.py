@@ -79,24 +79,24 @@ class ByteTargets(IterableDataset[TargetWindow]):
         epochs: stop after this many readings of the split; 0 = never.
         rank, ranks: this process's share; by default those of torch.distributed, if it is initialised, when iterated.
         pool: shards mixed together; twice as many are in memory at most. depth: windows decoded ahead; 0 = none.
-        manifest_hash: the content you expect (`content_sha256` of dataset.json); "" = any.
+        content_sha256: the content you expect (`content_sha256` of dataset.json); "" = any.
         cache_dir, cache_bytes: see `open_dataset`.
 
     Raises:
-        InputError: the split is empty. ConfigError: impossible arguments, or content other than `manifest_hash`.
+        InputError: the split is empty. ConfigError: impossible arguments, or content other than `content_sha256`.
         IntegrityError, StorageError: an index or, while iterating, a shard that is damaged or out of reach.
     """
 
     def __init__(
         self, place: str | os.PathLike[str] | Dataset, split: str = "train", *, window: int = 1024, seed: int = 0,
         epochs: int = 0, rank: int | None = None, ranks: int | None = None, pool: int = POOL, depth: int = 8,
-        manifest_hash: str = "", cache_dir: str | os.PathLike[str] = "", cache_bytes: int = CACHE_BYTES,
+        content_sha256: str = "", cache_dir: str | os.PathLike[str] = "", cache_bytes: int = CACHE_BYTES,
     ) -> None:  # fmt: skip
         self.dataset = open_dataset(place, cache_dir=cache_dir, cache_bytes=cache_bytes)
-        if manifest_hash and manifest_hash != self.dataset.manifest_hash:
+        if content_sha256 and content_sha256 != self.dataset.content_sha256:
             raise ConfigError(
-                f"{self.dataset.where}: content is {self.dataset.manifest_hash}, expected {manifest_hash}; "
-                "the data set was replaced: fetch the one you want, or drop manifest_hash"
+                f"{self.dataset.where}: content is {self.dataset.content_sha256}, expected {content_sha256}; "
+                "the data set was replaced: fetch the one you want, or drop content_sha256"
             )
         if (rank is None) != (ranks is None) or (ranks is not None and not 0 <= (rank or 0) < ranks):
             raise ConfigError(f"rank {rank} of {ranks}: give both, with 0 <= rank < ranks, or neither")
@@ -109,9 +109,9 @@ class ByteTargets(IterableDataset[TargetWindow]):
             splits = ", ".join(sorted({entry.split for entry in self.dataset.entries}))
             raise InputError(f"{self.dataset.where}: no shards of split {split!r}; it has {splits or 'none'}")
         positions = [entry.n_positions for entry in self.entries]
-        self.order = Order(self.dataset.manifest_hash, positions, window, seed, pool=pool)
+        self.order = Order(self.dataset.content_sha256, positions, window, seed, pool=pool)
         self.epochs, self.depth, self._layout = epochs, depth, (rank, ranks)
-        what = [self.dataset.manifest_hash, split, window, seed, pool]
+        what = [self.dataset.content_sha256, split, window, seed, pool]
         self.fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         self._start = 0  # global position at which the present reading began
         self._taken = 0  # windows this process has handed out since

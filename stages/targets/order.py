@@ -63,7 +63,7 @@ class Order:
     """The infinite sequence of training windows over one split.
 
     Args:
-        dataset_hash: identity of the data set (the manifest's hash).
+        dataset_hash: identity of the data set (its content hash).
         positions: positions in each shard of the split, in manifest order.
         window: positions per window, >= 1.
         seed: any integer.

@@ -9,7 +9,6 @@ Price: hashing 1 GB/s per core. The cache's bound is `cache_bytes`; `shelf` hide
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,15 +38,16 @@ from bytecache.schemas.files import (
     scratch_folder,
 )
 from bytecache.schemas.messages import masked
+from bytecache.schemas.patience import Patience
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.targets import http
 from bytecache.stages.targets.cache import FileCache, receive
 
 CACHE_BYTES = 50 << 30
-ATTEMPTS, BACKOFF = 4, 1.0
-"""Tries of one transfer that bring nothing, and seconds before the second; each further one waits four times longer."""
+PATIENCE = 30.0
+"""Seconds that a transfer is tried again while it brings nothing (`schemas.patience`)."""
 PROGRESS = 64 * 1024
-"""Bytes that a connection must bring before it breaks, for the next one to count as the first try."""
+"""Bytes that a connection must bring before it breaks, to count as something."""
 PIECE = 1 << 22
 
 
@@ -82,10 +82,10 @@ def _from(url: str, start: int, access: Access) -> Iterator[bytes]:
 def _transfer(url: str, limit: int, access: Access) -> Iterator[bytes]:
     """The object's bytes in pieces, at most `limit` + 1 of them, over as many connections as that takes.
 
-    A connection that breaks is followed by another one that goes on where it ended. `ATTEMPTS` of them in a row
-    without `PROGRESS` bytes end it. Raises StorageError, IntegrityError, ConfigError, naming the URL.
+    A connection that breaks is followed by another one that goes on where it ended. `PATIENCE` seconds in which none
+    brings `PROGRESS` bytes end it. Raises StorageError, IntegrityError, ConfigError, naming the URL.
     """
-    done, failures = 0, 0
+    done, patience = 0, Patience(PATIENCE)
     while done <= limit:
         begun = done
         try:
@@ -100,13 +100,13 @@ def _transfer(url: str, limit: int, access: Access) -> Iterator[bytes]:
             refusal = _permanent(url, error)
             if refusal is not None:
                 raise refusal from error
-            failures = 1 if done - begun >= PROGRESS else failures + 1
-            if failures >= ATTEMPTS:
+            if done - begun >= PROGRESS:
+                patience.renew()
+            if not patience.pause(getattr(error, "wait", 0.0)):
                 why = f"{type(error).__name__}: {masked(str(error))}"
                 raise StorageError(
-                    f"{masked(url)}: cannot be read after {ATTEMPTS} tries, {done} bytes came ({why[:300]}); try later"
+                    f"{masked(url)}: cannot be read for {PATIENCE:.0f} s, {done} bytes came ({why[:300]}); try later"
                 ) from error
-            time.sleep(max(BACKOFF * 4 ** (failures - 1), getattr(error, "wait", 0.0)))
 
 
 def _permanent(url: str, error: Exception) -> BytecacheError | None:

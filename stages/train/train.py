@@ -116,7 +116,7 @@ def _train(
         "format": 1,
         "seed": seed,
         "student": opened.identity,
-        "dataset": dataset.manifest_hash,
+        "dataset": dataset.content_sha256,
         "settings": {**settings.model_dump(exclude=set(NEUTRAL)), "lambda_kl": kl},
     }
     tokens = dump if settings.head in BASELINES and kl else None
@@ -147,7 +147,7 @@ def _train(
         first, terms = int(state["step"]), state["terms"]
     world.wait()
     log = Metrics(out_dir, first, settings, name) if world.main else None
-    order = Order(dataset.manifest_hash, reader.positions, settings.window_bytes, seed)
+    order = Order(dataset.content_sha256, reader.positions, settings.window_bytes, seed)
     automatic = stream.MICRO_TOKENS.get(world.device.type, stream.MICRO_TOKENS["cuda"])
     source = stream.steps(
         order, reader, batch=settings.batch, max_tokens=opened.max_tokens, start=first, rank=world.rank,

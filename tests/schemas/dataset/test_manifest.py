@@ -91,10 +91,10 @@ def test_equal_entries_make_an_equal_index(folder: Path) -> None:
     dataset = read_dataset(folder)
     again = write_dataset(folder, reversed(dataset.entries), dict(reversed(INFO.items())))
     assert {name: (folder / name).read_bytes() for name in before} == before
-    assert again.manifest_hash == dataset.manifest_hash
+    assert again.content_sha256 == dataset.content_sha256
     shutil.copy(folder / dataset.entries[0].file, folder / "train-00002-dddddddddddd.zarr.zip")
     fewer = write_dataset(folder, dataset.entries[1:], INFO)
-    assert fewer.manifest_hash != dataset.manifest_hash == hash_of(dataset.entries)
+    assert fewer.content_sha256 != dataset.content_sha256 == hash_of(dataset.entries)
 
 
 def hash_of(entries: tuple[ShardEntry, ...]) -> str:
@@ -289,7 +289,7 @@ def test_the_card_repeats_the_index_and_keeps_what_people_wrote(folder: Path) ->
     header = text.split("---\n")[1]
     assert 'pretty_name: "x --- # Fake' in header and 'license_name: "my own terms"' in header
     assert "<script>" not in text.split("---\n", 2)[2] and text.count("\n---\n") == 1
-    assert read_dataset(folder).manifest_hash in text
+    assert read_dataset(folder).content_sha256 in text
     write_dataset(folder, entries, INFO, {"kl": {"mean": 0.00123456}})
     assert 'license: "cc0-1.0"' in readme.read_text() and "| kl.mean | 0.001235 |" in readme.read_text()
     made = readme.read_bytes()

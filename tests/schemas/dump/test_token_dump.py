@@ -257,26 +257,6 @@ def test_sizes_of_the_top_k_are_those_of_a_dump_that_holds_no_more(tmp_path, win
         top_k_sizes(write(tmp_path / "mixed.parquet", mixed), [1])
 
 
-def test_version_1_is_still_read(tmp_path, windows):
-    """It differs in two columns, lists then and blobs now."""
-    path = write(tmp_path / "new.parquet", windows)
-    expected = list(read_windows(path))
-    table = pq.read_table(path)
-    meta = table.schema.metadata[b"bytecache"].replace(b'"version": 2', b'"version": 1')
-    columns = [
-        pa.array([getattr(w, field.name).tolist() for w in expected], field.type)
-        if field.name in ("entry_byte", "entry_mass")
-        else table.column(field.name).combine_chunks()
-        for field in token_dump.SCHEMA_1
-    ]
-    old = pa.Table.from_arrays(columns, schema=token_dump.SCHEMA_1.with_metadata({b"bytecache": meta}))
-    pq.write_table(old, tmp_path / "old.parquet")
-    assert read_meta(tmp_path / "old.parquet")["version"] == 1
-    for mine, theirs in zip(read_windows(tmp_path / "old.parquet"), expected, strict=True):
-        for name, value in vars(theirs).items():
-            np.testing.assert_array_equal(getattr(mine, name), value)
-
-
 def test_a_blob_of_another_length_is_refused(tmp_path, windows):
     path = write(tmp_path / "a.parquet", windows[:1])
     table = pq.read_table(path)

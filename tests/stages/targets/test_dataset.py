@@ -142,8 +142,8 @@ def test_arguments_that_cannot_be_honoured(folder: Path) -> None:
         with pytest.raises(ConfigError):
             targets(folder, **options)
     with pytest.raises(ConfigError, match="content is"):
-        targets(folder, manifest_hash="0" * 64)
-    assert targets(folder, manifest_hash=read_dataset(folder).manifest_hash)
+        targets(folder, content_sha256="0" * 64)
+    assert targets(folder, content_sha256=read_dataset(folder).content_sha256)
 
 
 def test_memory_holds_two_pools_at_most(folder: Path) -> None:

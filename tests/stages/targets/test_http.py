@@ -67,7 +67,7 @@ class Server(Quiet, BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "BACKOFF", 0.0)
+    monkeypatch.setattr(source, "PATIENCE", 1.0)
     monkeypatch.setattr(source, "PROGRESS", 1000)
 
 
@@ -100,10 +100,10 @@ def test_a_server_without_ranges_is_read_past_what_is_known(serve: Any) -> None:
 
 
 def test_connections_that_bring_nothing_end_it_and_say_what_came(serve: Any) -> None:
-    url, asked = serve(cuts=[50_000] + [500] * 20)
-    with pytest.raises(StorageError, match=r"cannot be read after 4 tries, 5[01]\d{3} bytes came .*ended .* early"):
+    url, asked = serve(cuts=[50_000] + [5] * 100)
+    with pytest.raises(StorageError, match=r"cannot be read for 1 s, 5\d{4} bytes came .*ended .* early"):
         fetch_bytes(f"{url}/x", len(DATA))
-    assert len(asked) == 1 + source.ATTEMPTS - 1
+    assert 2 <= len(asked) < 100
 
 
 def test_time_is_bounded_by_silence_not_by_length(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_time_is_bounded_by_silence_not_by_length(serve: Any, monkeypatch: pytes
     url, asked = serve(pause=0.1)  # 16 pauses: three times as long as silence may be
     assert fetch_bytes(f"{url}/x", len(DATA)) == DATA and len(asked) == 1
     url, asked = serve(pause=3.0)
-    monkeypatch.setattr(source, "ATTEMPTS", 1)
+    monkeypatch.setattr(source, "PATIENCE", 0.0)
     with pytest.raises(StorageError, match=r"timed out|TimeoutError"):
         fetch_bytes(f"{url}/x", len(DATA))
 
@@ -197,14 +197,14 @@ def test_a_password_goes_to_its_host_and_into_no_message() -> None:
     (404, IntegrityError, "missing at the source", 1),
     (403, StorageError, "access refused", 1),
     (400, StorageError, "answers HTTP 400", 1),
-    (503, StorageError, "cannot be read after 4 tries", 4),
-    (429, StorageError, "cannot be read after 4 tries", 4),
+    (503, StorageError, "cannot be read for 1 s", 2),
+    (429, StorageError, "cannot be read for 1 s", 2),
 ])  # fmt: skip
 def test_what_the_server_says(serve: Any, status: int, kind: type, words: str, tries: int) -> None:
     url, asked = serve(status=status)
     with pytest.raises(kind, match=words):
         fetch_bytes(f"{url}/x", 100)
-    assert len(asked) == tries
+    assert len(asked) == 1 if tries == 1 else len(asked) >= tries
 
 
 def test_an_object_that_became_shorter_is_wrong_bytes_and_no_end_of_tries(serve: Any) -> None:

@@ -55,7 +55,7 @@ def test_s3(folder: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.Monke
     same(open_dataset(s3_url, cache_dir=tmp_path), read_dataset(folder))
     local = [w.number for w in ByteTargets(folder, window=64, epochs=1)]
     assert [w.number for w in ByteTargets(s3_url, window=64, epochs=1, cache_dir=tmp_path)] == local
-    monkeypatch.setattr(source, "BACKOFF", 0.0)
+    monkeypatch.setattr(source, "PATIENCE", 1.0)
     with pytest.raises(IntegrityError, match=r"s3://bucket/none/dataset\.json: missing at the source"):
         open_dataset("s3://bucket/none", cache_dir=tmp_path)
 
@@ -64,11 +64,11 @@ def test_a_data_set_on_the_hub(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom bytecache.stages.targets.dataset import ByteTargets\n"
         "data = ByteTargets('hf://datasets/me/set', window=64, epochs=1, cache_dir=sys.argv[1])\n"
-        "print(sum(len(w.text) for w in data), data.dataset.manifest_hash)"
+        "print(sum(len(w.text) for w in data), data.dataset.content_sha256)"
     )
     dataset = read_dataset(folder)
     said = on_hub(folder, code, str(tmp_path))
-    assert said.split() == [str(sum(e.n_positions for e in dataset.split("train"))), dataset.manifest_hash]
+    assert said.split() == [str(sum(e.n_positions for e in dataset.split("train"))), dataset.content_sha256]
 
 
 def test_a_run_on_the_hub_is_read_and_verified_and_not_written(folder: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def world(tmp_path_factory):
 def steps_of(targets: Path, opened: student.Student, n: int = 3, **options: object) -> list[stream.Step]:
     dataset = read_dataset(targets)
     reader = stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id)
-    order = Order(dataset.manifest_hash, reader.positions, 96, 0)
+    order = Order(dataset.content_sha256, reader.positions, 96, 0)
     return list(islice(stream.steps(order, reader, batch=8, max_tokens=opened.max_tokens, **options), n))
 
 

@@ -48,8 +48,18 @@ class Interrupted(BytecacheError):  # noqa: N818 - a request, not a fault
 
 
 EXTRAS = {
-    "train": ("accelerate", "peft", "safetensors", "tensorboard", "tokenizers", "torch", "transformers"),
-    "remote": ("aiohttp", "huggingface_hub", "obstore", "s3fs"),
+    "train": (
+        "accelerate",
+        "peft",
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "tiktoken",
+        "tokenizers",
+        "torch",
+        "transformers",
+    ),
+    "remote": ("huggingface_hub", "obstore", "s3fs"),
 }
 """Packages that come with an extra, by the names they are imported by; pyproject.toml says why they are extras."""
 

@@ -17,7 +17,7 @@ from bytecache.pipeline.commands.train import open_targets, run_files, trained
 
 
 def evaluate_tasks(context: Context, dataset: str, only: str = "") -> list[Task]:
-    """One task per finished run on the data set of this content"""
+    """One task per finished run on the data set of this content."""
     tasks = []
     for run in trained(context, only, dataset):
         inputs = {"name": run.name, "checkpoint": run.counts["sha256"], "dataset": dataset, "split": "heldout"}

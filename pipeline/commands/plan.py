@@ -58,8 +58,8 @@ def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
         )
     if overlong := passed.get("overlong"):
         yield (
-            f"warning: {sum(overlong.values())} documents left out, longer than {MAX_DOCUMENT} bytes: {listed(overlong)}; "
-            "split them"
+            f"warning: {sum(overlong.values())} documents left out, longer than {MAX_DOCUMENT} bytes: "
+            f"{listed(overlong)}; split them"
         )
     if strange := passed.get("strange"):
         yield f"roles that a chat template may not know, by records: {listed(strange)}"

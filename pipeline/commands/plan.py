@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from bytecache.pipeline.commands.teacher import known_start, start_line
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan.index import Plan
@@ -33,6 +34,8 @@ def plan(context: Context) -> tuple[Plan, bool]:
     )
     for line in left_out(made, context.settings.corpus):
         context.say(f"plan: {line}")
+    if record := known_start(context, str(made.settings.get("kind", "text"))):
+        context.say(f"plan: {start_line(record)}")
     if made.settings.get("kind") == "chat":
         from bytecache.pipeline.commands.check import check_student_reads
 

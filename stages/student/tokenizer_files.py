@@ -180,7 +180,7 @@ def _named_by_class(source: Path, out: Path) -> dict[str, str]:
     return {
         key: text
         for key in ("bos_token", "eos_token")
-        if getattr(kept, key) is None and (text := getattr(original, key, None)) in special
+        if getattr(kept, key) is None and (text := str(getattr(original, key, None))) in special
     }
 
 

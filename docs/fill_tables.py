@@ -98,6 +98,19 @@ def objective_cost() -> str:
     return table("objective | " + " | ".join(sizes), rows)
 
 
+def oracle_excess() -> str:
+    """What the objective costs a student that reaches it, by its tokenizer."""
+    rows = [
+        [
+            f"`{each['tokenizer']}`", f"{each['excess']:+.4f}", f"{each['certain']:.0%}", f"{each['corrected']:.0%}",
+            f"{each['open']:.0%}", f"{each['average']:+.4f}", f"{each['closure']:+.4f}",
+        ]
+        for each in result("oracle_excess.json")["tokenizers"]
+    ]  # fmt: skip
+    titles = "student's tokenizer | >excess | >certain | >corrected | >open | >by average shares | >closure"
+    return table(titles, rows)
+
+
 def rate_distortion() -> str:
     """Size and divergence of each precision on each capture."""
     captures = result("rate_distortion.json")
@@ -138,6 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "genlm": genlm,
     "student-gain": student_gain,
     "objective-cost": objective_cost,
+    "oracle-excess": oracle_excess,
     "rate-distortion": rate_distortion,
     "run-output": run_output,
     "run-table": run_table,

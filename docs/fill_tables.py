@@ -131,8 +131,9 @@ def transcript() -> list[str]:
 def run_output() -> str:
     """What the run printed, up to its table."""
     lines = transcript()[1:]
-    printed = lines[: next(at for at, line in enumerate(lines) if line.startswith("| what |"))]
-    return "\n".join(["```text", *printed, "```"]).replace("\n\n```", "\n```")
+    return "\n".join(["```text", *(line for line in lines if not line.startswith("|")), "```"]).replace(
+        "\n\n```", "\n```"
+    )
 
 
 def run_table() -> str:

@@ -83,7 +83,7 @@ def train(
         stop: asked after every step, on every rank; True anywhere saves a checkpoint and raises Interrupted.
         report: called after every step with the line of `metrics.jsonl`, on the first rank.
         device: torch device; empty = CUDA where there is one.
-        dump: the teacher's tokens, for the heads `uld` and `shared_topk`.
+        dump: the teacher's tokens, for the heads of `settings.BASELINES`.
 
     Returns:
         name, checkpoint (path), sha256, step, step resumed from, the last step's loss terms, throughput, share of
@@ -126,10 +126,10 @@ def _train(
     }
     tokens = dump if settings.head in BASELINES and kl else None
     if settings.head in BASELINES and kl:
-        if tokens is None or (settings.head == "shared_topk" and not tokens.spells):
+        if tokens is None or (settings.head != "uld" and not tokens.spells):
             raise ConfigError(
                 f"train.head = {settings.head!r} reads the teacher's tokens; pass the run's token dump, and for "
-                "shared_topk the teacher's vocabulary with it"
+                "other heads than uld the teacher's vocabulary with it"
             )
         identity["dump"] = tokens.fingerprint
     if settings.packing:

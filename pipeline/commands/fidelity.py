@@ -62,7 +62,9 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
     old = identity.get("settings", {})
     try:
         context, overlap = identity.get("windows", [0, -1])
-        wanted = {"dtype": old.get("dtype", "float32"), "floor": old.get("floor", settings.floor)}
+        # `auto` means another precision on another device: the one that the dump was made in is wanted.
+        dtype = identity.get("dtype", old.get("dtype", "float32"))
+        wanted = {"dtype": dtype, "floor": old.get("floor", settings.floor)}
         return Teacher(
             **settings.model_dump(include={"revision", "backend", "start", "end", "trust_remote_code"})
             | settings.model_dump(include={"max_batched_tokens", "kv_cache_gib", "gpu_memory_utilization"})

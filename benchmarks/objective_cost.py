@@ -52,16 +52,17 @@ def measure(opened: student.Student, reader: stream.ShardReader, rounds: int, si
     """One line per head: overhead of its step over cross-entropy alone."""
     window = next(iter(sequential(reader.positions, size)))
     rows = stream.cut(reader[window.shard], window.lo, window.hi, opened.max_tokens)
-    micros = [stream.collate(g, with_targets=True) for g in stream.group(rows)]
+    groups = stream.group(rows)
+    micros = [stream.collate(members, with_targets=True) for members in groups]
     tokens = sum(m.input_ids.numel() for m in micros)
     slots = sum(len(m.slot_token) for m in micros)
-    begun = Step(0, micros, {})
     weights = sum(p.numel() for p in opened.model.parameters() if p.ndim > 1)
     plain = Objective(st.Train(head="parallel", lambda_byte=0.0, lambda_kl=0.0), opened, 0)
     lines = []
     for head in HEADS:
         objective = Objective(st.Train(head=head), opened, 0)
         objective.observe(reader)
+        begun = Step(0, [stream.collate(g, with_targets=True, limit=objective.term.slots) for g in groups], {})
         step(opened, objective, objective.prepare(begun).micro)
         pairs, ahead = [], []
         for _ in range(rounds):

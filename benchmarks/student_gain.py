@@ -2,7 +2,8 @@
 
     python -m benchmarks.student_gain runs/default --work runs/gain --out benchmarks/results/student_gain.json
         [--arms ce marginal ...] [--seeds 0 1 2] [--steps 250] [--pair NAME] [--teacher FOLDER]
-        [--student builtin:smollm2-135m-instruct --lora 16 --rate 5e-4 --batch 2 --window 512]
+        [--student builtin:smollm2-135m-instruct --tokenizer bpe:8192 --lora 16 --embeddings --rate 5e-4 --batch 2
+        --window 512 --steps 40]
     python -m benchmarks.student_gain --report --out benchmarks/results/student_gain.json
 
 Every arm starts from the same weights per seed and takes the same number of steps over the same text, in the same order
@@ -10,8 +11,8 @@ where the targets are the exact ones (worse ones are another data set, so anothe
 new student or its adapters, and the order. Measured on the held-out split:
 
     bits/byte   the student's token cross-entropy, END included, per text byte: an ordinary language model's figure
-    KL          KL(teacher || student) per text byte, of the student's own tokens seen as bytes, against the run's exact
-                targets, whatever the arm was trained on
+    KL          KL(teacher || student) per text byte, of the student's own tokens seen as bytes, where the teacher alone
+                decides them, against the run's exact targets, whatever the arm was trained on
 
 The teacher's own bits/byte there, and a pretrained student's before training, are measured once a pair. The arms
 `uld`, `shared_topk` and `marginal-topk` need the run's dump with teacher.top_k = 64; `shared_topk` and `marginal-topk`
@@ -58,6 +59,9 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "uld": ("exact", "ULD, its paper's weight 1.5", {"head": "uld", "lambda_kl": 1.5}),
     "uld-0.1": ("exact", "ULD, weight 0.1", {"head": "uld", "lambda_kl": 0.1}),
     "shared_topk": ("exact", "shared-vocabulary top-64", {"head": "shared_topk", "lambda_kl": 1.0}),
+    "strict_topk": ("exact", "strict one-to-one, shared top-16", {"head": "strict_topk", "lambda_kl": 1.0}),
+    "alm": ("exact", "ALM, chunk likelihoods", {"head": "alm", "lambda_kl": 1.0}),
+    "bld": ("exact", "BLD as published", {**PAPER, "lambda_kl": 0.1, "lora_rank": 64, "lora_targets": "q_proj v_proj"}),
     "marginal": ("exact", "marginal", MARGINAL),
     "marginal-fast": ("fast", "marginal, canonical-only targets", MARGINAL),
     "marginal-topk": ("topk", "marginal, top-64 targets", MARGINAL),
@@ -93,7 +97,7 @@ def heldout(opened: student.Student, targets: Path, window_bytes: int, limit: in
             for row in stream.cut(source, lo, min(lo + window_bytes, window.hi), opened.max_tokens)
         ]
         for members in stream.group(rows):
-            micro = stream.collate(members, with_targets=True, byte_reduction="sum")
+            micro = stream.collate(members, with_targets=True, byte_reduction="sum", limit=judge.term.slots)
             with torch.inference_mode():
                 parts = judge(*opened.forward(micro.input_ids), micro, measure=True)
             token, kl, n_bytes = token + float(parts.token), kl + float(parts.kl), n_bytes + micro.n_bytes
@@ -123,7 +127,9 @@ def prepared(args: argparse.Namespace, seed: int) -> Path:
     """The student's folder; a pretrained one is the same for every seed."""
     folder: Path = args.work / f"student-{args.pair.replace(' ', '-')}-{0 if args.student else seed}"
     if not folder.exists():
-        student.prepare(st.Student(model=args.student), args.run / "targets", folder, seed=seed)
+        student.prepare(
+            st.Student(model=args.student, tokenizer=args.tokenizer), args.run / "targets", folder, seed=seed
+        )
     return folder
 
 
@@ -142,7 +148,8 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     )
     settings = st.Train(
         steps=args.steps, learning_rate=args.rate, checkpoint_every=args.steps, batch=args.batch,
-        window_bytes=args.window, lora_rank=args.lora, warmup=min(30, args.steps // 8), tensorboard=False, **changes,
+        window_bytes=args.window, warmup=min(30, args.steps // 8), tensorboard=False, dtype=args.dtype,
+        **{"lora_rank": args.lora, "lora_embeddings": args.embeddings, **changes},
     )  # fmt: skip
     dump = TokenDump(args.run / "teacher", lambda: vocabulary_of(teacher, resolve_model(teacher)))
     began = time.process_time()
@@ -263,6 +270,9 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=0, help="bytes of held-out text that are read; 0 = all")
     parser.add_argument("--student", default="", help="a checkpoint to start from; default: a new BPE student")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 = train every weight")
+    parser.add_argument("--tokenizer", default="", help="another tokenizer for the student, see student.tokenizer")
+    parser.add_argument("--embeddings", action="store_true", help="train the token embeddings beside the adapters")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--teacher", default="", help="the teacher's folder, for its tokenizer")
     parser.add_argument("--pair", default="SmolLM2-135M to a new student")
     parser.add_argument("--report", action="store_true")

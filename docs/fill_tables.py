@@ -1,9 +1,10 @@
-"""Write the tables of README.md and docs/results.md from the committed results of the benchmarks.
+"""Write the tables of README.md, docs/results.md and docs/quickstart.md from committed results and a committed run.
 
     python docs/fill_tables.py
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. A test compares the documents
-with what this would write, so that no figure drifts from the file it comes from.
+with what this would write, so that no figure drifts from the file it comes from. docs/default-run.txt is what a run
+printed: `bytecache run --preset fast > docs/default-run.txt 2>&1`, whose first line says on what machine.
 """
 
 import json
@@ -14,7 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TRANSCRIPT = ROOT / "docs" / "default-run.txt"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "quickstart.md")
 TEXTS = {"encyclopedia": "encyclopedia", "prose": "manual", "code": "code", "cjk": "CJK"}
 """Texts as results call them, and as documents do, in their order."""
 PRESETS = ("fast", "balanced", "exact")
@@ -96,6 +98,19 @@ def objective_cost() -> str:
     return table("objective | " + " | ".join(sizes), rows)
 
 
+def oracle_excess() -> str:
+    """What the objective costs a student that reaches it, by its tokenizer."""
+    rows = [
+        [
+            f"`{each['tokenizer']}`", f"{each['excess']:+.4f}", f"{each['certain']:.0%}", f"{each['corrected']:.0%}",
+            f"{each['open']:.0%}", f"{each['average']:+.4f}", f"{each['closure']:+.4f}",
+        ]
+        for each in result("oracle_excess.json")["tokenizers"]
+    ]  # fmt: skip
+    titles = "student's tokenizer | >excess | >certain | >corrected | >open | >by average shares | >closure"
+    return table(titles, rows)
+
+
 def rate_distortion() -> str:
     """Size and divergence of each precision on each capture."""
     captures = result("rate_distortion.json")
@@ -108,13 +123,40 @@ def rate_distortion() -> str:
     return table("`convert.precision` | teacher | text | >bytes per byte of text | >KL", rows)
 
 
+def transcript() -> list[str]:
+    """Lines of the committed run; the first one, after `# `, says what was run on what machine."""
+    return TRANSCRIPT.read_text(encoding="utf-8").strip().splitlines()
+
+
+def run_output() -> str:
+    """What the run printed, up to its table."""
+    lines = transcript()[1:]
+    return "\n".join(["```text", *(line for line in lines if not line.startswith("|")), "```"]).replace(
+        "\n\n```", "\n```"
+    )
+
+
+def run_table() -> str:
+    """The table that the run ended with."""
+    return "\n".join(line for line in transcript() if line.startswith("|"))
+
+
+def run_machine() -> str:
+    """What was run on what machine."""
+    return transcript()[0].removeprefix("# ")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "presets-short": presets_short,
     "genlm": genlm,
     "student-gain": student_gain,
     "objective-cost": objective_cost,
+    "oracle-excess": oracle_excess,
     "rate-distortion": rate_distortion,
+    "run-output": run_output,
+    "run-table": run_table,
+    "run-machine": run_machine,
 }
 
 
@@ -128,7 +170,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Fill both documents."""
+    """Fill every document."""
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: tables filled")

@@ -99,7 +99,8 @@ class Teacher(Section):
     sample_tokens: int = Field(128, ge=0)
     """Tokens of every unit that are evaluated to near exactness as well, for the fidelity certificate; 0 = none."""
     start: str = "auto"
-    """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
+    """First token of every document: `auto` (measured: the model's BOS, else its EOS, unless another token of the kind
+    predicts text better) or a token's text. In conversations the chat template decides."""
     end: str = "auto"
     """Tokens whose mass is the END symbol: `auto` (the model's EOS ids), or token texts separated by spaces."""
     max_batched_tokens: int = Field(0, ge=0)
@@ -225,9 +226,10 @@ class Train(Section):
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW weight decay on matrices."""
-    head: Literal["marginal", "parallel", "autoregressive", "uld", "shared_topk"] = "marginal"
+    head: Literal["marginal", "parallel", "autoregressive", "alm", "uld", "shared_topk", "strict_topk"] = "marginal"
     """What meets the teacher: the student's own token distribution as bytes, or a byte head (the paper: parallel).
-    Baselines that read the run's token dump: `uld` (sorted probabilities), `shared_topk` (tokens of equal bytes)."""
+    Baselines: `alm` (likelihoods of chunks of bytes); from the run's token dump `uld` (sorted probabilities),
+    `shared_topk` (tokens of equal bytes) and `strict_topk` (sixteen of them, where both have the same token)."""
     head_width: int = Field(0, ge=0)
     """Hidden width of the autoregressive head; 0 = the student's own, 256 at most."""
     lambda_token: float = Field(1.0, ge=0)
@@ -273,7 +275,7 @@ NEUTRAL = frozenset(
 """Keys of `[train]` that leave the mathematics of a run as it is: a run may continue with others."""
 
 
-BASELINES = ("uld", "shared_topk")
+BASELINES = ("uld", "shared_topk", "strict_topk")
 """Values of `train.head` that read the teacher's tokens, the top k of the run's dump."""
 
 
@@ -300,7 +302,7 @@ class Fleet(Section):
     """A metadata address to poll for a notice of preemption; empty = none. See `pipeline/fleet/preemption.py`."""
     notice_header: SecretHeader = SecretHeader()
     """Header for notice_url, e.g. `Metadata-Flavor: Google`. Any other value may be a token, is written nowhere, and is
-    taken from $BYTECACHE_FLEET_NOTICE_HEADER where this is empty."""
+    best given as $BYTECACHE_FLEET_NOTICE_HEADER."""
     notice_token_url: SecretAddress = SecretAddress()
     """Where to PUT for a token first (AWS IMDSv2); empty = none."""
     notice_match: str = "."

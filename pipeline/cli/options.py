@@ -105,12 +105,18 @@ def _saved_configuration(settings: Settings, *, remote: bool) -> tuple[str, byte
     """Name and content of the configuration in the run folder. Raises ConfigError where it cannot be read."""
     place = settings.run.dir
     name = f"{place}/{RESOLVED_FILE}"
-    if "://" in place:
-        if not remote:
-            return None
-        from bytecache.pipeline.stores import open_store
+    if "://" in place and not remote:
+        return None
+    from bytecache.pipeline.context import configuration_fault, own_configuration
+    from bytecache.pipeline.stores import open_store
 
-        store = open_store(place, settings.run.scratch)
+    store = open_store(place, settings.run.scratch)
+    if fault := configuration_fault(store):
+        raise ConfigError(f"configuration {name} {fault}")
+    if not store.exists(RESOLVED_FILE) and (copy := own_configuration(store)) is not None:
+        say(f"warning: {name} is missing; the settings are those of {copy}", err=True)
+        return str(copy), copy.read_bytes()
+    if "://" in place:
         return (name, store.read_bytes(RESOLVED_FILE)) if store.exists(RESOLVED_FILE) else None
     try:
         return name, read_regular(Path(place).expanduser() / RESOLVED_FILE, MAX_FILE)

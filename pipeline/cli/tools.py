@@ -45,8 +45,11 @@ def verify(
         str, typer.Argument(help="A run folder, or a folder with dataset.json, or its URL; default: run.dir.")
     ] = "",
     as_json: JsonOption = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode every shard too, and compare it with its manifest.")
+    ] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove what is damaged and make or fetch just that again.")
+        bool, typer.Option("--repair", help="Set aside what is damaged and make or fetch just that again.")
     ] = False,
     source: Annotated[
         str, typer.Option("--from", metavar="PLACE", help="With --repair: folder or URL the data set came from.")
@@ -56,9 +59,9 @@ def verify(
 
     Reads: every byte of the folder once. Writes nothing without --repair. Exit code 4 and a list if anything is wrong.
 
-    --repair in a run folder removes damaged outputs with their receipts, makes slices, shards and the index again, and
-    leaves to `teacher`, `train`, `evaluate` or `export` what only they can make; it uses the run's own configuration.
-    In a data set on its own it fetches bad files again --from where it came.
+    --repair in a run folder puts back what lies in another's place, sets aside damaged outputs with their receipts (in
+    set-aside/), makes slices, shards and the index again, and names the commands that make the rest; it uses the run's
+    own configuration. In a data set on its own it fetches bad files again --from where it came.
 
     Example: bytecache verify runs/books --repair; or: bytecache verify downloaded --repair --from hf://datasets/me/books
     """
@@ -67,33 +70,47 @@ def verify(
 
         run = given.settings(of_run=False).run
         place = str(folder) if folder else run.dir
-        local = Path(place).expanduser()
-        done: list[str] = []
+        done = _repair(given, place, source, deep, quiet=as_json) if repair else []
         if source and not repair:
             raise ConfigError(f"--from {source}: only --repair fetches; add it")
-        if repair and (source or module.is_dataset(local)):
-            if not source:
-                raise ConfigError(f"{place} is a data set on its own; name where it came from: --from PLACE")
-            if not local.is_dir():
-                raise InputError(f"{place} is not a folder; --from repairs a local copy of a data set")
-            done = module.repair_dataset(local, source)
-        elif repair:
-            from bytecache.pipeline.context import open_context
-
-            settings = given.settings({"run.dir": place})
-            done = module.repair_run(open_context(settings, lambda line: None if as_json else say(line)))
-        problems, checked = module.verify_place(place, run.scratch)
+        problems, checked = module.verify_place(place, run.scratch, deep=deep)
+        left = sum(line.startswith("left: ") for line in done)
         if as_json:
             report = {"folder": place, "files": checked, "problems": problems}
             say(json.dumps(report | ({"repaired": done} if repair else {}), indent=2))
         else:
             for line in [*done, *problems]:
                 say(line)
-        if problems:
-            remedy = "what is left is named above" if repair else "rerun the stage, or `verify --repair`"
-            raise IntegrityError(f"{place}: {len(problems)} problems in {checked} files; {remedy}")
+        if problems or left:
+            remedy = "rerun the stage, or `bytecache verify --repair`, which repairs or names the command that does"
+            remedy = "run what is named above" if repair else remedy
+            raise IntegrityError(f"{place}: {len(problems) or left} problems in {checked} files; {remedy}")
         if not as_json:
             say(f"{place}: {checked} files match their hashes")
+
+
+def _repair(given: Given, place: str, source: str, deep: bool, *, quiet: bool) -> list[str]:
+    """Repair a run folder, or a data set on its own from its source; returns what was done."""
+    from bytecache.pipeline.commands.verify import is_dataset
+
+    local = Path(place).expanduser()
+    if source or is_dataset(local):
+        from bytecache.pipeline.commands.repair_dataset import repair_dataset
+
+        if not source:
+            raise ConfigError(f"{place} is a data set on its own; name where it came from: --from PLACE")
+        if not local.is_dir():
+            raise InputError(f"{place} is not a folder; --from repairs a local copy of a data set")
+        return repair_dataset(local, source)
+    from bytecache.pipeline.commands.repair import repair_run
+    from bytecache.pipeline.context import open_context, own_configuration
+    from bytecache.pipeline.stores import open_store
+
+    # A damaged config.toml is one of the things to repair: what the run was made with is read from a whole one.
+    own = own_configuration(open_store(place, given.settings(of_run=False).run.scratch))
+    given.config, given.fresh = given.config or own, True
+    settings = given.settings({"run.dir": place})
+    return repair_run(open_context(settings, lambda line: None if quiet else say(line)), deep=deep)
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,12 @@ from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.aside import set_aside as set_aside_file
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from bytecache.schemas.dataset.index import Dataset
+    from bytecache.schemas.dataset.index import Dataset, ShardEntry
 
 TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
@@ -130,24 +130,33 @@ def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
         )
 
 
+def shard_entry(receipt: Receipt) -> "ShardEntry":
+    """The manifest's row of a shard, from its receipt."""
+    from bytecache.schemas.dataset.index import ShardEntry
+
+    (file,) = receipt.files
+    fixed = {
+        "file": Path(file.path).name,
+        "split": receipt.inputs["split"],
+        "sha256": file.sha256,
+        "size": file.size,
+        "key": receipt.key,
+    }
+    counted = {name: receipt.counts[name] for name in ShardEntry.model_fields if name not in fixed}
+    return ShardEntry(**fixed, **counted)
+
+
 def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any]) -> bool:
-    """Write manifest.parquet and dataset.json unless they already say the same; True if written."""
+    """Write manifest.parquet, the card and dataset.json unless they already say the same; True if written.
+
+    What lies there unlisted is set aside. Raises IntegrityError if the published index says other things of the same
+    shards: one of both was altered, and what others may be reading is not rewritten on a guess.
+    """
     from bytecache.schemas.dataset import card
-    from bytecache.schemas.dataset.index import ShardEntry, index_documents
+    from bytecache.schemas.dataset.index import DATASET, MANIFEST, index_documents
 
     store = context.store
-    entries = []
-    for receipt in shards:
-        (file,) = receipt.files
-        fixed = {
-            "file": Path(file.path).name,
-            "split": receipt.inputs["split"],
-            "sha256": file.sha256,
-            "size": file.size,
-            "key": receipt.key,
-        }
-        counted = {name: receipt.counts[name] for name in ShardEntry.model_fields if name not in fixed}
-        entries.append(ShardEntry(**fixed, **counted))
+    entries = [shard_entry(receipt) for receipt in shards]
     if not any(entry.n_documents for entry in entries if entry.split == "train"):
         from bytecache.stages.tokens.misfits import remedy, words
 
@@ -161,29 +170,94 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
             f"the teacher could read no training document because {words(aside)}; {remedy(aside, 'teacher')}"
         )
     measured = certificate(shards, info["teacher"])
-    with suppress(IntegrityError):
-        dataset = read_index(store)
+    try:
+        published = read_index(store)
         if (
-            dataset is not None
-            and dataset.fidelity == measured
-            and all(dataset.info.get(name) == info[name] for name in _RESTATED)
-            and sorted(dataset.entries, key=_by_file) == sorted(entries, key=_by_file)
+            published is not None
+            and published.fidelity == measured
+            and all(published.info.get(name) == info[name] for name in _RESTATED)
+            and sorted(published.entries, key=_by_file) == sorted(entries, key=_by_file)
         ):
-            return False
-    # Shards of a conversion with other settings that was never published; an index must list all of its folder.
-    listed = {entry.file for entry in entries}
-    for key in list(store.list(TARGETS)):
-        if key.endswith(".zarr.zip") and Path(key).name not in listed:
-            store.delete(key)
-    keys = {receipt.key for receipt in shards}
-    for _, key in list(receipts.list_receipts(store, "convert")):
-        if key not in keys:
-            store.delete(receipts.receipt_path("convert", key))
+            return mend_card(context)
+    except IntegrityError as error:
+        moved = [set_aside_file(store, key) for name in (DATASET, MANIFEST) if store.exists(key := f"{TARGETS}/{name}")]
+        context.say(f"convert: the published index is damaged ({error}); it is set aside as {', '.join(moved)}")
+    disputed = contradictions(store, shards, measured)
+    if disputed:
+        raise IntegrityError(
+            f"{store.name}/{TARGETS}: receipts and the published index disagree ({'; '.join(disputed[:3])}); the index "
+            "is not rewritten: run `bytecache verify --repair`, which opens the shards to see which of the two is right"
+        )
+    _clear_unlisted(context, {entry.file for entry in entries}, {receipt.key for receipt in shards})
     for name, raw in index_documents(entries, info, measured).items():
         key = f"{TARGETS}/{name}"
-        if name == card.FILE and store.exists(key) and not card.is_ours(store.get_path(key)):
-            continue  # somebody wrote their own
+        if name == card.FILE and store.exists(key):
+            if card.fault(store.read_bytes(key), raw):
+                set_aside_file(store, key)
+            elif not card.is_ours(store.get_path(key)):
+                continue  # somebody wrote their own
         store.replace(key, store.write_temp(name, raw))
+    return True
+
+
+def contradictions(store: Store, shards: Sequence[Receipt], measured: dict[str, Any] | None) -> list[str]:
+    """What the published index says of the very shards of these receipts that the receipts do not say."""
+    try:
+        published = read_index(store)
+    except IntegrityError:
+        return []  # no word of a damaged index counts
+    if published is None:
+        return []
+    listed = {entry.sha256: entry for entry in published.entries}
+    found = []
+    for receipt in shards:
+        entry, row = listed.get(receipt.files[0].sha256), shard_entry(receipt)
+        if entry is not None:
+            found += [
+                f"{entry.file}: {name} is {getattr(entry, name)} in the index, {getattr(row, name)} in its receipt"
+                for name in type(row).model_fields
+                if name not in ("file", "key") and getattr(row, name) != getattr(entry, name)
+            ]
+    same_shards = listed.keys() == {receipt.files[0].sha256 for receipt in shards}
+    if same_shards and published.fidelity != measured:
+        found.append("the certificate of fidelity")
+    return found
+
+
+def _clear_unlisted(context: Context, files: set[str], keys: set[str]) -> None:
+    """Set aside what an index that lists `files` and is made from receipts `keys` would not know.
+
+    Shards of a conversion with other settings that was never published, or whatever somebody put there: an index must
+    list all of its folder.
+    """
+    store = context.store
+    moved = []
+    for key in list(store.list(TARGETS)):
+        if key.endswith(".zarr.zip") and Path(key).name not in files:
+            moved.append(set_aside_file(store, key))
+    for _, key in list(receipts.list_receipts(store, "convert")):
+        if key not in keys:
+            moved.append(set_aside_file(store, receipts.receipt_path("convert", key)))
+    if moved:
+        context.say(f"convert: {len(moved)} files that the data set does not list are set aside ({moved[0]}, ...)")
+
+
+def mend_card(context: Context) -> bool:
+    """Make the card of the published data set again if it is missing or damaged, not if somebody wrote their own."""
+    from bytecache.schemas import strict_json
+    from bytecache.schemas.dataset import card
+    from bytecache.schemas.dataset.index import DATASET
+
+    store, key = context.store, f"{TARGETS}/{card.FILE}"
+    rendered = card.render(strict_json.parse(store.read_bytes(f"{TARGETS}/{DATASET}")))
+    present = store.read_bytes(key) if store.exists(key) else None
+    if present is not None and not card.fault(present, rendered):
+        return False
+    if present is not None:
+        context.say(f"convert: {key} was damaged and is made again; the old one is {set_aside_file(store, key)}")
+    else:
+        context.say(f"convert: {key} was missing and is made again")
+    store.replace(key, store.write_temp(card.FILE, rendered))
     return True
 
 

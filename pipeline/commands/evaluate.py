@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.stores import json_bytes
+from bytecache.pipeline.units.documents import is_whole, write_document
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Task, Tick, Work, run_units
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     pass
 from bytecache.pipeline.commands.export import export, export_task
 from bytecache.pipeline.commands.train import open_targets, run_files, trained
+
+_REPORT = ("report/report.json", "report/report.md")
 
 
 def evaluate_tasks(context: Context, dataset: str, only: str = "") -> list[Task]:
@@ -48,16 +51,12 @@ def evaluate(context: Context, only: str = "") -> tuple[list[dict[str, Any]], in
     tasks = evaluate_tasks(context, targets.content_sha256, only)
     outcome = run_units(store, tasks, open_work, context.stop, reporter=_reporter(len(tasks)))
     results = [receipt.counts for receipt in outcome.receipts]
-    report = json_bytes(results).decode("utf-8")
-    if (
-        outcome.made
-        or not store.exists("report/report.md")
-        or store.read_bytes("report/report.json").decode("utf-8") != report
-    ):
+    report = json_bytes(results)
+    if outcome.made or not all(is_whole(store, key) for key in _REPORT) or store.read_bytes(_REPORT[0]) != report:
         from bytecache.stages.evaluate.evaluate import report_table
 
-        store.replace_text("report/report.md", report_table(results))
-        store.replace_text("report/report.json", report)
+        write_document(store, _REPORT[1], report_table(results))
+        write_document(store, _REPORT[0], report.decode("utf-8"))
     context.save_config("report/config.toml", changed=outcome.made > 0)
     done = f"{outcome.made} runs measured" if outcome.made else f"nothing to do, {len(results)} runs are measured"
     context.say(f"evaluate: {done} (report/report.json, report/report.md)")
@@ -79,5 +78,6 @@ def measure_exported(context: Context, tasks: list[str], limit: int, only: str =
     for run in trained(context, only):
         export(context, run.name)
         results[run.name] = measure(context.store.folder(export_task(run).out), tasks, limit=limit)
-    context.store.replace_text("report/lm-eval.json", json_bytes({"limit": limit, "results": results}).decode("utf-8"))
-    context.store.replace_text("report/lm-eval.md", table(results))
+    facts = json_bytes({"limit": limit, "results": results}).decode("utf-8")
+    write_document(context.store, "report/lm-eval.json", facts)
+    write_document(context.store, "report/lm-eval.md", table(results))

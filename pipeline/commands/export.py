@@ -4,9 +4,11 @@ import time
 from typing import TYPE_CHECKING
 
 from bytecache.pipeline.context import Context
+from bytecache.pipeline.stores import disk_errors
+from bytecache.pipeline.units.aside import set_damaged_folder_aside, set_folder_aside
 from bytecache.pipeline.units.receipts import Receipt, record_file, unit_key
 from bytecache.pipeline.units.runner import Task, commit_receipt, finished
-from bytecache.schemas.errors import Interrupted
+from bytecache.schemas.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     pass
@@ -34,8 +36,18 @@ def export(context: Context, only: str = "") -> int:
 
         started = time.monotonic()
         folder = store.folder(task.out, "export.json")
-        result = export_stage(*run_files(store, run), folder)
-        store.publish(task.out)
+        with disk_errors(f"export {run.name}, writing {folder}"):
+            moved = set_damaged_folder_aside(store, task.stage, task.key, task.out)
+            try:
+                result = export_stage(*run_files(store, run), folder)
+            except (ConfigError, ValueError):
+                moved = set_folder_aside(store, task.out)
+                if not moved:
+                    raise
+                result = export_stage(*run_files(store, run), folder)
+            if moved:
+                context.say(f"export {run.name}: {task.out} was damaged: set aside ({moved[0]}, ...) and made again")
+            store.publish(task.out)
         files = [record_file(store, key) for key in store.list(task.out)]
         # Beside the folder, not in it: the folder is a plain checkpoint and nothing else.
         context.save_config(f"{task.out}.config.toml")

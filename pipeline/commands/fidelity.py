@@ -65,6 +65,8 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
         # `auto` means another precision on another device: the one that the dump was made in is wanted.
         dtype = identity.get("dtype", old.get("dtype", "float32"))
         wanted = {"dtype": dtype, "floor": old.get("floor", settings.floor)}
+        if settings.start == "auto":  # as the data set's teacher did, whatever would be measured here
+            wanted["start"] = str(identity.get("start", "auto"))
         return Teacher(
             **settings.model_dump(include={"revision", "backend", "start", "end", "trust_remote_code"})
             | settings.model_dump(include={"max_batched_tokens", "kv_cache_gib", "gpu_memory_utilization"})

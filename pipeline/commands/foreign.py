@@ -131,14 +131,13 @@ def identity_of(teacher: ForeignTeacher, source: Source, settings: Settings) -> 
 
 def _job(context: Context, planned: Plan, teacher: ForeignTeacher, source: Source) -> Job:
     identity = identity_of(teacher, source, context.settings)
-    group = unit_key("teacher", identity)[:12]
 
     def task(index: int) -> Task:
         unit = planned.units[index]
         inputs = {"slice": unit.sha256, "teacher": identity}
         name = f"{unit.index:05d}-{unit.split}"
         out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
-        return Task("teacher", name, out, inputs, unit.n_bytes, group, unit)
+        return Task("teacher", name, out, inputs, unit.n_bytes, unit)
 
     @contextmanager
     def open_work(stop: Callable[[], bool]) -> Iterator[Work]:

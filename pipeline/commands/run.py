@@ -11,6 +11,7 @@ from bytecache.pipeline.commands.plan import plan
 from bytecache.pipeline.commands.teacher import teacher
 from bytecache.pipeline.commands.train import train, trained
 from bytecache.pipeline.context import Context
+from bytecache.pipeline.units.documents import write_document
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.errors import ConfigError
@@ -45,7 +46,7 @@ def run(context: Context) -> bool:
         context.say("evaluate: skipped, the plan has no held-out documents (corpus.heldout_fraction)")
     made += export(context)
     table = summary_table(planned.n_bytes, dumped.receipts, converted.receipts, trained(context), results)
-    context.store.replace_text("report/summary.md", table)
+    write_document(context.store, "report/summary.md", table)
     if not made:
         context.say(f"run: nothing to do, every output of {context.store.name} is whole")
     context.say("")

@@ -1,5 +1,6 @@
 """`teacher`: one token dump for each slice. A dump part's key holds its slice and the teacher's full identity."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,10 @@ from bytecache.pipeline.commands.dataset import (
 )
 from bytecache.pipeline.config import changed_keys
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.fleet.ledger import Layout
+from bytecache.pipeline.fleet.ledger import Layout, read_json
 from bytecache.pipeline.fleet.quarantine import quarantined
 from bytecache.pipeline.plan.index import Plan, Unit, load_plan
-from bytecache.pipeline.stores import overlapped
+from bytecache.pipeline.stores import Store, overlapped
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
@@ -25,19 +26,23 @@ from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.locate import model_name, resolve_model
 from bytecache.stages.models.remembered import remembered
 
+START_FOLDER = "teacher/start"
+"""Where a run keeps which start token was measured to be best."""
+
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    store, settings = context.store, context.settings
-    identity, rendered = find_identity(settings.teacher, str(planned.settings.get("kind", "text")))
-    group = unit_key("teacher", {**identity, **rendered})[:12]
+    store = context.store
+    kind = str(planned.settings.get("kind", "text"))
+    settings = context.settings.model_copy(update={"teacher": settle_start(context, kind)})
+    identity, rendered = find_identity(settings.teacher, kind)
 
     def task(index: int) -> Task:
         unit = planned.units[index]
         inputs = {"slice": unit.sha256, "teacher": identity, **rendered}
         name = f"{unit.index:05d}-{unit.split}"
         out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
-        return Task("teacher", name, out, inputs, unit.n_bytes, group, unit)
+        return Task("teacher", name, out, inputs, unit.n_bytes, unit)
 
     @contextmanager
     def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
@@ -64,6 +69,50 @@ def teacher_job(context: Context, planned: Plan) -> Job:
             engine.close()
 
     return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, planned.sizes, task, open_work)
+
+
+def settle_start(context: Context, kind: str) -> Teacher:
+    """The teacher's settings with the start token that all workers of this run take (`stages.teacher.start`).
+
+    Where `teacher.start` is "auto", whoever comes first measures it and the run keeps the record, one a teacher; in
+    conversations the template decides.
+    """
+    settings, store = context.settings.teacher, context.store
+    if settings.start != "auto" or kind == "chat":
+        return settings
+    asked, key = _start_record(settings)
+    if not store.exists(key):
+        from bytecache.stages.teacher.start import measured_start
+
+        refuse_quantised_teacher(resolve_model(settings), settings.model, settings.backend)
+        measured = measured_start(settings)
+        if store.put_json_if_absent(key, {**measured, "teacher": asked}):
+            context.say(f"teacher: {start_line(measured)}")
+    record = read_json(store, key)
+    if record is None or not isinstance(record.get("start"), str):
+        raise IntegrityError(f"{store.name}: {key} is damaged; delete it and rerun the same command")
+    return settings.model_copy(update={"start": record["start"]})
+
+
+def _start_record(settings: Teacher) -> tuple[dict[str, Any], str]:
+    """What a measured start depends on as far as settings say, and where a run keeps it."""
+    asked = settings.model_dump(include={"revision", "backend", "dtype", "end"}) | {"model": model_name(settings)}
+    return asked, f"{START_FOLDER}/{unit_key('start', asked)[:12]}.json"
+
+
+def known_start(context: Context, kind: str) -> dict[str, Any] | None:
+    """The record of this run's start token, if it was measured already."""
+    settings = context.settings.teacher
+    return None if settings.start != "auto" or kind == "chat" else read_json(context.store, _start_record(settings)[1])
+
+
+def start_line(record: dict[str, Any]) -> str:
+    """A record of `stages.teacher.start` for people."""
+    start, bits = record.get("start"), record.get("bits_per_byte") or {}
+    if start not in bits:
+        return "documents start with the configured token, the only plausible one"
+    others = ", ".join(f"{name or 'none'} {value:.3f}" for name, value in bits.items() if name != start)
+    return f"documents start with {start}: {bits[start]:.3f} bits/byte on a sample ({others})"
 
 
 def find_identity(settings: Teacher, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -108,27 +157,21 @@ def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
 
     Raises InputError if some are missing, ConfigError if only dumps of other settings exist or several sets fit.
     """
-    store, settings = context.store, context.settings
-    groups: dict[str, dict[str, Receipt]] = defaultdict(dict)
-    keys = [key for _, key in receipts.list_receipts(store, "teacher")]
-    for receipt in overlapped(lambda key: receipts.read_receipt(store, "teacher", key), keys):
-        if receipt is not None:
-            groups[receipt.group][str(receipt.inputs.get("slice"))] = receipt
+    store = context.store
+    groups, damaged = _dump_groups(store)
     wanted = {unit.index: unit.sha256 for unit in planned.units}
     aside = {entry.unit for entry in quarantined(store, Layout("teacher"))}
     fitting: dict[str, dict[int, Receipt]] = {}
-    best, differences = 0, ""
+    most, differences = 0, ""
     for group, by_slice in sorted(groups.items()):
-        found = {index: by_slice[sha256] for index, sha256 in wanted.items() if sha256 in by_slice}
-        if not found:
-            continue
-        changes = teacher_changes(next(iter(found.values())), settings.teacher)
+        parts = {index: by_slice[sha256] for index, sha256 in wanted.items() if sha256 in by_slice}
+        changes = teacher_changes(next(iter(parts.values())), context.settings.teacher) if parts else []
         if changes:
             differences = "; ".join(changes)
             continue
-        best = max(best, len(found))
-        if wanted.keys() - found.keys() <= aside:
-            fitting[group] = found
+        most = max(most, len(parts))
+        if parts and wanted.keys() - parts.keys() <= aside:
+            fitting[group] = parts
     if len(fitting) > 1:
         raise ConfigError(
             f"{store.name} holds whole dumps of {len(fitting)} versions of this teacher or its software "
@@ -136,18 +179,46 @@ def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
         )
     if fitting:
         (dumps,) = fitting.values()
-        for problems in overlapped(lambda receipt: receipts.problems(store, receipt), dumps.values()):
-            if problems:
-                raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
-        return dumps
-    if differences and not best:
+        return _whole(store, dumps)
+    if differences and not most and not damaged:
         raise ConfigError(
             f"{store.name} holds dumps of other teacher settings only ({differences}); "
             "restore them or run `bytecache teacher`"
         )
+    why = f" ({len(damaged)} receipts do not check, the first: {damaged[0]})" if damaged else ""
     raise InputError(
-        f"{store.name} holds {best} of {len(wanted)} dump parts; run `bytecache teacher` to make the others"
+        f"{store.name} holds {most} of {len(wanted)} dump parts; run `bytecache teacher` to make the others{why}"
     )
+
+
+def _dump_groups(store: Store) -> tuple[dict[str, dict[str, Receipt]], list[str]]:
+    """Dump receipts by group and sha256 of their slice, and what is wrong with each that does not check."""
+
+    def read(key: str) -> Receipt | str | None:
+        try:
+            receipt = receipts.read_receipt(store, "teacher", key)
+            return (receipts.key_fault(receipt) or receipt) if receipt else None
+        except IntegrityError as error:
+            return str(error)
+
+    groups: dict[str, dict[str, Receipt]] = defaultdict(dict)
+    damaged: list[str] = []
+    for receipt in overlapped(read, [key for _, key in receipts.list_receipts(store, "teacher")]):
+        if isinstance(receipt, Receipt):
+            groups[receipt.group][str(receipt.inputs.get("slice"))] = receipt
+        elif receipt:
+            damaged.append(receipt)
+    for line in damaged:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+    return groups, damaged
+
+
+def _whole(store: Store, dumps: dict[int, Receipt]) -> dict[int, Receipt]:
+    """The same dumps. Raises IntegrityError if the files of one are not as its receipt says."""
+    for problems in overlapped(lambda receipt: receipts.problems(store, receipt), dumps.values()):
+        if problems:
+            raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
+    return dumps
 
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:

@@ -7,19 +7,21 @@ receipt, written after the last step, is what makes the run done.
 
 import io
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytecache.pipeline.commands.dataset import TARGETS
+from bytecache.pipeline.commands.student import RECORD, make_student, student_task
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.stores import Store
+from bytecache.pipeline.stores import Store, disk_errors
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
 from bytecache.pipeline.units.runner import Task, commit_receipt, finished
-from bytecache.schemas.errors import ConfigError, InputError, Interrupted
+from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
@@ -47,18 +49,15 @@ def open_targets(context: Context) -> "Dataset":
 
     settings = context.settings.dataset
     if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):
-        raise InputError(f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first")
+        raise InputError(
+            f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first "
+            f"({TARGETS}/dataset.json is missing)"
+        )
     limit = int(settings.cache_gib * 2**30)
     place = settings.source.reveal() or context.store.folder(TARGETS)
     return open_dataset(
         place, cache_dir=settings.cache_dir, cache_bytes=limit, private_redirects=settings.private_redirects
     )
-
-
-def student_prefix(context: Context, dataset: str) -> str:
-    """Key of the untrained student's folder, named by its recipe; distilled and control begin from the same."""
-    recipe = {"dataset": dataset, "student": context.settings.student.model_dump(), "seed": context.settings.run.seed}
-    return f"train/student-{unit_key('student', recipe)[:12]}"
 
 
 def train_task(context: Context, name: str, dataset: str) -> Task:
@@ -85,36 +84,31 @@ def train(context: Context, only: str = "") -> int:
     if os.environ.get("RANK", "0") != "0":
         context = replace(context, say=lambda line: None)
     targets = open_targets(context)
-    tasks = [train_task(context, name, targets.content_sha256) for name in run_names(context.settings.train, only)]
-    pending = [task for task in tasks if finished(context.store, task) is None]
+    store, dataset = context.store, targets.content_sha256
+    tasks = [train_task(context, name, dataset) for name in run_names(context.settings.train, only)]
+    pending = [task for task in tasks if finished(store, task, _warn) is None]
     for task in tasks:
         if task not in pending:
             context.say(f"train {task.name}: nothing to do, {task.measure} steps are done ({task.out})")
-    if pending:
+    # What was trained from the student is evaluated and exported with it, so a finished run looks after it too.
+    if pending or finished(store, student_task(context, dataset)) is None:
         from bytecache.stages.train.parallel import joined
 
         with joined(context.settings.train.parallel) as world:
+            if world.main:
+                make_student(context, targets)
+            world.wait()
             for task in pending:
                 _train_one(context, world, task, targets)
     return len(pending)
 
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
-    from bytecache.stages.student import student
-    from bytecache.stages.student.check import check_student
     from bytecache.stages.train.train import train as train_stage
 
     store, settings = context.store, context.settings
-    start = student_prefix(context, targets.content_sha256)
-    folder = store.folder(start, "student.json")
-    if world.main:
-        if not folder.exists():
-            check_student(settings.student, settings.train)
-        prepared = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
-        for note in prepared.get("notes", []):
-            context.say(note)
-        store.publish(start)
-    world.wait()
+    start = student_task(context, targets.content_sha256).out
+    folder = store.folder(start, RECORD)
     out = store.folder(task.out)
     steps = settings.train.steps
     silent = None if world.main else io.StringIO()
@@ -133,18 +127,19 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
 
         started = time.monotonic()
         try:
-            result = train_stage(
-                settings.train,
-                folder,
-                targets,
-                out,
-                name=task.name,
-                seed=settings.run.seed,
-                lambda_kl=task.inputs["train"]["lambda_kl"],
-                stop=context.stop,
-                report=report,
-                dump=_token_dump(context) if task.inputs["train"]["lambda_kl"] else None,
-            )
+            with disk_errors(f"train {task.name}, writing {out}"):
+                result = train_stage(
+                    settings.train,
+                    folder,
+                    targets,
+                    out,
+                    name=task.name,
+                    seed=settings.run.seed,
+                    lambda_kl=task.inputs["train"]["lambda_kl"],
+                    stop=context.stop,
+                    report=report,
+                    dump=_token_dump(context) if task.inputs["train"]["lambda_kl"] else None,
+                )
         except Interrupted:
             if world.main:
                 store.publish(task.out)
@@ -153,16 +148,12 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
         return
     store.publish(task.out)
     checkpoint = Path(result["checkpoint"])
-    files = [
-        record_file(store, f"{task.out}/{name}") for name in (checkpoint.name, checkpoint.with_suffix(".json").name)
-    ]
-    counts = {
-        **result,
-        "checkpoint": f"{task.out}/{checkpoint.name}",
-        "student": start,
-    }
+    keys = [f"{task.out}/{name}" for name in (checkpoint.name, checkpoint.with_suffix(".json").name)]
+    beside = [record_file(store, key) for key in store.list(task.out) if key not in keys and _is_record(key)]
+    counts = {**result, "checkpoint": keys[0], "student": start}
     context.save_config(f"{task.out}/config.toml")
-    commit_receipt(store, run_receipt(task, files, counts, time.monotonic() - started))
+    receipt = run_receipt(task, [record_file(store, key) for key in keys], counts, time.monotonic() - started)
+    commit_receipt(store, receipt.model_copy(update={"beside": tuple(beside)}))
     if skipped := result["skipped_documents"]:
         from bytecache.stages.tokens.misfits import words
 
@@ -170,6 +161,12 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
             f"train {task.name}: {sum(skipped.values())} documents skipped because of the student: {words(skipped)}"
         )
     context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
+
+
+def _is_record(key: str) -> bool:
+    """Whether a file of a run is one that training wrote beside the last checkpoint: older ones, and its logs."""
+    parts = key.split("/")[2:]
+    return parts[0].startswith("step-") or parts[0] in ("metrics.jsonl", "tensorboard")
 
 
 def _token_dump(context: Context) -> "TokenDump | None":
@@ -207,20 +204,27 @@ def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt
     Raises InputError if one asked for is not finished.
     """
     dataset = dataset or open_targets(context).content_sha256
-    found = []
+    runs = []
     for name in run_names(context.settings.train, only):
-        receipt = finished(context.store, train_task(context, name, dataset))
+        damage: list[str] = []
+        receipt = finished(context.store, train_task(context, name, dataset), damage.append)
+        if damage:
+            raise IntegrityError(f"{context.store.name}: {damage[0]}; run `bytecache train` to make it again")
         if receipt is not None:
-            found.append(receipt)
+            runs.append(receipt)
         elif only:
             raise InputError(f"{context.store.name} holds no finished run {name}; run `bytecache train` first")
-    if not found:
+    if not runs:
         raise InputError(f"{context.store.name} holds no run trained with these settings; run `bytecache train` first")
-    return found
+    return runs
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def run_files(store: Store, run: Receipt) -> tuple[Path, Path]:
     """Local folder of the student that a finished run began from, and local file of its last checkpoint."""
     checkpoint = Path(run.counts["checkpoint"])
     folder = store.folder(checkpoint.parent.as_posix())
-    return store.folder(run.counts["student"], "student.json"), folder / checkpoint.name
+    return store.folder(run.counts["student"], RECORD), folder / checkpoint.name

@@ -1,240 +1,179 @@
-"""`verify` and its repair: every hash of a folder recomputed; what is bad removed, fetched or made again, no more.
+"""`verify`: every hash of a folder recomputed, every file accounted for.
 
-Verify needs no model and no configuration: receipts, plan and the data set's index state the hashes. Repair removes
-what is damaged, with its receipt, and makes again what needs no teacher: slices from the corpus, shards and the index
-from whole dump parts. What needs a model is left pending for its stage, whose next call does just those units. A data
-set that came from elsewhere is repaired from its source: only bytes with the manifest's sha256 are accepted, so the
-source need not be trusted. Price: `verify` reads every byte once (about 1 GB/s per core).
+Needs no model and no configuration: receipts, plan and the data set's index state the hashes, and each vouches for
+itself. What is found is made right by `pipeline.commands.repair`. Price: every byte is read once (about 1 GB/s per
+core); `deep` decodes every shard too (40-75 MB of text/s per core).
 """
 
-import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from bytecache.pipeline.commands.dataset import TARGETS
-from bytecache.pipeline.context import Context
-from bytecache.pipeline.plan.index import PLAN_KEY, read_plan
+from bytecache.pipeline.commands.dataset import TARGETS, certificate, contradictions, read_index
+from bytecache.pipeline.commands.inventory import Inventory, checkpoint_fault, stage_of, take_inventory, unfinished_runs
+from bytecache.pipeline.plan.index import Plan, read_plan
 from bytecache.pipeline.plan.make import slice_is_whole
 from bytecache.pipeline.stores import LocalStore, Store, open_store
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
-from bytecache.schemas import strict_json
-from bytecache.schemas.dataset import card
-from bytecache.schemas.dataset.index import DATASET
-from bytecache.schemas.errors import BytecacheError, InputError, IntegrityError, Interrupted
-from bytecache.schemas.files import replace_file
+from bytecache.schemas.dataset.index import Dataset
+from bytecache.schemas.errors import InputError, IntegrityError
 
-ASIDE = "set-aside"
-"""Where repair of a run puts shards that no index lists; nothing of unknown origin is deleted."""
+_INDEX = ("dataset.json", "manifest.parquet")
 
 
-def verify(store: Store) -> tuple[list[str], int]:
+def verify(store: Store, *, deep: bool = False) -> tuple[list[str], int]:
     """Recompute the hash of every file with a receipt, of the plan and of the data set.
 
     Returns what is wrong, one line each, and how many files were checked. Raises InputError for a folder that
     holds nothing to verify.
     """
-    found: list[str] = []
-    checked: set[str] = set()
-    for stage, key in receipts.list_receipts(store):
-        try:
-            receipt = receipts.read_receipt(store, stage, key)
-        except IntegrityError as error:
-            found.append(str(error))
-            continue
-        if receipt is not None:
-            found += [f"{stage} {receipt.name}: {problem}" for problem in _faults(store, stage, key, receipt)]
-            checked |= {file.path for file in receipt.files}
-    try:
-        found += [f"plan {key}: missing or altered; run `bytecache plan` to repair it" for key in _bad_slices(store)]
-    except IntegrityError as error:
-        found.append(str(error))
-    if _has_targets(store):
-        found += _verify_targets(store.folder(TARGETS))
-        checked |= {f"{TARGETS}/dataset.json", f"{TARGETS}/manifest.parquet"}
-    if not checked and not found:
+    inventory = take_inventory(store)
+    problems = [*inventory.damaged.values(), *misplacements(inventory)]
+    problems += [line for receipt in inventory.whole for line in _faults(store, receipt)]
+    checked = set(inventory.records)
+    problems += _plan_problems(store, inventory)
+    if has_targets(store):
+        problems += target_problems(store.folder(TARGETS), deep=deep)
+        problems += _index_problems(store, inventory)
+        checked |= {f"{TARGETS}/{name}" for name in _INDEX}
+    for folder, records, ended in unfinished_runs(store, inventory):
+        problems += [fault for record in records if (fault := checkpoint_fault(store, record))]
+        checked |= set(records)
+        if ended:
+            problems.append(f"{folder}: its last step is done, but it has no receipt; run `bytecache train`")
+    problems += _orphan_lines(inventory.orphans)
+    if not checked and not problems:
         raise InputError(f"{store.name} holds nothing with a receipt; name a run folder or a folder with dataset.json")
     # Every damaged shard is found twice, by its receipt and by the manifest; both lines help.
-    return found, len(checked)
+    return problems, len(checked)
 
 
-def is_dataset(folder: Path) -> bool:
-    """Whether a folder is a data set on its own rather than a run."""
-    return (folder / "dataset.json").is_file() or (folder / "manifest.parquet").is_file()
-
-
-def _has_targets(store: Store) -> bool:
-    return store.exists(f"{TARGETS}/dataset.json") or store.exists(f"{TARGETS}/manifest.parquet")
-
-
-def verify_place(place: str, scratch: str = "") -> tuple[list[str], int]:
+def verify_place(place: str, scratch: str = "", *, deep: bool = False) -> tuple[list[str], int]:
     """`verify` for a run folder, or for a data set on its own (a folder with dataset.json); a path or a URL."""
     store = open_store(place, scratch)
     if isinstance(store, LocalStore) and not store.root.is_dir():
         raise InputError(f"{place} is not a folder; name a run folder or a folder with dataset.json")
-    if store.exists("dataset.json") or store.exists("manifest.parquet"):
+    if any(store.exists(name) for name in _INDEX):
         shards = sum(key.endswith(".zarr.zip") for key in store.list(""))
-        return _verify_targets(store.folder("")), shards + 2
-    return verify(store)
+        return target_problems(store.folder(""), deep=deep), shards + len(_INDEX)
+    return verify(store, deep=deep)
 
 
-def _faults(store: Store, stage: str, key: str, receipt: Receipt) -> list[str]:
-    found = receipts.problems(store, receipt, deep=True)
-    if receipts.unit_key(stage, receipt.inputs) != key and stage != "plan":
-        found.append("its inputs do not hash to its key; delete the receipt and rerun")
-    return found
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder is a data set on its own rather than a run."""
+    return any((folder / name).is_file() for name in _INDEX)
 
 
-def _bad_slices(store: Store) -> list[str]:
+def has_targets(store: Store) -> bool:
+    """Whether a run holds a published data set, or what is left of one."""
+    return any(store.exists(f"{TARGETS}/{name}") for name in _INDEX)
+
+
+def target_problems(folder: Path, *, deep: bool = False) -> list[str]:
+    """What is wrong with a data set, one line each."""
+    from bytecache.schemas.dataset.verification import verify_dataset
+
+    return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder, deep=deep)]
+
+
+def misplacements(inventory: Inventory) -> list[str]:
+    """One line for each receipt that lies in the place of another."""
+    return [
+        f"receipt {place} is that of {receipt.stage} {receipt.name}; run `bytecache verify --repair` to put it back"
+        for place, receipt in inventory.misplaced.items()
+    ]
+
+
+def bad_slices(store: Store) -> list[str]:
     """Slices that are not as the plan states. Raises IntegrityError for a damaged plan."""
     planned = read_plan(store)
     return [unit.slice for unit in planned.units if not slice_is_whole(store, unit)] if planned else []
 
 
-def _verify_targets(folder: Path) -> list[str]:
-    from bytecache.schemas.dataset.verification import verify_dataset
+def without_receipt(planned: Plan, inventory: Inventory) -> list[str]:
+    """What of a plan has no receipt: its pages, itself."""
+    keys = {receipt.key for receipt in inventory.of("plan")}
+    return [
+        *(key for key, sha256 in zip(planned.page_keys, planned.index.pages, strict=True) if sha256 not in keys),
+        *(["plan/plan.json"] if planned.hash not in keys else []),
+    ]
 
-    return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder)]
+
+def disputes(store: Store, inventory: Inventory) -> list[str]:
+    """Where the published index and the receipts of its very shards and their parts say different things."""
+    published = _published(store)
+    if published is None:
+        return []
+    listed = {entry.file for entry in published.entries}
+    shards = [receipt for receipt in inventory.of("convert") if Path(receipt.files[0].path).name in listed]
+    if not shards or len(shards) != len(listed):
+        return []
+    teacher = published.info.get("teacher", {})
+    found = contradictions(store, shards, certificate(sorted(shards, key=_place_of), teacher))
+    parts = {part for receipt in shards for part in receipt.inputs["parts"]}
+    dumps = [receipt for receipt in inventory.of("teacher") if receipt.files[0].sha256 in parts]
+    return found + (["the teacher"] if any(receipt.inputs["teacher"] != teacher for receipt in dumps) else [])
 
 
-def repair_run(context: Context) -> list[str]:
-    """Remove what is damaged in a run folder and make again what needs no model; returns what was done, line by line.
+def unrecorded_shards(store: Store, inventory: Inventory) -> list[str]:
+    """Shards that the index of a run lists and that have no receipt; none where shards were never made here."""
+    if not inventory.of("plan"):
+        return []
+    recorded = {Path(file.path).name for receipt in inventory.of("convert") for file in receipt.files}
+    published = _published(store)
+    return sorted({entry.file for entry in published.entries} - recorded) if published else []
 
-    Raises whatever plan and convert raise when the corpus or the settings are not those of the run.
-    """
-    store = context.store
-    done: list[str] = []
-    pending: Counter[str] = Counter()
-    for stage, key in list(receipts.list_receipts(store)):
-        place = receipts.receipt_path(stage, key)
-        try:
-            receipt = receipts.read_receipt(store, stage, key)
-            faults = _faults(store, stage, key, receipt) if receipt else []
-        except IntegrityError as error:
-            receipt, faults = None, [str(error)]
-        if not faults:
-            continue
-        for file in receipt.files if receipt else ():
-            if any(fault.startswith(f"{file.path}:") for fault in faults):
-                store.delete(file.path)
-        store.delete(place)
-        done.append(f"removed: {stage} {receipt.name if receipt else key[:12]} ({'; '.join(faults)})")
-        pending[stage] += 1
-    requeued = _requeue_deleted(store)
-    if requeued:
-        done.append(f"requeued: {requeued} dump parts that were deleted after conversion and are needed again")
-    pending["teacher"] += requeued
+
+def _faults(store: Store, receipt: Receipt) -> Iterator[str]:
+    for problem in receipts.problems(store, receipt, deep=True):
+        yield f"{receipt.stage} {receipt.name}: {problem}"
+    for file in receipt.beside:
+        fault = receipts.file_fault(store, file, deep=True)
+        if fault:
+            yield f"{receipt.stage} {receipt.name}: {file.path}: {fault} (nothing depends on it)"
+
+
+def _plan_problems(store: Store, inventory: Inventory) -> Iterator[str]:
     try:
-        slices = _bad_slices(store)
+        planned = read_plan(store)
+        for key in bad_slices(store):
+            yield f"plan {key}: missing or altered; run `bytecache plan` to repair it"
+        for key in without_receipt(planned, inventory) if planned else ():
+            yield f"plan {key}: its receipt is missing; run `bytecache plan` to repair it"
     except IntegrityError as error:
-        store.delete(PLAN_KEY)
-        done.append(f"removed: {PLAN_KEY} ({error})")
-        slices, pending["plan"] = [], 1
-    if slices or pending["plan"]:
-        from bytecache.pipeline.commands.plan import plan
-
-        plan(context)
-        done.append(f"made again: the plan and {len(slices)} slices, from the corpus")
-    done += _settle_strangers(store)
-    bad_shards = _verify_targets(store.folder(TARGETS)) if _has_targets(store) else []
-    if pending["convert"] or bad_shards:
-        from bytecache.pipeline.commands.convert import convert
-
-        try:
-            made = convert(context).made
-            done.append(f"made again: {made} shards and the index, from the dump")
-        except Interrupted:
-            raise
-        except BytecacheError as error:
-            done.append(f"left: the targets cannot be made again yet ({error}); then run `bytecache convert`")
-    for stage in ("teacher", "train", "evaluate", "export"):
-        if pending[stage]:
-            done.append(f"left: {pending[stage]} units of {stage}; run `bytecache {stage}` to make them again")
-    return done
+        yield str(error)
 
 
-def _requeue_deleted(store: Store) -> int:
-    """Forget dump parts deleted after conversion (convert.delete_dump) whose shard is gone; returns how many."""
-    held = {stage: list(_sound(store, stage)) for stage in ("teacher", "convert")}
-    served = {part for receipt in held["convert"] for part in receipt.inputs.get("parts", ())}
-    lost = [r for r in held["teacher"] if r.deleted and not served.issuperset(file.sha256 for file in r.files)]
-    for receipt in lost:
-        store.delete(receipts.receipt_path("teacher", receipt.key))
-    return len(lost)
+def _index_problems(store: Store, inventory: Inventory) -> Iterator[str]:
+    for line in disputes(store, inventory):
+        yield f"targets: receipts and index disagree: {line}; run `bytecache verify --repair`"
+    for name in unrecorded_shards(store, inventory):
+        yield f"targets {name}: its receipt is missing; run `bytecache convert` to make it again"
 
 
-def _sound(store: Store, stage: str) -> Iterator[Receipt]:
-    for _, key in list(receipts.list_receipts(store, stage)):
-        receipt = receipts.read_receipt(store, stage, key)
-        if receipt is not None:
-            yield receipt
-
-
-def _settle_strangers(store: Store) -> list[str]:
-    """Second copies of listed shards go; shards that nothing lists and a damaged card are moved out of the data set."""
-    from bytecache.schemas.dataset.verification import verify_dataset
-
-    done: list[str] = []
-    if not store.exists(f"{TARGETS}/dataset.json"):
-        return done
-    folder, aside = store.folder(TARGETS), store.folder(ASIDE)
-    for problem in verify_dataset(folder):
-        if problem.kind in ("duplicated", "foreign") or problem.file == card.FILE:
-            done.append(_settle(folder, problem.file, problem.kind, aside))
-    if done:
-        store.publish(ASIDE)
-        store.publish(TARGETS)
-    return done
-
-
-def _settle(folder: Path, file: str, kind: str, aside: Path) -> str:
-    if kind == "duplicated":
-        (folder / file).unlink()
-        return f"removed: {file}, a second copy of a listed shard"
-    aside.mkdir(parents=True, exist_ok=True)
-    os.replace(folder / file, aside / file)
-    if file == card.FILE:
-        document = strict_json.parse((folder / DATASET).read_bytes())
-        replace_file(folder / file, card.render(document))
-        return f"made again: {file}, which was damaged; the old one is in {aside}"
-    return f"moved: {file}, which no index lists, to {aside}"
-
-
-def repair_dataset(folder: Path, source: str) -> list[str]:
-    """Fetch again what is bad in a data set that came from `source` (a folder or URL); returns what was done.
-
-    Raises IntegrityError when the source does not hold the bytes that the manifest states, StorageError when it
-    cannot be read.
-    """
-    from bytecache.schemas.dataset.index import MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
-    from bytecache.schemas.dataset.verification import verify_dataset
-    from bytecache.schemas.files import scratch_folder
-    from bytecache.stages.targets.source import fetch_bytes, fetch_file
-
-    base = source.rstrip("/")
-    done = []
+def _published(store: Store) -> Dataset | None:
+    """The index, if it is whole: what is wrong with it others say."""
     try:
-        read_dataset(folder)
-    except IntegrityError as error:
-        # Into a scratch folder first: a source that is no data set must not cost the index that is here.
-        with scratch_folder(folder) as scratch:
-            document, table = (
-                fetch_bytes(f"{base}/{DATASET}", MAX_JSON),
-                fetch_bytes(f"{base}/{MANIFEST}", MAX_MANIFEST),
-            )
-            (scratch / DATASET).write_bytes(document)
-            (scratch / MANIFEST).write_bytes(table)
-            read_dataset(scratch)
-        replace_file(folder / MANIFEST, table)
-        replace_file(folder / DATASET, document)
-        done.append(f"fetched: the index ({error})")
-    entries = {entry.file: entry for entry in read_dataset(folder).entries}
-    for problem in verify_dataset(folder):
-        if problem.kind in ("duplicated", "foreign") or problem.file == card.FILE:
-            done.append(_settle(folder, problem.file, problem.kind, folder / ASIDE))
-            continue
-        entry = entries[problem.file]
-        fetch_file(f"{base}/{entry.file}", folder / entry.file, entry.size, entry.sha256)
-        done.append(f"fetched: {entry.file} ({problem.kind}: {problem.detail})")
-    return done
+        return read_index(store)
+    except IntegrityError:
+        return None
+
+
+def _place_of(receipt: Receipt) -> tuple[bool, str]:
+    """The order in which shards are converted: training before held-out ones, each in order of the plan."""
+    return receipt.inputs["split"] != "train", receipt.name
+
+
+def _orphan_lines(orphans: list[str]) -> Iterator[str]:
+    """One line for each file that nothing vouches for; folders of many files are one line."""
+    folders = sorted({_unit_of(key) for key in orphans})
+    for unit in folders:
+        yield (
+            f"{unit}: no receipt names it: work that was cut off, or its receipt is lost; run `bytecache "
+            f"{stage_of(unit)}` to make it again, or `bytecache verify --repair` to set it aside"
+        )
+
+
+def _unit_of(key: str) -> str:
+    parts = key.split("/")
+    return "/".join(parts[:2]) if parts[0] in ("train", "export") else key

@@ -16,7 +16,7 @@ from bytecache.pipeline.plan.index import Plan, load_plan
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work
-from bytecache.schemas.errors import BytecacheError, ConfigError, InputError
+from bytecache.schemas.errors import BytecacheError, ConfigError, InputError, IntegrityError
 
 _SHOWN = 3
 
@@ -80,7 +80,10 @@ def _convert_job(context: Context, planned: Plan) -> Job:
 
     def made(index: int) -> Receipt | None:
         key = receipts.unit_key("teacher", {"slice": planned.units[index].sha256, **shared})
-        return receipts.read_receipt(store, "teacher", key)
+        receipt = receipts.read_receipt(store, "teacher", key)
+        if receipt is not None and (fault := receipts.key_fault(receipt)):
+            raise IntegrityError(fault)
+        return receipt
 
     def dump(index: int) -> Receipt:
         receipt = made(index)

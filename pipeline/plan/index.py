@@ -207,14 +207,14 @@ def read_plan(store: Store) -> Plan | None:
             index = Index.model_validate(found)
     except (ValueError, ValidationError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise IntegrityError(f"{path} is damaged ({reason}); delete it and run `bytecache plan` again") from None
+        raise IntegrityError(f"{path} is damaged ({reason}); run `bytecache verify --repair` to plan again") from None
     if version != PLAN_VERSION:
         raise IntegrityError(
             f"{path} has version {version}, this software reads {PLAN_VERSION}; finish the run with the version "
             "that planned it, or plan again in a new run.dir"
         )
     if index.hash != _plan_hash(index):
-        raise IntegrityError(f"{path} was edited: its hash differs; delete it and run `bytecache plan` again")
+        raise IntegrityError(f"{path} was edited: its hash differs; run `bytecache verify --repair` to plan again")
     return Plan(index, store)
 
 

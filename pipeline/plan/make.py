@@ -36,11 +36,12 @@ from bytecache.pipeline.plan.writing import Slice, delete_slices
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units.receipts import (
     FileRecord,
+    OtherVersion,
     Receipt,
     read_receipt,
     record_file,
+    replace_receipt,
     software_versions,
-    write_receipt,
 )
 from bytecache.pipeline.units.runner import commit_file
 from bytecache.schemas.errors import InputError, IntegrityError
@@ -106,15 +107,25 @@ def _write_receipts(plan: Plan) -> None:
     """One for every page and its slices, one for the index."""
     store = plan.store
     for number, (key, sha256) in enumerate(zip(plan.page_keys, plan.index.pages, strict=True)):
-        if read_receipt(store, "plan", sha256) is None:
+        if not _has_receipt(store, sha256):
             page = plan.units.page(number)
             files = tuple(record_file(store, name) for name in (key, *(unit.slice for unit in page)))
             counts = {"units": len(page), "bytes": sum(unit.n_bytes for unit in page)}
-            write_receipt(store, _receipt(sha256, f"page {number}", files, {"plan": plan.hash}, counts))
-    if read_receipt(store, "plan", plan.hash) is None:
+            replace_receipt(store, _receipt(sha256, f"page {number}", files, {"plan": plan.hash}, counts))
+    if not _has_receipt(store, plan.hash):
         inputs = {"corpus": corpus_identity(plan.corpus), "settings": plan.settings}
         counts = {**plan.corpus, "units": len(plan.sizes)}
-        write_receipt(store, _receipt(plan.hash, "plan", (record_file(store, PLAN_KEY),), inputs, counts))
+        replace_receipt(store, _receipt(plan.hash, "plan", (record_file(store, PLAN_KEY),), inputs, counts))
+
+
+def _has_receipt(store: Store, key: str) -> bool:
+    """Whether there is one that checks; what does not is written anew from files that were just found whole."""
+    try:
+        return read_receipt(store, "plan", key) is not None
+    except OtherVersion:
+        raise
+    except IntegrityError:
+        return False
 
 
 def _receipt(

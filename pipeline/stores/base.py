@@ -9,6 +9,7 @@ contract as tests that every backend passes.
 import contextlib
 import errno
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -57,6 +58,10 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object found to be damaged; absent is fine."""
+        ...
+
+    def move(self, key: str, target: str) -> None:
+        """Rename an object whose bytes may be damaged to a free key; they are not read. StorageError if absent."""
         ...
 
     def get_path(self, key: str) -> Path:
@@ -140,14 +145,24 @@ def disk_errors(doing: str) -> Iterator[None]:
         raise StorageError(
             f"{doing}: {error.filename} {error.strerror}: move it away, or name a new file; it was left as it is"
         ) from error
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
-        if remedy is None and "No space left" in str(error):  # Arrow keeps the words, not always the number
-            remedy = _REMEDIES[errno.ENOSPC]
+    except Exception as error:
+        remedy = _REMEDIES.get(_refusal(error))
         if remedy is None:
             raise
-        place = f" {error.filename}" if error.filename and str(error.filename) not in doing else ""
+        filename = getattr(error, "filename", None)
+        place = f" {filename}" if filename and str(filename) not in doing else ""
         raise StorageError(f"{doing}{place}: {remedy}") from error
+
+
+def _refusal(error: Exception) -> int:
+    """The system's number for an error; 0 where it is none. Libraries in other languages keep the words alone."""
+    words = str(error)
+    if "No space left on device" in words:
+        return errno.ENOSPC
+    if isinstance(error, OSError):
+        return error.errno or 0
+    number = re.search(r"\(os error (\d+)\)", words)
+    return int(number[1]) if number else 0
 
 
 def overlapped(function: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:

@@ -90,6 +90,14 @@ class LocalStore:
         with disk_errors(f"deleting {path}"):
             path.unlink(missing_ok=True)
 
+    def move(self, key: str, target: str) -> None:
+        source, place = self.get_path(key), self._path(target)
+        with disk_errors(f"moving {source} to {place}"):
+            self._make_folder(place.parent)
+            os.rename(source, place)
+            flush_to_disk(place.parent)
+            flush_to_disk(source.parent)
+
     def get_path(self, key: str) -> Path:
         path = self._path(key)
         if not path.is_file():

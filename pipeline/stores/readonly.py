@@ -133,5 +133,8 @@ class ReadOnlyStore:
     def delete(self, key: str) -> None:
         self._refuse(key)
 
+    def move(self, key: str, target: str) -> None:
+        self._refuse(key)
+
     def publish(self, prefix: str) -> int:
         self._refuse(prefix)

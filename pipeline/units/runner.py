@@ -71,8 +71,7 @@ class StopFlag:
 class Task:
     """One unit of a stage: `inputs` determine its bytes and hash to its key; `out` is the store key it makes.
 
-    `measure` is its size for progress (bytes of text); `group` names settings shared with its siblings;
-    `payload` is whatever the work needs to find its inputs.
+    `measure` is its size for progress (bytes of text); `payload` is whatever the work needs to find its inputs.
     """
 
     stage: str
@@ -80,7 +79,6 @@ class Task:
     out: str
     inputs: dict[str, Any]
     measure: int
-    group: str = ""
     payload: Any = field(default=None, compare=False)
 
     @property
@@ -127,6 +125,10 @@ def finished(store: Store, task: Task, warn: Callable[[str], None] | None = None
     try:
         receipt = receipts.read_receipt(store, task.stage, task.key)
         faults = receipts.problems(store, receipt) if receipt else []
+        if receipt is not None and (fault := receipts.key_fault(receipt)):
+            raise IntegrityError(fault)
+    except receipts.OtherVersion:
+        raise
     except IntegrityError as error:
         receipt, faults = None, [str(error)]
     if faults and warn:
@@ -212,7 +214,6 @@ def run_one(store: Store, task: Task, work: Work, tick: Tick) -> tuple[Receipt, 
         stage=task.stage,
         key=task.key,
         name=task.name,
-        group=task.group,
         files=(record,),
         inputs=task.inputs,
         counts=counts,
@@ -242,9 +243,13 @@ def commit_receipt(store: Store, receipt: Receipt) -> Receipt:
         return receipt
     try:
         other = receipts.read_receipt(store, receipt.stage, receipt.key)
+    except receipts.OtherVersion:
+        raise
     except IntegrityError:
         other = None
-    if other is not None and (other.files == receipt.files or not receipts.problems(store, other)):
+    # One with other files beside its own is replaced too: it would name what this call wrote anew.
+    sound = other is not None and other.beside == receipt.beside and not receipts.key_fault(other)
+    if other is not None and sound and (other.files == receipt.files or not receipts.problems(store, other)):
         return other
     store.delete(receipts.receipt_path(receipt.stage, receipt.key))
     if not receipts.write_receipt(store, receipt):

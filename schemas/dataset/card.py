@@ -32,8 +32,17 @@ def is_ours(path: Path) -> bool:
     return len(raw) <= LONGEST and MARK.encode() in raw
 
 
-def fault(raw: bytes) -> str:
-    """Why a card is not as it was made; "" where it is, or where nothing says that it is one of ours."""
+def fault(raw: bytes, rendered: bytes = b"") -> str:
+    """Why a card is not as it was made; "" where it is, or where nothing says that it is one of ours.
+
+    `rendered`: what the card of this data set is (`render`), by which a beginning of it is known as cut short.
+    """
+    if raw == rendered:
+        return ""
+    if not raw.strip() or (len(raw) < len(rendered) and rendered.startswith(raw)):
+        return f"{len(raw)} bytes, cut short"
+    if raw.startswith((b"# bytecache: ", b"PAR1", b"PK\3\4", b"{\n")):
+        return "it holds another file of ours"
     above, found, seal = raw.rpartition(_SEAL)
     if not found:
         return "its last line, its hash, is missing" if MARK.encode() in raw else ""

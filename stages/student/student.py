@@ -65,7 +65,7 @@ class Student:
 
     def template(self) -> Template:
         """Its chat template, proven (ConfigError if there is none that works)."""
-        return Template.open(self.folder, self.vocabulary, setting="student")
+        return Template.open(self.folder, self.vocabulary, setting="student.model, student.tokenizer")
 
     @property
     def max_tokens(self) -> int:
@@ -222,6 +222,15 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What `student.json` says; nothing where it is missing or no JSON object."""
+    try:
+        found = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Path, *, seed: int) -> dict[str, Any]:
     """Write the student's starting folder; done already with the same inputs, only verify it.
 
@@ -240,9 +249,9 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
     recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": open_dataset(targets_dir).content_sha256}
     record = out_dir / "student.json"
     if out_dir.exists():
-        found = json.loads(record.read_text()) if record.is_file() else {}
+        found = _recorded(out_dir)
         if found.get("recipe") == recipe and found.get("files") == folder_hashes(out_dir):
-            return dict(found)
+            return found
         raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
     source = locate(settings.model, "student.model") if settings.model else None
     if source:
@@ -278,9 +287,10 @@ def load(folder: Path) -> Student:
     Raises:
         InputError: no such folder. IntegrityError: its files are not those of `student.json`.
     """
-    record = folder / "student.json"
-    if record.is_file() and json.loads(record.read_text())["files"] != folder_hashes(folder):
-        raise IntegrityError(f"{folder}: files differ from student.json; delete it and prepare the student again")
+    if (folder / "student.json").is_file() and _recorded(folder).get("files") != folder_hashes(folder):
+        raise IntegrityError(
+            f"{folder}: files differ from student.json; run `bytecache train` to make the student again"
+        )
     config = _open(AutoConfig, str(folder))
     tokenizer = open_kept(folder)
     model = _open_model(str(folder), config=config)

@@ -28,6 +28,7 @@ from bytecache.schemas.dataset.index import (
     parse_index,
     read_dataset,
 )
+from bytecache.schemas.dataset.verification import contradictions
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
 from bytecache.schemas.files import (
     NotAFileError,
@@ -246,12 +247,26 @@ def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:
             except OSError as error:
                 raise StorageError(f"{path}: cannot be read: {error}; check the path and permissions") from error
             if found == entry.sha256:
-                return read_shard(path)
+                return _as_listed(dataset, entry, read_shard(path))
         if not isinstance(dataset, RemoteDataset) or dataset.cache is None or attempt:
             break
         dataset.cache.drop(entry.sha256)  # damaged on this disk: once more from the source
     what = f"sha256 is {found[:12]}, the manifest says {entry.sha256[:12]}" if found else "the shard is missing"
-    raise IntegrityError(f"{dataset.where}/{entry.file}: {what}; fetch it again (verify --repair) or convert it again")
+    raise IntegrityError(
+        f"{dataset.where}/{entry.file}: {what}; run `bytecache convert` where it was made, or "
+        "`bytecache verify FOLDER --repair --from PLACE` where it came from PLACE"
+    )
+
+
+def _as_listed(dataset: Dataset, entry: ShardEntry, shard: ByteShard) -> ByteShard:
+    """The shard, if it is what its manifest says of it: data order and totals are made from the manifest alone."""
+    wrong = contradictions(shard, entry)
+    if wrong:
+        raise IntegrityError(
+            f"{dataset.where}/{entry.file}: {'; '.join(wrong)}; the manifest was made wrongly or altered: do not train "
+            "on it, fetch the data set again, or run `bytecache verify --deep --repair` where it was made"
+        )
+    return shard
 
 
 def fetch_ahead(dataset: Dataset, entry: ShardEntry) -> None:

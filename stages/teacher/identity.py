@@ -104,6 +104,7 @@ def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, wind
         "revision": settings.revision,
         "weights": weights_identity(folder),
         "vocabulary": vocabulary.fingerprint,
+        "start": vocabulary.start_name,
         "settings": settings.model_dump(
             include={
                 "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "sample_tokens",

@@ -23,6 +23,7 @@ KEEP = 2
 
 
 def _publish(scratch: Path, final: Path) -> None:
+    scratch.chmod(0o644)  # safetensors leaves files that nobody but their owner can read
     flush_to_disk(scratch)
     scratch.replace(final)
     flush_to_disk(final.parent)
@@ -43,8 +44,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
             text = json.dumps({**state, "step": step}, sort_keys=True)
             body, receipt = scratch / final.name, scratch / final.with_suffix(".json").name
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, body, metadata={"state": text})
-            record = {"file": final.name, "size": body.stat().st_size, "sha256": file_sha256(body), "step": step}
-            receipt.write_text(json.dumps(record, sort_keys=True))
+            receipt.write_text(_record(final, step, body.stat().st_size, file_sha256(body)))
             _publish(body, final)
             _publish(receipt, final.with_suffix(".json"))
         for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
@@ -55,13 +55,22 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     return final
 
 
+def _record(path: Path, step: int, size: int, sha256: str) -> str:
+    """The one spelling of a checkpoint's receipt."""
+    return json.dumps({"file": path.name, "size": size, "sha256": sha256, "step": step}, sort_keys=True)
+
+
 def verify(path: Path) -> str:
     """The sha256 of a committed checkpoint; IntegrityError where file and receipt disagree or one is missing."""
     try:
-        receipt = json.loads(path.with_suffix(".json").read_text())
+        text = path.with_suffix(".json").read_text(encoding="utf-8")
+        receipt = json.loads(text)
         size, expected = int(receipt["size"]), str(receipt["sha256"])
+        as_written = text == _record(path, int(path.stem.removeprefix("step-")), size, expected)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path}: no readable receipt; use an earlier checkpoint or train again") from error
+    if not as_written:
+        raise IntegrityError(f"{path}: its receipt is not as it was written; use an earlier checkpoint or train again")
     if not path.is_file() or path.stat().st_size != size or file_sha256(path) != expected:
         raise IntegrityError(f"{path}: bytes differ from the receipt; use an earlier checkpoint or train again")
     return expected

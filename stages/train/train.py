@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from bytecache.schemas.dataset.index import Dataset
-from bytecache.schemas.errors import ConfigError, Interrupted
+from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.settings import BASELINES, NEUTRAL
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student import student
@@ -83,7 +83,7 @@ def train(
         stop: asked after every step, on every rank; True anywhere saves a checkpoint and raises Interrupted.
         report: called after every step with the line of `metrics.jsonl`, on the first rank.
         device: torch device; empty = CUDA where there is one.
-        dump: the teacher's tokens, for the heads `uld` and `shared_topk`.
+        dump: the teacher's tokens, for the heads of `settings.BASELINES`.
 
     Returns:
         name, checkpoint (path), sha256, step, step resumed from, the last step's loss terms, throughput, share of
@@ -112,6 +112,11 @@ def _train(
     kl = settings.lambda_kl if lambda_kl is None else lambda_kl
     opened = student.load(student_dir)
     dataset = open_dataset(targets_dir)
+    if not any(entry.n_supervised for entry in dataset.split("train")):
+        raise InputError(
+            f"{dataset.where}: no position of split 'train' is supervised, so there is nothing to learn; convert text "
+            "that has answers (corpus.kind), or name another dataset.source"
+        )
     identity = {
         "format": 1,
         "seed": seed,
@@ -121,10 +126,10 @@ def _train(
     }
     tokens = dump if settings.head in BASELINES and kl else None
     if settings.head in BASELINES and kl:
-        if tokens is None or (settings.head == "shared_topk" and not tokens.spells):
+        if tokens is None or (settings.head != "uld" and not tokens.spells):
             raise ConfigError(
                 f"train.head = {settings.head!r} reads the teacher's tokens; pass the run's token dump, and for "
-                "shared_topk the teacher's vocabulary with it"
+                "other heads than uld the teacher's vocabulary with it"
             )
         identity["dump"] = tokens.fingerprint
     if settings.packing:
@@ -137,14 +142,14 @@ def _train(
     run = start_run(opened, settings, seed, world.device, lambda_kl=kl, world=world, reader=reader)
     out_dir.mkdir(parents=True, exist_ok=True)
     path, refused = checkpoint.latest(out_dir)
-    first, terms = 0, dict[str, float]()
+    first, learned, terms = 0, 0, dict[str, float]()
     if path is not None:
         tensors, state = checkpoint.load(path)
         if state["identity"] != identity:
             difference = _difference(state["identity"], identity)
             raise ConfigError(f"{out_dir}: {difference}; delete it or choose another run.dir")
         run.restore(tensors)
-        first, terms = int(state["step"]), state["terms"]
+        first, learned, terms = int(state["step"]), int(state.get("tokens", 1)), state["terms"]
     world.wait()
     log = Metrics(out_dir, first, settings, name) if world.main else None
     order = Order(dataset.content_sha256, reader.positions, settings.window_bytes, seed)
@@ -159,6 +164,7 @@ def _train(
     if world.device.type == "cpu":
         source = map(run.objective.prepare, source)
     totals = dict.fromkeys(("n_bytes", "n_tokens", "n_real", "n_padded", "n_slots"), 0)
+    supervised = _SupervisedTokens(name, settings, learned, order.epoch_length(0))
     began = time.perf_counter()
     with closing(prefetch(source)) as data, closing(log or _Silent()):
         for step in data:
@@ -171,6 +177,7 @@ def _train(
             run.optimizer.zero_grad(set_to_none=True)
             counts = _counts(step, world)
             terms = backward_step(run, step, counts["n_tokens"], counts["n_byte_tokens"], counts["n_micro"])
+            supervised.count(counts["n_tokens"], step.number + 1, reader)
             norm = float(whole(nn.utils.clip_grad_norm_([p for _, p in run.parameters() if p.grad is not None], CLIP)))
             if not math.isfinite(terms["loss"]) or not math.isfinite(norm):
                 raise ConfigError(
@@ -194,7 +201,8 @@ def _train(
             if stopping or done % settings.checkpoint_every == 0 or done == settings.steps:
                 whole_tensors = run.tensors()
                 if world.main:
-                    path = checkpoint.save(out_dir, done, whole_tensors, {"identity": identity, "terms": terms})
+                    state = {"identity": identity, "terms": terms, "tokens": supervised.total}
+                    path = checkpoint.save(out_dir, done, whole_tensors, state)
                 world.wait()
             if stopping:
                 raise Interrupted(f"{name}: stopped after step {done} of {settings.steps}; rerun to continue")
@@ -220,6 +228,30 @@ def _train(
         "skipped_documents": reader.skipped_documents(),
         "terms": terms,
     }
+
+
+class _SupervisedTokens:
+    """Supervised tokens of a run so far; one that has none is refused, since its loss of 0 would look like success.
+
+    Args:
+        total: of the steps before this call. epoch: windows in one reading of the split.
+    """
+
+    def __init__(self, name: str, settings: TrainSettings, total: int, epoch: int) -> None:
+        self.name, self.settings, self.total, self.epoch = name, settings, total, epoch
+        self._barren = 0
+
+    def count(self, n_tokens: int, done: int, reader: stream.ShardReader) -> None:
+        """Add those of step number `done` (from 1). Raises InputError: a whole reading, or the whole run, had none."""
+        self.total += n_tokens
+        self._barren = 0 if n_tokens else self._barren + self.settings.batch
+        whole_reading = self._barren > self.epoch + 2 * self.settings.batch
+        if whole_reading or (done == self.settings.steps and not self.total):
+            raise InputError(
+                f"{self.name}: no supervised token of {reader.folder} in {done} steps (documents skipped: "
+                f"{reader.skipped_documents() or 'none'}), so nothing was learned; convert text that has answers "
+                "(corpus.kind), or choose a student whose tokenizer and chat template fit it"
+            )
 
 
 class _Silent:

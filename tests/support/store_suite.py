@@ -64,6 +64,14 @@ class StoreSuite:
         assert not store.exists("x")
         assert store.put_json_if_absent("x", {})
 
+    def test_moving(self, store: Store) -> None:
+        store.put_if_absent("a/b", store.write_temp("b", b"one"))
+        store.move("a/b", "c/d/e")
+        assert not store.exists("a/b") and store.read_bytes("c/d/e") == b"one"
+        assert list(store.list("")) == ["c/d/e"]
+        with pytest.raises(StorageError, match="does not exist"):
+            store.move("a/b", "x")
+
     def test_what_is_absent(self, store: Store) -> None:
         assert not store.exists("a")
         assert store.size("a") is None

@@ -128,7 +128,13 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
             at = np.searchsorted(src.teacher.position, start).clip(max=len(src.teacher.position) - 1)
             common = (src.teacher.position[at] == start) & (end > start) & (src.skip[span] == 0) & src.supervised[span]
             which = np.flatnonzero(common)
-            teacher.append([r * width + lead + which, src.teacher.ids[at[which]], src.teacher.prob[at[which]]])
+            following = np.append(src.teacher.position[1:], src.symbol.size)[at[which]]
+            teacher.append(
+                [
+                    r * width + lead + which, src.teacher.ids[at[which]], src.teacher.prob[at[which]],
+                    following == end[which],
+                ]
+            )  # fmt: skip
         n_tokens += int(src.supervised[span].sum())
         n_byte_tokens, n_bytes = n_byte_tokens + tokens, n_bytes + text_bytes
     order, place, counts = slots.by_number(number[: edges[-1]], limit)
@@ -143,8 +149,8 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
         targets = SlotTargets(*(torch.from_numpy(x) for x in (slot[:n], symbol[:n], prob[:n], tail[order])))
     listed = None
     if teacher:
-        cells, ids, masses = (np.concatenate(c) for c in zip(*teacher, strict=True))
-        listed = TokenTargets(*(torch.from_numpy(c) for c in (cells, ids.astype(np.int64), masses)))
+        cells, ids, masses, whole = (np.concatenate(c) for c in zip(*teacher, strict=True))
+        listed = TokenTargets(*(torch.from_numpy(c) for c in (cells, ids.astype(np.int64), masses, whole)))
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),

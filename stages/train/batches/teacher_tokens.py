@@ -99,8 +99,9 @@ class TokenDump:
             if read_meta(path)["teacher"] == shard.attrs.get("teacher"):
                 return path
         raise ConfigError(
-            f"{shard.path}: its dump part {name or '(unnamed)'} is not in {self.folder}; train.head = uld and "
-            "shared_topk read the teacher's tokens, which byte targets do not hold: run `bytecache teacher` again with "
+            f"{shard.path}: its dump part {name or '(unnamed)'} is not in {self.folder}; train.head = uld, "
+            "shared_topk and strict_topk read the teacher's tokens, which byte targets do not hold: run "
+            "`bytecache teacher` again with "
             "convert.delete_dump = false, or choose another head"
         )
 

@@ -29,19 +29,20 @@ class TokenTargets(NamedTuple):
     """What the teacher says at A common places of a micro-batch.
 
     row int64 [A]: flat position whose logits predict the student's token there. ids int64 [A, K], prob float32 [A, K]:
-    see `teacher_tokens.TeacherTokens`.
+    see `teacher_tokens.TeacherTokens`. whole bool [A]: the teacher's token of the text ends where the student's does.
     """
 
     row: Tensor
     ids: Tensor
     prob: Tensor
+    whole: Tensor
 
     def split(self, rows: int, size: int) -> list["TokenTargets"]:
         """The places of rows [0, size), [size, 2 size), ..., each with its own row numbers."""
         parts = []
         for first in range(0, rows, size):
             mine = (self.row >= first) & (self.row < first + size)
-            parts.append(TokenTargets(self.row[mine] - first, self.ids[mine], self.prob[mine]))
+            parts.append(TokenTargets(self.row[mine] - first, self.ids[mine], self.prob[mine], self.whole[mine]))
         return parts
 
 

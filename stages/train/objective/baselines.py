@@ -1,14 +1,18 @@
-"""Two known ways across tokenizers, on equal terms with the rest: they match the teacher's tokens, not its bytes.
+"""Known ways across tokenizers, on equal terms with the rest: they match the teacher's tokens, not its bytes.
 
     uld          sum over i of |p_(i) - q_(i)|, both distributions sorted in descending order
                  (Universal Logit Distillation, Boizard et al., arXiv 2402.12030)
     shared_topk  KL(teacher || student) over those of the teacher's top k that some token of the student spells; all
                  other mass of each side is one bucket, as for bytes
+    strict_topk  the same with the teacher's sixteen likeliest tokens, where the token that the text has is one and the
+                 same for both (strict one-to-one places, top 16: what arXiv 2610.08448 finds the strongest simple way)
 
-Both compare at places where a token of the teacher and one of the student begin at the same byte. (ULD's paper pairs
+They compare at places where a token of the teacher and one of the student begin at the same byte. (ULD's paper pairs
 the i-th token with the i-th, which drifts apart over anything longer than an answer.) The dump holds the teacher's top
 k: of `uld` the sums beyond rank k are compared instead of the probabilities, a lower bound of the paper's distance and
-equal to it where k covers the vocabulary. Neither has parameters.
+equal to it where k covers the vocabulary. None has parameters. Not here: DSKD needs the teacher's hidden states, which
+no cache of probabilities holds; MinED (a map of the vocabularies by edit distance) and GOLD (products over the tokens
+of a span, sorted distances for the rest) could be made from the same top k.
 Price: a softmax over the vocabulary at the common places, for `uld` a top-k beside it.
 """
 
@@ -21,6 +25,9 @@ from bytecache.stages.train.batches.types import MicroBatch, SlotTargets, TokenT
 from bytecache.stages.train.objective.loss import LossParts, byte_terms
 from bytecache.stages.train.objective.marginal import MarginalTerm
 from bytecache.stages.train.objective.term import ByteTerm, Work, tokens_alone
+
+STRICT = 16
+"""Tokens of the teacher that `strict_topk` reads."""
 
 
 def sorted_distance(logits: Tensor, prob: Tensor, temperature: float = 1.0) -> Tensor:
@@ -93,11 +100,13 @@ class TokenTerm(ByteTerm):
         parts = tokens_alone(z, label)
         if not work.row.numel():
             return parts
-        at, prob = z[work.row], work.prob.to(z.dtype)
         kind, temperature, _ = self.measure.divergence
         if self.kind == "uld":
-            return parts._replace(kl=sorted_distance(at, prob, temperature).sum())
-        return parts._replace(kl=shared_distance(at, work.ids, prob, kind, temperature).sum())
+            return parts._replace(kl=sorted_distance(z[work.row], work.prob.to(z.dtype), temperature).sum())
+        row, ids, prob = work.row, work.ids, work.prob
+        if self.kind == "strict_topk":
+            row, ids, prob = row[work.whole], ids[work.whole, :STRICT], prob[work.whole, :STRICT]
+        return parts._replace(kl=shared_distance(z[row], ids, prob.to(z.dtype), kind, temperature).sum())
 
     def byte_scores(self, logits: Tensor, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """See `MarginalTerm.byte_scores`."""

@@ -9,6 +9,7 @@ computed here, or by the one `ByteTerm` that `train.head` names in the same pass
 
     marginal                  the student's token distribution as bytes                 (`marginal.py`)
     parallel, autoregressive  a byte head that reads the hidden state                   (`heads.py`)
+    alm                       likelihoods of chunks of bytes                            (`chunks.py`)
     uld, shared_topk, ...     baselines that match tokens in the place of bytes         (`baselines.py`)
 
 With `chunk`, positions pass the lm_head in pieces that the backward pass computes again: memory for logits falls from
@@ -29,6 +30,7 @@ from bytecache.stages.student.student import Student
 from bytecache.stages.train.batches.stream import ShardReader
 from bytecache.stages.train.batches.types import MicroBatch, Step
 from bytecache.stages.train.objective.baselines import TokenTerm
+from bytecache.stages.train.objective.chunks import ChunkTerm
 from bytecache.stages.train.objective.heads import HeadTerm
 from bytecache.stages.train.objective.loss import Divergence, LossParts
 from bytecache.stages.train.objective.marginal import MarginalTerm
@@ -49,6 +51,8 @@ def make_term(settings: TrainSettings, student: Student, seed: int) -> ByteTerm:
         return HeadTerm(settings.head, student.hidden_size, settings.head_width, seed, divergence)
     rows = int(student.model.get_output_embeddings().weight.shape[0])
     term = MarginalTerm(student.vocabulary, rows, divergence)
+    if settings.head == "alm":
+        return ChunkTerm(student.vocabulary, term, whole_rows=settings.chunk == 0)
     return TokenTerm(settings.head, term) if settings.head in BASELINES else term
 
 

@@ -34,6 +34,7 @@ from bytecache.stages.tokens.byte_trie import find_child
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.token_shard import TokenShard
+from bytecache.stages.train.objective.chunks import byte_pairs
 from bytecache.stages.train.objective.marginal import Choices, Marginal
 
 REACH = 64
@@ -109,16 +110,6 @@ class _Document(NamedTuple):
     forced: npt.NDArray[np.bool_]
     node: I64
     leave: I64
-
-
-def byte_pairs(vocabulary: Vocabulary) -> npt.NDArray[np.bool_]:
-    """bool [256, 256]: whether some token holds the first byte with the second after it."""
-    joins = np.zeros((256, 256), np.bool_)
-    for spelled in vocabulary.token_bytes:
-        if spelled is not None and len(spelled) > 1:
-            data = np.frombuffer(spelled, np.uint8)
-            joins[data[:-1], data[1:]] = True
-    return joins
 
 
 @njit(cache=True)

@@ -43,7 +43,10 @@ def world(tmp_path_factory) -> tuple[student.Student, ShardReader, MicroBatch]:
     micro = collate(cut(reader[0], 0, reader.positions[0], 4096), with_targets=True)
     n = len(micro.labels.flatten())
     some = TokenTargets(
-        torch.arange(0, n, 3), torch.arange(4).expand(len(range(0, n, 3)), 4), torch.full((len(range(0, n, 3)), 4), 0.2)
+        torch.arange(0, n, 3),
+        torch.arange(4).expand(len(range(0, n, 3)), 4),
+        torch.full((len(range(0, n, 3)), 4), 0.2),
+        torch.ones(len(range(0, n, 3)), dtype=torch.bool),
     )
     object.__setattr__(micro, "teacher", some)
     return opened, reader, micro

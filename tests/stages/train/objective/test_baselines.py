@@ -137,6 +137,7 @@ def test_a_student_that_is_the_teacher_is_at_no_distance(run, tmp_path):
         assert micro.teacher is not None
         # One tokenizer: every token that is learned begins where one of the teacher's does, the END included.
         assert sorted(micro.teacher.row.tolist()) == np.flatnonzero(micro.labels.flatten() >= 0).tolist()
+        assert micro.teacher.whole.all()
         with torch.inference_mode():
             logits = opened.forward(micro.input_ids)[0].flatten(0, 1)[micro.teacher.row]
         assert shared_distance(logits, micro.teacher.ids, micro.teacher.prob).abs().max() < 1e-4
@@ -145,7 +146,7 @@ def test_a_student_that_is_the_teacher_is_at_no_distance(run, tmp_path):
         assert shared_distance(moved, micro.teacher.ids, micro.teacher.prob).mean() > 0.5
 
 
-@pytest.mark.parametrize("head", ["uld", "shared_topk"])
+@pytest.mark.parametrize("head", ["uld", "shared_topk", "strict_topk"])
 def test_pieces_and_packing_change_nothing(run, tmp_path, head):
     settings, context = run
     shape = settings.student.model_copy(update={"tokenizer": "bytes"})
@@ -168,6 +169,23 @@ def test_pieces_and_packing_change_nothing(run, tmp_path, head):
         assert float(getattr(pieces, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-5)
         assert float(getattr(packed, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-4)
     assert isinstance(together.teacher, TokenTargets) and objective.n_parameters == 0
+
+
+def test_strict_places_are_those_where_both_have_the_same_token(run, tmp_path):
+    settings, context = run
+    shape = settings.student.model_copy(update={"tokenizer": "bytes"})
+    student.prepare(shape, open_targets(context), tmp_path / "s", seed=0)
+    opened = student.load(tmp_path / "s")
+    dataset = open_targets(context)
+    reader = stream.ShardReader(dataset.where, dataset, "train", opened.vocabulary, opened.end_id, dump=dump_of(run))
+    source = reader[0]
+    rows = stream.cut(source, 0, reader.positions[0], opened.max_tokens)[:1]
+    micro = stream.collate(rows, with_targets=True)
+    places = source.teacher.position
+    spans = set(zip(places.tolist(), np.append(places[1:], len(source.shard.text)).tolist(), strict=True))
+    start, end = source.start[micro.teacher.row.numpy()], source.end[micro.teacher.row.numpy()]
+    want = [(a, b) in spans for a, b in zip(start.tolist(), end.tolist(), strict=True)]
+    assert micro.teacher.whole.tolist() == want and 0 < sum(want) < len(want)
 
 
 def test_a_baseline_trains_resumes_and_is_measured_by_its_bytes(run, tmp_path):
@@ -212,7 +230,7 @@ def test_what_the_dump_must_be(run, tmp_path):
     shape = Train(head="uld", steps=1)
     student.prepare(settings.student, dataset, tmp_path / "s", seed=0)
     mute = TokenDump(context.store.folder("teacher"))
-    for head, given in (("uld", None), ("shared_topk", None), ("shared_topk", mute)):
+    for head, given in (("uld", None), ("shared_topk", None), ("shared_topk", mute), ("strict_topk", mute)):
         with pytest.raises(ConfigError, match="pass the run's token dump"):
             train(
                 shape.model_copy(update={"head": head}), tmp_path / "s", dataset, tmp_path / "out",

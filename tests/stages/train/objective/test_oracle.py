@@ -44,7 +44,7 @@ def observed(world: World, trust: float | None = None) -> Marginal:
 def test_a_student_that_hits_its_targets_has_its_teachers_bits(world):
     result = oracle_excess(observed(world), world.heldout)
     assert abs(result.bits_per_byte) <= ENOUGH
-    assert 0.2 < result.certain_share < 1 and not result.skipped
+    assert 0.2 < result.certain_share <= 1 and not result.skipped
     # The measure's own reference sums to the teacher's bits whatever the tokenizer does.
     assert abs(result.closure_bits_per_byte) < 1e-3
 
@@ -93,14 +93,14 @@ class Choices:
         )  # fmt: skip
 
 
-def optimum(learned: Choices, lessons: list, judged: Choices, text_bytes: int) -> float:
-    """Bits/byte on `judged` of the best table of choices by node and the tokens before, in closed form.
+def optimum(learned: Choices, lessons: list, judged: Choices, text_bytes: int, tokens: int = 3) -> float:
+    """Bits/byte on `judged` of the best table of choices by node and up to so many tokens before, in closed form.
 
     Fewer tokens before it back it up where there was little to learn from.
     """
     slot, symbol, weight = (np.concatenate(c) for c in zip(*lessons, strict=True))
     p = np.full(len(judged.node), 1 / 8)
-    for known, asked in zip(learned.contexts, judged.contexts, strict=True):
+    for known, asked in zip(learned.contexts[: tokens + 1], judged.contexts, strict=False):
         keys = (known * 100_003 + learned.node)[slot]
         wanted = asked * 100_003 + judged.node
         cells, place = np.unique(keys * 300 + symbol, return_inverse=True)
@@ -139,5 +139,6 @@ def test_trusting_average_shares_everywhere_would_be_seen():
     honest = observed(world)
     better = Choices(honest, world.train)
     size = sum(world.heldout.positions) - len(world.heldout[0].shard.doc_id)
-    wrong = optimum(learned, [learned.term(1.0)], judged, size)
-    assert wrong > optimum(better, [better.term(1.0)], judged, size) + ENOUGH
+    # One token before it leaves little to chance, so what is left is the objective's own.
+    wrong = optimum(learned, [learned.term(1.0)], judged, size, tokens=1)
+    assert wrong > optimum(better, [better.term(1.0)], judged, size, tokens=1) + 3 * ENOUGH

@@ -1,0 +1,75 @@
+"""The untrained student of a run: made once, with a receipt, and made again where it is missing or damaged.
+
+Distilled and control students begin from the same folder, `train/student-<key12>`, named by its recipe. `train` looks
+after it; `evaluate` and `export` read it. The same recipe makes the same bytes.
+"""
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from bytecache.pipeline.context import Context
+from bytecache.pipeline.stores import disk_errors
+from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units.aside import set_damaged_folder_aside, set_folder_aside
+from bytecache.pipeline.units.receipts import Receipt, record_file, unit_key
+from bytecache.pipeline.units.runner import Task, commit_receipt, finished
+from bytecache.schemas.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bytecache.schemas.dataset.index import Dataset
+
+RECORD = "student.json"
+
+
+def student_task(context: Context, dataset: str) -> Task:
+    """The task of making the student for a data set (its content hash); `out` is its folder."""
+    settings = context.settings
+    recipe = {"dataset": dataset, "student": settings.student.model_dump(), "seed": settings.run.seed}
+    return Task("student", "student", f"train/student-{unit_key('student', recipe)[:12]}", recipe, 1)
+
+
+def make_student(context: Context, targets: "Dataset") -> None:
+    """See that the student is there and whole; a damaged one is set aside and made again from its recipe."""
+    from bytecache.stages.student import student
+    from bytecache.stages.student.check import check_student
+
+    store, settings = context.store, context.settings
+    task = student_task(context, targets.content_sha256)
+    if finished(store, task, _warn) is not None:
+        return
+    if store.exists(f"{task.out}/{RECORD}"):
+        context.say(f"train: {task.out} is there without a sound receipt; it is checked, or made again")
+    started = time.monotonic()
+    with disk_errors(f"preparing the student, writing {store.name}/{task.out}"):
+        moved = set_damaged_folder_aside(store, task.stage, task.key, task.out)
+        folder = store.folder(task.out, RECORD)
+        if not folder.exists():
+            check_student(settings.student, settings.train)
+        try:
+            info = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+        except ConfigError:
+            moved = set_folder_aside(store, task.out)
+            if not moved:
+                raise
+            info = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+        if moved:
+            context.say(f"train: the student in {task.out} was damaged: set aside ({moved[0]}, ...) and made again")
+        store.publish(task.out)
+    for note in info.get("notes", []):
+        context.say(note)
+    receipt = Receipt(
+        stage=task.stage,
+        key=task.key,
+        name=task.name,
+        files=tuple(record_file(store, f"{task.out}/{name}") for name in (*sorted(info["files"]), RECORD)),
+        inputs=task.inputs,
+        counts={name: info[name] for name in ("parameters", "vocabulary", "transfer") if name in info},
+        timings={"seconds": round(time.monotonic() - started, 3)},
+        versions=receipts.software_versions(),
+    )
+    commit_receipt(store, receipt)
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -302,7 +302,7 @@ class Fleet(Section):
     """A metadata address to poll for a notice of preemption; empty = none. See `pipeline/fleet/preemption.py`."""
     notice_header: SecretHeader = SecretHeader()
     """Header for notice_url, e.g. `Metadata-Flavor: Google`. Any other value may be a token, is written nowhere, and is
-    taken from $BYTECACHE_FLEET_NOTICE_HEADER where this is empty."""
+    best given as $BYTECACHE_FLEET_NOTICE_HEADER."""
     notice_token_url: SecretAddress = SecretAddress()
     """Where to PUT for a token first (AWS IMDSv2); empty = none."""
     notice_match: str = "."

@@ -8,9 +8,9 @@ GROWTH = 3.0
 """How much more a history must carry for every token beyond the depth: what two cuts predict grows alike as they lie
 further back."""
 MOST_TIMES = 25.0
-"""How much more at most: what carries that much is followed on. Two cuts of one text that are about as likely go on side
-by side for good; giving one up where it carried 0.8 of the mass, seventeen tokens on in a list of constants, cost 1.5
-nats at the next byte."""
+"""How much more at most: what carries that much is followed on. Two cuts of one text that are about as likely go on
+side by side for good; giving one up where it carried 0.8 of the mass, seventeen tokens on in a list of constants, cost
+1.5 nats at the next byte."""
 FOLLOWED = 40
 """For how many tokens beyond the depth, unless everything is asked for."""
 DEEPEST = 200

@@ -99,7 +99,7 @@ def tables(limit: int) -> str:
     words = ["north", "river", "copper", "station", "lamp", "garden", "winter", "signal", "harbour", "paper", "valley"]
     pieces: list[str] = []
     while sum(map(len, pieces)) < limit:
-        records = [
+        records: list[dict[str, Any]] = [
             {
                 "id": draw.randrange(10_000), "name": f"{draw.choice(words)}-{draw.choice(words)}",
                 "active": draw.random() < 0.5, "tags": draw.sample(words, 2),

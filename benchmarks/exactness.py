@@ -38,9 +38,9 @@ from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
+from bytecache.stages.lattice.effort import DROPPED, REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.models.locate import resolve_model
-from bytecache.stages.teacher.identity import REFERENCE
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.tokens.chat import Template, encode_answer
 from bytecache.stages.tokens.vocab import Encoded, Misfit
@@ -229,7 +229,7 @@ def measure(teacher: Teacher, documents: list[Encoded]) -> dict[str, Any]:
     for number, document in enumerate(documents):
         name = f"d{number}"
         teacher.engine.forget()
-        deep = [Lattice(w, joins=False) for w in windows_at(teacher, document, name, {**REFERENCE, "static": 0.0})]
+        deep = [Lattice(w, drop=DROPPED) for w in windows_at(teacher, document, name, {**REFERENCE, "static": 0.0})]
         for preset, effort in st.PRESETS.items():
             for window, reference in zip(windows_at(teacher, document, name, effort), deep, strict=True):
                 figures[preset].add(window, reference)

@@ -53,7 +53,7 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
     Raises InputError where no teacher is named and the data set's is no builtin, IntegrityError for provenance that
     cannot be used.
     """
-    from bytecache.stages.teacher.identity import REFERENCE
+    from bytecache.stages.lattice.effort import REFERENCE
 
     identity = dataset.info.get("teacher", {})
     named = model or str(identity.get("model", ""))
@@ -118,7 +118,8 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     from bytecache.schemas.shard.reader import read_shard
     from bytecache.stages.fidelity.certificate import Fidelity
     from bytecache.stages.fidelity.stretches import measure_stored
-    from bytecache.stages.teacher.identity import REFERENCE, teacher_identity
+    from bytecache.stages.lattice.effort import REFERENCE
+    from bytecache.stages.teacher.identity import teacher_identity
     from bytecache.stages.teacher.teacher import open_teacher
 
     identity = teacher_identity(settings)

@@ -35,6 +35,7 @@ from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.fidelity.divergence import divergence, kl_spread
 from bytecache.stages.fidelity.measure import Measure, rounded
+from bytecache.stages.lattice.effort import DROPPED
 from bytecache.stages.lattice.lattice import Lattice
 
 VERSION = 2
@@ -87,7 +88,7 @@ class Fidelity:
         """
         lo = locate(window, shard)
         deep = keep_rows(window, window.row_static == 0)
-        reference = Lattice(deep, joins=False)
+        reference = Lattice(deep, drop=DROPPED)
         whole, known = reference.targets(), Lattice(asked).targets()
         hi = lo + len(known.tail)
         stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)

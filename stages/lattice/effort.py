@@ -1,6 +1,7 @@
 """Which histories are worth a call of the teacher, by what they carry and how far they are off the canonical tokens."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,12 @@ FOLLOWED = 40
 """For how many tokens beyond the depth, unless everything is asked for."""
 DEEPEST = 200
 """Tokens off the canonical ones at most; a dump counts them in a byte."""
+
+REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 8}
+"""Effort of reference windows, which have no static rows."""
+DROPPED = MOST_TIMES * REFERENCE["tau"]
+"""What of a reference's unevaluated mass joins no row. A history that carries more has spelled the same text as the
+canonical tokens for `FOLLOWED` tokens; dropping it, whose share may be all but the whole, would be no reference."""
 
 
 def least_share(tau: float, depth: int, off: np.ndarray) -> np.ndarray:

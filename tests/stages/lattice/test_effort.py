@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from bytecache.schemas.settings import PRESETS
-from bytecache.stages.lattice.effort import DEEPEST, FOLLOWED, MOST_TIMES, deepest, least_share, reach
+from bytecache.stages.lattice.effort import DEEPEST, FOLLOWED, MOST_TIMES, REFERENCE, deepest, least_share, reach
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher.identity import REFERENCE
 from bytecache.stages.tokens.vocab import load_vocabulary
 from tests.support.writing_model import WritingEngine, write_tokenizer, writing_teacher
 

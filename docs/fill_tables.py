@@ -1,9 +1,10 @@
-"""Write the tables of README.md and docs/results.md from the committed results of the benchmarks.
+"""Write the tables of README.md, docs/results.md and docs/quickstart.md from committed results and a committed run.
 
     python docs/fill_tables.py
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. A test compares the documents
-with what this would write, so that no figure drifts from the file it comes from.
+with what this would write, so that no figure drifts from the file it comes from. docs/default-run.txt is what a run
+printed: `bytecache run --preset fast > docs/default-run.txt 2>&1`, whose first line says on what machine.
 """
 
 import json
@@ -14,15 +15,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TRANSCRIPT = ROOT / "docs" / "default-run.txt"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "quickstart.md")
 TEXTS = {"encyclopedia": "encyclopedia", "prose": "manual", "code": "code", "cjk": "CJK"}
 """Texts as results call them, and as documents do, in their order."""
 PRESETS = ("fast", "balanced", "exact")
-KINDS = {
-    "novel": "novel", "encyclopedia": "encyclopedia", "manual": "manual", "code": "deep code", "tables": "JSON, tables",
-    "numbers": "numbers", "handbooks": "five scripts", "scripts": "CJK, es, fr", "chat": "chat",
-}  # fmt: skip
-"""Kinds of text as benchmarks/exactness.py calls them, and as documents do."""
 
 
 def result(name: str) -> Any:
@@ -38,39 +35,32 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join("|" + "|".join(f" {cell} " if line is not rule else cell for cell in line) + "|" for line in lines)
 
 
+def efforts(text: str, name: str = "information_loss.json") -> dict[str, dict[str, float]]:
+    """What each preset gave on one text."""
+    return {effort["name"]: effort for effort in result(name)["results"][text]["effort"]}
+
+
 def presets() -> str:
-    """Every preset on every kind of text, of every teacher."""
+    """Every preset on every text."""
+    texts = [text for text in TEXTS if text in result("information_loss.json")["results"]]
     rows = []
     for preset in PRESETS:
-        for number, (teacher, kind, measured) in enumerate(kinds()):
-            f = measured["presets"][preset]
-            figures = [f"{f['rows_per_token']:.2f}", f"{f['kl']:.5f}", f"{f['kl_p99']:.3f}", f"{f['jsd']:.5f}"]
-            figures += [f"{f['leak_bits']:+.4f}", f"{f['bound_jsd']:.3f}"]
-            rows.append(
-                ["" if number else f"`{preset}`", teacher, f"{KINDS[kind]}, {measured['positions']} B", *figures]
-            )
-    return table(
-        "`teacher.preset` | teacher | text | >rows per token | >KL | >p99 | >JSD | >leak, bits | >JSD bound", rows
-    )
+        for number, text in enumerate(texts):
+            effort = efforts(text)[preset]
+            figures = [f"{effort['rows_per_token']:.2f}", f"{effort['kl']:.5f}", f"{effort['jsd']:.5f}"]
+            rows.append(["" if number else f"`{preset}`", TEXTS[text], *figures, f"{effort['leak_bits']:+.4f}"])
+    head = "`teacher.preset` | text | >rows per token | >KL | >JSD | >bits given to the true byte beyond exact"
+    return table(head, rows)
 
 
 def presets_short() -> str:
-    """JSD and rows of every preset on every kind of text of the first teacher, a line each."""
-    of_one = [(kind, measured) for teacher, kind, measured in kinds() if teacher == "SmolLM2-135M"]
+    """KL and rows of every preset on every text, a line each."""
+    texts = [text for text in TEXTS if text in result("information_loss.json")["results"]]
     rows = []
     for preset in PRESETS:
-        cells = [measured["presets"][preset] for _, measured in of_one]
-        rows.append([f"`{preset}`", *(f"{c['kl']:.4f} / {c['jsd']:.4f} ({c['rows_per_token']:.2f})" for c in cells)])
-    return table("`teacher.preset` | " + " | ".join(f">{KINDS[kind]}" for kind, _ in of_one), rows)
-
-
-def kinds() -> list[tuple[str, str, dict[str, Any]]]:
-    """(teacher, kind of text, what was measured) of the study of presets."""
-    return [
-        (teacher, kind, measured)
-        for teacher, name in (("SmolLM2-135M", "exactness.json"), ("Gemma-3-270m", "exactness_gemma.json"))
-        for kind, measured in result(name)["kinds"].items()
-    ]
+        cells = [efforts(text)[preset] for text in texts]
+        rows.append([f"`{preset}`", *(f"{cell['kl']:.4f} ({cell['rows_per_token']:.2f})" for cell in cells)])
+    return table("`teacher.preset` | " + " | ".join(f">{TEXTS[text]}" for text in texts), rows)
 
 
 def genlm() -> str:
@@ -133,6 +123,29 @@ def rate_distortion() -> str:
     return table("`convert.precision` | teacher | text | >bytes per byte of text | >KL", rows)
 
 
+def transcript() -> list[str]:
+    """Lines of the committed run; the first one, after `# `, says what was run on what machine."""
+    return TRANSCRIPT.read_text(encoding="utf-8").strip().splitlines()
+
+
+def run_output() -> str:
+    """What the run printed, up to its table."""
+    lines = transcript()[1:]
+    return "\n".join(["```text", *(line for line in lines if not line.startswith("|")), "```"]).replace(
+        "\n\n```", "\n```"
+    )
+
+
+def run_table() -> str:
+    """The table that the run ended with."""
+    return "\n".join(line for line in transcript() if line.startswith("|"))
+
+
+def run_machine() -> str:
+    """What was run on what machine."""
+    return transcript()[0].removeprefix("# ")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "presets-short": presets_short,
@@ -141,6 +154,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,
     "rate-distortion": rate_distortion,
+    "run-output": run_output,
+    "run-table": run_table,
+    "run-machine": run_machine,
 }
 
 
@@ -154,7 +170,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Fill both documents."""
+    """Fill every document."""
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: tables filled")

@@ -173,6 +173,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("document", [each for each in documents() if each.name[:5] in ("READM", "docs/")], ids=str)
 def test_python_programs_run(
     document: Document, targets: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

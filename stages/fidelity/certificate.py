@@ -20,8 +20,6 @@ Beside it `bound` says, for every position and without a reference, what the tar
 Price: reading the shard back (docs/results.md) and two lattices per reference window.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -33,6 +31,7 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.fidelity.divergence import divergence, kl_spread
 from bytecache.stages.fidelity.measure import Measure, rounded
@@ -174,7 +173,7 @@ class Fidelity:
             "version": VERSION,
             "unit": "nats per position; leak: bits per position; tail, missed: probability",
             "reference": reference,
-            "teacher_sha256": identity_hash(teacher),
+            "teacher_sha256": TeacherIdentity.of(teacher, "the teacher").sha256,
             "sample": {name: self.counts[name] for name in ("positions", "windows", "documents")},
             **figures,
         }
@@ -185,11 +184,6 @@ class Fidelity:
                 name: rounded(self.counts[f"{name}_rows"] / rows) for name in ("production", "reference")
             }
         return out
-
-
-def identity_hash(teacher: dict[str, Any]) -> str:
-    """sha256 of a teacher's identity as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(teacher, sort_keys=True).encode()).hexdigest()
 
 
 def figure(certificate: dict[str, Any], name: str, which: str = "mean") -> float:

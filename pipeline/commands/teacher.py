@@ -21,6 +21,7 @@ from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
+from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.locate import model_name, resolve_model
@@ -223,14 +224,11 @@ def _whole(store: Store, dumps: dict[int, Receipt]) -> dict[int, Receipt]:
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     """How the settings that a dump was made with differ from the current ones."""
-    return identity_changes(receipt.inputs["teacher"], settings)
+    return identity_changes(TeacherIdentity.of(receipt.inputs["teacher"], f"receipt {receipt.name}"), settings)
 
 
-def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
+def identity_changes(identity: TeacherIdentity, settings: Teacher) -> list[str]:
     """How the settings in a teacher's identity differ from the current ones."""
-    old = {
-        **identity.get("settings", {}),
-        **{name: identity[name] for name in ("model", "revision") if name in identity},
-    }
+    old = identity.chosen()
     now = settings.resolved().model_dump() | {"model": model_name(settings)}
     return list(changed_keys(old, {name: now[name] for name in old if name in now}))

@@ -277,6 +277,29 @@ def test_provenance_of_another_shape_is_refused_for_every_reader(name: str, fold
         read_dataset(folder)
 
 
+def test_a_manifest_of_more_rows_than_its_size_can_tell_apart(folder: Path) -> None:
+    """SPEC 9.3: each row has a hash of its own, which does not compress."""
+    row = rows_of(folder)[0]
+    rewrite(folder, [row] * 5000)
+    with pytest.raises(IntegrityError, match=r"5000 rows of \d+ bytes in a file of \d+, at most \d+ rows"):
+        read_dataset(folder)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "manifest.parquet", "README.md"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_read_for_one(name: str, kind: str, folder: Path) -> None:
+    """SPEC 9.3. A pipe would be waited for, a device read without end."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    problems = verify_dataset(folder)
+    assert [problem.kind for problem in problems] == ["unreadable" if name == "README.md" else "index"]
+    assert "not a regular file" in problems[0].detail
+    if name != "README.md":
+        with pytest.raises(IntegrityError, match="not a regular file"):
+            read_dataset(folder)
+    assert not card.is_ours(folder / "README.md") or name != "README.md"
+
+
 def test_an_index_that_says_little_is_read(folder: Path) -> None:
     """SPEC 7.2: of `info` nothing is required; a reader finds every part, empty."""
     index = json.loads((folder / "dataset.json").read_text())
@@ -288,6 +311,7 @@ def test_an_index_that_says_little_is_read(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", ["1" + "0" * 400, "1e400", "-1e400", "9" * 19])
 def test_numbers_beyond_what_they_can_be(number: str, folder: Path) -> None:
+    """SPEC 9.3."""
     raw = (folder / "dataset.json").read_bytes()
     (folder / "dataset.json").write_bytes(
         raw.replace(b'"fidelity": null', b'"fidelity": {"kl": {"mean": ' + number.encode() + b"}}")

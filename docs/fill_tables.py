@@ -7,6 +7,7 @@ with what this would write, so that no figure drifts from the file it comes from
 printed: `bytecache run --preset fast > docs/default-run.txt 2>&1`, whose first line says on what machine.
 """
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -40,6 +41,28 @@ def efforts(text: str, name: str = "information_loss.json") -> dict[str, dict[st
     return {effort["name"]: effort for effort in result(name)["results"][text]["effort"]}
 
 
+def changed_presets() -> str:
+    """A note where presets are no longer what they were when they were measured; nothing where they are."""
+    tree = ast.parse((ROOT / "schemas" / "settings.py").read_text(encoding="utf-8"))
+    value = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS" and node.value
+    )
+    today = ast.literal_eval(value)
+    measured = {
+        name: {key: effort[key] for key in ("tau", "depth", "static")}
+        for name, effort in efforts("prose").items()
+        if name in PRESETS
+    }
+    if measured == {name: today[name] for name in measured}:
+        return ""
+    spelled = "; ".join(
+        f"`{name}` " + ", ".join(f"{key} {number:g}" for key, number in keys.items()) for name, keys in measured.items()
+    )
+    return f"\n\nMeasured with other values than the presets have today: {spelled}."
+
+
 def presets() -> str:
     """Every preset on every text."""
     texts = [text for text in TEXTS if text in result("information_loss.json")["results"]]
@@ -50,7 +73,7 @@ def presets() -> str:
             figures = [f"{effort['rows_per_token']:.2f}", f"{effort['kl']:.5f}", f"{effort['jsd']:.5f}"]
             rows.append(["" if number else f"`{preset}`", TEXTS[text], *figures, f"{effort['leak_bits']:+.4f}"])
     head = "`teacher.preset` | text | >rows per token | >KL | >JSD | >bits given to the true byte beyond exact"
-    return table(head, rows)
+    return table(head, rows) + changed_presets()
 
 
 def presets_short() -> str:
@@ -60,7 +83,7 @@ def presets_short() -> str:
     for preset in PRESETS:
         cells = [efforts(text)[preset] for text in texts]
         rows.append([f"`{preset}`", *(f"{cell['kl']:.4f} ({cell['rows_per_token']:.2f})" for cell in cells)])
-    return table("`teacher.preset` | " + " | ".join(f">{TEXTS[text]}" for text in texts), rows)
+    return table("`teacher.preset` | " + " | ".join(f">{TEXTS[text]}" for text in texts), rows) + changed_presets()
 
 
 def genlm() -> str:

@@ -7,6 +7,7 @@ with what this would write, so that no figure drifts from the file it comes from
 printed: `bytecache run --preset fast > docs/default-run.txt 2>&1`, whose first line says on what machine.
 """
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -40,6 +41,24 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join("|" + "|".join(f" {cell} " if line is not rule else cell for cell in line) + "|" for line in lines)
 
 
+def changed_presets() -> str:
+    """A note where presets are no longer what they were when they were measured; nothing where they are."""
+    tree = ast.parse((ROOT / "schemas" / "settings.py").read_text(encoding="utf-8"))
+    value = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS" and node.value
+    )
+    today = ast.literal_eval(value)
+    measured = result("exactness.json")["presets"]
+    if measured == {name: today[name] for name in measured}:
+        return ""
+    spelled = "; ".join(
+        f"`{name}` " + ", ".join(f"{key} {number:g}" for key, number in keys.items()) for name, keys in measured.items()
+    )
+    return f"\n\nMeasured with other values than the presets have today: {spelled}."
+
+
 def presets() -> str:
     """Every preset on every kind of text, of every teacher."""
     rows = []
@@ -51,8 +70,11 @@ def presets() -> str:
             rows.append(
                 ["" if number else f"`{preset}`", teacher, f"{KINDS[kind]}, {measured['positions']} B", *figures]
             )
-    return table(
-        "`teacher.preset` | teacher | text | >rows per token | >KL | >p99 | >JSD | >leak, bits | >JSD bound", rows
+    return (
+        table(
+            "`teacher.preset` | teacher | text | >rows per token | >KL | >p99 | >JSD | >leak, bits | >JSD bound", rows
+        )
+        + changed_presets()
     )
 
 
@@ -63,7 +85,7 @@ def presets_short() -> str:
     for preset in PRESETS:
         cells = [measured["presets"][preset] for _, measured in of_one]
         rows.append([f"`{preset}`", *(f"{c['kl']:.4f} / {c['jsd']:.4f} ({c['rows_per_token']:.2f})" for c in cells)])
-    return table("`teacher.preset` | " + " | ".join(f">{KINDS[kind]}" for kind, _ in of_one), rows)
+    return table("`teacher.preset` | " + " | ".join(f">{KINDS[kind]}" for kind, _ in of_one), rows) + changed_presets()
 
 
 def kinds() -> list[tuple[str, str, dict[str, Any]]]:

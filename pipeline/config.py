@@ -5,8 +5,8 @@ Values are typed as TOML types them and validated
 strictly (`"8"` is not 8), so that the same file always means the same run. Every refusal is one line that
 names the key, the value, the limit and where it came from; an unknown key also names its nearest neighbour.
 
-Keys that may hold a secret (`schemas.secrets`) are written without it. What neither file nor command line sets is taken
-from the environment, $BYTECACHE_SECTION_KEY: so the jobs that run elsewhere get theirs, and no file has it.
+Keys that may hold a secret (`schemas.secrets`) are written without it. The environment, $BYTECACHE_SECTION_KEY, comes
+before the file there: so the jobs that run elsewhere get theirs, and no file has it.
 """
 
 import difflib
@@ -57,11 +57,11 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
     """Resolve the configuration.
 
     `path`: a TOML file; None = `pipeline.toml` of the working directory where there is one, else defaults.
-    `overrides`: `section.key=value` strings; the last one for a key wins. Secrets that neither names are those of the
-    environment.
+    `overrides`: `section.key=value` strings; the last one for a key wins. Secrets that they do not name are those of
+    the environment, where it has them.
     Raises ConfigError (unreadable file, unknown key, wrong type, value outside its limit).
     """
-    return _resolve([*_file_layers(path), _override_layer(overrides)])
+    return _resolve([*_file_layers(path), _environment_layer(), _override_layer(overrides)])
 
 
 PERMISSIONS = (
@@ -86,14 +86,13 @@ def load_run_settings(
         The settings, and `section.key = value` of every key that is as it is because of the run folder.
     """
     files, commands = _file_layers(path), _override_layer(overrides)
-    plain = _resolve([*files, commands])
+    environment = _environment_layer()
+    plain = _resolve([*files, environment, commands])
     kept = saved(plain)
     if kept is None:
         return plain, []
     base = _saved_layer(*kept)
-    # Of a secret only the public part was written; what the environment says of it goes first.
-    told = [place for place in secret_keys() if os.environ.get(secret_variable(*place))]
-    for place in [("run", "dir"), *PERMISSIONS, *told]:
+    for place in [("run", "dir"), *PERMISSIONS]:
         base.pop(place, None)
     if path is None:
         defaults = Settings()
@@ -102,7 +101,7 @@ def load_run_settings(
             for layer in files
         ]
     here = {("run", "dir"): (plain.run.dir, "of this run")}
-    settings = _resolve([base, *files, commands, here])
+    settings = _resolve([base, *files, environment, commands, here])
     differing = [
         f"{section}.{key} = {_toml_value(value)}"
         for section in sections()
@@ -144,6 +143,16 @@ def _saved_layer(source: str, raw: bytes) -> Layer:
         ) from None
 
 
+def _environment_layer() -> Layer:
+    """The secrets that the environment has; of a secret in a file only the public part was written."""
+    named = {place: secret_variable(*place) for place in secret_keys()}
+    return {
+        place: (os.environ[variable], f"from ${variable}")
+        for place, variable in named.items()
+        if os.environ.get(variable)
+    }
+
+
 def _override_layer(overrides: Iterable[str]) -> Layer:
     layer: Layer = {}
     hidden = list(secret_keys())
@@ -155,12 +164,8 @@ def _override_layer(overrides: Iterable[str]) -> Layer:
 
 
 def _resolve(layers: Sequence[Layer]) -> Settings:
-    """Settings of layers, the last one on top; secrets that none sets are those of the environment."""
+    """Settings of layers, the last one on top."""
     merged: Layer = {place: value for layer in layers for place, value in layer.items()}
-    for section, key in secret_keys():
-        variable = secret_variable(section, key)
-        if (section, key) not in merged and os.environ.get(variable):
-            merged[section, key] = (os.environ[variable], f"from ${variable}")
     data: dict[str, dict[str, Any]] = {}
     for (section, key), (value, _) in merged.items():
         data.setdefault(section, {})[key] = value

@@ -59,8 +59,8 @@ class Corpus(Section):
 
 PRESETS: dict[str, dict[str, float]] = {
     "fast": {"tau": 0.3, "depth": 2, "static": 0.002},
-    "balanced": {"tau": 0.03, "depth": 1, "static": 0.002},
-    "exact": {"tau": 0.002, "depth": 2, "static": 0.0002},
+    "balanced": {"tau": 0.02, "depth": 1, "static": 0.002},
+    "exact": {"tau": 0.003, "depth": 2, "static": 0.0002},
 }
 """What `teacher.preset` stands for; measured by `benchmarks/information_loss.py`."""
 
@@ -99,7 +99,8 @@ class Teacher(Section):
     sample_tokens: int = Field(128, ge=0)
     """Tokens of every unit that are evaluated to near exactness as well, for the fidelity certificate; 0 = none."""
     start: str = "auto"
-    """First token of every document: `auto` (the model's BOS, else its EOS) or a token's text."""
+    """First token of every document: `auto` (measured: the model's BOS, else its EOS, unless another token of the kind
+    predicts text better) or a token's text. In conversations the chat template decides."""
     end: str = "auto"
     """Tokens whose mass is the END symbol: `auto` (the model's EOS ids), or token texts separated by spaces."""
     max_batched_tokens: int = Field(0, ge=0)
@@ -301,7 +302,7 @@ class Fleet(Section):
     """A metadata address to poll for a notice of preemption; empty = none. See `pipeline/fleet/preemption.py`."""
     notice_header: SecretHeader = SecretHeader()
     """Header for notice_url, e.g. `Metadata-Flavor: Google`. Any other value may be a token, is written nowhere, and is
-    taken from $BYTECACHE_FLEET_NOTICE_HEADER where this is empty."""
+    best given as $BYTECACHE_FLEET_NOTICE_HEADER."""
     notice_token_url: SecretAddress = SecretAddress()
     """Where to PUT for a token first (AWS IMDSv2); empty = none."""
     notice_match: str = "."

@@ -135,7 +135,7 @@ def api_page() -> str:
     lines = ["# Python", "", NOTE, ""]
     lines += [
         "`from bytecache import NAME`. Names load what they need when they are first asked for: `import bytecache`",
-        "needs no torch, and neither does anything here but `ByteTargets`.",
+        "needs no torch, and neither does anything here that does not come from `bytecache.stages`.",
     ]
     values = {name: getattr(bytecache, name) for name in sorted(bytecache.__all__, key=str.lower)}
     errors = {name for name, value in values.items() if isinstance(value, type) and issubclass(value, Exception)}

@@ -27,6 +27,7 @@ from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import InputError, IntegrityError
+from bytecache.schemas.identity import TeacherIdentity
 
 
 def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[str, list[int], int]]:
@@ -64,7 +65,7 @@ def convert_job(
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
     store, settings = context.store, context.settings
-    coarser_effort(settings.convert, identity.get("settings", {}))
+    coarser_effort(settings.convert, TeacherIdentity.of(identity, store.name).settings)
     shape = {name: value for name, value in settings.convert.shaping().items() if name != "shard_bytes"}
     code = receipts.code_fingerprint(*CONVERTER)[:16]
     cut = shard_groups(planned, settings.convert.shard_bytes)

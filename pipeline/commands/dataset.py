@@ -13,6 +13,7 @@ from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.aside import set_aside as set_aside_file
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.identity import TeacherIdentity
 
 if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset, ShardEntry
@@ -25,7 +26,7 @@ CONVERTER = tuple(f"bytecache.{module}" for module in (
     "schemas.dump.masses", "schemas.shard.builder",
     "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
     "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",
-    "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.arrays",
+    "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.arrays", "schemas.identity",
 ))  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 _RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
@@ -79,10 +80,11 @@ def dataset_info(
     `missing`: see `pipeline.commands.missing.describe`.
     """
     identity = dumps[0].inputs["teacher"]
+    teacher = TeacherIdentity.of(identity, f"receipt {dumps[0].name}")
     return {
         **dataset_identity(context, planned, identity, [unit["unit"] for unit in missing]),
         "tokenizer": {
-            "vocabulary_sha256": identity.get("vocabulary", ""),
+            "vocabulary_sha256": teacher.vocabulary,
             **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
         },
         "software": receipts.software_versions(),

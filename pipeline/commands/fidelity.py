@@ -20,6 +20,7 @@ from bytecache.pipeline.units.receipts import software_versions
 from bytecache.schemas.dataset.index import DATASET, Dataset, read_dataset
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.files import file_sha256, refuse_to_write, write_text
+from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Teacher
 
 SLACK = 0.5
@@ -53,16 +54,19 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
     Raises InputError where no teacher is named and the data set's is no builtin, IntegrityError for provenance that
     cannot be used.
     """
-    from bytecache.stages.teacher.identity import REFERENCE
+    from bytecache.stages.lattice.effort import REFERENCE
 
-    identity = dataset.info.get("teacher", {})
-    named = model or str(identity.get("model", ""))
+    identity = TeacherIdentity.of(dataset.info.get("teacher", {}), dataset.folder / DATASET)
+    named = model or identity.model
     if model is None and not named.startswith("builtin:"):
         raise InputError(f"the data set was made by {named or 'an unnamed teacher'}: say where it is with --teacher")
-    old = identity.get("settings", {})
+    old, (context, overlap) = identity.settings, identity.windows
     try:
-        context, overlap = identity.get("windows", [0, -1])
-        wanted = {"dtype": old.get("dtype", "float32"), "floor": old.get("floor", settings.floor)}
+        # `auto` means another precision on another device: the one that the dump was made in is wanted.
+        dtype = identity.dtype or old.get("dtype", "float32")
+        wanted = {"dtype": dtype, "floor": old.get("floor", settings.floor)}
+        if settings.start == "auto":  # as the data set's teacher did, whatever would be measured here
+            wanted["start"] = identity.start
         return Teacher(
             **settings.model_dump(include={"revision", "backend", "start", "end", "trust_remote_code"})
             | settings.model_dump(include={"max_batched_tokens", "kv_cache_gib", "gpu_memory_utilization"})
@@ -76,16 +80,16 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
         ) from error
 
 
-def refuse_other_teacher(dataset: Dataset, identity: dict[str, Any]) -> None:
+def refuse_other_teacher(dataset: Dataset, teacher: TeacherIdentity) -> None:
     """Raises InputError unless vocabulary and weights are those that made the data set."""
-    made = dataset.info.get("teacher", {})
-    if made.get("vocabulary") != identity["vocabulary"]:
+    maker = TeacherIdentity.of(dataset.info.get("teacher", {}), dataset.folder / DATASET)
+    if maker.vocabulary != teacher.vocabulary:
         raise InputError(
-            f"this teacher's vocabulary is {identity['vocabulary'][:12]}, the data set's "
-            f"{str(made.get('vocabulary'))[:12]}: use the teacher that made it, with its start and end tokens, "
+            f"this teacher's vocabulary is {teacher.vocabulary[:12]}, the data set's "
+            f"{maker.vocabulary[:12] or 'not stated'}: use the teacher that made it, with its start and end tokens, "
             "or --any-teacher"
         )
-    there, here = made.get("weights", {}), identity["weights"]
+    there, here = maker.weights, teacher.weights
     named = sorted(name for name in {*there, *here} if name.endswith(".safetensors") or name == "config.json")
     for name in named:
         if there.get(name) != here.get(name):
@@ -116,12 +120,13 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     from bytecache.schemas.shard.reader import read_shard
     from bytecache.stages.fidelity.certificate import Fidelity
     from bytecache.stages.fidelity.stretches import measure_stored
-    from bytecache.stages.teacher.identity import REFERENCE, teacher_identity
+    from bytecache.stages.lattice.effort import REFERENCE
+    from bytecache.stages.teacher.identity import teacher_identity
     from bytecache.stages.teacher.teacher import open_teacher
 
     identity = teacher_identity(settings)
     if not any_teacher:
-        refuse_other_teacher(dataset, identity)
+        refuse_other_teacher(dataset, TeacherIdentity.of(identity, settings.model))
     places = draw(dataset, sample)
     found = Fidelity()
     teacher = open_teacher(settings)

@@ -23,6 +23,7 @@ from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outc
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.files import file_sha256
+from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Settings
 from bytecache.stages.foreign.cache import Aside, ForeignTeacher, read_off
 from bytecache.stages.foreign.packed import settings_of
@@ -110,23 +111,25 @@ def _write_corpus(teacher: ForeignTeacher, path: Path) -> Counter[str]:
 
 def identity_of(teacher: ForeignTeacher, source: Source, settings: Settings) -> dict[str, Any]:
     """What makes two imports comparable; in the place of a teacher's identity."""
-    return {
-        "format": [token_dump.FORMAT, token_dump.VERSION],
-        "kind": "foreign",
-        "model": model_name(settings.teacher),
-        "revision": settings.teacher.revision,
-        "vocabulary": teacher.vocabulary.fingerprint,
-        "cache": {
-            "layout": source.layout,
-            "files": [file_sha256(file.path) for file in teacher.cache.files],
-            "packing": settings_of(teacher.cache.packing),
-            "alignment": teacher.reading.alignment,
-            "k": teacher.reading.k,
-            "true_token_always_listed": teacher.reading.always_true,
-            "renormalised": source.renormalised,
-        },
-        "settings": {},
+    cache = {
+        "layout": source.layout,
+        "files": [file_sha256(file.path) for file in teacher.cache.files],
+        "packing": settings_of(teacher.cache.packing),
+        "alignment": teacher.reading.alignment,
+        "k": teacher.reading.k,
+        "true_token_always_listed": teacher.reading.always_true,
+        "renormalised": source.renormalised,
     }
+    identity = TeacherIdentity(
+        format=(token_dump.FORMAT, token_dump.VERSION),
+        kind="foreign",
+        model=model_name(settings.teacher),
+        revision=settings.teacher.revision,
+        vocabulary=teacher.vocabulary.fingerprint,
+        cache=cache,
+        settings={},
+    )
+    return identity.as_json()
 
 
 def _job(context: Context, planned: Plan, teacher: ForeignTeacher, source: Source) -> Job:

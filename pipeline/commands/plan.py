@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
+from bytecache.pipeline.commands.teacher import known_start, start_line
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.settings import Corpus
-from bytecache.stages.corpus.reader import corpus_files
+from bytecache.stages.corpus.reader import MAX_DOCUMENT, corpus_files
 from bytecache.stages.corpus.tally import listed
 
 MOST_NAMES = 5
@@ -33,6 +34,8 @@ def plan(context: Context) -> tuple[Plan, bool]:
     )
     for line in left_out(made, context.settings.corpus):
         context.say(f"plan: {line}")
+    if record := known_start(context, str(made.settings.get("kind", "text"))):
+        context.say(f"plan: {start_line(record)}")
     if made.settings.get("kind") == "chat":
         from bytecache.pipeline.commands.check import check_student_reads
 
@@ -55,6 +58,11 @@ def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
         yield (
             f"{sum(unanswered.values())} records left out, no message of role assistant; "
             f"roles found: {listed(unanswered)}"
+        )
+    if overlong := passed.get("overlong"):
+        yield (
+            f"warning: {sum(overlong.values())} documents left out, longer than {MAX_DOCUMENT} bytes: "
+            f"{listed(overlong)}; split them"
         )
     if strange := passed.get("strange"):
         yield f"roles that a chat template may not know, by records: {listed(strange)}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bytecache.pipeline.commands.teacher import start_line
 from bytecache.pipeline.stores import disk_errors
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.files import new_file, refuse_to_write
@@ -39,7 +40,9 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
     with disk_errors(f"writing {out}"):
         refuse_to_write(out)
     from bytecache.stages.teacher.probe import probe_text
+    from bytecache.stages.teacher.start import with_start
 
+    settings, record = with_start(settings)
     probs, tail, data = probe_text(settings, text)
     _write(out, probs, tail, data)
     listed = probs[np.arange(len(data)), data].astype(np.float64)
@@ -47,8 +50,9 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
     floor = np.maximum(listed, np.finfo(np.float32).tiny)
     bits = float(-np.log(floor).sum()) / math.log(2) / len(data)
     unlisted = int((listed <= 0).sum())
+    started = f"; {start_line(record)}" if record else ""
     note = f", {unlisted} bytes lie in the tail" if unlisted else ""
-    return f"{out}: {len(data)} bytes, {bits:.4f} bits/byte, mean tail {float(tail.mean()):.3e}{note}"
+    return f"{out}: {len(data)} bytes, {bits:.4f} bits/byte, mean tail {float(tail.mean()):.3e}{note}{started}"
 
 
 def _write(out: Path, probs: np.ndarray, tail: np.ndarray, data: np.ndarray) -> None:

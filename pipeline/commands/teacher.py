@@ -12,7 +12,7 @@ from bytecache.pipeline.commands.dataset import (
 )
 from bytecache.pipeline.config import changed_keys
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.fleet.ledger import Layout
+from bytecache.pipeline.fleet.ledger import Layout, read_json
 from bytecache.pipeline.fleet.quarantine import quarantined
 from bytecache.pipeline.plan.index import Plan, Unit, load_plan
 from bytecache.pipeline.stores import Store, overlapped
@@ -21,16 +21,22 @@ from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
+from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.locate import model_name, resolve_model
 from bytecache.stages.models.remembered import remembered
 
+START_FOLDER = "teacher/start"
+"""Where a run keeps which start token was measured to be best."""
+
 
 def teacher_job(context: Context, planned: Plan) -> Job:
     """One unit of work per unit of the plan."""
-    store, settings = context.store, context.settings
-    identity, rendered = find_identity(settings.teacher, str(planned.settings.get("kind", "text")))
+    store = context.store
+    kind = str(planned.settings.get("kind", "text"))
+    settings = context.settings.model_copy(update={"teacher": settle_start(context, kind)})
+    identity, rendered = find_identity(settings.teacher, kind)
 
     def task(index: int) -> Task:
         unit = planned.units[index]
@@ -64,6 +70,50 @@ def teacher_job(context: Context, planned: Plan) -> Job:
             engine.close()
 
     return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, planned.sizes, task, open_work)
+
+
+def settle_start(context: Context, kind: str) -> Teacher:
+    """The teacher's settings with the start token that all workers of this run take (`stages.teacher.start`).
+
+    Where `teacher.start` is "auto", whoever comes first measures it and the run keeps the record, one a teacher; in
+    conversations the template decides.
+    """
+    settings, store = context.settings.teacher, context.store
+    if settings.start != "auto" or kind == "chat":
+        return settings
+    asked, key = _start_record(settings)
+    if not store.exists(key):
+        from bytecache.stages.teacher.start import measured_start
+
+        refuse_quantised_teacher(resolve_model(settings), settings.model, settings.backend)
+        measured = measured_start(settings)
+        if store.put_json_if_absent(key, {**measured, "teacher": asked}):
+            context.say(f"teacher: {start_line(measured)}")
+    record = read_json(store, key)
+    if record is None or not isinstance(record.get("start"), str):
+        raise IntegrityError(f"{store.name}: {key} is damaged; delete it and rerun the same command")
+    return settings.model_copy(update={"start": record["start"]})
+
+
+def _start_record(settings: Teacher) -> tuple[dict[str, Any], str]:
+    """What a measured start depends on as far as settings say, and where a run keeps it."""
+    asked = settings.model_dump(include={"revision", "backend", "dtype", "end"}) | {"model": model_name(settings)}
+    return asked, f"{START_FOLDER}/{unit_key('start', asked)[:12]}.json"
+
+
+def known_start(context: Context, kind: str) -> dict[str, Any] | None:
+    """The record of this run's start token, if it was measured already."""
+    settings = context.settings.teacher
+    return None if settings.start != "auto" or kind == "chat" else read_json(context.store, _start_record(settings)[1])
+
+
+def start_line(record: dict[str, Any]) -> str:
+    """A record of `stages.teacher.start` for people."""
+    start, bits = record.get("start"), record.get("bits_per_byte") or {}
+    if start not in bits:
+        return "documents start with the configured token, the only plausible one"
+    others = ", ".join(f"{name or 'none'} {value:.3f}" for name, value in bits.items() if name != start)
+    return f"documents start with {start}: {bits[start]:.3f} bits/byte on a sample ({others})"
 
 
 def find_identity(settings: Teacher, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -174,14 +224,11 @@ def _whole(store: Store, dumps: dict[int, Receipt]) -> dict[int, Receipt]:
 
 def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
     """How the settings that a dump was made with differ from the current ones."""
-    return identity_changes(receipt.inputs["teacher"], settings)
+    return identity_changes(TeacherIdentity.of(receipt.inputs["teacher"], f"receipt {receipt.name}"), settings)
 
 
-def identity_changes(identity: dict[str, Any], settings: Teacher) -> list[str]:
+def identity_changes(identity: TeacherIdentity, settings: Teacher) -> list[str]:
     """How the settings in a teacher's identity differ from the current ones."""
-    old = {
-        **identity.get("settings", {}),
-        **{name: identity[name] for name in ("model", "revision") if name in identity},
-    }
+    old = identity.chosen()
     now = settings.resolved().model_dump() | {"model": model_name(settings)}
     return list(changed_keys(old, {name: now[name] for name in old if name in now}))

@@ -17,6 +17,7 @@ from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work
 from bytecache.schemas.errors import BytecacheError, ConfigError, InputError, IntegrityError
+from bytecache.schemas.identity import TeacherIdentity
 
 _SHOWN = 3
 
@@ -68,7 +69,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
         identity = next(iter(found.values())).inputs["teacher"]
         return convert_job(context, planned, identity, found.__getitem__)
     identity = begun["identity"]["teacher"]
-    changes = identity_changes(identity, context.settings.teacher)
+    changes = identity_changes(TeacherIdentity.of(identity, Layout("teacher").job), context.settings.teacher)
     if changes:
         raise ConfigError(
             f"{store.name}: the workers' dump was made with other teacher settings ({'; '.join(changes[:4])}); restore "

@@ -226,21 +226,30 @@ class ObjectStore:
                 temporary.unlink(missing_ok=True)
 
     def _fetch(self, key: str, target: Path) -> _Found:
-        """Stream an object to a file and prove it whole."""
+        """Stream an object to a file and prove it whole; what broke off goes on where it was, if it is the same."""
+        digest, size, version = hashlib.sha256(), 0, ""
 
         def get() -> _Found:
-            result = obstore.get(self._backend, key)
-            stored, digest, size = _Found(result), hashlib.sha256(), 0
-            with target.open("wb") as stream:
+            nonlocal digest, size, version
+            begun: obstore.GetOptions | None = {"range": {"offset": size}} if size else None
+            result = obstore.get(self._backend, key, options=begun)
+            stored = _Found(result)
+            if size and stored.version != version:
+                digest, size = hashlib.sha256(), 0
+                result = obstore.get(self._backend, key)
+                stored = _Found(result)
+            version = stored.version
+            with target.open("ab" if size else "wb") as stream:
                 for chunk in result.stream(min_chunk_size=CHUNK):
                     digest.update(chunk)
                     size += stream.write(chunk)
             if size != stored.size or (stored.sha256 and digest.hexdigest() != stored.sha256):
-                raise Damaged(f"the {size} bytes that arrive are not the {stored.size} that were stored")
+                came, digest, size = size, hashlib.sha256(), 0
+                raise Damaged(f"the {came} bytes that arrive are not the {stored.size} that were stored")
             return stored
 
         try:
-            return self._try(f"reading {key}", get)
+            return self._try(f"reading {key}", get, lambda: size)
         except FileNotFoundError:
             raise self._absent(key) from None
 
@@ -392,8 +401,8 @@ class ObjectStore:
         except FileNotFoundError:
             return None
 
-    def _try(self, doing: str, request: Callable[[], Result]) -> Result:
-        return patiently(f"{self.name}, {doing}", request, self._patience)
+    def _try(self, doing: str, request: Callable[[], Result], progress: Callable[[], int] = lambda: 0) -> Result:
+        return patiently(f"{self.name}, {doing}", request, self._patience, progress)
 
     def _absent(self, key: str) -> StorageError:
         return StorageError(f"{self.name}/{key} does not exist; rerun the stage that makes it, or check run.dir")

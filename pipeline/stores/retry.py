@@ -28,15 +28,17 @@ class Damaged(Exception):  # noqa: N818 - a reason to fetch again, not yet an er
     """A download whose bytes are not those that were stored."""
 
 
-def patiently(doing: str, request: Callable[[], Result], seconds: float) -> Result:
-    """`request()`, repeated for up to so many seconds.
+def patiently(
+    doing: str, request: Callable[[], Result], seconds: float, progress: Callable[[], int] = lambda: 0
+) -> Result:
+    """`request()`, repeated for up to so many seconds without `progress` (bytes so far).
 
     FileNotFoundError, NotImplementedError and the library's AlreadyExistsError pass through. Raises StorageError where
     the service refuses or the patience ends, IntegrityError where the bytes stay wrong.
     """
     from obstore.exceptions import AlreadyExistsError, BaseError
 
-    patience = Patience(seconds)
+    patience, before = Patience(seconds), progress()
     while True:
         try:
             return request()
@@ -51,6 +53,9 @@ def patiently(doing: str, request: Callable[[], Result], seconds: float) -> Resu
                 raise StorageError(
                     f"{doing}: the service refuses ({reason}); check the credentials, the bucket and its permissions"
                 ) from error
+            if progress() > before:
+                patience.renew()
+            before = progress()
             if patience.pause():
                 continue
             if isinstance(error, Damaged):

@@ -72,6 +72,19 @@ _SCHEMA = pa.schema(
     ]
 )
 _OBJECTS = ("teacher", "tokenizer", "corpus", "settings", "software", "creation")
+_SHAPES: dict[tuple[str, str], type] = {
+    ("teacher", "model"): str, ("teacher", "name"): str, ("teacher", "revision"): str, ("teacher", "vocabulary"): str,
+    ("teacher", "settings"): dict, ("teacher", "weights"): dict, ("teacher", "windows"): list,
+    ("teacher", "versions"): dict, ("settings", "plan"): dict, ("settings", "convert"): dict,
+    ("creation", "set_aside"): dict, ("creation", "missing"): list,
+}  # fmt: skip
+"""What inside those objects somebody here reads, and its kind where it is there."""
+_MISSING = {"unit": int, "n_documents": int, "n_bytes": int, "reason": str}
+_KINDS: dict[type, str] = {
+    dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
+}  # fmt: skip
+MAX_DEPTH = 32
+"""Objects and lists of `info` in each other."""
 _FREE_TEXT = ("name", "license", "corpus_license", "teacher_license", "attribution")
 
 
@@ -298,11 +311,44 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
     content_sha256 = _content_sha256(entries)
     if manifest.get("content_sha256") != content_sha256 or document.get("splits") != _totals(entries):
         raise IntegrityError(f"{path}: content hash or totals do not match {MANIFEST}; make the index again")
+    info = dict.fromkeys(_FREE_TEXT, "") | {name: {} for name in _OBJECTS} | info
+    why = _misshapen(info) or ("fidelity, beside it, is nested too deep" if _depth(fidelity) > MAX_DEPTH else "")
+    if why:
+        raise IntegrityError(f"{path}: info: {why}; fetch or make the index again")
+    return Dataset(folder, entries, info, content_sha256, fidelity)
+
+
+def _misshapen(info: dict[str, Any]) -> str:
+    """What in a stranger's `info` is not of the kind that its readers expect, in words; "" where all is."""
     for names, kind in ((_OBJECTS, dict), (_FREE_TEXT, str)):
         for name in names:
-            if not isinstance(info.get(name, kind()), kind):
-                raise IntegrityError(f"{path}: info.{name} is not {kind.__name__}; make the index again")
-    return Dataset(folder, entries, info, content_sha256, fidelity)
+            if not isinstance(info[name], kind):
+                return f"{name} is {_kind(info[name])}, must be {_KINDS[kind]}"
+    for (outer, inner), wanted in _SHAPES.items():
+        value = info[outer].get(inner)
+        if value is not None and type(value) is not wanted:
+            return f"{outer}.{inner} is {_kind(value)}, must be {_KINDS[wanted]}"
+    for unit in info["creation"].get("missing") or []:
+        fits = isinstance(unit, dict) and all(
+            type(unit.get(name)) is int for name in ("unit", "n_documents", "n_bytes")
+        )
+        if not fits or not isinstance(unit.get("reason"), str):
+            return "creation.missing holds what is no unit: unit, n_documents, n_bytes and reason"
+    return f"is nested deeper than {MAX_DEPTH}" if _depth(info) > MAX_DEPTH else ""
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), "null")
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie in each other; without recursion, for whoever walks them later recurses."""
+    depth, level = 0, [value]
+    while level:
+        inner = [one for one in level if isinstance(one, dict | list)]
+        level = [each for one in inner for each in (one.values() if isinstance(one, dict) else one)]
+        depth += bool(inner)
+    return depth
 
 
 def _checked(path: str, entry: ShardEntry) -> ShardEntry:

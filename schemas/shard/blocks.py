@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bytecache.schemas.arrays import F32, F64, I16, U8
 
@@ -44,12 +45,18 @@ class Block:
         m = int(self.count[:n].sum(dtype=np.int64))
         return Rows(
             self.true[:n], self.mask[:n], self.count[:n], self.listable[:n], self.rest[:n], self.unlisted[:n],
-            self.given[:n], self.symbol[:m], self.prob[:m],
+            self.given[:n], self.symbol[:m], self.prob[:m], self.prob[:m].view(np.uint32),
         )  # fmt: skip
 
 
 class Rows(NamedTuple):
-    """Rows as `quantise.encode_rows` takes them; see there."""
+    """N rows as `gather` keeps them, with E entries: the most likely symbol, those that could be listed, the rest.
+
+    true int16 [N]: the symbol that follows. mask uint8 [N]: 1 where the divergence counts the row. n_kept, listable
+    int16 [N]: entries, and how many could be listed. rest, unlisted float64 [N]: mass that has no entry, and that with
+    all entries but the first. given float32 [N]: the unlisted mass they came with. symbol int16, prob float32, and
+    its bits, uint32 [E].
+    """
 
     true: I16
     mask: U8
@@ -60,3 +67,4 @@ class Rows(NamedTuple):
     given: F32
     symbol: I16
     prob: F32
+    bits: NDArray[np.uint32]

@@ -277,19 +277,18 @@ class ShardBuilder:
     def _encode(self, rows: Rows, node: I16, table: "_Table", mass: I64 | None = None) -> dict[str, U8]:
         """The coded columns of rows; with `mass`, only take what is listed from there."""
         n, m = len(rows.true), len(rows.symbol)
-        head, tail, top = (np.empty(n, np.uint8) for _ in range(3))
-        gap, value = (np.empty(m, np.uint8) for _ in range(2))
-        learn = mass is not None
+        out = Codes(*(np.empty(size, np.uint8) for size in (n, n, n, m, m)))
+        precision, learn = self.precision, mass is not None
+        table_of = quantise.Table(table.packed, priors.WEIGHT, priors.INVERSE, table.total, self._price)
+        steps = quantise.Steps(precision.value_step, precision.tail_step, precision.rate, float(priors.UNIT))
+        nothing = np.empty((0, SYMBOLS), np.int64)
         n_top, n_entries = quantise.encode_rows(
-            rows.true, node, *rows[1:], rows.prob.view(np.uint32), table.packed, priors.WEIGHT, priors.INVERSE,
-            table.total, self._price, self.precision.rate, self.precision.value_step, self.precision.tail_step,
-            head, tail, top, gap, value, self._divergence, float(priors.UNIT),
-            np.empty((0, SYMBOLS), np.int64) if mass is None else mass,
-        )  # fmt: skip
+            rows, node, table_of, steps, out, self._divergence, nothing if mass is None else mass
+        )
         if learn:
             return {}
-        codes = Codes(head, tail, top[:n_top], gap[:n_entries], value[:n_entries])
-        return pack_columns(codes, self.precision.value_step)
+        codes = out._replace(top=out.top[:n_top], gap=out.gap[:n_entries], value=out.value[:n_entries])
+        return pack_columns(codes, precision.value_step)
 
     def end_document(self, doc_id: str) -> None:
         """Close the document whose last appended piece held the END position. Raises ValueError otherwise."""

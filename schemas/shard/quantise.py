@@ -19,14 +19,15 @@ Price, one core: docs/results.md, "Speed of the format".
 
 import math
 from decimal import Decimal, localcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from bytecache.schemas.arrays import F32, F64, I16, I64, PLACE, SYMBOLS, U8
-from bytecache.schemas.shard.codes import MAX_COUNT, TAIL, TAIL_IS_ALL, VALUE
+from bytecache.schemas.shard.blocks import Rows
+from bytecache.schemas.shard.codes import MAX_COUNT, TAIL, TAIL_IS_ALL, VALUE, Codes
 from bytecache.schemas.shard.logarithms import sum_logs
 from bytecache.schemas.shard.sorting import PADDING, sort_distinct
 
@@ -130,52 +131,186 @@ def learn_masses(node: I16, count: I16, symbol: I16, prob: F32, unit: float, mas
         at += count[i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def encode_rows(
-    true: I16,
-    node: I16,
-    mask: U8,
-    count: I16,
-    listable: I16,
-    rest: F64,
-    unlisted: F64,
-    given: F32,
-    symbol: I16,
-    prob: F32,
-    bits: NDArray[np.uint32],
-    prior: I16,
-    weights: F64,
-    inverse: F64,
-    total_weight: F64,
-    price: F64,
-    rate: float,
-    value_step: int,
-    tail_step: int,
-    head: U8,
-    tail: U8,
-    top: U8,
-    gap: U8,
-    value: U8,
-    divergence: F64,
-    unit: float,
-    mass: I64,
-) -> tuple[int, int]:
-    """Choose what rows list, quantise it, and lay it out; or, with `mass`, only take what they list from there.
+class Table(NamedTuple):
+    """A prior as the kernel reads it, and what an entry must gain.
 
-    true int16 [n]: the symbol that follows; node int16 [n]: its context; mask uint8 [n]: 1 where `divergence` counts
-    the row; count, listable, rest, unlisted, symbol, prob: rows as `gather_rows` keeps them; given float32 [n]: the
-    unlisted mass they came with; prior int16 [K, 257]: 512 * code of the weight + rank; weights float64 [codes] and
-    `inverse`, one over it; total_weight float64 [K]; price float64 [257]: nats an entry at each rank must gain.
-    Output, as in `packing.Codes`: head, tail uint8 [n]; top uint8 [M]; gap, value uint8 [E]. divergence[0] grows by the
-    quantisation KL (rows over listed symbols and tail), [1] by the whole KL, tail spread by the prior. Returns (M, E).
-    Where `mass` int64 [K, 257] has rows, nothing of this is written: what `learn_masses` added of listed symbols is
-    subtracted again.
+    prior int16 [K, 257]: 512 * code of the weight + rank; weights float64 [codes], and `inverse`, one over it; total
+    float64 [K] of the weights; price float64 [257]: nats an entry at each rank must gain.
+    """
+
+    prior: I16
+    weights: F64
+    inverse: F64
+    total: F64
+    price: F64
+
+
+class Steps(NamedTuple):
+    """What codes are multiples of, the nats that a bit is worth, and the unit in which `mass` counts."""
+
+    value: int
+    tail: int
+    rate: float
+    unit: float
+
+
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def _choose(
+    n: int, first: np.uint64, row: np.uint64, top_rank: int, t: float, kept_out: float, w: float,
+    symbol: I16, prob: F32, bits: NDArray[np.uint32], prior: I16, weights: F64, price: F64,
+    rank: I16, weight: F64, hopeless: F64, listed: U8, chosen: I64, scratch: F64, scratch_bits: NDArray[np.uint64],
+) -> tuple[int, float]:  # fmt: skip
+    """Which of a row's n other symbols are worth their price, by descending probability: `listed`, in order `chosen`.
+
+    Two rounds: what is listed takes mass from the tail, so a symbol that was not worth it may be once others are
+    listed; the second round asks only those whose question has changed. `t`: the unlisted mass before, never below
+    `kept_out`; `w`: the weight that it is spread over. Returns how many are chosen, and the mass left.
     """
     k: Any
-    stop: Any
     last: Any
     place: Any
     n_chosen: Any
+    j: Any
+    n_chosen = 0
+    for k in range(PLACE(n)):
+        here = np.int64(prior[row, np.uint64(symbol[first + k])])
+        r = (here & 511) - ((here & 511) > top_rank)
+        rank[k] = r
+        weight[k] = weights[PLACE(here >> 9)]
+        p = float(prob[first + k])
+        scratch[0] = price[PLACE(r)] / p
+        place = np.int64(scratch_bits[0] >> np.uint64(47)) - (_FIRST_OCTAVE + 1023) * _STEPS + 1
+        place = min(max(place, 0), _OCTAVES * _STEPS + 1)
+        hopeless[k] = _HOPELESS[PLACE(place)] * p
+        x, limit = t * weight[k], _SURE[PLACE(place)] * p * w
+        if n_chosen == MAX_COUNT:
+            limit = -1.0
+        elif x >= limit and x <= hopeless[k] * w:
+            b = bits[first + k]
+            lp = (np.int64(b >> np.uint32(23)) + 896 << 20) + np.int64(_LOG2[b >> np.uint32(11) & np.uint32(4095)])
+            q = scratch[0] = x / w
+            gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
+            limit = np.inf if p > q and gain > price[PLACE(r)] else -1.0
+        # Arithmetic in place of a branch that would be guessed wrong; t is never below `kept_out`.
+        yes = 1.0 if x < limit else 0.0
+        t -= p * yes
+        t = t if t > kept_out else kept_out
+        w -= weight[k] * yes
+        listed[k] = np.uint8(yes)
+        chosen[PLACE(n_chosen)] = np.int64(k)
+        n_chosen += np.int64(yes)
+    last = chosen[PLACE(n_chosen - 1)] if n_chosen else 0
+    again = np.uint8(0)
+    for k in range(PLACE(last)):
+        again |= (listed[k] ^ np.uint8(1)) & np.uint8(t * weight[k] <= hopeless[k] * w)
+    j = 0 if again else last
+    while j < last and n_chosen < MAX_COUNT:
+        k = PLACE(j)
+        j += 1
+        if listed[k] or t * weight[k] > hopeless[k] * w:
+            continue
+        p = float(prob[first + k])
+        scratch[0] = p
+        lp = _log2(scratch_bits[0])
+        q = scratch[0] = t * weight[k] / w
+        gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
+        if p > q and gain > price[PLACE(rank[k])]:
+            listed[k] = 1
+            n_chosen += 1
+            t = max(t - p, kept_out)
+            w -= weight[k]
+            last = n
+    if again:
+        n_chosen = 0
+        for k in range(PLACE(n)):
+            chosen[PLACE(n_chosen)] = np.int64(k)
+            n_chosen += listed[k]
+    return n_chosen, t
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _take_from(
+    mass: I64, row: np.uint64, symbol: I16, prob: F32, top: np.uint64, chosen: I64, n: int, unit: float
+) -> None:
+    """Subtract from a node's `mass` what a row lists: entry `top`, and the n `chosen` ones behind it."""
+    mass[row, np.uint64(symbol[top])] -= np.int64(float(prob[top]) * unit)
+    for j in range(PLACE(n)):
+        e = top + PLACE(1) + PLACE(chosen[j])
+        mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
+
+
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def _tail_code(t: float, step: int, rate: float, top: float) -> int:
+    """Code of an unlisted mass t: a multiple of `step`, or the next code where that is worth its bits; 0 = none is."""
+    code = 0
+    if t > 0.0:
+        root, inverse_top = math.sqrt(math.sqrt(t)), 1.0 / top
+        code, _ = _round_code(root, step, 254, t, 4, 0.0, top, inverse_top)
+        off = TAIL[code] - t
+        if code == 0 or off * off / max(t, TAIL[code]) + off * off / top > FINE_TAIL * rate:
+            code, _ = _round_code(root, 1, 254, t, 4, 0.0, top, inverse_top)
+            code = max(1, code)
+    return code
+
+
+@njit(cache=True, nogil=True, inline="always", error_model="numpy")
+def _round_values(
+    n_chosen: int, first: np.uint64, step: int, error: float, top: float, prob: F32,
+    rank: I16, listed: U8, chosen: I64, coded: F64, spots: I64,
+) -> tuple[int, int, float]:  # fmt: skip
+    """Codes of the chosen symbols: `coded`, their values, and `spots`, 256 * rank + code.
+
+    Where no code leaves the implied symbol enough, a symbol stays unlisted. Returns how many are left, how many were
+    refused, and the summed error of all codes, that of the tail, `error`, included.
+    """
+    refused = 0
+    inverse_top = 1.0 / top
+    for j in range(PLACE(n_chosen)):
+        k = PLACE(chosen[j])
+        p = float(prob[first + k])
+        code, error = _round_code(math.sqrt(p), step, 256 - step, p, 2, error, top, inverse_top)
+        if code == 0:
+            listed[k] = 0
+            error -= p
+            refused += 1
+            continue
+        place = PLACE(np.int64(j) - refused)
+        chosen[place] = np.int64(k)
+        coded[place] = VALUE[code]
+        spots[place] = np.int64(rank[k]) << 8 | code
+    return n_chosen - refused, refused, error
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _lay_out(spots: I64, n: int, gap: U8, value: U8, out: int) -> int:
+    """Write n sorted spots as gaps of ranks and values from place `out` on; returns the place behind."""
+    before = -1
+    for j in range(PLACE(n)):
+        r = spots[j] >> 8
+        gap[PLACE(out)] = r - before - 1
+        value[PLACE(out)] = spots[j] & 255
+        before = r
+        out += 1
+    return out
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def encode_rows(
+    rows: Rows, node: I16, table: Table, steps: Steps, out_codes: Codes, divergence: F64, mass: I64
+) -> tuple[int, int]:
+    """Choose what rows list, quantise it, and lay it out; or, with `mass`, only take what they list from there.
+
+    node int16 [n]: the context of each row. Output: the codes, of which `top` uint8 [M], gap and value uint8 [E] are
+    filled from the beginning; divergence[0] grows by the quantisation KL of the rows that count (over listed symbols
+    and tail), [1] by the whole KL, tail spread by the prior. Returns (M, E). Where `mass` int64 [K, 257] has rows,
+    nothing of this is written: what `learn_masses` added of listed symbols is subtracted again.
+    """
+    true, mask, count, listable, rest, unlisted, given, symbol, prob, bits = rows
+    prior, weights, inverse, total_weight, price = table
+    value_step, tail_step, rate, unit = steps
+    head, tail, top, gap, value = out_codes
+    k: Any
+    stop: Any
     n_two: Any
     j: Any
     e: Any
@@ -216,73 +351,16 @@ def encode_rows(
         others = w = total_weight[row] - weights[PLACE(here >> 9)]
         n = np.int64(listable[i]) - 1
         first = PLACE(at + 1)
-        # Which of them are worth their price, by descending probability. Two rounds: what is listed takes mass from the
-        # tail, so a symbol that was not worth it may be once others are listed; the second round asks only those whose
-        # question has changed. Written out here: numba counts references to every array that a function is handed.
-        t, kept_out = unlisted[i], rest[i]
-        n_chosen = 0
-        for k in range(PLACE(n)):
-            here = np.int64(prior[row, np.uint64(symbol[first + k])])
-            r = (here & 511) - ((here & 511) > top_rank)
-            rank[k] = r
-            weight[k] = weights[PLACE(here >> 9)]
-            p = float(prob[first + k])
-            scratch[0] = price[PLACE(r)] / p
-            place = np.int64(scratch_bits[0] >> np.uint64(47)) - (_FIRST_OCTAVE + 1023) * _STEPS + 1
-            place = min(max(place, 0), _OCTAVES * _STEPS + 1)
-            hopeless[k] = _HOPELESS[PLACE(place)] * p
-            x, limit = t * weight[k], _SURE[PLACE(place)] * p * w
-            if n_chosen == MAX_COUNT:
-                limit = -1.0
-            elif x >= limit and x <= hopeless[k] * w:
-                b = bits[first + k]
-                lp = (np.int64(b >> np.uint32(23)) + 896 << 20) + np.int64(_LOG2[b >> np.uint32(11) & np.uint32(4095)])
-                q = scratch[0] = x / w
-                gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
-                limit = np.inf if p > q and gain > price[PLACE(r)] else -1.0
-            # Arithmetic in place of a branch that would be guessed wrong; t is never below `rest`.
-            yes = 1.0 if x < limit else 0.0
-            t -= p * yes
-            t = t if t > kept_out else kept_out
-            w -= weight[k] * yes
-            listed[k] = np.uint8(yes)
-            chosen[PLACE(n_chosen)] = np.int64(k)
-            n_chosen += np.int64(yes)
-        last = chosen[PLACE(n_chosen - 1)] if n_chosen else 0
-        again = np.uint8(0)
-        for k in range(PLACE(last)):
-            again |= (listed[k] ^ np.uint8(1)) & np.uint8(t * weight[k] <= hopeless[k] * w)
-        j = 0 if again else last
-        while j < last and n_chosen < MAX_COUNT:
-            k = PLACE(j)
-            j += 1
-            if listed[k] or t * weight[k] > hopeless[k] * w:
-                continue
-            p = float(prob[first + k])
-            scratch[0] = p
-            lp = _log2(scratch_bits[0])
-            q = scratch[0] = t * weight[k] / w
-            gain = p * (float(lp - _log2(scratch_bits[0])) * _LN2_UNIT) - p + q
-            if p > q and gain > price[PLACE(rank[k])]:
-                listed[k] = 1
-                n_chosen += 1
-                t = max(t - p, kept_out)
-                w -= weight[k]
-                last = n
-        if again:
-            n_chosen = 0
-            for k in range(PLACE(n)):
-                chosen[PLACE(n_chosen)] = np.int64(k)
-                n_chosen += listed[k]
+        n_chosen, t = _choose(
+            n, first, row, top_rank, unlisted[i], rest[i], w, symbol, prob, bits, prior, weights, price,
+            rank, weight, hopeless, listed, chosen, scratch, scratch_bits,
+        )  # fmt: skip
         if learning and t < 0.9 * FLAT_TAIL:
             # No code can be refused (see `_round_code`) where even all of them rounded up leave the implied symbol
             # half of its value: sum of (sqrt(p) + step)^2 - p, with sum of sqrt(p) <= sqrt(n * sum of p).
             most = value_step / 128.0 * math.sqrt(n_chosen * max(0.0, unlisted[i] - t)) + (n_chosen + 1) * value_unit
             if most + most_tail[PLACE(t * 64.0)] < 0.499 * implied:
-                mass[row, np.uint64(top_symbol)] -= np.int64(implied * unit)
-                for j in range(PLACE(n_chosen)):
-                    e = first + PLACE(chosen[j])
-                    mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
+                _take_from(mass, row, symbol, prob, PLACE(at), chosen, n_chosen, unit)
                 continue
         t = rest[i]  # again, without the rounding of the subtractions above
         for k in range(PLACE(n)):
@@ -293,47 +371,16 @@ def encode_rows(
             if not learning:
                 head[i], tail[i] = 0, TAIL_IS_ALL
             continue
-        inverse_top = 1.0 / implied
-        error = 0.0
-        code = 0
-        if t > 0.0:
-            root = math.sqrt(math.sqrt(t))
-            code, error = _round_code(root, tail_step, 254, t, 4, 0.0, implied, inverse_top)
-            off = TAIL[code] - t
-            if code == 0 or off * off / max(t, TAIL[code]) + off * off / implied > FINE_TAIL * rate:
-                code, error = _round_code(root, 1, 254, t, 4, 0.0, implied, inverse_top)
-                code = max(1, code)
-            error = TAIL[code] - t
-        tail_code = code
-        refused = 0
-        for j in range(PLACE(n_chosen)):
-            k = PLACE(chosen[j])
-            p = float(prob[first + k])
-            code, error = _round_code(math.sqrt(p), value_step, 256 - value_step, p, 2, error, implied, inverse_top)
-            if code == 0:  # no code leaves the implied symbol enough: this one stays unlisted, its mass with that
-                listed[k] = 0
-                error -= p
-                refused += 1
-                continue
-            place = PLACE(np.int64(j) - refused)
-            chosen[place] = np.int64(k)
-            coded[place] = VALUE[code]
-            spots[place] = np.int64(rank[k]) << 8 | code
-        n_chosen -= refused
+        tail_code = _tail_code(t, tail_step, rate, implied)
+        error = TAIL[tail_code] - t if t > 0.0 else 0.0
+        n_chosen, refused, error = _round_values(
+            n_chosen, first, value_step, error, implied, prob, rank, listed, chosen, coded, spots
+        )
         if learning:
-            mass[row, np.uint64(top_symbol)] -= np.int64(implied * unit)
-            for j in range(PLACE(n_chosen)):
-                e = first + PLACE(chosen[j])
-                mass[row, np.uint64(symbol[e])] -= np.int64(float(prob[e]) * unit)
+            _take_from(mass, row, symbol, prob, PLACE(at), chosen, n_chosen, unit)
             continue
         sort_distinct(spots, scratch_spots, n_chosen)
-        before = -1
-        for j in range(PLACE(n_chosen)):
-            r = spots[j] >> 8
-            gap[PLACE(out)] = r - before - 1
-            value[PLACE(out)] = spots[j] & 255
-            before = r
-            out += 1
+        out = _lay_out(spots, n_chosen, gap, value, out)
         miss = top_symbol != true[i]
         r = np.int64(prior[row, np.uint64(true[i])]) & 511
         top[PLACE(n_top)] = top_rank - (top_rank > r)

@@ -8,7 +8,8 @@ would have gone then: to the static row, to the canonical row at the next break,
 The dump has a static row only where the capture needed one. Where its own branch ended instead, that branch stands in
 for the static row (counted as `stand_ins`): such positions come out closer to the truth than a capture at the new tau
 would have made them. With teacher.static = 0 there are none, and the targets are those of that capture, but for
-histories whose share is within the dump's rounding (2^-14) of tau.
+histories whose share is within the dump's rounding (2^-14) of tau, and for those that carry enough only because others
+joined them in the coarser lattice: these the dump may lack.
 
 A greater effort than the capture's cannot be had from its dump and is refused.
 Price: depth + 3 lattices per window instead of one.
@@ -22,7 +23,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.rows import take_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError
-from bytecache.stages.lattice.effort import DEEPEST
+from bytecache.stages.lattice.effort import deepest
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 
 
@@ -82,7 +83,7 @@ def coarsen(window: Window, effort: Effort) -> tuple[Window, int]:
     canonical = np.flatnonzero(window.row_depth == 0)
     kept = _Kept(canonical, window.row_parent[canonical], window.row_depth[canonical])
     lattice = Lattice(current := kept.of(window))
-    for _ in range(DEEPEST if effort.depth else 0):
+    for _ in range(deepest(effort.tau, effort.depth)):
         found = lattice.deviations(tau=effort.tau, depth=effort.depth)
         rows = [evaluated.get((int(kept.row[r]), int(t)), -1) for r, t in zip(found.row, found.token, strict=True)]
         if max(rows, default=-1) < 0:

@@ -17,6 +17,7 @@ from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
+from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.builder import LEAST_RATE
 from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
@@ -69,7 +70,7 @@ def convert_units(
             )
         teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
         reference = meta.get("reference") or reference
-        effort = coarser_effort(settings, meta["teacher"].get("settings", {}))
+        effort = coarser_effort(settings, TeacherIdentity.of(meta["teacher"], part).settings)
         open_document: str | None = None
         for window in read_windows(part, top_k=False):
             if stop():

@@ -25,7 +25,12 @@ from bytecache.stages.corpus.tally import Tally, listed, note
 
 BUILTIN = "builtin:pydoc-topics"
 SUFFIXES = (".jsonl", *(f".jsonl{ending}" for ending in COMPRESSED), *TABLES, ".txt")
-MAX_DOCUMENT = 1 << 30
+MAX_DOCUMENT = 1 << 26
+"""Bytes of a document, and of a line of JSON that holds one: a longer one is left out, counted and said. A document
+costs its readers ten times its length in memory, and a megabyte of .gz can hold a gigabyte of it."""
+MAX_LINE = 1 << 30
+"""Bytes of a line of a text file."""
+PIECE = 1 << 20
 PARAGRAPH_BYTES = 4096
 _BOM = b"\xef\xbb\xbf"
 
@@ -111,7 +116,7 @@ class CorpusReader:
 
     Iterating raises InputError, naming file, line or row, byte offset and remedy, on: a missing file, no text
     at all, bytes that are not UTF-8, malformed JSON, a missing text field, unpaired surrogates, truncated
-    gzip or Parquet, a document above 1 GiB.
+    gzip or Parquet, a text file above `MAX_DOCUMENT` that is to be one document.
     """
 
     def __init__(self, corpus: Corpus) -> None:
@@ -146,6 +151,9 @@ class CorpusReader:
             if context:
                 _encode(context, where)
             raw = _encode(text, where)
+            if len(raw) + len(context) > MAX_DOCUMENT:
+                note(self.tally.overlong, Path(where.partition(", ")[0]).name)
+                continue
             if is_past(limit, self.n_documents, self.n_bytes, len(raw)):
                 return
             self.n_documents += 1
@@ -204,6 +212,7 @@ class CorpusReader:
         while True:
             try:
                 line = stream.readline(MAX_DOCUMENT + 1)
+                skipped = _skip_line(stream, line) if len(line) > MAX_DOCUMENT else 0
             except (*DAMAGED_LINES, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
@@ -216,7 +225,9 @@ class CorpusReader:
             number += 1
             where = f"{path}, line {number} (byte {offset})"
             if len(line) > MAX_DOCUMENT:
-                raise InputError(f"{where}: line longer than {MAX_DOCUMENT} bytes; split the document")
+                offset += len(line) + skipped
+                note(self.tally.overlong, name)
+                continue
             raw = line.removeprefix(_BOM) if number == 1 else line
             offset += len(line)
             if not raw.strip():
@@ -289,6 +300,15 @@ class CorpusReader:
                 yield f"{path}, line {first}", _content_id(name, piece.encode()), piece
 
 
+def _skip_line(stream: BinaryIO | LineRange, line: bytes) -> int:
+    """Read to the end of the line that begins like this, keeping nothing; returns how many bytes."""
+    skipped = 0
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(PIECE)
+        skipped += len(line)
+    return skipped
+
+
 def _parse_record(text: str, where: str, field: str) -> dict[str, Any]:
     """The object on a line. Raises InputError."""
     try:
@@ -317,7 +337,7 @@ def _check_text_column(schema: Any, field: str, path: Path) -> None:
 
 def _lines(stream: BinaryIO, path: Path) -> Iterator[str]:
     offset = 0
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_DOCUMENT), b""), 1):
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
         text = _decode(line, path, number, offset)
         yield text.removeprefix("\ufeff") if number == 1 else text
         offset += len(line)

@@ -29,6 +29,9 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
         out.update(_older_rope(rope))
+        if config.get("model_type") == "gpt_neox":  # by names of its own
+            named = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
+            out.update({older: rope[name] for older, name in named.items() if name in rope})
     if isinstance(config.get("text_config"), dict):
         out["text_config"] = with_older_names(config["text_config"])
     return out

@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,17 @@ def _check(config: dict[str, Any], where: str) -> None:
             _check(config[key], f"{where}: {key}")
 
 
-def _within(most: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and 1 <= value <= most
+def _within(least: int, most: int, value: Any) -> bool:
+    """Whether a value is a whole number in these limits; a truth value is none."""
+    return type(value) is int and least <= value <= most
 
 
 def _rules() -> Iterator[tuple[str, str, Callable[[Any], bool]]]:
     """Key, what its values must be, and whether one is."""
     for key, most in SIZES.items():
-        yield key, f"a whole number in 1..{most}", _within(most)
+        yield key, f"a whole number in 1..{most}", partial(_within, 1, most)
     for key in _IDS:  # -1 is what some write for none
-        yield key, f"an id below {MAX_IDS}", lambda value: type(value) is int and -1 <= value < MAX_IDS
+        yield key, f"an id below {MAX_IDS}", partial(_within, -1, MAX_IDS - 1)
     for key in _ACTIVATIONS:
         yield key, "a name", lambda value: isinstance(value, str)
 

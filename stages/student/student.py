@@ -65,7 +65,7 @@ class Student:
 
     def template(self) -> Template:
         """Its chat template, proven (ConfigError if there is none that works)."""
-        return Template.open(self.folder, self.vocabulary, setting="student")
+        return Template.open(self.folder, self.vocabulary, setting="student.model, student.tokenizer")
 
     @property
     def max_tokens(self) -> int:

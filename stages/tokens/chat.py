@@ -41,6 +41,8 @@ MARKER = "Qz7marker7zQ"
 RENDER_SECONDS, RENDER_MEMORY, LONGEST = 5.0, 256 * MIB, 1 << 20
 """What the renderings of one answer may take of the processor and of memory, and their length in characters; beside
 what the length of its messages asks for. Templates that people use take a thousandth of it."""
+_WHOLE, _SHORTENED = {"system", "user", "developer"}, {"assistant", "tool", "function"}
+"""Roles whose messages a template must show as they are, and those whose messages it may shorten."""
 DATE = datetime(2026, 1, 1)
 """What templates that print today's date are given."""
 
@@ -114,6 +116,7 @@ class Template:
         rest = whole[len(prompt) :]
         for before in (lead, ""):
             if rest == before + answer + trail:
+                _refuse_lost(messages, prompt)
                 return prompt, before, trail
         raise Misfit("template: it changes the answer")
 
@@ -129,6 +132,19 @@ class Template:
 
     def _longest_first(self) -> list[tuple[str, int]]:
         return sorted(self.control.items(), key=lambda item: -len(item[0]))
+
+
+def _refuse_lost(messages: list[dict[str, str]], prompt: str) -> None:
+    """Raise Misfit where a template renders a conversation without one of its messages, as some do with `system`.
+
+    What assistants and tools said may be shortened: many templates drop earlier reasoning.
+    """
+    for message in messages:
+        role, content = message["role"], message["content"].strip()
+        if role in _WHOLE and content not in prompt:
+            raise Misfit(f"template: it leaves out or changes a message of role {role}")
+        if role not in _WHOLE | _SHORTENED and content not in prompt:
+            raise Misfit("template: it leaves out a message of a role it does not know")
 
 
 def _open_tokenizer(folder: Path | str, where: str) -> Any:

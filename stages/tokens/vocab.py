@@ -120,6 +120,11 @@ class Vocabulary:
         """Text and id of every token that is named and has no bytes."""
         return {text: i for text, i in self._names.items() if i < self.size and self.token_bytes[i] is None and text}
 
+    @property
+    def start_name(self) -> str:
+        """Text of the start token; "auto" where none of its kind has that text."""
+        return next((text for text, i in self._names.items() if i == self.start_id and text), "auto")
+
     def describe(self) -> dict[str, Any]:
         """Provenance: family, counts, duplicate and missing byte strings, longest token in bytes."""
         ordinary = len(self.order)

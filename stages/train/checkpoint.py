@@ -23,6 +23,7 @@ KEEP = 2
 
 
 def _publish(scratch: Path, final: Path) -> None:
+    scratch.chmod(0o644)  # safetensors leaves files that nobody but their owner can read
     flush_to_disk(scratch)
     scratch.replace(final)
     flush_to_disk(final.parent)

@@ -173,12 +173,15 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("document", [each for each in documents() if each.name[:5] in ("READM", "docs/")], ids=str)
 def test_python_programs_run(
-    document: Document, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document: Document, targets: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of one document run one after another, in a folder with a data set `targets`."""
+    """Blocks of one document run one after another, in a folder with a data set `targets` and a model `student`."""
     shutil.copytree(targets, tmp_path / "targets")
+    shutil.copytree(tiny_checkpoint("bytelevel"), tmp_path / "student")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in document.blocks("python"):

@@ -79,6 +79,7 @@ def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTeacher]]
 
     monkeypatch.setattr(command, "find_identity", lambda settings, kind: (fake_identity(settings), {}))
     monkeypatch.setattr(teacher, "open_teacher", FakeTeacher)
+    monkeypatch.setattr(command, "settle_start", lambda context, kind: context.settings.teacher)
     FakeTeacher.opened, FakeTeacher.fail_at = 0, -1
     yield FakeTeacher
     FakeTeacher.fail_at = -1

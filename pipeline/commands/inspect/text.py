@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bytecache.schemas.arrays import END, F64
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
+from bytecache.schemas.messages import one_line, plain
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 
 HEAT = ("", "on #3a2a20", "on #553522", "on #6f3d24", "on #894529", "on #a34d30", "on #bd5538", "on #d65d42")
@@ -58,10 +59,10 @@ def inspect_file(path: Path, document: str = "", start: int = 0, limit: int = 40
 
 def paint(report: dict[str, Any]) -> Group:
     """`inspect_file` for a person at a terminal, in colour."""
-    head = Text(f"{report['file']}: {report['kind']}\n", style="bold")
+    head = Text(plain(f"{report['file']}: {report['kind']}\n"), style="bold")
     for name, value in report["summary"].items():
-        head.append(f"  {name}: ", style="dim").append(_short(value) + "\n")
-    head.append(f"\ndocument {report['document']!r}\n", style="bold")
+        head.append(plain(f"  {name}: "), style="dim").append(_short(value) + "\n")
+    head.append(plain(f"\ndocument {report['document']!r}\n"), style="bold")
     parts: list[Any] = [head]
     if report.get("heat"):
         parts += [_heat_text(*report["heat"]), _legend()]
@@ -69,7 +70,7 @@ def paint(report: dict[str, Any]) -> Group:
     for title in ("position", "next", "p(next)", "bits", "entropy", "tail", "most likely"):
         table.add_column(title, justify="left" if title in ("next", "most likely") else "right", no_wrap=True)
     for row in report["positions"]:
-        cells: list[Any] = [str(row["position"]), row["text"] if "text" in row else show_symbol(row["symbol"])]
+        cells: list[Any] = [str(row["position"]), plain(row["text"]) if "text" in row else show_symbol(row["symbol"])]
         cells.append("-" if row["p"] is None else f"{row['p']:.4f}")
         bits = (row.get("surprisal"), row.get("entropy"))
         cells += ["-" if b is None else Text(f"{b:.2f}", style=_style(b)) for b in bits]
@@ -248,5 +249,5 @@ def _top(probs: np.ndarray, top: int) -> list[list[Any]]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = one_line(str(value))
     return text if len(text) <= 240 else text[:237] + "..."

@@ -8,7 +8,7 @@ Price: 8 k bytes for every token of the teacher while the shard is in memory, an
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError
+from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.tokens.vocab import Vocabulary
 
@@ -111,10 +112,10 @@ class TokenDump:
             return self._shared
         assert self._open is not None
         teacher = self._open()
-        found: Any = read_meta(part)["teacher"].get("vocabulary")
-        if found != teacher.fingerprint:
+        vocabulary = TeacherIdentity.of(read_meta(part)["teacher"], part).vocabulary
+        if vocabulary != teacher.fingerprint:
             raise IntegrityError(
-                f"{part}: made with vocabulary {str(found)[:12]}, teacher.model has {teacher.fingerprint[:12]}; "
+                f"{part}: made with vocabulary {vocabulary[:12]}, teacher.model has {teacher.fingerprint[:12]}; "
                 "name the teacher that made it"
             )
         spelled: dict[bytes, int] = {}

@@ -5,6 +5,7 @@ import html.parser
 import io
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from bytecache.pipeline.commands.inspect.page import shard_page
 from bytecache.pipeline.commands.inspect.text import bits_per_position, inspect_file
+from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.schemas.shard.reader import read_shard
 from tests.support.command_line import bytecache, refusal
 from tests.support.student_data import write_split
@@ -120,3 +122,22 @@ def test_the_terminal_shows_text_in_colour_and_bytes_that_are_none_as_hex(shard:
     console.print(paint(inspect_file(shard, "train-0", 0, 4, 3)))
     coloured = console.export_text(styles=True, clear=False)
     assert "naïve 日本 text" in console.export_text() and "\x1b[" in coloured and "48;2;" in coloured
+
+
+@pytest.mark.parametrize(
+    "hostile", ["\x1b]0;owned\x07\x1b[2J", "\x9b31m", "gpj.\u202eexe", "\r\x08\x08", "\u2028\u2029"]
+)
+def test_words_of_a_stranger_do_not_command_the_terminal(hostile: str, tmp_path: Path) -> None:
+    """In attributes, their names, document ids and file names."""
+    builder = ShardBuilder()
+    data = np.frombuffer(b"ab", np.uint8)
+    probs = np.zeros((3, 257), np.float32)
+    probs[[0, 1, 2], [97, 98, 256]] = 1.0
+    builder.append(data, probs, np.zeros(3, np.float32))
+    builder.end_document(f"id {hostile}")
+    path = tmp_path / f"n{hostile.replace('/', '')}.zarr.zip"
+    builder.write(path, {f"name {hostile}": f"value {hostile}", "nested": {hostile: [hostile]}})
+    for arguments in ([], ["--document", f"id {hostile}"], ["--document", hostile], ["--json"]):
+        done = bytecache("inspect", path, *arguments)
+        commands = [char for char in done.output if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp")]
+        assert set(commands) <= {"\n"}, (arguments, done.output)

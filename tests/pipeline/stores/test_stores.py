@@ -1,11 +1,13 @@
 """Every store passes one suite: a folder, memory, S3 (moto on loopback), S3 behind a proxy that fails."""
 
+import hashlib
 import itertools
 import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import obstore
 import pytest
@@ -47,6 +49,59 @@ def proxied(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     made = Proxied(server, tmp_path, monkeypatch)
     yield made
     made.proxy.close()
+
+
+class Torn:
+    """What `obstore.get` gives, but each stream breaks off after so many bytes."""
+
+    def __init__(self, result: Any, length: int) -> None:
+        self._result, self._length = result, length
+        self.meta, self.attributes = result.meta, result.attributes
+
+    def stream(self, min_chunk_size: int) -> Iterator[bytes]:
+        raw = bytes(self._result.bytes())
+        yield raw[: self._length]
+        if len(raw) > self._length:
+            raise ConnectionError("the line went dead")
+
+
+def test_a_download_that_breaks_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore("memory:///", tmp_path, patience=0.5)
+    raw = os.urandom(10_000)
+    store.replace("k", store.write_temp("k", raw))
+    real, asked = obstore.get, []
+
+    def torn(backend: Any, key: str, *, options: Any = None) -> Any:
+        if options and options.get("head"):
+            return real(backend, key, options=options)
+        asked.append(options["range"]["offset"] if options else 0)
+        time.sleep(0.2)  # together longer than the patience: what comes renews it
+        return Torn(real(backend, key, options=options), 1500)
+
+    monkeypatch.setattr(obstore, "get", torn)
+    assert store.get_path("k").read_bytes() == raw
+    assert asked == list(range(0, 10_000, 1500))
+
+
+def test_a_download_of_what_changed_meanwhile_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore("memory:///", tmp_path, patience=2.0)
+    store.replace("k", store.write_temp("k", b"old" * 1000))
+    real, new = obstore.get, b"new!" * 1000
+
+    def changing(backend: Any, key: str, *, options: Any = None) -> Any:
+        result = real(backend, key, options=options)
+        if options and options.get("head"):
+            return result
+        if options is None and not changed:
+            changed.append(key)
+            broken = Torn(result, 1000)
+            obstore.put(backend, key, new, attributes={"sha256": hashlib.sha256(new).hexdigest()})
+            return broken
+        return result
+
+    changed: list[str] = []
+    monkeypatch.setattr(obstore, "get", changing)
+    assert store.get_path("k").read_bytes() == new
 
 
 class TestLocal(StoreSuite):

@@ -232,7 +232,7 @@ def test_a_manifest_that_fits_its_hash_but_not_the_rules_is_refused(folder: Path
         ({"format": "other"}, "is not a 'bytecache.dataset'"),
         ({"splits": {}}, "totals"),
         ({"info": []}, "must be an object"),
-        ({"info": {"license": 3}}, "info.license is not str"),
+        ({"info": {"license": 3}}, "info: license is a number, must be text"),
         ({"fidelity": "good"}, "`fidelity` must be"),
         ({"manifest": {"file": "../manifest.parquet"}}, r"manifest\.file"),
     ],
@@ -244,6 +244,80 @@ def test_a_foreign_or_wrong_index_is_refused_with_its_reason(folder: Path, docum
     with pytest.raises(IntegrityError, match=words):
         read_dataset(folder)
     assert [p.kind for p in verify_dataset(folder)] == ["index"]
+
+
+DEEP: Any = {}
+for _ in range(500):
+    DEEP = {"a": DEEP}
+UNIT = {"unit": 1, "n_documents": 1, "n_bytes": 1, "reason": ""}
+HOSTILE_INFO: dict[str, Any] = {
+    "teacher is a list": {"teacher": [1]},
+    "settings of the teacher are text": {"teacher": {"settings": "tau = 0"}},
+    "the model is an object": {"teacher": {"model": {"a": 1}}},
+    "weights are a list": {"teacher": {"weights": ["x"]}},
+    "windows are text": {"teacher": {"windows": "1024"}},
+    "missing is an object": {"creation": {"missing": {"unit": 1}}},
+    "missing holds text": {"creation": {"missing": ["unit 3"]}},
+    "missing holds a truth value": {
+        "creation": {"missing": [{"unit": True, "n_documents": 1, "n_bytes": 1, "reason": ""}]}
+    },
+    "convert is a number": {"settings": {"convert": 3}},
+    "set_aside is a list": {"creation": {"set_aside": [1]}},
+    "deep": {"corpus": DEEP},
+    "attribution is null": {"attribution": None},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_INFO)
+def test_provenance_of_another_shape_is_refused_for_every_reader(name: str, folder: Path) -> None:
+    """SPEC 7.2: what the card, `status`, `fidelity` and `convert` read of a stranger's index has its kind."""
+    index = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_bytes(seal(index | {"info": HOSTILE_INFO[name]}))
+    with pytest.raises(IntegrityError, match=r"dataset\.json: info: "):
+        read_dataset(folder)
+
+
+def test_a_manifest_of_more_rows_than_its_size_can_tell_apart(folder: Path) -> None:
+    """SPEC 9.3: each row has a hash of its own, which does not compress."""
+    row = rows_of(folder)[0]
+    rewrite(folder, [row] * 5000)
+    with pytest.raises(IntegrityError, match=r"5000 rows of \d+ bytes in a file of \d+, at most \d+ rows"):
+        read_dataset(folder)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "manifest.parquet", "README.md"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_read_for_one(name: str, kind: str, folder: Path) -> None:
+    """SPEC 9.3. A pipe would be waited for, a device read without end."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    problems = verify_dataset(folder)
+    assert [problem.kind for problem in problems] == ["unreadable" if name == "README.md" else "index"]
+    assert "not a regular file" in problems[0].detail
+    if name != "README.md":
+        with pytest.raises(IntegrityError, match="not a regular file"):
+            read_dataset(folder)
+    assert not card.is_ours(folder / "README.md") or name != "README.md"
+
+
+def test_an_index_that_says_little_is_read(folder: Path) -> None:
+    """SPEC 7.2: of `info` nothing is required; a reader finds every part, empty."""
+    index = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_bytes(seal(index | {"info": {"more": [{}]}}))
+    info = read_dataset(folder).info
+    assert info["creation"] == info["teacher"] == {} and info["name"] == "" and info["more"] == [{}]
+    assert card.render(index | {"info": info})
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e400", "-1e400", "9" * 19])
+def test_numbers_beyond_what_they_can_be(number: str, folder: Path) -> None:
+    """SPEC 9.3."""
+    raw = (folder / "dataset.json").read_bytes()
+    (folder / "dataset.json").write_bytes(
+        raw.replace(b'"fidelity": null', b'"fidelity": {"kl": {"mean": ' + number.encode() + b"}}")
+    )
+    with pytest.raises(IntegrityError, match="beyond"):
+        read_dataset(folder)
 
 
 def test_an_unfinished_dataset_is_refused(folder: Path) -> None:

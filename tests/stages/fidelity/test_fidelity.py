@@ -17,14 +17,23 @@ from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.convert.convert import convert_units
+from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import Fidelity, summary_line, true_symbols
 from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.fidelity.stretches import measure_stored
+from bytecache.stages.lattice.effort import REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.teacher.windows import LEAD, plan_stretch
+from bytecache.stages.tokens.vocab import load_vocabulary
 from tests.support.command_line import bytecache, refusal
 from tests.support.histories import histories
+from tests.support.writing_model import (
+    WritingEngine,
+    joining_where_tokens_break,
+    write_tokenizer,
+    writing_teacher,
+)
 
 TEXT = "The student reads the notes as often as it likes; naïve façade, größer. " * 3
 DEEP = {"tau": 1e-5, "depth": 8}
@@ -251,6 +260,44 @@ def test_targets_do_not_depend_on_the_batch_or_the_order(tiny_checkpoint):
         np.testing.assert_allclose(together[document[0]], alone, atol=1e-6)
         np.testing.assert_allclose(reverse[document[0]], alone, atol=1e-6)
     np.testing.assert_allclose(together["d1"], together["d6"], atol=1e-6)
+
+
+def test_the_certificate_of_a_data_set_made_by_the_old_rule_shows_the_fault(tmp_path, monkeypatch):
+    """What ended where the canonical tokens break joined unasked; the dump's own reference and a later one tell."""
+    vocabulary = load_vocabulary(write_tokenizer(tmp_path / "tokenizer", "llama3"))
+    effort = {"tau": 0.002, "depth": 2, "static": 0.0002}
+    engine = WritingEngine(vocabulary, floor=0.0, spread=2.0)
+    texts = [engine.write(12, seed).decode() for seed in range(8)]
+    pq.write_table(pa.table({"doc_id": [str(i) for i in range(len(texts))], "text": texts}), tmp_path / "slice")
+    by_the_rule_in_force = Lattice.deviations
+    found = {}
+    for rule in ("now", "old"):
+        teacher = writing_teacher(vocabulary, **effort)
+        teacher.settings = teacher.settings.model_copy(
+            update={"sample_tokens": 60, "model": str(tmp_path / "tokenizer")}
+        )
+        if rule == "old":
+            old = joining_where_tokens_break(by_the_rule_in_force, spared=REFERENCE["tau"])
+            monkeypatch.setattr(Lattice, "deviations", old)
+        part, shard = tmp_path / f"{rule}.parquet", tmp_path / f"{rule}.zarr.zip"
+        counts = []
+        for key in range(4):  # as many samples
+            teacher.dump_unit(tmp_path / "slice", part, f"key {key}", lambda: False, lambda _: None)
+            settings = st.Convert(precision="precise")
+            counts.append(convert_units([part], shard, settings, {}, lambda: False, lambda _: None))
+        monkeypatch.setattr(Lattice, "deviations", by_the_rule_in_force)
+        certificate = Fidelity(c["fidelity"] for c in counts).certificate({}, {}) or {}
+        again = Fidelity()
+        deep = writing_teacher(vocabulary, **REFERENCE)
+        stored = read_shard(shard)
+        measure_stored(deep, stored, range(0, len(stored), 9), 20, again, lambda: False)
+        measured = again.certificate({}, {}) or {}
+        bound = Bound(c["bound"] for c in counts).summary() or {}
+        found[rule] = [certificate["branch_kl"]["mean"], measured["kl"]["mean"], bound["nats"]["mean"]]
+        assert certificate["missed"]["mean"] < 0.01
+        assert stored.attrs["bound"]["nats"]["mean"] == bound["nats"]["mean"]
+    for now, old in zip(found["now"], found["old"], strict=True):
+        assert old > 3 * now, found
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ def test_an_export_is_what_was_trained_to_the_byte(tmp_path: Path, targets: Path
     settings = Train(steps=2, batch=2, window_bytes=300, warmup=1, tensorboard=False)
     done = train(settings, tmp_path / "student", targets, tmp_path / "run", name="kept", device="cpu")
     assert done["terms"]["loss"] > 0
+    assert Path(done["checkpoint"]).stat().st_mode & 0o777 == 0o644
     export.export(tmp_path / "student", Path(done["checkpoint"]), tmp_path / "plain")
     assert_same(tmp_path / "plain", source / "tokenizer.json")
     assert_same(tmp_path / "plain", source / "tokenizer.json", PreTrainedTokenizerFast)
@@ -180,6 +181,22 @@ def test_a_tokenizer_that_ends_nothing_or_spells_nothing_is_refused_as_a_student
         student.prepare(Student(tokenizer=str(source)), targets, tmp_path / "student", seed=0)
 
 
+def test_start_and_end_that_only_the_class_names_are_kept(tmp_path: Path, targets: Path) -> None:
+    """Llama's class calls them <s> and </s> where its configuration does not."""
+    spec = json.loads(byte_level_tokenizer(320).to_str().replace("<|begin|>", "<s>").replace("<|end|>", "</s>"))
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    source = tmp_path / "source"
+    source.mkdir()
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizerFast"}))
+    LlamaConfig(vocab_size=320).save_pretrained(source)
+    settings = Student(tokenizer=str(source), hidden_size=16, layers=1, heads=2)
+    student.prepare(settings, targets, tmp_path / "student", seed=0)
+    opened = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert (opened.bos_token, opened.eos_token) == ("<s>", "</s>")
+    assert_same(tmp_path / "student", source / "tokenizer.json")
+
+
 def test_older_names_say_the_same() -> None:
     """What transformers 4 reads, beside what version 5 writes; written out by hand."""
     plain = {"dtype": "float32", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
@@ -188,12 +205,15 @@ def test_older_names_say_the_same() -> None:
     older = with_older_names({"text_config": {"rope_parameters": scaled}})["text_config"]
     assert (older["rope_theta"], older["partial_rotary_factor"]) == (1e4, 0.5)
     assert older["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    neox = {"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 2e4, "partial_rotary_factor": 0.5}}
+    assert with_older_names(neox) | {"rotary_pct": 0.5, "rotary_emb_base": 2e4} == with_older_names(neox)
     layers = {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}}
     older = with_older_names({"rope_parameters": layers})
     assert (older["rope_theta"], older["rope_local_base_freq"]) == (1e6, 1e4) and "rope_scaling" not in older
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["deepseek_v3", "smollm2", "qwen3", "mistral_v1", "gpt_neox"])
 def test_real_tokenizers_where_fixtures_lie_beside_the_checkout(name: str, tmp_path: Path, targets: Path) -> None:
     folder = FIXTURES / "tokenizers" / name

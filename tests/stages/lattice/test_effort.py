@@ -1,0 +1,50 @@
+"""Which histories are asked for: all that carry enough, wherever they end."""
+
+import numpy as np
+import pytest
+
+from bytecache.schemas.settings import PRESETS
+from bytecache.stages.lattice.effort import DEEPEST, FOLLOWED, MOST_TIMES, REFERENCE, deepest, least_share, reach
+from bytecache.stages.lattice.lattice import Lattice
+from bytecache.stages.tokens.vocab import load_vocabulary
+from tests.support.writing_model import WritingEngine, write_tokenizer, writing_teacher
+
+
+@pytest.mark.parametrize("effort", [*PRESETS.values(), REFERENCE])
+def test_tau_decides_to_the_depth_and_what_is_heavy_is_always_enough(effort):
+    tau, depth = effort["tau"], int(effort["depth"])
+    least = least_share(tau, depth, np.arange(1, DEEPEST + 1))
+    assert (least[:depth] == tau).all() and (np.diff(least[: deepest(tau, depth)]) >= 0).all()
+    assert (least[: depth + FOLLOWED] <= MOST_TIMES * tau).all() and np.isinf(least[depth + FOLLOWED :]).all()
+    assert depth <= reach(tau, depth) < 16  # a window keeps as many positions free
+
+
+def test_nothing_is_asked_for_at_depth_0_and_everything_at_tau_0():
+    off = np.array([1, 3, DEEPEST, DEEPEST + 1])
+    assert np.isinf(least_share(0.01, 0, off)).all() and deepest(0.01, 0) == reach(0.01, 0) == 0
+    assert least_share(0.0, 64, off).tolist() == [0.0, 0.0, 0.0, np.inf]
+
+
+@pytest.mark.parametrize("static", [0.0, 0.001])
+@pytest.mark.parametrize("cut", ["gpt2", "llama3", "qwen"])
+def test_no_history_that_carries_enough_is_left(tmp_path, cut, static):
+    """Wherever it ends, where the canonical tokens break too; and such there are."""
+    vocabulary = load_vocabulary(write_tokenizer(tmp_path, cut))
+    effort = {"tau": 0.01, "depth": 2, "static": static}
+    teacher = writing_teacher(vocabulary, **effort)
+    assert isinstance(teacher.engine, WritingEngine)
+    at_breaks = elsewhere = 0
+    for seed in range(6):
+        text = teacher.engine.write(12, seed).decode()
+        ((window,),) = teacher.windows([("d", 0, vocabulary.encode(text))])
+        lattice = Lattice(window)
+        assert not len(lattice.deviations(tau=0.01, depth=2).row)
+        breaks = set(window.row_start[window.row_depth == 0].tolist())
+        for row in np.flatnonzero((window.row_depth > 0) & (window.row_static == 0)):
+            at_breaks += int(window.row_start[row]) in breaks
+            elsewhere += int(window.row_start[row]) not in breaks
+        least = least_share(0.01, 2, window.row_depth.astype(np.int64) + 1)
+        row, position = lattice._stops
+        unasked = (lattice._lies.child < 0) & (window.row_static[row] == 0) & (position < len(window.text))
+        assert (lattice._sums.share[unasked] <= least[row[unasked]]).all()
+    assert at_breaks > 5 and elsewhere > 5

@@ -62,7 +62,9 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
         raise InputError(f"the data set was made by {named or 'an unnamed teacher'}: say where it is with --teacher")
     old, (context, overlap) = identity.settings, identity.windows
     try:
-        wanted = {"dtype": old.get("dtype", "float32"), "floor": old.get("floor", settings.floor)}
+        # `auto` means another precision on another device: the one that the dump was made in is wanted.
+        dtype = identity.dtype or old.get("dtype", "float32")
+        wanted = {"dtype": dtype, "floor": old.get("floor", settings.floor)}
         if settings.start == "auto":  # as the data set's teacher did, whatever would be measured here
             wanted["start"] = identity.start
         return Teacher(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bytecache.pipeline.cli.options import Given, JsonOption, run_stage, takes_settings
-from bytecache.pipeline.cli.terminal import say
+from bytecache.pipeline.cli.terminal import say, say_error
 
 if TYPE_CHECKING:
     from bytecache.pipeline.context import Context
@@ -58,6 +58,8 @@ def estimate(
     budget = Budget(max_ratio, max_dollars, max_gb, gb_price)
 
     def command(context: "Context") -> None:
+        if as_json:  # stdout is the report's alone
+            context.say = say_error
         every = all_presets or budget.limits
         found = module.estimate(
             context,

@@ -50,7 +50,8 @@ def test_a_finished_run_is_looked_at_and_repeated_without_a_heavy_library(tmp_pa
     (shard, *_) = sorted(tmp_path.glob("run/targets/*.zarr.zip"))
     (part, *_) = sorted(tmp_path.glob("run/teacher/*.parquet"))
     every = [
-        ["config"], ["jobs", "slurm"], ["jobs", "skypilot"], ["jobs", "kubernetes", "--run-dir", "s3://bucket/run"],
+        ["config"], ["jobs", "slurm"], ["jobs", "skypilot", "--run-dir", "s3://bucket/run"],
+        ["jobs", "kubernetes", "--run-dir", "s3://bucket/run"],
         ["status"], ["status", "--json"], ["verify"], ["inspect", str(shard)], ["inspect", str(part)],
         ["plan"], ["teacher"], ["convert"], ["train"], ["evaluate"], ["export"], ["run"],
     ]  # fmt: skip

@@ -46,9 +46,10 @@ from benchmarks.texts import builtin_texts, clip, folder_texts
 from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import END
 from bytecache.stages.fidelity.divergence import divergence
+from bytecache.stages.lattice.effort import REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.models.locate import resolve_model
-from bytecache.stages.teacher.teacher import REFERENCE, Teacher, open_teacher
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
 
 THEIRS: list[tuple[str, dict[str, Any], int]] = [
     ("K=10, prune 0.01", {"K": 10, "prune_threshold": 0.01}, 0),

@@ -38,8 +38,9 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.dump.window import Window
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence, even_weights, spread_tail
+from bytecache.stages.lattice.effort import REFERENCE
 from bytecache.stages.lattice.lattice import Lattice, Targets
-from bytecache.stages.teacher.teacher import REFERENCE, Teacher, open_teacher
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
 
 EFFORTS: dict[str, dict[str, float]] = {
     "spans": {"tau": 1.0, "depth": 0, "static": 0.0},

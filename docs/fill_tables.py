@@ -7,6 +7,7 @@ with what this would write, so that no figure drifts from the file it comes from
 printed: `bytecache run --preset fast > docs/default-run.txt 2>&1`, whose first line says on what machine.
 """
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -20,6 +21,11 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "
 TEXTS = {"encyclopedia": "encyclopedia", "prose": "manual", "code": "code", "cjk": "CJK"}
 """Texts as results call them, and as documents do, in their order."""
 PRESETS = ("fast", "balanced", "exact")
+KINDS = {
+    "novel": "novel", "encyclopedia": "encyclopedia", "manual": "manual", "code": "deep code", "tables": "JSON, tables",
+    "numbers": "numbers", "handbooks": "five scripts", "scripts": "CJK, es, fr", "chat": "chat",
+}  # fmt: skip
+"""Kinds of text as benchmarks/exactness.py calls them, and as documents do."""
 
 
 def result(name: str) -> Any:
@@ -35,32 +41,60 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join("|" + "|".join(f" {cell} " if line is not rule else cell for cell in line) + "|" for line in lines)
 
 
-def efforts(text: str, name: str = "information_loss.json") -> dict[str, dict[str, float]]:
-    """What each preset gave on one text."""
-    return {effort["name"]: effort for effort in result(name)["results"][text]["effort"]}
+def changed_presets() -> str:
+    """A note where presets are no longer what they were when they were measured; nothing where they are."""
+    tree = ast.parse((ROOT / "schemas" / "settings.py").read_text(encoding="utf-8"))
+    value = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS" and node.value
+    )
+    today = ast.literal_eval(value)
+    measured = result("exactness.json")["presets"]
+    if measured == {name: today[name] for name in measured}:
+        return ""
+    spelled = "; ".join(
+        f"`{name}` " + ", ".join(f"{key} {number:g}" for key, number in keys.items()) for name, keys in measured.items()
+    )
+    return f"\n\nMeasured with other values than the presets have today: {spelled}."
 
 
 def presets() -> str:
-    """Every preset on every text."""
-    texts = [text for text in TEXTS if text in result("information_loss.json")["results"]]
+    """Every preset on every kind of text, of every teacher."""
     rows = []
     for preset in PRESETS:
-        for number, text in enumerate(texts):
-            effort = efforts(text)[preset]
-            figures = [f"{effort['rows_per_token']:.2f}", f"{effort['kl']:.5f}", f"{effort['jsd']:.5f}"]
-            rows.append(["" if number else f"`{preset}`", TEXTS[text], *figures, f"{effort['leak_bits']:+.4f}"])
-    head = "`teacher.preset` | text | >rows per token | >KL | >JSD | >bits given to the true byte beyond exact"
-    return table(head, rows)
+        for number, (teacher, kind, measured) in enumerate(kinds()):
+            f = measured["presets"][preset]
+            figures = [f"{f['rows_per_token']:.2f}", f"{f['kl']:.5f}", f"{f['kl_p99']:.3f}", f"{f['jsd']:.5f}"]
+            figures += [f"{f['leak_bits']:+.4f}", f"{f['bound_jsd']:.3f}"]
+            rows.append(
+                ["" if number else f"`{preset}`", teacher, f"{KINDS[kind]}, {measured['positions']} B", *figures]
+            )
+    return (
+        table(
+            "`teacher.preset` | teacher | text | >rows per token | >KL | >p99 | >JSD | >leak, bits | >JSD bound", rows
+        )
+        + changed_presets()
+    )
 
 
 def presets_short() -> str:
-    """KL and rows of every preset on every text, a line each."""
-    texts = [text for text in TEXTS if text in result("information_loss.json")["results"]]
+    """JSD and rows of every preset on every kind of text of the first teacher, a line each."""
+    of_one = [(kind, measured) for teacher, kind, measured in kinds() if teacher == "SmolLM2-135M"]
     rows = []
     for preset in PRESETS:
-        cells = [efforts(text)[preset] for text in texts]
-        rows.append([f"`{preset}`", *(f"{cell['kl']:.4f} ({cell['rows_per_token']:.2f})" for cell in cells)])
-    return table("`teacher.preset` | " + " | ".join(f">{TEXTS[text]}" for text in texts), rows)
+        cells = [measured["presets"][preset] for _, measured in of_one]
+        rows.append([f"`{preset}`", *(f"{c['kl']:.4f} / {c['jsd']:.4f} ({c['rows_per_token']:.2f})" for c in cells)])
+    return table("`teacher.preset` | " + " | ".join(f">{KINDS[kind]}" for kind, _ in of_one), rows) + changed_presets()
+
+
+def kinds() -> list[tuple[str, str, dict[str, Any]]]:
+    """(teacher, kind of text, what was measured) of the study of presets."""
+    return [
+        (teacher, kind, measured)
+        for teacher, name in (("SmolLM2-135M", "exactness.json"), ("Gemma-3-270m", "exactness_gemma.json"))
+        for kind, measured in result(name)["kinds"].items()
+    ]
 
 
 def genlm() -> str:

@@ -59,8 +59,8 @@ class Corpus(Section):
 
 PRESETS: dict[str, dict[str, float]] = {
     "fast": {"tau": 0.3, "depth": 2, "static": 0.002},
-    "balanced": {"tau": 0.03, "depth": 1, "static": 0.002},
-    "exact": {"tau": 0.002, "depth": 2, "static": 0.0002},
+    "balanced": {"tau": 0.02, "depth": 1, "static": 0.002},
+    "exact": {"tau": 0.003, "depth": 2, "static": 0.0002},
 }
 """What `teacher.preset` stands for; measured by `benchmarks/information_loss.py`."""
 

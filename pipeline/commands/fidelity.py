@@ -54,7 +54,7 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
     Raises InputError where no teacher is named and the data set's is no builtin, IntegrityError for provenance that
     cannot be used.
     """
-    from bytecache.stages.teacher.identity import REFERENCE
+    from bytecache.stages.lattice.effort import REFERENCE
 
     identity = TeacherIdentity.of(dataset.info.get("teacher", {}), dataset.folder / DATASET)
     named = model or identity.model
@@ -62,7 +62,9 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
         raise InputError(f"the data set was made by {named or 'an unnamed teacher'}: say where it is with --teacher")
     old, (context, overlap) = identity.settings, identity.windows
     try:
-        wanted = {"dtype": old.get("dtype", "float32"), "floor": old.get("floor", settings.floor)}
+        # `auto` means another precision on another device: the one that the dump was made in is wanted.
+        dtype = identity.dtype or old.get("dtype", "float32")
+        wanted = {"dtype": dtype, "floor": old.get("floor", settings.floor)}
         if settings.start == "auto":  # as the data set's teacher did, whatever would be measured here
             wanted["start"] = identity.start
         return Teacher(
@@ -118,7 +120,8 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     from bytecache.schemas.shard.reader import read_shard
     from bytecache.stages.fidelity.certificate import Fidelity
     from bytecache.stages.fidelity.stretches import measure_stored
-    from bytecache.stages.teacher.identity import REFERENCE, teacher_identity
+    from bytecache.stages.lattice.effort import REFERENCE
+    from bytecache.stages.teacher.identity import teacher_identity
     from bytecache.stages.teacher.teacher import open_teacher
 
     identity = teacher_identity(settings)

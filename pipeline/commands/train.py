@@ -55,9 +55,14 @@ def open_targets(context: Context) -> "Dataset":
         )
     limit = int(settings.cache_gib * 2**30)
     place = settings.source.reveal() or context.store.folder(TARGETS)
-    return open_dataset(
-        place, cache_dir=settings.cache_dir, cache_bytes=limit, private_redirects=settings.private_redirects
-    )
+    try:
+        return open_dataset(
+            place, cache_dir=settings.cache_dir, cache_bytes=limit, private_redirects=settings.private_redirects
+        )
+    except IntegrityError as error:
+        if settings.source:
+            raise
+        raise IntegrityError(f"{error}; here `bytecache convert` makes it again") from None
 
 
 def train_task(context: Context, name: str, dataset: str) -> Task:

@@ -101,7 +101,8 @@ def engine_arguments(folder: Path, settings: st.Teacher, longest: int, *, on_cpu
         "language_model_only": True,
         "enforce_eager": on_cpu,
         "skip_tokenizer_init": True,
-        "async_scheduling": False,
+        # The next step begins while this one's results come back; a CPU has nothing to overlap.
+        "async_scheduling": not on_cpu,
         "seed": 0,
         "tensor_parallel_size": settings.tensor_parallel,
         "trust_remote_code": settings.trust_remote_code,

@@ -2,8 +2,9 @@
 
 A dump part holds *reference windows* (schemas.dump.parquet): short stretches whose histories were evaluated far deeper
 than production asks. All rows of such a window but the static ones give the reference, the rows marked `row_sampled`
-give what production knew (less, where the conversion asked for less). The reference has no static rows and nothing in
-it joins: it is what the evaluated histories say, and how much of the mass they lack is measured beside it. Once the
+give what production knew (less, where the conversion asked for less). The reference has no static rows, and what it did
+not evaluate is dropped: it is what the evaluated histories say, and how much of the mass they lack is measured beside
+it. (For the leak alone it joins as in production: a byte may be foreseen by histories below 2e-4 only.) Once the
 shard is written it is read back, and for the very positions of the stretch
 
     kl, kl_bucket, jsd, leak   reference against what the shard says (stages.fidelity.divergence has the formulas)
@@ -34,6 +35,7 @@ from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.fidelity.divergence import divergence, kl_spread
 from bytecache.stages.fidelity.measure import Measure, rounded
+from bytecache.stages.lattice.effort import DROPPED
 from bytecache.stages.lattice.lattice import Lattice
 
 VERSION = 2
@@ -86,7 +88,7 @@ class Fidelity:
         """
         lo = locate(window, shard)
         deep = keep_rows(window, window.row_static == 0)
-        reference = Lattice(deep, joins=False)
+        reference = Lattice(deep, drop=DROPPED)
         whole, known = reference.targets(), Lattice(asked).targets()
         hi = lo + len(known.tail)
         stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
@@ -111,7 +113,11 @@ class Fidelity:
         symbol = true_symbols(window)
         hi = lo + len(symbol)
         stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
-        for name, values in divergence(targets.probs, targets.tail, stored, tail, symbol, weights)._asdict().items():
+        found = divergence(targets.probs, targets.tail, stored, tail, symbol, weights)
+        # A history too light for the reference may be the one that foresaw a rare byte: for the leak it is not dropped.
+        joined = Lattice(window).targets()
+        leak = divergence(joined.probs, joined.tail, stored, tail, symbol, weights).leak
+        for name, values in found._replace(leak=leak)._asdict().items():
             self._add(name, values)
         self._add("tail", tail.astype(np.float64))
         self._add("missed", reference.handed().total[window.score_start :][: len(symbol)])

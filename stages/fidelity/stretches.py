@@ -13,6 +13,7 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.fidelity.certificate import Fidelity, true_symbols
+from bytecache.stages.lattice.effort import DROPPED
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.teacher import Teacher
 from bytecache.stages.teacher.windows import plan_stretch
@@ -55,4 +56,4 @@ def measure_stored(
         symbol, text = true_symbols(window), shard.text[lo : lo + stretch.n_targets]
         if not np.array_equal(symbol[symbol != END], text[: len(symbol)][symbol != END]):
             raise IntegrityError(f"{where}: its text changed at byte {stretch.first}; fetch or make this shard again")
-        found.add_positions(Lattice(window, joins=False), shard, lo)
+        found.add_positions(Lattice(window, drop=DROPPED), shard, lo)

@@ -1,30 +1,37 @@
 """Which histories are worth a call of the teacher, by what they carry and how far they are off the canonical tokens."""
 
 import math
+from typing import Any
 
 import numpy as np
 
 GROWTH = 3.0
 """How much more a history must carry for every token beyond the depth: what two cuts predict grows alike as they lie
 further back."""
-MOST_TIMES, HEAVY = 50.0, 0.1
-"""How much more at most, and the share that is always enough. Two cuts of one text that are about as likely go on side
-by side for good; giving one up where it carried 0.8 of the mass, seventeen tokens on in a list of constants, cost 1.5
-nats at the next byte. So the heaviest are followed on: at most ten, and mostly none."""
+MOST_TIMES = 25.0
+"""How much more at most: what carries that much is followed on. Two cuts of one text that are about as likely go on
+side by side for good; giving one up where it carried 0.8 of the mass, seventeen tokens on in a list of constants, cost
+1.5 nats at the next byte."""
 FOLLOWED = 40
 """For how many tokens beyond the depth, unless everything is asked for."""
 DEEPEST = 200
 """Tokens off the canonical ones at most; a dump counts them in a byte."""
 
+REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 8}
+"""Effort of reference windows, which have no static rows."""
+DROPPED = MOST_TIMES * REFERENCE["tau"]
+"""What of a reference's unevaluated mass joins no row. A history that carries more has spelled the same text as the
+canonical tokens for `FOLLOWED` tokens; dropping it, whose share may be all but the whole, would be no reference."""
+
 
 def least_share(tau: float, depth: int, off: np.ndarray) -> np.ndarray:
     """What a history `off` tokens off the canonical ones (int [K]) must carry to be evaluated, float64 [K].
 
-    `tau` as far as `depth` tokens; for every token beyond `GROWTH` times more, up to `MOST_TIMES` tau or `HEAVY`.
-    Nothing is evaluated at depth 0.
+    `tau` as far as `depth` tokens; for every token beyond `GROWTH` times more, up to `MOST_TIMES` tau. Nothing is
+    evaluated at depth 0.
     """
     beyond = np.clip(off.astype(np.float64) - depth, 0.0, DEEPEST)
-    least = np.minimum(tau * GROWTH**beyond, max(tau, min(MOST_TIMES * tau, HEAVY)))
+    least = tau * np.minimum(GROWTH**beyond, MOST_TIMES)
     return np.where(off > deepest(tau, depth), np.inf, least)
 
 
@@ -34,9 +41,9 @@ def deepest(tau: float, depth: int) -> int:
 
 
 def reach(tau: float, depth: int) -> int:
-    """How many tokens longer than the canonical ones a history can be before it must carry more than `HEAVY`.
+    """How many tokens longer than the canonical ones a history can be.
 
-    Heavier ones are followed further, and are not longer for that: they spell the same text in about as many tokens.
+    The heaviest are followed further, and are not longer for that: they spell the same text in about as many tokens.
     """
     if not depth or not 0.0 < tau < 1.0:
         return deepest(tau, depth) if tau <= 0.0 else 0

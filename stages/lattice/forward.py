@@ -20,8 +20,9 @@ been asked for (stages/lattice/lattice.py says when), and one of three things be
 
 What is unlisted or unaccounted at a position is that position's tail; nothing is renormalised. With every history
 evaluated nothing joins, U is empty, the sums are exact. Beside the weight of a row goes the part of it that came
-through evaluated histories alone, so that what was handed on can be told (`Sums.evaluated`). `joins=False` drops
-orphans instead, for a reference that shares no assumption with production: P is then that of the evaluated histories.
+through evaluated histories alone, so that what was handed on can be told (`Sums.evaluated`). Orphans of at most the
+share `drop` are dropped instead, for a reference that shares no assumption with production: P is then that of the
+evaluated histories, and of those that were followed as far as any is (stages/lattice/effort.py).
 
 One pass, float64, weights rescaled at every byte so that P(x[:i]) never underflows; time is linear in the bytes
 and in the listed entries, memory is one window. Text to which no known history gives a mass (beyond float32: below
@@ -164,7 +165,7 @@ def tables(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def forward(rows: Rows, lies: Tables, first: int, last: int, joins: bool, sums: Sums) -> int:
+def forward(rows: Rows, lies: Tables, first: int, last: int, drop: float, sums: Sums) -> int:
     """Run over positions 0..last; write targets of first..last, and of all of them what `Sums` says.
 
     Returns how many of `sums.symbol` were written.
@@ -205,9 +206,9 @@ def forward(rows: Rows, lies: Tables, first: int, last: int, joins: bool, sums: 
         if i == last or i >= len(rows.text):
             break
         unknown *= rate * inverse
-        count, ended, orphan = _advance(rows, lies, cells, count, inverse, i, sums)
-        if joins:
-            unknown = _hand_on(lies, cells, i + 1, orphan, unknown)
+        least = drop * (ahead * inverse + unknown)
+        count, ended, orphan = _advance(rows, lies, cells, count, inverse, least, i, sums)
+        unknown = _hand_on(lies, cells, i + 1, orphan, unknown)
     return written
 
 
@@ -379,11 +380,11 @@ def _wipe(board: _Board) -> None:
 
 @njit(cache=True, nogil=True)
 def _advance(
-    rows: Rows, lies: Tables, cells: _Cells, count: int, inverse: float, i: int, sums: Sums
+    rows: Rows, lies: Tables, cells: _Cells, count: int, inverse: float, least: float, i: int, sums: Sums
 ) -> tuple[int, int, float]:
     """Move every cell over the byte at i; tokens that end there hand their weight to the rows of their histories.
 
-    Returns how many cells are left, how many tokens ended, and the weight of those without a row.
+    Returns how many cells are left, how many tokens ended, and the weight of those without a row that exceed `least`.
     """
     orphan = 0.0
     left = ended = 0
@@ -407,7 +408,7 @@ def _advance(
                 cells.weight[c] += w * m
                 if rows.static[c] == 0:
                     sums.purity[c] += sums.purity[r] * w * m
-            else:
+            elif w * m > least:
                 orphan += w * m
             s += 1
         cells.next_stop[r] = s

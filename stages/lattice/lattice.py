@@ -106,10 +106,10 @@ class Lattice:
     """The forward sum of one window; `targets()` for the distributions, `deviations()` for what to evaluate next.
 
     `marginal_nll` is -log P(scored bytes | bytes before them), nats, END not included: at most the canonical tokens'.
-    `joins=False`: what is not evaluated goes nowhere, so that P is that of the evaluated histories (a reference's).
+    `drop`: histories of at most this share that were not evaluated go nowhere instead of joining a row (a reference's).
     """
 
-    def __init__(self, window: Window, *, joins: bool = True) -> None:
+    def __init__(self, window: Window, *, drop: float = 0.0) -> None:
         self.window = window
         n = len(window.text)
         lies = Tables(
@@ -120,7 +120,7 @@ class Lattice:
         )  # fmt: skip
         m = n + 1 - window.score_start
         sums = _room_for(window, m)
-        entries = forward(_rows_of(window), lies, window.score_start, n, joins, sums)
+        entries = forward(_rows_of(window), lies, window.score_start, n, drop, sums)
         steps = np.log(sums.ratio, out=np.full(n + 1, NEVER), where=sums.ratio > 0.0)
         logp = np.cumsum(steps)[window.score_start :]
         self.marginal_nll = float(logp[0] - logp[-1])

@@ -10,13 +10,11 @@ from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.stages.engines.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
 from bytecache.stages.engines.static import CONTEXTS
-from bytecache.stages.lattice.effort import reach
+from bytecache.stages.lattice.effort import REFERENCE, reach
 from bytecache.stages.models.locate import model_name, resolve_model, weights_identity
 from bytecache.stages.teacher.windows import LEAD
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
-REFERENCE: dict[str, Any] = {"tau": 2e-4, "depth": 8}
-"""Effort of reference windows, which have no static rows and join nothing."""
 LEAST_CONTEXT = LEAD + 3
 """teacher.context, with no overlap."""
 RESERVED = 16

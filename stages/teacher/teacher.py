@@ -29,12 +29,11 @@ from bytecache.schemas.files import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
-from bytecache.stages.lattice.effort import deepest
+from bytecache.stages.lattice.effort import REFERENCE, deepest
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.identity import (
     AUTO_CONTEXT,
-    REFERENCE,
     fit_context,
     identity_of,
     longest_history,

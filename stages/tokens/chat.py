@@ -108,7 +108,6 @@ class Template:
         """(prompt, lead, trail) of an answer to `messages`; raises Misfit with the reason where there is none."""
         answers = [[*messages, {"role": "assistant", "content": content}] for content in (answer, MARKER)]
         prompt, whole, marked = self._render([(messages, True), *((one, False) for one in answers)])
-        _refuse_lost(messages, prompt)
         if not whole.startswith(prompt) or not marked.startswith(prompt):
             raise Misfit("template: an answer does not follow the generation prompt")
         lead, found, trail = marked[len(prompt) :].partition(MARKER)
@@ -117,6 +116,7 @@ class Template:
         rest = whole[len(prompt) :]
         for before in (lead, ""):
             if rest == before + answer + trail:
+                _refuse_lost(messages, prompt)
                 return prompt, before, trail
         raise Misfit("template: it changes the answer")
 

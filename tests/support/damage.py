@@ -6,14 +6,17 @@ and the commands that it leaves, then (in another copy) the commands that the re
 end with a whole run of the same outputs, without being sent in a circle.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bytecache.pipeline.config import render_template
 from tests.support.command_line import bytecache
 from tests.support.run_outputs import outputs
+from tests.support.small_run import small_settings
 
 DAMAGES = ("flipped", "truncated", "missing", "swapped")
 _PATIENCE = 6
@@ -137,7 +140,7 @@ def examine(finished: Path, work: Path, key: str, damage: str, *, follow: bool =
     _, text = call(command)
     told = [line for line in text.splitlines() if not line.startswith("{")]
     # A unit whose receipt is gone was never done: that it is made again is all that can be said.
-    remade = damage == "missing" and key.startswith("receipts/") and re.search(r"\b(made|measured)\b", text)
+    remade = damage == "missing" and key.startswith("receipts/") and re.search(r"\b(made?|make|measured)\b", text)
     named = (
         "yes"
         if remade or _names("\n".join(told), key) or _names("\n".join(told), neighbour(files(finished), key))
@@ -234,3 +237,26 @@ def cases(keys: list[str], *, every: bool) -> Iterator[tuple[str, str, bool]]:
         for damage in DAMAGES:
             yield key, damage, every or kind(key) not in seen
         seen.add(kind(key))
+
+
+def make_finished_run(folder: Path) -> Path:
+    """A corpus, a tiny teacher, `pipeline.toml` for `folder/run`, and the finished run of it as `folder/finished`."""
+    settings = small_settings(folder, documents=60)
+    changes = {
+        "corpus": {"unit_bytes": 2500, "heldout_fraction": 0.3},
+        "teacher": {"sample_tokens": 16},
+        "convert": {"shard_bytes": 3000},
+        "train": {"steps": 4, "control": True},
+    }
+    for section, values in changes.items():
+        settings = settings.model_copy(update={section: getattr(settings, section).model_copy(update=values)})
+    (folder / "pipeline.toml").write_text(render_template(settings))
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        code, text = call("run")
+    finally:
+        os.chdir(before)
+    assert code == 0, text
+    (folder / "run").rename(folder / "finished")
+    return folder / "finished"

@@ -24,10 +24,11 @@ others the text is an unbiased witness, and tells more the less it is asked:
 - Whether a token is at w at all may hang: the mass of sum_b P(b) min(visit, 1 - visit), visit = before (pass + stop).
   Such a choice is *open*: the text alone decides it.
 - Else only the cut hangs, and the text corrects it: with x its own next byte,
-  target + [what the text chose] - [the shares of x], a control variate: in the mean over texts the shares cancel and
-  the truth about the cut stands in their place, while the teacher's P(b) stays. Negative mass is dropped.
+  target + weight ([what the text chose] - [the shares of x]), a control variate: where the shares are true it is 0 in
+  the mean over texts, and where they are not the truth takes their place, while the teacher's P(b) stays. The weight is
+  the largest, up to 1, that leaves no negative mass whichever way the text went; it depends on x, not on what was cut.
 
-So a student that can represent the teacher has its minimum there, with or without the tokens' cross-entropy.
+So the minimum is at the teacher, or near it where neither witness is whole, with or without the tokens' cross-entropy.
 """
 
 from typing import NamedTuple
@@ -134,11 +135,15 @@ def _corrected(
     child = tables.child_of(places.node, places.following)
     passes = torch.where(child >= 0, cut.reaches(child.clamp_min(0)), 0.0)
     stops = torch.where(places.node > 0, cut.ended(places.node, child, places.depth), 0.0)
-    total = passes + stops
-    wanted = wanted & (total > 0)
-    stop = torch.where(wanted, places.stopped.to(total.dtype) - stops / total.clamp_min(1e-12), 0.0)
+    total = (passes + stops).clamp_min(1e-12)
+    passes, stops = passes / total, stops / total
     own = targets.symbol == places.following[targets.slot]
     listed = torch.zeros_like(wanted).index_put((targets.slot[own],), torch.ones_like(own[own]))
+    goes = torch.zeros_like(mass.stop).index_add(0, targets.slot[own], mass.goes[own])
+    goes = torch.where(listed, goes, mass.rest)
+    # As much of the correction as leaves no negative mass, whichever way the text went.
+    weight = torch.minimum(goes / passes.clamp_min(1e-12), mass.stop / stops.clamp_min(1e-12)).clamp_max(1.0)
+    stop = torch.where(wanted & (child >= 0), weight * (places.stopped.to(total.dtype) - stops), 0.0)
     return _Mass(
         (mass.goes - torch.where(own, stop[targets.slot], 0.0)).clamp_min(0),
         (mass.stop + stop).clamp_min(0),

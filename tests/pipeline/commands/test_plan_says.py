@@ -31,13 +31,13 @@ def lines_of(tmp_path: Path, *overrides: str, run: str = "run") -> list[str]:
 def test_files_of_other_kinds_are_counted_and_named(tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for name in ("a.md", "c.JSONL", "e.jsonl.zst"):
+    for name in ("a.md", "c.JSONL", "e.csv"):
         (folder / name).write_text("x")
     (folder / "b.txt").write_text("one text")
     (folder / "d.jsonl").write_text('{"text": "another"}\n')
     for _ in range(2):
         said = lines_of(tmp_path, f"corpus.source={folder}")
-        assert "plan: 3 files of other kinds ignored: a.md, c.JSONL, e.jsonl.zst" in said
+        assert "plan: 3 files of other kinds ignored: a.md, c.JSONL, e.csv" in said
 
 
 @pytest.mark.parametrize(

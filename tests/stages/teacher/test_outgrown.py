@@ -75,7 +75,7 @@ def test_a_row_is_outgrown_where_its_mass_stops_as_well(vocabulary):
 def test_targets_come_closer(vocabulary, monkeypatch):
     """To those of a teacher that evaluates everything, in the mean over the text."""
     effort = EFFORT | {"tau": 0.01}
-    deep = Lattice(window_of(function_teacher(vocabulary, tau=1e-5, depth=6)), joins=False).targets()
+    deep = Lattice(window_of(function_teacher(vocabulary, tau=1e-5, depth=6)), drop=1.0).targets()
     error = []
     for passes in (0, 2):
         monkeypatch.setattr("bytecache.stages.teacher.teacher.OUTGROWN_PASSES", passes)

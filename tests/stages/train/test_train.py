@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from bytecache.schemas import errors
+from bytecache.schemas.dataset.index import write_dataset
 from bytecache.schemas.settings import Student, Train
 from bytecache.schemas.shard import reader as byte_shard
 from bytecache.stages.student import student
 from bytecache.stages.train import checkpoint
 from bytecache.stages.train.objective.marginal import Marginal
-from bytecache.stages.train.train import train
-from tests.support.student_data import make_dataset
+from bytecache.stages.train.train import _SupervisedTokens, train
+from tests.support.student_data import document, make_dataset, write_split
 
 PAPER = {"head": "parallel", "lambda_kl": 0.1, "byte_reduction": "mean"}
 SETTINGS = Train(**PAPER, steps=9, batch=3, window_bytes=96, warmup=2, checkpoint_every=2, learning_rate=3e-3)
@@ -190,3 +193,32 @@ def test_a_diverging_run_stops_with_a_remedy(world, tmp_path):
     with pytest.raises(errors.ConfigError, match="lower it"):
         train(wild, folder, targets, tmp_path, name="wild", seed=1, device="cpu")
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_run_without_a_supervised_token_is_refused(tmp_path: Path) -> None:
+    """Its loss is 0, which would look like the best of all runs."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    texts = [document(seed, 3) for seed in range(6)]
+    entries = write_split(folder, "train", texts, 3, lambda n: np.zeros(n, np.uint8))
+    write_dataset(folder, entries, {})
+    settings = Train(steps=2, batch=2, window_bytes=64, warmup=1, checkpoint_every=1)
+    student.prepare(Student(tokenizer="bytes", hidden_size=16, layers=1, heads=1), folder, tmp_path / "s", seed=0)
+    with pytest.raises(errors.InputError, match="no position of split 'train' is supervised"):
+        train(settings, tmp_path / "s", folder, tmp_path / "out", name="distilled")
+    assert not list((tmp_path / "out").glob("step-*"))
+
+
+def test_supervised_tokens_that_no_row_holds_are_missed(tmp_path: Path) -> None:
+    """The manifest promises some; the count over a whole reading is what decides."""
+    counted = _SupervisedTokens("distilled", Train(steps=100, batch=4), 0, 8)
+    reader = SimpleNamespace(folder="d", skipped_documents=lambda: {"template": 3})
+    counted.count(5, 1, reader)
+    for step in range(2, 6):
+        counted.count(0, step, reader)
+    with pytest.raises(errors.InputError, match=r"no supervised token of d in 6 steps.*template.*nothing was learned"):
+        counted.count(0, 6, reader)
+    short = _SupervisedTokens("distilled", Train(steps=2, batch=4), 0, 1000)
+    short.count(0, 1, reader)
+    with pytest.raises(errors.InputError, match="in 2 steps"):
+        short.count(0, 2, reader)

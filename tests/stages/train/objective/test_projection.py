@@ -156,3 +156,55 @@ def test_projection_keeps_distributions_and_tails():
         assert torch.isfinite(value).all() and (value > -1e-9)[known].all()
         (grad,) = torch.autograd.grad(value.sum(), z, retain_graph=True)
         assert torch.isfinite(grad).all() and abs(float(grad.sum())) < 1e-9  # a shift of all logits changes nothing
+
+
+def test_where_only_the_cut_hangs_the_text_corrects_it_without_bias(source):
+    """`c` before an `a` is a token, or the beginning of `cab`: the byte after decides, which the teacher's row does not
+    know. Over all ways that the text can go, weighted as it goes, the targets have the true mean."""
+    _, _, model = source
+    tables, cut = model.tables, model.segmentation
+    node = torch.tensor([node_number(tables, b"c")])
+    teacher = SlotTargets(
+        torch.zeros(3, dtype=torch.int64), torch.tensor([97, 98, 99]), torch.tensor(STEP[99]), torch.zeros(1)
+    )
+    ways = [(97, False, STEP[99][0] * STEP[97][1]), (97, True, STEP[99][0] * (1 - STEP[97][1]))]
+    ways += [(98, True, STEP[99][1]), (99, True, STEP[99][2])]
+    truth = {97: STEP[99][0] * STEP[97][1], STOP: 1 - STEP[99][0] * STEP[97][1]}
+    mean = Counter()
+    targets = []
+    for following, stopped, weight in ways:
+        places = Places(
+            node, torch.tensor([1]), torch.tensor([-1]), torch.tensor([0]), torch.tensor([following]),
+            torch.tensor([stopped]),
+        )  # fmt: skip
+        found = project(teacher, places, tables, cut, 0.01)
+        assert not found.certain[0] and not found.open[0]
+        assert (found.targets.prob >= 0).all() and float(found.targets.prob.sum()) == pytest.approx(1)
+        targets.append(dict(zip(found.targets.symbol.tolist(), found.targets.prob.tolist(), strict=True)))
+        for symbol, prob in targets[-1].items():
+            mean[symbol] += weight * prob
+    assert targets[0][97] > targets[2][97] > targets[1].get(97, 0.0), "the text's own cut is heard"
+    for symbol, prob in truth.items():
+        assert mean[symbol] == pytest.approx(prob, abs=0.01)
+    assert project(teacher, places, tables, cut, EVERY).certain[0]
+
+
+def test_where_the_token_itself_hangs_the_text_decides(source):
+    """At `ab` before a `c`, if half of the tokens there had ended at `a`: the choice is not always asked."""
+    _, _, model = source
+    node = torch.tensor([node_number(model.tables, b"ab")])
+    teacher = SlotTargets(
+        torch.zeros(3, dtype=torch.int64), torch.tensor([97, 98, 99]), torch.tensor(STEP[98]), torch.zeros(1)
+    )
+    shares = model.segmentation
+    at = shares.get_buffer("base")[node_number(model.tables, b"abc")]
+    kept = shares.on[at : at + 4].clone()
+    with torch.no_grad():
+        shares.on[at : at + 4] = torch.tensor([0.3, 0.5, 0.2, 0.0])
+    places = Places(
+        node, torch.tensor([2]), torch.tensor([-1]), torch.tensor([0]), torch.tensor([99]), torch.tensor([False])
+    )
+    found = project(teacher, places, model.tables, shares, 0.05)
+    with torch.no_grad():
+        shares.on[at : at + 4] = kept
+    assert found.open[0] and not found.certain[0]

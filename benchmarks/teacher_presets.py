@@ -1,0 +1,159 @@
+"""What the presets cost beside plain prefill, in one run of one engine, and where the engine's thread spends its time.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.teacher_presets --bytes 4000 --out benchmarks/results/teacher_presets.json
+
+Passes over the same windows: prefill alone (one row wanted of each window), then every preset as the teacher stage runs
+it: canonical rows, branches, static rows (states known beforehand: they are kept per teacher), rounds alternating.
+Seconds are those of the process's CPU time, so that a busy machine does not change them much; the engine runs in this
+process, on one thread where OMP_NUM_THREADS=1. `per row` counts a preset's rows (windows, branches; static rows aside)
+as if each were one token of prefill. The share of the host is what is left of a pass when the model's layers, its head
+and the sums over the vocabulary are taken away: vLLM's scheduler, this project's own Python, the lattice.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bytecache.schemas import settings as st
+from bytecache.stages.corpus.reader import CorpusReader
+from bytecache.stages.engines.paths import PathReducer
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
+from bytecache.stages.teacher.windows import WindowPlan, plan_windows
+
+Clock = Callable[[], float]
+
+
+class Meter:
+    """CPU seconds and calls of some functions, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+
+    def wrap(self, owner: Any, attribute: str, name: str) -> None:
+        """Count what `owner.attribute` takes from now on."""
+        original = getattr(owner, attribute)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            began = time.process_time()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - began
+                self.calls[name] = self.calls.get(name, 0) + 1
+
+        setattr(owner, attribute, counted)
+
+    def forget(self) -> None:
+        """Begin at zero."""
+        self.seconds, self.calls = {}, {}
+
+
+@contextmanager
+def measured(meter: Meter) -> Iterator[dict[str, Any]]:
+    """CPU seconds of a block, and how they divide."""
+    meter.forget()
+    found: dict[str, Any] = {}
+    began = time.process_time()
+    yield found
+    found["seconds"] = time.process_time() - began
+    found |= {name: meter.seconds.get(name, 0.0) for name in ("layers", "head", "sums")}
+    found["head_products"] = meter.calls.get("head", 0)
+    found["host"] = found["seconds"] - sum(found[name] for name in ("layers", "head", "sums"))
+
+
+def attach(teacher: Teacher, meter: Meter) -> None:
+    """Count the layers, the head and the sums of an engine that runs in this process."""
+    engine: Any = teacher.engine
+    worker = engine._engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    meter.wrap(runner, "_model_forward", "layers")
+    meter.wrap(runner.model, "compute_logits", "head")
+    meter.wrap(PathReducer, "_sums_on_cpu", "sums")
+
+
+def plain_prefill(teacher: Teacher, plans: list[WindowPlan]) -> None:
+    """One row of each window."""
+    teacher.engine.forget()
+    prompts = [plan.prompt for plan in plans]
+    last = [p._replace(first_row=len(p.tokens) - 1, starts=p.starts[-1:]) for p in prompts]
+    for _ in teacher.engine.score(last):
+        pass
+
+
+def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, int]:
+    """The windows as the stage makes them; returns what was evaluated."""
+    effort = dict.fromkeys(("tau", "depth", "static"), -1)
+    settings = teacher.settings.model_copy(update={"preset": preset, **effort})
+    teacher.settings = settings.resolved()
+    teacher.engine.forget()
+    windows = teacher.evaluate(plans)
+    static = sum(int(window.row_static.sum()) for window in windows)
+    canonical = sum(int((window.row_depth == 0).sum()) for window in windows)
+    rows = sum(len(window.row_depth) for window in windows)
+    return {"rows": canonical, "branches": rows - canonical - static, "static_rows": static}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bytes", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    teacher = open_teacher(st.Teacher(model=args.model, preset="exact"))
+    meter = Meter()
+    attach(teacher, meter)
+    settings = teacher.settings
+    texts = [document.text for document in CorpusReader(st.Corpus(max_bytes=args.bytes))]
+    plans = [
+        plan
+        for i, encoded in enumerate(teacher.vocabulary.encode_batch(texts))
+        for plan in plan_windows(
+            str(i), i, encoded, start_id=teacher.vocabulary.start_id, context=settings.context, overlap=settings.overlap
+        )  # type: ignore[arg-type]
+    ]
+    tokens = sum(len(plan.prompt.tokens) for plan in plans)
+    text_bytes = sum(len(plan.prompt.text) - plan.score_start for plan in plans)
+    whole(teacher, plans, "exact")  # static states of all presets, and everything compiled
+    passes: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(args.rounds):
+        with measured(meter) as found:
+            plain_prefill(teacher, plans)
+        passes.setdefault("prefill", []).append(found)
+        for preset in st.PRESETS:
+            with measured(meter) as found:
+                counts = whole(teacher, plans, preset)
+            passes.setdefault(preset, []).append(found | counts)
+    result: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
+        "model": args.model, "tokens": tokens, "text_bytes": text_bytes,
+    }  # fmt: skip
+    for name, rounds in passes.items():
+        result[name] = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+    prefill = tokens / result["prefill"]["seconds"]
+    for name in passes:
+        one = result[name]
+        rows = one.get("rows", tokens) + one.get("branches", 0)
+        one["tokens_per_s"] = tokens / one["seconds"]
+        one["of_prefill"] = one["tokens_per_s"] / prefill
+        one["of_prefill_per_row"] = rows / one["seconds"] / prefill
+        one["text_bytes_per_s"] = text_bytes / one["seconds"]
+        one["host_us_per_row"] = one["host"] / rows * 1e6
+    branches = teacher.engine
+    result["tokens_computed_per_branch"] = branches.branch_tokens / max(1, branches.branches)  # type: ignore[attr-defined]
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

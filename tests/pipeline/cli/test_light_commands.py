@@ -51,12 +51,7 @@ def test_a_finished_run_is_looked_at_and_repeated_without_a_heavy_library(tmp_pa
     (part, *_) = sorted(tmp_path.glob("run/teacher/*.parquet"))
     bucket = ["--run-dir", "s3://bucket/run"]
     every = [
-<<<<<<< HEAD
-        ["config"], ["jobs", "slurm"], ["jobs", "skypilot", "--run-dir", "s3://bucket/run"],
-        ["jobs", "kubernetes", "--run-dir", "s3://bucket/run"],
-=======
         ["config"], ["jobs", "slurm"], ["jobs", "skypilot", *bucket], ["jobs", "kubernetes", *bucket],
->>>>>>> main
         ["status"], ["status", "--json"], ["verify"], ["inspect", str(shard)], ["inspect", str(part)],
         ["plan"], ["teacher"], ["convert"], ["train"], ["evaluate"], ["export"],
     ]  # fmt: skip

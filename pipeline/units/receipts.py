@@ -94,9 +94,13 @@ def receipt_path(stage: str, key: str) -> str:
 
 def receipt_bytes(receipt: Receipt) -> bytes:
     """The one spelling of a receipt, which includes the sha256 of its values."""
+    return json_bytes(_sealed(receipt))
+
+
+def _sealed(receipt: Receipt) -> dict[str, Any]:
     # Through JSON once: what is hashed is what a reader will find (text for keys, lists for tuples).
     document = json.loads(json_bytes(receipt.model_dump(mode="json")))
-    return json_bytes({**document, "sha256": _seal(document)})
+    return {**document, "sha256": _seal(document)}
 
 
 def _seal(document: dict[str, Any]) -> str:
@@ -105,8 +109,7 @@ def _seal(document: dict[str, Any]) -> str:
 
 def write_receipt(store: Store, receipt: Receipt) -> bool:
     """Commit a receipt; False if the unit already has one."""
-    place = receipt_path(receipt.stage, receipt.key)
-    return store.put_if_absent(place, store.write_temp(place, receipt_bytes(receipt)))
+    return store.put_json_if_absent(receipt_path(receipt.stage, receipt.key), _sealed(receipt))
 
 
 def read_receipt(store: Store, stage: str, key: str) -> Receipt | None:

@@ -373,7 +373,7 @@ def test_torchrun_of_the_command_line(tmp_path):
     done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("train distilled:") == 1 and done.stdout.count("train control:") == 1
-    receipts = [json.loads(p.read_text()) for p in (tmp_path / "run").rglob("*.json") if "receipts" in str(p)]
+    receipts = [json.loads(path.read_text()) for path in (tmp_path / "run/receipts/train").rglob("*.json")]
     assert sorted(r["name"] for r in receipts) == ["control", "distilled"]
     assert all(r["counts"]["processes"] == 2 for r in receipts)
     again = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=environment)

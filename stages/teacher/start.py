@@ -70,6 +70,7 @@ def measured_start(settings: st.Teacher) -> dict[str, Any]:
     folder = resolve_model(settings)
     depends_on = {
         "what": "start", "sample": SAMPLE, "backend": settings.backend, "dtype": settings.dtype, "end": settings.end,
+        "context": settings.context,  # a short one cuts the sample
     }  # fmt: skip
     record: dict[str, Any] = remembered(folder, depends_on, lambda: _measure(settings))
     return record

@@ -8,6 +8,7 @@ import pytest
 # numba's and torch's thread pools fight over two cores; tests are small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from bytecache.schemas import messages
 from tests.support import places
 from tests.support.command_line import fake_convert, fake_teacher, world  # noqa: F401 - fixtures for all tests
 
@@ -27,6 +28,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{places.FIXTURES} is missing: real tokenizers and corpora were not tested by")
         terminalreporter.write_line("\n".join(files))
         terminalreporter.stats["without ../shared"] = weakened
+
+
+@pytest.fixture(autouse=True)
+def _secrets_of_this_test_alone():
+    """What a test's settings hide is hidden in that test's messages alone."""
+    yield
+    messages._remembered.clear()
 
 
 @pytest.fixture(scope="session")

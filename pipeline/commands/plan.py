@@ -8,7 +8,8 @@ from bytecache.pipeline.plan import make as planning
 from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.settings import Corpus
-from bytecache.stages.corpus.reader import MAX_DOCUMENT, corpus_files
+from bytecache.stages.corpus import reader
+from bytecache.stages.corpus.reader import corpus_files
 from bytecache.stages.corpus.tally import listed
 
 MOST_NAMES = 5
@@ -61,7 +62,7 @@ def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
         )
     if overlong := passed.get("overlong"):
         yield (
-            f"warning: {sum(overlong.values())} documents left out, longer than {MAX_DOCUMENT} bytes: "
+            f"warning: {sum(overlong.values())} documents left out, longer than {reader.MAX_DOCUMENT} bytes: "
             f"{listed(overlong)}; split them"
         )
     if strange := passed.get("strange"):

@@ -25,7 +25,8 @@ _STAGE_OF = {
 }  # fmt: skip
 """Folder: the command that writes there."""
 _OURS = re.compile(
-    r"config\.toml|plan/(plan\.json|config\.toml|(units|slices)/[^/]+\.(json|parquet))|teacher/([^/]+\.parquet|config\.toml)"
+    r"config\.toml|plan/(plan\.json|config\.toml|(units|slices)/[^/]+\.(json|parquet))"
+    r"|teacher/([^/]+\.parquet|config\.toml|start/[^/]+\.json)"
     r"|targets/config\.toml|train/(student|distilled|control)-[0-9a-f]{12}/.+|report/([^/]+-[0-9a-f]{12}\.json"
     r"|(report|lm-eval)\.(json|md)|summary\.md|config\.toml)|export/[^/]+-[0-9a-f]{12}(\.config\.toml|/.+)"
 )

@@ -16,7 +16,7 @@ from bytecache.pipeline.fleet.ledger import Layout, read_json
 from bytecache.pipeline.fleet.quarantine import quarantined
 from bytecache.pipeline.plan.index import Plan, Unit, load_plan
 from bytecache.pipeline.stores import Store, overlapped
-from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units import documents, receipts
 from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
@@ -86,12 +86,19 @@ def settle_start(context: Context, kind: str) -> Teacher:
         from bytecache.stages.teacher.start import measured_start
 
         refuse_quantised_teacher(resolve_model(settings), settings.model, settings.backend)
+        if documents.was_written(store, key):
+            context.say(f"teacher: {key} was missing, the start token is measured again")
         measured = measured_start(settings)
         if store.put_json_if_absent(key, {**measured, "teacher": asked}):
             context.say(f"teacher: {start_line(measured)}")
-    record = read_json(store, key)
-    if record is None or not isinstance(record.get("start"), str):
-        raise IntegrityError(f"{store.name}: {key} is damaged; delete it and rerun the same command")
+    record = _whole_start(store, key)
+    if record is None:
+        raise IntegrityError(
+            f"{store.name}: {key} is not as it was written; run `bytecache verify --repair` to set it aside, or "
+            "delete it, and rerun the same command"
+        )
+    if not documents.was_written(store, key):
+        documents.vouch_for(store, key)
     return settings.model_copy(update={"start": record["start"]})
 
 
@@ -101,10 +108,19 @@ def _start_record(settings: Teacher) -> tuple[dict[str, Any], str]:
     return asked, f"{START_FOLDER}/{unit_key('start', asked)[:12]}.json"
 
 
+def _whole_start(store: Store, key: str) -> dict[str, Any] | None:
+    """A record as it was written, or None; one altered token would be another teacher's identity."""
+    record = read_json(store, key)
+    altered = documents.was_written(store, key) and not documents.is_whole(store, key)
+    return None if altered or record is None or not isinstance(record.get("start"), str) else record
+
+
 def known_start(context: Context, kind: str) -> dict[str, Any] | None:
     """The record of this run's start token, if it was measured already."""
     settings = context.settings.teacher
-    return None if settings.start != "auto" or kind == "chat" else read_json(context.store, _start_record(settings)[1])
+    if settings.start != "auto" or kind == "chat":
+        return None
+    return _whole_start(context.store, _start_record(settings)[1])
 
 
 def start_line(record: dict[str, Any]) -> str:

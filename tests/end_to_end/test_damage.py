@@ -15,6 +15,7 @@ from tests.support.damage import DAMAGES, LOGS, call, examine, files, inflict, k
 
 KINDS = (
     "config.toml", "plan/plan.json", "plan/slices/UNIT.parquet", "plan/units/PAGE.json", "teacher/UNIT.parquet",
+    "teacher/start/RECORD.json",
     "targets/README.md", "targets/dataset.json", "targets/manifest.parquet", "targets/SHARD.zarr.zip",
     "targets/config.toml", "train/student/student.json", "train/student/model.safetensors",
     "train/RUN/step-00000002.safetensors", "train/RUN/step-00000004.json", "train/RUN/step-00000004.safetensors",

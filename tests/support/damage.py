@@ -23,6 +23,7 @@ _PATIENCE = 6
 """Commands that a user is sent to before the harness calls it a circle."""
 _READERS = (
     (r"(plan|receipts/plan)/.*", "plan"),
+    (r"teacher/start/.*", "teacher"),
     (r"(teacher|receipts/teacher|receipts/convert)/.*", "convert"),
     (r"targets/(README\.md|config\.toml|heldout-.*)", "convert"),
     (r"targets/.*", "train --set train.learning_rate=0.001 --only distilled"),
@@ -68,6 +69,7 @@ def kind(key: str) -> str:
     key = re.sub(r"\d{5}-[0-9a-f]{12}\.json", "PAGE.json", key)
     key = re.sub(r"(distilled|control)-[0-9a-f]{12}", "RUN", key)
     key = re.sub(r"-[0-9a-f]{12}", "", key)
+    key = re.sub(r"start/[0-9a-f]{12}", "start/RECORD", key)
     return re.sub(r"events\.out.*", "EVENTS", key)
 
 

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.messages import public_url, url_secrets
 from bytecache.schemas.secrets import Secret
-from bytecache.schemas.settings import Section, Settings
+from bytecache.schemas.settings import Section, Settings, Teacher
 
 DEFAULT_FILE = "pipeline.toml"
 RESOLVED_FILE = "config.toml"
@@ -198,7 +198,7 @@ def secrets_of(settings: Settings) -> dict[str, str]:
 
 PUBLISHED = {
     "corpus": None,
-    "teacher": None,
+    "teacher": set(Teacher.model_fields) - {"server", "server_requests"},
     "convert": None,
     "dataset": {"name", "license", "teacher_license"},
 }

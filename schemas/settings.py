@@ -73,8 +73,19 @@ class Teacher(Section):
     `builtin:gemma-3-270m` (see lock/gemma.txt)."""
     revision: str = ""
     """Hub revision; empty = the default branch."""
-    backend: Literal["vllm", "hf"] = "vllm"
-    """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`."""
+    adapter: str = ""
+    """A LoRA adapter as peft saves it (a folder or hub id, safetensors), merged into `model` once; empty = none."""
+    backend: Literal["vllm", "hf", "server"] = "vllm"
+    """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`.
+    `server`: a model behind HTTP, of which only the `top_k` likeliest tokens are known at each position; `model` then
+    names its tokenizer, no weights are needed, and there is no certificate."""
+    server: str = ""
+    """Address of an OpenAI-compatible API, e.g. http://127.0.0.1:8000/v1; its key is taken from
+    $BYTECACHE_SERVER_KEY."""
+    server_model: str = ""
+    """Name of the model there; empty = the only one that is served."""
+    server_requests: int = Field(8, ge=1, le=256)
+    """Requests under way at once."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the trunk; part of the dump's identity. `auto`: float32 on a CPU, the checkpoint's own on a GPU.
     The head is float32 unless the checkpoint's is quantised."""
@@ -98,6 +109,9 @@ class Teacher(Section):
     """Below tau, histories with more than this share go on as their last token would alone; 0 = off, -1 = preset."""
     sample_tokens: int = Field(128, ge=0)
     """Tokens of every unit that are evaluated to near exactness as well, for the fidelity certificate; 0 = none."""
+    noise: str = ""
+    """Compare that sample with a float32 model too, and certify how far a half-precision or quantised teacher is from
+    it: `self` (the same weights) or the model that it was quantised from; empty = not."""
     start: str = "auto"
     """First token of every document: `auto` (measured: the model's BOS, else its EOS, unless another token of the kind
     predicts text better) or a token's text. In conversations the chat template decides."""
@@ -115,8 +129,16 @@ class Teacher(Section):
     """Run Python code that a checkpoint carries. Only for checkpoints you have read."""
 
     def resolved(self) -> "Teacher":
-        """The same with tau, depth and static taken from the preset where they are -1."""
+        """The same with tau, depth and static taken from the preset where they are -1.
+
+        A server answers no more than is asked for one by one: there depth is 0 unless it was set, and static rows and
+        reference windows, which need whole distributions, there are none.
+        """
         effort = PRESETS[self.preset]
+        if self.backend == "server":
+            depth = max(self.depth, 0)
+            tau = self.tau if self.tau >= 0 else effort["tau"]
+            return self.model_copy(update={"tau": tau, "depth": depth, "static": 0.0, "sample_tokens": 0})
         return self.model_copy(update={name: value for name, value in effort.items() if getattr(self, name) < 0})
 
 

@@ -4,18 +4,20 @@ from contextlib import nullcontext
 from typing import Any
 
 from bytecache.pipeline.commands.convert import convert, convert_job
-from bytecache.pipeline.commands.dataset import TARGETS
+from bytecache.pipeline.commands.dataset import TARGETS, read_index
 from bytecache.pipeline.commands.missing import units_aside
 from bytecache.pipeline.commands.teacher import find_dumps, identity_changes, teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.job import join
-from bytecache.pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
+from bytecache.pipeline.fleet.ledger import STAGES, Layout, read_json
 from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
 from bytecache.pipeline.fleet.worker import Share, Worker
-from bytecache.pipeline.plan.index import Plan, load_plan
+from bytecache.pipeline.plan.index import Plan, current_edition, load_plan
+from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work
+from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import BytecacheError, ConfigError, InputError, IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
 
@@ -35,17 +37,27 @@ def convert_worker(context: Context) -> Share:
     planned = load_plan(context.store, context.settings)
     job = _convert_job(context, planned)
     share = _work(context, job)
-    index = f"{TARGETS}/dataset.json"
-    if not context.store.exists(index):
+    if not _is_published(context.store, planned):
         _work(context, _index_job(context, job))
-        if not context.store.exists(index):
-            raise InputError(f"{context.store.name}: {index} was published and is gone; run `bytecache convert`")
+        if not _is_published(context.store, planned):
+            raise InputError(
+                f"{context.store.name}: {TARGETS}/dataset.json was published and is gone; run `bytecache convert`"
+            )
     return share
+
+
+def _is_published(store: Store, planned: Plan) -> bool:
+    """Whether there is an index, not of an edition before this plan's."""
+    try:
+        published = read_index(store)
+    except IntegrityError:
+        return True  # damage is not for workers to mend
+    return published is not None and edition_of(published.info) >= planned.edition
 
 
 def _work(context: Context, job: Job) -> Share:
     share = Worker(context.store, job, context.settings.fleet, context.stop).run()
-    entries = quarantined(context.store, Layout(job.stage))
+    entries = quarantined(context.store, Layout(job.stage, job.edition))
     if entries:
         shown = "; ".join(f"unit {entry.unit} ({entry.reasons[-1]})" for entry in entries[:_SHOWN] if entry.reasons)
         raise BytecacheError(
@@ -63,13 +75,14 @@ def _work(context: Context, job: Job) -> Share:
 def _convert_job(context: Context, planned: Plan) -> Job:
     """The shards, with the receipts of their parts read when a shard is claimed instead of all at once."""
     store = context.store
-    begun = read_json(store, Layout("teacher").job)
+    layout = Layout("teacher", planned.edition)
+    begun = read_json(store, layout.job)
     if begun is None:  # the dump was made without workers: find it by its receipts
         found = find_dumps(context, planned)  # no quarantine either
         identity = next(iter(found.values())).inputs["teacher"]
         return convert_job(context, planned, identity, found.__getitem__)
     identity = begun["identity"]["teacher"]
-    changes = identity_changes(TeacherIdentity.of(identity, Layout("teacher").job), context.settings.teacher)
+    changes = identity_changes(TeacherIdentity.of(identity, layout.job), context.settings.teacher)
     if changes:
         raise ConfigError(
             f"{store.name}: the workers' dump was made with other teacher settings ({'; '.join(changes[:4])}); restore "
@@ -95,7 +108,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
             )
         return receipt
 
-    aside = units_aside(context, lambda index: made(index) is not None)
+    aside = units_aside(context, planned, lambda index: made(index) is not None)
     return convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
 
 
@@ -103,7 +116,8 @@ def _index_job(context: Context, shards: Job) -> Job:
     """One unit, the data set's index, so that one worker publishes it and another takes over if that one dies."""
 
     def task(index: int) -> Task:
-        return Task("index", "index", f"{FOLDER}/index/published.json", shards.identity, sum(shards.measures))
+        out = f"{Layout('index', shards.edition).root}/published.json"
+        return Task("index", "index", out, shards.identity, sum(shards.measures))
 
     def work(task: Task, out: Any, tick: Tick) -> dict[str, Any]:
         outcome: Outcome = convert(context)
@@ -114,7 +128,7 @@ def _index_job(context: Context, shards: Job) -> Job:
         opened: Work = work
         return nullcontext(opened)
 
-    return Job("index", shards.identity, [sum(shards.measures)], task, open_work)
+    return Job("index", shards.identity, [sum(shards.measures)], task, open_work, shards.edition)
 
 
 # ---- retry
@@ -125,13 +139,13 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
     if stage not in STAGES:
         raise InputError(f"{stage!r} is no stage of workers; name one of {', '.join(STAGES)}")
     store = context.store
+    layout = Layout(stage, current_edition(store))
     if new_job:
-        count = forget_job(store, stage)
+        count = forget_job(store, layout)
         if stage == "convert":
             forget_index(context)
         context.say(f"retry: the {stage} job is given up ({count} ledger objects); what it made stays")
         return 0
-    layout = Layout(stage)
     if read_json(store, layout.job) is None:
         raise InputError(f"{store.name} holds no {stage} job of workers; nothing to retry")
     forgiven = retry(store, layout)
@@ -149,5 +163,5 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
 
 def forget_index(context: Context) -> None:
     """The index may have to be published again."""
-    for key in [*context.store.list(Layout("index").root)]:
+    for key in [*context.store.list(Layout("index", current_edition(context.store)).root)]:
         context.store.delete(key)

@@ -16,11 +16,11 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
-from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
+from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.schemas.shard.builder import LEAST_RATE
-from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
+from bytecache.schemas.shard.reader import ShardBuilder, read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.convert.precision import precision_of
 from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import Fidelity
 from bytecache.stages.lattice.lattice import Lattice
@@ -39,25 +39,19 @@ def convert_units(
     Returns the shard's counts plus `teacher_nll` (marginal, nats over the text, END not included), `canonical_nll`
     and `unaccounted_mean`, the tail's part that no evaluated history explains; at a coarser effort than the dump's
     `stand_ins`, branches in the place of static rows; `fidelity` is the state of a `Fidelity` over the
-    parts' reference windows (None without any), `reference` how these were made, `bound` the state of a
+    parts' reference windows (None without any), `reference` how these were made, `noise` the states of
+    the parts' `Noise` where it was measured, `bound` the state of a
     `Bound` over all positions, whose summary the shard's attributes hold. `tick` receives {"bytes"} per window.
     Raises IntegrityError for parts that are damaged, inconsistent or of different teachers, ConfigError for a
     rate that is too low, and for a tau, depth or static that asks for more than the dump holds, Interrupted when
     `stop()` says so; the output is then incomplete.
     """
-    precision = PRECISIONS[settings.precision]
-    if 0 < settings.rate < LEAST_RATE:
-        raise ConfigError(
-            f"convert.rate = {settings.rate:g} is below the least that a shard knows, {LEAST_RATE:g}; "
-            "raise it, or set 0 to let convert.precision decide"
-        )
-    if settings.rate:
-        precision = precision._replace(rate=settings.rate)
-    builder = ShardBuilder(settings.prune, precision)
+    builder = ShardBuilder(settings.prune, precision_of(settings))
     references: list[Window] = []
     teacher: Any = None
     kind, ends = "text", True
     reference: dict[str, Any] = {}
+    noise: list[dict[str, Any]] = []
     marginal = canonical = unaccounted = 0.0
     bound = Bound()
     effort: Effort | None = None
@@ -70,6 +64,7 @@ def convert_units(
             )
         teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
         reference = meta.get("reference") or reference
+        noise += [meta["noise"]] if meta.get("noise") else []
         effort = coarser_effort(settings, TeacherIdentity.of(meta["teacher"], part).settings)
         open_document: str | None = None
         for window in read_windows(part, top_k=False):
@@ -121,6 +116,7 @@ def convert_units(
         "fidelity": fidelity.state(),
         "bound": bound.state(),
         "reference": reference,
+        **({"noise": noise} if noise else {}),
     }
     return counts if effort is None else counts | {"stand_ins": stand_ins}
 

@@ -23,7 +23,6 @@ from bytecache.schemas.files import cache_folder, file_sha256, scratch_folder
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.engines.device import trunk_dtype
 from bytecache.stages.models.fitness import quantisation
-from bytecache.stages.models.locate import weights_identity
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MARKER = "bytecache-adapter.json"
@@ -47,8 +46,8 @@ def adapter_identity(adapter: Path) -> dict[str, str]:
     return {name: file_sha256(adapter / name) for name in (CONFIG, WEIGHTS)}
 
 
-def merged(base: Path, adapter: Path, settings: Teacher) -> Path:
-    """The folder of the checkpoint with the adapter merged, made if it is not there.
+def merged(base: Path, weights: dict[str, str], adapter: Path, settings: Teacher) -> Path:
+    """The folder of the checkpoint with the adapter merged, made if it is not there; `weights`: hashes of the base's.
 
     Raises ConfigError for a quantised base, InputError for an adapter that does not fit it or cannot be merged.
     """
@@ -58,7 +57,7 @@ def merged(base: Path, adapter: Path, settings: Teacher) -> Path:
             "into them; name the unquantised weights that the adapter was trained on"
         )
     dtype = trunk_dtype(settings, on_cpu=not torch.cuda.is_available())
-    made_of = {"base": weights_identity(base), "adapter": adapter_identity(adapter), "dtype": dtype}
+    made_of = {"base": weights, "adapter": adapter_identity(adapter), "dtype": dtype}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / "models" / f"adapter-{key[:32]}"
     if _is_whole(folder):

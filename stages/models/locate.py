@@ -18,7 +18,7 @@ def resolve_model(settings: st.Teacher) -> Path:
         return base
     from bytecache.stages.models.adapter import merged
 
-    return merged(base, locate(settings.adapter, "teacher.adapter"), settings)
+    return merged(base, weights_identity(base), locate(settings.adapter, "teacher.adapter"), settings)
 
 
 def locate(
@@ -64,9 +64,9 @@ def model_name(settings: st.Teacher) -> str:
 
 
 def public_name(model: str) -> str:
-    """A hub id or builtin name as it is, the last part of a folder's path."""
+    """A hub id or builtin name as it is, the last part of a folder's path; nothing of nothing."""
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder.resolve().name
     # A folder of another machine is named alike here, where it is not.
     return folder.name if model.startswith((".", "/", "~")) or model.count("/") > 1 else model

@@ -21,7 +21,6 @@ Price: a unit costs 2 PUT (object, receipt) and about 4 HEAD; no LIST. Memory: u
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -38,6 +37,7 @@ from bytecache.pipeline.stores.local import STALE_SECONDS, LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
 from bytecache.pipeline.stores.retry import Damaged, Result, patiently
 from bytecache.pipeline.stores.services import open_client
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, StorageError
 from bytecache.schemas.files import file_sha256
 
@@ -308,7 +308,7 @@ class ObjectStore:
     def _recorded(self, key: str, version: str) -> str:
         """The hash of a large object, noted apart; empty if there is no note or it is of another version."""
         with contextlib.suppress(StorageError, ValueError):
-            note = json.loads(self.read_bytes(f"{HASHES}/{key}"))
+            note = strict_json.loads(self.read_bytes(f"{HASHES}/{key}"))
             if isinstance(note, dict) and note.get("version") == version:
                 return str(note.get("sha256", ""))
         return ""

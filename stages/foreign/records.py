@@ -212,7 +212,7 @@ class _Lines:
         self._file.seek(self._place[number])
         try:
             row = json.loads(self._file.readline(), parse_constant=_infinite)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}, record {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputError(f"{self.path}, record {number}: not a JSON object")

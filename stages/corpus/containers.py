@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from bytecache.schemas.errors import InputError
+from bytecache.schemas.files import open_regular
+from bytecache.schemas.parquet_pages import pages_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,11 +24,15 @@ TABLES = (".parquet", ".arrow")
 DAMAGED_LINES = (EOFError, zlib.error, gzip.BadGzipFile, io.UnsupportedOperation)
 """What reading damaged compressed lines raises, beside an OSError without a number."""
 _ROWS = 64
+_PAGE, _VALUES = 1 << 28, 1 << 26
+"""Bytes of a Parquet page, decompressed, and its values, at most: four documents of the largest size."""
 
 
 @contextmanager
 def open_compressed(path: Path) -> Iterator[BinaryIO]:
-    """The decompressed bytes of a .gz or .zst file."""
+    """The decompressed bytes of a .gz or .zst file. Raises InputError for one without a byte, which no archive is."""
+    if not path.stat().st_size:
+        raise InputError(f"{path}: a {COMPRESSED[path.suffix]} file of 0 bytes is cut short; fetch the file again")
     if path.suffix == ".gz":
         with gzip.open(path, "rb") as stream:
             yield cast("BinaryIO", stream)
@@ -56,7 +62,7 @@ class Table:
         try:
             if self.path.suffix == ".parquet":
                 with pq.ParquetFile(self.path) as file:
-                    place.start = lambda names: file.iter_batches(batch_size=_ROWS, columns=names)
+                    place.start = lambda names: _groups(self.path, file, names)
                     yield file.schema_arrow, place
             else:
                 with pa.memory_map(str(self.path)) as data, _arrow_reader(data) as reader:
@@ -90,6 +96,30 @@ class _Batches:
             for record in batch.to_pylist():
                 yield self.row, record
                 self.row += 1
+
+
+def _groups(path: Path, file: Any, names: list[str]) -> Iterator[Any]:
+    """The batches of a Parquet file, of fewer rows where its pages are large: each row may repeat a page's one value.
+
+    Raises InputError for a page that a few bytes make larger than any document.
+    """
+    for group in range(file.num_row_groups):
+        with open_regular(path) as stream:
+            try:
+                pages = list(pages_of(stream, file.metadata, group, names))
+            except ValueError as error:
+                raise InputError(
+                    f"{path}: truncated or damaged Parquet in row group {group}: {error}; fetch the file again"
+                ) from error
+        largest = max((page.size for page in pages), default=0)
+        values = max((page.values for page in pages), default=0)
+        if largest > _PAGE or values > _VALUES:
+            raise InputError(
+                f"{path}: row group {group} has a page of {largest} bytes or {values} values, at most {_PAGE} and "
+                f"{_VALUES} are read; write it with smaller pages"
+            )
+        rows = max(1, min(_ROWS, _PAGE // max(1, largest)))
+        yield from file.iter_batches(batch_size=rows, row_groups=[group], columns=names)
 
 
 def _arrow_reader(data: Any) -> Any:

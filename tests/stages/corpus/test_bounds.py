@@ -13,7 +13,7 @@ import pytest
 
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.settings import Corpus
-from bytecache.stages.corpus import reader
+from bytecache.stages.corpus import containers, reader
 from bytecache.stages.corpus.reader import CorpusReader, corpus_files
 from tests.support.command_line import bytecache
 
@@ -97,3 +97,28 @@ def test_a_line_of_300_mb_in_a_small_file_costs_no_more_than_the_limit(tmp_path:
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     said, megabytes = done.stdout.rsplit(" ", 1)
     assert said == "['one', 'two'] 1" and int(megabytes) < 1000
+
+
+def test_a_page_beyond_all_documents_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.table({"text": ["x" * 1_000_000, "y"], "other": ["z" * 3_000_000] * 2}), path)
+    monkeypatch.setattr(containers, "_PAGE", 2_000_000)
+    assert read(path)[0] == ["x" * 1_000_000, "y"]  # the other column is not read
+    monkeypatch.setattr(containers, "_PAGE", 900_000)
+    with pytest.raises(InputError, match=r"row group 0 has a page of 1000\d{3} bytes.*smaller pages"):
+        read(path)
+
+
+def test_rows_that_repeat_one_large_value_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary says a value once, however many rows have it: together they could be as much as one likes."""
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.table({"text": pa.array(["x" * 100_000] * 200).dictionary_encode()}), path)
+    monkeypatch.setattr(containers, "_PAGE", 300_000)
+    with pq.ParquetFile(path) as file:
+        sizes = [batch.num_rows for batch in containers._groups(path, file, ["text"])]
+    assert sum(sizes) == 200 and max(sizes) == 2
+    assert len(read(path)[0]) == 200

@@ -92,7 +92,7 @@ def blown_up(steps: int) -> dict[str, Any]:
     return dict(spec)
 
 
-def test_a_normaliser_that_blows_text_up_works_in_the_child() -> None:
+def test_a_normaliser_that_blows_text_up_works_in_the_child(impatient: None) -> None:
     """Thirty doublings of one letter are a thousand million: the library then ends the process it is in."""
     assert is_tame(blown_up(3)) and not is_tame(blown_up(4))
     found = HfCutter(blown_up(30), "one").cut(["b", "aaaaaaaa", "c"])

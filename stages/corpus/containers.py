@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.files import open_regular
 from bytecache.schemas.parquet_pages import pages_of
+from bytecache.stages.corpus.arrow_messages import batch_sizes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,6 +27,10 @@ DAMAGED_LINES = (EOFError, zlib.error, gzip.BadGzipFile, io.UnsupportedOperation
 _ROWS = 64
 _PAGE, _VALUES = 1 << 28, 1 << 26
 """Bytes of a Parquet page, decompressed, and its values, at most: four documents of the largest size."""
+_BATCH = 1 << 30
+"""Bytes of a compressed batch of an Arrow file, decompressed, at most."""
+_BEFORE_MESSAGES = 8
+"""Bytes of the mark with which an Arrow file begins; a stream follows, and the footer behind it."""
 
 
 @contextmanager
@@ -65,7 +70,7 @@ class Table:
                     place.start = lambda names: _groups(self.path, file, names)
                     yield file.schema_arrow, place
             else:
-                with pa.memory_map(str(self.path)) as data, _arrow_reader(data) as reader:
+                with pa.memory_map(str(self.path)) as data, _arrow_reader(data, self.path) as reader:
                     place.start = lambda names: (batch.select(names) for batch in _small(reader))
                     yield reader.schema, place
         except UnicodeDecodeError as error:
@@ -122,22 +127,34 @@ def _groups(path: Path, file: Any, names: list[str]) -> Iterator[Any]:
         yield from file.iter_batches(batch_size=rows, row_groups=[group], columns=names)
 
 
-def _arrow_reader(data: Any) -> Any:
-    """A stream is what `save_to_disk` writes; a file with a footer what other tools do."""
+def _arrow_reader(data: Any, path: Path) -> Any:
+    """A stream is what `save_to_disk` writes; a file with a footer, which is one too, what other tools do.
+
+    The footer is not read: it could name other messages than those that were looked at.
+
+    Raises InputError for a batch that a few bytes make larger than any that there is a use for.
+    """
     import pyarrow as pa
 
-    if data.read(6) == b"ARROW1":
-        data.seek(0)
-        return pa.ipc.open_file(data)
-    data.seek(0)
+    begin = _BEFORE_MESSAGES if data.read(6) == b"ARROW1" else 0
+    data.seek(begin)
+    try:
+        largest = max(batch_sizes(data), default=0)
+    except ValueError as error:
+        if isinstance(error, pa.ArrowException):  # ArrowInvalid is both
+            raise
+        raise InputError(f"{path}: damaged Arrow file: {error}; fetch the file again") from error
+    if largest > _BATCH:
+        raise InputError(
+            f"{path}: a batch would decompress to {largest} bytes, at most {_BATCH} are read; write it with fewer rows "
+            "a batch"
+        )
+    data.seek(begin)
     return pa.ipc.open_stream(data)
 
 
 def _small(reader: Any) -> Iterator[Any]:
-    """The batches of a stream or a file, cut to a few rows, so that few records are Python objects at a time."""
-    whole = (
-        reader if not hasattr(reader, "num_record_batches") else map(reader.get_batch, range(reader.num_record_batches))
-    )
-    for batch in whole:
+    """The batches of a stream, cut to a few rows, so that few records are Python objects at a time."""
+    for batch in reader:
         for first in range(0, batch.num_rows, _ROWS):
             yield batch.slice(first, _ROWS)

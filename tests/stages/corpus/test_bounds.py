@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,46 @@ def test_rows_that_repeat_one_large_value_are_read_a_few_at_a_time(
         sizes = [batch.num_rows for batch in containers._groups(path, file, ["text"])]
     assert sum(sizes) == 200 and max(sizes) == 2
     assert len(read(path)[0]) == 200
+
+
+def arrow(table: pa.Table, kind: str, compression: str | None) -> bytes:
+    sink = pa.BufferOutputStream()
+    opened = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with opened(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+def test_a_batch_of_an_arrow_file_is_as_large_as_its_message_says(
+    kind: str, compression: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = pa.array(["x" * 100_000] * 150 + ["y"] * 150)
+    path = tmp_path / "c.arrow"
+    path.write_bytes(arrow(pa.table({"text": texts, "other": texts.dictionary_encode()}), kind, compression))
+    assert read(path)[0] == texts.to_pylist()
+    monkeypatch.setattr(containers, "_BATCH", 9_000_000)
+    if compression:
+        assert path.stat().st_size < 1_000_000
+        with pytest.raises(
+            InputError, match=r"c\.arrow: a batch would decompress to 1000\d{4} bytes, .*fewer rows a batch"
+        ):
+            read(path)
+    else:  # as large as the file
+        assert read(path)[0] == texts.to_pylist()
+
+
+def test_arrow_messages_that_are_none_are_refused(tmp_path: Path) -> None:
+    raw = arrow(pa.table({"text": ["some words"] * 30}), "stream", "zstd")
+    draw, path, refused = random.Random(0), tmp_path / "c.arrow", 0
+    for _ in range(300):
+        broken = bytearray(raw)
+        for _ in range(draw.choice([1, 4, 16])):
+            broken[draw.randrange(len(raw))] = draw.randrange(256)
+        path.write_bytes(broken[: draw.choice([len(raw), draw.randrange(len(raw))])])
+        try:
+            read(path)
+        except InputError:
+            refused += 1
+    assert refused > 150

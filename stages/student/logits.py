@@ -63,7 +63,7 @@ def check_head_input(model: nn.Module) -> None:
     weight = inner.get_output_embeddings().weight
     if type(model).__name__.startswith("FullySharded") or hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
         raise ConfigError(
-            f"the lm_head of {type(base).__name__} is divided among processes, logits in pieces need it whole; {without}"
+            f"the lm_head of {type(base).__name__} is divided among processes, pieces need it whole; {without}"
         )
     training = inner.training
     inner.eval()

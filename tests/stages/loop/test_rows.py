@@ -1,21 +1,26 @@
 """Rows that stand alone, joined to batches, are what our own trainer makes of the same rows."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from bytecache.schemas.dataset.index import describe_shard, write_dataset
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.stages.loop.batches import collate_rows, join_rows
 from bytecache.stages.loop.rows import MixedRows, StudentRows
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.types import IGNORE, MicroBatch
 from bytecache.stages.train.objective.marginal import MarginalTerm
-from tests.support.student_data import make_dataset
-from tests.support.tiny_models import byte_level_tokenizer
+from tests.support.conversations import PLAIN, say
+from tests.support.student_data import make_dataset, teacher
+from tests.support.tiny_models import byte_level_tokenizer, make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +206,41 @@ def test_mixtures_that_do_not_go_together_are_refused(targets: Path, tokenizer) 
             MixedRows(sources, weights)
     with pytest.raises(ConfigError, match="other tokens"):
         MixedRows([one(), StudentRows(targets, tokenizer, len(tokenizer) + 8)], [1, 1])
+
+
+@pytest.mark.slow
+def test_answers_of_conversations_are_rows_with_what_comes_before(tmp_path: Path) -> None:
+    """From a folder and from a tokenizer in hand alike; only the answer and its end are learned."""
+    from transformers import AutoTokenizer
+
+    make_checkpoint(tmp_path / "model")
+    path = tmp_path / "model/tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": PLAIN}))
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    builder = ShardBuilder()
+    answers = ["Mare.", "The sky is blue, mostly."]
+    for number, answer in enumerate(answers):
+        context = json.dumps(say("Name the sea." if number == 0 else "And the sky?"), separators=(",", ":"))
+        text = np.frombuffer((context + answer).encode(), np.uint8)
+        mask = (np.arange(text.size + 1) >= len(context)).astype(np.uint8)
+        builder.append(text, *teacher(text, number), mask)
+        builder.end_document(f"c/{number + 1}")
+    shard = folder / "train-00000-abcdefabcdef.zarr.zip"
+    counts = builder.write(shard, {"kind": "chat"})
+    write_dataset(folder, [describe_shard(shard, "train", "ab" * 32, counts)], {})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    found = []
+    for given in (tmp_path / "model", tokenizer):
+        rows = sorted(StudentRows(folder, given, len(tokenizer), epochs=1), key=lambda row: row.n_tokens)
+        assert [row.n_bytes for row in rows] == [len(answer) for answer in answers]
+        for row, answer in zip(rows, answers, strict=True):
+            learned = row.labels[row.labels != IGNORE]
+            assert tokenizer.decode(learned.tolist()).startswith(answer)
+            assert "assistant" in tokenizer.decode(row.input_ids[0].tolist())
+        found.append([row.input_ids.tolist() for row in rows])
+    assert found[0] == found[1]
+    plain = AutoTokenizer.from_pretrained(tmp_path / "model")
+    plain.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        next(iter(StudentRows(folder, plain, len(tokenizer), epochs=1)))

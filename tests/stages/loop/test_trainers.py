@@ -155,7 +155,7 @@ def test_the_mixin_in_transformers(place: Path, tmp_path: Path, packed: bool, ch
 
 
 def test_the_mixin_in_trl(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl", reason="lock/trl.txt is not installed (make trl): TRL's trainer was not tried")
+    pytest.importorskip("trl", reason="lock/hub.txt is not installed (make hub): TRL's trainer was not tried")
     from peft import LoraConfig
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer

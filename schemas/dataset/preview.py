@@ -87,7 +87,8 @@ def preview_table(found: list[Stretch]) -> bytes:
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(rows, schema=pa.schema(list(kinds.items())))
     pq.write_table(table, sink, compression="zstd", store_schema=False)
-    return sink.getvalue().to_pybytes()
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 PREVIEW_FIELDS = {
@@ -107,7 +108,7 @@ def symbol_name(symbol: int) -> str:
     """A symbol for people: the character of a printable ASCII byte, a name for white space, hexadecimal else."""
     if symbol == END:
         return "END"
-    named = {0x20: "space", 0x0A: "newline", 0x0D: "return", 0x09: "tab"}
+    named = {0x20: "space", 0x2C: "comma", 0x0A: "newline", 0x0D: "return", 0x09: "tab"}
     return named.get(symbol) or (chr(symbol) if 0x20 < symbol < 0x7F else f"0x{symbol:02x}")
 
 

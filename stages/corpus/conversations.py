@@ -122,7 +122,7 @@ def _calls(message: dict[str, Any]) -> bool:
 
 def roles_of(record: dict[str, Any]) -> list[str]:
     """The roles of a record's messages, each once, in order of their names."""
-    messages = next((record[name] for name in LISTS if record.get(name) is not None), [])
+    messages: list[Any] = next((record[name] for name in LISTS if record.get(name) is not None), [])
     return sorted({_role(message)[:40] for message in messages if isinstance(message, dict) and _role(message)})
 
 

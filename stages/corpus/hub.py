@@ -84,6 +84,7 @@ def _said(corpus: HubCorpus) -> Iterator[None]:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     connection_errors = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    unreachable: tuple[type[Exception], ...] = (HfHubHTTPError, *connection_errors, TimeoutError, ConnectionError)
     where = f"corpus.source = {corpus.url!r}"
     try:
         yield
@@ -95,9 +96,13 @@ def _said(corpus: HubCorpus) -> Iterator[None]:
         raise InputError(f"{where}: no such data set, or a private one; correct the name, or set HF_TOKEN") from None
     except RevisionNotFoundError:
         raise InputError(f"{where}: no revision {corpus.revision!r}; name a branch, a tag or a commit") from None
-    except (HfHubHTTPError, *connection_errors, TimeoutError, ConnectionError) as error:
-        raise StorageError(f"{where}: the hub cannot be read ({type(error).__name__}); run the same again") from error
     except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, HfHubHTTPError):
+            raise StorageError(
+                f"{where}: the hub cannot be read ({type(error).__name__}); run the same again"
+            ) from error
         # `datasets` says in words which configurations and splits there are.
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{where}: {reason}; name another configuration or split in the source") from error
+    except unreachable as error:
+        raise StorageError(f"{where}: the hub cannot be read ({type(error).__name__}); run the same again") from error

@@ -104,6 +104,11 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], list[str]]:
     return [File(str(path), name) for path, name in known], ignored
 
 
+def source_name(source: str) -> str:
+    """What a corpus is called for strangers: its place and commit on the hub, or the last part of a path."""
+    return hub.pinned(source).url if source.startswith(hub.PREFIX) else Path(source).name
+
+
 def ending_of(name: str) -> str:
     """Which of `SUFFIXES` a file of a corpus has; "the hub" for what is streamed from there."""
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "the hub")
@@ -285,11 +290,11 @@ class CorpusReader:
 
     def _turns(self, record: dict[str, Any], fallback: str, where: str) -> Iterator[tuple[str, str, str, str]]:
         doc_id = _record_id(record, fallback, where)
-        note(self.tally.layouts, conversations.layout(record, self.corpus.kind))
         n_turns = 0
         for turn in conversations.turns(record, self.corpus.kind, where, self._ignored):
             n_turns += 1
             yield where, doc_id + turn.suffix, turn.text, turn.context
+        note(self.tally.layouts, conversations.layout(record, self.corpus.kind))
         for reason, count in conversations.unlearned(record).items():
             note(self.tally.unlearned, reason, count)
         roles = roles_of(record)

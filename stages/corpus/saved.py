@@ -25,8 +25,8 @@ def saved_files(root: Path) -> list[tuple[Path, str]] | None:
                 f"corpus.source = {str(root)!r} was saved with the splits {', '.join(names[:8]) or 'none'}; name the "
                 f"folder of one, such as {str(root / (names[0] if names else 'train'))!r}"
             )
-        files = saved_files(root / names[0]) or []
-        return [(path, f"{names[0]}/{name}") for path, name in files]
+        inner = saved_files(root / names[0]) or []
+        return [(path, f"{names[0]}/{name}") for path, name in inner]
     if not (root / STATE).is_file():
         return None
     state = _read(root / STATE)

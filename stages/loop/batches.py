@@ -75,10 +75,11 @@ class ByteLabels(dict[str, Any]):
         counts = flat["slot_counts"]
         if len(counts) != MarginalTerm.slots or int(counts.sum()) != len(flat["slot_token"]):
             raise ConfigError(f"the tensors of this batch were cut apart on their way; {TOGETHER}")
+        n_tokens, n_byte_tokens, n_bytes = flat["counts"].tolist()
         return MicroBatch(
             self["inputs"], tokens, flat["slot_token"], counts.tolist(), flat["slot_symbol"], flat["slot_weight"],
             SlotTargets(flat["entry_slot"], flat["entry_symbol"], flat["entry_prob"], flat["slot_tail"]),
-            *flat["counts"].tolist(), [tokens.shape[1]] * len(tokens), position_ids=self.get("position_ids"),
+            n_tokens, n_byte_tokens, n_bytes, [tokens.shape[1]] * len(tokens), position_ids=self.get("position_ids"),
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ of the rows of the next that it has handed out.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -229,8 +229,8 @@ class StudentRows(_Rows):
             )  # fmt: skip
         return self._reader
 
-    def windows(self, start: int) -> Any:
-        """Windows number `start`, `start` + 1, ... of its order, their shards loaded in time; a generator."""
+    def windows(self, start: int) -> Generator[Window, None, None]:
+        """Windows number `start`, `start` + 1, ... of its order, their shards loaded in time."""
         reader = self.reader
         reader.require_text()
         order = Order(self.dataset.content_sha256, reader.positions, self.window, self.seed)

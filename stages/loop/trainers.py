@@ -18,14 +18,12 @@ from bytecache.stages.loop.loss import ByteLoss
 from bytecache.stages.loop.rows import MixedRows, StudentRows
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
 
-class ByteLossMixin(_Base):
+class ByteLossMixin(_Base):  # type: ignore[misc]  # transformers has no types
     """In front of a trainer class; makes its loss `ByteLoss` and its data `StudentRows` or `MixedRows`.
 
     What such data needs is set in the arguments: `remove_unused_columns` and `dispatch_batches` off, TRL's preparation

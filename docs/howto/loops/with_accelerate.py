@@ -19,10 +19,11 @@ def main() -> None:
     parser.add_argument("targets")
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--accumulate", type=int, default=2, help="batches of a process to a step")
     given = parser.parse_args()
     # Every process reads all rows and takes its batches, so the rows are rank 0 of 1 and nothing is dispatched.
     accelerator = Accelerator(
-        gradient_accumulation_steps=2, dataloader_config=DataLoaderConfiguration(dispatch_batches=False)
+        gradient_accumulation_steps=given.accumulate, dataloader_config=DataLoaderConfiguration(dispatch_batches=False)
     )
     model = AutoModelForCausalLM.from_pretrained(given.model)
     tokenizer = AutoTokenizer.from_pretrained(given.model)

@@ -51,10 +51,10 @@ def test_records_are_streamed_and_what_is_missing_is_named(tmp_path: Path) -> No
     (repository / "data").mkdir(parents=True)
     pq.write_table(pa.table({"id": ["a", "b"], "text": ["one", "zwei ü"]}), repository / "data/train-00000.parquet")
     chat = [{"from": "human", "value": "Sea?"}, {"from": "gpt", "value": "Mare."}]
-    (repository / "chats.jsonl").write_text(json.dumps({"id": "c", "conversations": chat}) + "\n")
+    pq.write_table(pa.table({"id": ["c"], "conversations": [chat]}), repository / "data/chats.parquet")
     (repository / "README.md").write_text(
         "---\nconfigs:\n- config_name: plain\n  data_files: data/train-*\n- config_name: chats\n"
-        "  data_files: chats.jsonl\n---\n# a set\n"
+        "  data_files: data/chats.parquet\n---\n# a set\n"
     )
     root = "hf://datasets/me/set"
     said = on_hub(

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bytecache.pipeline.config import changed_keys
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units.receipts import canonical_json, unit_key
+from bytecache.schemas import strict_json
 from bytecache.schemas.arrays import U64
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.settings import Settings
@@ -240,7 +241,7 @@ def read_plan(store: Store, key: str = PLAN_KEY) -> Plan | None:
         return None
     raw, path = store.read_bytes(key), f"{store.name}/{key}"
     try:
-        found = json.loads(raw)
+        found = strict_json.loads(raw)
         version = found.get("version")
         if version == PLAN_VERSION:
             index = Index.model_validate(found)

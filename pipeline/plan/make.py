@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline.plan.editions import edition_key, known_plans, newest_plan, succeed
@@ -50,7 +49,7 @@ from bytecache.pipeline.units.receipts import (
 from bytecache.pipeline.units.runner import commit_file
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.settings import Settings
-from bytecache.stages.corpus.reader import File, corpus_files
+from bytecache.stages.corpus.reader import File, corpus_files, source_name
 
 
 def make_plan(
@@ -100,7 +99,7 @@ def make_plan(
         "n_files_ignored": len(ignored),
         "passed_over": cut.tally.as_json(),
         "is_cut": cut.is_cut,
-        "source": Path(corpus.source).name,
+        "source": source_name(corpus.source),
     }
     lineage = replace(lineage, threshold=rule.threshold)
     plan = _commit(old, Plan(_write_pages(store, settings, text, sorted(cut.slices), lineage), store))

@@ -73,7 +73,8 @@ def disagreement(rows: F64, speaks: Bools) -> F64:
 
     def entropy(each: F64) -> F64:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return -np.where(each > 0, each * np.log(each), 0.0).sum(-1)
+            nats: F64 = -np.where(each > 0, each * np.log(each), 0.0).sum(-1)
+        return nats
 
     divergence: F64 = np.maximum(entropy(middle) - (entropy(rows) * share).sum(0), 0.0)
     return divergence

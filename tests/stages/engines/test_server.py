@@ -71,9 +71,12 @@ def test_with_every_token_listed_the_rows_are_the_models(folder: Path, server: C
 
 def test_a_short_list_leaves_a_tail_and_does_not_tell_the_label(folder: Path, server: CompletionsServer) -> None:
     short, exact = opened(folder, server, top_k=8, depth=0), opened(folder, server, depth=0)
-    for few, all_of in zip(targets(short), targets(exact), strict=True):
-        np.testing.assert_allclose(few.probs.sum(1) + few.tail, 1.0, atol=1e-4)
-        assert few.tail.mean() > 2 * all_of.tail.mean()
+    few, whole = targets(short), targets(exact)
+    for each in few:
+        np.testing.assert_allclose(each.probs.sum(1) + each.tail, 1.0, atol=1e-4)
+    assert few[0].tail.mean() > 2 * whole[0].tail.mean()
+    # The first row has one history: what is listed of it is no more than the model says.
+    assert (few[0].probs[0] <= whole[0].probs[0] + 1e-3).all()
     # Were the true token listed where it is not among the 8, its byte would be likelier than it is.
     entry = {"7": {"logprob": -1.0, "rank": 1}, "9": {"logprob": -9.0, "rank": 200}}
     assert listed_entries(entry, 9, 8).ids.tolist() == [7, 9], "no more than k are there"
@@ -84,11 +87,12 @@ def test_a_server_without_prompt_logprobs_echoes(folder: Path, server: Completio
     server.vllm = False
     teacher = opened(folder, server, depth=0)
     assert isinstance(teacher.engine, ServerEngine) and teacher.engine.protocol == "echo"
-    reference = opened_reference(folder)
-    for found, wanted in zip(targets(teacher), targets(reference), strict=True):
-        # Pieces of characters look alike in text and stay unlisted.
-        assert (found.probs <= wanted.probs + 2e-5).all() or np.abs(found.probs - wanted.probs).max() < 0.2
-        np.testing.assert_allclose(found.probs.sum(1) + found.tail, 1.0, atol=1e-4)
+    found, wanted = targets(teacher), targets(opened_reference(folder))
+    for each in found:
+        np.testing.assert_allclose(each.probs.sum(1) + each.tail, 1.0, atol=1e-4)
+    # Pieces of characters look alike in text and stay unlisted; the rest is as the model says.
+    np.testing.assert_allclose(found[0].probs[0, :128], wanted[0].probs[0, :128], atol=1e-4)
+    assert wanted[0].probs[0, 128:].sum() > 1e-3 > found[0].probs[0, 128:].sum()
     assert teacher.engine._spoken.unknown > 0
 
 
@@ -100,11 +104,11 @@ def opened_reference(folder: Path) -> Teacher:
 
 @pytest.mark.parametrize("fault", ["429", "500", "cut", "truncated"])
 def test_what_may_pass_is_asked_again(folder: Path, server: CompletionsServer, fault: str) -> None:
-    teacher = opened(folder, server)
-    server.choose = lambda number: fault if number % 3 == 0 else ""
     expected = targets(opened(folder, server))
+    teacher = opened(folder, server)
+    server.requests, server.choose = 0, lambda number: fault if number in (0, 2) else ""
     found = targets(teacher)
-    assert server.seen[fault] > 1
+    assert server.seen[fault] == 2
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.probs, other.probs)
 

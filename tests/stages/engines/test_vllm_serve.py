@@ -38,10 +38,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
         "--served-model-name", "tiny@1",
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "160", "--max-num-batched-tokens", "160",
-        "--enforce-eager", "--distributed-executor-backend", "uni", "--block-size", "32", "--max-logprobs", "400", "--dtype", "float32",
+        "--enforce-eager", "--distributed-executor-backend", "uni",
+        "--block-size", "32", "--max-logprobs", "400", "--dtype", "float32",
     ]  # fmt: skip
     environment = {
-        **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1",
+        **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     log = folder.parent / "log"

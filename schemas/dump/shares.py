@@ -39,7 +39,7 @@ LISTED = 1.2
 with steps to match, none is better at equal size: fewer, finer shares and more, coarser ones cost alike."""
 LEAST_ROOT = 0.5
 """Root of a share, in steps, that rounds to 1."""
-FINE = 16
+FINE = 32
 """Roots below this many steps are too coarse for the text's own next byte."""
 LEAST_IMPLIED = 0.25
 """A smaller share is never implied: the errors of the others would be too large beside it."""

@@ -34,7 +34,7 @@ def unpack(text: U8, first_token: int, packed: Packed, step: int) -> Rows:
     """The members of a window. Raises ValueError where the columns are not those of one."""
     rows, n_stops, n_entries = len(packed.row_scale), len(packed.stop_token), len(packed.entry_gap)
     lengths = {"row": rows, "level": len(packed.level_entries), "entry": n_entries, "stop": n_stops}
-    for name, values in zip(Packed._fields, packed, strict=True):
+    for name, values in packed._asdict().items():
         if len(values) != lengths.get(name.partition("_")[0], len(values)):
             raise ValueError(f"{name} holds {len(values)} items")
     if not rows or not LEAST_STEP <= step <= MOST_STEP or packed.row_scale.max() > MOST_SCALE:
@@ -65,7 +65,7 @@ def _count_rows(marks: U8) -> tuple[int, int]:
     """How many rows go on from stops, and how many of them are canonical."""
     rows = canonical = 0
     for mark in marks:
-        bits = np.int64(mark)
+        bits = int(mark)
         rows += (bits & 1) + (bits >> 1 & 1) + (bits >> 2 & 1)
         canonical += bits & 1
     return rows, canonical
@@ -89,13 +89,13 @@ def _unpack(text: U8, packed: Packed, step: int, out: Rows) -> int:
             i = out.row_start[r] + d
             if lev == len(packed.level_entries) or i > len(text):
                 return 1
-            s_end, e_end = stp + np.int64(packed.level_stops[lev]), ent + np.int64(packed.level_entries[lev])
+            s_end, e_end = stp + int(packed.level_stops[lev]), ent + int(packed.level_entries[lev])
             if s_end > len(packed.stop_token) or e_end > len(packed.entry_gap):
                 return 1
             next_row = _mark_rows(packed, r, d, stp, s_end, next_row, canonical, out)
             if next_row < 0:
                 return 2
-            byte = np.int64(text[i]) if i < len(text) else -1
+            byte = int(text[i]) if i < len(text) else -1
             rar, prefix = _decode_level(packed, r, d, lev, (stp, s_end, ent, e_end), unit, prefix, byte, rar, out)
             if rar < 0:
                 return 3
@@ -145,7 +145,7 @@ def _decode_level(
     rest = np.float64(packed.level_rest[lev])
     total = rest * rest * unit
     n_implied, stop, entry, after, before = 0, -1, -1, 0.0, -1
-    end = np.int64(packed.row_end[r]) if d == 0 else 0
+    end = int(packed.row_end[r]) if d == 0 else 0
     if end and end != END_IMPLIED:
         rar, share = _share(end, unit, packed.rare, rar)
         out.end[r] = share
@@ -157,7 +157,7 @@ def _decode_level(
         if packed.stop_code[s] == IMPLIED:
             n_implied, stop = n_implied + 1, s
     for e in range(ent, e_end):
-        before += 1 + np.int64(packed.entry_gap[e])
+        before += 1 + int(packed.entry_gap[e])
         if before > 255:
             return -1, 0.0
         out.entry_byte[e] = before

@@ -78,6 +78,7 @@ class ConversionBeside:
         self._child.wait()
 
     def _answered(self, seconds: float) -> bool:
+        assert self._child.stdout is not None
         return bool(select.select([self._child.stdout], [], [], seconds)[0])
 
     def _send(self, header: dict[str, Any], raw: bytes = b"") -> None:

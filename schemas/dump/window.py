@@ -36,7 +36,7 @@ class Window:
     row_static: np.ndarray
     """uint8 [R]; 1 where the row is p(. | row_token) in short contexts of its own instead of p(. | history)."""
     log_norm: np.ndarray
-    """float32 [R]; log of the sum of exp(logits), nats."""
+    """float32 [R]; log of the sum of exp(logits), nats; NaN of a window that a dump of version 3 held."""
     end: np.ndarray
     """float32 [R]; mass of END."""
     control: np.ndarray

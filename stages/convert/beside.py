@@ -86,7 +86,7 @@ class ConversionBeside:
             self._checked(self._receive())
         try:
             assert self._child.stdin is not None
-            send(self._child.stdin, json.dumps(header).encode())
+            send(self._child.stdin, json.dumps(header, default=np.generic.item).encode())
             send(self._child.stdin, raw)
         except OSError as error:
             raise self._gone() from error

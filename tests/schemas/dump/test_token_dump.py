@@ -146,6 +146,22 @@ def listed_kl(exact: Targets, stored: Targets) -> np.ndarray:
     return np.where(p > 0, p * np.log(np.maximum(p, 1e-30) / np.maximum(q, 1e-12)), 0.0).sum(1)
 
 
+def test_weights_are_shares_of_the_texts_probability(windows):
+    """The cells at a position hold all of it but what is unaccounted for; what gives no target weighs nothing."""
+    for window in windows:
+        lattice = Lattice(window)
+        weights, held = lattice.weights(), lattice._sums.held
+        owner = np.repeat(np.arange(len(window.row_start)), window.n_levels)
+        first = np.cumsum(window.n_levels) - window.n_levels
+        at = window.row_start[owner] + np.arange(len(held)) - first[owner]
+        total = np.bincount(at, held, minlength=len(window.text) + 1)[window.score_start :]
+        unaccounted = lattice.targets().unaccounted
+        np.testing.assert_allclose(total[: len(unaccounted)] + unaccounted, 1.0, atol=1e-5)
+        scored = (at >= window.score_start) & ((at < len(window.text)) | window.is_last)
+        assert not weights.level[~scored].any() and (weights.level[scored] >= np.minimum(held[scored], 1.0)).all()
+        assert weights.level.max() <= 1.0 and lattice.peaks().max() <= 1.0 + 1e-9
+
+
 def test_light_rows_cost_less_than_heavy_ones(windows):
     """What a row is listed down to follows from its share of the text's probability, not from its own prefix."""
     window, weights, marks = in_order(windows[0], Lattice(windows[0]).weights())

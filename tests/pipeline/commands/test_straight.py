@@ -86,7 +86,8 @@ def test_shards_are_those_of_the_dump_and_nothing_else_is_written(dumped: Path, 
     one, two = read_dataset(dumped / "targets"), read_dataset(straight / "targets")
     assert one.fidelity == two.fidelity and one.fidelity is not None and one.fidelity["sample"]["positions"] > 0
     assert one.info["creation"]["set_aside"] == two.info["creation"]["set_aside"]
-    assert {path.name for path in straight.iterdir()} == {"plan", "targets", "receipts", "config.toml"}
+    visible = {path.name for path in straight.iterdir() if not path.name.startswith(".")}
+    assert visible == {"plan", "targets", "receipts", "config.toml"}
     assert not list((straight / "receipts").glob("teacher*"))
     assert verify(LocalStore(straight))[0] == []
 

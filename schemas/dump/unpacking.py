@@ -106,7 +106,7 @@ def _unpack(text: U8, packed: Packed, step: int, out: Rows) -> int:
     return 0 if rar == len(packed.rare) and next_row == rows + 1 else 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _mark_rows(packed: Packed, r: int, d: int, first: int, end: int, next_row: int, canonical: int, out: Rows) -> int:
     """Place the rows that go on from a level's stops; returns the number of the next one, -1 if they cannot be."""
     for s in range(first, end):
@@ -132,7 +132,7 @@ def _mark_rows(packed: Packed, r: int, d: int, first: int, end: int, next_row: i
     return next_row
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _decode_level(
     packed: Packed, r: int, d: int, lev: int, places: tuple[int, int, int, int], unit: float, prefix: float, byte: int,
     rar: int, out: Rows,

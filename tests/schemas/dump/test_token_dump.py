@@ -98,8 +98,8 @@ def test_round_trip_keeps_every_history_and_what_it_says(tmp_path, windows):
             )
             assert max((abs(found[key] - wanted[key]) for key in found), default=0) < 2e-4
         exact, kept = Lattice(old).targets(), Lattice(new).targets()
-        assert np.abs(exact.probs - kept.probs).max() < 1e-4
-        assert kl_spread(exact.probs, exact.tail, kept.probs, kept.tail).mean() < 1e-6
+        assert np.abs(exact.probs - kept.probs).max() < 1e-3
+        assert kl_spread(exact.probs, exact.tail, kept.probs, kept.tail).mean() < 1e-5
     (lean,) = [w for w in read_windows(path, top_k=False) if w.doc_id == windows[-1].doc_id]
     assert not len(lean.topk_id) and not len(lean.topk_logp)
     np.testing.assert_array_equal(lean.entry_byte, back[-1].entry_byte)

@@ -99,7 +99,7 @@ def test_shards_are_those_of_a_capture_at_that_effort(vocabulary, tmp_path, effo
     found, mine, _ = convert(fine, tau=tau, depth=depth)
     wanted, theirs, _ = convert(coarse)
     for name in mine:
-        assert np.abs(mine[name] - theirs[name]).mean() < 1e-4 and np.abs(mine[name] - theirs[name]).max() < 0.02
+        assert np.abs(mine[name] - theirs[name]).mean() < 2e-3 and np.abs(mine[name] - theirs[name]).max() < 0.05
     assert found.pop("stand_ins") == 0
     assert found.pop("size") > 0 and wanted.pop("size") > 0  # the teacher's identity is in the file
     # Their references differ by histories about as heavy as the reference's tau; what production knew does not.

@@ -115,26 +115,6 @@ def genlm() -> str:
     return table("text | " + " | ".join(f">`{preset}`" for preset in PRESETS) + " | >genlm-bytes", rows)
 
 
-def dump_sizes() -> str:
-    """Bytes and divergence of the dump's versions on every capture, and the sizes of other layouts."""
-    rows = []
-    for name, measured in result("dump_rate_distortion.json").items():
-        teacher, preset, text = name.split(" ")
-        divergence = {"balanced": 1e-4, "exact": 2e-5}[preset]
-        (ours,) = [point for point in measured["version 3"] if point["divergence"] == divergence]
-        others = measured["others"]
-        cells = [f"{measured['version 2']['size']:.0f}", f"{ours['size']:.1f}", f"{ours['without_top_k']:.1f}"]
-        cells += [f"{ours['targets']:.1e}", f"{ours['added']:.1e}"]
-        cells += [f"{others[f'DistillKit, k = {k}']['size']:.0f}" for k in (128, 32)]
-        cells += [f"{others[f'Megatron-LM, {kind}']['size']:.0f}" for kind in ("k = 128", "top p = 0.95")]
-        rows.append([teacher, f"`{preset}`", f"{TEXTS.get(text, text)}, {measured['n_bytes']} B", *cells])
-    return table(
-        "teacher | preset | text | >version 2 | >version 3 | >without top 16 | >targets | >added | >DistillKit, 128 | "
-        ">32 | >Megatron-LM, 128 | >top p",
-        rows,
-    )
-
-
 def student_gain() -> str:
     """The table that the benchmark writes."""
     return (RESULTS / "student_gain.md").read_text(encoding="utf-8").strip()
@@ -200,14 +180,42 @@ def run_machine() -> str:
     return transcript()[0].removeprefix("# ")
 
 
+DAMAGED = {
+    "plan": r"plan/(?!config)", "dump": r"teacher/(?!config)", "data set": r"targets/(?!config)",
+    "prepared student": "train/student/", "last checkpoint": r"train/RUN/step-0*4",
+    "earlier checkpoints, logs": r"train/RUN/(?!step-0*4|config)", "report": r"report/(?!config)",
+    "export": r"export/RUN/", "receipts": "receipts/", "config.toml, of a run and of its folders": r".*config\.toml$",
+}  # fmt: skip
+"""Parts of a run, by the kinds of files that benchmarks/damage.py tells apart."""
+
+
+def damage() -> str:
+    """What became of every damaged file, by part of the run."""
+    measured = result("damage.json")
+    rows, left = [], dict(measured["kinds"])
+    for part, pattern in DAMAGED.items():
+        kinds = [left.pop(name) for name in list(left) if re.match(pattern, name)]
+        f = {name: sum(figures[name] for figures in kinds) for name in kinds[0]}
+        named = f"{f['named']} of {f['read_by_a_stage']}" if f["read_by_a_stage"] else "read by none"
+        word = f"{f['whole_by_the_readers_word']} of {f['read_by_a_stage']}" if f["read_by_a_stage"] else "-"
+        whole = f"{f['whole_again']} of {f['followed']}"
+        rows.append([part, str(f["cases"]), str(f["found"]), named, whole, str(f["by_one_command"]), word])
+    assert not left, left
+    return table(
+        "files of | >cases | >found by `verify` | >named by the stage that reads them | >whole again | "
+        ">of these by `verify --repair` alone | >whole again by the stage's own word",
+        rows,
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "presets-short": presets_short,
     "genlm": genlm,
-    "dump-sizes": dump_sizes,
     "student-gain": student_gain,
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,
+    "damage": damage,
     "rate-distortion": rate_distortion,
     "run-output": run_output,
     "run-table": run_table,

@@ -31,6 +31,7 @@ from bytecache.schemas.dump.shares import REFERENCE_STEP, step_of
 from bytecache.schemas.dump.unpacking import window_of
 from bytecache.schemas.dump.window import Window, is_consistent
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.parquet_pages import refuse_blown_up
 
 FORMAT = "bytecache.token-dump"
 VERSION = 3
@@ -203,6 +204,7 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
 
 def _read_group(path: Path, file: pq.ParquetFile, group: int, names: list[str]) -> dict[str, Any]:
     try:
+        refuse_blown_up(path, file.metadata, group)
         table = file.read_row_group(group, columns=names, use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise IntegrityError(

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.files import flush_to_disk, scratch_folder
@@ -223,7 +224,7 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 def _recorded(folder: Path) -> dict[str, Any]:
     """What `student.json` says; nothing where it is missing or no JSON object."""
     try:
-        found = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        found = strict_json.loads((folder / "student.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -107,6 +107,8 @@ class VllmEngine(Engine):
         prompt = _trial_prompt(reducer, min(block_size + block_size // 2, self._longest - 1))
         ends = range(len(prompt.tokens) - 2)
         branches = [Branch(j, tuple(prompt.tokens[j + 1 : j + 3].tolist()), int(prompt.starts[j + 2])) for j in ends]
+        if not branches:
+            return f"its histories are of {self._longest} tokens at most"
         try:
             (rows,) = self.score([prompt])
             (again,) = self.score_branches([(prompt, branches)])

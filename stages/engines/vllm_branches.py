@@ -78,13 +78,13 @@ class WindowBlocks:
         self.room = max(int(self._pool.num_gpu_blocks) // ROOM, 2 * -(-longest // self.block_size))
         self._expected: dict[str, Prompt] = {}
         self._windows: dict[int, tuple[Prompt, list[Any]]] = {}
-        release = scheduler._free_request_blocks
+        release = scheduler._free_blocks  # of requests that have finished; preempted ones go another way
 
         def keep_and_release(request: Any) -> None:
             self._keep(request)
             release(request)
 
-        scheduler._free_request_blocks = keep_and_release
+        scheduler._free_blocks = keep_and_release
 
     def expect(self, name: str, prompt: Prompt) -> None:
         """Keep the blocks of request `name`, which computes `prompt`, when it has finished."""
@@ -92,7 +92,7 @@ class WindowBlocks:
 
     def _keep(self, request: Any) -> None:
         prompt = self._expected.pop(request.request_id.rsplit("-", 1)[0], None)
-        if prompt is None or self._pool.get_num_free_blocks() < self.room:
+        if prompt is None or request.num_computed_tokens < len(prompt.tokens) or self.free < self.room:
             return
         (blocks,) = self._manager.coordinator.get_blocks(request.request_id)
         if len(blocks) * self.block_size >= len(prompt.tokens) and not any(block.is_null for block in blocks):
@@ -133,7 +133,7 @@ def window_blocks(engine: Any, longest: int) -> WindowBlocks | None:
     """Those of a `vllm.LLMEngine`, or None: its scheduler is elsewhere, or its layers do not share one block table."""
     scheduler = getattr(getattr(engine.engine_core, "engine_core", None), "scheduler", None)
     groups = getattr(getattr(scheduler, "kv_cache_config", None), "kv_cache_groups", ())
-    named = all(hasattr(scheduler, name) for name in ("kv_cache_manager", "_free_request_blocks"))
+    named = all(hasattr(scheduler, name) for name in ("kv_cache_manager", "_free_blocks"))
     # Recurrent states have no block for each run of tokens.
     if len(groups) != 1 or not named or "Mamba" in type(groups[0].kv_cache_spec).__name__:
         return None

@@ -1,10 +1,12 @@
 """Passes of branches over blocks: what the model would read from the cache is each branch's own history."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from bytecache.stages.engines.engine import Branch
-from bytecache.stages.engines.vllm_branches import borrowed_blocks, cut, job_of, make_pass
+from bytecache.stages.engines.engine import Branch, Prompt
+from bytecache.stages.engines.vllm_branches import WindowBlocks, borrowed_blocks, cut, job_of, make_pass, window_blocks
 
 BLOCK = 4
 
@@ -61,3 +63,93 @@ def test_a_branch_larger_than_a_pass_goes_alone():
     jobs = [job_of(np.array([1, 2], np.int32), [Branch(3, (7,) * 9, 0), Branch(0, (7,), 0)])]
     passes = list(cut(jobs, BLOCK, tokens=2, blocks=1))
     assert [(part.lo, part.hi) for parts in passes for part in parts] == [(0, 1), (1, 2)]
+
+
+class Scheduler:
+    """As much of vLLM's as is touched: a pool that counts references, and requests that give their blocks back."""
+
+    def __init__(self, blocks: int):
+        self.blocks = [SimpleNamespace(block_id=number, ref_cnt=0, is_null=number == 0) for number in range(blocks)]
+        self.requests: dict[str, list[SimpleNamespace]] = {}
+        pool = SimpleNamespace(
+            num_gpu_blocks=blocks, get_num_free_blocks=lambda: len(self.free()), get_new_blocks=self.take,
+            touch=self.touch, free_blocks=self.give,
+        )  # fmt: skip
+        coordinator = SimpleNamespace(get_blocks=lambda name: (self.requests[name],))
+        self.kv_cache_manager = SimpleNamespace(block_pool=pool, coordinator=coordinator)
+        spec = SimpleNamespace(block_size=BLOCK)
+        self.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
+
+    def free(self):
+        return [block for block in self.blocks if not block.ref_cnt and not block.is_null]
+
+    def take(self, count: int):
+        taken = self.free()[:count]
+        assert len(taken) == count
+        self.touch(taken)
+        return taken
+
+    def touch(self, blocks):
+        for block in blocks:
+            block.ref_cnt += 1
+
+    def give(self, blocks):
+        for block in blocks:
+            block.ref_cnt -= 1
+            assert block.ref_cnt >= 0
+
+    def run(self, name: str, tokens: int, computed: int | None = None):
+        """A request that finishes after `computed` of its tokens."""
+        self.requests[f"{name}-x1"] = self.take(-(-tokens // BLOCK))
+        computed = tokens if computed is None else computed
+        self._free_blocks(SimpleNamespace(request_id=f"{name}-x1", num_computed_tokens=computed))
+
+    def _free_blocks(self, request):
+        self.give(self.requests.pop(request.request_id))
+
+
+def prompt_of(tokens: int) -> Prompt:
+    return Prompt("w", np.arange(tokens, dtype=np.int32), 0, np.zeros(0, np.uint8), np.zeros(tokens, np.int64))
+
+
+def test_blocks_of_finished_windows_are_kept_from_others_until_they_are_let_go():
+    scheduler = Scheduler(41)
+    blocks = WindowBlocks(scheduler, longest=9)
+    first, second, aborted, stranger = (prompt_of(count) for count in (10, 4, 10, 5))
+    for name, prompt in (("a", first), ("b", second), ("c", aborted)):
+        blocks.expect(name, prompt)
+    scheduler.run("a", 10)
+    scheduler.run("b", 4)
+    scheduler.run("c", 10, computed=6)
+    scheduler.run("d", 5)
+    assert [blocks.holds(prompt) for prompt in (first, second, aborted, stranger)] == [True, True, False, False]
+    assert not blocks.holds(prompt_of(10))
+    mine = {*blocks.table(first).tolist(), *blocks.table(second).tolist()}
+    assert len(mine) == 3 + 1 and blocks.free == 40 - len(mine)
+    borrowed = blocks.borrow(blocks.free)
+    assert not mine & {block.block_id for block in borrowed}
+    blocks.give_back(borrowed)
+    blocks.forget()
+    assert blocks.free == 40 and not blocks.holds(first)
+
+
+def test_a_full_cache_keeps_no_more_windows():
+    scheduler = Scheduler(41)
+    blocks = WindowBlocks(scheduler, longest=9)
+    prompts = [prompt_of(12) for _ in range(20)]
+    for number, prompt in enumerate(prompts):
+        blocks.expect(str(number), prompt)
+        scheduler.run(str(number), 12)
+    held = [blocks.holds(prompt) for prompt in prompts]
+    assert held == sorted(held, reverse=True) and 5 < sum(held) < 13
+    assert blocks.free >= blocks.room - 3 >= 2 * 3
+
+
+@pytest.mark.parametrize("groups", [[], ["FullAttentionSpec"] * 2, ["MambaSpec"]])
+def test_layers_that_share_no_block_table_are_left_to_requests(groups):
+    scheduler = Scheduler(9)
+    specs = [type(name, (), {"block_size": BLOCK})() for name in groups]
+    scheduler.kv_cache_config.kv_cache_groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    engine = SimpleNamespace(engine_core=SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler)))
+    assert window_blocks(engine, 9) is None
+    assert window_blocks(SimpleNamespace(engine_core=SimpleNamespace()), 9) is None

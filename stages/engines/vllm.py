@@ -71,12 +71,15 @@ class VllmEngine(Engine):
                 "this vLLM's model runner has no hook for path masses; install the version in the lock file"
             )
         self._self_test(reducer)
-        self._blocks = window_blocks(self._engine, longest) if settings.depth or settings.sample_tokens else None
         self._pass_tokens = batched_tokens(settings, on_cpu=on_cpu)
-        if self._blocks and (why := self._branches_differ(reducer, self._blocks.block_size)):
-            self._blocks.forget()
-            self._blocks = None
-            _LOG.warning("branches of this teacher go as requests, which costs more (%s)", why)
+        if settings.depth or settings.sample_tokens:
+            self._blocks = window_blocks(self._engine, longest)
+            why = "its layers share no block table"
+            if self._blocks and (why := self._branches_differ(reducer, self._blocks.block_size)):
+                self._blocks.forget()
+                self._blocks = None
+            if not self._blocks:
+                _LOG.warning("branches of this teacher go as requests, which costs more (%s)", why)
 
     def _self_test(self, reducer: PathReducer) -> None:
         """The rows must be the engine's own: compare with its prompt logprobs on a short prompt."""
@@ -111,6 +114,8 @@ class VllmEngine(Engine):
             return f"its histories are of {self._longest} tokens at most"
         try:
             (rows,) = self.score([prompt])
+            if self._blocks and not self._blocks.holds(prompt):
+                return "the cache has no room to keep windows in"
             (again,) = self.score_branches([(prompt, branches)])
         except EngineError as error:
             return str(error)

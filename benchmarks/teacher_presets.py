@@ -120,6 +120,17 @@ def branches_as_requests(teacher: Teacher) -> Iterator[None]:
     engine._blocks = blocks
 
 
+def some_text(most: int) -> list[str]:
+    """Documents of the default corpus, the last one cut at `most` bytes in all."""
+    texts: list[str] = []
+    for document in CorpusReader(st.Corpus(max_bytes=most)):
+        texts.append(document.text.encode()[:most].decode(errors="ignore"))
+        most -= len(texts[-1].encode())
+        if most <= 0:
+            break
+    return texts
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -137,7 +148,7 @@ def main() -> None:
     meter = Meter()
     attach(teacher, meter)
     settings = teacher.settings
-    texts = [document.text for document in CorpusReader(st.Corpus(max_bytes=args.bytes))]
+    texts = some_text(args.bytes)
     plans = [
         plan
         for i, encoded in enumerate(teacher.vocabulary.encode_batch(texts))

@@ -187,6 +187,7 @@ def test_a_teacher_whose_branches_reuse_nothing_is_refused(vllm_teacher, monkeyp
             output.num_cached_tokens = 0
         return outputs
 
+    monkeypatch.setattr(engine, "_blocks", None)
     monkeypatch.setattr(engine._engine, "step", forgetful)
     for name in ("branches", "branch_tokens", "_prefix_tokens"):
         monkeypatch.setattr(engine, name, 0)

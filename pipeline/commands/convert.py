@@ -4,13 +4,11 @@ A shard's key holds the sha256 of its parts, the settings of the conversion and 
 its parts by receipts, so it needs neither the model nor the engine.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bytecache.pipeline.commands.dataset import (
     CONVERTER,
@@ -22,11 +20,13 @@ from bytecache.pipeline.commands.dataset import (
     refuse_other_dataset,
 )
 from bytecache.pipeline.commands.editions import forget_parts
+from bytecache.pipeline.commands.groups import numbered_groups
 from bytecache.pipeline.commands.missing import describe, summary, units_aside
+from bytecache.pipeline.commands.straight import find_shards, is_straight
 from bytecache.pipeline.commands.teacher import dump_groups, find_dumps
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.plan.index import Plan, Split, load_plan
-from bytecache.pipeline.plan.slices import slice_ends
+from bytecache.pipeline.plan.index import Plan, load_plan
+from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt, unit_key
@@ -36,24 +36,7 @@ from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Convert
 
 
-def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[str, list[int], int]]:
-    """(split, units, bytes of text) of every shard: whole units in plan order, up to `shard_bytes` of text.
-
-    Where a shard ends is for the content of the units to say, as it is for documents where a unit ends
-    (`pipeline.plan.slices`): units that come or go in a new edition leave all shards but those around them as they are.
-    """
-    groups: list[tuple[str, list[int], int]] = []
-    splits: tuple[Split, ...] = ("train", "heldout")
-    for split in splits:
-        members = np.array(planned.of_split(split), np.int64)
-        sizes = np.array(planned.sizes, np.int64)[members]
-        ends = slice_ends(sizes, planned.marks[members], shard_bytes, whole=True)
-        for low, high in itertools.pairwise([0, *ends]):
-            groups.append((split, members[low:high].tolist(), int(sizes[low:high].sum())))
-    return groups
-
-
-def _shape(settings: Convert) -> dict[str, Any]:
+def _shape(settings: Convert) -> dict[str, object]:
     """The settings that decide a shard once its parts are known."""
     return {name: value for name, value in settings.shaping().items() if name != "shard_bytes"}
 
@@ -64,10 +47,10 @@ def _format_and_code() -> dict[str, Any]:
     return {"format": [byte_shard.FORMAT, byte_shard.VERSION], "code": receipts.code_fingerprint(*CONVERTER)[:16]}
 
 
-def _inputs(settings: Convert, split: str, parts: Sequence[Receipt]) -> dict[str, Any]:
+def _inputs(shape: dict[str, object], common: dict[str, Any], split: str, parts: Sequence[Receipt]) -> dict[str, Any]:
     """What determines a shard."""
     sources = [file.sha256 for part in parts for file in part.files]
-    return {"split": split, "parts": sources, "convert": _shape(settings), **_format_and_code()}
+    return {"split": split, "parts": sources, "convert": shape, **common}
 
 
 def requeue_parts(context: Context, planned: Plan) -> list[str]:
@@ -76,13 +59,14 @@ def requeue_parts(context: Context, planned: Plan) -> list[str]:
     A shard of an older edition was made of them; after a change beside them another one may have to be.
     """
     store, requeued = context.store, list[str]()
+    shape, common = _shape(context.settings.convert), _format_and_code()
     for by_slice in dump_groups(store)[0].values():
         if not any(receipt.deleted for receipt in by_slice.values()):
             continue
-        for split, members, _ in shard_groups(planned, context.settings.convert.shard_bytes):
-            parts = [by_slice.get(planned.units[member].sha256) for member in members]
+        for group in numbered_groups(planned, context.settings.convert.shard_bytes):
+            parts = [by_slice.get(planned.units[member].sha256) for member in group.members]
             known = [part for part in parts if part is not None]
-            key = unit_key("convert", _inputs(context.settings.convert, split, known))
+            key = unit_key("convert", _inputs(shape, common, group.split, known))
             if len(known) < len(parts) or not store.exists(receipts.receipt_path("convert", key)):
                 requeued += forget_parts(store, known)
     return requeued
@@ -103,66 +87,69 @@ def convert_job(
     from bytecache.stages.convert.coarser import coarser_effort
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing), planned.edition)
-    store, settings = context.store, context.settings
-    coarser_effort(settings.convert, TeacherIdentity.of(identity, store.name).settings)
-    shape = _shape(settings.convert)
-    cut = shard_groups(planned, settings.convert.shard_bytes)
-    n_train = sum(split == "train" for split, _, _ in cut)
-    numbers = [index - (0 if split == "train" else n_train) for index, (split, _, _) in enumerate(cut)]
-    groups = [
-        (split, kept, sum(planned.sizes[member] for member in kept), number)
-        for (split, members, _), number in zip(cut, numbers, strict=True)
-        if (kept := [member for member in members if member not in missing])
-    ]
+    settings = context.settings.convert
+    coarser_effort(settings, TeacherIdentity.of(identity, context.store.name).settings)
+    shape, common = _shape(settings), _format_and_code()
+    groups = numbered_groups(planned, settings.shard_bytes, frozenset(missing))
 
     def task(index: int) -> Task:
-        split, members, size, number = groups[index]
-        parts = [dump(member) for member in members]
-        inputs = _inputs(settings.convert, split, parts)
-        name = f"{split}-{number:05d}"
-        out = f"{TARGETS}/{name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
-        return Task("convert", name, out, inputs, size, payload=(split, parts))
-
-    @contextmanager
-    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
-        from bytecache.stages.convert.convert import convert_units
-
-        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-            split, parts = task.payload
-            paths = []
-            for part in parts:
-                if part.deleted:
-                    raise InputError(
-                        f"{task.name} needs the dump part {part.name}, which convert.delete_dump removed; run "
-                        "`bytecache plan` or `bytecache verify --repair`, then `bytecache teacher`"
-                    )
-                problems = receipts.problems(store, part)
-                if problems:
-                    raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
-                paths += [store.get_path(file.path) for file in part.files]
-            attrs = {"split": split, "convert": shape, "units": [part.key[:12] for part in parts]}
-            counts = convert_units(paths, out, settings.convert, attrs, stop, tick)
-            for part in parts:
-                for file in part.files:
-                    store.release(file.path)
-            return counts
-
-        yield work
+        group = groups[index]
+        parts = [dump(member) for member in group.members]
+        inputs = _inputs(shape, common, group.split, parts)
+        out = f"{TARGETS}/{group.name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
+        return Task("convert", group.name, out, inputs, group.size, payload=(group.split, parts))
 
     shared = {
         "plan": planned.hash,
         "teacher": identity,
-        "convert": settings.convert.shaping(),
-        **_format_and_code(),
+        "convert": settings.shaping(),
+        **common,
         **({"missing": list(missing)} if missing else {}),
     }
-    return Job("convert", shared, [size for _, _, size, _ in groups], task, open_work, planned.edition)
+    opening = partial(_open_work, context, shape)
+    return Job("convert", shared, [group.size for group in groups], task, opening, planned.edition)
+
+
+@contextmanager
+def _open_work(context: Context, shape: dict[str, object], stop: Callable[[], bool]) -> Iterator[Work]:
+    """Converts the dump parts of a task's payload, with the settings `shape` among the shard's attributes."""
+    from bytecache.stages.convert.convert import convert_units
+
+    store = context.store
+
+    def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+        split, parts = task.payload
+        paths = [path for part in parts for path in _part_files(store, part, task.name)]
+        attrs = {"split": split, "convert": shape, "units": [part.key[:12] for part in parts]}
+        counts = convert_units(paths, out, context.settings.convert, attrs, stop, tick)
+        for part in parts:
+            for file in part.files:
+                store.release(file.path)
+        return counts
+
+    yield work
+
+
+def _part_files(store: Store, part: Receipt, shard: str) -> list[Path]:
+    """A dump part's files on this machine. Raises InputError where it was deleted, IntegrityError if it is damaged."""
+    if part.deleted:
+        raise InputError(
+            f"{shard} needs the dump part {part.name}, which convert.delete_dump removed; run "
+            "`bytecache plan` or `bytecache verify --repair`, then `bytecache teacher`"
+        )
+    problems = receipts.problems(store, part)
+    if problems:
+        raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
+    return [store.get_path(file.path) for file in part.files]
 
 
 def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
-    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
-    from bytecache.stages.fidelity.certificate import summary_line
+    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made.
 
+    Where the teacher's workers made the shards (`teacher.keep`) only the index is left to publish.
+    """
+    if is_straight(context.settings):
+        return publish_straight(context)
     planned = load_plan(context.store, context.settings)
     found = dict(enumerate(dumps)) if dumps is not None else find_dumps(context, planned)
     aside = units_aside(context, planned, found.__contains__)
@@ -170,19 +157,36 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     info = dataset_info(context, planned, parts, describe(context, planned, aside))
     job = convert_job(context, planned, info["teacher"], found.__getitem__, [one.unit for one in aside])
     outcome = run_job(context.store, job, context.stop)
-    index_is_new = publish_index(context, outcome.receipts, info)
-    context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new, published=True)
-    context.say(outcome_line("convert", outcome))
-    if planned.edition > 1:
-        context.say(
-            f"convert: edition {planned.edition} of the data set, after {info['edition']['parent'][:12] or 'none'}"
-        )
-    context.say(summary_line(certificate(outcome.receipts, info["teacher"])))
-    if aside:
-        context.say(f"convert: {summary(info['creation']['missing'])}")
+    _publish(context, outcome, info)
     if context.settings.convert.delete_dump:
         _delete_dump(context, parts)
     return outcome
+
+
+def publish_straight(context: Context) -> Outcome:
+    """Publish the index of shards that the teacher's workers made; see `find_shards` for what it raises."""
+    planned = load_plan(context.store, context.settings)
+    shards, aside = find_shards(context, planned)
+    info = dataset_info(context, planned, shards, describe(context, planned, aside))
+    refuse_other_dataset(context, info, planned.edition)
+    outcome = Outcome(shards, 0)
+    _publish(context, outcome, info)
+    return outcome
+
+
+def _publish(context: Context, outcome: Outcome, info: dict[str, Any]) -> None:
+    """The index over the shards of `outcome`, and what there is to say of them."""
+    from bytecache.stages.fidelity.certificate import summary_line
+
+    index_is_new = publish_index(context, outcome.receipts, info)
+    context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new, published=True)
+    context.say(outcome_line("convert", outcome))
+    edition = info["edition"]
+    if edition["number"] > 1:
+        context.say(f"convert: edition {edition['number']} of the data set, after {edition['parent'][:12] or 'none'}")
+    context.say(summary_line(certificate(outcome.receipts, info["teacher"])))
+    if missing := info["creation"].get("missing"):
+        context.say(f"convert: {summary(missing)}")
 
 
 def _delete_dump(context: Context, dumps: list[Receipt]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from bytecache.pipeline.commands.convert import convert, convert_job
 from bytecache.pipeline.commands.dataset import TARGETS, read_index
 from bytecache.pipeline.commands.missing import units_aside
+from bytecache.pipeline.commands.straight import find_shards, is_straight, straight_job
 from bytecache.pipeline.commands.teacher import find_dumps, identity_changes, teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.job import join
@@ -25,20 +26,33 @@ _SHOWN = 3
 
 
 def teacher_worker(context: Context) -> Share:
-    """Work on the plan's dumps together with any number of others."""
+    """Work on the plan's dumps, or on its shards at once (`teacher.keep`), together with any number of others."""
     planned = load_plan(context.store, context.settings)
+    if is_straight(context.settings):
+        share = _work(context, straight_job(context, planned))
+        context.save_config(f"{TARGETS}/config.toml", changed=False, published=True)
+        return share
     share = _work(context, teacher_job(context, planned))
     context.save_config("teacher/config.toml", changed=False)
     return share
 
 
 def convert_worker(context: Context) -> Share:
-    """Work on the shards together with others; whoever comes first when all are made publishes the index."""
+    """Work on the shards together with others; whoever comes first when all are made publishes the index.
+
+    Where the teacher's workers made the shards, the index is all there is to do.
+    """
     planned = load_plan(context.store, context.settings)
-    job = _convert_job(context, planned)
-    share = _work(context, job)
+    if is_straight(context.settings):
+        shards, _ = find_shards(context, planned)
+        identity = {"plan": planned.hash, "shards": [receipt.key for receipt in shards]}
+        job, share = _index_job(context, planned, identity), Share("", 0, len(shards), 0)
+    else:
+        made = _convert_job(context, planned)
+        share = _work(context, made)
+        job = _index_job(context, planned, made.identity)
     if not _is_published(context.store, planned):
-        _work(context, _index_job(context, job))
+        _work(context, job)
         if not _is_published(context.store, planned):
             raise InputError(
                 f"{context.store.name}: {TARGETS}/dataset.json was published and is gone; run `bytecache convert`"
@@ -46,24 +60,16 @@ def convert_worker(context: Context) -> Share:
     return share
 
 
-def _is_published(store: Store, planned: Plan) -> bool:
-    """Whether there is an index, not of an edition before this plan's."""
-    try:
-        published = read_index(store)
-    except IntegrityError:
-        return True  # damage is not for workers to mend
-    return published is not None and edition_of(published.info) >= planned.edition
-
-
 def _work(context: Context, job: Job) -> Share:
     share = Worker(context.store, job, context.settings.fleet, context.stop).run()
     entries = quarantined(context.store, Layout(job.stage, job.edition))
+    of_teacher = job.stage == "teacher" or is_straight(context.settings)
     if entries:
         shown = "; ".join(f"unit {entry.unit} ({entry.reasons[-1]})" for entry in entries[:_SHOWN] if entry.reasons)
         raise BytecacheError(
             f"{job.stage}: all units are done but {len(entries)}, which are set aside after repeated failure: {shown}; "
             f"`bytecache status` names them all; mend the cause and run `bytecache retry {job.stage}`, then a worker"
-            + ("; or convert the rest with `--set convert.allow_quarantined=true`" if job.stage == "teacher" else "")
+            + ("; or convert the rest with `--set convert.allow_quarantined=true`" if of_teacher else "")
         )
     context.say(
         f"{job.stage}: this worker made {share.made} of {len(job.measures)} units"
@@ -112,12 +118,24 @@ def _convert_job(context: Context, planned: Plan) -> Job:
     return convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
 
 
-def _index_job(context: Context, shards: Job) -> Job:
-    """One unit, the data set's index, so that one worker publishes it and another takes over if that one dies."""
+def _is_published(store: Store, planned: Plan) -> bool:
+    """Whether there is an index, not of an edition before this plan's."""
+    try:
+        published = read_index(store)
+    except IntegrityError:
+        return True  # damage is not for workers to mend
+    return published is not None and edition_of(published.info) >= planned.edition
+
+
+def _index_job(context: Context, planned: Plan, identity: dict[str, Any]) -> Job:
+    """One unit, the data set's index, so that one worker publishes it and another takes over if that one dies.
+
+    `identity`: of the shards that it lists.
+    """
 
     def task(index: int) -> Task:
-        out = f"{Layout('index', shards.edition).root}/published.json"
-        return Task("index", "index", out, shards.identity, sum(shards.measures))
+        out = f"{Layout('index', planned.edition).root}/published.json"
+        return Task("index", "index", out, identity, planned.n_bytes)
 
     def work(task: Task, out: Any, tick: Tick) -> dict[str, Any]:
         outcome: Outcome = convert(context)
@@ -128,16 +146,20 @@ def _index_job(context: Context, shards: Job) -> Job:
         opened: Work = work
         return nullcontext(opened)
 
-    return Job("index", shards.identity, [sum(shards.measures)], task, open_work, shards.edition)
+    return Job("index", identity, [planned.n_bytes], task, open_work, planned.edition)
 
 
 # ---- retry
 
 
 def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
-    """Lift the quarantine of a stage; returns how many units may be tried again."""
+    """Lift the quarantine of a stage; returns how many units may be tried again.
+
+    Where the teacher's workers make the shards, its units are theirs: both names mean them.
+    """
     if stage not in STAGES:
         raise InputError(f"{stage!r} is no stage of workers; name one of {', '.join(STAGES)}")
+    stage = "convert" if is_straight(context.settings) else stage
     store = context.store
     layout = Layout(stage, current_edition(store))
     if new_job:
@@ -151,7 +173,7 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
     forgiven = retry(store, layout)
     if lost:
         planned = load_plan(store, context.settings)
-        job = teacher_job(context, planned) if stage == "teacher" else _convert_job(context, planned)
+        job = _job_of(context, planned, stage)
         join(store, job)
         forgiven += requeue_lost(store, job)
         if stage == "convert":
@@ -159,6 +181,13 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
     named = f": {', '.join(str(unit) for unit in forgiven[:20])}" if forgiven else ""
     context.say(f"retry: {len(forgiven)} units of {stage} may be tried again{named}")
     return len(forgiven)
+
+
+def _job_of(context: Context, planned: Plan, stage: str) -> Job:
+    """The job that workers of a stage share."""
+    if is_straight(context.settings):
+        return straight_job(context, planned)
+    return teacher_job(context, planned) if stage == "teacher" else _convert_job(context, planned)
 
 
 def forget_index(context: Context) -> None:

@@ -114,7 +114,8 @@ def identity_of(
         start=vocabulary.start_name,
         settings=settings.model_dump(
             include={
-                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "sample_tokens",
+                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "rounding",
+                "sample_tokens",
             }
         ),
         dtype=own_dtype(folder) if dtype == "auto" else dtype,

@@ -1,11 +1,13 @@
 """Distil with transformers.Trainer; rows packed behind one another where asked.
 
 python docs/howto/loops/with_transformers.py TARGETS MODEL --steps 20 --packed
+torchrun --nproc-per-node 4 docs/howto/loops/with_transformers.py TARGETS MODEL --steps 20
 """
 
 import argparse
 from functools import partial
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from bytecache import ByteLoss, ByteLossMixin, StudentRows, collate_rows
@@ -20,6 +22,8 @@ def main() -> None:
     parser.add_argument("targets")
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--accumulate", type=int, default=2, help="batches of a process to a step")
+    parser.add_argument("--chunk", type=int, default=0, help="positions whose logits exist at once; 0 = all")
     parser.add_argument("--out", default="trained")
     parser.add_argument("--packed", action="store_true")
     given = parser.parse_args()
@@ -29,11 +33,12 @@ def main() -> None:
     rows = StudentRows(given.targets, tokenizer, width, window=1024)
     heldout = StudentRows(given.targets, tokenizer, width, window=1024, split="heldout", epochs=1)
     arguments = TrainingArguments(
-        given.out, max_steps=given.steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        given.out, max_steps=given.steps, per_device_train_batch_size=4, gradient_accumulation_steps=given.accumulate,
         learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = ByteTrainer(
-        model, arguments, train_dataset=rows, eval_dataset=heldout, byte_loss=ByteLoss(rows),
+        model, arguments, train_dataset=rows, eval_dataset=heldout, byte_loss=ByteLoss(rows, chunk=given.chunk),
         data_collator=partial(collate_rows, packed=given.packed), processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()

@@ -129,7 +129,7 @@ def test_a_mixture_is_the_pool_of_what_its_sources_say(
         assert kl(other, mixed[name]) > 2 * kl(expected, mixed[name])
         listed = [source[name][0].dense(*source[name][1:]) > 0 for source in sources]
         tail = np.where(listed[0] | listed[1], 0.0, expected).sum(1)
-        assert (shard.tails(lo, hi) >= tail * 0.9 - 1e-3).all(), "what no teacher lists is not listed"
+        assert (shard.tails(lo, hi) >= tail * 0.7 - 1e-3).all(), "what no teacher lists is not listed"
 
 
 def test_the_result_is_an_ordinary_data_set(pair: tuple[Path, Path]) -> None:

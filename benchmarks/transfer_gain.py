@@ -8,9 +8,9 @@
 The run is of the texts of `transfer_texts`, whose ids name kind and use. Every arm of a seed starts from the same
 weights and reads the training text once, in the same order. Settings are chosen by `--use validation`, or by the curve
 of training text before it is learned (`--use curve`); figures are reported of `--use test`. Each run is one line of
-results: the bits of every document of that use, the token NLL of every step (each step reads text that is new to the
-student, so this is a curve of held-out figures at no cost) and the seconds that the steps took (on a core of its own,
-so processor seconds). Beside the arms with the teacher:
+results: the bits of every document of that use (its end, which is arbitrary, left out), the token NLL of every step
+(each reads text that is new to the student, so this is a curve of held-out figures at no cost) and the seconds that the
+steps took (on a core of its own, so processor seconds). Beside the arms with the teacher:
 
     ce-seconds   cross-entropy for as many steps more as the teacher's term costs in processor time
     ce-raw       cross-entropy on further text of the same sources, for the time that the teacher's reading took
@@ -80,6 +80,7 @@ def documents(opened: student.Student, targets: Path, use: str, each: int) -> di
             if not wanted(name, use, each):
                 continue
             first, last = (int(x) for x in np.searchsorted(source.row, [row, row + 1]))
+            last -= 1  # where a passage was cut off is not for a student to know
             micro = stream.collate(
                 [stream.Row(source, first, last)], with_targets=True, byte_reduction="sum", limit=judge.term.slots
             )
@@ -106,7 +107,7 @@ def teachers_own(targets: Path, use: str, each: int) -> dict[str, dict[str, floa
         for number, name in enumerate(shard.doc_id):
             if wanted(name, use, each):
                 lo, hi = (int(x) for x in shard.doc_start[number : number + 2])
-                bits = float(nats[lo:hi].sum()) / math.log(2)
+                bits = float(nats[lo : hi - 1].sum()) / math.log(2)
                 found[name] = {"bytes": hi - lo - 1, "bits": round(bits, 3), "kl": 0.0}
     return found
 

@@ -2,15 +2,15 @@
 
     python -m benchmarks.transfer_texts CORPORA TEXTS; bytecache run --set corpus.source=TEXTS/corpus.jsonl ...
     python -m benchmarks.transfer_gain RUN --raw TEXTS/raw.jsonl --work WORK --out benchmarks/results/transfer_gain.json
-        --tokenizer GPT2FOLDER [--arms ce marginal ...] [--seeds 0 1 2 3 4] [--use test] [--rates 5e-4]
+        --tokenizer GPT2FOLDER [--arms ce marginal ...] [--seeds 0 1 2 3 4] [--rates 1e-3]
     python -m benchmarks.transfer_gain --report --out benchmarks/results/transfer_gain.json
 
 The run is of the texts of `transfer_texts`, whose ids name kind and use. Every arm of a seed starts from the same
-weights and reads the training text once, in the same order. Settings are chosen by `--use validation`, or by the curve
-of training text before it is learned (`--use curve`); figures are reported of `--use test`. Each run is one line of
-results: the bits of every document of that use (its end, which is arbitrary, left out), the token NLL of every step
-(each reads text that is new to the student, so this is a curve of held-out figures at no cost) and the seconds that the
-steps took (on a core of its own, so processor seconds). Beside the arms with the teacher:
+weights and reads the training text once, in the same order. Settings are chosen on `validation`, or with `--curve` on
+training text before it is learned; figures are reported of `test`. Each run is one line of results: the bits of every
+document (its end, which is arbitrary, left out), the token NLL of every step (each reads text that is new to the
+student, so this is a curve of held-out figures at no cost) and the seconds that the steps took (on a core of its own,
+so processor seconds). Beside the arms with the teacher:
 
     ce-seconds   cross-entropy for as many steps more as the teacher's term costs in processor time
     ce-raw       cross-entropy on further text of the same sources, for the time that the teacher's reading took
@@ -61,13 +61,13 @@ SAMPLES = 2000
 """Of the bootstrap."""
 
 
-def wanted(name: str, use: str, each: int) -> bool:
-    """Whether a document, by its id, is one of the first `each` (0: of all) of its kind that are for that use."""
-    words = name.split(" ", 3)
-    return words[1] == use and (not each or int(words[2]) < each)
+def wanted(name: str, uses: list[str], each: int) -> bool:
+    """Whether a document, by its id, is one of the first `each` (0: of all) of its kind for one of these uses."""
+    _, use, number, _ = name.split(" ", 3)
+    return use in uses and (not each or int(number) < each)
 
 
-def documents(opened: student.Student, targets: Path, use: str, each: int) -> dict[str, dict[str, float]]:
+def documents(opened: student.Student, targets: Path, uses: list[str], each: int) -> dict[str, dict[str, float]]:
     """Bytes, bits of the student's tokens and KL (nats, of certain choices) of the `wanted` held-out documents."""
     judge = Objective(st.Train(head="marginal", byte_reduction="sum"), opened, 0)
     dataset = read_dataset(targets)
@@ -77,7 +77,7 @@ def documents(opened: student.Student, targets: Path, use: str, each: int) -> di
     for number in range(len(reader.positions)):
         source = reader[number]
         for row, name in enumerate(source.shard.doc_id):
-            if not wanted(name, use, each):
+            if not wanted(name, uses, each):
                 continue
             first, last = (int(x) for x in np.searchsorted(source.row, [row, row + 1]))
             last -= 1  # where a passage was cut off is not for a student to know
@@ -93,7 +93,7 @@ def documents(opened: student.Student, targets: Path, use: str, each: int) -> di
     return found
 
 
-def teachers_own(targets: Path, use: str, each: int) -> dict[str, dict[str, float]]:
+def teachers_own(targets: Path, uses: list[str], each: int) -> dict[str, dict[str, float]]:
     """The same of the teacher as a byte model."""
     dataset = read_dataset(targets)
     found = {}
@@ -105,7 +105,7 @@ def teachers_own(targets: Path, use: str, each: int) -> dict[str, dict[str, floa
         row, symbol = (np.asarray(c, np.int64) for c in (triples.row, triples.symbol))
         nats = evaluate.true_nats(row, symbol, triples.prob, np.asarray(shard.tail), true)[0]
         for number, name in enumerate(shard.doc_id):
-            if wanted(name, use, each):
+            if wanted(name, uses, each):
                 lo, hi = (int(x) for x in shard.doc_start[number : number + 2])
                 bits = float(nats[lo : hi - 1].sum()) / math.log(2)
                 found[name] = {"bytes": hi - lo - 1, "bits": round(bits, 3), "kl": 0.0}
@@ -148,22 +148,22 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, rate: float) -> dict[
         **{"lora_rank": args.lora, "lora_embeddings": True, **changes},
     )  # fmt: skip
     dump = TokenDump(args.run / "teacher", lambda: vocabulary_of(teacher, resolve_model(teacher)))
-    out = args.work / f"{args.use}-{folder.name}-{arm}-{seed}-{rate:g}"
+    out = args.work / f"{args.curve}-{folder.name}-{arm}-{seed}-{rate:g}"
     result = train(
         settings, folder, targets_of(args, kind), out, name=arm, seed=seed, device="cpu", dump=dump,
         stop=lambda: bool(args.budget) and time.monotonic() > args.until,
     )  # fmt: skip
-    if args.use != "curve" and args.budget and time.monotonic() > args.until:
+    if not args.curve and args.budget and time.monotonic() > args.until:
         raise Interrupted("budget")  # trained; another call measures it
     curve = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     seen = {"bytes": sum(x["text_bytes"] for x in curve), "bits": sum(x["token_nll"] * x["tokens"] for x in curve)}
     measured = {"training text": {"bytes": seen["bytes"], "bits": round(seen["bits"] / math.log(2), 3), "kl": 0.0}}
-    if args.use != "curve":
+    if not args.curve:
         opened = evaluate.load_trained(folder, Path(result["checkpoint"])).student
-        measured = documents(opened, args.run / "targets", args.use, args.documents)
+        measured = documents(opened, args.run / "targets", args.uses, args.documents)
     shutil.rmtree(out)  # a checkpoint is 0.3 GB
     return {
-        "tokenizer": Path(args.tokenizer).name, "arm": arm, "seed": seed, "rate": rate, "use": args.use,
+        "tokenizer": Path(args.tokenizer).name, "arm": arm, "seed": seed, "rate": rate,
         "steps": steps, "step_seconds": round(sum(x["seconds"] for x in curve), 1),
         "text_bytes_seen": seen["bytes"],
         "curve_bits_per_byte": [
@@ -173,17 +173,19 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, rate: float) -> dict[
     }  # fmt: skip
 
 
-def bits_per_byte(found: dict[str, dict[str, float]], kind: str = "", key: str = "bits") -> float:
-    """Of all documents of a kind ('': of every kind)."""
-    chosen = [d for name, d in found.items() if name.startswith(kind)]
+def bits_per_byte(found: dict[str, dict[str, float]], use: str, kind: str = "", key: str = "bits") -> float:
+    """Of all documents of a use and kind ('': of every kind)."""
+    chosen = [d for name, d in found.items() if name.startswith(kind) and name.split()[1] == use]
     return sum(d[key] for d in chosen) / sum(d["bytes"] for d in chosen)
 
 
-def paired(runs: list[dict[str, Any]], control: list[dict[str, Any]], kind: str) -> tuple[float, float, float, float]:
+def paired(
+    runs: list[dict[str, Any]], control: list[dict[str, Any]], use: str, kind: str
+) -> tuple[float, float, float, float]:
     """Mean difference over the seeds that both have, half of its t-interval, and the bootstrap's two ends."""
     by_seed = [{r["seed"]: r["documents"] for r in side} for side in (runs, control)]
     seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
-    names = [name for name in by_seed[0][seeds[0]] if name.startswith(kind)]
+    names = [name for name in by_seed[0][seeds[0]] if name.startswith(kind) and name.split()[1] == use]
     size = np.array([by_seed[0][seeds[0]][name]["bytes"] for name in names])
     gaps = np.array([[by_seed[0][s][n]["bits"] - by_seed[1][s][n]["bits"] for n in names] for s in seeds])
     each = gaps.sum(1) / size.sum()
@@ -195,48 +197,54 @@ def paired(runs: list[dict[str, Any]], control: list[dict[str, Any]], kind: str)
 
 
 def report(out: Path) -> str:
-    """The tables: one of all kinds together, one by kind; written beside the JSON."""
+    """A table for each tokenizer, rate and use; written beside the JSON."""
     found = json.loads(out.read_text())
-    kinds = sorted({name.split()[0] for name in next(iter(found["before"].values()))})
+    kinds = sorted({name.split()[0] for each in found["before"].values() for name in each})
     lines = []
-    for use in ("validation", "test"):
-        for tokenizer, rate in dict.fromkeys((r["tokenizer"], r["rate"]) for r in found["runs"] if r["use"] == use):
-            runs = [r for r in found["runs"] if (r["tokenizer"], r["rate"], r["use"]) == (tokenizer, rate, use)]
-            before, original = found["before"][f"{tokenizer} {use}"], found["original"][use]
-            lines += [
-                f"\n{use}, {tokenizer}, rate {rate:g}\n",
-                "| arm | seeds | bits/byte | to CE (seeds, documents) | retention | KL | "
-                + " | ".join(f"{kind}: to CE" for kind in kinds) + " | s |",
-                "|---|---:|---:|---:|---:|---:|" + "---:|" * (len(kinds) + 1),
-                f"| before | | {bits_per_byte(before):.4f} | | 0 | {bits_per_byte(before, key='kl'):.4f} |"
-                + " |" * (len(kinds) + 1),
-            ]  # fmt: skip
-            control = [r for r in runs if r["arm"] == "ce"]
-            for arm in ARMS:
-                mine = [r for r in runs if r["arm"] == arm]
-                if mine:
-                    lines.append(_line(arm, mine, control, (before, original), kinds))
-            lines.append(f"| the original | | {bits_per_byte(original):.4f} | | 1 | 0 |" + " |" * (len(kinds) + 1))
-    text = "\n".join(lines)
-    out.with_suffix(".md").write_text(text.strip() + "\n")
+    for tokenizer, rate in dict.fromkeys((r["tokenizer"], r["rate"]) for r in found["runs"]):
+        runs = [r for r in found["runs"] if (r["tokenizer"], r["rate"]) == (tokenizer, rate)]
+        ends = found["before"][tokenizer], found["original"]
+        for use in ("validation", "test"):
+            measured = [r for r in runs if any(name.split()[1] == use for name in r["documents"])]
+            if measured:
+                lines += [f"\n{tokenizer}, rate {rate:g}, {use}\n", *table(measured, ends, use, kinds)]
+    text = "\n".join(lines).strip()
+    out.with_suffix(".md").write_text(text + "\n")
     return text
 
 
-def _line(
-    arm: str, mine: list[dict[str, Any]], control: list[dict[str, Any]], ends: tuple[Any, Any], kinds: list[str]
-) -> str:
-    start, goal = (bits_per_byte(x) for x in ends)
-    level = float(np.mean([bits_per_byte(r["documents"]) for r in mine]))
-    kl = float(np.mean([bits_per_byte(r["documents"], key="kl") for r in mine]))
-    gaps = [""] * (len(kinds) + 1)
-    if arm != "ce" and {r["seed"] for r in mine} & {r["seed"] for r in control}:
-        for at, kind in enumerate(["", *kinds]):
-            mean, half, low, high = paired(mine, control, kind)
-            gaps[at] = f"{mean:+.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}") + f" [{low:+.4f}, {high:+.4f}]"
-    return (
-        f"| {ARMS[arm][1]} | {len(mine)} | {level:.4f} | {gaps[0]} | {(level - start) / (goal - start):.2f} | {kl:.4f} "
-        + "| " + " | ".join(gaps[1:]) + f" | {np.mean([r['step_seconds'] for r in mine]):.0f} |"
-    )  # fmt: skip
+def table(runs: list[dict[str, Any]], ends: tuple[Any, Any], use: str, kinds: list[str]) -> list[str]:
+    """Lines of one table; ends: documents of the student before training and of the original."""
+    before = ends[0]
+    start, goal = (bits_per_byte(x, use) for x in ends)
+    blank = " |" * (len(kinds) + 1)
+    lines = [
+        "| arm | seeds | bits/byte | to CE (seeds) [documents] | retention | KL | "
+        + " | ".join(f"{kind}, to CE" for kind in kinds) + " | s |",
+        "|---|---:|---:|---:|---:|---:|" + "---:|" * (len(kinds) + 1),
+        f"| before training | | {start:.4f} | | 0 | {bits_per_byte(before, use, key='kl'):.4f} |" + blank,
+    ]  # fmt: skip
+    control = [r for r in runs if r["arm"] == "ce"]
+    for arm in ARMS:
+        mine = [r for r in runs if r["arm"] == arm]
+        if not mine:
+            continue
+        level, kl = (
+            float(np.mean([bits_per_byte(r["documents"], use, key=key) for r in mine])) for key in ("bits", "kl")
+        )
+        gaps = [""] * (len(kinds) + 1)
+        if arm != "ce" and {r["seed"] for r in mine} & {r["seed"] for r in control}:
+            gaps = [interval(*paired(mine, control, use, kind)) for kind in ["", *kinds]]
+        lines.append(
+            f"| {ARMS[arm][1]} | {len(mine)} | {level:.4f} | {gaps[0]} | {(level - start) / (goal - start):.2f} "
+            f"| {kl:.4f} | " + " | ".join(gaps[1:]) + f" | {np.mean([r['step_seconds'] for r in mine]):.0f} |"
+        )
+    return [*lines, f"| the original | | {goal:.4f} | | 1 | 0 |" + blank]
+
+
+def interval(mean: float, half: float, low: float, high: float) -> str:
+    """A difference with the interval over seeds, if there is one, and the one over documents."""
+    return f"{mean:+.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}") + f" [{low:+.4f}, {high:+.4f}]"
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -258,9 +266,10 @@ def main() -> None:
     parser.add_argument("--raw", type=Path, help="raw.jsonl of the texts, for ce-raw")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ce", "marginal"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--use", choices=["validation", "test", "curve"], default="test")
+    parser.add_argument("--curve", action="store_true", help="train only: to choose settings")
+    parser.add_argument("--uses", nargs="+", default=["test"], help="documents that are measured: validation, test")
     parser.add_argument("--documents", type=int, default=7, help="that are measured of each kind; 0 = all")
-    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--batch", type=int, default=2, help="windows a step")
@@ -277,28 +286,30 @@ def main() -> None:
     args.until = time.monotonic() + args.budget
     args.work.mkdir(parents=True, exist_ok=True)
     found = results(args.out)
-    key = f"{Path(args.tokenizer).name} {args.use}"
-    if args.use != "curve" and key not in found["before"]:
-        asked = (args.run / "targets", args.use, args.documents)
-        found["before"][key] = documents(student.load(prepared(args)), *asked)
-        found["original"][args.use] = teachers_own(*asked)
+    name = Path(args.tokenizer).name
+    if not args.curve and name not in found["before"]:
+        asked = (args.run / "targets", ["validation", "test"], args.documents)
+        found["before"][name] = documents(student.load(prepared(args)), *asked)
+        found["original"] = teachers_own(*asked)
         save(args.out, found)
     for seed in args.seeds:
         for rate in args.rates:
             for arm in args.arms:
-                run = (Path(args.tokenizer).name, arm, seed, rate, args.use)
-                if any((r["tokenizer"], r["arm"], r["seed"], r["rate"], r["use"]) == run for r in found["runs"]):
+                if any(
+                    (r["tokenizer"], r["arm"], r["seed"], r["rate"]) == (name, arm, seed, rate) for r in found["runs"]
+                ):
                     continue
                 try:
                     record = run_arm(args, arm, seed, rate)
                 except Interrupted:
                     print("stopped by --budget; the same command goes on", flush=True)
                     return
-                print(arm, seed, rate, f"{bits_per_byte(record['documents']):.4f}", record["step_seconds"], flush=True)
+                print(arm, seed, rate, record["step_seconds"], flush=True)
                 found = results(args.out)
                 found["runs"].append(record)
                 save(args.out, found)
-    report(args.out)
+    if not args.curve:
+        report(args.out)
 
 
 if __name__ == "__main__":

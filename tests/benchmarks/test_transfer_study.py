@@ -98,7 +98,7 @@ def test_intervals_are_of_paired_differences():
             for seed in range(3)
         ]  # fmt: skip
 
-    mean, half, low, high = transfer_gain.paired(runs(lambda seed: -5 + seed), runs(lambda seed: 0), "prose")
+    mean, half, low, high = transfer_gain.paired(runs(lambda seed: -5 + seed), runs(lambda seed: 0), "test", "prose")
     assert mean == pytest.approx(-0.04)
     assert half == pytest.approx(4.30 * 0.01 / np.sqrt(3), rel=1e-3)
     assert low == pytest.approx(-0.04) and high == pytest.approx(-0.04)  # documents agree

@@ -93,8 +93,7 @@ class Choices(NamedTuple):
 class _Walk(NamedTuple):
     """Where the trie leads from the start of the token before.
 
-    node int64: -1 once it leads nowhere. doubt float32: once it does, how far from certain it is that the token before
-    ended where it did, from 0 to 1/2.
+    node int64: -1 once it leads nowhere. doubt float32: since then `Segmentation.doubt` of where that token ended.
     """
 
     node: Tensor
@@ -178,8 +177,8 @@ class Marginal(nn.Module):
             passed[slots], doubted[slots] = at, doubt[mine]
             node = at.clamp_min(0)
             child = torch.where(at >= 0, self.tables.child_of(node, micro.slot_symbol[slots]), -1)
-            share = self.segmentation.ended(node, child, torch.where(at >= 0, length[mine], 0))
-            doubt[mine] = torch.where((at >= 0) & (child < 0), torch.minimum(share, 1 - share), doubt[mine])
+            leaving = self.segmentation.doubt(node, micro.slot_symbol[slots], torch.where(at >= 0, length[mine], 0))
+            doubt[mine] = torch.where((at >= 0) & (child < 0), leaving, doubt[mine])
             walk[mine] = child
         return _Walk(passed, doubted), _Walk(walk, doubt)
 

@@ -54,7 +54,7 @@ class Places(NamedTuple):
     node, depth int64 [S]: the trie node, and bytes from the root to it. passed int64 [S]: where the trie leads from the
     start of the token before along its bytes and this one's so far, -1 where it leads nowhere; length int64 [S]: bytes
     of the token before. following int64 [S]: the text's next symbol. stopped bool [S]: the token ends here. doubt float
-    [S]: where `passed` is -1, the smaller of the shares in which the token before ended where it did, and did not.
+    [S]: where `passed` is -1, `Segmentation.doubt` of where the token before ended.
     """
 
     node: Tensor

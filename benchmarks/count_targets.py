@@ -1,4 +1,4 @@
-"""Targets without outside knowledge: of a byte n-gram counted on the training text itself, or of nobody.
+"""Targets for controls: of a byte n-gram counted on the training text itself, of nobody, or of a part of the text.
 
 A student that gains as much from counts as from a teacher has learned nothing that only the teacher knew. The counts
 are interpolated by Witten and Bell's rule (IEEE Trans. Inf. Theory 37(4), 1991); every training position is predicted
@@ -6,7 +6,7 @@ without its own occurrence (leave-one-out), for with it the row would name the a
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,22 @@ def write_silent(targets: Path, more: dict[str, bytes], out: Path) -> None:
     _write(out, "none", rows, texts)
 
 
+def write_part(targets: Path, out: Path, wanted: Callable[[str], bool]) -> None:
+    """The data set `out`: the training documents of `targets` whose id is wanted, as they are, and all held-out ones."""
+    dataset = read_dataset(targets)
+    rows: dict[str, dict[str, np.ndarray]] = {"train": {}, "heldout": {}}
+    for entry in dataset.entries:
+        shard = load_shard(dataset, entry)
+        triples = shard.triples(0, len(shard))
+        known = np.zeros((len(shard), SYMBOLS), np.float32)
+        known[triples.row, triples.symbol] = triples.prob
+        for number, name in enumerate(shard.doc_id):
+            if entry.split != "train" or wanted(name):
+                rows[entry.split][name] = known[int(shard.doc_start[number]) : int(shard.doc_start[number + 1])]
+    texts = {split: {n: t for n, t in documents_of(targets, split) if n in rows[split]} for split in rows}
+    _write(out, "the same, of fewer documents", rows, texts)
+
+
 def _write(out: Path, teacher: str, rows: dict[str, dict[str, np.ndarray]], texts: dict[str, dict[str, bytes]]) -> None:
     out.mkdir(parents=True)
     info: dict[str, Any] = {"teacher": {"degraded": teacher}}
@@ -98,7 +114,7 @@ def _write(out: Path, teacher: str, rows: dict[str, dict[str, np.ndarray]], text
         builder = ShardBuilder(precision="precise")
         for name, text in documents.items():
             known = rows[split][name]
-            tail = (known.sum(1) == 0).astype(np.float32)
+            tail = (1 - known.sum(1)).clip(0, 1)
             builder.append(np.frombuffer(text, np.uint8), known, tail)
             builder.end_document(name)
         path = out / f"{split}-00000-{'0' * 12}.zarr.zip"

@@ -15,6 +15,7 @@ so processor seconds). Beside the arms with the teacher:
     ce-seconds   cross-entropy for as many steps more as the teacher's term costs in processor time
     ce-raw       cross-entropy on further text of the same sources, for the time that the teacher's reading took
     ngram        the same objective, taught by counts of the training text (`count_targets.py`)
+    ...-few      a quarter of the text, read four times
 
 Retention is (arm - before) / (original - before) in bits/byte. Intervals: Student's t over paired seeds, and a
 bootstrap over documents of the mean over seeds, both 95 %. A study that is stopped continues.
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.count_targets import write_counts, write_silent
+from benchmarks.count_targets import write_counts, write_part, write_silent
 from benchmarks.degraded_targets import degrade
 from benchmarks.student_gain import ARMS as OBJECTIVES
 from benchmarks.student_gain import MARGINAL, T_95
@@ -55,8 +56,12 @@ ARMS: dict[str, Arm] = {
     **{name: (*OBJECTIVES[name], 1.0) for name in OBJECTIVES},
     "ce-seconds": (*OBJECTIVES["ce"][:1], "cross-entropy, equal seconds", OBJECTIVES["ce"][2], 1.1),
     "ce-raw": ("raw", "cross-entropy, the teacher's time spent on more text", OBJECTIVES["ce"][2], 2.0),
+    "ce-few": ("few", "cross-entropy, a quarter of the text four times", OBJECTIVES["ce"][2], 1.0),
+    "marginal-few": ("few", "marginal, a quarter of the text four times", MARGINAL, 1.0),
     "ngram": ("counts", "marginal, taught by a byte 6-gram of the training text", MARGINAL, 1.0),
 }
+FEW = 4
+"""Training documents of each kind that are a quarter of the text."""
 SAMPLES = 2000
 """Of the bootstrap."""
 
@@ -119,6 +124,8 @@ def targets_of(args: argparse.Namespace, kind: str) -> Path:
     if not out.exists():
         if kind == "counts":
             write_counts(exact, out)
+        elif kind == "few":
+            write_part(exact, out, lambda name: wanted(name, ["train"], FEW))
         elif kind == "raw":
             lines = map(json.loads, args.raw.read_text(encoding="utf-8").splitlines())
             write_silent(exact, {line["id"]: line["text"].encode() for line in lines}, out)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import transfer_gain, transfer_texts
-from benchmarks.count_targets import Counts, write_counts, write_silent
+from benchmarks.count_targets import Counts, write_counts, write_part, write_silent
 from bytecache.schemas.arrays import END
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.stages.targets.source import load_shard
@@ -36,13 +36,15 @@ def test_count_targets_are_a_data_set_of_the_same_documents(tmp_path):
     write_counts(exact, tmp_path / "counts")
     write_silent(exact, {"more": b"further text"}, tmp_path / "silent")
     names = {}
-    for place in (exact, tmp_path / "counts", tmp_path / "silent"):
+    write_part(exact, tmp_path / "part", lambda name: name.endswith("1"))
+    for place in (exact, *(tmp_path / name for name in ("counts", "silent", "part"))):
         dataset = read_dataset(place)
         names[place.name] = {
             split: [name for entry in dataset.split(split) for name in load_shard(dataset, entry).doc_id]
             for split in ("train", "heldout")
         }
     assert names["counts"] == names["exact"]
+    assert names["part"] == {**names["exact"], "train": ["train-1", "train-11"]}
     assert names["silent"] == {**names["exact"], "train": [*names["exact"]["train"], "more"]}
 
 

@@ -91,7 +91,7 @@ def write_silent(targets: Path, more: dict[str, bytes], out: Path) -> None:
 
 
 def write_part(targets: Path, out: Path, wanted: Callable[[str], bool]) -> None:
-    """The data set `out`: the training documents of `targets` whose id is wanted, as they are, and all held-out ones."""
+    """The data set `out`: training documents of `targets` whose id is wanted, as they are, and all held-out ones."""
     dataset = read_dataset(targets)
     rows: dict[str, dict[str, np.ndarray]] = {"train": {}, "heldout": {}}
     for entry in dataset.entries:

@@ -12,7 +12,7 @@ from tests.support.tiny_worlds import make_world
 @pytest.fixture(scope="module")
 def counted():
     """Cuts of a BPE that splits text into words at spaces."""
-    world = make_world(2, "abcd ", 30, n=20_000)
+    world = make_world(2, "abcd ", 150, n=10_000)
     term = MarginalTerm(world.vocabulary, world.vocabulary.size, Divergence())
     term.observe(world.train)
     return term.tables, term.marginal.segmentation

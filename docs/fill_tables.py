@@ -116,8 +116,9 @@ def genlm() -> str:
 
 
 def transfer() -> str:
-    """The tables that the benchmark writes."""
-    return (RESULTS / "transfer_gain.md").read_text(encoding="utf-8").strip()
+    """The table of the test text that the benchmark writes."""
+    text = (RESULTS / "transfer_gain.md").read_text(encoding="utf-8")
+    return text.partition(", test\n\n")[2].partition("\n\n")[0].strip()
 
 
 def transfer_short() -> str:
@@ -133,14 +134,14 @@ def transfer_short() -> str:
             cells.append(f"{sum(run[name]['bits'] for run in runs for name in names) / size:.3f}")
         return [title, *cells]
 
-    arms = {"ce": "cross-entropy alone", "marginal": "with the cache"}
     rows = [row("before training", list(found["before"].values()))]
+    arms = {"ce": "cross-entropy alone", "marginal": "and the cache", "marginal-only": "the cache alone"}
     for arm, title in arms.items():
-        rows.append(row(title, [run["documents"] for run in found["runs"] if run["arm"] == arm]))
-    return table(
-        "| ".join(["bits/byte ", *(f">{kind} " for kind in kinds)]).strip(),
-        [*rows, row("the original", [found["original"]])],
-    )
+        runs = [run["documents"] for run in found["runs"] if run["arm"] == arm]
+        if runs:
+            rows.append(row(f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})", runs))
+    rows.append(row("the original", [found["original"]]))
+    return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), rows)
 
 
 def objective_cost() -> str:

@@ -79,7 +79,8 @@ def estimate(
             report = {"text_bytes": planned.n_bytes, "units": len(planned.sizes), "variants": module.as_json(found)}
             say(json.dumps(report | ({"chosen": chosen, "meaning": meaning} if best else {}), indent=2))
         else:
-            say(module.table(found, planned.n_bytes, max(price, core_price, gb_price) > 0))
+            dollars = max(price, core_price, gb_price) > 0
+            say(module.table(found, planned.n_bytes, dollars, context.settings.teacher.keep))
             if best:
                 say(f"\nwithin the budget: {chosen}\n({meaning})")
 

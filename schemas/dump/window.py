@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numba import njit
 
-from bytecache.schemas.dump.masses import LEAST_BITS
-
 NEVER = -149 * math.log(2)
 """Nats that sums of log-probabilities count for a probability of zero: the smallest float32 above it."""
 
@@ -38,7 +36,7 @@ class Window:
     row_static: np.ndarray
     """uint8 [R]; 1 where the row is p(. | row_token) in short contexts of its own instead of p(. | history)."""
     log_norm: np.ndarray
-    """float32 [R]; log of the sum of exp(logits), nats."""
+    """float32 [R]; log of the sum of exp(logits), nats; NaN of a window that a dump of version 3 held."""
     end: np.ndarray
     """float32 [R]; mass of END."""
     control: np.ndarray
@@ -134,7 +132,8 @@ def _adds_up(
     return levels == len(fanout) and stops == len(stop_depth) and entries == n_entries
 
 
-_MOST_BITS = np.float32(1.0 + 2.0**-LEAST_BITS).view(np.uint32)
+_MOST_BITS = np.float32(1.0 + 2.0**-5).view(np.uint32)
+"""Five bits of mantissa are the fewest that version 2 keeps."""
 
 
 def _are_masses(values: np.ndarray) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.window import NEVER, Window
 from bytecache.stages.lattice.effort import least_share
 from bytecache.stages.lattice.forward import Rows, Sums, Tables, forward, tables
@@ -204,7 +205,7 @@ class Lattice:
         """
         w = self.window
         row, _ = self._stops
-        peak = self._sums.peak.copy()
+        peak = self.peaks()
         np.maximum.at(peak, row, self._sums.share)
         heavy = peak > least_share(tau, depth, w.row_depth.astype(np.int64))
         grown = np.flatnonzero((w.row_static == 1) & heavy)
@@ -214,6 +215,22 @@ class Lattice:
             parent = w.row_parent[grown]
             grown = np.unique(parent[w.row_static[parent] == 1])
         return np.flatnonzero(wanted)
+
+    def peaks(self) -> np.ndarray:
+        """The largest share of P(text so far) that each row holds along the text, float64 [R]."""
+        peaks: np.ndarray = np.maximum.reduceat(self._sums.held, self._lies.level_offset[:-1])
+        return peaks
+
+    def weights(self) -> Weights:
+        """What the window's levels and stops hold of P(text so far); 0 where no target of this window is read."""
+        w, lies = self.window, self._lies
+        row, _ = self._stops
+        level = self._sums.held.copy()
+        np.add.at(level, lies.level_offset[row] + w.stop_depth, self._sums.share)
+        owner = np.repeat(np.arange(len(w.row_start)), w.n_levels)
+        at = w.row_start[owner] + np.arange(len(level)) - lies.level_offset[owner]
+        level[(at < w.score_start) | ((at == len(w.text)) & (not w.is_last))] = 0.0
+        return Weights(np.minimum(level, 1.0), self._sums.share)
 
     @cached_property
     def _stops(self) -> tuple[np.ndarray, np.ndarray]:
@@ -248,5 +265,6 @@ def _room_for(w: Window, m: int) -> Sums:
     return Sums(
         n_symbols=np.zeros(m, np.int64), symbol=np.empty(room, np.int16), prob=np.empty(room, np.float32),
         tail=np.zeros(m, np.float32), unaccounted=np.zeros(m, np.float32), ratio=np.zeros(n + 1),
-        share=np.zeros(len(w.stop_mass)), peak=np.zeros(rows), purity=np.zeros(rows), evaluated=np.zeros(n + 1),
+        share=np.zeros(len(w.stop_mass)), held=np.zeros(len(w.fanout)), purity=np.zeros(rows),
+        evaluated=np.zeros(n + 1),
     )  # fmt: skip

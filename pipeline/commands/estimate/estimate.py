@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from bytecache.pipeline.commands.convert import shard_groups
 from bytecache.pipeline.commands.estimate.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
 from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_total
+from bytecache.pipeline.commands.estimate.traffic import Amounts, both_modes, traffic_lines
+from bytecache.pipeline.commands.groups import shard_groups
 from bytecache.pipeline.commands.teacher import teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
@@ -104,7 +105,7 @@ def estimate(
         for number, teacher in enumerate(teacher_presets):
             settings = context.settings.model_copy(update={"teacher": with_preset(context.settings.teacher, teacher)})
             mine = replace(context, settings=settings)
-            if settings.teacher != context.settings.teacher:
+            if settings.teacher != context.settings.teacher or settings.teacher.keep == "targets":
                 mine.store = _copy_slices(context, planned, Path(scratch) / f"run-{number}", count)
             pilot = run_pilot(mine, planned, count)
             dumps = dump_sizes(pilot.files, candidates(settings, budget))
@@ -202,10 +203,18 @@ def with_dumps(
     by_top_k = {}
     for k, parts in sizes.items():
         dump = ratio_total(pilot.sizes, parts, [float(size) for size in planned.sizes])
-        kept = work.shard_bytes if settings.convert.delete_dump else work.shard_bytes.plus(dump)
+        gone = settings.convert.delete_dump or settings.teacher.keep == "targets"
+        kept = work.shard_bytes if gone else work.shard_bytes.plus(dump)
         by_top_k[k] = Kept(dump, kept, work.dollars.plus(kept.times(gb_price / 1e9)))
     configured = by_top_k[settings.teacher.top_k]
-    return replace(work, dump_bytes=configured.dump_bytes, dollars=configured.dollars, by_top_k=by_top_k)
+    amounts = Amounts(
+        planned.n_bytes, len(planned.sizes), len(shard_groups(planned, settings.convert.shard_bytes)),
+        work.teacher_hours.value + work.convert_hours.value, settings.fleet.heartbeat_s,
+    )  # fmt: skip
+    return replace(
+        work, dump_bytes=configured.dump_bytes, dollars=configured.dollars, by_top_k=by_top_k,
+        traffic=both_modes(amounts, configured.dump_bytes, work.shard_bytes),
+    )  # fmt: skip
 
 
 def _bounds(found: Predicted) -> tuple[float, float, float]:
@@ -242,8 +251,8 @@ def as_json(found: Sequence[Variant]) -> list[dict[str, Any]]:
     return [clean(asdict(one)) for one in found]
 
 
-def table(found: Sequence[Variant], planned_bytes: int, dollars: bool) -> str:
-    """For a person: one row per variant, "value (low to high)"."""
+def table(found: Sequence[Variant], planned_bytes: int, dollars: bool, keep: str = "dump") -> str:
+    """For a person: one row per variant, "value (low to high)"; then what the last asks of a store in either mode."""
     head = ["teacher", "convert", "tokens", "rows per token", "teacher hours", "dump", "shards", "bytes per text byte"]
     lines = [f"{human_bytes(planned_bytes)} of text; predicted totals with 90 % intervals", ""]
     lines += ["| " + " | ".join([*head, *(["dollars"] if dollars else [])]) + " |"]
@@ -255,7 +264,7 @@ def table(found: Sequence[Variant], planned_bytes: int, dollars: bool) -> str:
         cells += [_cell(one.shard_bytes, human_bytes), _cell(one.shard_ratio, "{:.2f}".format)]
         cells += [_cell(one.dollars, "{:.2f}".format)] if dollars else []
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *traffic_lines(found[-1].traffic, planned_bytes, keep)]).rstrip()
 
 
 def _cell(found: Predicted, show: Callable[[float], str]) -> str:

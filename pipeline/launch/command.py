@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from bytecache.pipeline.config import secrets_of, sections
+from bytecache.pipeline.config_text import secrets_of, sections
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.secrets import Secret
 from bytecache.schemas.settings import Settings

@@ -7,21 +7,18 @@ rebuild a `tokenizer.json` from their own defaults, and from Mistral's SentenceP
 every text we tried into other tokens.
 """
 
-import ast
-import base64
 import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from bytecache.schemas.errors import InputError
-from bytecache.stages.tokens.byte_trie import build_trie, sort_tokens
-from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder, SentencePieceEncoder
+from bytecache.stages.tokens.description import TokenizerFiles, read_json
+from bytecache.stages.tokens.encoders import Encoder, HfEncoder, SentencePieceEncoder
 from bytecache.stages.tokens.guard import is_panic
+from bytecache.stages.tokens.rank_files import RANK_LINE, read_ranks, read_rwkv, read_tekken
 from bytecache.stages.tokens.token_bytes import (
     Json,
     TokenTable,
@@ -32,63 +29,7 @@ from bytecache.stages.tokens.token_bytes import (
 )
 
 _FILES = ["*.json", "*.model", "*.tiktoken", "rwkv_vocab*.txt", "*.jinja"]
-_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
-
-# How rank files cut text before merging; the files themselves do not say (facts of the published encodings).
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    r"[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-)
-_SPACES = (r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
-# tiktoken keeps white space at the end of a text together, whatever new lines are in it.
-_CL100K = "|".join((*_WORDS, r"\s+$", *_SPACES))
-_QWEN = "|".join((*_WORDS, *_SPACES)).replace(r"\p{N}{1,3}", r"\p{N}")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_O200K = "|".join(
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        *_SPACES,
-    )
-)
-_QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
-_RANK_FILES: dict[str, tuple[str, dict[str, int]]] = {
-    "cl100k_base": (
-        _CL100K,
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
-    ),
-    "o200k_base": (_O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
-    "qwen": (_QWEN, {text: 151643 + i for i, text in enumerate(_QWEN_SPECIAL)}),
-}
-
-
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """A tokenizer as its files describe it, and what the model beside it says about start, end and size."""
-
-    where: str
-    table: TokenTable
-    make_encoder: Callable[[list[bytes | None]], Encoder]
-    """Builds the encoder once the final table (None = unreachable from text) is known."""
-    bos: int | None = None
-    """The tokenizer's own start token."""
-    eos: int | None = None
-    config: Json = field(default_factory=dict)
-    """config.json, with the text model's settings on top where the model has several."""
-    generation: Json = field(default_factory=dict)
-    """generation_config.json."""
 
 
 def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: bool = False) -> TokenizerFiles:
@@ -96,9 +37,9 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
     path = _resolve(model, revision)
     folder, only = (path, None) if path.is_dir() else (path.parent, path)
     where = str(model)
-    generation = _read_json(folder / "generation_config.json")
+    generation = read_json(folder / "generation_config.json")
     try:
-        config = _text_settings(_read_json(folder / "config.json"))
+        config = _text_settings(read_json(folder / "config.json"))
         for key in ("bos_token_id", "eos_token_id"):
             as_ids(config.get(key)), as_ids(generation.get(key))
         if not isinstance(config.get("vocab_size") or 0, int):
@@ -107,22 +48,22 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
         raise InputError(
             f"{where}: config.json or generation_config.json holds no token ids ({error}); fetch them again"
         ) from error
-    tokenizer_config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    tokenizer_config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     files = [only] if only else sorted(file for file in folder.iterdir() if file.is_file())
     for pattern, reader in (
         ("tokenizer.json", _read_hf),
-        ("tekken*.json", _read_tekken),
-        ("*.tiktoken", _read_ranks),
-        ("rwkv_vocab*.txt", _read_rwkv),
+        ("tekken*.json", read_tekken),
+        ("*.tiktoken", read_ranks),
+        ("rwkv_vocab*.txt", read_rwkv),
         ("tokenizer.model", _read_model),
         ("*.model", _read_model),
         ("*.model.v*", _read_model),
     ):
         for file in files:
             if file.match(pattern):
-                return _with_config(reader(file, where, tokenizer_config), config, generation)
+                return replace(reader(file, where, tokenizer_config), config=config, generation=generation)
     backend = _convert_slow(folder, where, trust_remote_code)
-    return _with_config(_from_backend(backend, where, tokenizer_config), config, generation)
+    return replace(_from_backend(backend, where, tokenizer_config), config=config, generation=generation)
 
 
 def _text_settings(config: Json) -> Json:
@@ -140,10 +81,6 @@ def as_ids(value: Any) -> list[int]:
     if isinstance(value, bool) or value is None:
         return []
     return [int(i) for i in value] if isinstance(value, list) else [int(value)]
-
-
-def _with_config(found: TokenizerFiles, config: Json, generation: Json) -> TokenizerFiles:
-    return TokenizerFiles(found.where, found.table, found.make_encoder, found.bos, found.eos, config, generation)
 
 
 def _resolve(model: str | Path, revision: str) -> Path:
@@ -167,18 +104,6 @@ def _resolve(model: str | Path, revision: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> Json:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not an object; fetch the file again")
-    return content
-
-
 def _read_hf(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
     try:
         backend = Tokenizer.from_file(str(file))
@@ -198,7 +123,7 @@ def _refuse_other_ids(file: Path, backend: Tokenizer, where: str) -> None:
     room_for(backend.get_vocab(True).values(), where)
     if backend.get_vocab_size(with_added_tokens=False) != len(set(backend.get_vocab(False).values())):
         refuse_twins(backend.get_vocab(False), where)
-    added = _read_json(file).get("added_tokens") or []
+    added = read_json(file).get("added_tokens") or []
     stated = {str(entry.get("content")): entry.get("id") for entry in added if isinstance(entry, dict)}
     room_for([i for i in stated.values() if isinstance(i, int)], where)
     for content, i in stated.items():
@@ -261,15 +186,15 @@ def _add_declared(table: TokenTable, tokenizer_config: Json, where: str) -> None
 def _read_model(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
     """A SentencePiece model; some checkpoints give that name to a file of ranks."""
     content = file.read_bytes()
-    if _RANK_LINE.match(content):
-        return _read_ranks(file, where, tokenizer_config)
+    if RANK_LINE.match(content):
+        return read_ranks(file, where, tokenizer_config)
     try:
         encoder = SentencePieceEncoder(content)
     except InputError as error:
         raise InputError(f"{file}: {error}; fetch the file again, or put a tokenizer.json beside it") from error
     processor = encoder.processor
     table = table_from_sentencepiece(processor, where)
-    for text, i in _read_json(file.parent / "added_tokens.json").items():
+    for text, i in read_json(file.parent / "added_tokens.json").items():
         _declare(table, str(text), int(i), special=True)
     for key, entry in (tokenizer_config.get("added_tokens_decoder") or {}).items():
         special = not isinstance(entry, dict) or bool(entry.get("special", True))
@@ -293,95 +218,6 @@ def _declare(table: TokenTable, text: str, i: int, *, special: bool) -> None:
     table.token_bytes.extend([None] * (room_for([i], "the model") - len(table.token_bytes)))
     table.token_bytes[i] = None if special else text.encode()
     table.names[text] = i
-
-
-def _read_ranks(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
-    known = _RANK_FILES.get(file.stem)
-    if known is None:
-        raise InputError(
-            f"{file}: a rank file does not say how text is cut and this one is not known "
-            f"({', '.join(sorted(_RANK_FILES))} are); put the model's tokenizer.json beside it"
-        )
-    pattern, special = known
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        if line.strip():
-            try:
-                encoded, number_text = line.split()
-                ranks[base64.b64decode(encoded, validate=True)] = int(number_text)
-            except ValueError as error:
-                raise InputError(f"{file} line {number} is no `base64 rank` pair ({error}); fetch it again") from error
-    table: list[bytes | None] = [None] * room_for([*ranks.values(), *special.values()], where)
-    refuse_twins({repr(data): rank for data, rank in ranks.items()}, where, "ranks")
-    for data, rank in ranks.items():
-        table[rank] = data
-    return TokenizerFiles(
-        where,
-        TokenTable("tiktoken", table, dict(special), frozenset()),
-        lambda _: RankEncoder(ranks, pattern),
-        eos=special["<|endoftext|>"],
-    )
-
-
-def _read_tekken(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
-    content = _read_json(file)
-    try:
-        config = content["config"]
-        n_special, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
-        # The file lists more entries than the model has rows; only the first ones are live.
-        live = content["vocab"][: size - n_special]
-        ranks = {base64.b64decode(entry["token_bytes"]): int(entry["rank"]) for entry in live}
-        pattern = config["pattern"]
-        listed = content.get("special_tokens") or []
-        special = {entry["token_str"]: int(entry["rank"]) for entry in listed}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file} is no Tekken vocabulary ({error!r}); fetch the file again") from error
-    # Files from before the list existed all begin like this.
-    special = special or {"<unk>": 0, "<s>": 1, "</s>": 2}
-    room_for([size - 1], where)
-    highest = 1 + max([*special.values(), *(rank + n_special for rank in ranks.values())], default=-1)
-    if not 0 <= n_special <= size or highest > size:
-        raise InputError(
-            f"{file} is no Tekken vocabulary (ids up to {highest - 1}, {n_special} of them special, in {size}); "
-            "fetch the file again"
-        )
-    refuse_twins({repr(data): rank for data, rank in ranks.items()}, where, "ranks")
-    table: list[bytes | None] = [None] * size
-    for data, rank in ranks.items():
-        table[rank + n_special] = data
-    return TokenizerFiles(
-        where,
-        TokenTable("tekken", table, special, frozenset({special["<unk>"]} if "<unk>" in special else ())),
-        lambda _: RankEncoder(ranks, pattern, offset=n_special),
-        bos=special.get("<s>"),
-        eos=special.get("</s>"),
-    )
-
-
-def _read_rwkv(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
-    pieces: dict[int, bytes] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        # `id literal length`; the literal may itself hold spaces.
-        try:
-            head, rest = line.split(" ", 1)
-            literal, length = rest.rsplit(" ", 1)
-            value = ast.literal_eval(literal)
-            data = value.encode() if isinstance(value, str) else bytes(value)
-            if len(data) != int(length):
-                raise ValueError(f"{len(data)} bytes, not {length}")
-            pieces[int(head)] = data
-        except (ValueError, SyntaxError) as error:
-            raise InputError(f"{file} line {number} is no `id literal length` row ({error}); fetch it again") from error
-    table: list[bytes | None] = [pieces.get(i) for i in range(room_for(pieces, where) or 1)]
-
-    def make_encoder(final: list[bytes | None]) -> Encoder:
-        order = sort_tokens(final)
-        return GreedyEncoder(build_trie(final, order), order)
-
-    # Id 0 is in no file: it both starts and ends documents.
-    return TokenizerFiles(
-        where, TokenTable("rwkv", table, {"<|endoftext|>": 0}, frozenset()), make_encoder, bos=0, eos=0
-    )
 
 
 def _convert_slow(folder: Path, where: str, trust_remote_code: bool) -> Tokenizer:

@@ -46,6 +46,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Dollars an hour of the teacher's machine, and of a core that converts; `workers` pay for their engine's start."""
+
+    price: float = 0.0
+    core_price: float = 0.0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
 class Kept:
     """What one k comes to, for the whole corpus: the dump; dump and shards as far as they are kept; dollars in all."""
 

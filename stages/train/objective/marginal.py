@@ -29,8 +29,9 @@ from torch.nn import functional
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches.stream import ShardReader
 from bytecache.stages.train.batches.types import MicroBatch, SlotTargets
+from bytecache.stages.train.objective.choices import compiled, node_log_probs
 from bytecache.stages.train.objective.loss import Divergence, LossParts, byte_terms, diverge
-from bytecache.stages.train.objective.node_sums import NodeTables, compiled, node_log_probs, node_logits
+from bytecache.stages.train.objective.node_sums import NodeTables, node_logits
 from bytecache.stages.train.objective.projection import TRUST, Places, project
 from bytecache.stages.train.objective.segmentation import Segmentation
 from bytecache.stages.train.objective.symbols import STOP

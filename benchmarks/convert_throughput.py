@@ -34,11 +34,11 @@ from bytecache.schemas.dump.window import Window
 from bytecache.stages.convert.convert import convert_units
 
 STAGES = {
-    "read": ("token_dump.py", ("read_windows", "read_meta")),
+    "read": ("parquet.py", ("read_windows", "read_meta")),
     "lattice": ("lattice.py", ("__init__",)),
-    "gather": ("shard_builder.py", ("_append",)),
-    "flush": ("shard_builder.py", ("_flush",)),
-    "learn": ("shard_builder.py", ("_learn",)),
+    "gather": ("builder.py", ("_append",)),
+    "flush": ("builder.py", ("_flush",)),
+    "learn": ("builder.py", ("_learn",)),
     "write": ("zarr_zip.py", ("write_zarr_zip",)),
 }
 """Functions whose time, with all that they call, is a stage's; _flush runs in _append and in write, _learn in it."""

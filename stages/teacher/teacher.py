@@ -68,8 +68,8 @@ class Teacher:
         self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
         self._identity = identity
         named = ("weights", "vocabulary", "static_contexts", "versions", "dtype", "device", "head_dtype")
-        kept = {name: identity.get(name) for name in named} | {"backend": settings.backend}
-        name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+        deciding = {name: identity.get(name) for name in named} | {"backend": settings.backend}
+        name = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:32]
         self._static_folder = cache_folder() / "static" / name
         engine.load_static(self._static_folder)
 
@@ -115,17 +115,17 @@ class Teacher:
     def _evaluate_outgrown(self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> int:
         """Replace static rows that came to carry more than `tau` by the rows of their histories; returns how many."""
         s = self.settings
-        found = [Lattice(window).outgrown(tau=s.tau, depth=s.depth) for window in windows]
-        some = [number for number, rows in enumerate(found) if len(rows)]
+        outgrown = [Lattice(window).outgrown(tau=s.tau, depth=s.depth) for window in windows]
+        some = [number for number, rows in enumerate(outgrown) if len(rows)]
         jobs = []
         for number in some:
-            window, row = windows[number], found[number]
+            window, row = windows[number], outgrown[number]
             ends = zip(window.row_parent[row], window.row_token[row], window.row_start[row], strict=True)
             jobs.append((plans[number].prompt, [_branch(plans[number], window, *end) for end in ends]))
         for number, rows in zip(some, self.engine.score_branches(jobs), strict=True):
-            windows[number] = replace_static(windows[number], found[number], rows)
+            windows[number] = replace_static(windows[number], outgrown[number], rows)
             _check_stop(stop)
-        return sum(map(len, found))
+        return sum(map(len, outgrown))
 
     def _canonical(self, plans: list[WindowPlan], stop: Callable[[], bool]) -> list[Window]:
         windows = []
@@ -171,10 +171,10 @@ class Teacher:
         place = np.where(static, -1, np.cumsum(~static) - 1)
         while (place < 0).any():
             row = np.flatnonzero((place < 0) & (place[known.row_parent] >= 0))
-            found = deviations_of(known, row)._replace(row=place[known.row_parent[row]].astype(np.int32))
+            deviations = deviations_of(known, row)._replace(row=place[known.row_parent[row]].astype(np.int32))
             place[row] = len(window.row_start) + np.arange(len(row))
-            (rows,) = self.engine.score_static([_static_job(known, found)])
-            extend(window, found, rows, static=True)
+            (rows,) = self.engine.score_static([_static_job(known, deviations)])
+            extend(window, deviations, rows, static=True)
         window.row_sampled = ((np.arange(len(window.row_depth)) < asked) | (window.row_static == 1)).astype(np.uint8)
         window.reference, window.doc_position = True, len(encoded.context) + stretch.first
         return window
@@ -196,13 +196,13 @@ class Teacher:
 
     def add_static(self, windows: list[Window], stop: Callable[[], bool]) -> int:
         """Give static rows to positions where histories end and no row does; returns how many."""
-        found = [(window, Lattice(window).homeless(share=self.settings.static)) for window in windows]
-        found = [(window, homeless) for window, homeless in found if len(homeless.row)]
-        jobs = [_static_job(window, homeless) for window, homeless in found]
-        for (window, homeless), rows in zip(found, self.engine.score_static(jobs), strict=True):
+        unhoused = [(window, Lattice(window).homeless(share=self.settings.static)) for window in windows]
+        unhoused = [(window, homeless) for window, homeless in unhoused if len(homeless.row)]
+        jobs = [_static_job(window, homeless) for window, homeless in unhoused]
+        for (window, homeless), rows in zip(unhoused, self.engine.score_static(jobs), strict=True):
             extend(window, homeless, rows, static=True)
             _check_stop(stop)
-        return sum(len(homeless.row) for _, homeless in found)
+        return sum(len(homeless.row) for _, homeless in unhoused)
 
     def dump_unit(
         self,

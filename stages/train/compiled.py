@@ -42,8 +42,8 @@ def compile_trunk(opened: Student) -> bool:
 
 
 def _try(trunk: nn.Module, ids: torch.Tensor) -> None:
-    kept = {name: parameter.grad for name, parameter in trunk.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in trunk.named_parameters()}
     states = trunk(input_ids=ids, use_cache=False).last_hidden_state
     states.sum().backward()
     for name, parameter in trunk.named_parameters():
-        parameter.grad = kept[name]
+        parameter.grad = gradients[name]

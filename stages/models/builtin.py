@@ -27,7 +27,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bytecache.schemas.errors import InputError, StorageError
+from bytecache.schemas.errors import InputError, StorageError, install
 from bytecache.schemas.files import file_sha256, flush_to_disk
 
 MARKER = "bytecache-builtin.json"
@@ -135,7 +135,7 @@ def _convert(recipe: _Recipe, parts: list[Path], folder: Path) -> None:
 
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"reading {recipe.gguf} needs the package {package}; install bytecache[default-models]")
+            raise InputError(f"reading {recipe.gguf} needs the package {package}; {install('default-models')}")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

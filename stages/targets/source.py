@@ -29,7 +29,7 @@ from bytecache.schemas.dataset.index import (
     read_dataset,
 )
 from bytecache.schemas.dataset.verification import contradictions
-from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
+from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError, install
 from bytecache.schemas.files import (
     NotAFileError,
     cache_folder,
@@ -116,7 +116,7 @@ def _permanent(url: str, error: Exception) -> BytecacheError | None:
     if isinstance(error, BytecacheError):
         return error if place in str(error) else type(error)(f"{place}: {error}")
     if isinstance(error, ImportError):
-        return ConfigError(f"{place}: {error}; pip install 'bytecache[remote]' or the package it names")
+        return ConfigError(f"{place}: {error}; {install('remote')}, or the package it names")
     if isinstance(error, PermissionError):
         return StorageError(f"{place}: access refused ({masked(str(error))}); check your credentials for it")
     # Some file systems call a dead line a missing file too, and name the cause.

@@ -36,6 +36,7 @@ from bytecache.stages.models.fitness import refuse_unfit_student
 from bytecache.stages.models.locate import locate
 from bytecache.stages.models.ordinary import make_ordinary
 from bytecache.stages.models.weights import refuse_missing
+from bytecache.stages.student.logits import logits_of
 from bytecache.stages.student.new_tokenizer import byte_tokenizer, train_bpe, write_tokenizer
 from bytecache.stages.student.tokenizer_files import check_kept, keep, open_kept
 from bytecache.stages.student.transfer import transfer
@@ -96,7 +97,7 @@ def split_model(opened: Student) -> tuple[Callable[[Tensor, Tensor | None], Tens
     """(input_ids and position_ids to hidden states, hidden states to logits), so that logits can be made in pieces.
 
     Raises:
-        ConfigError: the model does more to its logits than its lm_head (soft-capping, scaling), checked on a few ids.
+        ConfigError: the model does more to its logits than `logits_of` knows, checked on a few ids.
     """
     model = opened.model
 
@@ -109,10 +110,7 @@ def split_model(opened: Student) -> tuple[Callable[[Tensor, Tensor | None], Tens
         ).last_hidden_state
         return states
 
-    def to_logits(hidden: Tensor) -> Tensor:
-        logits: Tensor = model.get_output_embeddings()(hidden)
-        return logits
-
+    to_logits = logits_of(model)
     training = model.training
     model.eval()
     with torch.no_grad():

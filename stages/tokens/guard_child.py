@@ -96,9 +96,10 @@ def _template(setup: dict[str, Any]) -> Work:
     def work(arguments: dict[str, Any]) -> tuple[Any, bytes]:
         rendered = []
         for messages, prompt in arguments["renderings"]:
+            tools = [tool for message in messages for tool in message.pop("tools", [])]
             (text,), _ = render_jinja_template(
-                conversations=[messages], chat_template=setup["template"], add_generation_prompt=prompt,
-                **{**setup["names"], "strftime_now": date.strftime},
+                conversations=[messages], tools=tools or None, chat_template=setup["template"],
+                add_generation_prompt=prompt, **{**setup["names"], "strftime_now": date.strftime},
             )  # fmt: skip
             rendered.append(str(text))
             if len(rendered[-1]) > arguments["longest"]:

@@ -5,7 +5,7 @@ Nodes are numbered breadth first, so the children of a node are neighbours, sort
 vocabulary: 262k tokens (0.6 M nodes) take 0.15 s after the sort, 1.1 s with it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -53,7 +53,7 @@ def longest_match(trie: Trie, order: NDArray[np.int32], data: NDArray[np.uint8])
 
 
 @njit(cache=True)
-def _grow(buffer, begin):  # type: ignore[no-untyped-def]
+def _grow(buffer: NDArray[np.uint8], begin: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
     n_tokens = len(begin) - 1
     # A token adds one node for each byte beyond what it shares with its predecessor.
     n_nodes = 1
@@ -92,7 +92,7 @@ def _grow(buffer, begin):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def find_child(first_child, byte, node, value):  # type: ignore[no-untyped-def]
+def find_child(first_child: NDArray[np.int32], byte: NDArray[np.uint8], node: int, value: int) -> int:
     """The child of `node` whose byte is `value`, by binary search, or -1."""
     left, right = first_child[node], first_child[node + 1]
     end = right
@@ -106,7 +106,14 @@ def find_child(first_child, byte, node, value):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _greedy(lo, n_equal, first_child, byte, order, data):  # type: ignore[no-untyped-def]
+def _greedy(
+    lo: NDArray[np.int32],
+    n_equal: NDArray[np.int32],
+    first_child: NDArray[np.int32],
+    byte: NDArray[np.uint8],
+    order: NDArray[np.int32],
+    data: NDArray[np.uint8],
+) -> NDArray[np.int32]:
     out = np.empty(len(data), np.int32)
     count = 0
     at = 0

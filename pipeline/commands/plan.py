@@ -95,11 +95,17 @@ def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
 
 def _lopsided(made: Plan, settings: Corpus) -> Iterator[str]:
     heldout = sum(made.sizes[index] for index in made.index.heldout)
-    split = 'corpus.text_split = "paragraphs" makes more documents of a .txt file'
     if settings.heldout_fraction and not made.n_heldout:
-        yield f"nothing is held out, all is for training: too few documents that differ ({split})"
+        yield f"nothing is held out, all is for training: too few documents that differ{_split_hint(settings)}"
     elif heldout > MUCH_HELD_OUT * made.n_bytes:
         yield (
             f"warning: {human_bytes(heldout)} of {human_bytes(made.n_bytes)} are held out, since a few documents are "
-            f"most of the text; {split}"
+            f"most of the text{_split_hint(settings)}"
         )
+
+
+def _split_hint(settings: Corpus) -> str:
+    """What makes more documents, where that is possible."""
+    if settings.text_split == "file" and any(file.name.endswith(".txt") for file in corpus_files(settings)[0]):
+        return '; corpus.text_split = "paragraphs" makes more documents of a .txt file'
+    return ""

@@ -43,14 +43,14 @@ def extras(folder: Path, dataset: Dataset, url: str, repository: str, root: str)
     refuse_private(document)
     files: dict[str, bytes] = {}
     previews: dict[str, str] = {}
-    for split in document["splits"]:
+    for split in sorted(document["splits"], key=lambda name: name != "train"):  # viewers show the first
         entry = next((entry for entry in dataset.split(split) if entry.n_documents), None)
         if entry is None:
             continue
         shown = stretches(read_shard(folder / entry.file))
         previews[split] = f"{PREVIEW}/{split}.parquet"
         files[previews[split]] = preview_table(shown)
-        if split == "train" or PICTURE not in files:
+        if PICTURE not in files:
             files[PICTURE] = picture(max(shown, key=lambda one: len(one.text)))
     if card.is_ours(folder / card.FILE):
         published = card.Published(url, tuple(previews), PICTURE if PICTURE in files else "")

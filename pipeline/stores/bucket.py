@@ -13,12 +13,11 @@ Where a service has no conditional writes (set AWS_CONDITIONAL_PUT=disabled for 
 stands. Two writers may then both believe they won if they met within milliseconds, as above `COPY_LIMIT` while one of
 them uploads. For units that is harmless (equal keys hold equal bytes); for leases it costs a unit done twice.
 
-Price in memory: up to SINGLE_PUT.
+Price in memory: SINGLE_PUT, and for a larger object IN_FLIGHT.
 """
 
 import contextlib
 import hashlib
-import json
 import uuid
 from collections.abc import Callable
 from datetime import datetime
@@ -30,14 +29,18 @@ from obstore.exceptions import AlreadyExistsError
 
 from bytecache.pipeline.stores.base import TEMP_FOLDER, json_bytes
 from bytecache.pipeline.stores.retry import Damaged, Result, patiently
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import StorageError
 from bytecache.schemas.files import file_sha256
 
-SINGLE_PUT = 128 * 1024 * 1024
+SINGLE_PUT = 32 * 1024 * 1024
 COPY_LIMIT = 5 * 1024**3
 LARGEST = 5 * 1024**4
 """What S3 takes as one object; other services take as much."""
-PART = 16 * 1024 * 1024
+PART, LEAST_PART = 16 * 1024 * 1024, 5 * 1024 * 1024
+"""Bytes of a part of an upload, and the least that S3 takes, for links on which more takes too long."""
+SHRINKS = 4
+"""How often parts become smaller and fewer at a time before an upload that takes too long is given up."""
 N_PARTS = 10_000
 """Parts that an upload may have; above PART x N_PARTS bytes the parts grow."""
 IN_FLIGHT = 192 * 1024 * 1024
@@ -58,13 +61,15 @@ class Stored:
 
 
 class Bucket:
-    """A prefix of a bucket. `backend`: an obstore store; `patience`: seconds that a failing request is repeated.
+    """A prefix of a bucket.
 
+    `clients`: the obstore stores to read from and to write to; `patience`: seconds that a failing request is repeated.
     A key that is not there raises StorageError; so does a service that fails for longer than `patience`.
     """
 
-    def __init__(self, name: str, backend: Any, patience: float) -> None:
-        self.name, self.backend = name, backend
+    def __init__(self, name: str, clients: tuple[Any, Any], patience: float) -> None:
+        self.name = name
+        self.backend, self.writer = clients
         self._patience = patience
         self.single_put, self.copy_limit, self.largest = SINGLE_PUT, COPY_LIMIT, LARGEST
 
@@ -85,11 +90,11 @@ class Bucket:
 
         def put() -> bool:
             try:
-                obstore.put(self.backend, key, raw, mode="create", attributes=tags, use_multipart=False)
+                obstore.put(self.writer, key, raw, mode="create", attributes=tags, use_multipart=False)
                 return True
             except NotImplementedError:
                 if self.head(key) is None:
-                    obstore.put(self.backend, key, raw, attributes=tags, use_multipart=False)
+                    obstore.put(self.writer, key, raw, attributes=tags, use_multipart=False)
                 raise AlreadyExistsError from None  # who stands there is looked up below
 
         try:
@@ -104,7 +109,7 @@ class Bucket:
         try:
             self.upload(staged, source, sha256)
             try:
-                self._try(f"writing {key}", lambda: obstore.copy(self.backend, staged, key, overwrite=False))
+                self._try(f"writing {key}", lambda: obstore.copy(self.writer, staged, key, overwrite=False))
             except AlreadyExistsError:
                 return self.sha256(key) == sha256
             stored = self.head(key)
@@ -128,7 +133,7 @@ class Bucket:
         tags = {"sha256": hashlib.sha256(raw).hexdigest()}
         self._try(
             f"writing {key}",
-            lambda: obstore.put(self.backend, key, raw, attributes=tags, use_multipart=False),
+            lambda: obstore.put(self.writer, key, raw, attributes=tags, use_multipart=False),
         )
 
     def upload(self, key: str, source: Path, sha256: str) -> None:
@@ -139,17 +144,21 @@ class Bucket:
                 f"{self.name}, writing {key}: {size} bytes, and an object holds {self.largest} at most; use smaller "
                 "units (corpus.unit_bytes, convert.shard_bytes), or a folder as run.dir"
             )
-        part = max(PART, -(-size // N_PARTS))
+        tries = 0
 
         def put() -> None:
-            tags, at_once = {"sha256": sha256}, max(IN_FLIGHT // part, 1)
-            obstore.put(self.backend, key, source, attributes=tags, chunk_size=part, max_concurrency=at_once)
+            nonlocal tries
+            tries += 1
+            part = max(PART if tries == 1 else LEAST_PART, -(-size // N_PARTS))
+            tags, at_once = {"sha256": sha256}, max((IN_FLIGHT // part) >> (2 * (tries - 1)), 1)
+            obstore.put(self.writer, key, source, attributes=tags, chunk_size=part, max_concurrency=at_once)
 
-        self._try(f"writing {key}", put)
+        # All parts share the link: fewer and smaller ones are each done sooner.
+        self._try(f"writing {key}", put, lambda: min(tries, SHRINKS))
 
     def copy(self, key: str, target: str) -> None:
         """On the server, whatever stood there: a damaged object fails the check of every download."""
-        self._try(f"moving {key}", lambda: obstore.copy(self.backend, key, target))
+        self._try(f"moving {key}", lambda: obstore.copy(self.writer, key, target))
 
     def remove(self, key: str) -> None:
         """Delete an object, if it is there."""
@@ -246,7 +255,7 @@ class Bucket:
     def _recorded(self, key: str, version: str) -> str:
         """The hash of a large object, noted apart; empty if there is no note or it is of another version."""
         with contextlib.suppress(StorageError, ValueError):
-            note = json.loads(self.read(f"{HASHES}/{key}"))
+            note = strict_json.loads(self.read(f"{HASHES}/{key}"))
             if isinstance(note, dict) and note.get("version") == version:
                 return str(note.get("sha256", ""))
         return ""

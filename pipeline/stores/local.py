@@ -172,7 +172,12 @@ class LocalStore:
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # in /proc and its like
+            raise StorageError(
+                f"{folder} cannot be made: no folder can be made there; choose another run.dir"
+            ) from error
         # The new folder's own name must survive a power cut too, up to the first parent that was there before.
         for parent in (folder.parent, *folder.parent.parents):
             flush_to_disk(parent)

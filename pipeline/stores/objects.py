@@ -18,7 +18,7 @@ from bytecache.pipeline.stores.base import check_key, disk_errors, json_bytes
 from bytecache.pipeline.stores.bucket import Bucket
 from bytecache.pipeline.stores.local import STALE_SECONDS, LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
-from bytecache.pipeline.stores.services import open_client
+from bytecache.pipeline.stores.services import open_clients
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.files import file_sha256
 
@@ -28,8 +28,9 @@ PATIENCE = 120.0
 class ObjectStore:
     """A prefix of a bucket. `scratch` is a local folder for copies and temporary files; runs may share it.
 
-    `patience`: seconds that a failing request is repeated; `timeout`: seconds without a byte. `backend`: an obstore
-    store, for tests. Raises ConfigError for a URL that names no bucket or options that the service's client refuses.
+    `patience`: seconds that a failing request is repeated; `timeout`: seconds without a byte that arrives, and a tenth
+    of what a request that writes may take. `backend`: an obstore store, for tests. Raises ConfigError for a URL that
+    names no bucket or options that the service's client refuses.
     """
 
     def __init__(
@@ -40,10 +41,10 @@ class ObjectStore:
         self._files = LocalStore(self.root)
         self._mirror = Mirror(self.root)
         try:
-            backend = backend or open_client(self._url, timeout)
+            clients = (backend, backend) if backend else open_clients(self._url, timeout)
         except Exception as error:  # the library's own classes, and ValueError
             raise ConfigError(f"run.dir = {url}: {str(error).splitlines()[0][:300]}") from error
-        self._bucket = Bucket(self._url, backend, patience)
+        self._bucket = Bucket(self._url, clients, patience)
 
     @property
     def name(self) -> str:

@@ -162,8 +162,8 @@ def _truth(fidelity: dict[str, Any]) -> list[str]:
     positions = _number(fidelity, "sample", "positions")
     if kl is not None:
         lines += [
-            f"On {positions or 0:,.0f} sampled positions they differ from the teacher's exact ones by {kl:.2g} nats",
-            "a byte (Kullback-Leibler divergence, mean; 0 is the teacher itself).",
+            f"On {positions or 0:,.0f} sampled positions the targets differ from the teacher's exact ones by {kl:.2g}",
+            "nats a byte (Kullback-Leibler divergence, mean; 0 is the teacher itself).",
         ]
     if leak is not None:
         side, why = ("more", ", knowledge of the future" if leak > 1e-3 else "") if leak > 0 else ("less", "")

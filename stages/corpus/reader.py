@@ -136,6 +136,8 @@ class CorpusReader:
     def _read_file(self, path: Path, file: File) -> Iterator[tuple[str, str, str, str]]:
         name = file.name
         if name.endswith(".jsonl"):
+            if not path.stat().st_size:
+                yield str(path), name, "", ""  # counted as an empty document
             with path.open("rb") as stream:
                 lines = stream if file.end is None else LineRange(stream, file.begin, file.end)
                 yield from self._jsonl(lines, path, name)

@@ -13,17 +13,20 @@ from bytecache.schemas.errors import ConfigError
 def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
     """Hidden states [..., hidden] to logits [..., V] as a causal model of transformers makes them.
 
-    That is its lm_head, and what the configuration says comes after it: a soft cap (Gemma), a divisor (Granite) or a
-    factor (Cohere).
+    That is its lm_head, and what the configuration says comes after it: a factor (Cohere, Falcon-H1, HyperCLOVA), a
+    divisor (Granite), a soft cap (Gemma).
     """
     config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+    cap, divisor = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
+    named = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    factor = next((value for value in named if value is not None), None)
+    if config.model_type == "hyperclovax":  # which calls its factor as others call their divisor
+        factor, divisor = divisor, None
 
     def to_logits(hidden: Tensor) -> Tensor:
         logits: Tensor = model.get_output_embeddings()(hidden)
         logits = logits / divisor if divisor else logits
-        logits = logits * factor if factor else logits
+        logits = logits * factor if factor is not None else logits
         return cap * torch.tanh(logits / cap) if cap else logits
 
     return to_logits

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.files import flush_to_disk, scratch_folder
@@ -223,10 +224,10 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 def _recorded(folder: Path) -> dict[str, Any]:
     """What `student.json` says; nothing where it is missing or no JSON object."""
     try:
-        record = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        found = strict_json.loads((folder / "student.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Path, *, seed: int) -> dict[str, Any]:
@@ -247,9 +248,9 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
     recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": open_dataset(targets_dir).content_sha256}
     record = out_dir / "student.json"
     if out_dir.exists():
-        recorded = _recorded(out_dir)
-        if recorded.get("recipe") == recipe and recorded.get("files") == folder_hashes(out_dir):
-            return recorded
+        found = _recorded(out_dir)
+        if found.get("recipe") == recipe and found.get("files") == folder_hashes(out_dir):
+            return found
         raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
     source = locate(settings.model, "student.model") if settings.model else None
     if source:

@@ -48,8 +48,18 @@ def build_trie(token_bytes: list[bytes | None], order: NDArray[np.int32]) -> Tri
 
 def longest_match(trie: Trie, order: NDArray[np.int32], data: NDArray[np.uint8]) -> NDArray[np.int32]:
     """Greedy longest tokens of `data` (uint8 [n]), lowest id of equals: int32 [T]; ends early where none matches."""
-    tokens: NDArray[np.int32] = _greedy(trie.lo, trie.n_equal, trie.first_child, trie.byte, order, data)
+    tokens = longest_match_within(1 << 62, trie, order, data)
+    assert tokens is not None
     return tokens
+
+
+def longest_match_within(
+    most: int, trie: Trie, order: NDArray[np.int32], data: NDArray[np.uint8]
+) -> NDArray[np.int32] | None:
+    """`longest_match`; None where that takes more than `most` steps down the trie."""
+    tokens: NDArray[np.int32]
+    tokens, steps = _greedy(trie, order, data, most)
+    return tokens if steps <= most else None
 
 
 @njit(cache=True)
@@ -106,20 +116,16 @@ def find_child(first_child: NDArray[np.int32], byte: NDArray[np.uint8], node: in
 
 
 @njit(cache=True)
-def _greedy(
-    lo: NDArray[np.int32],
-    n_equal: NDArray[np.int32],
-    first_child: NDArray[np.int32],
-    byte: NDArray[np.uint8],
-    order: NDArray[np.int32],
-    data: NDArray[np.uint8],
-) -> NDArray[np.int32]:
+def _greedy(trie: Trie, order: NDArray[np.int32], data: NDArray[np.uint8], most: int) -> tuple[NDArray[np.int32], int]:
+    lo, _, n_equal, first_child, byte = trie
     out = np.empty(len(data), np.int32)
     count = 0
     at = 0
-    while at < len(data):
+    steps = 0
+    while at < len(data) and steps <= most:
         node, best, best_end, i = 0, -1, at, at
-        while i < len(data):
+        while i < len(data) and steps <= most:
+            steps += 1
             child = find_child(first_child, byte, node, data[i])
             if child < 0:
                 break
@@ -132,4 +138,4 @@ def _greedy(
         out[count] = best
         count += 1
         at = best_end
-    return out[:count]
+    return out[:count], steps

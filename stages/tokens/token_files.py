@@ -7,18 +7,23 @@ rebuild a `tokenizer.json` from their own defaults, and from Mistral's SentenceP
 every text we tried into other tokens.
 """
 
+import ast
+import base64
 import json
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
-from bytecache.stages.tokens.description import TokenizerFiles, read_json
-from bytecache.stages.tokens.encoders import Encoder, HfEncoder, SentencePieceEncoder
+from bytecache.stages.tokens.byte_trie import build_trie, sort_tokens
+from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder, SentencePieceEncoder
 from bytecache.stages.tokens.guard import is_panic
-from bytecache.stages.tokens.rank_files import RANK_LINE, read_ranks, read_rwkv, read_tekken
+from bytecache.stages.tokens.rank_files import RANK_FILES
 from bytecache.stages.tokens.token_bytes import (
     Json,
     TokenTable,
@@ -29,7 +34,27 @@ from bytecache.stages.tokens.token_bytes import (
 )
 
 _FILES = ["*.json", "*.model", "*.tiktoken", "rwkv_vocab*.txt", "*.jinja"]
+MAX_FILE = 1 << 28
+"""Bytes of a tokenizer's file, at most; the largest that are published have 2 ** 25."""
+_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer as its files describe it, and what the model beside it says about start, end and size."""
+
+    where: str
+    table: TokenTable
+    make_encoder: Callable[[list[bytes | None]], Encoder]
+    """Builds the encoder once the final table (None = unreachable from text) is known."""
+    bos: int | None = None
+    """The tokenizer's own start token."""
+    eos: int | None = None
+    config: Json = field(default_factory=dict)
+    """config.json, with the text model's settings on top where the model has several."""
+    generation: Json = field(default_factory=dict)
+    """generation_config.json."""
 
 
 def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: bool = False) -> TokenizerFiles:
@@ -37,33 +62,39 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
     path = _resolve(model, revision)
     folder, only = (path, None) if path.is_dir() else (path.parent, path)
     where = str(model)
-    generation = read_json(folder / "generation_config.json")
+    generation = _read_json(folder / "generation_config.json")
     try:
-        config = _text_settings(read_json(folder / "config.json"))
+        config = _text_settings(_read_json(folder / "config.json"))
         for key in ("bos_token_id", "eos_token_id"):
             as_ids(config.get(key)), as_ids(generation.get(key))
-        if not isinstance(config.get("vocab_size") or 0, int):
+        if type(config.get("vocab_size") or 0) is not int:
             raise ValueError(f"vocab_size is {config['vocab_size']!r}")
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{where}: config.json or generation_config.json holds no token ids ({error}); fetch them again"
         ) from error
-    tokenizer_config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    tokenizer_config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     files = [only] if only else sorted(file for file in folder.iterdir() if file.is_file())
     for pattern, reader in (
         ("tokenizer.json", _read_hf),
-        ("tekken*.json", read_tekken),
-        ("*.tiktoken", read_ranks),
-        ("rwkv_vocab*.txt", read_rwkv),
+        ("tekken*.json", _read_tekken),
+        ("*.tiktoken", _read_ranks),
+        ("rwkv_vocab*.txt", _read_rwkv),
         ("tokenizer.model", _read_model),
         ("*.model", _read_model),
         ("*.model.v*", _read_model),
     ):
         for file in files:
             if file.match(pattern):
-                return replace(reader(file, where, tokenizer_config), config=config, generation=generation)
+                _refuse_endless(file)
+                return _with_config(reader(file, where, tokenizer_config), config, generation)
     backend = _convert_slow(folder, where, trust_remote_code)
-    return replace(_from_backend(backend, where, tokenizer_config), config=config, generation=generation)
+    return _with_config(_from_backend(backend, where, tokenizer_config), config, generation)
+
+
+def _refuse_endless(file: Path) -> None:
+    if (size := file.stat().st_size) > MAX_FILE:
+        raise InputError(f"{file} has {size} bytes, a tokenizer's files at most {MAX_FILE}; fetch it again")
 
 
 def _text_settings(config: Json) -> Json:
@@ -81,6 +112,10 @@ def as_ids(value: Any) -> list[int]:
     if isinstance(value, bool) or value is None:
         return []
     return [int(i) for i in value] if isinstance(value, list) else [int(value)]
+
+
+def _with_config(found: TokenizerFiles, config: Json, generation: Json) -> TokenizerFiles:
+    return TokenizerFiles(found.where, found.table, found.make_encoder, found.bos, found.eos, config, generation)
 
 
 def _resolve(model: str | Path, revision: str) -> Path:
@@ -104,6 +139,19 @@ def _resolve(model: str | Path, revision: str) -> Path:
         ) from error
 
 
+def _read_json(path: Path) -> Json:
+    if not path.is_file():
+        return {}
+    _refuse_endless(path)
+    try:
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object; fetch the file again")
+    return content
+
+
 def _read_hf(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
     try:
         backend = Tokenizer.from_file(str(file))
@@ -123,7 +171,7 @@ def _refuse_other_ids(file: Path, backend: Tokenizer, where: str) -> None:
     room_for(backend.get_vocab(True).values(), where)
     if backend.get_vocab_size(with_added_tokens=False) != len(set(backend.get_vocab(False).values())):
         refuse_twins(backend.get_vocab(False), where)
-    added = read_json(file).get("added_tokens") or []
+    added = _read_json(file).get("added_tokens") or []
     stated = {str(entry.get("content")): entry.get("id") for entry in added if isinstance(entry, dict)}
     room_for([i for i in stated.values() if isinstance(i, int)], where)
     for content, i in stated.items():
@@ -156,29 +204,33 @@ def _text_of(entry: Any) -> str:
     return str(entry.get("content") or "") if isinstance(entry, dict) else str(entry or "")
 
 
-def _id_of(text: Any, table: TokenTable, where: str) -> int:
-    """An id that a configuration spells as text. Raises InputError for what is none."""
+def _id_of(value: Any, name: str, where: str) -> int:
+    """An id, which a configuration may spell as text. Raises InputError for what is none; `name`: of its file."""
     try:
-        i = int(text)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"tokenizer_config.json of {where}: {str(text)[:40]!r} is no token id; fetch it again"
-        ) from None
+        i = int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name} of {where}: {str(value)[:40]!r} is no token id; fetch it again") from None
     room_for([i], where)
     return i
 
 
-def _add_declared(table: TokenTable, tokenizer_config: Json, where: str) -> None:
-    """Tokens that only tokenizer_config.json declares: the model may give them mass, the encoder never makes them."""
+def _declared(tokenizer_config: Json, where: str) -> Iterator[tuple[int, str, bool]]:
+    """(id, text, whether it is special) of tokens that tokenizer_config.json declares. Raises InputError."""
     declared = tokenizer_config.get("added_tokens_decoder") or {}
     if not isinstance(declared, dict):
         raise InputError(f"tokenizer_config.json of {where}: added_tokens_decoder is no object; fetch it again")
     for key, entry in declared.items():
-        content, i = _text_of(entry), _id_of(key, table, where)
+        special = not isinstance(entry, dict) or bool(entry.get("special", True))
+        yield _id_of(key, "tokenizer_config.json", where), _text_of(entry), special
+
+
+def _add_declared(table: TokenTable, tokenizer_config: Json, where: str) -> None:
+    """Tokens that only tokenizer_config.json declares: the model may give them mass, the encoder never makes them."""
+    for i, content, special in _declared(tokenizer_config, where):
         if not content or content in table.names:
             continue
         table.token_bytes.extend([None] * (i + 1 - len(table.token_bytes)))
-        if table.token_bytes[i] is None and not entry.get("special", True):
+        if table.token_bytes[i] is None and not special:
             table.token_bytes[i] = content.encode()
         table.names[content] = i
 
@@ -186,24 +238,22 @@ def _add_declared(table: TokenTable, tokenizer_config: Json, where: str) -> None
 def _read_model(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
     """A SentencePiece model; some checkpoints give that name to a file of ranks."""
     content = file.read_bytes()
-    if RANK_LINE.match(content):
-        return read_ranks(file, where, tokenizer_config)
+    if _RANK_LINE.match(content):
+        return _read_ranks(file, where, tokenizer_config)
     try:
-        encoder = SentencePieceEncoder(content)
+        encoder = SentencePieceEncoder(content, where)
     except InputError as error:
         raise InputError(f"{file}: {error}; fetch the file again, or put a tokenizer.json beside it") from error
-    processor = encoder.processor
-    table = table_from_sentencepiece(processor, where)
-    for text, i in read_json(file.parent / "added_tokens.json").items():
-        _declare(table, str(text), int(i), special=True)
-    for key, entry in (tokenizer_config.get("added_tokens_decoder") or {}).items():
-        special = not isinstance(entry, dict) or bool(entry.get("special", True))
-        _declare(table, _text_of(entry), int(key), special=special)
+    table = table_from_sentencepiece(encoder.pieces, where)
+    for text, i in _read_json(file.parent / "added_tokens.json").items():
+        _declare(table, str(text), _id_of(i, "added_tokens.json", where), special=True)
+    for i, text, special in _declared(tokenizer_config, where):
+        _declare(table, text, i, special=special)
     named = {key: text for key in _SPECIAL_KEYS if (text := _text_of(tokenizer_config.get(key)))}
     for text in named.values():
         if text in table.names and len(text) > 1:
             table.token_bytes[table.names[text]] = None
-    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    ids = {"bos_token": encoder.pieces.bos, "eos_token": encoder.pieces.eos}
     bos, eos = (
         table.names.get(named[key]) if key in named else (ids[key] if ids[key] >= 0 else None)
         for key in ("bos_token", "eos_token")
@@ -218,6 +268,97 @@ def _declare(table: TokenTable, text: str, i: int, *, special: bool) -> None:
     table.token_bytes.extend([None] * (room_for([i], "the model") - len(table.token_bytes)))
     table.token_bytes[i] = None if special else text.encode()
     table.names[text] = i
+
+
+def _read_ranks(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    known = RANK_FILES.get(file.stem)
+    if known is None:
+        raise InputError(
+            f"{file}: a rank file does not say how text is cut and this one is not known "
+            f"({', '.join(sorted(RANK_FILES))} are); put the model's tokenizer.json beside it"
+        )
+    pattern, special = known
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                encoded, number_text = line.split()
+                ranks[base64.b64decode(encoded, validate=True)] = int(number_text)
+            except ValueError as error:
+                raise InputError(f"{file} line {number} is no `base64 rank` pair ({error}); fetch it again") from error
+    table: list[bytes | None] = [None] * room_for([*ranks.values(), *special.values()], where)
+    refuse_twins({repr(data): rank for data, rank in ranks.items()}, where, "ranks")
+    for data, rank in ranks.items():
+        table[rank] = data
+    return TokenizerFiles(
+        where,
+        TokenTable("tiktoken", table, dict(special), frozenset()),
+        lambda _: RankEncoder(ranks, pattern),
+        eos=special["<|endoftext|>"],
+    )
+
+
+def _read_tekken(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    content = _read_json(file)
+    try:
+        config = content["config"]
+        n_special, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
+        # The file lists more entries than the model has rows; only the first ones are live.
+        live = content["vocab"][: size - n_special]
+        ranks = {base64.b64decode(entry["token_bytes"]): int(entry["rank"]) for entry in live}
+        pattern = config["pattern"]
+        listed = content.get("special_tokens") or []
+        special = {entry["token_str"]: int(entry["rank"]) for entry in listed}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is no Tekken vocabulary ({error!r}); fetch the file again") from error
+    # Files from before the list existed all begin like this.
+    special = special or {"<unk>": 0, "<s>": 1, "</s>": 2}
+    room_for([size - 1], where)
+    highest = 1 + max([*special.values(), *(rank + n_special for rank in ranks.values())], default=-1)
+    if not 0 <= n_special <= size or highest > size:
+        raise InputError(
+            f"{file} is no Tekken vocabulary (ids up to {highest - 1}, {n_special} of them special, in {size}); "
+            "fetch the file again"
+        )
+    refuse_twins({repr(data): rank for data, rank in ranks.items()}, where, "ranks")
+    table: list[bytes | None] = [None] * size
+    for data, rank in ranks.items():
+        table[rank + n_special] = data
+    return TokenizerFiles(
+        where,
+        TokenTable("tekken", table, special, frozenset({special["<unk>"]} if "<unk>" in special else ())),
+        lambda _: RankEncoder(ranks, pattern, offset=n_special),
+        bos=special.get("<s>"),
+        eos=special.get("</s>"),
+    )
+
+
+def _read_rwkv(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
+    pieces: dict[int, bytes] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        # `id literal length`; the literal may itself hold spaces.
+        try:
+            head, rest = line.split(" ", 1)
+            literal, length = rest.rsplit(" ", 1)
+            value = ast.literal_eval(literal)
+            if not isinstance(value, str | bytes):
+                raise ValueError(f"a {type(value).__name__}, not text or bytes")
+            data = value.encode() if isinstance(value, str) else value
+            if len(data) != int(length):
+                raise ValueError(f"{len(data)} bytes, not {length}")
+            pieces[int(head)] = data
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last two: nested too deep
+            raise InputError(f"{file} line {number} is no `id literal length` row ({error}); fetch it again") from error
+    table: list[bytes | None] = [pieces.get(i) for i in range(room_for(pieces, where) or 1)]
+
+    def make_encoder(final: list[bytes | None]) -> Encoder:
+        order = sort_tokens(final)
+        return GreedyEncoder(build_trie(final, order), order)
+
+    # Id 0 is in no file: it both starts and ends documents.
+    return TokenizerFiles(
+        where, TokenTable("rwkv", table, {"<|endoftext|>": 0}, frozenset()), make_encoder, bos=0, eos=0
+    )
 
 
 def _convert_slow(folder: Path, where: str, trust_remote_code: bool) -> Tokenizer:

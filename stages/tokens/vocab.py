@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.byte_trie import Trie, build_trie, sort_tokens
-from bytecache.stages.tokens.description import TokenizerFiles
 from bytecache.stages.tokens.encoders import Encoder
 from bytecache.stages.tokens.guard import Failure
 from bytecache.stages.tokens.token_bytes import room_for
-from bytecache.stages.tokens.token_files import as_ids, open_tokenizer
+from bytecache.stages.tokens.token_files import TokenizerFiles, as_ids, open_tokenizer
 
 __all__ = ["Encoded", "Misfit", "Trie", "Vocabulary", "load_vocabulary"]
 

@@ -56,11 +56,12 @@ def test_a_loop_learns(place: Path, name: str) -> None:
     assert len(found) >= 4 and (found[3] < found[0] or (name == "with_trl.py" and found[3] == found[0]))
 
 
-def test_two_processes_of_accelerate_are_one_with_twice_the_batches(place: Path) -> None:
-    script = [str(LOOPS / "with_accelerate.py"), "targets", "student", "--steps", "3", "--accumulate"]
+@pytest.mark.parametrize("name", ["with_accelerate.py", "with_transformers.py"])
+def test_two_processes_are_one_with_twice_the_batches(place: Path, name: str) -> None:
+    script = [str(LOOPS / name), "targets", "student", "--steps", "3", "--accumulate"]
     one = losses(run(place, *script, "4"))
     two = losses(run(place, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script, "2"))
-    assert len(one) == 3 and two == pytest.approx(one, rel=2e-3)
+    assert len(one) >= 3 and two[:3] == pytest.approx(one[:3], rel=2e-3)
 
 
 def test_a_mixture_goes_on(place: Path) -> None:

@@ -159,7 +159,7 @@ def _copy(finished: Path, work: Path) -> None:
 
 
 def _names(text: str, key: str) -> bool:
-    """Whether words name a file: by its name, its folder's, or the unit that its receipt is of."""
+    """Whether words name a file: by its name, the beginning of its key, or its folder's."""
     parts = Path(key)
     names = [
         parts.name,
@@ -167,8 +167,6 @@ def _names(text: str, key: str) -> bool:
         *(["plan"] if key.startswith(("plan/", "receipts/plan")) else []),
     ]
     names += [part for part in parts.parts[:-1] if "-" in part]
-    if key.startswith("receipts/"):
-        names += [f"{parts.parts[1]} "]
     return any(name and name in text for name in names)
 
 

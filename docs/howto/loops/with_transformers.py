@@ -1,6 +1,7 @@
 """Distil with transformers.Trainer; rows packed behind one another where asked.
 
 python docs/howto/loops/with_transformers.py TARGETS MODEL --steps 20 --packed
+torchrun --nproc-per-node 4 docs/howto/loops/with_transformers.py TARGETS MODEL --steps 20
 """
 
 import argparse
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("targets")
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--accumulate", type=int, default=2, help="batches of a process to a step")
     parser.add_argument("--out", default="trained")
     parser.add_argument("--packed", action="store_true")
     given = parser.parse_args()
@@ -29,7 +31,7 @@ def main() -> None:
     rows = StudentRows(given.targets, tokenizer, width, window=1024)
     heldout = StudentRows(given.targets, tokenizer, width, window=1024, split="heldout", epochs=1)
     arguments = TrainingArguments(
-        given.out, max_steps=given.steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        given.out, max_steps=given.steps, per_device_train_batch_size=4, gradient_accumulation_steps=given.accumulate,
         learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no",
     )  # fmt: skip
     trainer = ByteTrainer(

@@ -77,7 +77,7 @@ def test_the_card_says_first_what_it_is_and_whose(published: dict[str, bytes]) -
     assert "owner/model" in opening and "- Attribution: Their authors" in body
     (program,) = re.findall(r"```python\n(.*?)```", body, re.S)
     assert len(program.splitlines()) == 8 and PLACE in program
-    assert "8,192 sampled positions" in body and "0.0026 nats" in body and "0.0004 bits less" in body
+    assert "8,192 sampled positions" in body and "ones by 0.0026\nnats a byte" in body and "0.0004 bits less" in body
     assert "![" in body and "(preview/entropy.svg)" in body
     assert card.fault(published["README.md"]) == ""
 

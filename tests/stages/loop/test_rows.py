@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bytecache.schemas.dataset.index import describe_shard, write_dataset
 from bytecache.schemas.errors import ConfigError, InputError
@@ -136,6 +137,23 @@ def test_rows_go_on_where_a_state_was_taken(targets: Path, tokenizer) -> None:
     other = StudentRows(targets, tokenizer, len(tokenizer), window=301, epochs=2)
     with pytest.raises(ConfigError, match="another data set, split, window"):
         other.load_state_dict(fresh().state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stateful_loader_goes_on_after_any_batch(targets: Path, tokenizer, workers: int) -> None:
+    def loader() -> StatefulDataLoader:
+        rows = StudentRows(targets, tokenizer, len(tokenizer), window=300, epochs=1)
+        return StatefulDataLoader(rows, batch_size=3, collate_fn=collate_rows, num_workers=workers)
+
+    whole = [batch["input_ids"].tolist() for batch in loader()]
+    one = loader()
+    reading = iter(one)
+    head = [next(reading)["input_ids"].tolist() for _ in range(4)]
+    state = one.state_dict()
+    del reading
+    again = loader()
+    again.load_state_dict(state)
+    assert head + [batch["input_ids"].tolist() for batch in again] == whole
 
 
 def test_a_state_of_many_processes_is_a_window_of_one(targets: Path, tokenizer) -> None:

@@ -84,9 +84,9 @@ class Window:
 
 def _sampled_rows_stand_alone(w: Window) -> bool:
     """The production capture is a window of its own: the canonical rows and whole chains of branches."""
-    kept = w.row_sampled == 1
-    closed = kept[w.row_parent[1:][kept[1:]]].all()
-    return bool((w.row_sampled <= 1).all() and kept[0] and kept[w.row_depth == 0].all() and closed)
+    sampled = w.row_sampled == 1
+    closed = sampled[w.row_parent[1:][sampled[1:]]].all()
+    return bool((w.row_sampled <= 1).all() and sampled[0] and sampled[w.row_depth == 0].all() and closed)
 
 
 _PER_ROW = (

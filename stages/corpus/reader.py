@@ -120,7 +120,7 @@ class CorpusReader:
     def _raw(self, files: Sequence[File]) -> Iterator[tuple[str, str, str, str]]:
         """(place for messages, id, text, context) of every document, empty ones included."""
         if not files:
-            yield from ((*found, "") for found in _pydoc_topics())
+            yield from ((*topic, "") for topic in _pydoc_topics())
         for file in files:
             if file.path.startswith(hub.PREFIX):
                 yield from self._hub(file)
@@ -149,7 +149,7 @@ class CorpusReader:
         elif name.endswith(".txt"):
             if self.corpus.kind != "text":
                 raise InputError(f"{path}: corpus.kind = {self.corpus.kind!r} needs JSONL or Parquet; convert the file")
-            yield from ((*found, "") for found in self._txt(path, name))
+            yield from ((*paragraph, "") for paragraph in self._txt(path, name))
         else:
             raise InputError(f"{path}: unknown kind of corpus file; known: {', '.join(SUFFIXES)}")
 

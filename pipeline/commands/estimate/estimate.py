@@ -209,8 +209,8 @@ def with_dumps(
     by_top_k = {}
     for k, parts in sizes.items():
         dump = ratio_total(pilot.sizes, parts, [float(size) for size in planned.sizes])
-        kept = work.shard_bytes if settings.convert.delete_dump else work.shard_bytes.plus(dump)
-        by_top_k[k] = Kept(dump, kept, work.dollars.plus(kept.times(gb_price / 1e9)))
+        kept_bytes = work.shard_bytes if settings.convert.delete_dump else work.shard_bytes.plus(dump)
+        by_top_k[k] = Kept(dump, kept_bytes, work.dollars.plus(kept_bytes.times(gb_price / 1e9)))
     configured = by_top_k[settings.teacher.top_k]
     return replace(work, dump_bytes=configured.dump_bytes, dollars=configured.dollars, by_top_k=by_top_k)
 

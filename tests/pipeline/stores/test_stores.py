@@ -202,7 +202,7 @@ def test_parts_become_smaller_and_fewer_where_they_take_too_long(
         time.sleep(0.3)  # longer than the store has patience
         raise TimeoutError("too slow")
 
-    monkeypatch.setattr("bytecache.pipeline.stores.objects.obstore.put", put)
+    monkeypatch.setattr("bytecache.pipeline.stores.bucket.obstore.put", put)
     with pytest.raises(StorageError, match="too slow"):
         store.replace("dump", store.write_temp("dump", b"words"))
     assert asked == [(16, 12), (5, 9), (5, 2), (5, 1), (5, 1)]

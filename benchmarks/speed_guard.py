@@ -76,7 +76,9 @@ def main() -> None:
                 continue
             for _ in range(args.rounds):
                 for name, tree in trees.items():
-                    for figure, rate in measure(tree, program, arguments).items():
+                    measured = measure(tree, program, arguments)
+                    print(name, json.dumps({figure: round(rate, 4) for figure, rate in measured.items()}), flush=True)
+                    for figure, rate in measured.items():
                         best[name][figure] = max(best[name].get(figure, 0.0), rate)
     figures = {
         name: {"before": rate, "now": best["now"][name], "ratio": round(best["now"][name] / rate, 3)}

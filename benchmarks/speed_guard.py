@@ -25,9 +25,9 @@ HERE = Path(__file__).resolve().parent.parent
 def commands(run: Path, work: Path) -> dict[str, list[str]]:
     """The three programs at small sizes; each takes `--out` besides."""
     return {
-        "convert_throughput": [str(run), "--parts", "1", "--copies", "4", "--repeat", "2", "--rounds", "2"],
-        "loader": [str(run / "targets"), "--mb", "1", "--rounds", "3"],
-        "objective_cost": [str(run), "--work", str(work), "--sizes", "small", "--bytes", "4096", "--rounds", "3"],
+        "convert_throughput": [str(run), "--only", "branches", "--parts", "1", "--copies", "2", "--repeat", "2"],
+        "loader": [str(run / "targets"), "--mb", "0.5", "--rounds", "3"],
+        "objective_cost": [str(run), "--work", str(work), "--sizes", "small", "--bytes", "2048", "--rounds", "3"],
     }
 
 

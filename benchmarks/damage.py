@@ -1,8 +1,9 @@
 """What one damaged file of a finished run costs its owner: the table of files x damages.
 
-Every file of a run (a tiny teacher, a student and its control) is flipped, cut short, removed and swapped with its
-neighbour, one at a time. `verify` has to find it, the command that reads the file to name it, and whoever follows the
-commands he is told has to end with a whole run of the same outputs (`tests/support/damage.py`).
+Every file of a run (a tiny teacher, a student and its control) is flipped, cut short, removed, swapped with its
+neighbour, and replaced by a folder and by a pipe, one at a time. `verify` has to find it, the command that reads the
+file to name it, and whoever follows the commands he is told has to end with a whole run of the same outputs
+(`tests/support/damage.py`).
 
     python benchmarks/damage.py [--every] [--only REGEX] [--folder FOLDER] > benchmarks/results/damage.json
 

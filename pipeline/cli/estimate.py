@@ -68,6 +68,8 @@ def estimate(
             budget=budget,
         )
         report = module.report(context, variants, budget)
-        say(module.report_json(report) if as_json else module.report_text(report, max(price, core_price, gb_price) > 0))
+        dollars = max(price, core_price, gb_price) > 0
+        keep = context.settings.teacher.keep
+        say(module.report_json(report) if as_json else module.report_text(report, dollars, keep))
 
     run_stage(given, command)

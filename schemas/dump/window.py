@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from bytecache.schemas.dump.masses import LEAST_BITS
 from bytecache.schemas.loops import inner_loop, row_loop
 
 NEVER = -149 * math.log(2)
@@ -40,7 +39,7 @@ class Window:
     row_static: np.ndarray
     """uint8 [R]; 1 where the row is p(. | row_token) in short contexts of its own instead of p(. | history)."""
     log_norm: np.ndarray
-    """float32 [R]; log of the sum of exp(logits), nats."""
+    """float32 [R]; log of the sum of exp(logits), nats; NaN of a window that a dump of version 3 held."""
     end: np.ndarray
     """float32 [R]; mass of END."""
     control: np.ndarray
@@ -171,7 +170,8 @@ def _is_one_token_on(r: int, first_stop: np.ndarray, counts: _Counts) -> bool:
     return False
 
 
-_MOST_BITS = np.float32(1.0 + 2.0**-LEAST_BITS).view(np.uint32)
+_MOST_BITS = np.float32(1.0 + 2.0**-5).view(np.uint32)
+"""Five bits of mantissa are the fewest that version 2 keeps."""
 
 
 def _are_masses(values: np.ndarray) -> bool:

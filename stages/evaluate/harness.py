@@ -47,9 +47,7 @@ def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: i
             pretrained=str(checkpoint), tokenizer=open_kept(checkpoint), dtype="float32", trust_remote_code=False,
             device=device, batch_size=batch_size,
         )  # fmt: skip
-        answer = simple_evaluate(
-            model=model, tasks=names, task_manager=manager, limit=limit or None, log_samples=False
-        )
+        answer = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit or None, log_samples=False)
     except (OSError, ConnectionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--lm-eval {','.join(tasks)}: {reason}; check the task and the network") from error

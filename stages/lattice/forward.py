@@ -92,8 +92,9 @@ class Sums(NamedTuple):
     """float64 [n + 1]; P(x[:i]) over P(x[:i - 1])"""
     share: np.ndarray
     """float64 [S]; weight of each stop over P of the text to its end"""
-    peak: np.ndarray
-    """float64 [R]; the largest share of each row along the text"""
+    held: np.ndarray
+    """float64 [L]; what each level's cell holds of P(x[:i]) at its byte: the weight of its row times the mass of tokens
+    that do not end before"""
     purity: np.ndarray
     """float64 [R]; the part of each row's weight that came through evaluated histories alone"""
     evaluated: np.ndarray
@@ -190,7 +191,7 @@ def forward(rows: Rows, lies: Tables, first: int, last: int, drop: float, sums: 
             unknown = total = 1.0
             sums.ratio[i] = 0.0
         inverse = 1.0 / total
-        _note_shares(cells, count, ended, inverse, sums)
+        _note_shares(rows, lies, cells, count, ended, i, inverse, sums)
         sums.evaluated[i] = evaluated * inverse
         if i >= first:
             sums.unaccounted[i - first] = unknown * inverse
@@ -321,13 +322,15 @@ def _look_in_all(
 
 
 @njit(cache=True, nogil=True)
-def _note_shares(cells: _Cells, count: int, ended: int, inverse: float, sums: Sums) -> None:
+def _note_shares(
+    rows: Rows, lies: Tables, cells: _Cells, count: int, ended: int, i: int, inverse: float, sums: Sums
+) -> None:
     """The total at this byte is known: shares of the tokens that ended here, and of the rows that go on."""
     for k in range(ended):
         sums.share[cells.ended[k]] *= inverse
     for a in range(count):
         r = cells.row[a]
-        sums.peak[r] = max(sums.peak[r], cells.weight[r] * inverse * cells.prefix[a])
+        sums.held[lies.level_offset[r] + i - rows.start[r]] = cells.weight[r] * inverse * cells.prefix[a]
 
 
 @njit(cache=True, nogil=True)

@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.window import NEVER, Window
 from bytecache.stages.lattice.effort import least_share
 from bytecache.stages.lattice.forward import Rows, Sums, Tables, forward, tables
@@ -107,9 +108,10 @@ class Lattice:
 
     `marginal_nll` is -log P(scored bytes | bytes before them), nats, END not included: at most the canonical tokens'.
     `drop`: histories of at most this share that were not evaluated go nowhere instead of joining a row (a reference's).
+    Without `targets` no distribution is written: for those who ask what to evaluate next, and nothing else.
     """
 
-    def __init__(self, window: Window, *, drop: float = 0.0) -> None:
+    def __init__(self, window: Window, *, drop: float = 0.0, targets: bool = True) -> None:
         self.window = window
         n = len(window.text)
         lies = Tables(
@@ -118,9 +120,17 @@ class Lattice:
                 window.fanout, window.n_stops, window.stop_token,
             )
         )  # fmt: skip
-        m = n + 1 - window.score_start
+        first = window.score_start if targets else n + 1
+        m = n + 1 - first
         sums = _room_for(window, m)
-        entries = forward(_rows_of(window), lies, window.score_start, n, drop, sums)
+        entries = forward(_rows_of(window), lies, first, n, drop, sums)
+        self._sums, self._lies = sums, lies
+        if targets:
+            self._keep_targets(m, entries)
+
+    def _keep_targets(self, m: int, entries: int) -> None:
+        """What was written of m positions, `entries` symbols in all."""
+        window, sums, n = self.window, self._sums, len(self.window.text)
         steps = np.log(sums.ratio, out=np.full(n + 1, NEVER), where=sums.ratio > 0.0)
         logp = np.cumsum(steps)[window.score_start :]
         self.marginal_nll = float(logp[0] - logp[-1])
@@ -131,7 +141,6 @@ class Lattice:
             sums.n_symbols[:targets], sums.symbol[:entries], sums.prob[:entries], sums.tail[:targets], logp[:targets],
             sums.unaccounted[:targets],
         )  # fmt: skip
-        self._sums, self._lies = sums, lies
 
     def sparse_targets(self) -> SparseTargets:
         """Distributions of positions score_start..n-1, and of n (where END is due) in a document's last window."""
@@ -196,7 +205,7 @@ class Lattice:
         """
         w = self.window
         row, _ = self._stops
-        peak = self._sums.peak.copy()
+        peak = self.peaks()
         np.maximum.at(peak, row, self._sums.share)
         heavy = peak > least_share(tau, depth, w.row_depth.astype(np.int64))
         grown = np.flatnonzero((w.row_static == 1) & heavy)
@@ -206,6 +215,22 @@ class Lattice:
             parent = w.row_parent[grown]
             grown = np.unique(parent[w.row_static[parent] == 1])
         return np.flatnonzero(wanted)
+
+    def peaks(self) -> np.ndarray:
+        """The largest share of P(text so far) that each row holds along the text, float64 [R]."""
+        peaks: np.ndarray = np.maximum.reduceat(self._sums.held, self._lies.level_offset[:-1])
+        return peaks
+
+    def weights(self) -> Weights:
+        """What the window's levels and stops hold of P(text so far); 0 where no target of this window is read."""
+        w, lies = self.window, self._lies
+        row, _ = self._stops
+        level = self._sums.held.copy()
+        np.add.at(level, lies.level_offset[row] + w.stop_depth, self._sums.share)
+        owner = np.repeat(np.arange(len(w.row_start)), w.n_levels)
+        at = w.row_start[owner] + np.arange(len(level)) - lies.level_offset[owner]
+        level[(at < w.score_start) | ((at == len(w.text)) & (not w.is_last))] = 0.0
+        return Weights(np.minimum(level, 1.0), self._sums.share)
 
     @cached_property
     def _stops(self) -> tuple[np.ndarray, np.ndarray]:
@@ -236,9 +261,10 @@ def _rows_of(w: Window) -> Rows:
 def _room_for(w: Window, m: int) -> Sums:
     """`Sums` of a window with m scored positions, at zero."""
     n, rows = len(w.text), len(w.row_start)
-    room = len(w.entry_byte) + rows + 8
+    room = (len(w.entry_byte) + rows if m else 0) + 8
     return Sums(
         n_symbols=np.zeros(m, np.int64), symbol=np.empty(room, np.int16), prob=np.empty(room, np.float32),
         tail=np.zeros(m, np.float32), unaccounted=np.zeros(m, np.float32), ratio=np.zeros(n + 1),
-        share=np.zeros(len(w.stop_mass)), peak=np.zeros(rows), purity=np.zeros(rows), evaluated=np.zeros(n + 1),
+        share=np.zeros(len(w.stop_mass)), held=np.zeros(len(w.fanout)), purity=np.zeros(rows),
+        evaluated=np.zeros(n + 1),
     )  # fmt: skip

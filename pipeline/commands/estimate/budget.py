@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytecache.pipeline.commands.estimate.prediction import Predicted
+from bytecache.pipeline.commands.estimate.traffic import Traffic
 from bytecache.schemas.dump.top_k import top_k_sizes
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import BASELINES, Settings
@@ -68,7 +69,8 @@ class Variant:
     """What one pair of presets will take: totals over the corpus. Hours are of one machine like the pilot's.
 
     `teacher`, `convert`: names of presets, "" = as configured. `branch_ratio`: rows per canonical token. `dump_bytes`,
-    `dollars`: with the configured top_k; `by_top_k`: these with others too, the configured one first.
+    `dollars`: with the configured top_k; `by_top_k`: these with others too, the configured one first. `traffic`: what
+    it asks of a shared store, by way of the dump and straight to targets.
     """
 
     teacher: str
@@ -82,6 +84,7 @@ class Variant:
     shard_ratio: Predicted
     dollars: Predicted
     by_top_k: dict[int, Kept]
+    traffic: tuple[Traffic, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Choice:
 def candidates(settings: Settings, budget: Budget) -> list[int]:
     """The k to weigh, the configured one first."""
     k = settings.teacher.top_k
-    if not budget.weighs_bytes or settings.convert.delete_dump or settings.train.head in BASELINES:
+    gone = settings.convert.delete_dump or settings.teacher.keep == "targets"
+    if not budget.weighs_bytes or gone or settings.train.head in BASELINES:
         return [k]
     return [k, *(k >> shift for shift in range(1, k.bit_length() + 1))]
 
@@ -145,6 +149,8 @@ def _over(amounts: Kept, budget: Budget) -> str:
 
 
 def _unchanged(settings: Settings, budget: Budget) -> str:
+    if settings.teacher.keep == "targets":
+        return "as configured: no dump is kept (teacher.keep)"
     if settings.convert.delete_dump:
         return "as configured: the dump is not kept (convert.delete_dump)"
     if settings.train.head in BASELINES:

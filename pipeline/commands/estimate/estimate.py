@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from bytecache.pipeline.commands.convert import shard_groups
 from bytecache.pipeline.commands.estimate.budget import (
     Budget,
     Choice,
@@ -28,6 +27,8 @@ from bytecache.pipeline.commands.estimate.budget import (
     within_budget,
 )
 from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_total
+from bytecache.pipeline.commands.estimate.traffic import Amounts, both_modes, traffic_lines
+from bytecache.pipeline.commands.groups import shard_groups
 from bytecache.pipeline.commands.teacher import teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
@@ -111,7 +112,7 @@ def estimate(
         for number, teacher in enumerate(teacher_presets):
             settings = context.settings.model_copy(update={"teacher": with_preset(context.settings.teacher, teacher)})
             trial = replace(context, settings=settings)
-            if settings.teacher != context.settings.teacher:
+            if settings.teacher != context.settings.teacher or settings.teacher.keep == "targets":
                 trial.store = _copy_slices(context, planned, Path(scratch) / f"run-{number}", count)
             pilot = run_pilot(trial, planned, count)
             dumps = dump_sizes(pilot.files, candidates(settings, budget))
@@ -209,10 +210,18 @@ def with_dumps(
     by_top_k = {}
     for k, parts in sizes.items():
         dump = ratio_total(pilot.sizes, parts, [float(size) for size in planned.sizes])
-        kept_bytes = work.shard_bytes if settings.convert.delete_dump else work.shard_bytes.plus(dump)
+        gone = settings.convert.delete_dump or settings.teacher.keep == "targets"
+        kept_bytes = work.shard_bytes if gone else work.shard_bytes.plus(dump)
         by_top_k[k] = Kept(dump, kept_bytes, work.dollars.plus(kept_bytes.times(gb_price / 1e9)))
     configured = by_top_k[settings.teacher.top_k]
-    return replace(work, dump_bytes=configured.dump_bytes, dollars=configured.dollars, by_top_k=by_top_k)
+    amounts = Amounts(
+        planned.n_bytes, len(planned.sizes), len(shard_groups(planned, settings.convert.shard_bytes)),
+        work.teacher_hours.value + work.convert_hours.value, settings.fleet.heartbeat_s,
+    )  # fmt: skip
+    return replace(
+        work, dump_bytes=configured.dump_bytes, dollars=configured.dollars, by_top_k=by_top_k,
+        traffic=both_modes(amounts, configured.dump_bytes, work.shard_bytes),
+    )  # fmt: skip
 
 
 def _bounds(predicted: Predicted) -> tuple[float, float, float]:
@@ -265,9 +274,9 @@ def report_json(report: Report) -> str:
     return json.dumps(fields | chosen, indent=2)
 
 
-def report_text(report: Report, dollars: bool) -> str:
-    """For a person; `dollars`: whether there are prices."""
-    text = table(report.variants, report.text_bytes, dollars)
+def report_text(report: Report, dollars: bool, keep: str = "dump") -> str:
+    """For a person; `dollars`: whether there are prices; `keep`: the setting of the teacher."""
+    text = table(report.variants, report.text_bytes, dollars, keep)
     return f"{text}\n\nwithin the budget: {report.chosen}\n({report.meaning})" if report.chosen else text
 
 
@@ -282,8 +291,8 @@ def as_json(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     return [clean(asdict(variant)) for variant in variants]
 
 
-def table(variants: Sequence[Variant], planned_bytes: int, dollars: bool) -> str:
-    """For a person: one row per variant, "value (low to high)"."""
+def table(variants: Sequence[Variant], planned_bytes: int, dollars: bool, keep: str = "dump") -> str:
+    """For a person: one row per variant, "value (low to high)"; then what the last asks of a store in either mode."""
     head = ["teacher", "convert", "tokens", "rows per token", "teacher hours", "dump", "shards", "bytes per text byte"]
     lines = [f"{human_bytes(planned_bytes)} of text; predicted totals with 90 % intervals", ""]
     lines += ["| " + " | ".join([*head, *(["dollars"] if dollars else [])]) + " |"]
@@ -295,7 +304,7 @@ def table(variants: Sequence[Variant], planned_bytes: int, dollars: bool) -> str
         cells += [_cell(one.shard_bytes, human_bytes), _cell(one.shard_ratio, "{:.2f}".format)]
         cells += [_cell(one.dollars, "{:.2f}".format)] if dollars else []
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *traffic_lines(variants[-1].traffic, planned_bytes, keep)]).rstrip()
 
 
 def _cell(predicted: Predicted, show: Callable[[float], str]) -> str:

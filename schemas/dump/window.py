@@ -111,7 +111,8 @@ class _Counts(NamedTuple):
 @njit(cache=True, nogil=True)
 def _adds_up(n: int, n_entries: int, counts: _Counts) -> bool:
     """Whether a window's counts add up, and every row but the first is one of its parent's stops, one token on."""
-    return _rows_add_up(n, n_entries, counts, np.zeros(len(counts.row_start) + 1, np.int64))
+    adds_up: bool = _rows_add_up(n, n_entries, counts, np.zeros(len(counts.row_start) + 1, np.int64))
+    return adds_up
 
 
 @row_loop
@@ -139,7 +140,7 @@ def _is_in_text(r: int, n: int, counts: _Counts) -> bool:
     start, parent, levels = counts.row_start[r], counts.row_parent[r], counts.n_levels[r]
     if start < 0 or start > n or parent >= r or (r > 0 and parent < 0):
         return False
-    return levels >= 1 and levels <= n - start + 1 and counts.n_stops[r] >= 0
+    return bool(levels >= 1 and levels <= n - start + 1 and counts.n_stops[r] >= 0)
 
 
 @inner_loop
@@ -160,7 +161,7 @@ def _is_one_token_on(r: int, first_stop: np.ndarray, counts: _Counts) -> bool:
         counts.row_start, counts.row_depth, counts.stop_depth, counts.stop_token
     )  # fmt: skip
     if r == 0:
-        return row_start[0] == 0 and row_depth[0] == 0
+        return bool(row_start[0] == 0 and row_depth[0] == 0)
     parent = counts.row_parent[r]
     if row_depth[r] != row_depth[parent] + 1 and (row_depth[r] != 0 or row_depth[parent] != 0):
         return False

@@ -60,7 +60,7 @@ class Block:
 class Room(NamedTuple):
     """Where `gather` puts m rows: the columns of `Rows` that it fills."""
 
-    count: I16
+    n_kept: I16
     listable: I16
     rest: F64
     unlisted: F64

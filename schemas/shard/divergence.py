@@ -28,7 +28,7 @@ class Terms(NamedTuple):
 
     times: F64
     x: F64
-    count: I64
+    n_waiting: I64
     """int64 [3]"""
     spare: F64
     """room for as many"""
@@ -51,7 +51,7 @@ def note_row(row: Row, rounded: Rounded, rows: Rows, table: Table, scratch: Scra
     """
     times, x = terms.times[_BOTH], terms.x[_BOTH]
     chosen, coded, weight = scratch.chosen, scratch.coded, scratch.weight
-    n_both = terms.count[_BOTH]
+    n_both = terms.n_waiting[_BOTH]
     times[PLACE(n_both)], x[PLACE(n_both)] = row.implied, row.implied / (row.implied - rounded.error)
     n_both += 1
     weight_left = row.weight
@@ -60,13 +60,13 @@ def note_row(row: Row, rounded: Rounded, rows: Rows, table: Table, scratch: Scra
         weight_left -= weight[PLACE(chosen[j])]
         times[PLACE(n_both)], x[PLACE(n_both)] = p, p / coded[j]
         n_both += 1
-    terms.count[_BOTH] = n_both
+    terms.n_waiting[_BOTH] = n_both
     missing = _missing_mass(row, rounded, rows, scratch)
     if missing > 1e-12 and rounded.tail_code > 0:
         tail = TAIL[rounded.tail_code]
-        n_first = terms.count[_FIRST]
+        n_first = terms.n_waiting[_FIRST]
         terms.times[_FIRST, PLACE(n_first)], terms.x[_FIRST, PLACE(n_first)] = missing, missing / tail
-        terms.count[_FIRST] = n_first + 1
+        terms.n_waiting[_FIRST] = n_first + 1
         _note_spread(row, weight_left, tail, rows, table, scratch, terms)
 
 
@@ -91,7 +91,7 @@ def _note_spread(
     symbol, prob, prior, weights, inverse = rows.symbol, rows.prob, table.prior, table.weights, table.inverse
     listed, times, x = scratch.listed, terms.times[_SECOND], terms.x[_SECOND]
     rest, given = rows.rest[row.number], float(rows.given[row.number])
-    n_second = terms.count[_SECOND]
+    n_second = terms.n_waiting[_SECOND]
     share, each, scale = weight_left, given / weight_left, weight_left / tail
     for k in range(PLACE(row.n_listable), PLACE(row.n_others)):
         listed[k] = 0
@@ -107,20 +107,20 @@ def _note_spread(
     if p > 1e-12:
         times[PLACE(n_second)], x[PLACE(n_second)] = p, p / (tail * rest_share)
         n_second += 1
-    terms.count[_SECOND] = n_second
+    terms.n_waiting[_SECOND] = n_second
 
 
 @inner_loop
 def is_full(terms: Terms) -> bool:
     """Whether another row might not fit."""
-    return max(terms.count[_BOTH], terms.count[_FIRST], terms.count[_SECOND]) > _TERMS - _ROOM
+    return max(terms.n_waiting[_BOTH], terms.n_waiting[_FIRST], terms.n_waiting[_SECOND]) > _TERMS - _ROOM
 
 
 @inner_loop
 def add_up(terms: Terms) -> None:
     """Move the terms into `divergence`."""
-    times, x, count, spare, divergence = terms
-    common = sum_logs(times[_BOTH], x[_BOTH], count[_BOTH], spare)
-    divergence[0] += common + sum_logs(times[_FIRST], x[_FIRST], count[_FIRST], spare)
-    divergence[1] += common + sum_logs(times[_SECOND], x[_SECOND], count[_SECOND], spare)
-    count[:] = 0
+    times, x, n_waiting, spare, divergence = terms
+    common = sum_logs(times[_BOTH], x[_BOTH], n_waiting[_BOTH], spare)
+    divergence[0] += common + sum_logs(times[_FIRST], x[_FIRST], n_waiting[_FIRST], spare)
+    divergence[1] += common + sum_logs(times[_SECOND], x[_SECOND], n_waiting[_SECOND], spare)
+    n_waiting[:] = 0

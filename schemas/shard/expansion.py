@@ -71,13 +71,13 @@ class RowKeys(NamedTuple):
 
     tail: U8
     """uint8 [N]: code of the unlisted mass"""
-    count: U8
+    n_keys: U8
     """uint8 [N]: keys of the row, 0 where all is tail"""
     place: U8
     """uint8 [N]: which of them is the implied symbol's, with END_IS_LAST"""
     key: U16
     """uint16 [room for every entry, every row and SPARE]"""
-    index: I64
+    key_index: I64
     """int64 [ceil(N / 1024) + 1]: where the keys of every 1024th row begin, and where the last ones end"""
 
 
@@ -126,7 +126,7 @@ def expand_rows(stored: Stored, contexts: Contexts, step: int, rows: RowKeys) ->
     n_rows, n_keys, document = stored.head.shape[0], 0, 0
     for lo in range(0, n_rows, LANES):
         if lo % INDEX_STRIDE == 0:
-            rows.index[lo // INDEX_STRIDE] = n_keys
+            rows.key_index[lo // INDEX_STRIDE] = n_keys
         hi = min(lo + LANES, n_rows)
         document = find_block(stored.text, stored.doc_start, contexts.child, document, lo, hi, lanes.node)
         first = cursor.entry
@@ -142,7 +142,7 @@ def expand_rows(stored: Stored, contexts: Contexts, step: int, rows: RowKeys) ->
         row, n_keys = _write_rows(lo, hi, lanes, rows, n_keys)
         if row >= 0:
             return row, BAD_MASS, n_keys
-    rows.index[rows.index.shape[0] - 1] = n_keys
+    rows.key_index[rows.key_index.shape[0] - 1] = n_keys
     reason = _left_over(stored, cursor)
     return (-1 if reason == OK else n_rows - 1), reason, n_keys
 

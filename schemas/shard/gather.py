@@ -40,7 +40,7 @@ class Dense(NamedTuple):
 class Sparse(NamedTuple):
     """m rows without their zeros, and their tails."""
 
-    count: I64
+    n_entries: I64
     """int64 [m]: entries of each row"""
     symbol: I16
     """int16 [E], ascending in a row"""
@@ -88,11 +88,13 @@ class _Flags(NamedTuple):
 def gather_rows(rows: Dense, threshold: Threshold, room: Room) -> Gathered:
     """Check the numbers of m dense rows; keep what is at or above the threshold, and always the largest.
 
-    Fills of each row its `count` of entries, and `rest`, its tail and all below the threshold; then symbol and prob
+    Fills of each row `n_kept`, its entries, and `rest`, its tail and all below the threshold; then symbol and prob
     (room for 257 m), its entries.
     """
     words = np.empty(32, np.uint64)
-    return _gather_rows(rows, threshold, room, _Flags(words.view(np.uint8), words, np.empty(SYMBOLS, np.int64)))
+    flags = _Flags(words.view(np.uint8), words, np.empty(SYMBOLS, np.int64))
+    gathered: Gathered = _gather_rows(rows, threshold, room, flags)
+    return gathered
 
 
 @row_loop
@@ -125,7 +127,7 @@ def _gather_rows(rows: Dense, threshold: Threshold, room: Room, flags: _Flags) -
         for k in range(PLACE(n)):
             room.symbol[PLACE(out) + k] = symbol[k]
             room.prob[PLACE(out) + k] = prob[start + PLACE(symbol[k])]
-        room.count[i], room.rest[i] = n, missing
+        room.n_kept[i], room.rest[i] = n, missing
         out += n
     return out, -1, OK, 0.0
 
@@ -183,7 +185,8 @@ class _SparseScan(NamedTuple):
 @njit(cache=True, nogil=True)
 def gather_sparse(rows: Sparse, threshold: Threshold, room: Room) -> Gathered:
     """`gather_rows` of sparse rows; room for one entry more than there are."""
-    return _gather_sparse(rows, threshold, room)
+    gathered: Gathered = _gather_sparse(rows, threshold, room)
+    return gathered
 
 
 @row_loop
@@ -191,7 +194,7 @@ def _gather_sparse(rows: Sparse, threshold: Threshold, room: Room) -> Gathered:
     symbol, prob, bits = rows.symbol, rows.prob, rows.bits
     out = at = 0
     for i in range(rows.tail.shape[0]):
-        stop = at + rows.count[i]
+        stop = at + rows.n_entries[i]
         last = stop - (stop > at and symbol[stop - 1] == END)
         scan = _scan_sparse(rows, at, last, threshold, room, out)
         n = scan.n
@@ -215,7 +218,7 @@ def _gather_sparse(rows: Sparse, threshold: Threshold, room: Room) -> Gathered:
             room.prob[out] = prob[scan.top_place]
             missing = max(0.0, missing - float(prob[scan.top_place]))
             n = 1
-        room.count[i], room.rest[i] = n, missing
+        room.n_kept[i], room.rest[i] = n, missing
         out += n
         at = stop
     return out, -1, OK, 0.0
@@ -275,15 +278,16 @@ def order_rows(least: float, room: Room) -> Gathered:
     keys = _Keys(
         np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64), value, value.view(np.uint32)
     )
-    return _order(least, room, keys)
+    gathered: Gathered = _order(least, room, keys)
+    return gathered
 
 
 @row_loop
 def _order(least: float, room: Room, keys: _Keys) -> Gathered:
-    count, listable, rest, unlisted, _, _, _ = room
+    n_kept, listable, rest, unlisted, _, _, _ = room
     out = 0
-    for i in range(count.shape[0]):
-        n = np.int64(count[i])
+    for i in range(n_kept.shape[0]):
+        n = np.int64(n_kept[i])
         missing = rest[i]
         if n == 0:
             if not abs(missing - 1.0) <= SUM_TOLERANCE:
@@ -311,6 +315,8 @@ def _order(least: float, room: Room, keys: _Keys) -> Gathered:
 def _split(room: Room, out: int, n: int, least: float, keys: _Keys) -> tuple[float, int]:
     """Make the keys of a row's n entries, `high` in order; returns the sum of the row, and how many are high (>= 1)."""
     symbol, prob, bits, high, low = room.symbol, room.prob, room.bits, keys.high, keys.low
+    n_high: Any
+    n_low: Any
     listed = 0.0
     n_high = n_low = 0
     for k in range(PLACE(out), PLACE(out + n)):

@@ -40,7 +40,8 @@ def encode_rows(rows: Rows, node: I16, table: Table, steps: Steps, codes: Codes,
     filled from the beginning; divergence[0] grows by the quantisation KL of the rows that count (over listed symbols
     and tail), [1] by the whole KL, tail spread by the prior. Returns (M, E).
     """
-    return _encode(rows, node, table, steps, codes, make_scratch(), make_terms(divergence))
+    written: tuple[int, int] = _encode(rows, node, table, steps, codes, make_scratch(), make_terms(divergence))
+    return written
 
 
 @row_loop

@@ -132,4 +132,4 @@ def surely_fits(n_chosen: int, chosen_mass: float, tail_mass: float, implied: fl
     """
     unit = (step / 256.0) ** 2
     most = step / 128.0 * math.sqrt(n_chosen * max(0.0, chosen_mass)) + (n_chosen + 1) * unit
-    return most + rises[PLACE(tail_mass * float(_TAILS))] < 0.499 * implied
+    return bool(most + rises[PLACE(tail_mass * float(_TAILS))] < 0.499 * implied)

@@ -77,15 +77,15 @@ class Table(NamedTuple):
 class Row(NamedTuple):
     """The row at hand: numbers that the steps of its encoding hand on."""
 
-    number: int
+    number: np.int64
     node: np.uint64
     top: np.uint64
     """its first entry, the most likely symbol's"""
-    n_others: int
+    n_others: np.int64
     """entries behind it"""
-    n_listable: int
+    n_listable: np.int64
     """those of them that could be listed, the first ones"""
-    top_rank: int
+    top_rank: np.int64
     implied: float
     """probability of the most likely symbol"""
     weight: float
@@ -257,7 +257,7 @@ def _choose_again(
 def unlisted_mass(row: Row, rows: Rows, listed: U8) -> float:
     """Mass of a row that is not listed, summed anew, without the rounding of the subtractions in `choose`."""
     first = row.top + PLACE(1)
-    mass = rows.rest[row.number]
+    mass: float = rows.rest[row.number]
     for k in range(PLACE(row.n_listable)):
         mass += float(rows.prob[first + k]) * (1.0 - listed[k])
     for k in range(PLACE(row.n_listable), PLACE(row.n_others)):

@@ -189,7 +189,8 @@ def _reduce(text: _Text, listing: Listing, teacher: _Teacher, plan: PathPlan, ma
     for row in range(len(listing.counts)):
         longest = max(longest, listing.counts[row])
     sums = _Sums(np.zeros(longest, np.int64), np.zeros(256), np.zeros(256))
-    return _reduce_rows(text, listing, teacher, plan, masses, sums)
+    written: tuple[int, int] = _reduce_rows(text, listing, teacher, plan, masses, sums)
+    return written
 
 
 @row_loop

@@ -272,9 +272,9 @@ def _note_unlisted(
     for k in range(len(ids)):
         is_listed |= ids[k] == token
     begin = teacher.spelling.begin
-    if is_listed or begin[token + 1] - begin[token] != depth:
-        return n_stops
-    return _stop(masses, n_stops, depth, token, scale * teacher.prior[token])
+    if not is_listed and begin[token + 1] - begin[token] == depth:
+        n_stops = _stop(masses, n_stops, depth, token, scale * teacher.prior[token])
+    return n_stops
 
 
 @inner_loop

@@ -113,7 +113,8 @@ def _note_spread(
 @inner_loop
 def is_full(terms: Terms) -> bool:
     """Whether another row might not fit."""
-    return max(terms.n_waiting[_BOTH], terms.n_waiting[_FIRST], terms.n_waiting[_SECOND]) > _TERMS - _ROOM
+    most = max(terms.n_waiting[_BOTH], terms.n_waiting[_FIRST], terms.n_waiting[_SECOND])
+    return bool(most > _TERMS - _ROOM)
 
 
 @inner_loop

@@ -14,6 +14,8 @@ What is listed is a trade of rate against distortion. Guaranteed whatever the in
 Price, one core: docs/results.md, "Speed of the format".
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -48,6 +50,7 @@ def encode_rows(rows: Rows, node: I16, table: Table, steps: Steps, codes: Codes,
 def _encode(
     rows: Rows, node: I16, table: Table, steps: Steps, codes: Codes, scratch: Scratch, terms: Terms
 ) -> tuple[int, int]:
+    stop: Any
     stop = n_top = n_entries = 0
     for i in range(PLACE(node.shape[0])):
         stop += np.int64(rows.n_kept[i])
@@ -94,7 +97,7 @@ def _name_top(row: Row, rows: Rows, table: Table, top: U8, n_top: int) -> int:
     true = rows.true[row.number]
     true_rank = np.int64(table.prior[row.node, np.uint64(true)]) & 511
     top[PLACE(n_top)] = row.top_rank - (row.top_rank > true_rank)
-    return np.int64(rows.symbol[row.top] != true)
+    return int(rows.symbol[row.top] != true)
 
 
 @njit(cache=True, nogil=True)
@@ -117,6 +120,7 @@ def forget_listed(rows: Rows, node: I16, table: Table, steps: Steps, mass: I64) 
 
 @row_loop
 def _forget(rows: Rows, node: I16, table: Table, steps: Steps, mass: I64, scratch: Scratch, rises: F64) -> None:
+    stop: Any
     stop = 0
     for i in range(PLACE(node.shape[0])):
         stop += np.int64(rows.n_kept[i])

@@ -60,6 +60,12 @@ class SlotColumns(NamedTuple):
             np.empty(room, np.int64),
         )
 
+    def first(self, n: int) -> "SlotColumns":
+        """The first n slots."""
+        return SlotColumns(
+            self.number[:n], self.token[:n], self.true[:n], self.weight[:n], self.rest[:n], self.position[:n]
+        )
+
 
 class ListedColumns(NamedTuple):
     """The teacher's entries of a batch: slot, symbol int64, prob float32."""

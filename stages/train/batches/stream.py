@@ -137,8 +137,8 @@ def _row_slots(rows: Sequence[Row], width: int, limit: int, mean: bool) -> tuple
     """The slots row by row, where each row's begin (and the last one's end), tokens with a slot, supervised bytes."""
     room = 0
     for source, first, last, _ in rows:
-        n_bytes = source.end[first:last] - source.start[first:last]
-        room += int(np.minimum(limit - source.skip[first:last], n_bytes).clip(0).sum())
+        lengths = source.end[first:last] - source.start[first:last]
+        room += int(np.minimum(limit - source.skip[first:last], lengths).clip(0).sum())
     columns = SlotColumns.empty(room)
     edges, n_tokens, n_bytes = [0], 0, 0
     for number, (source, first, last, lead) in enumerate(rows):
@@ -149,7 +149,7 @@ def _row_slots(rows: Sequence[Row], width: int, limit: int, mean: bool) -> tuple
         )
         edges.append(n_slots)
         n_tokens, n_bytes = n_tokens + row_tokens, n_bytes + row_bytes
-    return SlotColumns(*(column[: edges[-1]] for column in columns)), edges, n_tokens, n_bytes
+    return columns.first(edges[-1]), edges, n_tokens, n_bytes
 
 
 def _slot_targets(rows: Sequence[Row], columns: SlotColumns, edges: list[int], order: I64, place: I64) -> SlotTargets:
@@ -161,8 +161,8 @@ def _slot_targets(rows: Sequence[Row], columns: SlotColumns, edges: list[int], o
     n_entries = 0
     for some, span, (a, b) in zip(triples, spans, pairwise(edges), strict=True):
         n_entries = slots.row_targets(some, span, columns.position[a:b], place[a:b], listed, n_entries)
-    entries = (torch.from_numpy(column[:n_entries]) for column in listed)
-    return SlotTargets(*entries, torch.from_numpy(columns.rest[order]))
+    slot, symbol, prob = (torch.from_numpy(column[:n_entries]) for column in listed)
+    return SlotTargets(slot, symbol, prob, torch.from_numpy(columns.rest[order]))
 
 
 def _token_targets(rows: Sequence[Row], width: int) -> TokenTargets | None:

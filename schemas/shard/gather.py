@@ -284,6 +284,7 @@ def order_rows(least: float, room: Room) -> Gathered:
 
 @row_loop
 def _order(least: float, room: Room, keys: _Keys) -> Gathered:
+    out: Any
     n_kept, listable, rest, unlisted, _, _, _ = room
     out = 0
     for i in range(n_kept.shape[0]):

@@ -1,7 +1,7 @@
 """torch.compile for the student's layers, where it works; where it does not, the same run without it.
 
 Only the trunk is compiled: the objective reads the lm_head's input and few of its rows, and its sums over the
-vocabulary are compiled already (`node_sums.py`). Shapes are dynamic, so batches of every size share one graph. Forward
+vocabulary are compiled already (`choices.py`). Shapes are dynamic, so batches of every size share one graph. Forward
 and backward are tried once before the run; whatever fails there (no C++ compiler, an operator without a lowering) is
 reported in one line and the trunk is put back as it was. Results differ from the plain ones by rounding.
 Price: half a minute to some minutes at the start of a run; the gain is a GPU's, or none.

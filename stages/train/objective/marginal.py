@@ -13,7 +13,7 @@ minimum.
 The slots carry log m (symbol 0..255: children, 256: END at the root, 257: stop, 258: ids without bytes at the root);
 their softmax is q. One slot more per token asks at the token's own node: stop here, or go on? Its teacher is the
 position after the token; where that is not in the row, the text decides.
-No parameters are trained. Price: `node_sums.py`.
+No parameters are trained. Price: `choices.py`.
 """
 
 from dataclasses import replace

@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "balanced": {"tau": 0.02, "depth": 1, "static": 0.002},
     "exact": {"tau": 0.003, "depth": 2, "static": 0.0002},
 }
-"""What `teacher.preset` stands for; measured by `benchmarks/information_loss.py`."""
+"""What `teacher.preset` stands for; measured by `benchmarks/exactness.py`."""
 
 
 class Teacher(Section):
@@ -92,8 +92,8 @@ class Teacher(Section):
     """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, wherever it
     ends, or (with static rows) further on; 0 = all, -1 = preset."""
     depth: int = Field(-1, ge=-1, le=200)
-    """Tokens off the canonical ones as far as which tau decides; every token beyond asks for three times the share.
-    0 = evaluate no deviation at all, -1 = preset."""
+    """Last tokens that a history may share with an evaluated one at the same byte before more than tau is asked of it,
+    three times as much for every token more. 0 = evaluate no deviation at all, -1 = preset."""
     static: float = Field(-1.0, ge=-1.0, le=1.0)
     """Below tau, histories with more than this share go on as their last token would alone; 0 = off, -1 = preset."""
     sample_tokens: int = Field(128, ge=0)

@@ -12,7 +12,7 @@ of the weights of all cells at i, and U_i the weight of histories that nobody ev
 hand their weight to the row of the longer history if that was evaluated. If not, they are *orphans*, too light to have
 been asked for (stages/lattice/lattice.py says when), and one of three things becomes of them:
 
-    joined    they go on as the heaviest row that ends at the same byte would, the canonical one first
+    joined    they go on as the row would that ends at the same byte and agrees longest (stages/lattice/heirs.py)
     static    where no row ends, a static row (stages.engines.static) should: the teacher stage adds one for the
               heaviest history that ends there, and the others join it
     nowhere   what has no row even so is *unaccounted*: it is kept in U, follows the text at the rate of the known
@@ -35,6 +35,8 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import END, PLACE
+from bytecache.schemas.dump.window import Window
+from bytecache.stages.lattice.heirs import heirs
 
 _NOTHING = 1e-300
 """A total that is no better than zero: one over it must be finite."""
@@ -53,6 +55,10 @@ class Tables(NamedTuple):
     """int32 [n + 2]; the canonical row that starts at each byte, or -1"""
     child: np.ndarray
     """int32 [S]; row that continues each stop, or -1"""
+    heir: np.ndarray
+    """int32 [S]; row that an orphan joins, or -1 (stages/lattice/heirs.py)"""
+    agreement: np.ndarray
+    """int32 [S]; in how many of its last tokens another evaluated history that ends there agrees, or -1"""
     level_offset: np.ndarray
     """int64 [R + 1]; where a row's levels begin"""
     entry_offset: np.ndarray
@@ -134,12 +140,24 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
     return out
 
 
+def tables(w: Window) -> Tables:
+    """What lies where in a window."""
+    by_start, at, canonical, child, level_offset, entry_offset, stop_offset = _places(
+        len(w.text), w.row_start, w.row_depth, w.row_parent, w.row_token, w.n_levels, w.fanout, w.n_stops, w.stop_token
+    )
+    heir, agreement = heirs(
+        w.row_start, w.row_parent, w.row_token, w.row_logp, w.row_static, by_start, at, stop_offset, w.stop_depth,
+        w.stop_token, child,
+    )  # fmt: skip
+    return Tables(by_start, at, canonical, child, heir, agreement, level_offset, entry_offset, stop_offset)
+
+
 @njit(cache=True, nogil=True)
-def tables(
+def _places(
     n: int, row_start: np.ndarray, row_depth: np.ndarray, row_parent: np.ndarray, row_token: np.ndarray,
     n_levels: np.ndarray, fanout: np.ndarray, n_stops: np.ndarray, stop_token: np.ndarray,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """The members of `Tables`."""
+    """The members of `Tables` but for heirs."""
     rows = len(row_start)
     starting = np.zeros(n + 2, np.int64)
     canonical = np.full(n + 2, -1, np.int32)
@@ -409,7 +427,10 @@ def _advance(
                 if rows.static[c] == 0:
                     sums.purity[c] += sums.purity[r] * w * m
             elif w * m > least:
-                orphan += w * m
+                if lies.heir[s] >= 0:
+                    cells.weight[lies.heir[s]] += w * m
+                else:
+                    orphan += w * m
             s += 1
         cells.next_stop[r] = s
         cells.row[left] = r
@@ -420,16 +441,9 @@ def _advance(
 
 @njit(cache=True, nogil=True)
 def _hand_on(lies: Tables, cells: _Cells, i: int, orphan: float, unknown: float) -> float:
-    """Orphans join the heaviest row that ends at i, the canonical one first; returns the weight that has none."""
+    """What is unaccounted joins the canonical row that ends at i; returns the weight that has none."""
     heir = lies.canonical[i]
-    if heir >= 0:
-        orphan += unknown
-        unknown = 0.0
-    elif orphan > 0.0:
-        for k in range(lies.at[i], lies.at[i + 1]):
-            if heir < 0 or cells.weight[lies.by_start[k]] > cells.weight[heir]:
-                heir = lies.by_start[k]
     if heir < 0:
         return unknown + orphan
-    cells.weight[heir] += orphan
-    return unknown
+    cells.weight[heir] += unknown + orphan
+    return 0.0

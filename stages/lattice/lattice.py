@@ -17,7 +17,8 @@ from numba import njit
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.window import NEVER, Window
 from bytecache.stages.lattice.effort import least_share
-from bytecache.stages.lattice.forward import Rows, Sums, Tables, forward, tables
+from bytecache.stages.lattice.forward import Rows, Sums, forward, tables
+from bytecache.stages.lattice.heirs import NOBODY, lengths
 
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""
@@ -112,12 +113,7 @@ class Lattice:
     def __init__(self, window: Window, *, drop: float = 0.0) -> None:
         self.window = window
         n = len(window.text)
-        lies = Tables(
-            *tables(
-                n, window.row_start, window.row_depth, window.row_parent, window.row_token, window.n_levels,
-                window.fanout, window.n_stops, window.stop_token,
-            )
-        )  # fmt: skip
+        lies = tables(window)
         m = n + 1 - window.score_start
         sums = _room_for(window, m)
         entries = forward(_rows_of(window), lies, window.score_start, n, drop, sums)
@@ -169,8 +165,11 @@ class Lattice:
         Those that extend a static row wait for that row to be evaluated (`outgrown`).
         """
         w = self.window
-        row, _ = self._stops
-        least = least_share(tau, depth, w.row_depth[row].astype(np.int64) + 1)
+        row, position = self._stops
+        least = least_share(
+            tau, depth, self._lies.agreement, off=w.row_depth[row].astype(np.int64) + 1,
+            longer=self._lengths[row] + 1 - self._canonical_tokens(position),
+        )  # fmt: skip
         return self._pick(
             np.flatnonzero((self._lies.child < 0) & (self._sums.share > least) & (w.row_static[row] == 0))
         )
@@ -198,7 +197,13 @@ class Lattice:
         row, _ = self._stops
         peak = self._sums.peak.copy()
         np.maximum.at(peak, row, self._sums.share)
-        heavy = peak > least_share(tau, depth, w.row_depth.astype(np.int64))
+        agreement = np.full(len(peak), NOBODY, np.int32)
+        continued = self._lies.child >= 0
+        agreement[self._lies.child[continued]] = self._lies.agreement[continued]
+        heavy = peak > least_share(
+            tau, depth, agreement, off=w.row_depth.astype(np.int64),
+            longer=self._lengths - self._canonical_tokens(w.row_start),
+        )  # fmt: skip
         grown = np.flatnonzero((w.row_static == 1) & heavy)
         wanted = np.zeros(len(w.row_start), bool)
         while len(grown):
@@ -212,6 +217,16 @@ class Lattice:
         """Row of every stop, int32, and the byte where it ends."""
         row = np.repeat(np.arange(len(self.window.row_start), dtype=np.int32), self.window.n_stops)
         return row, self.window.row_start[row] + self.window.stop_depth
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """int64 [R]; tokens of each row's history since the window's first."""
+        return lengths(self.window.row_parent)
+
+    def _canonical_tokens(self, position: np.ndarray) -> np.ndarray:
+        """int64; how many canonical tokens reach each byte."""
+        w = self.window
+        return np.searchsorted(w.row_start[w.row_depth == 0], position)
 
     def _pick(self, stops: np.ndarray) -> Deviations:
         w = self.window

@@ -1,12 +1,12 @@
 """The teacher stage: documents to windows of evaluated histories, whatever the engine.
 
 Pass 0 runs every window's canonical tokens once. The passes after it ask the lattice which unevaluated histories hold
-more of their prefix than `least_share` says (`tau`, and beyond `depth` tokens off the canonical ones ever more),
-wherever they end, and evaluate those as one batch. Static rows (stages.engines.static) then stand in where nothing
-else does. Where the text goes on as a static row said and others did not, as at a name that nobody expects, that
-row comes to carry more than `tau` after all: its history is evaluated too, and takes its place. (1 to 2 % more rows;
-at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced`, and from 0.00058 to 0.00008 on CJK
-at `exact` with Gemma-3-270m.) How a long document is cut into windows: stages.teacher.windows.
+more of their prefix than `least_share` says (`tau`, and ever more where an evaluated history that ends at the same byte
+has its last tokens in common with them), wherever they end, and evaluate those as one batch. Static rows
+(stages.engines.static) then stand in where nothing else does. Where the text goes on as a static row said and others
+did not, as at a name that nobody expects, that row comes to carry more than `tau` after all: its history is evaluated
+too, and takes its place. (1 to 2 % more rows; at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at
+`balanced`, and from 0.00058 to 0.00008 on CJK at `exact` with Gemma-3-270m.) How a long document is cut into windows: stages.teacher.windows.
 
 Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document (whose
 tokens alone are held whole).
@@ -139,7 +139,7 @@ class Teacher:
     ) -> None:
         """Branches in passes, each one token longer, until the lattice asks for none (see `least_share`)."""
         growing = list(range(len(windows)))
-        for _ in range(deepest(tau, depth)):
+        for _ in range(deepest(depth)):
             growing = self._branch_once(plans, windows, growing, stop, tau, depth)
             if not growing:
                 break

@@ -83,7 +83,11 @@ def assert_lacking_for_a_reason(fine: Window, asked: Window) -> None:
     for history in lacking:
         parent = row_of[history[:-1]]
         (stop,) = np.flatnonzero((row == parent) & (fine.stop_token == history[-1]))
-        least = least_share(FINE["tau"], int(FINE["depth"]), np.array([fine.row_depth[parent] + 1]))
+        least = least_share(
+            FINE["tau"], int(FINE["depth"]), lattice._lies.agreement[[stop]],
+            off=np.array([fine.row_depth[parent] + 1]),
+            longer=np.zeros(1),
+        )  # fmt: skip
         assert lattice._sums.share[stop] <= least[0]
 
 

@@ -17,15 +17,23 @@ def vocabulary(request, tmp_path_factory) -> Vocabulary:
     return load_vocabulary(write_tokenizer(tmp_path_factory.mktemp("heirs"), request.param))
 
 
-def windows_of(vocabulary: Vocabulary, texts: int, **effort: float) -> list[Window]:
+def windows_of(vocabulary: Vocabulary, texts: int, tokens: int = 12, **effort: float) -> list[Window]:
     teacher = writing_teacher(vocabulary, **effort)
     assert isinstance(teacher.engine, WritingEngine)
     found = []
     for seed in range(texts):
-        text = teacher.engine.write(12, seed).decode()
+        text = teacher.engine.write(tokens, seed).decode()
         ((window,),) = teacher.windows([("d", 0, vocabulary.encode(text))])
         found.append(window)
     return found
+
+
+def weights_of(window: Window) -> np.ndarray:
+    """log p of every row's history, nats."""
+    weight = np.zeros(len(window.row_start))
+    for row in range(1, len(weight)):
+        weight[row] = weight[window.row_parent[row]] + window.row_logp[row]
+    return weight
 
 
 def agreement_of(one: tuple[int, ...], other: tuple[int, ...]) -> int:
@@ -40,11 +48,8 @@ def agreement_of(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 def test_the_heir_is_the_row_that_agrees_longest(vocabulary, static):
     """Of every stop, by comparing whole histories one by one."""
     agreements = []
-    for window in windows_of(vocabulary, 4, tau=0.005, depth=3, static=static):
-        lattice, names = Lattice(window), histories(window)
-        weight = np.zeros(len(names))
-        for row in range(1, len(names)):
-            weight[row] = weight[window.row_parent[row]] + window.row_logp[row]
+    for window in windows_of(vocabulary, 3, tau=0.01, depth=3, static=static):
+        lattice, names, weight = Lattice(window), histories(window), weights_of(window)
         rows, positions = lattice._stops
         for stop, (row, position) in enumerate(zip(rows, positions, strict=True)):
             own = (*names[row], int(window.stop_token[stop]))
@@ -67,20 +72,19 @@ def test_the_heir_is_the_row_that_agrees_longest(vocabulary, static):
 def test_what_agrees_as_far_as_the_teacher_remembers_may_join(vocabulary):
     """A teacher that reads three tokens says the same after two histories that agree in three: nothing is lost."""
     assert WritingEngine.memory == 3
-    joined = lost = 0
-    for window in windows_of(vocabulary, 8, tau=1e-4, depth=60):
-        lattice = Lattice(window)
-        row_of_stop = lattice._lies.child
-        leaf = ~np.isin(np.arange(len(window.row_start)), window.row_parent)
-        for stop in np.flatnonzero(row_of_stop >= 0):
-            row = row_of_stop[stop]
-            if not leaf[row] or window.row_depth[row] == 0 or lattice._sums.share[stop] < 1e-3:
-                continue
-            without = Lattice(keep_rows(window, np.arange(len(window.row_start)) != row))
-            moved = np.abs(without.targets().probs - lattice.targets().probs).max()
-            if lattice._lies.agreement[stop] >= WritingEngine.memory:
-                assert moved < 1e-5
-                joined += 1
-            else:
-                lost += moved > 1e-4
-    assert joined > 3 and lost > 3  # the test can fail: the others are missed
+    moved: dict[bool, list[float]] = {True: [], False: []}
+    for window in windows_of(vocabulary, 12, tokens=6, tau=1e-6, depth=60):
+        lattice, weight = Lattice(window), weights_of(window)
+        whole = lattice.targets().probs
+        heavy = np.flatnonzero((lattice._lies.child >= 0) & (lattice._sums.share > 3e-3))
+        for stop in heavy[window.row_depth[lattice._lies.child[heavy]] > 0][:30]:
+            if weight[lattice._lies.heir[stop]] < weight[lattice._lies.child[stop]]:
+                continue  # of a lighter one too little was evaluated to carry both
+            without = np.ones(len(window.row_start), bool)
+            without[lattice._lies.child[stop]] = False
+            for row in range(lattice._lies.child[stop] + 1, len(without)):  # and what extends it
+                without[row] &= without[window.row_parent[row]]
+            error = np.abs(Lattice(keep_rows(window, without)).targets().probs - whole).max()
+            moved[bool(lattice._lies.agreement[stop] >= WritingEngine.memory)].append(float(error))
+    assert len(moved[True]) > 2 and max(moved[True]) < 1e-4
+    assert np.mean(moved[False]) > 1e-3  # the test can fail: the others are missed

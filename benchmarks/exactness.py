@@ -311,15 +311,24 @@ def main() -> None:
             raise SystemExit(f"{args.out} holds other {', '.join(changed)}; move it away to measure anew")
         facts["kinds"] = earlier["kinds"]
     texts = kinds_of(args.texts, args.bytes)
+    studies = {}
     for kind in args.kinds or [*texts, "chat"]:
         chat = kind == "chat"
         documents = answers_of(teacher, args.bytes) if chat else documents_of(teacher, texts[kind], args.document)
-        study = Study(teacher, documents, args, facts["kinds"].get(kind))
-        while study.measured < len(study.stretches) and time.monotonic() - began < args.seconds:
+        studies[kind] = Study(teacher, documents, args, facts["kinds"].get(kind))
+    # A stretch of each kind in turn, so that whatever time there is goes to all of them.
+    while open_studies := {kind: study for kind, study in studies.items() if study.measured < len(study.stretches)}:
+        for kind, study in open_studies.items():
+            if time.monotonic() - began >= args.seconds:
+                break
             study.step()
             facts["kinds"][kind] = study.result()
             write_text(args.out, json.dumps(facts, indent=1) + "\n")
-        print(f"{kind}: {study.measured} of {len(study.stretches)} stretches", flush=True)
+        else:
+            continue
+        break
+    for kind, study in studies.items():
+        print(f"{kind}: {study.measured} of {len(study.stretches)} stretches")
     print(markdown(facts["kinds"]))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 GROWTH = 3.0
 """How much more a history must carry for every token beyond the depth in which another that ends at the same byte
 agrees with it: what they predict grows alike (stages/lattice/heirs.py)."""
-MOST_TIMES = 100.0
+MOST_TIMES = 25.0
 """How much more at most."""
 DEEPEST = 200
 """Tokens off the canonical ones at most; a dump counts them in a byte."""

@@ -2,12 +2,15 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.teacher_presets --bytes 4000 --out benchmarks/results/teacher_presets.json
 
-Passes over the same windows: prefill alone (one row wanted of each window), then every preset as the teacher stage runs
-it: canonical rows, branches, static rows (states known beforehand: they are kept per teacher), rounds alternating.
-Seconds are those of the process's CPU time, so that a busy machine does not change them much; the engine runs in this
-process, on one thread where OMP_NUM_THREADS=1. `per row` counts a preset's rows (windows, branches; static rows aside)
-as if each were one token of prefill. The share of the host is what is left of a pass when the model's layers, its head
-and the sums over the vocabulary are taken away: vLLM's scheduler, this project's own Python, the lattice.
+Passes over the same windows: prefill alone (one row wanted of each window), prefill with all rows (the head and the
+sums, no branches), then every preset as the teacher stage runs it: canonical rows, branches, static rows (states known
+beforehand: they are kept per teacher), rounds alternating. Seconds are the process's CPU time, so that a busy machine
+does not change them much; the engine runs in this process, on one thread where OMP_NUM_THREADS=1. `per row` counts a
+preset's rows (windows, branches; static rows aside) as if each were one token of prefill; of a model whose head is a
+fifth of its work no preset can reach 1, and `of_all_rows_per_row` compares with prefill that gives every row. The
+host's part is what is left of the engine's thread when the model's layers, its head and the sums over the vocabulary
+are taken away: vLLM's scheduler, this project's own Python; and the lattice, where no thread beside takes it
+(`--threads 0`).
 """
 
 import argparse
@@ -17,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,11 +46,11 @@ class Meter:
         original = getattr(owner, attribute)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            began = time.process_time()
+            began = time.thread_time()
             try:
                 return original(*args, **kwargs)
             finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - began
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.thread_time() - began
                 self.calls[name] = self.calls.get(name, 0) + 1
 
         setattr(owner, attribute, counted)
@@ -61,12 +65,13 @@ def measured(meter: Meter) -> Iterator[dict[str, Any]]:
     """CPU seconds of a block, and how they divide."""
     meter.forget()
     found: dict[str, Any] = {}
-    began = time.process_time()
+    began, engine_began = time.process_time(), time.thread_time()
     yield found
     found["seconds"] = time.process_time() - began
+    found["engine_thread"] = time.thread_time() - engine_began
     found |= {name: meter.seconds.get(name, 0.0) for name in ("layers", "head", "sums")}
     found["head_products"] = meter.calls.get("head", 0)
-    found["host"] = found["seconds"] - sum(found[name] for name in ("layers", "head", "sums"))
+    found["host"] = found["engine_thread"] - sum(found[name] for name in ("layers", "head", "sums"))
 
 
 def attach(teacher: Teacher, meter: Meter) -> None:
@@ -79,17 +84,19 @@ def attach(teacher: Teacher, meter: Meter) -> None:
     meter.wrap(PathReducer, "_sums_on_cpu", "sums")
 
 
-def plain_prefill(teacher: Teacher, plans: list[WindowPlan]) -> None:
-    """One row of each window."""
+def prefill(teacher: Teacher, plans: list[WindowPlan], *, all_rows: bool) -> None:
+    """All rows of each window, or the last one alone."""
     teacher.engine.forget()
     prompts = [plan.prompt for plan in plans]
     last = [p._replace(first_row=len(p.tokens) - 1, starts=p.starts[-1:]) for p in prompts]
-    for _ in teacher.engine.score(last):
+    for _ in teacher.engine.score(prompts if all_rows else last):
         pass
 
 
-def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, int]:
+def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, float]:
     """The windows as the stage makes them; returns what was evaluated."""
+    engine: Any = teacher.engine
+    branched, computed = engine.branches, engine.branch_tokens
     effort = dict.fromkeys(("tau", "depth", "static"), -1)
     settings = teacher.settings.model_copy(update={"preset": preset, **effort})
     teacher.settings = settings.resolved()
@@ -98,7 +105,30 @@ def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, i
     static = sum(int(window.row_static.sum()) for window in windows)
     canonical = sum(int((window.row_depth == 0).sum()) for window in windows)
     rows = sum(len(window.row_depth) for window in windows)
-    return {"rows": canonical, "branches": rows - canonical - static, "static_rows": static}
+    each = (engine.branch_tokens - computed) / max(1, engine.branches - branched)
+    return {
+        "rows": canonical, "branches": rows - canonical - static, "static_rows": static, "tokens_per_branch": each,
+    }  # fmt: skip
+
+
+@contextmanager
+def branches_as_requests(teacher: Teacher) -> Iterator[None]:
+    """As it was before branches ran over the blocks of their windows, and is where a model does not let them."""
+    engine: Any = teacher.engine
+    blocks, engine._blocks = engine._blocks, None
+    yield
+    engine._blocks = blocks
+
+
+def some_text(most: int) -> list[str]:
+    """Documents of the default corpus, the last one cut at `most` bytes in all."""
+    texts: list[str] = []
+    for document in CorpusReader(st.Corpus(max_bytes=most)):
+        texts.append(document.text.encode()[:most].decode(errors="ignore"))
+        most -= len(texts[-1].encode())
+        if most <= 0:
+            break
+    return texts
 
 
 def main() -> None:
@@ -107,13 +137,18 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
+    parser.add_argument(
+        "--requests", choices=list(st.PRESETS), help="measure a preset with a request for each branch too"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="for lattices, beside the engine's")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     teacher = open_teacher(st.Teacher(model=args.model, preset="exact"))
+    teacher.pool = ThreadPoolExecutor(args.threads) if args.threads else None
     meter = Meter()
     attach(teacher, meter)
     settings = teacher.settings
-    texts = [document.text for document in CorpusReader(st.Corpus(max_bytes=args.bytes))]
+    texts = some_text(args.bytes)
     plans = [
         plan
         for i, encoded in enumerate(teacher.vocabulary.encode_batch(texts))
@@ -123,33 +158,41 @@ def main() -> None:
     ]
     tokens = sum(len(plan.prompt.tokens) for plan in plans)
     text_bytes = sum(len(plan.prompt.text) - plan.score_start for plan in plans)
-    whole(teacher, plans, "exact")  # static states of all presets, and everything compiled
+    for preset in st.PRESETS:  # static states of all presets, and everything compiled
+        whole(teacher, plans, preset)
+    teacher.save_static()
     passes: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
-        with measured(meter) as found:
-            plain_prefill(teacher, plans)
-        passes.setdefault("prefill", []).append(found)
+        for name in ("prefill", "all_rows"):
+            with measured(meter) as found:
+                prefill(teacher, plans, all_rows=name == "all_rows")
+            passes.setdefault(name, []).append(found)
         for preset in st.PRESETS:
             with measured(meter) as found:
                 counts = whole(teacher, plans, preset)
             passes.setdefault(preset, []).append(found | counts)
+        if args.requests:
+            teacher.engine.forget()
+            with branches_as_requests(teacher), measured(meter) as found:
+                counts = whole(teacher, plans, args.requests)
+            passes.setdefault(f"{args.requests}, branches as requests", []).append(found | counts)
     result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
-        "model": args.model, "tokens": tokens, "text_bytes": text_bytes,
+        "model": args.model, "windows": len(plans), "tokens": tokens, "text_bytes": text_bytes,
+        "threads_beside": args.threads,
     }  # fmt: skip
     for name, rounds in passes.items():
         result[name] = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
-    prefill = tokens / result["prefill"]["seconds"]
+    speed, with_rows = (tokens / result[name]["seconds"] for name in ("prefill", "all_rows"))
     for name in passes:
         one = result[name]
         rows = one.get("rows", tokens) + one.get("branches", 0)
         one["tokens_per_s"] = tokens / one["seconds"]
-        one["of_prefill"] = one["tokens_per_s"] / prefill
-        one["of_prefill_per_row"] = rows / one["seconds"] / prefill
+        one["of_prefill"] = one["tokens_per_s"] / speed
+        one["of_prefill_per_row"] = rows / one["seconds"] / speed
+        one["of_all_rows_per_row"] = rows / one["seconds"] / with_rows
         one["text_bytes_per_s"] = text_bytes / one["seconds"]
         one["host_us_per_row"] = one["host"] / rows * 1e6
-    branches = teacher.engine
-    result["tokens_computed_per_branch"] = branches.branch_tokens / max(1, branches.branches)  # type: ignore[attr-defined]
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from bytecache.schemas.settings import Settings
     from bytecache.schemas.shard.builder import ShardBuilder
     from bytecache.schemas.shard.reader import read_shard
+    from bytecache.stages.loop.batches import collate_rows, step_counts
     from bytecache.stages.loop.loss import ByteLoss
-    from bytecache.stages.loop.rows import StudentRows, collate_rows
+    from bytecache.stages.loop.rows import MixedRows, StudentRows
+    from bytecache.stages.loop.trainers import ByteLossMixin
     from bytecache.stages.targets.dataset import ByteTargets
+    from bytecache.stages.targets.mixed import MixedTargets
     from bytecache.stages.targets.source import open_dataset
 
 __all__ = [
     "ByteLoss",
+    "ByteLossMixin",
     "ByteTargets",
     "BytecacheError",
     "ConfigError",
@@ -36,6 +40,8 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "Interrupted",
+    "MixedRows",
+    "MixedTargets",
     "Settings",
     "ShardBuilder",
     "StorageError",
@@ -43,11 +49,15 @@ __all__ = [
     "collate_rows",
     "open_dataset",
     "read_shard",
+    "step_counts",
     "verify_dataset",
 ]
 
 _HOMES = {
     "ByteLoss": "stages.loop.loss",
+    "ByteLossMixin": "stages.loop.trainers",
+    "MixedRows": "stages.loop.rows",
+    "MixedTargets": "stages.targets.mixed",
     "ByteTargets": "stages.targets.dataset",
     "open_dataset": "stages.targets.source",
     "read_shard": "schemas.shard.reader",
@@ -55,7 +65,8 @@ _HOMES = {
     "verify_dataset": "schemas.dataset.verification",
     "Settings": "schemas.settings",
     "StudentRows": "stages.loop.rows",
-    "collate_rows": "stages.loop.rows",
+    "collate_rows": "stages.loop.batches",
+    "step_counts": "stages.loop.batches",
 }
 
 

@@ -180,6 +180,34 @@ def run_machine() -> str:
     return transcript()[0].removeprefix("# ")
 
 
+DAMAGED = {
+    "plan": r"plan/(?!config)", "dump": r"teacher/(?!config)", "data set": r"targets/(?!config)",
+    "prepared student": "train/student/", "last checkpoint": r"train/RUN/step-0*4",
+    "earlier checkpoints, logs": r"train/RUN/(?!step-0*4|config)", "report": r"report/(?!config)",
+    "export": r"export/RUN/", "receipts": "receipts/", "config.toml, of a run and of its folders": r".*config\.toml$",
+}  # fmt: skip
+"""Parts of a run, by the kinds of files that benchmarks/damage.py tells apart."""
+
+
+def damage() -> str:
+    """What became of every damaged file, by part of the run."""
+    measured = result("damage.json")
+    rows, left = [], dict(measured["kinds"])
+    for part, pattern in DAMAGED.items():
+        kinds = [left.pop(name) for name in list(left) if re.match(pattern, name)]
+        f = {name: sum(figures[name] for figures in kinds) for name in kinds[0]}
+        named = f"{f['named']} of {f['read_by_a_stage']}" if f["read_by_a_stage"] else "read by none"
+        word = f"{f['whole_by_the_readers_word']} of {f['read_by_a_stage']}" if f["read_by_a_stage"] else "-"
+        whole = f"{f['whole_again']} of {f['followed']}"
+        rows.append([part, str(f["cases"]), str(f["found"]), named, whole, str(f["by_one_command"]), word])
+    assert not left, left
+    return table(
+        "files of | >cases | >found by `verify` | >named by the stage that reads them | >whole again | "
+        ">of these by `verify --repair` alone | >whole again by the stage's own word",
+        rows,
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "presets-short": presets_short,
@@ -187,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "student-gain": student_gain,
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,
+    "damage": damage,
     "rate-distortion": rate_distortion,
     "run-output": run_output,
     "run-table": run_table,

@@ -25,6 +25,7 @@ from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.messages import public_url, url_secrets
 from bytecache.schemas.secrets import Secret
 from bytecache.schemas.settings import Section, Settings
+from bytecache.schemas.strict_json import LARGEST
 
 DEFAULT_FILE = "pipeline.toml"
 RESOLVED_FILE = "config.toml"
@@ -337,7 +338,9 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError, KeyError):
         value = raw
     # A shell strips quotes, so a bare word for a text key is text even where TOML would read 2048 or true.
-    if not isinstance(value, str) and isinstance(sections()[section].model_fields[key].default, str | Secret):
+    if not isinstance(value, str | list | dict) and isinstance(
+        sections()[section].model_fields[key].default, str | Secret
+    ):
         value = raw
     return section, key, value
 
@@ -356,12 +359,17 @@ def _explain(error: ValidationError, origin: dict[tuple[str, str], str]) -> str:
 
 
 def _refuse_numbers(settings: Settings, origin: dict[tuple[str, str], str]) -> None:
-    """What a field's limits cannot say: NaN, and what lies between -1, which stands for something else, and 0."""
+    """What a field's limits cannot say: NaN, what no file of ours can state, and what lies between -1 and 0.
+
+    -1 stands for something else.
+    """
     for section, kind in sections().items():
         for key, value in getattr(settings, section):
+            where = origin.get((section, key), "")
+            if isinstance(value, int) and abs(value) >= LARGEST:
+                raise ConfigError(f"{section}.{key} = {str(value)[:40]} {where}: expected a number below {LARGEST}")
             if not isinstance(value, float):
                 continue
-            where = origin.get((section, key), "")
             if not math.isfinite(value):
                 raise ConfigError(f"{section}.{key} = {value} {where}: expected a finite number")
             if kind.model_fields[key].default == -1.0 and -1.0 < value < 0.0:
@@ -369,8 +377,11 @@ def _refuse_numbers(settings: Settings, origin: dict[tuple[str, str], str]) -> N
 
 
 def _refuse_text(settings: Settings, origin: dict[tuple[str, str], str]) -> None:
-    """What no file name and no file of ours may hold: NUL, bytes that are not UTF-8, a password in an address."""
-    for section in sections():
+    """What no file name and no file of ours may hold: NUL, bytes that are not UTF-8, a password in an address.
+
+    And nothing where something is needed: an empty `run.dir` would be the current folder.
+    """
+    for section, kind in sections().items():
         for key, value in getattr(settings, section):
             text = value.reveal() if isinstance(value, Secret) else value
             if not isinstance(text, str):
@@ -381,6 +392,9 @@ def _refuse_text(settings: Settings, origin: dict[tuple[str, str], str]) -> None
                     "and to the environment of the service's own tools (AWS_*, GOOGLE_*, AZURE_*, HF_TOKEN)"
                 )
             where = origin.get((section, key), "")
+            default = kind.model_fields[key].default
+            if not text and default:
+                raise ConfigError(f"{section}.{key} {where}: is empty; name one, as the default {_toml_value(default)}")
             if "\0" in text:
                 raise ConfigError(f"{section}.{key} {where}: holds a NUL character; give a text without it")
             try:

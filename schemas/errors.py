@@ -60,6 +60,8 @@ EXTRAS = {
         "transformers",
     ),
     "remote": ("huggingface_hub", "obstore", "s3fs"),
+    "datasets": ("datasets",),
+    "trl": ("trl",),
 }
 """Packages that come with an extra, by the names they are imported by; pyproject.toml says why they are extras."""
 

@@ -31,7 +31,8 @@ class Corpus(Section):
     """The text and how it is cut into units of work."""
 
     source: str = "builtin:pydoc-topics"
-    """A .jsonl[.gz|.zst], .parquet, .arrow, .txt file, a folder of these, or `builtin:pydoc-topics` (a manual)."""
+    """A .jsonl[.gz|.zst], .parquet, .arrow, .txt file, a folder of these or of `datasets.save_to_disk`, a data set of
+    the hub, `hf://datasets/OWNER/NAME[@REVISION][/CONFIG[/SPLIT]]`, or `builtin:pydoc-topics` (a manual)."""
     kind: Literal["text", "chat", "completion"] = "text"
     """`text`: whole documents. `chat`: `messages`, or prompt and response, of which the assistant's words are learned,
     rendered by the teacher's and the student's own chat template. `completion`: prompt and response, joined as text."""

@@ -28,6 +28,17 @@ def parse(data: bytes) -> Any:
         raise ValueError("nested too deep") from error
 
 
+def loads(data: str | bytes) -> Any:
+    """`json.loads` for files of other programs, with their repeated keys and NaN; nested too deep is a ValueError too.
+
+    Raises ValueError (UnicodeDecodeError is one).
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):

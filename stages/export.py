@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.files import scratch_folder
 from bytecache.stages.evaluate.evaluate import load_trained
@@ -45,7 +46,7 @@ def export(student_dir: Path, checkpoint_path: Path, out_dir: Path) -> dict[str,
     source = checkpoint.verify(checkpoint_path)
     record = out_dir / "export.json"
     if out_dir.exists():
-        found = json.loads(record.read_text()) if record.is_file() else {}
+        found = strict_json.loads(record.read_text()) if record.is_file() else {}
         if found.get("checkpoint_sha256") == source and found.get("files") == _hashes(out_dir):
             return dict(found)
         raise ConfigError(f"{out_dir} holds something else; delete it or export elsewhere")

@@ -7,7 +7,6 @@ that was cut off between file and receipt, or work whose receipt is lost; nothin
 Price: receipts are read, content is not; one listing of each stage's folder.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from bytecache.pipeline.plan.index import PLAN_KEY, read_plan
 from bytecache.pipeline.stores import Store, overlapped
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import FileRecord, OtherVersion, Receipt
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError
 
 CONFIG = "config.toml"
@@ -139,8 +139,8 @@ def _ended(store: Store, record: str) -> bool:
         return False
     try:
         with store.open(record.removesuffix(".json") + ".safetensors") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        state = json.loads(header["__metadata__"]["state"])
+            header = strict_json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        state = strict_json.loads(header["__metadata__"]["state"])
         return bool(state["step"] >= state["identity"]["settings"]["steps"])
     except (ValueError, KeyError, TypeError):
         return False
@@ -150,7 +150,7 @@ def checkpoint_fault(store: Store, record: str) -> str:
     """What is wrong with a checkpoint of a run under way, by the record beside it; "" = nothing."""
     key = record.removesuffix(".json") + ".safetensors"
     try:
-        facts = json.loads(store.read_bytes(record))
+        facts = strict_json.loads(store.read_bytes(record))
         file = FileRecord(path=key, size=facts["size"], sha256=facts["sha256"])
         named = (
             facts["file"] == key.rpartition("/")[2] and f"step-{facts['step']:08d}.json" == record.rpartition("/")[2]

@@ -1,5 +1,6 @@
 """`plan`: the corpus cut into slices, the units of all later work; and all that was left out of it, said."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from bytecache.pipeline.commands.teacher import known_start, start_line
@@ -9,7 +10,7 @@ from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import reader
-from bytecache.stages.corpus.reader import corpus_files
+from bytecache.stages.corpus.reader import corpus_files, ending_of
 from bytecache.stages.corpus.tally import listed
 
 MOST_NAMES = 5
@@ -33,6 +34,8 @@ def plan(context: Context) -> tuple[Plan, bool]:
         f"{human_bytes(corpus['n_bytes'])} of text in {len(made.sizes)} units "
         f"({made.n_heldout} held out)"
     )
+    if line := understood(context.settings.corpus):
+        context.say(f"plan: {line}")
     for line in left_out(made, context.settings.corpus):
         context.say(f"plan: {line}")
     if record := known_start(context, str(made.settings.get("kind", "text"))):
@@ -43,6 +46,20 @@ def plan(context: Context) -> tuple[Plan, bool]:
         for line in check_student_reads(context, made):
             context.say(f"plan: {line}")
     return made, new
+
+
+def understood(settings: Corpus) -> str:
+    """What was taken for documents, by the files' kinds; "" for a built-in corpus."""
+    files = corpus_files(settings)[0]
+    if not files:
+        return ""
+    endings = Counter(ending_of(file.name) for file in files)
+    kinds = ", ".join(f"{ending} ({count})" for ending, count in sorted(endings.items()))
+    if settings.kind != "text":
+        return f"read as records of corpus.kind = {settings.kind!r}: {kinds}"
+    if set(endings) == {".txt"}:
+        return f"read as text, in documents by {settings.text_split}: {kinds}"
+    return f"read as text, the field {settings.text_field!r} of each record: {kinds}"
 
 
 def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
@@ -65,6 +82,10 @@ def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
             f"warning: {sum(overlong.values())} documents left out, longer than {reader.MAX_DOCUMENT} bytes: "
             f"{listed(overlong)}; split them"
         )
+    if layouts := passed.get("layouts"):
+        yield f"records understood as {listed(layouts)}"
+    if unlearned := passed.get("unlearned"):
+        yield f"answers that are read and not learned, their words being the template's: {listed(unlearned)}"
     if strange := passed.get("strange"):
         yield f"roles that a chat template may not know, by records: {listed(strange)}"
     if unread := passed.get("unread"):
@@ -74,11 +95,17 @@ def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
 
 def _lopsided(made: Plan, settings: Corpus) -> Iterator[str]:
     heldout = sum(made.sizes[index] for index in made.index.heldout)
-    split = 'corpus.text_split = "paragraphs" makes more documents of a .txt file'
     if settings.heldout_fraction and not made.n_heldout:
-        yield f"nothing is held out, all is for training: too few documents that differ ({split})"
+        yield f"nothing is held out, all is for training: too few documents that differ{_split_hint(settings)}"
     elif heldout > MUCH_HELD_OUT * made.n_bytes:
         yield (
             f"warning: {human_bytes(heldout)} of {human_bytes(made.n_bytes)} are held out, since a few documents are "
-            f"most of the text; {split}"
+            f"most of the text{_split_hint(settings)}"
         )
+
+
+def _split_hint(settings: Corpus) -> str:
+    """What makes more documents, where that is possible."""
+    if settings.text_split == "file" and any(file.name.endswith(".txt") for file in corpus_files(settings)[0]):
+        return '; corpus.text_split = "paragraphs" makes more documents of a .txt file'
+    return ""

@@ -1,10 +1,10 @@
 """`verify --repair`: what is damaged is put back, made or fetched again, or set aside with the command that makes it.
 
-In a run folder, in this order: receipts and files that lie in each other's places are put back by their hashes; what is
-damaged is set aside with its receipt (nothing that repair does not know is deleted); what needs no model is made again,
-slices from the corpus, shards and the index from whole dump parts; for the rest the command that makes it is named. A
-data set that came from elsewhere is repaired from its source (`repair_dataset`). Price: every byte is read once before
-`verify` reads it again.
+In a run folder, in this order: what stands in a file's place and is none is set aside; receipts and files that lie in
+each other's places are put back by their hashes; what is damaged is set aside with its receipt (nothing that repair
+does not know is deleted); what needs no model is made again, slices from the corpus, shards and the index from whole
+dump parts; for the rest the command that makes it is named. A data set that came from elsewhere is repaired from its
+source (`repair_dataset`). Price: every byte is read once before `verify` reads it again.
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan.index import PLAN_KEY, read_plan
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import documents, receipts
-from bytecache.pipeline.units.aside import set_aside, set_folder_aside
+from bytecache.pipeline.units.aside import set_aside, set_folder_aside, set_no_files_aside
 from bytecache.pipeline.units.receipts import FileRecord, Receipt
 from bytecache.schemas.dataset import card
 from bytecache.schemas.dataset.index import DATASET, SUFFIX
@@ -62,6 +62,7 @@ class _Repair:
         self.configurations: list[str] = []
 
     def run(self, deep: bool) -> list[str]:
+        self.done += [f"set aside: {key} ({fault})" for key, fault in set_no_files_aside(self.store).items()]
         self._receipts()
         faulty = self._files_back(self._faulty())
         self._units_aside(faulty)

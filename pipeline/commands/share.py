@@ -2,6 +2,7 @@
 
 A push sends what the index lists and nothing else of the folder: shards first, in commits of bounded size, then in one
 last commit the manifest, the card and dataset.json, so that a reader never meets an index of shards that are not there.
+With the last go files for people and search engines that are made of the rest (`publication`).
 What the hub holds already, by content hash, is not sent again; so a push that broke off goes on where it was. The
 index of another data set is replaced only where that is asked for.
 
@@ -10,11 +11,12 @@ Price: one listing of the repository, and the bytes that are missing at the othe
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bytecache.pipeline.commands import publication
 from bytecache.schemas.dataset.card import FILE as CARD
 from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, Dataset, read_dataset
 from bytecache.schemas.dataset.verification import verify_dataset
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 PREFIX = "hf://datasets/"
+Files = dict[str, Path | bytes]
+"""Path in the data set's place to content."""
 INDEX = (MANIFEST, CARD, DATASET)
 """Files of the last commit, beside the shards."""
 COMMIT_BYTES = 4 << 30
@@ -56,6 +60,11 @@ class HubPlace(NamedTuple):
         """Where a file of the data set lies in the repository."""
         return f"{self.folder}/{name}" if self.folder else name
 
+    def addresses(self, endpoint: str) -> tuple[str, str]:
+        """URLs of the repository, and of what lies at this place in it."""
+        repository = f"{endpoint.rstrip('/')}/datasets/{self.repository}"
+        return repository, f"{repository}/resolve/{self.revision}/{self.folder}".rstrip("/")
+
 
 class Pushed(NamedTuple):
     """What a push did."""
@@ -75,11 +84,18 @@ class _Held(NamedTuple):
     sha256: str
     git: str
 
-    def equals(self, path: Path) -> bool:
-        """Whether this is the content of `path`."""
-        if self.size != path.stat().st_size:
+    def equals(self, content: Path | bytes) -> bool:
+        """Whether this is the content."""
+        if self.size != _length(content):
             return False
-        return self.sha256 == file_sha256(path) if self.sha256 else self.git == _git_hash(path.read_bytes())
+        if not self.sha256:
+            return self.git == _git_hash(content if isinstance(content, bytes) else content.read_bytes())
+        found = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
+        return self.sha256 == found
+
+
+def _length(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def push(
@@ -106,27 +122,32 @@ def push(
         )
     dataset = read_dataset(folder)
     with _hub(url) as api:
+        extras = publication.extras(folder, dataset, url.rstrip("/"), *place.addresses(str(api.endpoint)))
         api.create_repo(place.repository, repo_type="dataset", private=private, exist_ok=True)
         held = _listing(api, place)
         obsolete = _obsolete(api, place, held, dataset, url, replace)
-        shards = [folder / entry.file for entry in dataset.entries]
-        index = [folder / name for name in INDEX if (folder / name).is_file()]
-        missing = [path for path in shards if path.name not in held or not held[path.name].equals(path)]
+        shards: Files = {entry.file: folder / entry.file for entry in dataset.entries}
+        index: Files = {name: folder / name for name in INDEX if (folder / name).is_file()}
+        index |= extras
+        missing = _not_held(shards, held)
         for number, batch in enumerate(_batches(missing)):
             _commit(api, place, batch, [], f"{dataset_name(dataset)}: shards, part {number + 1}")
-            say(f"push: {len(batch)} shards, {sum(path.stat().st_size for path in batch) / 2**20:.1f} MiB")
-        changed = [path for path in index if path.name not in held or not held[path.name].equals(path)]
+            say(f"push: {len(batch)} shards, {sum(map(_length, batch.values())) / 2**20:.1f} MiB")
+        changed = _not_held(index, held)
         if changed or obsolete:
             _commit(api, place, changed, obsolete, f"{dataset_name(dataset)}: {len(shards)} shards")
-    known = {path.name for path in [*shards, *index]}
-    sent = [*missing, *changed]
+    sent = missing | changed
     return Pushed(
         sent=len(sent),
-        present=len(known) - len(sent),
+        present=len(shards) + len(index) - len(sent),
         removed=len(obsolete),
-        n_bytes=sum(path.stat().st_size for path in sent),
-        strangers=sorted(path.name for path in folder.iterdir() if path.name not in known),
+        n_bytes=sum(map(_length, sent.values())),
+        strangers=sorted(path.name for path in folder.iterdir() if path.name not in shards | index),
     )
+
+
+def _not_held(files: Files, held: dict[str, _Held]) -> Files:
+    return {name: content for name, content in files.items() if name not in held or not held[name].equals(content)}
 
 
 def dataset_name(dataset: Dataset) -> str:
@@ -203,17 +224,20 @@ def _hub(url: str) -> "Iterator[HfApi]":
 
 
 def _listing(api: "HfApi", place: HubPlace) -> dict[str, _Held]:
-    """Files of the place by name."""
+    """Files of the place by their path in it."""
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     held = {}
     try:
-        tree = api.list_repo_tree(place.repository, place.folder or None, repo_type="dataset", revision=place.revision)
+        tree = api.list_repo_tree(
+            place.repository, place.folder or None, recursive=True, repo_type="dataset", revision=place.revision
+        )
         for item in tree:
             if isinstance(item, RepoFile):
                 sha256 = item.lfs.sha256 if item.lfs else ""
-                held[Path(item.path).name] = _Held(item.size, sha256, item.blob_id)
+                name = item.path.removeprefix(f"{place.folder}/") if place.folder else item.path
+                held[name] = _Held(item.size, sha256, item.blob_id)
     except EntryNotFoundError:
         return {}
     return held
@@ -246,24 +270,24 @@ def _obsolete(
     return [entry.file for entry in there.entries if entry.file not in listed and entry.file in held]
 
 
-def _batches(paths: Iterable[Path]) -> Iterator[list[Path]]:
-    batch: list[Path] = []
+def _batches(files: Files) -> Iterator[Files]:
+    batch: Files = {}
     size = 0
-    for path in paths:
-        length = path.stat().st_size
+    for name, content in files.items():
+        length = _length(content)
         if batch and (size + length > COMMIT_BYTES or len(batch) == COMMIT_FILES):
             yield batch
-            batch, size = [], 0
-        batch.append(path)
+            batch, size = {}, 0
+        batch[name] = content
         size += length
     if batch:
         yield batch
 
 
-def _commit(api: "HfApi", place: HubPlace, paths: list[Path], removed: list[str], message: str) -> None:
+def _commit(api: "HfApi", place: HubPlace, files: Files, removed: list[str], message: str) -> None:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations: list[Any] = [CommitOperationAdd(place.path(path.name), path) for path in paths]
+    operations: list[Any] = [CommitOperationAdd(place.path(name), content) for name, content in files.items()]
     operations += [CommitOperationDelete(place.path(name)) for name in removed]
     api.create_commit(
         place.repository, operations, commit_message=message, repo_type="dataset", revision=place.revision

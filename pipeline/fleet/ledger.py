@@ -17,13 +17,13 @@ the whole job, to the block. A million units are 3,907 blocks, four pages.
 These are hints that save work. Whether a unit is done is said by its receipt alone (`pipeline.units.receipts`).
 """
 
-import json
 from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import StorageError
 
 FOLDER = "fleet"
@@ -108,7 +108,7 @@ def read_json(store: Store, key: str) -> dict[str, Any] | None:
     if not store.exists(key):
         return None
     with suppress(StorageError, ValueError):  # a heartbeat may go between the two calls
-        value = json.loads(store.read_bytes(key))
+        value = strict_json.loads(store.read_bytes(key))
         return value if isinstance(value, dict) else None
     return None
 

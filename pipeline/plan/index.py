@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bytecache.pipeline.config import changed_keys
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units.receipts import canonical_json, unit_key
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.settings import Settings
 
@@ -201,7 +202,7 @@ def read_plan(store: Store) -> Plan | None:
         return None
     raw, path = store.read_bytes(PLAN_KEY), f"{store.name}/{PLAN_KEY}"
     try:
-        found = json.loads(raw)
+        found = strict_json.loads(raw)
         version = found.get("version")
         if version == PLAN_VERSION:
             index = Index.model_validate(found)

@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline.plan.index import (
@@ -46,7 +45,7 @@ from bytecache.pipeline.units.receipts import (
 from bytecache.pipeline.units.runner import commit_file
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.settings import Settings
-from bytecache.stages.corpus.reader import File, corpus_files
+from bytecache.stages.corpus.reader import File, corpus_files, source_name
 
 
 def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambda: False) -> tuple[Plan, bool]:
@@ -83,7 +82,7 @@ def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambd
         "n_files_ignored": len(ignored),
         "passed_over": cut.tally.as_json(),
         "is_cut": cut.is_cut,
-        "source": Path(corpus.source).name,
+        "source": source_name(corpus.source),
     }
     index = _write_pages(store, settings, text, sorted(cut.slices))
     if old is not None and old.hash != index.hash:

@@ -143,7 +143,8 @@ def disk_errors(doing: str) -> Iterator[None]:
         yield
     except NotAFileError as error:
         raise StorageError(
-            f"{doing}: {error.filename} {error.strerror}: move it away, or name a new file; it was left as it is"
+            f"{doing}: {error.filename} {error.strerror}; it was left as it is: run `bytecache verify --repair`, which "
+            "sets aside what stands in the place of a run's file, or move it away yourself"
         ) from error
     except Exception as error:
         remedy = _REMEDIES.get(_refusal(error))

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
 from bytecache.pipeline.stores.processes import has_ended, is_ours, process_name
 from bytecache.schemas.errors import StorageError
-from bytecache.schemas.files import file_sha256, flush_to_disk, open_regular, put_in_place, refuse_to_write
+from bytecache.schemas.files import file_sha256, flush_to_disk, kind_of, open_regular, put_in_place, refuse_to_write
 
 STALE_SECONDS = 7 * 24 * 3600
 # Links are refused (FAT, some network file systems): rename is atomic there, and the content is the same either way.
@@ -101,6 +101,11 @@ class LocalStore:
     def get_path(self, key: str) -> Path:
         path = self._path(key)
         if not path.is_file():
+            if os.path.lexists(path):
+                raise StorageError(
+                    f"{path} is {kind_of(path.lstat().st_mode)}, not a regular file; run `bytecache verify --repair`, "
+                    "which sets it aside"
+                )
             raise StorageError(f"{path} does not exist; rerun the stage that makes it, or check run.dir")
         return path
 
@@ -172,7 +177,12 @@ class LocalStore:
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # in /proc and its like
+            raise StorageError(
+                f"{folder} cannot be made: no folder can be made there; choose another run.dir"
+            ) from error
         # The new folder's own name must survive a power cut too, up to the first parent that was there before.
         for parent in (folder.parent, *folder.parent.parents):
             flush_to_disk(parent)

@@ -16,12 +16,12 @@ them uploads. For units that is harmless (equal keys hold equal bytes); for leas
 Reading: `get_path` downloads to a mirror folder, checks size and sha256, and asks the service for the version each
 time (one HEAD). Writing: `temp_path` is a file of that local folder.
 
-Price: a unit costs 2 PUT (object, receipt) and about 4 HEAD; no LIST. Memory: up to SINGLE_PUT.
+Price: a unit costs 2 PUT (object, receipt) and about 4 HEAD; no LIST. Memory: SINGLE_PUT, and
+for a larger object IN_FLIGHT.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -37,15 +37,19 @@ from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, 
 from bytecache.pipeline.stores.local import STALE_SECONDS, LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
 from bytecache.pipeline.stores.retry import Damaged, Result, patiently
-from bytecache.pipeline.stores.services import open_client
+from bytecache.pipeline.stores.services import open_clients
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, StorageError
 from bytecache.schemas.files import file_sha256
 
-SINGLE_PUT = 128 * 1024 * 1024
+SINGLE_PUT = 32 * 1024 * 1024
 COPY_LIMIT = 5 * 1024**3
 LARGEST = 5 * 1024**4
 """What S3 takes as one object; other services take as much."""
-PART = 16 * 1024 * 1024
+PART, LEAST_PART = 16 * 1024 * 1024, 5 * 1024 * 1024
+"""Bytes of a part of an upload, and the least that S3 takes, for links on which more takes too long."""
+SHRINKS = 4
+"""How often parts become smaller and fewer at a time before an upload that takes too long is given up."""
 N_PARTS = 10_000
 """Parts that an upload may have; above PART x N_PARTS bytes the parts grow."""
 IN_FLIGHT = 192 * 1024 * 1024
@@ -69,8 +73,9 @@ class _Found:
 class ObjectStore:
     """A prefix of a bucket. `scratch` is a local folder for copies and temporary files; runs may share it.
 
-    `patience`: seconds that a failing request is repeated; `timeout`: seconds without a byte. `backend`: an obstore
-    store, for tests. Raises ConfigError for a URL that names no bucket or options that the service's client refuses.
+    `patience`: seconds that a failing request is repeated; `timeout`: seconds without a byte that arrives, and a tenth
+    of what a request that writes may take. `backend`: an obstore store, for tests. Raises ConfigError for a URL that
+    names no bucket or options that the service's client refuses.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class ObjectStore:
         self._mirror = Mirror(self.root)
         self._single_put, self._copy_limit, self._largest = SINGLE_PUT, COPY_LIMIT, LARGEST
         try:
-            self._backend = backend or open_client(self._url, timeout)
+            self._backend, self._writer = (backend, backend) if backend else open_clients(self._url, timeout)
         except Exception as error:  # the library's own classes, and ValueError
             raise ConfigError(f"run.dir = {url}: {str(error).splitlines()[0][:300]}") from error
 
@@ -114,11 +119,11 @@ class ObjectStore:
 
         def put() -> bool:
             try:
-                obstore.put(self._backend, key, raw, mode="create", attributes=tags, use_multipart=False)
+                obstore.put(self._writer, key, raw, mode="create", attributes=tags, use_multipart=False)
                 return True
             except NotImplementedError:
                 if self._head(key) is None:
-                    obstore.put(self._backend, key, raw, attributes=tags, use_multipart=False)
+                    obstore.put(self._writer, key, raw, attributes=tags, use_multipart=False)
                 raise AlreadyExistsError from None  # who stands there is looked up below
 
         try:
@@ -133,7 +138,7 @@ class ObjectStore:
         try:
             self._upload(staged, source, sha256)
             try:
-                self._try(f"writing {key}", lambda: obstore.copy(self._backend, staged, key, overwrite=False))
+                self._try(f"writing {key}", lambda: obstore.copy(self._writer, staged, key, overwrite=False))
             except AlreadyExistsError:
                 return self.sha256(key) == sha256
             found = self._head(key)
@@ -170,7 +175,7 @@ class ObjectStore:
         tags = {"sha256": hashlib.sha256(raw).hexdigest()}
         self._try(
             f"writing {key}",
-            lambda: obstore.put(self._backend, key, raw, attributes=tags, use_multipart=False),
+            lambda: obstore.put(self._writer, key, raw, attributes=tags, use_multipart=False),
         )
 
     def _upload(self, key: str, source: Path, sha256: str) -> None:
@@ -180,13 +185,17 @@ class ObjectStore:
                 f"{self.name}, writing {key}: {size} bytes, and an object holds {self._largest} at most; use smaller "
                 "units (corpus.unit_bytes, convert.shard_bytes), or a folder as run.dir"
             )
-        part = max(PART, -(-size // N_PARTS))
+        tries = 0
 
         def put() -> None:
-            tags, at_once = {"sha256": sha256}, max(IN_FLIGHT // part, 1)
-            obstore.put(self._backend, key, source, attributes=tags, chunk_size=part, max_concurrency=at_once)
+            nonlocal tries
+            tries += 1
+            part = max(PART if tries == 1 else LEAST_PART, -(-size // N_PARTS))
+            tags, at_once = {"sha256": sha256}, max((IN_FLIGHT // part) >> (2 * (tries - 1)), 1)
+            obstore.put(self._writer, key, source, attributes=tags, chunk_size=part, max_concurrency=at_once)
 
-        self._try(f"writing {key}", put)
+        # All parts share the link: fewer and smaller ones are each done sooner.
+        self._try(f"writing {key}", put, lambda: min(tries, SHRINKS))
 
     def delete(self, key: str) -> None:
         check_key(key, self.name)
@@ -198,7 +207,7 @@ class ObjectStore:
         if self._head(key) is None:
             raise self._absent(key)
         # On the server: a damaged object fails the check of every download.
-        self._try(f"moving {key}", lambda: obstore.copy(self._backend, key, target))
+        self._try(f"moving {key}", lambda: obstore.copy(self._writer, key, target))
         self.delete(key)
 
     def _remove(self, key: str) -> None:
@@ -308,7 +317,7 @@ class ObjectStore:
     def _recorded(self, key: str, version: str) -> str:
         """The hash of a large object, noted apart; empty if there is no note or it is of another version."""
         with contextlib.suppress(StorageError, ValueError):
-            note = json.loads(self.read_bytes(f"{HASHES}/{key}"))
+            note = strict_json.loads(self.read_bytes(f"{HASHES}/{key}"))
             if isinstance(note, dict) and note.get("version") == version:
                 return str(note.get("sha256", ""))
         return ""

@@ -19,11 +19,21 @@ _INSIDE = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
 """The client's own retries; the store's patience (`pipeline.stores.retry`) is beyond them."""
 
 
-def open_client(url: str, timeout: float) -> Any:
-    """The client of a bucket and prefix; `timeout`: seconds without a byte. Raises what the library raises."""
+def open_clients(url: str, timeout: float) -> tuple[Any, Any]:
+    """The clients of a bucket and prefix, to read and to write. Raises what the library raises.
+
+    `timeout`: seconds without a byte, when reading. The library counts a body that goes out as silence, so a request
+    that writes has ten times as long in all; what is written is small enough for that on a slow link (`objects.PART`).
+    """
     if url.startswith("memory:"):
-        return from_url(url)
-    client: dict[str, Any] = {"timeout": f"{10 * timeout}s", "read_timeout": f"{timeout}s", "connect_timeout": "10s"}
+        client = from_url(url)
+        return client, client
+    limits = {"timeout": f"{10 * timeout}s", "connect_timeout": "10s"}
+    return _open(url, limits | {"read_timeout": f"{timeout}s"}), _open(url, limits)
+
+
+def _open(url: str, limits: dict[str, str]) -> Any:
+    client: dict[str, Any] = {**limits}
     options: dict[str, Any] = {"client_options": client, "retry_config": _INSIDE}
     endpoints = [os.environ.get(name, "") for name in _ENDPOINTS]
     if url.startswith(("s3:", "s3a:")):

@@ -4,14 +4,21 @@
 command reads it; whoever is sure deletes it. Price: a rename, or in an object store a copy on the server.
 """
 
+import os
 import shutil
+from pathlib import Path
 
 from bytecache.pipeline.stores import Store
+from bytecache.pipeline.stores.base import TEMP_FOLDER, disk_errors
+from bytecache.pipeline.stores.local import LocalStore
 from bytecache.pipeline.units import receipts
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.files import kind_of
 
 ASIDE = "set-aside"
 _TARGETS = "targets/"
+_ENDINGS = (".json", ".jsonl", ".toml", ".parquet", ".md", ".zip", ".safetensors")
+"""What only files of a run end with: a folder of such a name stands in a file's place."""
 
 
 def set_aside(store: Store, key: str) -> str:
@@ -23,6 +30,41 @@ def set_aside(store: Store, key: str) -> str:
         place = f"{wanted}.{number}"
     store.move(key, place)
     return place
+
+
+def set_no_files_aside(store: Store) -> dict[str, str]:
+    """Move what stands in a file's place and is none to `set-aside/`: folders, pipes, devices, links to no file.
+
+    Returns:
+        {key: "what it is, and where it went"}; nothing in an object store, which holds nothing but objects.
+    """
+    if not isinstance(store, LocalStore):
+        return {}
+    moved: dict[str, str] = {}
+    for place, folders, files in os.walk(store.root):
+        here = Path(place)
+        folders[:] = [name for name in folders if here != store.root or name not in (ASIDE, TEMP_FOLDER)]
+        wrong = [name for name in folders if name.endswith(_ENDINGS)]
+        folders[:] = [name for name in folders if name not in wrong]
+        for name in (*wrong, *(name for name in files if not (here / name).is_file())):
+            path = here / name
+            key = path.relative_to(store.root).as_posix()
+            kind = "a folder" if name in wrong else kind_of(path.lstat().st_mode)
+            moved[key] = f"{kind}, not a file: {_move_aside(store.root, path)}"
+    return moved
+
+
+def _move_aside(root: Path, path: Path) -> str:
+    """Rename whatever `path` is to a free name in `set-aside/`; returns its key."""
+    wanted = root / ASIDE / path.relative_to(root).as_posix().removeprefix(_TARGETS)
+    place, number = wanted, 0
+    while os.path.lexists(place):
+        number += 1
+        place = wanted.with_name(f"{wanted.name}.{number}")
+    with disk_errors(f"moving {path} to {place}"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, place)
+    return place.relative_to(root).as_posix()
 
 
 def set_folder_aside(store: Store, prefix: str) -> list[str]:

@@ -1,5 +1,7 @@
 """The card of a dataset: a README.md in the form of data hubs (a YAML header, then Markdown), made from the index.
 
+It says in this order: what the data set is, whose it is, how to train from it, how true it is, where it comes from.
+`push` publishes a card of its own (`Published`), with the place, rows for the hub's viewer and a picture.
 A folder with its card can be uploaded as it is. Text from the maker is quoted, so that it cannot end the header or
 pose as a heading; the card repeats the index and decides nothing. Its last line is its own hash: a damaged card is
 found by whatever release looks at it. Whoever deletes the first mark and that line has a card of their own.
@@ -9,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bytecache.schemas.files import read_regular
 
@@ -19,6 +21,17 @@ LONGEST = 1 << 24
 """Bytes of a card of ours, at most: it repeats an index, which is no longer."""
 _SEAL = b"<!-- bytecache: sha256 of all above "
 _SIZES = ((10**9, "1B<n<10B"), (10**6, "1M<n<10M"), (10**5, "100K<n<1M"), (10**4, "10K<n<100K"), (10**3, "1K<n<10K"))
+
+
+class Published(NamedTuple):
+    """What a card says beside the index, where the data set lies on a hub.
+
+    url: of the data set. previews: splits that have `preview/SPLIT.parquet`. picture: path of one, "" = none.
+    """
+
+    url: str = "FOLDER-OR-URL"
+    previews: tuple[str, ...] = ()
+    picture: str = ""
 
 
 def is_ours(path: Path) -> bool:
@@ -55,19 +68,30 @@ def _seal(above: bytes) -> bytes:
     return _SEAL + hashlib.sha256(above).hexdigest().encode() + b" -->\n"
 
 
-def render(document: dict[str, Any]) -> bytes:
+def render(document: dict[str, Any], published: Published | None = None) -> bytes:
     """The card of an index document (`dataset.json` as an object), UTF-8."""
+    place = published or Published()
     info, splits = document["info"], document["splits"]
     name = _line(info.get("name")) or "Byte targets"
-    lines = ["---", f"pretty_name: {json.dumps(name)}", *_license(str(info.get("license", "")))]
-    lines += [f"size_categories: [{_size(sum(total['n_documents'] for total in splits.values()))}]"]
-    lines += ["task_categories: [text-generation]", "tags: [bytecache, distillation, byte-level, zarr]"]
-    # Hubs guess a table from any Parquet file; the manifest is an index, not the data.
-    lines += ["viewer: false", "---", "", MARK, "", f"# {_markdown(name)}", ""]
+    lines = ["---", *_header(document, name, place), "---", "", MARK, "", f"# {_markdown(name)}", ""]
+    n_bytes = sum(total["n_bytes"] for total in splits.values())
+    teacher = _line(_teacher(info)) or "a teacher language model"
     lines += [
-        "What a teacher language model says about every byte of a text: for each position the probability of the next",
-        "byte or of the end, independent of any tokenizer. A student with any tokenizer can be distilled from it",
-        "without the teacher in memory (Byte-Level Distillation, arXiv 2604.07466).",
+        f"What {_markdown(teacher)} says at every byte of {n_bytes:,} bytes of text: the probability of each next",
+        "byte, or of the end, which belongs to no tokenizer. Any language model can be distilled from it with its own",
+        "tokenizer and without the teacher in memory ([byte-level distillation](https://arxiv.org/abs/2604.07466)).",
+        "",
+        *_rights(info),
+    ]
+    if place.picture:
+        lines += [f"![the text with its entropy: dark is what the teacher could not foresee]({place.picture})", ""]
+    lines += ["## Train from it", "", "```python", *(line.replace("@URL@", place.url) for line in TRAINING), "```", ""]
+    lines += [
+        "`pip install 'bytecache[train,remote]'`. For models of bytes, or a loss of your own, `ByteTargets` gives the",
+        f"probabilities alone; `bytecache pull {place.url} FOLDER` makes a local copy, `bytecache verify FOLDER`",
+        "recomputes every hash. Any Zarr v3 reader opens a shard: the format is bytecache's `schemas/SPEC.md`.",
+        "",
+        "## What is in it",
         "",
         "| | " + " | ".join(splits) + " |",
         "|---|" + "---:|" * len(splits),
@@ -78,41 +102,90 @@ def render(document: dict[str, Any]) -> bytes:
     ):  # fmt: skip
         lines.append(f"| {label} | " + " | ".join(f"{total[field]:,}" for total in splits.values()) + " |")
     lines.append("| mean unlisted mass | " + " | ".join(f"{t['tail_mean']:.2e}" for t in splits.values()) + " |")
+    lines += ["", "## How true it is", "", *_truth(document.get("fidelity") or {})]
     lines += ["", "## Where it comes from", "", "| | |", "|---|---|"]
     for label, value in _facts(info):
         lines.append(f"| {label} | {_markdown(value)} |")
-    fidelity = document.get("fidelity") or {}
-    if fidelity:
-        lines += ["", "## Fidelity", "", "| | |", "|---|---:|"]
-        lines += [f"| {_markdown(_line(key))} | {_markdown(value)} |" for key, value in _leaves(fidelity)]
+    lines += ["", f"Content: sha256 `{document['manifest']['content_sha256']}`"]
+    text = "\n".join([*lines, "", ""]).encode()
+    return text + _seal(text)
+
+
+TRAINING = (
+    "from torch.utils.data import DataLoader",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "from bytecache import ByteLoss, StudentRows, collate_rows",
+    'model, tokenizer = (auto.from_pretrained("MODEL") for auto in (AutoModelForCausalLM, AutoTokenizer))',
+    'rows = StudentRows("@URL@", tokenizer, model.get_output_embeddings().weight.shape[0], epochs=1)',
+    "loss = ByteLoss(rows)",
+    "for batch in DataLoader(rows, batch_size=4, collate_fn=collate_rows):",
+    "    loss.of_model(model, batch).backward()  # and a step of your optimiser",
+)
+"""Eight lines that train from a data set; a test runs them."""
+
+
+def _header(document: dict[str, Any], name: str, place: Published) -> list[str]:
+    """The YAML header, without its marks."""
+    info, splits = document["info"], document["splits"]
+    lines = [f"pretty_name: {json.dumps(name)}", *_license(str(info.get("license", "")))]
+    lines += [f"size_categories: [{_size(sum(total['n_documents'] for total in splits.values()))}]"]
+    lines += ["task_categories: [text-generation]", "tags: [bytecache, distillation, byte-level, zarr]"]
+    if not place.previews:
+        # Hubs guess a table from any Parquet file; the manifest is an index, not the data.
+        return [*lines, "viewer: false"]
+    lines += ["configs:", "- config_name: preview", "  data_files:"]
+    for split in place.previews:
+        lines += [f"  - split: {split}", f"    path: preview/{split}.parquet"]
+    return lines
+
+
+def _rights(info: dict[str, Any]) -> list[str]:
+    """Whose it is, before anything is said of how to use it."""
+    lines = ["## Licence and attribution", ""]
     lines += [
-        "",
-        "## Licence",
-        "",
         f"- This data set: {_markdown(_line(info.get('license')) or 'not stated')}",
         f"- The text in it: {_markdown(_line(info.get('corpus_license')) or 'not stated')}",
         f"- The teacher and its outputs: {_markdown(_line(info.get('teacher_license')) or 'not stated')}",
     ]
     if info.get("attribution"):
         lines.append(f"- Attribution: {_markdown(_line(info['attribution']))}")
-    lines += [
-        "",
-        "## Reading it",
-        "",
-        "```python",
-        "from bytecache import ByteTargets",
-        "",
-        'for window in ByteTargets("FOLDER-OR-URL", split="train", window=1024):',
-        "    ...  # text, mask, sparse (row, symbol, probability), tail",
-        "```",
-        "",
-        "`bytecache verify FOLDER` recomputes every hash; `bytecache inspect SHARD --html page.html` shows a shard.",
-        "Any Zarr v3 reader opens one; the format is bytecache's `schemas/SPEC.md`.",
-        "",
-        f"Content: sha256 `{document['manifest']['content_sha256']}`",
-    ]
-    text = "\n".join([*lines, "", ""]).encode()
-    return text + _seal(text)
+    return [*lines, ""]
+
+
+def _truth(fidelity: dict[str, Any]) -> list[str]:
+    """The certificate, in words and then in numbers."""
+    if not fidelity:
+        return ["Nobody measured it: no certificate was made with these targets. Whoever has the teacher can, with",
+                "`bytecache fidelity FOLDER --teacher MODEL`."]  # fmt: skip
+    lines = []
+    kl, leak = _number(fidelity, "kl", "mean"), _number(fidelity, "leak", "mean")
+    positions = _number(fidelity, "sample", "positions")
+    if kl is not None:
+        lines += [
+            f"On {positions or 0:,.0f} sampled positions the targets differ from the teacher's exact ones by {kl:.2g}",
+            "nats a byte (Kullback-Leibler divergence, mean; 0 is the teacher itself).",
+        ]
+    if leak is not None:
+        side, why = ("more", ", knowledge of the future" if leak > 1e-3 else "") if leak > 0 else ("less", "")
+        lines.append(f"They give the text's own next byte {abs(leak):.2g} bits {side} than the teacher does{why}.")
+    bound = _number(fidelity, "bound", "jsd")
+    if bound is not None:
+        lines.append(f"Over all positions the Jensen-Shannon divergence from the teacher is at most {bound:.2g} nats.")
+    lines += ["Whoever has the teacher can measure it again: `bytecache fidelity FOLDER --teacher MODEL`.", ""]
+    rows = [f"| {_markdown(_line(key))} | {_markdown(value)} |" for key, value in _leaves(fidelity)]
+    return [*lines, "| | |", "|---|---:|", *rows]
+
+
+def _number(value: Any, *path: str) -> float | None:
+    """A number inside a certificate that anybody may have written; None where it is none."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _teacher(info: dict[str, Any]) -> Any:
+    teacher = info.get("teacher") or {}
+    return teacher.get("model") or teacher.get("name")
 
 
 def _license(text: str) -> list[str]:
@@ -130,7 +203,7 @@ def _size(n: int) -> str:
 def _facts(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     teacher, corpus = info.get("teacher") or {}, info.get("corpus") or {}
     settings, software = info.get("settings") or {}, info.get("software") or {}
-    named = (("teacher", teacher.get("model") or teacher.get("name")), ("revision", teacher.get("revision")))
+    named = (("teacher", _teacher(info)), ("revision", teacher.get("revision")))
     yield from ((label, _line(value)) for label, value in named if value)
     if info.get("tokenizer"):
         yield "teacher's vocabulary", _line(", ".join(f"{k} {v}" for k, v in _leaves(info["tokenizer"])))

@@ -10,6 +10,7 @@ Price: reading an index parses two small files; hashing all shards is `schemas.d
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset import card
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.files import NotAFileError, file_sha256, read_regular, replace_file
+from bytecache.schemas.parquet_pages import pages_of
 from bytecache.schemas.shard.limits import excess
 
 FORMAT = "bytecache.dataset"
@@ -369,12 +371,16 @@ def _parse_manifest(path: str, data: bytes) -> tuple[ShardEntry, ...]:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             meta = file.metadata
             size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+            # The footer's sizes are only said; what is taken for a page is what its own header says.
+            pages = [page for i in range(meta.num_row_groups) for page in pages_of(io.BytesIO(data), meta, i)]
+            size = max(size, sum(page.size for page in pages))
+            values = max((page.values for page in pages), default=0)
             most = min(MAX_SHARDS, len(data) // ROW_BYTES)
             most_bytes = (1 + meta.num_rows) * TABLE_BYTES
-            if not (0 <= meta.num_rows <= most and 0 <= size <= most_bytes and meta.num_row_groups <= 1 + most):
+            if not (values <= meta.num_rows <= most and 0 <= size <= most_bytes and meta.num_row_groups <= 1 + most):
                 raise IntegrityError(
-                    f"{path}: {meta.num_rows} rows of {size} bytes in a file of {len(data)}, at most {most} rows and "
-                    f"{most_bytes} bytes are read; do not use it"
+                    f"{path}: {max(values, meta.num_rows)} rows of {size} bytes in a file of {len(data)}, at most "
+                    f"{most} rows and {most_bytes} bytes are read; do not use it"
                 )
             if file.schema_arrow.names != _SCHEMA.names or file.schema_arrow.types != _SCHEMA.types:
                 raise IntegrityError(f"{path}: columns {file.schema_arrow.names} are not those of version {VERSION}")

@@ -28,6 +28,7 @@ from bytecache.schemas import strict_json
 from bytecache.schemas.dump.masses import from_planes, round_by_share, round_masses, to_planes
 from bytecache.schemas.dump.window import Window, is_consistent
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.parquet_pages import refuse_blown_up
 
 FORMAT = "bytecache.token-dump"
 VERSION = 2
@@ -193,6 +194,7 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
     with file:
         for group in range(file.num_row_groups):
             try:
+                refuse_blown_up(path, file.metadata, group)
                 table = file.read_row_group(group, columns=names, use_threads=False)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise IntegrityError(

@@ -10,6 +10,7 @@ Price in memory: 7 bytes a position and 2 a listed symbol. Sizes, speeds and the
 docs/results.md.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ __all__ = [
     "Triples",
     "read_shard",
 ]
+
+FIGURES = ("tail_mean", "tail_max", "kl_mean", "quantisation_kl_mean")
+"""What a writer found out about a shard; a reader takes its word for it, if it is a number."""
 
 _REASONS = {
     quantise.BAD_ORDER: ("entry", "ranks run beyond the last symbol"),
@@ -219,6 +223,10 @@ def read_shard(path: str | os.PathLike[str]) -> ByteShard:
     for key, value in counts.items():
         if statistics.get(key) != value:
             raise refuse("zarr.json", f"{key} is {str(statistics.get(key))[:40]}, the columns hold {value}")
+    for key in FIGURES:
+        value = statistics.get(key, 0.0)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise refuse("zarr.json", f"{key} is {str(value)[:40]}, must be a finite number")
     return ByteShard(
         name, attrs, statistics, precision, columns["text"], columns["mask"], doc_start, doc_id, prior, codes, index
     )

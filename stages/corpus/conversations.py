@@ -5,6 +5,9 @@ message's content without surrounding white space, which many templates trim; it
 messages before it. Teacher and student each render that context with their own template (`stages.tokens.chat`), exactly
 what they would be given to write the message themselves. A conversation's turns share its opening, by which they
 are split into train and held out together.
+Messages are `messages` of role and content (text, or parts of text), or `conversations` of from and value (ShareGPT).
+Calls of tools stand in the context as they are, with the record's `tools`, for the template to render; an answer that
+calls tools is read and not learned, since its words are the template's, and is counted.
 Of a record with a prompt and a response, `system`, `context`, `input` and `history` are part of what is read before the
 response, as Alpaca, Dolly and SQuAD mean them.
 `corpus.kind = "completion"`: text is the response, context the prompt, both as they are; nothing is rendered.
@@ -25,6 +28,16 @@ KIND_KEY = b"bytecache-kind"
 """Key of the schema metadata of a slice of the corpus; the value is its `corpus.kind`."""
 ID_FIELDS = ("id", "doc_id")
 """Fields that name a record."""
+LISTS = ("messages", "conversations")
+"""Fields that hold a conversation."""
+SPOKEN = {
+    "human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool", "tool_response": "tool",
+}  # fmt: skip
+"""ShareGPT's names of roles that have another one here."""
+TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
+"""What a message holds beside its words, which a template may render."""
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of parts of a content that are text."""
 KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 """Roles that chat templates know of."""
 
@@ -57,12 +70,15 @@ def turns(record: dict[str, Any], kind: str, where: str, ignored: frozenset[str]
     yield from _conversation(messages_of(record, where, ignored))
 
 
-def messages_of(record: dict[str, Any], where: str, ignored: frozenset[str] = frozenset()) -> list[dict[str, str]]:
+def messages_of(record: dict[str, Any], where: str, ignored: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
     """A chat record as messages. Raises InputError, see `turns`."""
     system = _text(record, "system", where) if "system" not in ignored else ""
-    if record.get("messages") is not None:
-        _refuse_others(record, {"messages", "system", *ignored}, where, "beside `messages` only `system` is read")
-        messages = _messages(record["messages"], where)
+    field = next((name for name in LISTS if record.get(name) is not None), None)
+    if field is not None:
+        _refuse_others(
+            record, {field, "system", "tools", *ignored}, where, f"beside `{field}` only `system` and `tools` are read"
+        )
+        messages = _messages(record[field], where, field)
         if system and messages[0]["role"] == "system":
             raise InputError(f"{where}: `system` beside a first message of role system; keep one of them")
     else:
@@ -75,15 +91,47 @@ def messages_of(record: dict[str, Any], where: str, ignored: frozenset[str] = fr
         messages = _history(record, where) if "history" not in ignored else []
         messages.append({"role": "user", "content": "\n\n".join(part for part in before if part)})
         messages.append({"role": "assistant", "content": response})
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    messages = [{"role": "system", "content": system}, *messages] if system else messages
+    tools = _tools(record, where) if field is not None and "tools" not in ignored else []
+    return [{**messages[0], "tools": tools}, *messages[1:]] if tools else messages
+
+
+def layout(record: dict[str, Any], kind: str) -> str:
+    """What a record that was read was understood as, for people."""
+    field = next((name for name in LISTS if record.get(name) is not None), None)
+    if field is not None and kind == "chat":
+        first = next((message for message in record[field] if isinstance(message, dict)), {})
+        keys = "from, value" if "from" in first else "role, content"
+        tools = " with tools" if not _is_empty(record.get("tools")) else ""
+        return f"`{field}` of {keys}{tools}"
+    names = next(names for names in PAIRS if all(name in record for name in names))
+    more = [name for name in ("system", "context", "input", "history") if not _is_empty(record.get(name))]
+    return ", ".join(f"`{name}`" for name in [*names, *(more if kind == "chat" else [])])
+
+
+def unlearned(record: dict[str, Any]) -> dict[str, int]:
+    """Answers of a record that are read and not learned, by the reason."""
+    field = next((name for name in LISTS if record.get(name) is not None), "")
+    calls = sum(1 for message in record.get(field) or [] if isinstance(message, dict) and _calls(message))
+    return {"calls of tools": calls} if calls else {}
+
+
+def _calls(message: dict[str, Any]) -> bool:
+    return not _is_empty(message.get("tool_calls"))
 
 
 def roles_of(record: dict[str, Any]) -> list[str]:
     """The roles of a record's messages, each once, in order of their names."""
-    messages = record.get("messages") or []
-    return sorted(
-        {str(message["role"])[:40] for message in messages if isinstance(message, dict) and "role" in message}
-    )
+    messages: list[Any] = next((record[name] for name in LISTS if record.get(name) is not None), [])
+    return sorted({_role(message)[:40] for message in messages if isinstance(message, dict) and _role(message)})
+
+
+def _role(message: dict[str, Any]) -> str:
+    """The role of a message under either name; "" where there is none."""
+    if isinstance(message.get("role"), str):
+        return str(message["role"])
+    said = message.get("from")
+    return SPOKEN.get(said, said) if isinstance(said, str) else ""
 
 
 def opening(context: str, kind: str) -> str:
@@ -95,43 +143,92 @@ def opening(context: str, kind: str) -> str:
     return _json(messages[:first])
 
 
-def _conversation(messages: list[dict[str, str]]) -> Iterator[Turn]:
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+def _conversation(messages: list[dict[str, Any]]) -> Iterator[Turn]:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and not _calls(message)]
     for number, i in enumerate(answers, 1):
         suffix = f"/{number}" if len(answers) > 1 else ""
         yield Turn(suffix, messages[i]["content"].strip(), _json(messages[:i]))
 
 
-def _json(messages: list[dict[str, str]]) -> str:
+def _json(messages: list[dict[str, Any]]) -> str:
     return json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
+def _messages(value: Any, where: str, field: str = "messages") -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: `messages` is no list of messages; correct or remove the record")
-    messages: list[dict[str, str]] = []
+        raise InputError(f"{where}: `{field}` is no list of messages; correct or remove the record")
+    messages: list[dict[str, Any]] = []
     for number, message in enumerate(value):
         here = f"{where}, message {number}"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if not isinstance(message, dict) or not _role(message):
             raise InputError(f"{here}: no object with `role` and `content`; correct or remove the record")
-        others = sorted(k for k, v in message.items() if k not in ("role", "content") and not _is_empty(v))
+        names = ("role", "content") if isinstance(message.get("role"), str) else ("from", "value")
+        others = sorted(k for k, v in message.items() if k not in (*names, *TOOL_KEYS) and not _is_empty(v))
         if others:
             raise InputError(
-                f"{here}: field {others[0]!r} would be lost, only `role` and `content` are read; remove it"
+                f"{here}: field {others[0]!r} would be lost, only `{names[0]}`, `{names[1]}` and calls of tools are "
+                "read; remove it"
             )
-        content = message.get("content")
+        content = message.get(names[1])
         if isinstance(content, list):
             content = _joined(content, here)
+        if content is None and _calls(message):
+            content = ""
         if not isinstance(content, str):
-            raise InputError(f"{here}: `content` is {type(content).__name__}, expected text; correct the record")
-        messages.append({"role": message["role"], "content": content})
+            raise InputError(f"{here}: `{names[1]}` is {type(content).__name__}, expected text; correct the record")
+        if _role(message) == "function_call":
+            raise InputError(f"{here}: a call of a tool as text of role 'function_call'; write it as `tool_calls`")
+        messages.append({"role": _role(message), "content": content, **_tool_keys(message, here)})
     return messages
 
 
 def _joined(parts: list[Any], here: str) -> str:
-    if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
-        raise InputError(f"{here}: `content` has parts that are not text; remove the record")
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise InputError(f"{here}: part {number} of `content` is {kind!r}, not text; remove the record")
     return "".join(part["text"] for part in parts)
+
+
+def _tool_keys(message: dict[str, Any], here: str) -> dict[str, Any]:
+    """`tool_calls` with arguments as objects, as templates want them, `tool_call_id`, `name`; without what is empty."""
+    kept = {key: _without_nulls(message[key]) for key in TOOL_KEYS if not _is_empty(message.get(key))}
+    calls = kept.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError(f"{here}: `tool_calls` is no list of objects; correct the record")
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(f"{here}: a tool call without the `name` of its function; correct the record")
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = _parsed(function["arguments"], f"{here}: `arguments` of {function['name']!r}")
+    return kept
+
+
+def _tools(record: dict[str, Any], where: str) -> list[Any]:
+    """The functions that a conversation may call: a list, or one as JSON."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        tools = _parsed(tools, f"{where}: `tools`") if tools.strip() else []
+    if _is_empty(tools):
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{where}: `tools` is no list of objects; correct the record")
+    return [_without_nulls(tool) for tool in tools]
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{what} is text that is no JSON ({error}); correct the record") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """The same without keys of objects that hold nothing: Parquet gives every object the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _pair_of(record: dict[str, Any], kind: str, where: str) -> tuple[str, str]:
@@ -140,7 +237,7 @@ def _pair_of(record: dict[str, Any], kind: str, where: str) -> tuple[str, str]:
         if all(name in record for name in names):
             return names
     known = ", ".join(f"{a} and {b}" for a, b in PAIRS)
-    also = "`messages`, or " if kind == "chat" else ""
+    also = "`messages`, `conversations`, or " if kind == "chat" else ""
     present = ", ".join(list(record)[:8]) or "nothing"
     raise InputError(
         f"{where}: corpus.kind = {kind!r} needs {also}one of the pairs {known} (present: {present}); "
@@ -165,14 +262,14 @@ def _text(record: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _history(record: dict[str, Any], where: str) -> list[dict[str, str]]:
+def _history(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """Earlier turns: pairs of what the user said and what was answered, or messages."""
     value = record.get("history")
     if _is_empty(value):
         return []
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return _messages(value, f"{where}, `history`")
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     for turn in value if isinstance(value, list) else [None]:
         if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise InputError(f"{where}: `history` is no list of [user, assistant] pairs of text; correct the record")

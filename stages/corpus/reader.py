@@ -1,4 +1,4 @@
-"""Documents from files: JSONL (plain, gzip or zstd), Parquet, Arrow, plain text, folders of them, or Python's manual.
+"""Documents: from JSONL (plain, gzip or zstd), Parquet, Arrow or text files, folders of them, or the hub; or a manual.
 
 One streaming pass in a fixed order (folders: by path, recursively; files: as they lie), never more than one
 document and one Parquet batch in memory. A document is kept to the byte: no newline or Unicode normalisation.
@@ -17,10 +17,11 @@ from typing import Any, BinaryIO, NamedTuple
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.files import kind_of
 from bytecache.schemas.settings import Corpus
-from bytecache.stages.corpus import conversations
+from bytecache.stages.corpus import conversations, hub
 from bytecache.stages.corpus.containers import COMPRESSED, DAMAGED_LINES, TABLES, Table, open_compressed
 from bytecache.stages.corpus.conversations import ID_FIELDS, KNOWN_ROLES, roles_of
 from bytecache.stages.corpus.line_range import LineRange
+from bytecache.stages.corpus.saved import saved_files
 from bytecache.stages.corpus.tally import Tally, listed, note
 
 BUILTIN = "builtin:pydoc-topics"
@@ -70,11 +71,18 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], list[str]]:
         if corpus.kind != "text":
             raise ConfigError(f"corpus.kind = {corpus.kind!r}: {BUILTIN} is plain text; name another source")
         return [], []
+    if source.startswith(hub.PREFIX):
+        split = hub.pinned(source)
+        return [File(split.url, split.name)], []
     root = Path(source).expanduser()
     if not root.exists():
-        raise InputError(f"corpus.source = {source!r} does not exist; name a file, a folder or {BUILTIN}")
+        raise InputError(
+            f"corpus.source = {source!r} does not exist; name a file, a folder, {hub.PREFIX}OWNER/NAME or {BUILTIN}"
+        )
     ignored: list[str] = []
-    if root.is_dir():
+    if root.is_dir() and (saved := saved_files(root)) is not None:
+        known = saved
+    elif root.is_dir():
         files = sorted(_walk(root), key=lambda pair: pair[1].encode("utf-8", "surrogateescape"))
         known = [pair for pair in files if _is_text(pair[1])]
         ignored = [name for _, name in files if not _is_text(name)]
@@ -94,6 +102,16 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], list[str]]:
         except UnicodeEncodeError:
             raise InputError(f"file name {name!r} is not UTF-8; rename it") from None
     return [File(str(path), name) for path, name in known], ignored
+
+
+def source_name(source: str) -> str:
+    """What a corpus is called for strangers: its place and commit on the hub, or the last part of a path."""
+    return hub.pinned(source).url if source.startswith(hub.PREFIX) else Path(source).name
+
+
+def ending_of(name: str) -> str:
+    """Which of `SUFFIXES` a file of a corpus has; "the hub" for what is streamed from there."""
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "the hub")
 
 
 def _is_text(name: str) -> bool:
@@ -180,6 +198,9 @@ class CorpusReader:
         if not files:
             yield from ((*found, "") for found in _pydoc_topics())
         for file in files:
+            if file.path.startswith(hub.PREFIX):
+                yield from self._hub(file)
+                continue
             path = Path(file.path)
             try:
                 yield from self._read_file(path, file)
@@ -191,6 +212,8 @@ class CorpusReader:
     def _read_file(self, path: Path, file: File) -> Iterator[tuple[str, str, str, str]]:
         name = file.name
         if name.endswith(".jsonl"):
+            if not path.stat().st_size:
+                yield str(path), name, "", ""  # counted as an empty document
             with path.open("rb") as stream:
                 lines = stream if file.end is None else LineRange(stream, file.begin, file.end)
                 yield from self._jsonl(lines, path, name)
@@ -237,15 +260,30 @@ class CorpusReader:
             if self.corpus.kind != "text":
                 yield from self._turns(record, _content_id(name, raw), where)
                 continue
-            if field not in record:
-                raise InputError(f"{where}: no field {field!r}; {_offer(field, list(record))}")
-            value = record[field]
-            if value is not None and not isinstance(value, str):
-                raise InputError(
-                    f"{where}: field {field!r} is {type(value).__name__}, expected text; name another corpus.text_field"
-                )
-            yield where, _record_id(record, _content_id(name, raw), where), value or "", ""
-            self._note_unread(record, {field})
+            yield self._text(record, _content_id(name, raw), where)
+
+    def _text(self, record: dict[str, Any], fallback: str, where: str) -> tuple[str, str, str, str]:
+        """A record of text as (place, id, text, context). Raises InputError."""
+        field = self.corpus.text_field
+        if field not in record:
+            raise InputError(f"{where}: no field {field!r}; {_offer(field, list(record))}")
+        value = record[field]
+        if value is not None and not isinstance(value, str):
+            raise InputError(
+                f"{where}: field {field!r} is {type(value).__name__}, expected text; name another corpus.text_field"
+            )
+        self._note_unread(record, {field})
+        return where, _record_id(record, fallback, where), value or "", ""
+
+    def _hub(self, file: File) -> Iterator[tuple[str, str, str, str]]:
+        for row, record in hub.records(hub.HubCorpus.parse(file.path)):
+            where = f"{file.path}, row {row}"
+            if self.corpus.kind == "text":
+                text = record.get(self.corpus.text_field)
+                raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b""
+                yield self._text(record, _content_id(file.name, raw), where)
+            else:
+                yield from self._turns(record, _content_id(file.name, repr(record).encode()), where)
 
     def _note_unread(self, record: Iterable[str], used: set[str]) -> None:
         for name in record:
@@ -258,6 +296,9 @@ class CorpusReader:
         for turn in conversations.turns(record, self.corpus.kind, where, self._ignored):
             n_turns += 1
             yield where, doc_id + turn.suffix, turn.text, turn.context
+        note(self.tally.layouts, conversations.layout(record, self.corpus.kind))
+        for reason, count in conversations.unlearned(record).items():
+            note(self.tally.unlearned, reason, count)
         roles = roles_of(record)
         if not n_turns:
             note(self.tally.unanswered, ", ".join(roles))
@@ -417,6 +458,6 @@ def _record_id(record: dict[str, Any], fallback: str, where: str) -> str:
 def _offer(field: str, present: list[str]) -> str:
     near = difflib.get_close_matches(field, present, n=1, cutoff=0.3)
     names = ", ".join(present[:8]) + (", ..." if len(present) > 8 else "")
-    if "messages" in present or any(set(pair) <= set(present) for pair in conversations.PAIRS):
+    if {"messages", "conversations"} & set(present) or any(set(pair) <= set(present) for pair in conversations.PAIRS):
         return f'present: {names}; set corpus.kind = "chat"'
     return f"present: {names or 'nothing'}; set corpus.text_field" + (f" = {near[0]!r}" if near else "")

@@ -14,7 +14,8 @@ class Tally:
     """`empty`: documents without text. `unanswered`: records without an answer, by the roles of their messages.
 
     `unread`: records by a field that is not read. `strange`: records by a role that chat templates may not know.
-    `overlong`: documents of more than `reader.MAX_DOCUMENT` bytes, by file.
+    `overlong`: documents of more than `reader.MAX_DOCUMENT` bytes, by file. `unlearned`: answers that are read and not
+    learned, by the reason. `layouts`: records of conversations by what they were understood as.
     """
 
     empty: int = 0
@@ -22,6 +23,8 @@ class Tally:
     unread: Counter[str] = field(default_factory=Counter)
     strange: Counter[str] = field(default_factory=Counter)
     overlong: Counter[str] = field(default_factory=Counter)
+    unlearned: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "Tally") -> None:
         """Count in what another reading passed over."""
@@ -32,11 +35,13 @@ class Tally:
 
     def as_json(self) -> dict[str, Any]:
         """For a plan: counts that are not 0, by name."""
-        named = zip(("unanswered", "unread", "strange", "overlong"), self._counters(), strict=True)
+        named = zip(
+            ("unanswered", "unread", "strange", "overlong", "unlearned", "layouts"), self._counters(), strict=True
+        )
         return {name: dict(sorted(counts.items())) for name, counts in named if counts}
 
     def _counters(self) -> tuple[Counter[str], ...]:
-        return self.unanswered, self.unread, self.strange, self.overlong
+        return self.unanswered, self.unread, self.strange, self.overlong, self.unlearned, self.layouts
 
 
 def note(counter: Counter[str], name: str, count: int = 1) -> None:

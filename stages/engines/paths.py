@@ -144,6 +144,27 @@ def plan_paths(vocabulary: Vocabulary, text: np.ndarray, starts: np.ndarray) -> 
 
 
 @njit(cache=True)
+def row_sums(e: np.ndarray) -> np.ndarray:
+    """Sum of each row of `e` float32 [R, V], in float64: sixteen sums side by side, whatever the processor's width.
+
+    torch's own sum of float32 in float64 takes seven times as long, longer than the exponentials.
+    """
+    lanes = np.zeros(16)
+    out = np.zeros(len(e))
+    whole = e.shape[1] // 16 * 16
+    for r in range(len(e)):
+        lanes[:] = 0.0
+        for j in range(0, whole, 16):
+            for k in range(16):
+                lanes[k] += np.float64(e[r, j + k])
+        for j in range(whole, e.shape[1]):
+            lanes[0] += np.float64(e[r, j])
+        for k in range(16):
+            out[r] += lanes[k]
+    return out
+
+
+@njit(cache=True)
 def range_sums(e: np.ndarray, order: np.ndarray, row: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
     """Sum of e[row[c], order[lo[c] : hi[c]]] for every range c, in float64; `e` float32 [R, V]."""
     out = np.zeros(len(row))
@@ -251,8 +272,8 @@ class PathReducer:
         """Each mass a sum in float64 over its tokens."""
         logits = logits.to(torch.float32)
         peak = logits.amax(dim=-1, keepdim=True)
-        e = torch.exp(logits - peak)
-        total = e.sum(dim=-1, dtype=torch.float64)
+        e = (logits - peak).exp_()
+        total = torch.from_numpy(row_sums(e.numpy()))
         end = e[:, self._end_ids].sum(dim=-1, dtype=torch.float64) / total
         control = e[:, self._control_ids].sum(dim=-1, dtype=torch.float64)
         control = (control + e[:, self.vocabulary.size :].sum(dim=-1, dtype=torch.float64)) / total

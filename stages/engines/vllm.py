@@ -2,8 +2,9 @@
 
 Requests are plain pre-tokenised prompts with one sampled token; the rows we want ride on the prefill (see
 stages.engines.vllm_worker). `LLMEngine.step()` is driven here with a cap on the tokens in flight, so memory stays flat.
-Branches are short requests whose prefix is in the prefix cache, added right after their window; what the cache does not
-hold of them is counted, and a model whose cache holds nothing of them is refused.
+Branches run over the cache blocks of their windows in passes of their own (stages.engines.vllm_branches), about a token
+each. Where a model or a cache that is full does not let them, they are short requests whose prefix is in the prefix
+cache; what the cache does not hold of them is counted, and a model whose cache holds nothing of them is refused.
 
 An engine exception is fatal by design: after one, vLLM's next call may never return.
 """
@@ -18,9 +19,18 @@ import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import BytecacheError, EngineError
+from bytecache.stages.engines.device import batched_tokens
 from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_branches
 from bytecache.stages.engines.paths import PathReducer, RowMasses
 from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
+from bytecache.stages.engines.vllm_branches import (
+    WindowBlocks,
+    borrowed_blocks,
+    cut,
+    job_of,
+    make_pass,
+    window_blocks,
+)
 from bytecache.stages.engines.vllm_start import CPU_BLOCK, logit_rows, reason, start_engine
 from bytecache.stages.engines.vllm_worker import LEAVE_S, Request, Want, WantState
 
@@ -49,6 +59,7 @@ class VllmEngine(Engine):
         self._serial = 0
         self._model, self._longest = settings.model, longest
         self.branches = self.branch_tokens = self._prefix_tokens = 0
+        self._blocks: WindowBlocks | None = None
         self._said = False
         self._engine, on_cpu = start_engine(folder, settings, longest)
         self._contexts = context_tokens(reducer.vocabulary)
@@ -60,16 +71,22 @@ class VllmEngine(Engine):
                 "this vLLM's model runner has no hook for path masses; install the version in the lock file"
             )
         self._self_test(reducer)
+        self._pass_tokens = batched_tokens(settings, on_cpu=on_cpu)
+        if settings.depth or settings.sample_tokens:
+            self._blocks = window_blocks(self._engine, longest)
+            why = "its layers share no block table"
+            if self._blocks and (why := self._branches_differ(reducer, self._blocks.block_size)):
+                self._blocks.forget()
+                self._blocks = None
+            if not self._blocks:
+                _LOG.warning("branches of this teacher go as requests, which costs more (%s)", why)
 
     def _self_test(self, reducer: PathReducer) -> None:
         """The rows must be the engine's own: compare with its prompt logprobs on a short prompt."""
         from vllm import SamplingParams
 
-        ordinary = reducer.vocabulary.order
-        tokens = np.append(reducer.vocabulary.start_id, ordinary[:: max(1, len(ordinary) // 7)][:7]).astype(np.int32)
-        pieces = [reducer.vocabulary.token_bytes[t] or b"" for t in tokens]
-        starts = np.cumsum([0, *map(len, pieces[1:])], dtype=np.int64)
-        prompt = Prompt("self-test", tokens, 0, np.frombuffer(b"".join(pieces[1:]), np.uint8), starts)
+        prompt = _trial_prompt(reducer, 8)
+        tokens = prompt.tokens
         (rows,) = self.score([prompt])
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=1)
         self._add("self-test-reference", tokens, params, "self-test")
@@ -88,24 +105,79 @@ class VllmEngine(Engine):
                 f"{mass:.2g}; this vLLM version is not supported, install the one in the lock file"
             )
 
+    def _branches_differ(self, reducer: PathReducer, block_size: int) -> str:
+        """Why branches over blocks do not give the rows of the same histories in their window; empty if they do."""
+        prompt = _trial_prompt(reducer, min(block_size + block_size // 2, self._longest - 1))
+        ends = range(len(prompt.tokens) - 2)
+        branches = [Branch(j, tuple(prompt.tokens[j + 1 : j + 3].tolist()), int(prompt.starts[j + 2])) for j in ends]
+        if not branches:
+            return f"its histories are of {self._longest} tokens at most"
+        try:
+            (rows,) = self.score([prompt])
+            if self._blocks and not self._blocks.holds(prompt):
+                return "the cache has no room to keep windows in"
+            (again,) = self.score_branches([(prompt, branches)])
+        except EngineError as error:
+            return str(error)
+        worst = float(np.abs(rows.log_norm[2:] - again.log_norm).max())
+        # Half precision rounds a batch of another shape otherwise; another history is another matter.
+        return "" if worst < 0.1 else f"rows differ by {worst:.2g} nats"
+
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
+        if self._blocks:
+            self._blocks.forget()
         return self._run([self._ask(prompt) for prompt in prompts], reuse_prefix=False)
 
     def _ask(self, prompt: Prompt) -> Ask:
         following = np.append(prompt.tokens[prompt.first_row + 1 :], -1).astype(np.int64)
-        requests = {self._name(): Request(prompt.first_row, len(prompt.tokens))}
+        name = self._name()
+        if self._blocks:
+            self._blocks.expect(name, prompt)
+        requests = {name: Request(prompt.first_row, len(prompt.tokens))}
         return Ask(Want(prompt.name, prompt.text, prompt.starts, following, requests), [prompt.tokens])
 
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
-        return self._run([self._ask_branches(*job) for job in jobs], reuse_prefix=True)
+        for prompt, branches in jobs:
+            refuse_long_branches(prompt.name, branches, self._longest)
+        held = [self._blocks is not None and self._blocks.holds(prompt) for prompt, _ in jobs]
+        over_blocks = self._over_blocks([job for job, here in zip(jobs, held, strict=True) if here])
+        if not all(held):  # requests in flight would hold blocks that a pass counts on
+            over_blocks = iter(list(over_blocks))
+        asks = [self._ask_branches(*job) for job, here in zip(jobs, held, strict=True) if not here]
+        as_requests = self._run(asks, reuse_prefix=True)
+        for here in held:
+            yield next(over_blocks if here else as_requests)
+
+    def _over_blocks(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
+        """Branches of windows whose blocks are held, in passes; the rows of each job, in order."""
+        blocks = self._blocks
+        if blocks is None or not jobs:
+            return
+        arrays = [job_of(blocks.table(prompt), branches) for prompt, branches in jobs]
+        yet = announced = 0
+        for parts in cut(arrays, blocks.block_size, self._pass_tokens, min(blocks.free, blocks.room)):
+            more = range(announced, parts[-1].job + 1)
+            wants = {f"branches {number}": _want_of_branches(*jobs[number]) for number in more}
+            self._call("announcing branches", "bytecache_want", wants)
+            announced = parts[-1].job + 1
+            borrowed = blocks.borrow(borrowed_blocks(arrays, parts, blocks.block_size))
+            ids = np.array([block.block_id for block in borrowed], np.int32)
+            step = make_pass(arrays, parts, ids, blocks.block_size)
+            named = [(f"branches {part.job}", part.lo, part.hi) for part in parts]
+            self._call("scoring branches", "bytecache_branches", step, named)
+            blocks.give_back(borrowed)
+            self.branches += len(step.seq_lens)
+            self.branch_tokens += len(step.tokens)
+            self._prefix_tokens += int(step.seq_lens.sum())
+            last = parts[-1]
+            while yet < last.job or (yet == last.job and last.hi == len(arrays[yet].anchor)):
+                yield self._collect(f"branches {yet}", f"{jobs[yet][0].name}, branches")
+                yet += 1
 
     def _ask_branches(self, prompt: Prompt, branches: Sequence[Branch]) -> Ask:
-        refuse_long_branches(prompt.name, branches, self._longest)
         prompts = [np.append(prompt.tokens[: b.anchor + 1], np.array(b.chain, np.int32)) for b in branches]
-        starts = np.array([branch.start for branch in branches], np.int64)
         requests = {self._name(): Request(len(tokens) - 1, len(tokens)) for tokens in prompts}
-        none = np.full(len(branches), -1, np.int64)
-        return Ask(Want(f"{prompt.name}, branches", prompt.text, starts, none, requests), prompts)
+        return Ask(_want_of_branches(prompt, branches)._replace(requests=requests), prompts)
 
     def _name(self) -> str:
         self._serial += 1
@@ -248,6 +320,8 @@ class VllmEngine(Engine):
             ) from error
 
     def forget(self) -> None:
+        if self._blocks:
+            self._blocks.forget()
         if not self._guard("dropping its prefix cache", self._engine.reset_prefix_cache):
             raise EngineError("vLLM could not drop its prefix cache between units; rerun the same command to continue")
 
@@ -255,6 +329,23 @@ class VllmEngine(Engine):
         with contextlib.suppress(Exception):  # an engine that failed may not answer
             self._engine.collective_rpc("bytecache_leave", timeout=LEAVE_S)
         self._engine.engine_core.shutdown()
+
+
+def _trial_prompt(reducer: PathReducer, count: int) -> Prompt:
+    """The start token and tokens from all over the vocabulary, `count` in all."""
+    ordinary = reducer.vocabulary.order
+    some = np.resize(ordinary[:: max(1, len(ordinary) // (count - 1))], count - 1)
+    tokens = np.append(reducer.vocabulary.start_id, some).astype(np.int32)
+    pieces = [reducer.vocabulary.token_bytes[t] or b"" for t in tokens[1:]]
+    starts = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+    return Prompt("self-test", tokens, 0, np.frombuffer(b"".join(pieces), np.uint8), starts)
+
+
+def _want_of_branches(prompt: Prompt, branches: Sequence[Branch]) -> Want:
+    """Rows of branches, for which no request is named."""
+    starts = np.array([branch.start for branch in branches], np.int64)
+    none = np.full(len(branches), -1, np.int64)
+    return Want(f"{prompt.name}, branches", prompt.text, starts, none, {})
 
 
 def _root_mass(rows: RowMasses) -> np.ndarray:

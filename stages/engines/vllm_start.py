@@ -117,6 +117,9 @@ def engine_arguments(folder: Path, settings: st.Teacher, longest: int, *, on_cpu
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
         if has_plain_attention(config):
             arguments["block_size"] = GPU_BLOCK
+            # One block table for all layers, so that branches can leave a window anywhere (vllm_branches). A sliding
+            # layer then keeps a whole window, which is no longer than the context.
+            arguments["disable_hybrid_kv_cache_manager"] = True
     return arguments
 
 

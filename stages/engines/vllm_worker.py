@@ -28,6 +28,8 @@ import torch
 
 from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
 from bytecache.stages.engines.static import StaticJob, StaticStates, linear_logits
+from bytecache.stages.engines.vllm_branches import BranchPass
+from bytecache.stages.engines.vllm_pass import run_pass
 
 V1_HOOK = "_get_prompt_logprobs_dict"
 V2_HOOK = "compute_prompt_logprobs"
@@ -188,6 +190,18 @@ class PathExtension:
             for request_name, request in want.requests.items():
                 self._asked[request_name] = _Asked(wanted, request, row)
                 row += request.stop - request.first
+
+    @torch.inference_mode()
+    def bytecache_branches(self, step: BranchPass, parts: list[tuple[str, int, int]]) -> None:
+        """Run a pass of branches: rows [lo, hi) of wants announced before, one after the other."""
+        hidden_states = run_pass(self.model_runner, step)
+        pieces = []
+        at = 0
+        for name, lo, hi in parts:
+            pieces.append(_Piece(self._wanted[name], lo, hi, at - lo))
+            at += hi - lo
+        for some in chunks(pieces, self._logit_rows):
+            self._reduce(hidden_states, some)
 
     def bytecache_collect(self, names: list[str]) -> dict[str, RowMasses] | None:
         """Rows of wants whose requests have finished, without those that lack one; None on ranks that do not answer."""

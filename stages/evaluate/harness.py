@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.stages.student.tokenizer_files import open_kept
 
 
 def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: int = 8) -> dict[str, dict[str, Any]]:
@@ -26,6 +27,7 @@ def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: i
     """
     try:
         from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError("--lm-eval needs the package lm-eval; pip install lm-eval") from error
@@ -38,12 +40,14 @@ def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: i
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"--lm-eval {unknown[0]}: no task of that name (a file must be named after its task)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = simple_evaluate(
-            model="hf", model_args=f"pretrained={checkpoint},dtype=float32,trust_remote_code=False", tasks=names,
-            task_manager=manager, limit=limit or None, batch_size=batch_size, log_samples=False,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+        # AutoTokenizer, which the harness would take, builds another tokenizer for some architectures.
+        model = HFLM(
+            pretrained=str(checkpoint), tokenizer=open_kept(checkpoint), dtype="float32", trust_remote_code=False,
+            device=device, batch_size=batch_size,
         )  # fmt: skip
+        found = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit or None, log_samples=False)
     except (OSError, ConnectionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--lm-eval {','.join(tasks)}: {reason}; check the task and the network") from error

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.parquet_pages import refuse_blown_up
 from bytecache.stages.foreign.packed import Packing
 
 LAYOUTS = ("plain", "distillkit", "axolotl", "trl")
@@ -179,6 +180,7 @@ class _Parquet:
         group = bisect_right(self._begin, number) - 1
         if group != self._group:
             try:
+                refuse_blown_up(self.path, self._file.metadata, group)
                 self._group, self._table = group, self._file.read_row_group(group)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise InputError(f"{self.path}: row group {group} cannot be read ({error}); fetch it again") from error
@@ -212,7 +214,7 @@ class _Lines:
         self._file.seek(self._place[number])
         try:
             row = json.loads(self._file.readline(), parse_constant=_infinite)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}, record {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputError(f"{self.path}, record {number}: not a JSON object")

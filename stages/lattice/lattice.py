@@ -108,15 +108,24 @@ class Lattice:
 
     `marginal_nll` is -log P(scored bytes | bytes before them), nats, END not included: at most the canonical tokens'.
     `drop`: histories of at most this share that were not evaluated go nowhere instead of joining a row (a reference's).
+    Without `targets` no distribution is written: for those who ask what to evaluate next, and nothing else.
     """
 
-    def __init__(self, window: Window, *, drop: float = 0.0) -> None:
+    def __init__(self, window: Window, *, drop: float = 0.0, targets: bool = True) -> None:
         self.window = window
         n = len(window.text)
         lies = tables(window)
-        m = n + 1 - window.score_start
+        first = window.score_start if targets else n + 1
+        m = n + 1 - first
         sums = _room_for(window, m)
-        entries = forward(_rows_of(window), lies, window.score_start, n, drop, sums)
+        entries = forward(_rows_of(window), lies, first, n, drop, sums)
+        self._sums, self._lies = sums, lies
+        if targets:
+            self._keep_targets(m, entries)
+
+    def _keep_targets(self, m: int, entries: int) -> None:
+        """What was written of m positions, `entries` symbols in all."""
+        window, sums, n = self.window, self._sums, len(self.window.text)
         steps = np.log(sums.ratio, out=np.full(n + 1, NEVER), where=sums.ratio > 0.0)
         logp = np.cumsum(steps)[window.score_start :]
         self.marginal_nll = float(logp[0] - logp[-1])
@@ -127,7 +136,6 @@ class Lattice:
             sums.n_symbols[:targets], sums.symbol[:entries], sums.prob[:entries], sums.tail[:targets], logp[:targets],
             sums.unaccounted[:targets],
         )  # fmt: skip
-        self._sums, self._lies = sums, lies
 
     def sparse_targets(self) -> SparseTargets:
         """Distributions of positions score_start..n-1, and of n (where END is due) in a document's last window."""
@@ -251,7 +259,7 @@ def _rows_of(w: Window) -> Rows:
 def _room_for(w: Window, m: int) -> Sums:
     """`Sums` of a window with m scored positions, at zero."""
     n, rows = len(w.text), len(w.row_start)
-    room = len(w.entry_byte) + rows + 8
+    room = (len(w.entry_byte) + rows if m else 0) + 8
     return Sums(
         n_symbols=np.zeros(m, np.int64), symbol=np.empty(room, np.int16), prob=np.empty(room, np.float32),
         tail=np.zeros(m, np.float32), unaccounted=np.zeros(m, np.float32), ratio=np.zeros(n + 1),

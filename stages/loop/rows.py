@@ -1,32 +1,176 @@
-"""Rows of the student's tokens with the teacher's targets: a dataset for any DataLoader, and its collator.
+"""Rows of the student's tokens with the teacher's targets: datasets for any DataLoader, of one data set or several.
 
 `StudentRows` reads a data set in the order of `stages.targets.order` and yields one row after another: a run of tokens
-of one document, as a micro-batch of one row that stands alone, so that worker processes and shuffling buffers may carry
-it. `collate_rows` joins rows to a batch as our own trainer would have made it of the same rows: the tensors are equal.
+of one document, or an answer with everything before it. `MixedRows` takes turns between several of them (`turns`).
+The windows of either are one sequence, numbered from 0, of which ranks and the workers of a DataLoader each read every
+so manieth; a window gives several rows, or none. So the state of a process is the number of windows it has finished and
+of the rows of the next that it has handed out.
 """
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from itertools import islice
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import IterableDataset, get_worker_info
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError
-from bytecache.stages.loop.vocabulary import student_vocabulary
-from bytecache.stages.targets.order import Order
+from bytecache.stages.loop.batches import ROW
+from bytecache.stages.loop.vocabulary import student_template, student_vocabulary
+from bytecache.stages.targets.order import Order, Window
 from bytecache.stages.targets.source import open_dataset
+from bytecache.stages.targets.turns import Turns
 from bytecache.stages.train.batches import stream
-from bytecache.stages.train.batches.types import IGNORE, MicroBatch, SlotTargets
+from bytecache.stages.train.batches.types import MicroBatch
 from bytecache.stages.train.objective.marginal import MarginalTerm
 
+STATE_VERSION = 1
 
-class StudentRows(IterableDataset[MicroBatch]):
+
+class _Rows(IterableDataset[MicroBatch]):
+    """Rows of `sources` by turns, from any place in the order.
+
+    Args:
+        rank, ranks: this process's share; by default that of torch.distributed, if it is initialised.
+        windows: how many there are in all; 0 = as many as the sources have.
+    """
+
+    def __init__(self, turns: Turns, rank: int | None, ranks: int | None, windows: int = 0) -> None:
+        if (rank is None) != (ranks is None) or (ranks is not None and not 0 <= (rank or 0) < ranks):
+            raise ConfigError(f"rank {rank} of {ranks}: give both, with 0 <= rank < ranks, or neither")
+        self._turns, self._windows = turns, windows
+        self._layout = (rank, ranks)
+        self._start = 0  # windows of the whole sequence that were read before
+        self._finished = 0  # windows of this process's share since
+        self._row = 0  # rows handed out of the next one
+        self._loaded: list[int] | None = None
+
+    @property
+    def sources(self) -> "Sequence[StudentRows]":
+        """The data sets."""
+        raise NotImplementedError
+
+    @property
+    def readers(self) -> list[stream.ShardReader]:
+        """Their tokenised shards, in this process."""
+        return [source.reader for source in self.sources]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what defines the sequence of rows."""
+        what = [[source.identity for source in self.sources], self._turns.weights]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def dealt_by_trainer(self) -> None:
+        """Give every process all rows: accelerate and transformers.Trainer deal batches out themselves."""
+        self._layout = (0, 1)
+
+    def layout(self) -> list[int]:
+        """[rank, ranks, worker, workers] of the calling process."""
+        rank, ranks = self._layout
+        if rank is None or ranks is None:
+            ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
+        worker = get_worker_info()
+        return [rank, ranks, worker.id, worker.num_workers] if worker else [rank, ranks, 0, 1]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """From the loaded state, or the start; a second call starts again unless a state was loaded since."""
+        layout = self.layout()
+        rank, ranks, worker, workers = layout
+        if self._loaded is None:
+            self._start = self._finished = self._row = 0
+        elif (self._finished or self._row) and self._loaded != layout:
+            raise ConfigError(
+                f"this state is that of [rank, ranks, worker, workers] = {self._loaded}, now {layout}; to change the "
+                "layout load {'position': StudentRows.position(state)}"
+            )
+        self._loaded = None
+        shares = ranks * workers
+        first = self._start + (rank * workers + worker - self._start) % shares + shares * self._finished
+        for source, window in self._dealt(first, shares):
+            for number, row in enumerate(source.rows_of(window)):
+                if number < self._row:
+                    continue
+                self._row = number + 1
+                yield row
+            self._finished, self._row = self._finished + 1, 0
+
+    def _dealt(self, first: int, stride: int) -> "Iterator[tuple[StudentRows, Window]]":
+        """Windows `first`, `first` + `stride`, ... of the sequence, and whose they are."""
+        with ExitStack() as stack:
+            windows = [
+                stack.enter_context(closing(source.windows(count)))
+                for source, count in zip(self.sources, self._turns.before(first), strict=True)
+            ]
+            for number, (source, _) in enumerate(self._turns(first), first):
+                window = next(windows[source], None)
+                if window is None or (self._windows and number >= self._windows):
+                    return
+                if (number - first) % stride == 0:
+                    yield self.sources[source], window
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` continues from: after the last row that this process handed out."""
+        return {
+            "version": STATE_VERSION, "fingerprint": self.fingerprint, "start": self._start,
+            "finished": self._finished, "row": self._row, "layout": self._loaded or self.layout(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a state was taken; {"position": n} alone goes on from window n, in any layout.
+
+        Raises ConfigError for the state of other data, another window, seed, tokenizer or mixture.
+        """
+        if state.get("version", STATE_VERSION) != STATE_VERSION:
+            raise ConfigError(f"rows' state version {state['version']}, this software knows {STATE_VERSION}")
+        if state.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise ConfigError(
+                "the state belongs to rows of another data set, split, window, seed, tokenizer or mixture (fingerprint "
+                f"{str(state['fingerprint'])[:12]}, now {self.fingerprint[:12]}); restore those"
+            )
+        self._start = int(state.get("position", state.get("start", 0)))
+        self._finished, self._row = int(state.get("finished", 0)), int(state.get("row", 0))
+        self._loaded = list(state.get("layout", [0, 1, 0, 1]))
+
+    @staticmethod
+    def position(state: Mapping[str, Any]) -> int:
+        """The window from which to go on in another layout, given the state of one process of several in step.
+
+        Rows of a window that was under way are repeated; none is left out where the processes were in step.
+        """
+        _, ranks, _, workers = state["layout"]
+        return int(state["start"]) + int(state["finished"]) * int(ranks) * int(workers)
+
+    def skipped_documents(self) -> dict[str, int]:
+        """Documents that the tokenizer cannot spell, by reason, in the shards that this process has used so far."""
+        total: dict[str, int] = {}
+        for reader in self.readers:
+            for reason, count in reader.skipped_documents().items():
+                total[reason] = total.get(reason, 0) + count
+        return total
+
+    def as_hub_dataset(self) -> Any:
+        """The same rows as a `datasets.IterableDataset` of records {"row": row}, for trainers that take nothing else.
+
+        `collate_rows` takes those records as well. Needs the package `datasets` (`bytecache[trl]`).
+        """
+        from datasets import IterableDataset as HubDataset
+
+        self.dealt_by_trainer()
+        return HubDataset.from_generator(_records, gen_kwargs={"rows": self})
+
+
+def _records(rows: _Rows) -> Iterator[dict[str, MicroBatch]]:
+    for row in rows:
+        yield {ROW: row}
+
+
+class StudentRows(_Rows):
     """Rows of a data set in training order.
 
     Args:
@@ -37,8 +181,12 @@ class StudentRows(IterableDataset[MicroBatch]):
         rank, ranks: this process's share; by default that of torch.distributed, if it is initialised. accelerate and
             transformers.Trainer deal batches out themselves: give 0 and 1 there.
 
+    A data set of conversations is rendered with the tokenizer's own chat template; an answer and what comes before it
+    are one row.
+
     Raises:
-        InputError: a tokenizer without exact bytes, an empty split. ConfigError: impossible arguments.
+        InputError: a tokenizer without exact bytes, an empty split. ConfigError: impossible arguments, a chat template
+            that cannot be used.
         IntegrityError, StorageError: while iterating, a shard that is damaged or out of reach.
     """
 
@@ -49,12 +197,11 @@ class StudentRows(IterableDataset[MicroBatch]):
     ) -> None:  # fmt: skip
         if window < 1 or max_tokens < 2 or epochs < 0:
             raise ConfigError(f"window {window}, max_tokens {max_tokens}, epochs {epochs}: too small")
-        if (rank is None) != (ranks is None):
-            raise ConfigError(f"rank {rank} of {ranks}: give both or neither")
+        super().__init__(Turns([1.0]), rank, ranks)
         self.dataset = open_dataset(place)
         self.vocabulary, self.end_id = student_vocabulary(tokenizer, rows)
+        self._template = student_template(tokenizer, self.vocabulary)
         self.window, self.max_tokens, self.seed, self.epochs, self.split = window, max_tokens, seed, epochs, split
-        self._layout = (rank, ranks)
         self._reader: stream.ShardReader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,137 +209,78 @@ class StudentRows(IterableDataset[MicroBatch]):
         return {**self.__dict__, "_reader": None}
 
     @property
+    def sources(self) -> "Sequence[StudentRows]":
+        """Itself alone."""
+        return (self,)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What defines its sequence of rows."""
+        content, vocabulary = self.dataset.content_sha256, self.vocabulary.fingerprint
+        return [content, self.split, self.window, self.max_tokens, self.seed, vocabulary, self.end_id]
+
+    @property
     def reader(self) -> stream.ShardReader:
         """The tokenised shards, in this process."""
         if self._reader is None:
             self._reader = stream.ShardReader(
-                self.dataset.where, self.dataset, self.split, self.vocabulary, self.end_id, max_tokens=self.max_tokens
-            )
+                self.dataset.where, self.dataset, self.split, self.vocabulary, self.end_id,
+                template=self._template, max_tokens=self.max_tokens,
+            )  # fmt: skip
         return self._reader
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        rank, ranks = self._layout
-        if rank is None or ranks is None:
-            ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
-        worker = get_worker_info()
-        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
+    def windows(self, start: int) -> Generator[Window, None, None]:
+        """Windows number `start`, `start` + 1, ... of its order, their shards loaded in time."""
         reader = self.reader
         reader.require_text()
         order = Order(self.dataset.content_sha256, reader.positions, self.window, self.seed)
-        with closing(reader.shelf.follow(order.pools(0, self.epochs))) as windows:
-            for window in islice(windows, rank * shares + share, None, ranks * shares):
-                for row in stream.cut(reader[window.shard], window.lo, window.hi, self.max_tokens):
-                    yield stream.collate([row], with_targets=True, byte_reduction="sum", limit=MarginalTerm.slots)
+        return reader.shelf.follow(order.pools(start, self.epochs))
 
-    def skipped_documents(self) -> dict[str, int]:
-        """Documents that the tokenizer cannot spell, by reason, in the shards that this process has used so far."""
-        return self.reader.skipped_documents()
+    def rows_of(self, window: Window) -> Iterator[MicroBatch]:
+        """The rows of one window."""
+        for row in stream.cut(self.reader[window.shard], window.lo, window.hi, self.max_tokens):
+            yield stream.collate([row], with_targets=True, byte_reduction="sum", limit=MarginalTerm.slots)
 
 
-class ByteLabels(dict[str, Any]):
-    """A batch's labels: `inputs`, `tokens` int64 [R, T] and the teacher's targets, as tensors that a trainer may move.
-
-    `tokens[:, t]` follows `input_ids[:, t]`: nothing needs to be shifted. Trainers that count supervised tokens by
-    `labels.ne(-100)`, or by `labels[..., 1:].ne(-100)` since theirs are yet to be shifted, are answered.
-    """
-
-    def __getitem__(self, key: Any) -> Any:
-        """A tensor by its name; labels that a trainer would have shifted are the tokens."""
-        if key == (Ellipsis, slice(1, None)):
-            key = "tokens"
-        return super().__getitem__(key)
-
-    def ne(self, value: int) -> Tensor:
-        """bool [R, T]: where a token is learned."""
-        tokens: Tensor = self["tokens"]
-        return tokens.ne(value)
-
-    def to(self, device: torch.device | str) -> "ByteLabels":
-        """The same labels on a device."""
-        return ByteLabels(
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.items()}
-        )
-
-    def micro_batch(self) -> MicroBatch:
-        """What the objective reads."""
-        tokens, counts = self["tokens"], self["slot_counts"]
-        if len(counts) != MarginalTerm.slots or int(counts.sum()) != len(self["slot_token"]):
-            raise ConfigError(
-                "the tensors of this batch were cut apart on their way; with accelerate and transformers.Trainer set "
-                'dispatch_batches=False (accelerator_config={"dispatch_batches": False}), and give StudentRows '
-                "rank=0, ranks=1, since accelerate then deals the batches out"
-            )
-        return MicroBatch(
-            self["inputs"], tokens, self["slot_token"], counts.tolist(),
-            self["slot_symbol"], self["slot_weight"],
-            SlotTargets(self["entry_slot"], self["entry_symbol"], self["entry_prob"], self["slot_tail"]),
-            int(self["counts"][0]), int(self["counts"][1]), int(self["counts"][2]), [tokens.shape[1]] * len(tokens),
-        )  # fmt: skip
-
-
-def join_rows(rows: Sequence[MicroBatch], *, padding_side: str = "right", multiple_of: int = 1) -> MicroBatch:
-    """One micro-batch of rows that each were one, padded on either side."""
-    width = max(row.input_ids.shape[1] for row in rows)
-    width += -width % multiple_of
-    shift = [width - row.input_ids.shape[1] if padding_side == "left" else 0 for row in rows]
-
-    def padded(values: Tensor, before: int, fill: int) -> Tensor:
-        return functional.pad(values, (before, width - values.shape[1] - before), value=fill)
-
-    input_ids = torch.cat([padded(row.input_ids, before, 0) for row, before in zip(rows, shift, strict=True)])
-    labels = torch.cat([padded(row.labels, before, IGNORE) for row, before in zip(rows, shift, strict=True)])
-    numbers = len(rows[0].slot_counts)
-    # A row's slots are sorted by number; those of the batch are too, row after row within a number.
-    pieces = [torch.split(torch.arange(len(row.slot_token)), row.slot_counts) for row in rows]
-    begin = torch.tensor([0, *(len(row.slot_token) for row in rows)]).cumsum(0).tolist()
-    order = torch.cat([begin[r] + pieces[r][number] for number in range(numbers) for r in range(len(rows))])
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    token = torch.cat([row.slot_token + r * width + shift[r] for r, row in enumerate(rows)])
-    targets = [row.targets for row in rows if row.targets is not None]
-    slot = torch.cat([place[begin[r] + one.slot] for r, one in enumerate(targets)])
-    return MicroBatch(
-        input_ids, labels, token[order], [sum(row.slot_counts[number] for row in rows) for number in range(numbers)],
-        torch.cat([row.slot_symbol for row in rows])[order], torch.cat([row.slot_weight for row in rows])[order],
-        SlotTargets(
-            slot, torch.cat([one.symbol for one in targets]), torch.cat([one.prob for one in targets]),
-            torch.cat([one.tail for one in targets])[order],
-        ),
-        sum(row.n_tokens for row in rows), sum(row.n_byte_tokens for row in rows), sum(row.n_bytes for row in rows),
-        [row.lengths[0] for row in rows],
-    )  # fmt: skip
-
-
-def collate_rows(
-    rows: Sequence[MicroBatch], *, padding_side: str = "right", multiple_of: int = 1
-) -> dict[str, Tensor | ByteLabels]:
-    """A batch for a model of transformers: `input_ids`, `attention_mask`, `position_ids` int64 [R, T], and `labels`.
+class MixedRows(_Rows):
+    """Rows of several data sets by turns, in shares of their text.
 
     Args:
-        rows: of `StudentRows`. padding_side: "left" or "right". multiple_of: of which the width is a multiple.
+        sources: rows without end (`epochs=0`) of one window size and one tokenizer. weights: share of each, in windows,
+            so in bytes of text; their sum does not matter. windows: how many there are in all; 0 = no end.
+        rank, ranks: as in `StudentRows`; those of the sources are not asked.
+
+    Raises:
+        ConfigError: not as many weights as sources, one that is not above 0, or sources that do not go together.
     """
-    if padding_side not in ("left", "right"):
-        raise ConfigError(f"padding_side = {padding_side!r}: left or right")
-    joined = join_rows(rows, padding_side=padding_side, multiple_of=multiple_of)
-    assert joined.targets is not None
-    width = joined.input_ids.shape[1]
-    length = torch.tensor(joined.lengths)[:, None]
-    at = torch.arange(width)[None] - (width - length if padding_side == "left" else torch.zeros_like(length))
-    mask = (at >= 0) & (at < length)
-    labels = ByteLabels(
-        inputs=joined.input_ids,
-        tokens=joined.labels,
-        slot_token=joined.slot_token,
-        slot_counts=torch.tensor(joined.slot_counts),
-        slot_symbol=joined.slot_symbol,
-        slot_weight=joined.slot_weight,
-        slot_tail=joined.targets.tail,
-        entry_slot=joined.targets.slot,
-        entry_symbol=joined.targets.symbol,
-        entry_prob=joined.targets.prob,
-        counts=torch.tensor([joined.n_tokens, joined.n_byte_tokens, joined.n_bytes]),
-    )
-    return {
-        "input_ids": joined.input_ids, "attention_mask": mask.long(), "position_ids": at.clamp(min=0), "labels": labels
-    }  # fmt: skip
+
+    def __init__(
+        self, sources: Sequence[StudentRows], weights: Sequence[float], *, windows: int = 0, rank: int | None = None,
+        ranks: int | None = None,
+    ) -> None:  # fmt: skip
+        if len(sources) != len(weights):
+            raise ConfigError(f"{len(weights)} weights for {len(sources)} data sets: give one for each")
+        super().__init__(Turns(weights), rank, ranks, windows)
+        first = sources[0]
+        for source in sources:
+            if source.epochs:
+                raise ConfigError(
+                    f"{source.dataset.where}: epochs = {source.epochs}; in a mixture set epochs=0, windows=N"
+                )
+            if source.window != first.window:
+                raise ConfigError(
+                    f"{source.dataset.where}: windows of {source.window} bytes beside {first.window}; weights are "
+                    "shares of windows, so give all sources one size"
+                )
+            if source.vocabulary.fingerprint != first.vocabulary.fingerprint or source.end_id != first.end_id:
+                raise ConfigError(
+                    f"{source.dataset.where}: other tokens than those of {first.dataset.where}; a student has one "
+                    "tokenizer, and one width of logits"
+                )
+        self._sources = tuple(sources)
+        self.vocabulary, self.end_id = first.vocabulary, first.end_id
+
+    @property
+    def sources(self) -> Sequence[StudentRows]:
+        """The data sets, in the order of the weights."""
+        return self._sources

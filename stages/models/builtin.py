@@ -27,6 +27,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError, StorageError
 from bytecache.schemas.files import file_sha256, flush_to_disk
 
@@ -207,7 +208,7 @@ def _write_marker(folder: Path, recipe: _Recipe, source_sha256: str) -> None:
 def _is_whole(folder: Path, source_sha256: str) -> bool:
     """True where the marker names this source and recipe and every file still has its recorded size."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = strict_json.loads((folder / MARKER).read_text(encoding="utf-8"))
         if marker["recipe_version"] != RECIPE_VERSION or marker["source_sha256"] != source_sha256:
             return False
         return all((folder / name).stat().st_size == entry["size"] for name, entry in marker["files"].items())

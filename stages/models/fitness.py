@@ -1,9 +1,9 @@
 """What a checkpoint's small files say of whether it can be used, before a weight of it is read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, InputError
 
 QUANTISED = ("quantize_config.json", "quant_config.json", "quantization_config.json")
@@ -65,7 +65,7 @@ def refuse_unfit_student(folder: Path, where: str) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        content = strict_json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):

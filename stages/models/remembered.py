@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import StorageError
 from bytecache.schemas.files import cache_folder, file_sha256, read_regular, replace_file
 from bytecache.stages.models.locate import blob_sha256
@@ -41,7 +42,7 @@ def remembered(folder: Path, question: dict[str, Any], find_out: Callable[[], An
     }  # fmt: skip
     path = cache_folder() / "answers" / f"{_sha256(depends_on)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(read_regular(path, _MAX_ANSWER))
+        record = strict_json.loads(read_regular(path, _MAX_ANSWER))
         if record["sha256"] == _sha256(record["answer"]):
             return record["answer"]
     answer = find_out()

@@ -7,7 +7,6 @@ the whole must fit the weights that lie beside it, whose safetensors headers say
 Price: the header of each weight file, a few ms.
 """
 
-import json
 import math
 import struct
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.files import kind_of, open_regular
 
@@ -66,7 +66,7 @@ def _read(file: Path, where: str) -> dict[str, Any]:
     if len(raw) > MAX_CONFIG:
         raise InputError(f"{where}: {file.name} is longer than {MAX_CONFIG} bytes; fetch it again")
     try:
-        config = json.loads(raw)
+        config = strict_json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: {file.name} is not JSON ({error}); fetch it again") from error
     if not isinstance(config, dict):
@@ -139,7 +139,7 @@ def _elements(file: Path, where: str) -> int:
             (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise InputError(f"{refusal} (a header of {length} bytes in {size}); fetch it again")
-            header = json.loads(stream.read(length))
+            header = strict_json.loads(stream.read(length))
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
             elements = sum(math.prod(int(n) for n in entry["shape"]) for entry in tensors)

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.files import flush_to_disk, scratch_folder
@@ -36,6 +37,7 @@ from bytecache.stages.models.fitness import refuse_unfit_student
 from bytecache.stages.models.locate import locate
 from bytecache.stages.models.ordinary import make_ordinary
 from bytecache.stages.models.weights import refuse_missing
+from bytecache.stages.student.logits import logits_of
 from bytecache.stages.student.new_tokenizer import byte_tokenizer, train_bpe, write_tokenizer
 from bytecache.stages.student.tokenizer_files import check_kept, keep, open_kept
 from bytecache.stages.student.transfer import transfer
@@ -96,7 +98,7 @@ def split_model(opened: Student) -> tuple[Callable[[Tensor, Tensor | None], Tens
     """(input_ids and position_ids to hidden states, hidden states to logits), so that logits can be made in pieces.
 
     Raises:
-        ConfigError: the model does more to its logits than its lm_head (soft-capping, scaling), checked on a few ids.
+        ConfigError: the model does more to its logits than `logits_of` knows, checked on a few ids.
     """
     model = opened.model
 
@@ -109,10 +111,7 @@ def split_model(opened: Student) -> tuple[Callable[[Tensor, Tensor | None], Tens
         ).last_hidden_state
         return states
 
-    def to_logits(hidden: Tensor) -> Tensor:
-        logits: Tensor = model.get_output_embeddings()(hidden)
-        return logits
-
+    to_logits = logits_of(model)
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -225,7 +224,7 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 def _recorded(folder: Path) -> dict[str, Any]:
     """What `student.json` says; nothing where it is missing or no JSON object."""
     try:
-        found = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        found = strict_json.loads((folder / "student.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

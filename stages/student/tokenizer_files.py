@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.guard import is_panic
 from bytecache.stages.tokens.token_files import open_tokenizer
@@ -191,7 +192,7 @@ def _named(tokenizer: Any) -> dict[str, str]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        content = strict_json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):

@@ -5,6 +5,8 @@
     for window in ByteTargets("hf://datasets/owner/name", split="train", window=1024, seed=0):
         window.text, window.row, window.symbol, window.prob, window.tail, ...
 
+A window is a run of so many positions, or a whole document, or a whole conversation (`by`).
+
 The sequence of windows is endless and a pure function of (dataset, split, window, seed, pool), see `order`; `epochs`
 bounds it. Ranks take turns in it, and the workers of a `torch.utils.data.DataLoader` take turns in their rank's share:
 with `batch_size=None` (or batches collated by you) R ranks x W workers yield together what one process yields alone.
@@ -22,10 +24,11 @@ reading runs in threads beside your step. Speeds: `benchmarks/loader.py`.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,13 +45,17 @@ from bytecache.stages.targets.shelf import Shelf
 from bytecache.stages.targets.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
 
 STATE_VERSION = 1
+WINDOW = 1024
+"""Positions of a window, unless told."""
+_LATER_TURN = re.compile(r"(.*)/(\d+)")
+"""The id of an answer in a conversation of several (`stages.corpus.conversations`)."""
 
 
 class TargetWindow(NamedTuple):
     """n consecutive positions of one shard and what the teacher says at each; may span documents (each ends in END)."""
 
     number: int
-    """position in the global sequence"""
+    """position in the global sequence; by conversations it counts documents"""
     epoch: int
     shard: int
     """index among the split's shards, in manifest order"""
@@ -68,69 +75,31 @@ class TargetWindow(NamedTuple):
     """int16 [E], ascending within a row: 0..255, 256 = END"""
     prob: npt.NDArray[np.float32]
     """float32 [E]: probability of that symbol there; a row's and its tail sum to 1"""
+    doc_id: tuple[str, ...] = ()
+    """ids of the documents that have a position here, in order"""
+    source: int = 0
+    """which data set of a mixture (`MixedTargets`)"""
 
 
-class ByteTargets(IterableDataset[TargetWindow]):
-    """Windows of byte targets in training order.
+class TargetWindows(IterableDataset[TargetWindow]):
+    """A sequence of windows that ranks and workers share, from any place in it.
 
     Args:
-        place: a folder, an fsspec URL, or a Dataset from `open_dataset`.
-        split: "train" or "heldout". window: positions per window, at least 1. seed: of the order.
-        epochs: stop after this many readings of the split; 0 = never.
         rank, ranks: this process's share; by default those of torch.distributed, if it is initialised, when iterated.
-        pool: shards mixed together; twice as many are in memory at most. depth: windows decoded ahead; 0 = none.
-        content_sha256: the content you expect (`content_sha256` of dataset.json); "" = any.
-        cache_dir, cache_bytes: see `open_dataset`.
-
-    Raises:
-        InputError: the split is empty. ConfigError: impossible arguments, or content other than `content_sha256`.
-        IntegrityError, StorageError: an index or, while iterating, a shard that is damaged or out of reach.
+        depth: windows decoded ahead; 0 = none. fingerprint: of what defines the sequence. where: its name in messages.
     """
 
-    def __init__(
-        self, place: str | os.PathLike[str] | Dataset, split: str = "train", *, window: int = 1024, seed: int = 0,
-        epochs: int = 0, rank: int | None = None, ranks: int | None = None, pool: int = POOL, depth: int = 8,
-        content_sha256: str = "", cache_dir: str | os.PathLike[str] = "", cache_bytes: int = CACHE_BYTES,
-    ) -> None:  # fmt: skip
-        self.dataset = open_dataset(place, cache_dir=cache_dir, cache_bytes=cache_bytes)
-        if content_sha256 and content_sha256 != self.dataset.content_sha256:
-            raise ConfigError(
-                f"{self.dataset.where}: content is {self.dataset.content_sha256}, expected {content_sha256}; "
-                "the data set was replaced: fetch the one you want, or drop content_sha256"
-            )
+    def __init__(self, rank: int | None, ranks: int | None, depth: int, fingerprint: str, where: str) -> None:
         if (rank is None) != (ranks is None) or (ranks is not None and not 0 <= (rank or 0) < ranks):
             raise ConfigError(f"rank {rank} of {ranks}: give both, with 0 <= rank < ranks, or neither")
-        if window < 1 or pool < 1 or depth < 0 or epochs < 0:
-            raise ConfigError(
-                f"window {window}, pool {pool}, depth {depth}, epochs {epochs}: must not be negative or 0"
-            )
-        self.entries = self.dataset.split(split)
-        if not self.entries:
-            splits = ", ".join(sorted({entry.split for entry in self.dataset.entries}))
-            raise InputError(f"{self.dataset.where}: no shards of split {split!r}; it has {splits or 'none'}")
-        positions = [entry.n_positions for entry in self.entries]
-        self.order = Order(self.dataset.content_sha256, positions, window, seed, pool=pool)
-        self.epochs, self.depth, self._layout = epochs, depth, (rank, ranks)
-        what = [self.dataset.content_sha256, split, window, seed, pool]
-        self.fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        self.depth, self._layout, self.fingerprint, self._where = depth, (rank, ranks), fingerprint, where
         self._start = 0  # global position at which the present reading began
         self._taken = 0  # windows this process has handed out since
         self._loaded: list[int] | None = None  # [rank, ranks, worker, workers] of a loaded worker state
-        self._shelf = self._new_shelf()
 
-    def _new_shelf(self) -> Shelf[ByteShard]:
-        return Shelf(
-            lambda number: load_shard(self.dataset, self.entries[number]),
-            lambda number: fetch_ahead(self.dataset, self.entries[number]),
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a worker process that is spawned gets: everything but the shards in memory, which it loads itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_shelf"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._shelf = self._new_shelf()
+    def _windows(self, first: int, stride: int) -> Generator[TargetWindow | None, None, None]:
+        """Windows `first`, `first` + `stride`, ...; None for a number that has no window of its own."""
+        raise NotImplementedError
 
     def layout(self) -> tuple[int, int, int, int]:
         """(rank, ranks, worker, workers) of the calling process."""
@@ -160,25 +129,8 @@ class ByteTargets(IterableDataset[TargetWindow]):
         with closing(windows):
             for window in windows:
                 self._taken += 1
-                yield window
-
-    def _windows(self, first: int, stride: int) -> Generator[TargetWindow, None, None]:
-        with closing(self._shelf.follow(self.order.pools(first, self.epochs))) as windows:
-            for number, window in islice(enumerate(windows, first), 0, None, stride):
-                yield self._read(number, window)
-
-    def _read(self, number: int, window: Window) -> TargetWindow:
-        shard = self._shelf[window.shard]
-        lo, hi = window.lo, window.hi
-        text = np.array(shard.text[lo:hi])  # a copy: a view would keep the shard alive
-        true = text.astype(np.int64)
-        a, b = np.searchsorted(shard.doc_start, [lo + 1, hi + 1])
-        true[np.asarray(shard.doc_start[a:b]) - 1 - lo] = END
-        triples = shard.triples(lo, hi)
-        return TargetWindow(
-            number, window.epoch, window.shard, lo, text, true, np.array(shard.mask[lo:hi]),
-            shard.tails(lo, hi), triples.row, triples.symbol, triples.prob,
-        )  # fmt: skip
+                if window is not None:
+                    yield window
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` continues from: after the last window that this process handed out."""
@@ -198,7 +150,7 @@ class ByteTargets(IterableDataset[TargetWindow]):
             raise ConfigError(f"loader state version {state['version']}, this software knows {STATE_VERSION}")
         if state.get("fingerprint", self.fingerprint) != self.fingerprint:
             raise ConfigError(
-                f"{self.dataset.where}: the state belongs to another data set, split, window, seed or pool "
+                f"{self._where}: the state belongs to another data set, split, window, seed or pool "
                 f"(fingerprint {str(state['fingerprint'])[:12]}, now {self.fingerprint[:12]}); restore those"
             )
         self._start = int(state.get("position", state.get("start", 0)))
@@ -218,6 +170,123 @@ class ByteTargets(IterableDataset[TargetWindow]):
             raise ConfigError("this is no state of ByteTargets, or not that of all its workers")
         ranks = int(found[0]["layout"][1])
         return int(found[0]["start"]) + ranks * sum(int(one["taken"]) for one in found)
+
+
+class ByteTargets(TargetWindows):
+    """Windows of byte targets in training order.
+
+    Args:
+        place: a folder, an fsspec URL, or a Dataset from `open_dataset`.
+        split: "train" or "heldout". window: positions per window, at least 1. seed: of the order.
+        by: what a window is: "bytes", `window` positions wherever they end; "documents", one whole document; or
+            "conversations", all answers of one conversation, each a document whose masked head is what it answers.
+            Only the first has a size.
+        epochs: stop after this many readings of the split; 0 = never.
+        rank, ranks: this process's share; by default those of torch.distributed, if it is initialised, when iterated.
+        pool: shards mixed together; twice as many are in memory at most. depth: windows decoded ahead; 0 = none.
+        content_sha256: the content you expect (`content_sha256` of dataset.json); "" = any.
+        cache_dir, cache_bytes: see `open_dataset`.
+
+    Raises:
+        InputError: the split is empty. ConfigError: impossible arguments, or content other than `content_sha256`.
+        IntegrityError, StorageError: an index or, while iterating, a shard that is damaged or out of reach.
+    """
+
+    def __init__(
+        self, place: str | os.PathLike[str] | Dataset, split: str = "train", *, window: int = WINDOW,
+        by: Literal["bytes", "documents", "conversations"] = "bytes", seed: int = 0, epochs: int = 0,
+        rank: int | None = None, ranks: int | None = None, pool: int = POOL, depth: int = 8,
+        content_sha256: str = "", cache_dir: str | os.PathLike[str] = "", cache_bytes: int = CACHE_BYTES,
+    ) -> None:  # fmt: skip
+        self.dataset = open_dataset(place, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        if content_sha256 and content_sha256 != self.dataset.content_sha256:
+            raise ConfigError(
+                f"{self.dataset.where}: content is {self.dataset.content_sha256}, expected {content_sha256}; "
+                "the data set was replaced: fetch the one you want, or drop content_sha256"
+            )
+        if by not in ("bytes", "documents", "conversations") or (by != "bytes" and window != WINDOW):
+            raise ConfigError(
+                f"by = {by!r}, window = {window}: by is bytes (of a window's size), documents or conversations"
+            )
+        if window < 1 or pool < 1 or depth < 0 or epochs < 0:
+            raise ConfigError(
+                f"window {window}, pool {pool}, depth {depth}, epochs {epochs}: must not be negative or 0"
+            )
+        self.entries = self.dataset.split(split)
+        if not self.entries:
+            splits = ", ".join(sorted({entry.split for entry in self.dataset.entries}))
+            raise InputError(f"{self.dataset.where}: no shards of split {split!r}; it has {splits or 'none'}")
+        # Whole documents are windows of one in an order of documents.
+        sizes = [entry.n_positions if by == "bytes" else entry.n_documents for entry in self.entries]
+        self.order = Order(self.dataset.content_sha256, sizes, window if by == "bytes" else 1, seed, pool=pool)
+        self.epochs, self.by = epochs, by
+        what = [self.dataset.content_sha256, split, window, seed, pool, *([] if by == "bytes" else [by])]
+        fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        super().__init__(rank, ranks, depth, fingerprint, self.dataset.where)
+        self._shelf = self._new_shelf()
+
+    def _new_shelf(self) -> Shelf[ByteShard]:
+        return Shelf(
+            lambda number: load_shard(self.dataset, self.entries[number]),
+            lambda number: fetch_ahead(self.dataset, self.entries[number]),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process that is spawned gets: everything but the shards in memory, which it loads itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_shelf"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shelf = self._new_shelf()
+
+    def _windows(self, first: int, stride: int) -> Generator[TargetWindow | None, None, None]:
+        with closing(self.follow(first)) as windows:
+            for number, window in islice(enumerate(windows, first), 0, None, stride):
+                yield self.read(number, window)
+
+    def follow(self, first: int) -> Generator[Window, None, None]:
+        """Windows number `first`, `first` + 1, ... of its order, their shards loaded in time."""
+        return self._shelf.follow(self.order.pools(first, self.epochs))
+
+    def read(self, number: int, window: Window, source: int = 0) -> TargetWindow | None:
+        """One window's content; None for a document that is not the first of its conversation, `by` conversations."""
+        shard = self._shelf[window.shard]
+        lo, hi = window.lo, window.hi
+        if self.by == "documents":
+            lo, hi = (int(shard.doc_start[i]) for i in (lo, hi))
+        elif self.by == "conversations":
+            first, last = _conversation(shard, lo)
+            if first != lo:
+                return None
+            lo, hi = int(shard.doc_start[first]), int(shard.doc_start[last])
+        text = np.array(shard.text[lo:hi])  # a copy: a view would keep the shard alive
+        true = text.astype(np.int64)
+        a, b = np.searchsorted(shard.doc_start, [lo + 1, hi + 1])
+        true[np.asarray(shard.doc_start[a:b]) - 1 - lo] = END
+        ids = shard.doc_id[int(a) - 1 : int(np.searchsorted(shard.doc_start, hi))]
+        triples = shard.triples(lo, hi)
+        return TargetWindow(
+            number, window.epoch, window.shard, lo, text, true, np.array(shard.mask[lo:hi]),
+            shard.tails(lo, hi), triples.row, triples.symbol, triples.prob, tuple(ids), source,
+        )  # fmt: skip
+
+
+def _conversation(shard: ByteShard, document: int) -> tuple[int, int]:
+    """(first, one past the last) document of the conversation of one. Raises InputError where there are none."""
+    if shard.attrs.get("kind", "text") == "text":
+        raise InputError(f"{shard.path} holds plain text, no conversations; read it by documents")
+
+    def follows(later: int) -> bool:
+        """Whether a document is the turn after the one before it."""
+        turn, before = (_LATER_TURN.fullmatch(shard.doc_id[i]) for i in (later, later - 1))
+        return bool(turn and before and turn[1] == before[1] and int(turn[2]) == int(before[2]) + 1)
+
+    first, last = document, document + 1
+    while first > 0 and follows(first):
+        first -= 1
+    while last < len(shard.doc_id) and follows(last):
+        last += 1
+    return first, last
 
 
 def _states(value: Any) -> Iterator[dict[str, Any]]:

@@ -17,8 +17,9 @@ tokens alone are held whole).
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +33,9 @@ from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.lattice.effort import REFERENCE, deepest
-from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
+from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations
 from bytecache.stages.models.locate import resolve_model
+from bytecache.stages.teacher.ahead import Lattices, WriterBeside, spare_threads
 from bytecache.stages.teacher.identity import (
     AUTO_CONTEXT,
     fit_context,
@@ -63,6 +65,15 @@ GROUP_TOKENS = 16_384
 """Tokens of windows evaluated together, then their branches: the prefix cache should hold as many."""
 
 
+class _Group(NamedTuple):
+    """Windows that are evaluated together."""
+
+    plans: list[WindowPlan]
+    windows: list[Window]
+    lattices: Lattices
+    stop: Callable[[], bool]
+
+
 class Teacher:
     """An engine with its vocabulary; turns encoded documents into windows."""
 
@@ -74,6 +85,8 @@ class Teacher:
         name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
         self._static_folder = cache_folder() / "static" / name
         engine.load_static(self._static_folder)
+        threads = spare_threads()
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="lattice") if threads > 0 else None
 
     def identity(self) -> dict[str, Any]:
         """See `teacher_identity`."""
@@ -99,25 +112,32 @@ class Teacher:
 
     def evaluate(self, plans: list[WindowPlan], stop: Callable[[], bool] = lambda: False) -> list[Window]:
         """The windows of a group of plans: canonical rows, branches in passes, static rows for what is left."""
-        windows = self._canonical(plans, stop)
+        windows: list[Window] = []
+        lattices = Lattices(windows, self.pool)
+        for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True):
+            windows.append(new_window(plan, rows))
+            lattices.ahead(len(windows) - 1)
+            _check_stop(stop)
+        group = _Group(plans, windows, lattices, stop)
         for _ in range(OUTGROWN_PASSES):
-            self._fill(plans, windows, stop)
-            if not self._evaluate_outgrown(plans, windows, stop):
+            self._fill(group)
+            if not self._evaluate_outgrown(group):
                 return windows
-        self._fill(plans, windows, stop)
+        self._fill(group)
         return windows
 
-    def _fill(self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> None:
+    def _fill(self, group: _Group) -> None:
         """Branches above `tau`, and static rows where even so none ends."""
-        self.branch(plans, windows, stop, tau=self.settings.tau, depth=self.settings.depth)
+        self._branch(group, self.settings.tau, self.settings.depth)
         for _ in range(STATIC_PASSES if self.settings.static > 0 else 0):
-            if not self.add_static(windows, stop):
+            if not self._add_static(group):
                 break
 
-    def _evaluate_outgrown(self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> int:
+    def _evaluate_outgrown(self, group: _Group) -> int:
         """Replace static rows that came to carry more than `tau` by the rows of their histories; returns how many."""
         s = self.settings
-        found = [Lattice(window).outgrown(tau=s.tau, depth=s.depth) for window in windows]
+        plans, windows, lattices, stop = group
+        found = [lattices.of(number).outgrown(tau=s.tau, depth=s.depth) for number in range(len(windows))]
         some = [number for number, rows in enumerate(found) if len(rows)]
         jobs = []
         for number in some:
@@ -126,23 +146,20 @@ class Teacher:
             jobs.append((plans[number].prompt, [_branch(plans[number], window, *end) for end in ends]))
         for number, rows in zip(some, self.engine.score_branches(jobs), strict=True):
             windows[number] = replace_static(windows[number], found[number], rows)
+            lattices.ahead(number)
             _check_stop(stop)
         return sum(map(len, found))
-
-    def _canonical(self, plans: list[WindowPlan], stop: Callable[[], bool]) -> list[Window]:
-        windows = []
-        for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True):
-            windows.append(new_window(plan, rows))
-            _check_stop(stop)
-        return windows
 
     def branch(
         self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool], *, tau: float, depth: int
     ) -> None:
         """Branches in passes, each one token longer, until the lattice asks for none (see `least_share`)."""
-        growing = list(range(len(windows)))
+        self._branch(_Group(plans, windows, Lattices(windows, self.pool), stop), tau, depth)
+
+    def _branch(self, group: _Group, tau: float, depth: int) -> None:
+        growing = list(range(len(group.windows)))
         for _ in range(deepest(depth)):
-            growing = self._branch_once(plans, windows, growing, stop, tau, depth)
+            growing = self._branch_once(group, growing, tau, depth)
             if not growing:
                 break
 
@@ -181,30 +198,35 @@ class Teacher:
         window.reference, window.doc_position = True, len(encoded.context) + stretch.first
         return window
 
-    def _branch_once(
-        self, plans: list[WindowPlan], windows: list[Window], growing: list[int], stop: Callable[[], bool],
-        tau: float, depth: int,
-    ) -> list[int]:  # fmt: skip
+    def _branch_once(self, group: _Group, growing: list[int], tau: float, depth: int) -> list[int]:
         """One pass of branch evaluation of the windows `growing`; returns which of them asked for anything."""
-        asked = {number: Lattice(windows[number]).deviations(tau=tau, depth=depth) for number in growing}
+        plans, windows, lattices, stop = group
+        asked = {number: lattices.of(number).deviations(tau=tau, depth=depth) for number in growing}
         asked = {number: deviations for number, deviations in asked.items() if len(deviations.row)}
         jobs = [
             (plans[number].prompt, _branches(plans[number], windows[number], asked[number], tau)) for number in asked
         ]
         for (number, deviations), rows in zip(asked.items(), self.engine.score_branches(jobs), strict=True):
             extend(windows[number], deviations, rows)
+            lattices.ahead(number)
             _check_stop(stop)
         return list(asked)
 
     def add_static(self, windows: list[Window], stop: Callable[[], bool]) -> int:
         """Give static rows to positions where histories end and no row does; returns how many."""
-        found = [(window, Lattice(window).homeless(share=self.settings.static)) for window in windows]
-        found = [(window, homeless) for window, homeless in found if len(homeless.row)]
-        jobs = [_static_job(window, homeless) for window, homeless in found]
-        for (window, homeless), rows in zip(found, self.engine.score_static(jobs), strict=True):
-            extend(window, homeless, rows, static=True)
+        return self._add_static(_Group([], windows, Lattices(windows, self.pool), stop))
+
+    def _add_static(self, group: _Group) -> int:
+        _, windows, lattices, stop = group
+        share = self.settings.static
+        found = {number: lattices.of(number).homeless(share=share) for number in range(len(windows))}
+        found = {number: homeless for number, homeless in found.items() if len(homeless.row)}
+        jobs = [_static_job(windows[number], homeless) for number, homeless in found.items()]
+        for (number, homeless), rows in zip(found.items(), self.engine.score_static(jobs), strict=True):
+            extend(windows[number], homeless, rows, static=True)
+            lattices.ahead(number)
             _check_stop(stop)
-        return sum(len(homeless.row) for _, homeless in found)
+        return sum(len(homeless.row) for homeless in found.values())
 
     def dump_unit(
         self,
@@ -253,30 +275,37 @@ class Teacher:
                 },
             },
         )
-        for group in self.windows(documents, stop):
-            done = {"bytes": 0, "tokens": 0, "branches": 0, "static": 0}
-            for window in group:
-                writer.append(window)
-                counts["documents"] += window.is_last
-                canonical = int((window.row_depth == 0).sum())
-                counts["windows"] += 1
-                counts["canonical_nll"] += window.canonical_nll
-                done["bytes"] += len(window.text) - window.score_start
-                done["tokens"] += canonical
-                static = int(window.row_static.sum())
-                done["static"] += static
-                done["branches"] += len(window.row_depth) - canonical - static
-            for name, value in done.items():
-                counts[name] += value
-            tick(done)
+        with WriterBeside(writer) as beside:
+            for group in self.windows(documents, stop):
+                beside.append(group)
+                done = {"bytes": 0, "tokens": 0, "branches": 0, "static": 0}
+                for window in group:
+                    counts["documents"] += window.is_last
+                    canonical = int((window.row_depth == 0).sum())
+                    counts["windows"] += 1
+                    counts["canonical_nll"] += window.canonical_nll
+                    done["bytes"] += len(window.text) - window.score_start
+                    done["tokens"] += canonical
+                    static = int(window.row_static.sum())
+                    done["static"] += static
+                    done["branches"] += len(window.row_depth) - canonical - static
+                for name, value in done.items():
+                    counts[name] += value
+                tick(done)
         if documents and self.settings.sample_tokens:
             writer.append(self.reference_window(documents, unit_key, stop))
         writer.close()
-        self.engine.save_static(self._static_folder)
+        self.save_static()
         return counts
+
+    def save_static(self) -> None:
+        """Keep new static states for later runs of the same teacher, if they are worth a file."""
+        self.engine.save_static(self._static_folder)
 
     def close(self) -> None:
         """Let the engine go."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
         self.engine.close()
 
 

@@ -48,8 +48,18 @@ def build_trie(token_bytes: list[bytes | None], order: NDArray[np.int32]) -> Tri
 
 def longest_match(trie: Trie, order: NDArray[np.int32], data: NDArray[np.uint8]) -> NDArray[np.int32]:
     """Greedy longest tokens of `data` (uint8 [n]), lowest id of equals: int32 [T]; ends early where none matches."""
-    tokens: NDArray[np.int32] = _greedy(trie.lo, trie.n_equal, trie.first_child, trie.byte, order, data)
+    tokens = longest_match_within(1 << 62, trie, order, data)
+    assert tokens is not None
     return tokens
+
+
+def longest_match_within(
+    most: int, trie: Trie, order: NDArray[np.int32], data: NDArray[np.uint8]
+) -> NDArray[np.int32] | None:
+    """`longest_match`; None where that takes more than `most` steps down the trie."""
+    tokens: NDArray[np.int32]
+    tokens, steps = _greedy(trie.lo, trie.n_equal, trie.first_child, trie.byte, order, data, most)
+    return tokens if steps <= most else None
 
 
 @njit(cache=True)
@@ -106,13 +116,15 @@ def find_child(first_child, byte, node, value):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _greedy(lo, n_equal, first_child, byte, order, data):  # type: ignore[no-untyped-def]
+def _greedy(lo, n_equal, first_child, byte, order, data, most):  # type: ignore[no-untyped-def]
     out = np.empty(len(data), np.int32)
     count = 0
     at = 0
-    while at < len(data):
+    steps = 0
+    while at < len(data) and steps <= most:
         node, best, best_end, i = 0, -1, at, at
-        while i < len(data):
+        while i < len(data) and steps <= most:
+            steps += 1
             child = find_child(first_child, byte, node, data[i])
             if child < 0:
                 break
@@ -125,4 +137,4 @@ def _greedy(lo, n_equal, first_child, byte, order, data):  # type: ignore[no-unt
         out[count] = best
         count += 1
         at = best_end
-    return out[:count]
+    return out[:count], steps

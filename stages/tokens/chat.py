@@ -104,7 +104,7 @@ class Template:
                 f"set teacher.end = {name!r}"
             )
 
-    def around(self, messages: list[dict[str, str]], answer: str) -> tuple[str, str, str]:
+    def around(self, messages: list[dict[str, Any]], answer: str) -> tuple[str, str, str]:
         """(prompt, lead, trail) of an answer to `messages`; raises Misfit with the reason where there is none."""
         answers = [[*messages, {"role": "assistant", "content": content}] for content in (answer, MARKER)]
         prompt, whole, marked = self._render([(messages, True), *((one, False) for one in answers)])
@@ -120,7 +120,7 @@ class Template:
                 return prompt, before, trail
         raise Misfit("template: it changes the answer")
 
-    def _render(self, renderings: list[tuple[list[dict[str, str]], bool]]) -> list[str]:
+    def _render(self, renderings: list[tuple[list[dict[str, Any]], bool]]) -> list[str]:
         """The texts of conversations, each with a generation prompt behind it or without; raises Misfit."""
         size = sum(len(str(message)) for messages, _ in renderings for message in messages)
         limits = Limits(RENDER_SECONDS, RENDER_MEMORY + 64 * size)
@@ -134,13 +134,17 @@ class Template:
         return sorted(self.control.items(), key=lambda item: -len(item[0]))
 
 
-def _refuse_lost(messages: list[dict[str, str]], prompt: str) -> None:
+def _refuse_lost(messages: list[dict[str, Any]], prompt: str) -> None:
     """Raise Misfit where a template renders a conversation without one of its messages, as some do with `system`.
 
     What assistants and tools said may be shortened: many templates drop earlier reasoning.
     """
     for message in messages:
         role, content = message["role"], message["content"].strip()
+        for kind in ("tools", "tool_calls"):
+            for one in message.get(kind, []):
+                if str(one.get("function", one).get("name", "")) not in prompt:
+                    raise Misfit(f"template: it leaves out {'the tools' if kind == 'tools' else 'a call of a tool'}")
         if role in _WHOLE and content not in prompt:
             raise Misfit(f"template: it leaves out or changes a message of role {role}")
         if role not in _WHOLE | _SHORTENED and content not in prompt:
@@ -191,7 +195,8 @@ def encode_answer(vocabulary: Vocabulary, template: Template, context: str, answ
         prompt, lead, _ = template.around(messages, answer)
     except Misfit as misfit:
         return misfit
-    if any(name in text for text in (answer, *(m["content"] for m in messages)) for name in template.control):
+    said = [answer, *(m["content"] for m in messages), *(str(m[k]) for m in messages for k in m if "tool" in k)]
+    if any(name in text for text in said for name in template.control):
         return Misfit("control token in a message")
     before = (prompt + lead).encode()
     (ids,) = template.cutter.cut([prompt + lead + answer])

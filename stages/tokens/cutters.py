@@ -1,19 +1,24 @@
 """Texts cut into ids by a stranger's tokenizer: here where nothing in it can run away, else in a child (`guard`).
 
 What can run away is a regular expression: on some texts its time grows beyond all bounds, or the library gives up and
-ends the process. Those that the published encodings use are known to be linear (`TAME`), and so is a tokenizer that
-has none; these cut in this process, at the library's own speed. Every other expression runs in the child, and so does
-a text of more than `LONG` characters, which takes a hundred bytes of memory a character.
+ends the process; and a normaliser that replaces one letter by a million. The expressions that the published encodings
+use are known to be linear (`TAME`); a tokenizer with no others and no such steps (`is_tame`) cuts in this process, at
+the library's own speed. Every other one runs in the child, and so does
+a text of more than `LONG` characters, which takes a hundred bytes of memory a character. SentencePiece always cuts in
+the child: how long a text takes is up to the pieces of the model.
 """
 
+import importlib.util
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from bytecache.stages.tokens.guard import Failure, Guard, groups, is_panic, tokens_of
-from bytecache.stages.tokens.token_bytes import Json, parts
+from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens.guard import TO_OPEN, Failure, Guard, UnopenedError, groups, is_panic, tokens_of
+from bytecache.stages.tokens.token_bytes import Json, SentencePieces, parts
 
 LONG = 1 << 22
 _CUTS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -47,17 +52,38 @@ def _published() -> Iterator[str]:
 TAME = frozenset(_published())
 
 
+MOST_PARTS = 64
+"""Steps of a normaliser or pre-tokeniser that a tame tokenizer has, at most."""
+MOST_GROWTH = 8.0
+"""Characters that a tame normaliser makes of one, at most."""
+LONGEST_PIECE = 512
+"""Characters of a Unigram piece: from every position of a text the library looks for pieces of all lengths."""
+
+
 def is_tame(spec: Json) -> bool:
-    """Whether every regular expression of a tokenizer.json is one of the published ones; None at all is tame too."""
-    return all(pattern in TAME for pattern in _patterns(spec))
+    """Whether what a tokenizer.json does to a text is known to end, in memory that the text's length bounds.
+
+    Every regular expression is one of the published ones; there are few steps, none of which blows text up; and no
+    piece of a Unigram model is so long that looking for it takes for ever.
+    """
+    steps = [*parts(spec.get("normalizer"), "normalizers"), *parts(spec.get("pre_tokenizer"), "pretokenizers")]
+    if len(steps) > MOST_PARTS or math.prod(map(_growth, steps)) > MOST_GROWTH:
+        return False
+    vocab = spec["model"]["vocab"]
+    if isinstance(vocab, list) and any(len(row[0]) > LONGEST_PIECE for row in vocab):
+        return False
+    patterns = (step["pattern"] for step in steps if isinstance(step.get("pattern"), dict))
+    return all(str(pattern["Regex"]) in TAME for pattern in patterns if "Regex" in pattern)
 
 
-def _patterns(spec: Json) -> Iterator[str]:
-    for name, plural in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        for part in parts(spec.get(name), plural):
-            pattern = part.get("pattern")
-            if isinstance(pattern, dict) and "Regex" in pattern:
-                yield str(pattern["Regex"])
+def _growth(step: Json) -> float:
+    """How many characters a step may make of one."""
+    if step["type"] == "Prepend":
+        return 1.0 if len(step["prepend"]) <= LONGEST_PIECE else math.inf
+    if step["type"] != "Replace":
+        return 1.0
+    found = step["pattern"].get("String", "")
+    return max(1.0, len(step["content"]) / len(found)) if found else 1.0 + len(step["content"])
 
 
 class HfCutter:
@@ -117,3 +143,27 @@ class RankCutter:
             return tokens_of(self._guard, texts)
         found: list[list[int] | Failure] = list(self._here.encode_ordinary_batch(list(texts), num_threads=1))
         return found
+
+
+class SentencePieceCutter:
+    """A SentencePiece model. `prefix` off: no space is put in front of a text, whatever the model says."""
+
+    def __init__(self, model: bytes, what: str, *, prefix: bool = True) -> None:
+        """Raises InputError where the package is missing."""
+        if importlib.util.find_spec("sentencepiece") is None:
+            raise InputError("a SentencePiece model needs the package sentencepiece; pip install sentencepiece")
+        self._guard = Guard(what, {"kind": "sentencepiece", "model": model.hex(), "prefix": prefix})
+
+    def cut(self, texts: Sequence[str]) -> list[list[int] | Failure]:
+        """The ids of every text, or why it has none."""
+        return tokens_of(self._guard, texts)
+
+    def pieces(self, probes: Sequence[str]) -> SentencePieces:
+        """What the model says of its ids, and what its normaliser makes of `probes`. Raises InputError."""
+        try:
+            answer = self._guard.call({"pieces": list(probes)}, TO_OPEN)
+        except UnopenedError as error:
+            raise InputError(f"no SentencePiece model ({error.reason})") from error
+        if isinstance(answer, Failure):
+            raise InputError(f"no SentencePiece model whose pieces can be read ({answer})")
+        return SentencePieces(*answer[0])

@@ -8,16 +8,19 @@ decides. Price: the tokenizers library's own speed, 2-5 MB/s per core.
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bytecache.schemas.errors import InputError
-from bytecache.stages.tokens.byte_trie import Trie, longest_match
-from bytecache.stages.tokens.cutters import HfCutter, RankCutter
+from bytecache.stages.tokens.byte_trie import Trie, longest_match_within
+from bytecache.stages.tokens.cutters import HfCutter, RankCutter, SentencePieceCutter
 from bytecache.stages.tokens.guard import Failure
-from bytecache.stages.tokens.token_bytes import SPACE_MARK, UNICODE_FORMS, Json, parts
+from bytecache.stages.tokens.token_bytes import PROBES, SPACE_MARK, UNICODE_FORMS, Json, parts
+
+STEPS = 512
+"""Looks at the trie for each byte of a text, at most."""
 
 
 class Encoder(Protocol):
@@ -117,65 +120,51 @@ class SentencePieceEncoder:
 
     rewrites = False
 
-    def __init__(self, model: bytes) -> None:
-        """`model`: a serialised ModelProto. Raises InputError where it is none."""
-        self._model = model
-        self.processor = _open_sentencepiece(model)
-        self._without_prefix: Any = None
-        names = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
-        mark = [self.processor.piece_to_id(name) for name in names]
-        spelled = all(self.processor.is_byte(i) for i in mark)
-        self._mark: list[int] = mark if spelled else []
+    def __init__(self, model: bytes, where: str) -> None:
+        """`model`: a serialised ModelProto, of `where`. Raises InputError where it is none."""
+        self._model, self._what = model, f"the SentencePiece model of {where}"
+        self._cutter = SentencePieceCutter(model, self._what)
+        self.pieces = self._cutter.pieces(list(PROBES))
+        self._without_prefix: SentencePieceCutter | None = None
+        names = {self.pieces.pieces[i]: i for i in self.pieces.bytes}
+        mark = [names.get(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self._mark: list[int] = [i for i in mark if i is not None] if None not in mark else []
 
-    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(self.processor.encode(text)) for text in texts]
+    def canonical(self, texts: Sequence[str]) -> list[list[int] | Failure]:
+        return self._cutter.cut(texts)
 
-    def plain(self, text: str) -> list[int] | None:
+    def plain(self, text: str) -> list[int] | Failure | None:
         if SPACE_MARK not in text or not self._mark:
             return None
         if self._without_prefix is None:
-            self._without_prefix = _open_sentencepiece(_without_dummy_prefix(self._model))
+            self._without_prefix = SentencePieceCutter(self._model, self._what, prefix=False)
         ids: list[int] = []
-        for number, piece in enumerate(text.split(SPACE_MARK)):
-            ids += self._mark if number else []
-            ids += self._without_prefix.encode(piece)
+        for number, piece in enumerate(self._without_prefix.cut(text.split(SPACE_MARK))):
+            if isinstance(piece, Failure):
+                return piece
+            ids += (self._mark if number else []) + piece
         return ids
 
 
-def _open_sentencepiece(model: bytes) -> Any:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise InputError("a SentencePiece model needs the package sentencepiece; pip install sentencepiece") from error
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError(f"no SentencePiece model ({str(error).splitlines()[0]})") from error
-
-
-def _without_dummy_prefix(model: bytes) -> bytes:
-    """The same model, which puts no space in front of a text."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
-    proto.normalizer_spec.add_dummy_prefix = False
-    return bytes(proto.SerializeToString())
-
-
 class GreedyEncoder:
-    """Longest match over the byte trie (RWKV)."""
+    """Longest match over the byte trie (RWKV), in at most `STEPS` looks at the trie a byte.
+
+    The published vocabulary needs as many as its longest token has bytes, 128; one with tokens of a million bytes that
+    almost match could look at the whole text from every byte of it.
+    """
 
     rewrites = False
 
     def __init__(self, trie: Trie, order: NDArray[np.int32]) -> None:
         self._trie, self._order = trie, order
 
-    def canonical(self, texts: Sequence[str]) -> list[list[int]]:
-        return [
-            longest_match(self._trie, self._order, np.frombuffer(text.encode(), dtype=np.uint8)).tolist()
-            for text in texts
-        ]
+    def canonical(self, texts: Sequence[str]) -> list[list[int] | Failure]:
+        found: list[list[int] | Failure] = []
+        for text in texts:
+            data = np.frombuffer(text.encode(), dtype=np.uint8)
+            ids = longest_match_within(STEPS * len(data), self._trie, self._order, data)
+            found.append(Failure("tokenizer: too slow") if ids is None else ids.tolist())
+        return found
 
     def plain(self, text: str) -> list[int] | None:
         return None

@@ -42,6 +42,14 @@ class Failure(str):
     __slots__ = ()
 
 
+class UnopenedError(InputError):
+    """The child could not open what it was to work with; `reason`: a few words of why."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"{what}: {reason} while it was opened; fetch it again or choose another model")
+        self.reason = reason
+
+
 class Limits(NamedTuple):
     """What one piece of work may take: `seconds` of processor time, `memory` bytes beyond what the child has."""
 
@@ -109,7 +117,7 @@ class Guard:
         opened = self._ask(self._setup, TO_OPEN)
         if isinstance(opened, Failure):
             self.close()
-            raise InputError(f"{self.what}: {opened} while it was opened; fetch it again or choose another model")
+            raise UnopenedError(self.what, opened)
 
     def _ask(self, arguments: dict[str, Any], limits: Limits) -> tuple[Any, bytes] | Failure:
         child = self._child

@@ -1,7 +1,8 @@
 """The child of `guard`: opens one tokenizer or chat template and works on what it is sent, within limits.
 
 First message: what to open. `{"kind": "tokenizer", "spec": tokenizer.json as text}`; `{"kind": "ranks", "ranks":
-[[bytes in hex, rank], ...], "pattern": ...}`; `{"kind": "template", "template": Jinja, "names": special tokens}`. Each
+[[bytes in hex, rank], ...], "pattern": ...}`; `{"kind": "sentencepiece", "model": ModelProto in hex, "prefix": whether
+it may put a space in front of a text}`; `{"kind": "template", "template": Jinja, "names": special tokens}`. Each
 message after it is a piece of work; its answer is JSON and, for tokens, their ids as int32. Nothing is written, nothing
 is read but the pipe.
 """
@@ -51,7 +52,7 @@ def main() -> None:
 
 def _open(setup: dict[str, Any]) -> Work:
     openers: dict[str, Callable[[dict[str, Any]], Work]] = {
-        "tokenizer": _tokenizer, "ranks": _ranks, "template": _template,
+        "tokenizer": _tokenizer, "ranks": _ranks, "sentencepiece": _sentencepiece, "template": _template,
     }  # fmt: skip
     return openers[setup["kind"]](setup)
 
@@ -81,6 +82,31 @@ def _ranks(setup: dict[str, Any]) -> Work:
     return work
 
 
+def _sentencepiece(setup: dict[str, Any]) -> Work:
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = bytes.fromhex(setup["model"])
+    if not setup["prefix"]:
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.ParseFromString(model)
+        proto.normalizer_spec.add_dummy_prefix = False
+        model = proto.SerializeToString()
+    library = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def work(arguments: dict[str, Any]) -> tuple[Any, bytes]:
+        if "pieces" not in arguments:
+            return _ids([library.encode(text) for text in arguments["texts"]])
+        ids = range(library.vocab_size())
+        silent = [i for i in ids if library.is_control(i) or library.is_unknown(i) or library.is_unused(i)]
+        return (
+            [library.id_to_piece(i) for i in ids], silent, [i for i in ids if library.is_byte(i)], library.bos_id(),
+            library.eos_id(), library.unk_id(), [library.normalize(probe) for probe in arguments["pieces"]],
+        ), b""  # fmt: skip
+
+    return work
+
+
 def _ids(found: list[list[int]]) -> tuple[Any, bytes]:
     flat = np.array([i for ids in found for i in ids], "<i4")
     return [len(ids) for ids in found], flat.tobytes()
@@ -96,9 +122,10 @@ def _template(setup: dict[str, Any]) -> Work:
     def work(arguments: dict[str, Any]) -> tuple[Any, bytes]:
         rendered = []
         for messages, prompt in arguments["renderings"]:
+            tools = [tool for message in messages for tool in message.pop("tools", [])]
             (text,), _ = render_jinja_template(
-                conversations=[messages], chat_template=setup["template"], add_generation_prompt=prompt,
-                **{**setup["names"], "strftime_now": date.strftime},
+                conversations=[messages], tools=tools or None, chat_template=setup["template"],
+                add_generation_prompt=prompt, **{**setup["names"], "strftime_now": date.strftime},
             )  # fmt: skip
             rendered.append(str(text))
             if len(rendered[-1]) > arguments["longest"]:

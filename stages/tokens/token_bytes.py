@@ -169,8 +169,36 @@ def table_from_json(spec: Json, where: str, named_special: frozenset[str] = froz
     return TokenTable(family, table, names, frozenset(unknown))
 
 
-def table_from_sentencepiece(processor: Any, where: str) -> TokenTable:
-    """Bytes of every id of a SentencePiece model, as its own library reads it.
+class SentencePieces(NamedTuple):
+    """What a SentencePiece model says of itself, as its own library reads it."""
+
+    pieces: list[str]
+    """By id."""
+    silent: list[int]
+    """Control, unknown and unused ids."""
+    bytes: list[int]
+    """Ids that are one byte, named <0xNN>."""
+    bos: int
+    eos: int
+    unk: int
+    """-1 where there is none, as for `bos` and `eos`."""
+    normalised: list[str]
+    """What its normaliser makes of the texts of `PROBES`."""
+
+
+PROBES = {
+    "a  b": "joins spaces",
+    "a b ": "drops spaces at the end of a text",
+    "a\n\tb": "rewrites white space",
+    "\ufb01\uff21\u00bd": "rewrites characters to a compatibility form",
+    "e\u0301": "composes accents",
+    "Ab": "changes the case of letters",
+}
+"""Texts that a normaliser may change, and what one does that changes them."""
+
+
+def table_from_sentencepiece(model: SentencePieces, where: str) -> TokenTable:
+    """Bytes of every id of a SentencePiece model.
 
     Raises InputError for a model whose normaliser changes text: drops spaces, rewrites characters, or puts the space
     of a word behind it.
@@ -182,31 +210,21 @@ def table_from_sentencepiece(processor: Any, where: str) -> TokenTable:
             "use a teacher with a byte-level or byte-fallback tokenizer"
         )
 
-    for text, why in (
-        ("a  b", "joins spaces"),
-        ("a b ", "drops spaces at the end of a text"),
-        ("a\n\tb", "rewrites white space"),
-        ("\ufb01\uff21\u00bd", "rewrites characters to a compatibility form"),
-        ("e\u0301", "composes accents"),
-        ("Ab", "changes the case of letters"),
-    ):
-        normalised = processor.normalize(text).replace(SPACE_MARK, " ")
+    for (text, why), raw in zip(PROBES.items(), model.normalised, strict=True):
+        normalised = raw.replace(SPACE_MARK, " ")
         if normalised == text + " ":
             raise refuse("puts the space of a word behind it")
         if normalised not in (text, " " + text):
             raise refuse(why)
-    table: list[bytes | None] = []
+    table: list[bytes | None] = [piece.replace(SPACE_MARK, " ").encode() or None for piece in model.pieces]
+    for i in model.silent:
+        table[i] = None
+    for i in model.bytes:
+        table[i] = bytes([int(model.pieces[i][3:-1], 16)])
     names: dict[str, int] = {}
-    for i in range(processor.vocab_size()):
-        piece = processor.id_to_piece(i)
+    for i, piece in enumerate(model.pieces):
         names.setdefault(piece, i)
-        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
-            table.append(None)
-        elif processor.is_byte(i):
-            table.append(bytes([int(piece[3:-1], 16)]))
-        else:
-            table.append(piece.replace(SPACE_MARK, " ").encode() or None)
-    return TokenTable("sentencepiece", table, names, frozenset({processor.unk_id()}))
+    return TokenTable("sentencepiece", table, names, frozenset({model.unk}))
 
 
 def is_control(token: Json, named_special: frozenset[str]) -> bool:

@@ -11,17 +11,19 @@ import ast
 import base64
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.byte_trie import build_trie, sort_tokens
 from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder, SentencePieceEncoder
 from bytecache.stages.tokens.guard import is_panic
+from bytecache.stages.tokens.rank_files import RANK_FILES
 from bytecache.stages.tokens.token_bytes import (
     Json,
     TokenTable,
@@ -32,46 +34,10 @@ from bytecache.stages.tokens.token_bytes import (
 )
 
 _FILES = ["*.json", "*.model", "*.tiktoken", "rwkv_vocab*.txt", "*.jinja"]
+MAX_FILE = 1 << 28
+"""Bytes of a tokenizer's file, at most; the largest that are published have 2 ** 25."""
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
-
-# How rank files cut text before merging; the files themselves do not say (facts of the published encodings).
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    r"[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-)
-_SPACES = (r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
-# tiktoken keeps white space at the end of a text together, whatever new lines are in it.
-_CL100K = "|".join((*_WORDS, r"\s+$", *_SPACES))
-_QWEN = "|".join((*_WORDS, *_SPACES)).replace(r"\p{N}{1,3}", r"\p{N}")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_O200K = "|".join(
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        *_SPACES,
-    )
-)
-_QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
-_RANK_FILES: dict[str, tuple[str, dict[str, int]]] = {
-    "cl100k_base": (
-        _CL100K,
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
-    ),
-    "o200k_base": (_O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
-    "qwen": (_QWEN, {text: 151643 + i for i, text in enumerate(_QWEN_SPECIAL)}),
-}
 
 
 @dataclass(frozen=True)
@@ -101,7 +67,7 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
         config = _text_settings(_read_json(folder / "config.json"))
         for key in ("bos_token_id", "eos_token_id"):
             as_ids(config.get(key)), as_ids(generation.get(key))
-        if not isinstance(config.get("vocab_size") or 0, int):
+        if type(config.get("vocab_size") or 0) is not int:
             raise ValueError(f"vocab_size is {config['vocab_size']!r}")
     except (TypeError, ValueError) as error:
         raise InputError(
@@ -120,9 +86,15 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
     ):
         for file in files:
             if file.match(pattern):
+                _refuse_endless(file)
                 return _with_config(reader(file, where, tokenizer_config), config, generation)
     backend = _convert_slow(folder, where, trust_remote_code)
     return _with_config(_from_backend(backend, where, tokenizer_config), config, generation)
+
+
+def _refuse_endless(file: Path) -> None:
+    if (size := file.stat().st_size) > MAX_FILE:
+        raise InputError(f"{file} has {size} bytes, a tokenizer's files at most {MAX_FILE}; fetch it again")
 
 
 def _text_settings(config: Json) -> Json:
@@ -170,8 +142,9 @@ def _resolve(model: str | Path, revision: str) -> Path:
 def _read_json(path: Path) -> Json:
     if not path.is_file():
         return {}
+    _refuse_endless(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); fetch the file again") from error
     if not isinstance(content, dict):
@@ -231,29 +204,33 @@ def _text_of(entry: Any) -> str:
     return str(entry.get("content") or "") if isinstance(entry, dict) else str(entry or "")
 
 
-def _id_of(text: Any, table: TokenTable, where: str) -> int:
-    """An id that a configuration spells as text. Raises InputError for what is none."""
+def _id_of(value: Any, name: str, where: str) -> int:
+    """An id, which a configuration may spell as text. Raises InputError for what is none; `name`: of its file."""
     try:
-        i = int(text)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"tokenizer_config.json of {where}: {str(text)[:40]!r} is no token id; fetch it again"
-        ) from None
+        i = int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name} of {where}: {str(value)[:40]!r} is no token id; fetch it again") from None
     room_for([i], where)
     return i
 
 
-def _add_declared(table: TokenTable, tokenizer_config: Json, where: str) -> None:
-    """Tokens that only tokenizer_config.json declares: the model may give them mass, the encoder never makes them."""
+def _declared(tokenizer_config: Json, where: str) -> Iterator[tuple[int, str, bool]]:
+    """(id, text, whether it is special) of tokens that tokenizer_config.json declares. Raises InputError."""
     declared = tokenizer_config.get("added_tokens_decoder") or {}
     if not isinstance(declared, dict):
         raise InputError(f"tokenizer_config.json of {where}: added_tokens_decoder is no object; fetch it again")
     for key, entry in declared.items():
-        content, i = _text_of(entry), _id_of(key, table, where)
+        special = not isinstance(entry, dict) or bool(entry.get("special", True))
+        yield _id_of(key, "tokenizer_config.json", where), _text_of(entry), special
+
+
+def _add_declared(table: TokenTable, tokenizer_config: Json, where: str) -> None:
+    """Tokens that only tokenizer_config.json declares: the model may give them mass, the encoder never makes them."""
+    for i, content, special in _declared(tokenizer_config, where):
         if not content or content in table.names:
             continue
         table.token_bytes.extend([None] * (i + 1 - len(table.token_bytes)))
-        if table.token_bytes[i] is None and not entry.get("special", True):
+        if table.token_bytes[i] is None and not special:
             table.token_bytes[i] = content.encode()
         table.names[content] = i
 
@@ -264,21 +241,19 @@ def _read_model(file: Path, where: str, tokenizer_config: Json) -> TokenizerFile
     if _RANK_LINE.match(content):
         return _read_ranks(file, where, tokenizer_config)
     try:
-        encoder = SentencePieceEncoder(content)
+        encoder = SentencePieceEncoder(content, where)
     except InputError as error:
         raise InputError(f"{file}: {error}; fetch the file again, or put a tokenizer.json beside it") from error
-    processor = encoder.processor
-    table = table_from_sentencepiece(processor, where)
+    table = table_from_sentencepiece(encoder.pieces, where)
     for text, i in _read_json(file.parent / "added_tokens.json").items():
-        _declare(table, str(text), int(i), special=True)
-    for key, entry in (tokenizer_config.get("added_tokens_decoder") or {}).items():
-        special = not isinstance(entry, dict) or bool(entry.get("special", True))
-        _declare(table, _text_of(entry), int(key), special=special)
+        _declare(table, str(text), _id_of(i, "added_tokens.json", where), special=True)
+    for i, text, special in _declared(tokenizer_config, where):
+        _declare(table, text, i, special=special)
     named = {key: text for key in _SPECIAL_KEYS if (text := _text_of(tokenizer_config.get(key)))}
     for text in named.values():
         if text in table.names and len(text) > 1:
             table.token_bytes[table.names[text]] = None
-    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    ids = {"bos_token": encoder.pieces.bos, "eos_token": encoder.pieces.eos}
     bos, eos = (
         table.names.get(named[key]) if key in named else (ids[key] if ids[key] >= 0 else None)
         for key in ("bos_token", "eos_token")
@@ -296,11 +271,11 @@ def _declare(table: TokenTable, text: str, i: int, *, special: bool) -> None:
 
 
 def _read_ranks(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles:
-    known = _RANK_FILES.get(file.stem)
+    known = RANK_FILES.get(file.stem)
     if known is None:
         raise InputError(
             f"{file}: a rank file does not say how text is cut and this one is not known "
-            f"({', '.join(sorted(_RANK_FILES))} are); put the model's tokenizer.json beside it"
+            f"({', '.join(sorted(RANK_FILES))} are); put the model's tokenizer.json beside it"
         )
     pattern, special = known
     ranks: dict[bytes, int] = {}
@@ -366,11 +341,13 @@ def _read_rwkv(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles
             head, rest = line.split(" ", 1)
             literal, length = rest.rsplit(" ", 1)
             value = ast.literal_eval(literal)
-            data = value.encode() if isinstance(value, str) else bytes(value)
+            if not isinstance(value, str | bytes):
+                raise ValueError(f"a {type(value).__name__}, not text or bytes")
+            data = value.encode() if isinstance(value, str) else value
             if len(data) != int(length):
                 raise ValueError(f"{len(data)} bytes, not {length}")
             pieces[int(head)] = data
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last two: nested too deep
             raise InputError(f"{file} line {number} is no `id literal length` row ({error}); fetch it again") from error
     table: list[bytes | None] = [pieces.get(i) for i in range(room_for(pieces, where) or 1)]
 

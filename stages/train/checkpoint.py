@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256, flush_to_disk, scratch_folder
 
@@ -64,7 +65,7 @@ def verify(path: Path) -> str:
     """The sha256 of a committed checkpoint; IntegrityError where file and receipt disagree or one is missing."""
     try:
         text = path.with_suffix(".json").read_text(encoding="utf-8")
-        receipt = json.loads(text)
+        receipt = strict_json.loads(text)
         size, expected = int(receipt["size"]), str(receipt["sha256"])
         as_written = text == _record(path, int(path.stem.removeprefix("step-")), size, expected)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -80,7 +81,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of a checkpoint, verified first (IntegrityError)."""
     verify(path)
     with safe_open(path, framework="pt") as f:
-        state = json.loads(f.metadata()["state"])
+        state = strict_json.loads(f.metadata()["state"])
         return {name: f.get_tensor(name) for name in f.keys()}, state  # noqa: SIM118
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.files import put_in_place, scratch_folder
 from bytecache.schemas.settings import Train as TrainSettings
@@ -28,12 +29,12 @@ class Metrics:
         self.wandb = _wandb(folder, settings, name) if settings.wandb else None
         path = folder / "metrics.jsonl"
         kept = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
-                if json.loads(line)["step"] <= resume_step:
+                if strict_json.loads(line)["step"] <= resume_step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                continue  # the line a kill cut short
+                continue  # the line a kill cut short, or a damaged one
         with scratch_folder(path.parent) as scratch:
             (scratch / path.name).write_text("".join(kept))
             put_in_place(scratch / path.name, path)

@@ -82,7 +82,7 @@ def test_commands_parse_and_set_what_there_is(document: Document) -> None:
         context = command.make_context(words[0], list(arguments))
         overrides = list(context.params.get("overrides") or [])
         for name, key in {**keys, "run_dir": "run.dir"}.items():
-            if context.params.get(name) is not None and name in context.params:
+            if context.params.get(name):  # some commands have another option of that name, which is empty
                 overrides.append(f"{key}={context.params[name]}")
         load_settings(None, overrides)
 

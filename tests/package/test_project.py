@@ -68,5 +68,5 @@ def test_public_names_are_those_of_the_type_checker() -> None:
     """`__all__` and the imports that only type checkers see name the same."""
     source = (ROOT / "bytecache" / "__init__.py").read_text(encoding="utf-8")
     block = source[source.index("if TYPE_CHECKING:") : source.index("__all__")]
-    imported = set(re.findall(r"\b[A-Z]\w+\b(?=[,\n])|\b[a-z]+_[a-z_]+\b(?=\n)", block.replace("TYPE_CHECKING", "")))
+    imported = set(re.findall(r"\b[A-Z]\w+\b(?=[,\n])|\b[a-z]+_[a-z_]+\b(?=[,\n])", block.replace("TYPE_CHECKING", "")))
     assert imported == set(bytecache.__all__)

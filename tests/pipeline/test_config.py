@@ -95,6 +95,13 @@ def test_refusals_name_the_key_the_value_and_the_limit(tmp_path: Path, toml: str
         ("teacher.top_k", "expected section.key=value"),
         ("top_k=8", "expected section.key=value"),
         ("teacher.topk=8", "did you mean top_k?"),
+        ("run.dir=", 'run.dir from --set run.dir=: is empty; name one, as the default "runs/default"'),
+        ("corpus.source=", "corpus.source from --set corpus.source=: is empty"),
+        (
+            'corpus.ignore_fields=["a"]',
+            """corpus.ignore_fields = ['a'] from --set corpus.ignore_fields=["a"]: expected text""",
+        ),
+        ("corpus.max_bytes=9" + "9" * 30, "expected a number below 9223372036854775808"),
         ("teacher.top_k=many", 'teacher.top_k = "many" from --set teacher.top_k=many: expected an integer >= 0'),
     ],
 )

@@ -24,7 +24,7 @@ class FaultyProxy(Loopback):
     """Runs in threads of this process; `choose` decides each request's fault, `seen` counts what was done."""
 
     def __init__(self, target_port: int, choose: Choose, slow_seconds: float = 0.2) -> None:
-        self.choose = choose
+        self.choose, self.slow_seconds = choose, slow_seconds
         self.seen: Counter[str] = Counter()
         proxy, writes = self, threading.Lock()
 
@@ -39,7 +39,7 @@ class FaultyProxy(Loopback):
                     self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>", 0)
                     return
                 if fault == "slow":
-                    time.sleep(slow_seconds)
+                    time.sleep(proxy.slow_seconds)
                 if fault == "torn_up":
                     self.forward_torn(body)
                     self.close_connection = True

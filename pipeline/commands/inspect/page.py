@@ -66,7 +66,8 @@ def _facts(path: Path, shard: ByteShard) -> list[tuple[str, str]]:
         if kept.any():
             facts.append(("mean entropy", f"{entropy[kept].mean():.3f} bits"))
             facts.append(("teacher's surprisal", f"{surprisal[kept].mean():.3f} bits"))
-    return [*facts, ("mean tail", f"{counts['tail_mean']:.4f}"), ("largest tail", f"{counts['tail_max']:.3f}")]
+    figures = (("mean tail", "tail_mean", ".4f"), ("largest tail", "tail_max", ".3f"))
+    return [*facts, *((words, format(counts[name], form)) for words, name, form in figures if name in counts)]
 
 
 def _document(shard: ByteShard, number: int, lo: int, hi: int, top: int) -> dict[str, Any]:

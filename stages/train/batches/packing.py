@@ -8,8 +8,9 @@ Price: no padding; with a dense mask attention costs the square of the packed le
 `train.micro_tokens` small.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,20 +54,33 @@ def packed(steps: Iterator[Step]) -> Iterator[Step]:
 
 def check(student: Student) -> None:
     """Refuse a model whose packed rows see one another: ConfigError names the difference and the remedy."""
-    rows = int(student.model.get_input_embeddings().weight.shape[0])
-    ids = torch.randint(0, rows, (2, 7), generator=torch.Generator().manual_seed(0)).to(student.model.device)
-    positions = torch.arange(7, device=ids.device).repeat(2)[None]
-    training = student.model.training
-    student.model.eval()
-    try:
-        with torch.no_grad():
-            alone = student.forward(ids)[0].float()
-            packed = student.forward(ids.reshape(1, -1), positions)[0].float().reshape(alone.shape)
-    finally:
-        student.model.train(training)
-    difference = float((alone - packed).abs().max() / alone.abs().max())
-    if not difference <= TOLERANCE:
+
+    def logits(ids: Tensor, positions: Tensor | None) -> Tensor:
+        return student.forward(ids, positions)[0]
+
+    apart = difference(student.model, logits)
+    if not apart <= TOLERANCE:
         raise ConfigError(
             f"train.packing: rows of {type(student.model).__name__} see one another when packed (logits differ by "
-            f"{difference:.2g} of the largest, limit {TOLERANCE:g}); set train.packing = false"
+            f"{apart:.2g} of the largest, limit {TOLERANCE:g}); set train.packing = false"
         )
+
+
+def difference(model: Any, logits: Callable[[Tensor, Tensor | None], Tensor]) -> float:
+    """How far the logits of packed rows are from those of rows alone, in units of the largest logit.
+
+    Args:
+        model: of transformers. logits: what it says of input_ids int64 [R, T] and position_ids, or None.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(0, rows, (2, 7), generator=torch.Generator().manual_seed(0)).to(model.device)
+    positions = torch.arange(7, device=ids.device).repeat(2)[None]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            alone = logits(ids, None).float()
+            packed = logits(ids.reshape(1, -1), positions).float().reshape(alone.shape)
+    finally:
+        model.train(training)
+    return float((alone - packed).abs().max() / alone.abs().max())

@@ -61,12 +61,14 @@ class Objective(nn.Module):
 
     Args:
         settings: the `[train]` section.
-        student: gives the width of the hidden state and the vocabulary.
+        student: gives the width of the hidden state and the vocabulary; or the term itself, made already.
         seed: of the term's parameters, independent of the global generator.
         lambda_kl: replaces `settings.lambda_kl`; 0 is the control, whose token loss then has weight 1.
     """
 
-    def __init__(self, settings: TrainSettings, student: Student, seed: int, *, lambda_kl: float | None = None) -> None:
+    def __init__(
+        self, settings: TrainSettings, student: Student | ByteTerm, seed: int, *, lambda_kl: float | None = None
+    ) -> None:
         super().__init__()
         self.lambda_kl = settings.lambda_kl if lambda_kl is None else lambda_kl
         self.kl_share = 1.0
@@ -74,7 +76,7 @@ class Objective(nn.Module):
         self.lambda_token = settings.lambda_token if self.lambda_kl else 1.0
         self.lambda_byte = settings.lambda_byte
         self.chunk, self.reduction = settings.chunk, settings.byte_reduction
-        self.term = make_term(settings, student, seed)
+        self.term = student if isinstance(student, ByteTerm) else make_term(settings, student, seed)
 
     @property
     def needs_targets(self) -> bool:
@@ -92,23 +94,25 @@ class Objective(nn.Module):
         micros = [replace(micro, prepared=self.term.prepare(micro, self.reduction)) for micro in step.micro]
         return replace(step, micro=micros)
 
-    def forward(self, logits: Logits, hidden: Tensor, micro: MicroBatch, *, measure: bool = False) -> LossParts:
+    def forward(self, logits: Logits, hidden: Tensor | None, micro: MicroBatch, *, measure: bool = False) -> LossParts:
         """Sums of one micro-batch.
 
         Args:
             logits: float [R, T, V], or the function from hidden [P, hidden] to logits [P, V], which is then called
                 on `chunk` positions at a time and again in the backward pass.
-            hidden: float [R, T, hidden], the lm_head's input. micro: on the same device.
+            hidden: float [R, T, hidden], the lm_head's input; None where logits are at hand and the term reads nothing
+                else. micro: on the same device.
             measure: compute the byte terms although their weights are 0 (evaluation).
         """
-        states = hidden.flatten(0, 1)
-        rows = states if callable(logits) else logits.flatten(0, 1)
-        to_logits = logits if callable(logits) else _same
+        states = None if hidden is None else hidden.flatten(0, 1)
+        to_logits = logits if not isinstance(logits, Tensor) else _same
+        rows = logits.flatten(0, 1) if isinstance(logits, Tensor) else states
+        assert rows is not None
         wanted = (measure or bool(self.lambda_byte or self.lambda_kl)) and micro.slot_token.numel() > 0
         work = of_hidden = None
         if wanted:
             work = self.term.work(micro, "sum" if measure else self.reduction, measure=measure)
-            of_hidden = self.term.of_hidden(states, micro)
+            of_hidden = None if states is None else self.term.of_hidden(states, micro)
         of_logits = self._in_pieces(rows, to_logits, micro.labels.flatten(), work)
         return of_logits if of_hidden is None else of_logits.plus(of_hidden)
 

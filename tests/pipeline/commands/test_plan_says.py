@@ -50,6 +50,27 @@ def test_a_cut_at_max_bytes_is_said_and_only_a_cut(tmp_path: Path, limit: int, i
     assert any("of more (corpus.max_bytes" in line for line in said) == is_cut, said
 
 
+def test_files_without_a_byte_are_counted_or_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one text")
+    for name in ("b.txt", "c.jsonl"):
+        (folder / name).write_bytes(b"")
+    assert "1 documents, 2 empty ones skipped" in lines_of(tmp_path, f"corpus.source={folder}")[0]
+    for name, kind in (("d.jsonl.gz", "gzip"), ("d.jsonl.zst", "zstd"), ("d.parquet", "Parquet"), ("d.arrow", "Arrow")):
+        (folder / name).write_bytes(b"")
+        with pytest.raises(InputError, match=rf"{name}: .*{kind}.*fetch the file again"):
+            lines_of(tmp_path, f"corpus.source={folder}", run="other")
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.txt"])
+def test_paragraphs_are_advised_where_there_are_some(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "alone"}\n')
+    said = lines_of(tmp_path, f"corpus.source={tmp_path / name}")
+    assert ("paragraphs" in said[1]) is name.endswith(".txt") and "nothing is held out" in said[1]
+
+
 def test_what_lies_behind_the_cut_is_not_looked_at(tmp_path: Path) -> None:
     source = tmp_path / "c.jsonl"
     source.write_text(json.dumps({"text": "a" * 40}) + "\nnot JSON\n")

@@ -12,6 +12,7 @@ import pytest
 from bytecache.pipeline.commands import share
 from bytecache.pipeline.commands.share import HubPlace
 from bytecache.schemas.dataset.index import read_dataset
+from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from tests.support.hub_server import hub_environment, serving
 from tests.support.loopback import Loopback
@@ -19,6 +20,10 @@ from tests.support.places import ROOT
 from tests.support.student_data import make_dataset
 
 PLACE = "hf://datasets/me/set"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class World:
@@ -63,8 +68,9 @@ def test_a_push_sends_what_the_set_lists_and_a_pull_brings_it_back(hub: World, f
     (source / "config.toml").write_text("secret = 1\n")
     done = hub.run("push", PLACE, str(source))
     assert done.returncode == 0, done.stderr
-    names = {path.name for path in folder.iterdir()}
-    assert {path.name for path in hub.repository.iterdir()} == names
+    own = {path.name for path in folder.iterdir()}
+    names = {*own, "croissant.json", "preview/entropy.svg", "preview/heldout.parquet", "preview/train.parquet"}
+    assert files(hub.repository).keys() == names
     assert (
         f"{len(names)} files sent" in done.stdout and "1 files are no part of it, not sent: config.toml" in done.stdout
     )
@@ -79,9 +85,9 @@ def test_a_push_sends_what_the_set_lists_and_a_pull_brings_it_back(hub: World, f
     pulled = hub.run("pull", PLACE, str(copy))
     assert pulled.returncode == 0, pulled.stderr
     assert read_dataset(copy).entries == read_dataset(folder).entries
-    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
-        path.name: path.read_bytes() for path in folder.iterdir()
-    }
+    mine, theirs = files(folder), files(copy)
+    assert mine.keys() == theirs.keys() and mine.pop("README.md") != theirs.pop("README.md") and mine == theirs
+    assert verify_dataset(copy) == [] and PLACE in (copy / "README.md").read_text()
     shard = next(copy.glob("*.zarr.zip"))
     shard.write_bytes(b"damaged")
     mended = hub.run("pull", PLACE, str(copy))
@@ -110,7 +116,7 @@ def test_another_data_set_is_replaced_only_when_asked(hub: World, folder: Path, 
     assert refused.returncode == 2 and "holds another data set" in refused.stderr and "--replace" in refused.stderr
     done = hub.run("push", PLACE, str(other), "--replace")
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in hub.repository.iterdir()} == {path.name for path in other.iterdir()}
+    assert {name for name in files(hub.repository) if "preview" not in name} == {*files(other), "croissant.json"}
     assert "of the data set before it removed" in done.stdout
     taken = tmp_path / "taken"
     shutil.copytree(folder, taken)

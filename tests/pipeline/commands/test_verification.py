@@ -1,6 +1,7 @@
 """verify --repair: just what is bad is made or fetched again, and nothing else is touched."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -34,7 +35,7 @@ def flip(path: Path, at: int = -1) -> None:
         "plan/units/*", "receipts/convert/*", "receipts/plan/*",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "folder", "pipe", "loop"])
 def test_a_run_is_made_whole_without_its_teacher(run: Path, pattern: str, damage: str) -> None:
     before = outputs(run)
     victim = sorted(run.glob(pattern))[0]
@@ -44,12 +45,23 @@ def test_a_run_is_made_whole_without_its_teacher(run: Path, pattern: str, damage
         victim.write_bytes(victim.read_bytes()[:-3])
     else:
         victim.unlink()
+    if damage == "folder":
+        victim.mkdir()
+        (victim / "mine").write_text("words")
+    elif damage == "pipe":
+        os.mkfifo(victim)
+    elif damage == "loop":
+        victim.symlink_to(victim.name)
     stamps = {path: path.stat().st_mtime_ns for path in run.glob("teacher/*")}
     result = bytecache("verify", "--repair")
     assert result.exit_code == 0, result.output
     assert outputs(run) == before
     assert stamps == {path: path.stat().st_mtime_ns for path in run.glob("teacher/*")}
     assert bytecache("verify").exit_code == 0
+    if damage in ("folder", "pipe", "loop"):
+        (aside,) = (path for path in (run / "set-aside").rglob("*") if path.name == victim.name)
+        assert {"folder": aside.is_dir, "pipe": aside.is_fifo, "loop": aside.is_symlink}[damage]()
+        shutil.rmtree(run / "set-aside")
     again = bytecache("verify", "--repair")
     assert again.stdout.count("\n") == 1, "a whole run is left alone"
 

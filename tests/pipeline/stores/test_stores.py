@@ -180,6 +180,34 @@ def test_a_fault_while_reading_is_survived(proxied: Proxied, fault: str) -> None
         assert read(proxied.store()) == raw
 
 
+@pytest.mark.parametrize("size", [1000, 7_000_000])
+def test_what_goes_up_is_no_silence(proxied: Proxied, size: int) -> None:
+    """The service answers when it has everything: on a slow link that is later than reading ever waits."""
+    store = ObjectStore(proxied.url, proxied.folder / "slow", patience=5.0, timeout=0.5)
+    store._single_put = 1_000_000
+    proxied.proxy.slow_seconds = 1.5
+    proxied.proxy.choose = once("slow", "PUT")
+    assert store.put_if_absent("dump", store.write_temp("dump", bytes(size)))
+    assert proxied.proxy.seen["slow"] == 1 and store.size("dump") == size
+
+
+def test_parts_become_smaller_and_fewer_where_they_take_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ObjectStore("memory:///", tmp_path, patience=0.2)
+    asked: list[tuple[int, int]] = []
+
+    def put(client: Any, key: str, source: Path, *, chunk_size: int, max_concurrency: int, **more: Any) -> None:
+        asked.append((chunk_size >> 20, max_concurrency))
+        time.sleep(0.3)  # longer than the store has patience
+        raise TimeoutError("too slow")
+
+    monkeypatch.setattr("bytecache.pipeline.stores.objects.obstore.put", put)
+    with pytest.raises(StorageError, match="too slow"):
+        store.replace("dump", store.write_temp("dump", b"words"))
+    assert asked == [(16, 12), (5, 9), (5, 2), (5, 1), (5, 1)]
+
+
 def test_large_objects_go_up_in_parts_and_still_only_once(proxied: Proxied) -> None:
     first, second = proxied.store(), proxied.store()
     for store in (first, second):

@@ -43,6 +43,10 @@ def _group(members: Members, **changes: Any) -> Members:
     return {**members, "zarr.json": json.dumps(meta).encode()}
 
 
+def _statistic(members: Members, **changes: Any) -> Members:
+    return _group(members, statistics=json.loads(members["zarr.json"])["attributes"]["statistics"] | changes)
+
+
 def _at(index: int, value: int) -> Callable[[U8], U8]:
     def change(values: U8) -> U8:
         values[index] = value
@@ -118,6 +122,9 @@ ATTACKS: dict[str, tuple[Callable[[Members], Members], str]] = {
     "other format": (lambda m: _group(m, format="x"), "zarr.json.*reader knows"),
     "other version": (lambda m: _group(m, version=2), "zarr.json.*version 2"),
     "wrong statistics": (lambda m: _group(m, statistics={"n_documents": 5}), "zarr.json.*n_documents"),
+    "no figure": (lambda m: _statistic(m, tail_mean=None), "zarr.json.*tail_mean is None"),
+    "figure of text": (lambda m: _statistic(m, tail_max="\x1b[31m"), "zarr.json.*tail_max is .*must be a finite"),
+    "truth for a figure": (lambda m: _statistic(m, kl_mean=True), "zarr.json.*kl_mean is True"),
     "no attrs": (lambda m: _group(m, attrs=3), "zarr.json.*attrs"),
     "shorter column": (
         lambda m: _array(_column(m, "mask", lambda v: v[:-1]), "mask", shape=[902], chunk_grid=_grid(902)),
@@ -171,7 +178,7 @@ CLAUSES: dict[str, tuple[str, ...]] = {
         "tail_low value", "mask value", "few weights", "offset jump", "offset wrap", "offset equal", "id offsets",
         "id not utf-8",
     ),
-    "SPEC 2.7": ("wrong statistics",),
+    "SPEC 2.7": ("wrong statistics", "no figure", "figure of text", "truth for a figure"),
     "SPEC 3.1": ("no root", "loop", "parent jump", "chain", "twins"),
     "SPEC 3.3": ("weight",),
     "SPEC 4.1": ("zero code",),

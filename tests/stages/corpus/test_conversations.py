@@ -45,12 +45,21 @@ USED: list[tuple[Record, list[Record]]] = [
     ),
     ({"system": SYSTEM["content"], "messages": [user("Sea?"), assistant("Mare.")]}, [SYSTEM, user("Sea?")]),
     (
+        {
+            "system": SYSTEM["content"],
+            "conversations": [{"from": "human", "value": "Sea?"}, {"from": "gpt", "value": "Mare."}],
+        },
+        [SYSTEM, user("Sea?")],
+    ),
+    ({"conversations": [user("Sea?"), assistant("Mare.")]}, [user("Sea?")]),
+    (
         {"prompt": "a", "response": "b", "input": "", "system": None, "history": [], "tools": [], "meta": {}},
         [user("a")],
     ),
 ]
 LOST: list[tuple[str, Record, str]] = [
-    ("chat", {"messages": [user("Weather?"), assistant("?")], "tools": [{"type": "function"}]}, "tools"),
+    ("chat", {"prompt": "Weather?", "response": "?", "tools": [{"type": "function"}]}, "tools"),
+    ("chat", {"conversations": [user("a"), assistant("b")], "chosen": "c"}, "chosen"),
     ("chat", {"messages": [user("a"), assistant("b")], "input": "c"}, "input"),
     ("chat", {"prompt": "a", "response": "b", "category": "closed"}, "category"),
     ("chat", {"prompt": "a", "response": "b", "reference": ["c"], "score": 0.5}, "reference"),
@@ -166,3 +175,61 @@ def test_a_flood_of_names_is_counted_in_bounded_memory(tmp_path: Path) -> None:
     assert len(list(some)) == 300
     assert sum(some.tally.unread.values()) == 300 and len(some.tally.unread) <= 51
     assert max(map(len, some.tally.unread)) <= 80
+
+
+CALL = {"type": "function", "id": "c1", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def test_calls_of_tools_are_read_and_not_learned(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    answered = {"role": "tool", "content": "12 degrees", "tool_call_id": "c1", "name": "weather"}
+    record = {"id": "w", "messages": [user("Weather?"), called, answered, assistant("Twelve.")], "tools": TOOLS}
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        some = reader(write(tmp_path / "c.jsonl", [{**record, "tools": tools}]))
+        (document,) = some
+        assert (document.doc_id, document.text) == ("w", "Twelve.")
+        context = json.loads(document.context)
+        assert context[0] == {**user("Weather?"), "tools": TOOLS}
+        assert context[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Ulm"}}
+        assert context[1]["content"] == "" and context[2] == answered
+        assert some.tally.unlearned == {"calls of tools": 1}
+        assert some.tally.layouts == {"`messages` of role, content with tools": 1}
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "without the `name` of its function"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            "'f' is text that is no JSON",
+        ),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "part 0 of `content` is 'image_url'"),
+        ({"role": "user", "content": None}, "`content` is NoneType"),
+        ({"from": "function_call", "value": "{}"}, "write it as `tool_calls`"),
+        ({"from": "human", "value": "a", "weight": "x"}, "field 'weight' would be lost"),
+        ({"value": "a"}, "no object with `role`"),
+    ],
+)
+def test_messages_that_cannot_be_read_are_refused(tmp_path: Path, message: Record, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        list(reader(write(tmp_path / "c.jsonl", [{"messages": [message, assistant("b")]}])))
+
+
+def test_parts_of_text_are_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Name "}, {"type": "input_text", "text": "the sea."}]
+    record = {"messages": [{"role": "user", "content": parts}, assistant("Mare.")]}
+    assert last(list(reader(write(tmp_path / "c.jsonl", [record])))) == ([user("Name the sea.")], "Mare.")
+
+
+def test_what_was_understood_is_counted(tmp_path: Path) -> None:
+    records = [
+        {"instruction": "a", "input": "b", "output": "c"}, {"instruction": "a", "input": "", "output": "c"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ]  # fmt: skip
+    some = reader(write(tmp_path / "c.jsonl", records))
+    list(some)
+    assert some.tally.layouts == {
+        "`instruction`, `output`, `input`": 1, "`instruction`, `output`": 1, "`conversations` of from, value": 1,
+    }  # fmt: skip

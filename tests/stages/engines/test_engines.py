@@ -83,8 +83,8 @@ def test_a_unit_has_the_same_bytes_each_time(vllm_teacher, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_branches_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
-    """A branch of a long prefix computes at most one block of it again."""
+def test_branches_as_requests_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
+    """Where the cache has no room for windows: a branch of a long prefix computes at most one block of it again."""
     engine = vllm_teacher.engine
     (document,) = [d for d in encoded(vllm_teacher) if d[0] == "d0"]
     computed: list[int] = []
@@ -95,6 +95,7 @@ def test_branches_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
         computed.extend(len(o.prompt_token_ids) - (o.num_cached_tokens or 0) for o in outputs)
         return outputs
 
+    monkeypatch.setattr(engine._blocks, "room", 1 << 40)
     monkeypatch.setattr(engine._engine, "step", counting)
     monkeypatch.setattr(vllm_teacher, "settings", vllm_teacher.settings.model_copy(update={"static": 0.0}))
     (windows,) = vllm_teacher.windows([document])
@@ -102,6 +103,31 @@ def test_branches_read_their_prefix_from_the_cache(vllm_teacher, monkeypatch):
     assert branches > 20
     assert max(computed[-branches:]) <= 32 + 2
     assert np.mean(computed[-branches:]) < 25
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("pass_tokens", [512, 7])
+def test_branches_over_blocks_are_those_of_requests(vllm_teacher, monkeypatch, pass_tokens):
+    """The same rows at a token or two each, without a request; and no block is left over."""
+    engine = vllm_teacher.engine
+    list(vllm_teacher.windows(encoded(vllm_teacher)))  # what follows asks for no static states
+    requests, tokens, branches = engine._serial, engine.branch_tokens, engine.branches
+    monkeypatch.setattr(engine, "_pass_tokens", pass_tokens)
+    (over,) = vllm_teacher.windows(encoded(vllm_teacher))
+    each = (engine.branch_tokens - tokens) / (engine.branches - branches)
+    in_requests = engine._serial - requests
+    assert engine.branches - branches >= sum(int(((w.row_depth > 0) & (w.row_static == 0)).sum()) for w in over) > 50
+    assert each < 2.5
+    assert in_requests == len(over)
+    engine.forget()  # refuses while a block is held
+    monkeypatch.setattr(engine, "_blocks", None)
+    (asked,) = vllm_teacher.windows(encoded(vllm_teacher))
+    for a, b in zip(over, asked, strict=True):
+        for name in ("row_start", "row_parent", "row_token", "row_depth", "row_static", "stop_token"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        np.testing.assert_allclose(a.log_norm, b.log_norm, atol=1e-3)
+        np.testing.assert_allclose(np.log(a.stop_mass), np.log(b.stop_mass), atol=1e-4)
 
 
 @pytest.mark.slow
@@ -161,6 +187,7 @@ def test_a_teacher_whose_branches_reuse_nothing_is_refused(vllm_teacher, monkeyp
             output.num_cached_tokens = 0
         return outputs
 
+    monkeypatch.setattr(engine, "_blocks", None)
     monkeypatch.setattr(engine._engine, "step", forgetful)
     for name in ("branches", "branch_tokens", "_prefix_tokens"):
         monkeypatch.setattr(engine, name, 0)

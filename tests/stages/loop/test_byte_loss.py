@@ -1,4 +1,4 @@
-"""ByteLoss in loops of others: equal to our trainer's objective, under accumulation, and in transformers.Trainer."""
+"""ByteLoss is our trainer's objective: whole or in pieces, padded or packed, accumulated, beside torch.compile."""
 
 from itertools import islice
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Student, Train
+from bytecache.stages.loop.batches import ByteLabels, collate_rows, join_rows, step_counts
 from bytecache.stages.loop.loss import ByteLoss
-from bytecache.stages.loop.rows import ByteLabels, StudentRows, collate_rows, join_rows
+from bytecache.stages.loop.rows import StudentRows
 from bytecache.stages.student import student
 from bytecache.stages.train.objective.objective import Objective
 from tests.support.student_data import make_dataset
@@ -74,49 +74,108 @@ def test_logits_of_another_width_are_refused(world: Any, rows: StudentRows) -> N
         ByteLoss(rows)(torch.zeros(1, batch["input_ids"].shape[1], 7), batch["labels"])
 
 
-def test_batches_that_were_sliced_are_refused(world: Any, rows: StudentRows) -> None:
-    """accelerate cuts every tensor of a batch to the number of rows where it deals batches out itself."""
+def test_batches_that_were_cut_apart_are_refused(world: Any, rows: StudentRows) -> None:
     _, opened = world
     batch = collate_rows(list(islice(rows, 4)))
     labels = batch.pop("labels")
-    sliced = ByteLabels({name: value[:4] for name, value in labels.items()})
+    cut = ByteLabels({**labels, "slot_token": labels["slot_token"][:, :4]})
     with pytest.raises(ConfigError, match="dispatch_batches"):
-        ByteLoss(rows)(opened.model(**batch), sliced)
+        ByteLoss(rows)(opened.model(**batch), cut)
+    with pytest.raises(ConfigError, match="dispatch_batches"):
+        ByteLoss(rows)(opened.model(input_ids=batch["input_ids"][:2]), labels)
 
 
-def test_in_transformers_trainer_and_in_plain_pytorch(world: Any, rows: StudentRows, tmp_path: Path) -> None:
-    """The same data, rate and steps: equal losses at every step, and the model learns."""
-    from transformers import Trainer, TrainingArguments
+def test_options_are_those_of_the_trainer(rows: StudentRows) -> None:
+    for options, why in (
+        ({"lambda_kl": -1}, "lambda_kl = -1"), ({"divergence": "kl"}, "divergence = 'kl'"), ({"alpha": 1}, "'alpha'"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=why):
+            ByteLoss(rows, **options)
 
+
+def gradients(model: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(world: Any, rows: StudentRows) -> None:
     _, opened = world
-    start = {name: value.clone() for name, value in opened.model.state_dict().items()}
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
-        lr_scheduler_type="constant", weight_decay=0.0, report_to=[], remove_unused_columns=False, use_cpu=True,
-        dataloader_pin_memory=False, save_strategy="no", gradient_accumulation_steps=2, max_grad_norm=1e9,
-        disable_tqdm=True, optim="adamw_torch", accelerator_config={"dispatch_batches": False},
-    )  # fmt: skip
-    trainer = Trainer(
-        opened.model, arguments, train_dataset=rows, data_collator=collate_rows, compute_loss_func=ByteLoss(rows)
+    loss, some = ByteLoss(rows), list(islice(rows, 6))
+    assert len({row.lengths[0] for row in some}) > 1
+    values = [loss.of_model(opened.model, collate_rows(some, packed=packed)) for packed in (False, True)]
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
+    padded, packed = (gradients(opened.model, value) for value in values)
+    for name, gradient in padded.items():
+        torch.testing.assert_close(packed[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_logits_in_pieces_have_the_same_gradients(world: Any, rows: StudentRows) -> None:
+    _, opened = world
+    some = list(islice(rows, 6))
+    whole = gradients(opened.model, ByteLoss(rows).of_model(opened.model, collate_rows(some)))
+    sizes = []
+    handle = opened.model.get_output_embeddings().register_forward_hook(
+        lambda _, args, out: sizes.append(out.numel() // out.shape[-1])
     )
-    trainer.train()
-    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    opened.model.load_state_dict(start)
-    opened.model.train()
-    optimizer = torch.optim.AdamW(opened.model.parameters(), lr=1e-3, weight_decay=0.0)
-    loss, ours = ByteLoss(rows), []
-    batches = iter(DataLoader(rows, batch_size=4, collate_fn=collate_rows))
-    for _ in range(6):
-        pair = list(islice(batches, 2))
-        count = sum(batch["labels"].ne(-100).sum() for batch in pair)
-        total = 0.0
-        for batch in pair:
-            labels = batch.pop("labels")
-            value = loss(opened.model(**batch), labels, num_items_in_batch=count)
-            value.backward()
-            total += value.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        ours.append(total)
-    assert theirs == pytest.approx(ours, rel=2e-3)
-    assert ours[-1] < ours[0]
+    loss = ByteLoss(rows, chunk=16)
+    for side in ("left", "right"):
+        pieces = gradients(opened.model, loss.of_model(opened.model, collate_rows(some, padding_side=side)))
+        assert pieces.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(pieces[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    handle.remove()
+    assert max(sizes) == 16
+
+
+def test_a_model_that_cannot_be_taken_apart_is_refused(rows: StudentRows) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
+
+    size = {"vocab_size": rows.vocabulary.size, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    scaled = GraniteForCausalLM(GraniteConfig(**size, intermediate_size=16, num_key_value_heads=2, logits_scaling=4.0))
+    some = collate_rows(list(islice(rows, 2)))
+    whole, pieces = (ByteLoss(rows, chunk=chunk).of_model(scaled, some).item() for chunk in (0, 16))
+    assert pieces == pytest.approx(whole, rel=1e-5)  # what the configuration says of logits is done
+
+    class Tripled(GPT2LMHeadModel):
+        def forward(self, input_ids=None, logits_to_keep=0, **rest):  # type: ignore[no-untyped-def]
+            found = super().forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **rest)
+            return type(found)(logits=found.logits * 3, hidden_states=found.hidden_states)
+
+    class Whole(GPT2LMHeadModel):
+        def forward(self, input_ids=None, **rest):  # type: ignore[no-untyped-def]
+            return super().forward(input_ids=input_ids, **rest)
+
+    shape = GPT2Config(vocab_size=rows.vocabulary.size, n_layer=1, n_embd=16, n_head=2)
+    for kind, why in ((Tripled, "alters the logits"), (Whole, "no logits_to_keep")):
+        with pytest.raises(ConfigError, match=f"{why}.*leave out `chunk`"):
+            ByteLoss(rows, chunk=16).of_model(kind(shape), some)
+
+
+def test_counts_of_a_step_are_exact(world: Any, rows: StudentRows) -> None:
+    """Tokens, and tokens with bytes, differ from batch to batch; their sums are what the parts are divided by."""
+    _, opened = world
+    loss, some = ByteLoss(rows), list(islice(rows, 6))
+    batches = [collate_rows(group) for group in (some[:1], some[1:3], some[3:])]
+    counts = step_counts(batches)
+    parts = [loss.parts_of_model(opened.model, batch) for batch in batches]
+    want = sum(part.token for part in parts) / counts[0] + sum(part.kl + part.open for part in parts) / counts[1]
+    got = sum(loss.of_model(opened.model, batch, counts).item() for batch in batches)
+    assert got == pytest.approx(float(want), rel=1e-5)
+    lopsided = torch.tensor([int(counts[0]), int(counts[1]) * 2])
+    less = sum(loss.of_model(opened.model, batch, lopsided).item() for batch in batches)
+    assert less == pytest.approx(float(sum(part.token for part in parts) / counts[0]) / 2 + got / 2, rel=1e-5)
+
+
+def test_beside_a_compiled_model(world: Any, rows: StudentRows) -> None:
+    _, opened = world
+    some = list(islice(rows, 4))
+    compiled = torch.compile(opened.model, backend="aot_eager", dynamic=True)
+    for options in ({}, {"chunk": 16}):
+        loss = ByteLoss(rows, **options)
+        for packed in (False, True):
+            batch = collate_rows(some, packed=packed)
+            want = gradients(opened.model, loss.of_model(opened.model, batch))
+            got = gradients(opened.model, loss.of_model(compiled, batch))
+            for name, gradient in want.items():
+                torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-6, msg=f"{options} {packed} {name}")

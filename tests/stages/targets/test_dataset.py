@@ -12,11 +12,13 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from bytecache.schemas.dataset.index import read_dataset
+from bytecache.schemas.dataset.index import describe_shard, read_dataset, write_dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
+from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.stages.targets.dataset import ByteTargets
+from bytecache.stages.targets.mixed import MixedTargets
 from bytecache.stages.targets.source import load_shard
-from tests.support.student_data import make_dataset
+from tests.support.student_data import make_dataset, teacher
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,97 @@ def test_a_pickled_loader_goes_on_where_it_was(folder: Path) -> None:
     again = targets(folder)
     again.load_state_dict(copy.state_dict())
     assert place(next(iter(again))) == alone(folder, 6)[5]
+
+
+def test_by_documents_every_document_is_a_window(folder: Path) -> None:
+    dataset = read_dataset(folder)
+    shards = [load_shard(dataset, entry) for entry in dataset.split("train")]
+    seen = []
+    for window in targets(folder, window=1024, by="documents", epochs=1):
+        shard = shards[window.shard]
+        number = shard.doc_id.index(window.doc_id[0])
+        assert window.doc_id == (shard.doc_id[number],)
+        assert window.text[:-1].tobytes() == shard.document(number) and window.true[-1] == 256
+        seen.append(window.doc_id[0])
+    assert sorted(seen) == sorted(name for shard in shards for name in shard.doc_id)
+    whole = [w.doc_id for w in islice(targets(folder, window=1024, by="documents"), 30)]
+    data = targets(folder, window=1024, by="documents")
+    head = [w.doc_id for w in islice(data, 7)]
+    again = targets(folder, window=1024, by="documents")
+    again.load_state_dict(data.state_dict())
+    assert head + [w.doc_id for w in islice(again, 23)] == whole
+    with pytest.raises(ConfigError, match="by = 'sentences'"):
+        targets(folder, by="sentences")
+    with pytest.raises(ConfigError, match="window = 64"):
+        targets(folder, by="documents")
+    with pytest.raises(InputError, match="no conversations"):
+        next(iter(targets(folder, window=1024, by="conversations")))
+
+
+def test_windows_name_their_documents(folder: Path) -> None:
+    dataset = read_dataset(folder)
+    shards = [load_shard(dataset, entry) for entry in dataset.split("train")]
+    several = 0
+    for window in targets(folder, epochs=1):
+        shard, lo, hi = shards[window.shard], window.start, window.start + len(window.text)
+        inside = [d for d in range(len(shard.doc_id)) if shard.doc_start[d] < hi and shard.doc_start[d + 1] > lo]
+        assert window.doc_id == tuple(shard.doc_id[d] for d in inside)
+        several += len(inside) > 1
+    assert several
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_by_conversations_all_answers_of_one_come_together(tmp_path: Path, ranks: int) -> None:
+    ids = ["a/1", "a/2", "a/3", "b", "c/1", "c/2", "d/1", "e/2", "e/3"]
+    builder = ShardBuilder()
+    for number, name in enumerate(ids):
+        text = np.frombuffer(f"question {name} and the answer {number}".encode(), np.uint8)
+        mask = (np.arange(text.size + 1) > 10).astype(np.uint8)
+        probs, tail = teacher(text, number)
+        builder.append(text, probs, tail, mask)
+        builder.end_document(name)
+    path = tmp_path / "train-00000-abcdefabcdef.zarr.zip"
+    counts = builder.write(path, {"kind": "chat"})
+    write_dataset(tmp_path, [describe_shard(path, "train", "ab" * 32, counts)], {})
+    options = {"by": "conversations", "epochs": 1}
+    found = [w for rank in range(ranks) for w in ByteTargets(tmp_path, rank=rank, ranks=ranks, **options)]
+    want = [("a/1", "a/2", "a/3"), ("b",), ("c/1", "c/2"), ("d/1",), ("e/2", "e/3")]
+    assert sorted(w.doc_id for w in found) == want
+    for window in found:
+        assert (window.true == 256).sum() == len(window.doc_id)
+    data = ByteTargets(tmp_path, by="conversations")
+    whole = [w.doc_id for w in islice(data, 12)]
+    data = ByteTargets(tmp_path, by="conversations")
+    head = [w.doc_id for w in islice(data, 3)]
+    again = ByteTargets(tmp_path, by="conversations")
+    again.load_state_dict(data.state_dict())
+    assert head + [w.doc_id for w in islice(again, 9)] == whole
+
+
+def test_a_mixture_of_targets(folder: Path, tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "other", documents=5)
+
+    def mixed(**options: Any) -> MixedTargets:
+        sources = [targets(folder), targets(other, window=32)]
+        return MixedTargets(sources, [2, 1], windows=60, **options)
+
+    def key(window: Any) -> tuple[int, ...]:
+        return (int(window.number), int(window.source), *place(window)[1:])
+
+    whole = [key(window) for window in mixed()]
+    assert [number for number, *_ in whole] == list(range(60))
+    assert [source for _, source, *_ in whole].count(0) == 40
+    # Each source's windows come in its own order.
+    first = [place(window)[1:] for window in islice(targets(folder), 40)]
+    assert [tuple(rest) for _, source, *rest in whole if source == 0] == first
+    dealt = [key(window) for rank in range(3) for window in mixed(rank=rank, ranks=3)]
+    assert sorted(dealt) == whole
+    data = mixed()
+    head = [key(window) for window in islice(data, 17)]
+    again = mixed()
+    again.load_state_dict(data.state_dict())
+    assert head + [key(window) for window in again] == whole
+    loader = DataLoader(mixed(), batch_size=None, num_workers=1)
+    assert [key(window) for window in loader] == whole
+    with pytest.raises(ConfigError, match="epochs = 1"):
+        MixedTargets([targets(folder, epochs=1)], [1.0])

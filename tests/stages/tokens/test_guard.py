@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -81,6 +82,31 @@ def test_control_tokens_are_sealed_in_the_child_as_here(tmp_path: Path) -> None:
     for seal in (True, False):
         (ids,) = HfCutter(spec, "one", seal=seal).cut(["<|end|>"])
         assert (len(ids) == 1) is not seal
+
+
+def blown_up(steps: int) -> dict[str, Any]:
+    """A tokenizer whose normaliser doubles every a, `steps` times over."""
+    spec = json.loads(tokenizer().to_str())
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [doubling] * steps}
+    return dict(spec)
+
+
+def test_a_normaliser_that_blows_text_up_works_in_the_child(impatient: None) -> None:
+    """Thirty doublings of one letter are a thousand million: the library then ends the process it is in."""
+    assert is_tame(blown_up(3)) and not is_tame(blown_up(4))
+    found = HfCutter(blown_up(30), "one").cut(["b", "aaaaaaaa", "c"])
+    assert [isinstance(ids, Failure) for ids in found] == [False, True, False]
+
+
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 8}},
+    {"normalizer": {"type": "Prepend", "prepend": "x" * 1000}},
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}},
+    {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["u", 0.0], ["a" * 1000, -1.0]], "byte_fallback": False}},
+], ids=str)  # fmt: skip
+def test_what_may_take_for_ever_is_not_tame(change: dict[str, Any]) -> None:
+    assert not is_tame(json.loads(tokenizer().to_str()) | change)
 
 
 @pytest.mark.slow

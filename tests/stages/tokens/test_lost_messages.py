@@ -47,3 +47,35 @@ def test_a_template_that_shows_all_is_as_before(tmp_path: Path, template: str) -
     vocabulary, found = opened(tmp_path / "m", template)
     messages = [{"role": "narrator", "content": " Night. "}, *say("  Hello?\n", system="\nBe brief. ")]
     assert isinstance(encode_answer(vocabulary, found, json.dumps(messages), "Yes."), Encoded)
+
+
+TOOLS = (
+    "{% for t in tools or [] %}<|begin|>tools\n{{ t['function']['name'] }}<|end|>\n{% endfor %}"
+    "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}"
+    "{{ c['function']['name'] }}({{ c['function']['arguments']['city'] }}){% endfor %}"
+    "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+CALLED = [
+    {"role": "user", "content": "Weather?", "tools": [{"type": "function", "function": {"name": "weather"}}]},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "12 degrees"},
+]
+
+
+def test_calls_of_tools_are_rendered_or_their_record_is_set_aside(tmp_path: Path) -> None:
+    vocabulary, template = opened(tmp_path / "tools", TOOLS)
+    context = json.dumps(CALLED)
+    encoded = encode_answer(vocabulary, template, context, "Twelve.")
+    assert isinstance(encoded, Encoded) and encoded.data.endswith(b"Twelve.")
+    assert "weather(Ulm)" in template.around(CALLED, "Twelve.")[0]
+    vocabulary, plain = opened(tmp_path / "plain", PLAIN)
+    found = encode_answer(vocabulary, plain, context, "Twelve.")
+    assert isinstance(found, Misfit) and found.reason == "template: it leaves out the tools"
+    without = [{k: v for k, v in m.items() if k != "tools"} for m in CALLED]
+    found = encode_answer(vocabulary, plain, json.dumps(without), "Twelve.")
+    assert isinstance(found, Misfit) and found.reason == "template: it leaves out a call of a tool"
+    spelled = json.loads(context.replace("Ulm", "<|end|>"))
+    found = encode_answer(vocabulary, template, json.dumps(spelled), "Twelve.")
+    assert isinstance(found, Misfit) and found.reason == "control token in a message"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bytecache.schemas.errors import InputError
+from bytecache.stages.tokens import guard
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 from tests.support.tiny_models import PROSE
 
@@ -109,6 +110,26 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
         load_vocabulary(folder)
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     with pytest.raises(InputError, match=r"tokenizer\.model: a rank file does not say.*tokenizer\.json"):
+        load_vocabulary(folder)
+
+
+def test_a_text_that_takes_too_long_is_set_aside_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "encoding_limits", lambda texts: guard.Limits(0.5, 512 * guard.MIB))
+    vocabulary = load_vocabulary(folder_of(tmp_path, train(**FAITHFUL, model_type="unigram")))
+    found = vocabulary.encode_batch(["the notes", "the " * 4_000_000, "of the"])
+    assert [isinstance(one, Encoded) for one in found] == [True, False, True]
+    assert isinstance(found[1], Misfit) and found[1].reason == "tokenizer: too slow"
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("added_tokens.json", {"x": "y"}), ("added_tokens.json", {"x": None}), ("added_tokens.json", {"x": -1}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+], ids=str)  # fmt: skip
+def test_files_beside_a_model_that_name_no_ids_are_refused(tmp_path: Path, file: str, content: object) -> None:
+    folder = folder_of(tmp_path, train(**FAITHFUL))
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match="fetch"):
         load_vocabulary(folder)
 
 

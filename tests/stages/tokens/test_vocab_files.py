@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bytecache.schemas.errors import InputError
-from bytecache.stages.tokens.vocab import Encoded, Vocabulary, load_vocabulary
+from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary, load_vocabulary
 
 MERGED = [b"he", b"th", b"the", b" t", b" the", b"\xe4\xbd"]
 PIECES = [*(bytes([b]) for b in range(256)), *MERGED]
@@ -82,6 +82,24 @@ def test_rwkv_takes_the_longest_token(tmp_path: Path) -> None:
     path.write_text("1 'ab' 3\n")
     with pytest.raises(InputError, match=r"line 1.*2 bytes, not 3"):
         load_vocabulary(path)
+
+
+def test_rwkv_looks_at_every_byte_a_limited_number_of_times(tmp_path: Path) -> None:
+    """A token that almost matches at every byte of a text makes greedy matching quadratic."""
+    (tmp_path / "rwkv_vocab_v1.txt").write_text(f"1 'a' 1\n2 {'a' * 5000 + 'b'!r} 5001\n3 'c' 1\n")
+    vocab = load_vocabulary(tmp_path)
+    found = vocab.encode_batch(["ac", "a" * 20_000, "a" * 5000 + "b"])
+    assert [isinstance(one, Encoded) for one in found] == [True, False, True]
+    assert isinstance(found[1], Misfit) and found[1].reason == "tokenizer: too slow"
+
+
+@pytest.mark.parametrize(
+    "literal", ["9" * 11, "(" * 300 + ")" * 300, "-" * 9000 + "1", "[1, 2]", "None", "'\\ud800'"], ids=len
+)
+def test_rwkv_rows_that_are_no_text(tmp_path: Path, literal: str) -> None:
+    (tmp_path / "rwkv_vocab_v1.txt").write_text(f"1 'a' 1\n2 {literal} 2\n")
+    with pytest.raises(InputError, match="line 2"):
+        load_vocabulary(tmp_path)
 
 
 def test_sentencepiece_models_agree_with_sentencepiece() -> None:

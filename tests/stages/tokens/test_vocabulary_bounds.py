@@ -110,3 +110,25 @@ def test_tekken_files(tmp_path: Path) -> None:
 def test_rwkv_files(tmp_path: Path) -> None:
     (tmp_path / "rwkv_vocab_x.txt").write_text("1 'a' 1\n1000000000 'b' 1\n")
     refused(tmp_path, "a token has id 1000000000")
+
+
+NAMES = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_nested_too_deep(name: str, tmp_path: Path) -> None:
+    (write(tmp_path, spec()) / name).write_text('{"a":' * 100_000)
+    refused(tmp_path, f"{name} is not valid JSON .nested too deep")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_files_that_no_tokenizer_has(name: str, tmp_path: Path) -> None:
+    """A file of a few blocks may have any length."""
+    with (write(tmp_path, spec()) / name).open("ab") as file:
+        file.truncate(1 << 36)
+    refused(tmp_path, f"{name} has {1 << 36} bytes, a tokenizer's files at most")
+
+
+@pytest.mark.parametrize("size", [True, "5", 1.5, [3]])
+def test_a_size_that_is_no_number(size: Any, tmp_path: Path) -> None:
+    refused(write(tmp_path, spec(), config={"vocab_size": size}), "vocab_size is")

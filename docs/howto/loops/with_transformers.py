@@ -1,0 +1,46 @@
+"""Distil with transformers.Trainer; rows packed behind one another where asked.
+
+python docs/howto/loops/with_transformers.py TARGETS MODEL --steps 20 --packed
+torchrun --nproc-per-node 4 docs/howto/loops/with_transformers.py TARGETS MODEL --steps 20
+"""
+
+import argparse
+from functools import partial
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from bytecache import ByteLoss, ByteLossMixin, StudentRows, collate_rows
+
+
+class ByteTrainer(ByteLossMixin, Trainer):
+    """Trainer with the byte loss."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets")
+    parser.add_argument("model")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--accumulate", type=int, default=2, help="batches of a process to a step")
+    parser.add_argument("--out", default="trained")
+    parser.add_argument("--packed", action="store_true")
+    given = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(given.model)
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    width = model.get_output_embeddings().weight.shape[0]
+    rows = StudentRows(given.targets, tokenizer, width, window=1024)
+    heldout = StudentRows(given.targets, tokenizer, width, window=1024, split="heldout", epochs=1)
+    arguments = TrainingArguments(
+        given.out, max_steps=given.steps, per_device_train_batch_size=4, gradient_accumulation_steps=given.accumulate,
+        learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no",
+    )  # fmt: skip
+    trainer = ByteTrainer(
+        model, arguments, train_dataset=rows, eval_dataset=heldout, byte_loss=ByteLoss(rows),
+        data_collator=partial(collate_rows, packed=given.packed), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    print(trainer.evaluate(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

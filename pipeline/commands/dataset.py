@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
     "stages.convert.convert", "stages.convert.coarser", "schemas.dump.rows", "stages.lattice.lattice",
-    "stages.lattice.forward", "stages.lattice.effort", "stages.fidelity.certificate", "stages.fidelity.divergence",
-    "stages.fidelity.bound", "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window",
+    "stages.lattice.forward", "stages.lattice.heirs", "stages.lattice.places", "stages.lattice.effort",
+    "stages.fidelity.certificate", "stages.fidelity.divergence", "stages.fidelity.bound",
+    "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window",
     "schemas.dump.masses", "schemas.shard.builder",
     "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
     "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",

@@ -17,8 +17,9 @@ from numba import njit
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.window import NEVER, Window
 from bytecache.stages.lattice.effort import least_share
-from bytecache.stages.lattice.forward import Rows, Sums, forward, tables
+from bytecache.stages.lattice.forward import Rows, Sums, forward
 from bytecache.stages.lattice.heirs import NOBODY, lengths
+from bytecache.stages.lattice.places import tables
 
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""

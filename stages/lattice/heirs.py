@@ -11,7 +11,7 @@ of the lighter from the one that agrees with it longest was, in nats (mean by wh
 and against the teacher as a whole where none ends, 1.3 (5): after a new cut a history disagrees as on the first day,
 however long ago it left the canonical tokens. So an orphan joins the row that agrees with it longest (of equals the
 heaviest), and what it must carry to be evaluated grows with c (stages/lattice/effort.py). At equal tau that took 8 %
-more rows than growth by tokens since the canonical ones on Arabic, for a quarter less divergence, and as many and as
+more rows than growth by tokens since the canonical ones on Arabic, for a fifth less divergence, and as many and as
 much elsewhere (Gemma-3-270m, SmolLM2-135M; 0.4 to 0.7 kB each).
 
 A static row has seen one token: it agrees in that at most, and stands behind any evaluated row that has it too.

@@ -86,5 +86,5 @@ def test_what_agrees_as_far_as_the_teacher_remembers_may_join(vocabulary):
                 without[row] &= without[window.row_parent[row]]
             error = np.abs(Lattice(keep_rows(window, without)).targets().probs - whole).max()
             moved[bool(lattice._lies.agreement[stop] >= WritingEngine.memory)].append(float(error))
-    assert len(moved[True]) > 2 and max(moved[True]) < 1e-4
+    assert len(moved[True]) >= 2 and max(moved[True]) < 1e-4
     assert np.mean(moved[False]) > 1e-3  # the test can fail: the others are missed

@@ -136,7 +136,7 @@ def tree(branches: Sequence[Branch], window: KeptWindow) -> Segment:
 
 def _chosen(keys: Keys, slots: torch.Tensor) -> Keys:
     """Keys at some places; the first ones as a view."""
-    if int(slots[-1]) == len(slots) - 1:
+    if torch.equal(slots, torch.arange(len(slots))):
         return [(k[:, :, : len(slots)], v[:, :, : len(slots)]) for k, v in keys]
     slots = slots.to(keys[0][0].device)
     return [(k.index_select(2, slots), v.index_select(2, slots)) for k, v in keys]

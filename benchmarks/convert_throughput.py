@@ -1,6 +1,7 @@
 """Convert megabytes of text per second and core, from an existing run's dump parts.
 
     python -m benchmarks.convert_throughput runs/default --out benchmarks/results/convert_throughput.json
+    python -m benchmarks.convert_throughput captures --versions --out benchmarks/results/dump_versions.json
 
 A whole `convert_units` from dump parts on disk to a finished shard on disk, with one thread. Processor time, so that
 neighbours count as little as they can, the best of `--rounds` with the worst beside it; files are in the page cache,
@@ -12,6 +13,9 @@ spans as one document and cut into documents of 500 bytes. A part holds `--copie
 bytes flipped by another number, so that neither zstd nor the prior meets a text twice. It is converted 1, 2, and
 `--repeat` times over. A shard learns its prior from the first 2^20 positions and encodes those twice; `marginal` is the
 rate of what the longest conversion adds to the one before. `stages`: seconds per megabyte of the longest one, profiled.
+
+`--versions` converts `spans` and `branches` from a part of version 2 of the dump and from one of version 3, as
+`balanced` writes it, in turn; CAPTURES is a folder that `benchmarks.dump_rate_distortion` kept, or a run.
 """
 
 import argparse
@@ -27,18 +31,21 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.dump_rate_distortion import floored, load
+from benchmarks.dump_version2 import write_version_2
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import DumpWriter, read_windows
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
 from bytecache.stages.convert.convert import convert_units
+from bytecache.stages.lattice.lattice import Lattice
 
 STAGES = {
-    "read": ("token_dump.py", ("read_windows", "read_meta")),
+    "read": ("parquet.py", ("read_windows", "read_meta")),
     "lattice": ("lattice.py", ("__init__",)),
-    "gather": ("shard_builder.py", ("_append",)),
-    "flush": ("shard_builder.py", ("_flush",)),
-    "learn": ("shard_builder.py", ("_learn",)),
+    "gather": ("builder.py", ("_append",)),
+    "flush": ("builder.py", ("_flush",)),
+    "learn": ("builder.py", ("_learn",)),
     "write": ("zarr_zip.py", ("write_zarr_zip",)),
 }
 """Functions whose time, with all that they call, is a stage's; _flush runs in _append and in write, _learn in it."""
@@ -94,11 +101,11 @@ def flipped(window: Window, bits: int) -> Window:
 
 
 def write_part(path: Path, windows: Iterable[Window]) -> tuple[int, int]:
-    """Write a part; returns (bytes of scored text, documents)."""
-    writer = DumpWriter(path, {"teacher": {}})
+    """Write a part as `balanced` does; returns (bytes of scored text, documents)."""
+    writer = DumpWriter(path, {"teacher": {}}, st.ROUNDING["balanced"])
     size = documents = 0
     for window in windows:
-        writer.append(window)
+        writer.append(window, Lattice(window).weights())
         size += len(window.text) - window.score_start
         documents += window.is_last
     writer.close()
@@ -156,6 +163,44 @@ def _called_by(profile: cProfile.Profile, function: str, caller: str) -> float:
     return 0.0
 
 
+def versions(kinds: dict[str, list[Window]], copies: int, repeat: int, rounds: int) -> dict[str, Any]:
+    """Megabytes a second from both versions of the dump, in turn, and the part of it that reading takes."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "shard.zarr.zip"
+        for name, windows in kinds.items():
+            copied = [flipped(w, bits) for bits in range(copies) for w in windows]
+            n_bytes = sum(len(w.text) - w.score_start for w in copied)
+            parts = {"version 2": Path(folder) / "2.parquet", "version 3": Path(folder) / "3.parquet"}
+            write_version_2(parts["version 2"], [floored(w, 1e-5) for w in copied], {"teacher": {}})
+            write_part(parts["version 3"], copied)
+            seconds: dict[str, list[float]] = {version: [] for version in parts}
+            for number in range(rounds + 1):  # the first compiles
+                for version, part in parts.items():
+                    began = time.process_time()
+                    convert(part, repeat, out)
+                    seconds[version] += [time.process_time() - began] if number else []
+            found = result[name] = {
+                version: {
+                    "mb_per_s": round(n_bytes * repeat / min(seconds[version]) / 1e6, 3),
+                    "dump_bytes_per_text_byte": round(part.stat().st_size / n_bytes, 1),
+                    "stages": stages(part, n_bytes, repeat, out),
+                }
+                for version, part in parts.items()
+            }
+            print(name, json.dumps(found), flush=True)
+    return result
+
+
+def windows_of(place: Path, n_parts: int) -> list[Window]:
+    """Those of a run's dump, or of the captures in a folder."""
+    captures = sorted(place.glob("*.npz"))
+    if captures:
+        return [replace(w, doc_id=path.stem) for path in captures for w in load(path)[0]]
+    parts = sorted((place / "teacher").glob("*.parquet"))[: n_parts or None]
+    return [w for part in parts for w in read_windows(part, top_k=False) if not w.reference]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
@@ -164,11 +209,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", type=int, default=0, help="use the first parts only; 0 = all")
     parser.add_argument("--only", help="one kind")
+    parser.add_argument("--versions", action="store_true", help="compare versions 2 and 3 of the dump")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    parts = sorted((args.run / "teacher").glob("*.parquet"))[: args.parts or None]
-    windows = [w for part in parts for w in read_windows(part, top_k=False) if not w.reference]
+    windows = windows_of(args.run, args.parts)
     bare = [spans(w) for w in windows]
+    if args.versions:
+        compared = versions({"spans": bare, "branches": windows}, args.copies, args.repeat, args.rounds)
+        if args.out:
+            args.out.write_text(json.dumps(compared, indent=1) + "\n")
+        return
     short = [piece for w in bare for piece in short_documents(w, 500)]
     result: dict[str, Any] = {
         "text_bytes": sum(len(w.text) - w.score_start for w in windows),

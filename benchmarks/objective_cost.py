@@ -1,14 +1,16 @@
 """What each objective adds to the training step of the same student, in one run.
 
     python -m benchmarks.objective_cost runs/default --work runs/cost --out benchmarks/results/objective_cost.json
-        [--sizes small medium smollm2] [--bytes 4096] [--rounds 5]      (sizes measured before stay in the result)
+        [--sizes small medium smollm2 smollm2-gemma] [--heads parallel autoregressive marginal] [--bytes 4096]
+        [--rounds 5]                                                    (sizes measured before stay in the result)
 
 A step here is forward, loss and backward of the same micro-batches; the optimiser is left out, which makes the shares
 larger than they are. Steps with and without the teacher alternate; the median of the paired ratios is reported, in CPU
 time. What needs no student (`Objective.prepare`: which byte choices there are and what the teacher says of them) is
 made in the loader's thread, as in training, and listed apart. FLOPs count matrix products only, so `marginal`, which is
-sums over the vocabulary, has none. Peak memory is not measured here. Students: a new Llama with a BPE of the run's
-text, of two sizes, and SmolLM2-135M with its own tokenizer of 49k.
+sums over the vocabulary, has none. Memory is the most that the process held during a step, above what it held before
+it, with and without the teacher (Linux only). Students: a new Llama with a BPE of the run's text, of two sizes, and
+SmolLM2-135M with its own tokenizer of 49k and with Gemma's of 262k (lock/gemma.txt).
 """
 
 import argparse
@@ -32,6 +34,7 @@ SIZES = {
     "small": st.Student(),
     "medium": st.Student(hidden_size=512, layers=8, heads=8),
     "smollm2": st.Student(model="builtin:smollm2-135m-instruct"),
+    "smollm2-gemma": st.Student(model="builtin:smollm2-135m-instruct", tokenizer="builtin:gemma-3-270m"),
 }
 HEADS = ("parallel", "autoregressive", "marginal")
 
@@ -48,7 +51,26 @@ def step(opened: student.Student, objective: Objective, micros: list[MicroBatch]
     return seconds
 
 
-def measure(opened: student.Student, reader: stream.ShardReader, rounds: int, size: int) -> list[dict[str, Any]]:
+def resident(name: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS, what the process holds, or VmHWM, the most since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
+def peak(opened: student.Student, objective: Objective, micros: list[MicroBatch]) -> int:
+    """Bytes that a step takes at most, above what is held before it; 0 where the system does not say."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+        before = resident("VmRSS")
+    except OSError:
+        return 0
+    step(opened, objective, micros)
+    return resident("VmHWM") - before
+
+
+def measure(
+    opened: student.Student, reader: stream.ShardReader, heads: list[str], rounds: int, size: int
+) -> list[dict[str, Any]]:
     """One line per head: overhead of its step over cross-entropy alone."""
     window = next(iter(sequential(reader.positions, size)))
     rows = stream.cut(reader[window.shard], window.lo, window.hi, opened.max_tokens)
@@ -59,7 +81,7 @@ def measure(opened: student.Student, reader: stream.ShardReader, rounds: int, si
     weights = sum(p.numel() for p in opened.model.parameters() if p.ndim > 1)
     plain = Objective(st.Train(head="parallel", lambda_byte=0.0, lambda_kl=0.0), opened, 0)
     lines = []
-    for head in HEADS:
+    for head in heads:
         objective = Objective(st.Train(head=head), opened, 0)
         objective.observe(reader)
         begun = Step(0, [stream.collate(g, with_targets=True, limit=objective.term.slots) for g in groups], {})
@@ -70,12 +92,14 @@ def measure(opened: student.Student, reader: stream.ShardReader, rounds: int, si
             ready = objective.prepare(begun).micro
             ahead.append(time.process_time() - began)
             pairs.append((step(opened, plain, micros), step(opened, objective, ready)))
+        memory = peak(opened, plain, micros), peak(opened, objective, objective.prepare(begun).micro)
         flops = objective.flops(tokens, slots)
         lines.append({
             "head": head, "overhead": float(np.median([b / a for a, b in pairs])) - 1,
             "loader": float(np.median([x / a for x, (a, _) in zip(ahead, pairs, strict=True)])),
             "ce_seconds": float(np.median([a for a, _ in pairs])), "parameters": objective.n_parameters,
             "flops_overhead": flops / (6 * weights * tokens), "tokens": tokens, "bytes": slots,
+            "peak_bytes": memory[1], "ce_peak_bytes": memory[0],
         })  # fmt: skip
     return lines
 
@@ -87,6 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bytes", type=int, default=4096, help="text of a step")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     targets = args.run / "targets"
@@ -103,7 +128,7 @@ def main() -> None:
         opened.model.train()
         reader = stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id)
         parameters = sum(p.numel() for p in opened.model.parameters())
-        lines = measure(opened, reader, args.rounds, args.bytes)
+        lines = measure(opened, reader, args.heads, args.rounds, args.bytes)
         others = [one for one in found["students"] if one["size"] != size]
         mine = {"size": size, "parameters": parameters, "text_bytes": args.bytes, "objectives": lines}
         found["students"] = sorted([*others, mine], key=lambda one: int(one["parameters"]))
@@ -111,12 +136,13 @@ def main() -> None:
             args.out.write_text(json.dumps(found, indent=1) + "\n")
         print(f"\n{size} student, {parameters:,} parameters, {lines[0]['ce_seconds']:.2f} s a step with CE alone\n")
         print(
-            "| objective | step over CE | loader's thread | matrix FLOPs | own parameters |\n|---|---:|---:|---:|---:|"
+            "| objective | step over CE | loader's thread | matrix FLOPs | own parameters | peak, CE's peak |\n"
+            "|---|---:|---:|---:|---:|---:|"
         )
         for x in lines:
             print(
                 f"| {x['head']} | {x['overhead']:+.1%} | {x['loader']:+.1%} | {x['flops_overhead']:+.1%} | "
-                f"{x['parameters']:,} |",
+                f"{x['parameters']:,} | {x['peak_bytes'] / 2**20:.0f}, {x['ce_peak_bytes'] / 2**20:.0f} MiB |",
                 flush=True,
             )
 

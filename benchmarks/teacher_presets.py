@@ -140,6 +140,10 @@ def main() -> None:
     parser.add_argument(
         "--requests", choices=list(st.PRESETS), help="measure a preset with a request for each branch too"
     )
+    parser.add_argument("--presets", default=",".join(st.PRESETS))
+    parser.add_argument(
+        "--states", choices=["only", "known"], help="only make the static states, or take those of a run before"
+    )
     parser.add_argument("--threads", type=int, default=1, help="for lattices, beside the engine's")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -158,16 +162,19 @@ def main() -> None:
     ]
     tokens = sum(len(plan.prompt.tokens) for plan in plans)
     text_bytes = sum(len(plan.prompt.text) - plan.score_start for plan in plans)
-    for preset in st.PRESETS:  # static states of all presets, and everything compiled
+    presets = args.presets.split(",")
+    for preset in [] if args.states == "known" else presets:  # and everything compiled
         whole(teacher, plans, preset)
-    teacher.save_static()
+        teacher.save_static()
+    if args.states == "only":
+        return
     passes: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
         for name in ("prefill", "all_rows"):
             with measured(meter) as found:
                 prefill(teacher, plans, all_rows=name == "all_rows")
             passes.setdefault(name, []).append(found)
-        for preset in st.PRESETS:
+        for preset in presets:
             with measured(meter) as found:
                 counts = whole(teacher, plans, preset)
             passes.setdefault(preset, []).append(found | counts)

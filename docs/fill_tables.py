@@ -115,19 +115,45 @@ def genlm() -> str:
     return table("text | " + " | ".join(f">`{preset}`" for preset in PRESETS) + " | >genlm-bytes", rows)
 
 
-def student_gain() -> str:
-    """The table that the benchmark writes."""
-    return (RESULTS / "student_gain.md").read_text(encoding="utf-8").strip()
+def transfer() -> str:
+    """The table of the test text that the benchmark writes."""
+    text = (RESULTS / "transfer_gain.md").read_text(encoding="utf-8")
+    return text.partition(", test\n\n")[2].partition("\n\n")[0].strip()
+
+
+def transfer_short() -> str:
+    """Bits per byte of the test text, by kind, before training, with each arm of every seed, and of the original."""
+    found = result("transfer_gain.json")
+    kinds = sorted({name.split()[0] for name in found["original"]})
+
+    def row(title: str, runs: list[dict[str, dict[str, float]]]) -> list[str]:
+        cells = []
+        for kind in kinds:
+            names = [name for name in runs[0] if name.startswith(f"{kind} test ")]
+            size = len(runs) * sum(runs[0][name]["bytes"] for name in names)
+            cells.append(f"{sum(run[name]['bits'] for run in runs for name in names) / size:.3f}")
+        return [title, *cells]
+
+    rows = [row("before training", list(found["before"].values()))]
+    arms = {"ce": "cross-entropy alone", "marginal": "and the cache", "marginal-only": "the cache alone"}
+    for arm, title in arms.items():
+        runs = [run["documents"] for run in found["runs"] if run["arm"] == arm]
+        if runs:
+            rows.append(row(f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})", runs))
+    rows.append(row("the original", [found["original"]]))
+    return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), rows)
 
 
 def objective_cost() -> str:
     """What each objective adds to a step, by the student's size."""
     students = result("objective_cost.json")["students"]
-    heads = [objective["head"] for objective in students[0]["objectives"]]
     rows = []
-    for head in heads:
-        shares = [each["overhead"] for student in students for each in student["objectives"] if each["head"] == head]
-        rows.append([f"`{head}`", *(f"{100 * share:+.1f} %" for share in shares)])
+    for head in [objective["head"] for objective in students[0]["objectives"]]:
+        cells = []
+        for student in students:
+            found = [each for each in student["objectives"] if each["head"] == head]
+            cells.append(f"{100 * found[0]['overhead']:+.1f} %" if found else "")
+        rows.append([f"`{head}`", *cells])
     sizes = [f">{student['parameters'] / 1e6:.1f} M parameters" for student in students]
     return table("objective | " + " | ".join(sizes), rows)
 
@@ -208,11 +234,33 @@ def damage() -> str:
     )
 
 
+def dump_sizes() -> str:
+    """Bytes and divergence of the dump's versions on every capture, and the sizes of other layouts."""
+    rows = []
+    for name, measured in result("dump_rate_distortion.json").items():
+        teacher, preset, text = name.split(" ")
+        divergence = {"balanced": 1e-4, "exact": 2e-5}[preset]
+        (ours,) = [point for point in measured["version 3"] if point["divergence"] == divergence]
+        others = measured["others"]
+        cells = [f"{measured['version 2']['size']:.0f}", f"{ours['size']:.1f}", f"{ours['without_top_k']:.1f}"]
+        cells += [f"{ours[name]:.1e}" for name in ("targets", "added default", "added precise")]
+        cells += [f"{others[f'DistillKit, k = {k}']['size']:.0f}" for k in (128, 32)]
+        cells += [f"{others[f'Megatron-LM, {kind}']['size']:.0f}" for kind in ("k = 128", "top p = 0.95")]
+        rows.append([teacher, f"`{preset}`", f"{TEXTS.get(text, text)}, {measured['n_bytes']} B", *cells])
+    return table(
+        "teacher | preset | text | >version 2 | >version 3 | >without top 16 | >targets | >added | >`precise` | "
+        ">DistillKit, 128 | >32 | >Megatron-LM, 128 | >top p",
+        rows,
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "presets-short": presets_short,
+    "dump-sizes": dump_sizes,
     "genlm": genlm,
-    "student-gain": student_gain,
+    "transfer": transfer,
+    "transfer-short": transfer_short,
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,
     "damage": damage,

@@ -59,11 +59,13 @@ class Corpus(Section):
 
 
 PRESETS: dict[str, dict[str, float]] = {
-    "fast": {"tau": 0.3, "depth": 1, "static": 0.002},
+    "fast": {"tau": 0.3, "depth": 2, "static": 0.002},
     "balanced": {"tau": 0.02, "depth": 1, "static": 0.0003},
-    "exact": {"tau": 0.002, "depth": 1, "static": 0.0001},
+    "exact": {"tau": 0.003, "depth": 2, "static": 0.0002},
 }
 """What `teacher.preset` stands for; measured by `benchmarks/exactness.py`."""
+ROUNDING: dict[str, float] = {"fast": 1e-4, "balanced": 1e-4, "exact": 2e-5}
+"""`teacher.rounding` of the presets; measured by `benchmarks/dump_rate_distortion.py`."""
 
 
 class Teacher(Section):
@@ -84,7 +86,7 @@ class Teacher(Section):
     overlap: int = Field(-1, ge=-1)
     """Tokens of context that a window repeats, never scored twice; -1 = a quarter of the context."""
     top_k: int = Field(16, ge=0)
-    """Token ids and log-probabilities dumped per position beside the path masses; 0 = none."""
+    """Token ids and log-probabilities dumped per canonical token beside the path masses; 0 = none."""
     floor: float = Field(1e-5, ge=0.0, le=1e-2)
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
     preset: Literal["fast", "balanced", "exact"] = "balanced"
@@ -93,10 +95,17 @@ class Teacher(Section):
     """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, wherever it
     ends, or (with static rows) further on; 0 = all, -1 = preset."""
     depth: int = Field(-1, ge=-1, le=200)
-    """Last tokens that a history may share with an evaluated one at the same byte before more than tau is asked of it,
-    three times as much for every token more. 0 = evaluate no deviation at all, -1 = preset."""
+    """Tokens off the canonical ones as far as which tau decides; every token beyond asks for three times the share.
+    0 = evaluate no deviation at all, -1 = preset."""
     static: float = Field(-1.0, ge=-1.0, le=1.0)
     """Below tau, histories with more than this share go on as their last token would alone; 0 = off, -1 = preset."""
+    keep: Literal["dump", "targets"] = "dump"
+    """What the teacher's workers publish: `dump`, which `convert` turns into targets, once more with other settings if
+    need be; or `targets` alone, converted beside the engine: a fifth of the bytes, and other settings of `[convert]`
+    need the teacher again. A kill loses the shard in flight, so `convert.shard_bytes` should be minutes of work."""
+    rounding: float = Field(-1.0, ge=-1.0, le=0.1)
+    """Divergence that the dump's codes may add to the targets, nats per byte: coarser codes, a smaller dump, the same
+    work. 0 = as fine as codes can be, -1 = preset."""
     sample_tokens: int = Field(128, ge=0)
     """Tokens of every unit that are evaluated to near exactness as well, for the fidelity certificate; 0 = none."""
     start: str = "auto"
@@ -116,8 +125,8 @@ class Teacher(Section):
     """Run Python code that a checkpoint carries. Only for checkpoints you have read."""
 
     def resolved(self) -> "Teacher":
-        """The same with tau, depth and static taken from the preset where they are -1."""
-        effort = PRESETS[self.preset]
+        """The same with tau, depth, static and rounding taken from the preset where they are -1."""
+        effort = PRESETS[self.preset] | {"rounding": ROUNDING[self.preset]}
         return self.model_copy(update={name: value for name, value in effort.items() if getattr(self, name) < 0})
 
 

@@ -37,7 +37,8 @@ def plan(given: Given) -> None:
 def teacher(given: Given, worker: WorkerOption = False) -> None:
     """Run the teacher over every unit and dump its path masses.
 
-    Reads: plan/. Writes: teacher/, one Parquet part per unit, each with a receipt.
+    Reads: plan/. Writes: teacher/, one Parquet part per unit, each with a receipt; with teacher.keep = "targets" no
+    dump, but the shards of targets/, converted beside the engine.
 
     Units with a valid receipt are skipped; with all of them done the engine is not even started. SIGTERM finishes or
     abandons the unit in flight and exits with code 75; rerun the same command to continue.
@@ -49,7 +50,7 @@ def teacher(given: Given, worker: WorkerOption = False) -> None:
 
     def command(context: "Context") -> None:
         from bytecache.pipeline.commands import workers as commands
-        from bytecache.pipeline.commands.teacher import teacher as alone
+        from bytecache.pipeline.commands.straight import teach as alone
 
         commands.teacher_worker(context) if worker else alone(context)
 
@@ -64,7 +65,8 @@ def convert(given: Given, worker: WorkerOption = False) -> None:
     Reads: plan/ and teacher/ (no model, no GPU). Writes: targets/, Zarr shards with manifest.parquet and
     dataset.json, a folder to share.
 
-    With --worker, any number of processes share the shards; the last to finish publishes the index.
+    With --worker, any number of processes share the shards; the last to finish publishes the index. Where the teacher's
+    workers made the shards (teacher.keep = "targets"), the index is all that is left to publish.
 
     Example: bytecache convert --run-dir runs/books --set convert.prune=1e-4
     """

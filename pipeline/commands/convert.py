@@ -6,6 +6,7 @@ its parts by receipts, so it needs neither the model nor the engine.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,19 @@ from bytecache.pipeline.commands.dataset import (
     publish_index,
     refuse_other_dataset,
 )
+from bytecache.pipeline.commands.groups import numbered_groups
 from bytecache.pipeline.commands.missing import describe, summary, units_aside
+from bytecache.pipeline.commands.straight import find_shards, is_straight
 from bytecache.pipeline.commands.teacher import find_dumps
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.plan.index import Plan, Split, load_plan
+from bytecache.pipeline.plan.index import Plan, load_plan
+from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
-
-
-def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[str, list[int], int]]:
-    """(split, units, bytes of text) of every shard: whole units in plan order, up to `shard_bytes` of text."""
-    groups: list[tuple[str, list[int], int]] = []
-    splits: tuple[Split, ...] = ("train", "heldout")
-    for split in splits:
-        parts: list[int] = []
-        size = 0
-        for index in planned.of_split(split):
-            if parts and size + planned.sizes[index] > shard_bytes:
-                groups.append((split, parts, size))
-                parts, size = [], 0
-            parts.append(index)
-            size += planned.sizes[index]
-        if parts:
-            groups.append((split, parts, size))
-    return groups
 
 
 def convert_job(
@@ -64,74 +50,74 @@ def convert_job(
     from bytecache.stages.convert.coarser import coarser_effort
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
-    store, settings = context.store, context.settings
-    coarser_effort(settings.convert, TeacherIdentity.of(identity, store.name).settings)
-    shape = {name: value for name, value in settings.convert.shaping().items() if name != "shard_bytes"}
-    code = receipts.code_fingerprint(*CONVERTER)[:16]
-    cut = shard_groups(planned, settings.convert.shard_bytes)
-    n_train = sum(split == "train" for split, _, _ in cut)
-    numbers = [index - (0 if split == "train" else n_train) for index, (split, _, _) in enumerate(cut)]
-    groups = [
-        (split, kept, sum(planned.sizes[member] for member in kept), number)
-        for (split, members, _), number in zip(cut, numbers, strict=True)
-        if (kept := [member for member in members if member not in missing])
-    ]
+    settings = context.settings.convert
+    coarser_effort(settings, TeacherIdentity.of(identity, context.store.name).settings)
+    shape = {name: value for name, value in settings.shaping().items() if name != "shard_bytes"}
+    groups = numbered_groups(planned, settings.shard_bytes, frozenset(missing))
+    common = {
+        "format": [byte_shard.FORMAT, byte_shard.VERSION],
+        "code": receipts.code_fingerprint(*CONVERTER)[:16],
+    }
 
     def task(index: int) -> Task:
-        split, members, size, number = groups[index]
-        parts = [dump(member) for member in members]
-        inputs = {
-            "split": split,
-            "parts": [file.sha256 for part in parts for file in part.files],
-            "convert": shape,
-            "format": [byte_shard.FORMAT, byte_shard.VERSION],
-            "code": code,
-        }
-        name = f"{split}-{number:05d}"
-        out = f"{TARGETS}/{name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
-        return Task("convert", name, out, inputs, size, payload=(split, parts))
-
-    @contextmanager
-    def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
-        from bytecache.stages.convert.convert import convert_units
-
-        def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-            split, parts = task.payload
-            paths = []
-            for part in parts:
-                if part.deleted:
-                    raise InputError(
-                        f"{task.name} needs the dump part {part.name}, which convert.delete_dump removed; run "
-                        "`bytecache verify --repair`, then `bytecache teacher`, or choose a new run.dir"
-                    )
-                problems = receipts.problems(store, part)
-                if problems:
-                    raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
-                paths += [store.get_path(file.path) for file in part.files]
-            attrs = {"split": split, "convert": shape, "units": [part.name for part in parts]}
-            counts = convert_units(paths, out, settings.convert, attrs, stop, tick)
-            for part in parts:
-                for file in part.files:
-                    store.release(file.path)
-            return counts
-
-        yield work
+        group = groups[index]
+        parts = [dump(member) for member in group.members]
+        sha256s = [file.sha256 for part in parts for file in part.files]
+        inputs = {"split": group.split, "parts": sha256s, "convert": shape, **common}
+        out = f"{TARGETS}/{group.name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
+        return Task("convert", group.name, out, inputs, group.size, payload=(group.split, parts))
 
     shared = {
         "plan": planned.hash,
         "teacher": identity,
-        "convert": settings.convert.shaping(),
-        "format": [byte_shard.FORMAT, byte_shard.VERSION],
-        "code": code,
+        "convert": settings.shaping(),
+        **common,
         **({"missing": list(missing)} if missing else {}),
     }
-    return Job("convert", shared, [size for _, _, size, _ in groups], task, open_work)
+    opening = partial(_open_work, context, shape)
+    return Job("convert", shared, [group.size for group in groups], task, opening)
+
+
+@contextmanager
+def _open_work(context: Context, shape: dict[str, object], stop: Callable[[], bool]) -> Iterator[Work]:
+    """Converts the dump parts of a task's payload, with the settings `shape` among the shard's attributes."""
+    from bytecache.stages.convert.convert import convert_units
+
+    store = context.store
+
+    def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
+        split, parts = task.payload
+        paths = [path for part in parts for path in _part_files(store, part, task.name)]
+        attrs = {"split": split, "convert": shape, "units": [part.name for part in parts]}
+        counts = convert_units(paths, out, context.settings.convert, attrs, stop, tick)
+        for part in parts:
+            for file in part.files:
+                store.release(file.path)
+        return counts
+
+    yield work
+
+
+def _part_files(store: Store, part: Receipt, shard: str) -> list[Path]:
+    """A dump part's files on this machine. Raises InputError where it was deleted, IntegrityError if it is damaged."""
+    if part.deleted:
+        raise InputError(
+            f"{shard} needs the dump part {part.name}, which convert.delete_dump removed; run "
+            "`bytecache verify --repair`, then `bytecache teacher`, or choose a new run.dir"
+        )
+    problems = receipts.problems(store, part)
+    if problems:
+        raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")
+    return [store.get_path(file.path) for file in part.files]
 
 
 def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
-    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made."""
-    from bytecache.stages.fidelity.certificate import summary_line
+    """Turn the dump into shards and publish the data set's index last. `dumps`: receipts, if just made.
 
+    Where the teacher's workers made the shards (`teacher.keep`) only the index is left to publish.
+    """
+    if is_straight(context.settings):
+        return publish_straight(context)
     planned = load_plan(context.store, context.settings)
     found = dict(enumerate(dumps)) if dumps is not None else find_dumps(context, planned)
     aside = units_aside(context, found.__contains__)
@@ -139,15 +125,33 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     info = dataset_info(context, planned, parts, describe(context, planned, aside))
     job = convert_job(context, planned, info["teacher"], found.__getitem__, [one.unit for one in aside])
     outcome = run_job(context.store, job, context.stop)
+    _publish(context, outcome, info)
+    if context.settings.convert.delete_dump:
+        _delete_dump(context, parts)
+    return outcome
+
+
+def publish_straight(context: Context) -> Outcome:
+    """Publish the index of shards that the teacher's workers made; see `find_shards` for what it raises."""
+    planned = load_plan(context.store, context.settings)
+    shards, aside = find_shards(context, planned)
+    info = dataset_info(context, planned, shards, describe(context, planned, aside))
+    refuse_other_dataset(context, info)
+    outcome = Outcome(shards, 0)
+    _publish(context, outcome, info)
+    return outcome
+
+
+def _publish(context: Context, outcome: Outcome, info: dict[str, Any]) -> None:
+    """The index over the shards of `outcome`, and what there is to say of them."""
+    from bytecache.stages.fidelity.certificate import summary_line
+
     index_is_new = publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new, published=True)
     context.say(outcome_line("convert", outcome))
     context.say(summary_line(certificate(outcome.receipts, info["teacher"])))
-    if aside:
-        context.say(f"convert: {summary(info['creation']['missing'])}")
-    if context.settings.convert.delete_dump:
-        _delete_dump(context, parts)
-    return outcome
+    if missing := info["creation"].get("missing"):
+        context.say(f"convert: {summary(missing)}")
 
 
 def _delete_dump(context: Context, dumps: list[Receipt]) -> None:

@@ -21,26 +21,34 @@ if TYPE_CHECKING:
 TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
     "stages.convert.convert", "stages.convert.coarser", "schemas.dump.rows", "stages.lattice.lattice",
-    "stages.lattice.forward", "stages.lattice.heirs", "stages.lattice.places", "stages.lattice.effort",
-    "stages.fidelity.certificate", "stages.fidelity.divergence", "stages.fidelity.bound",
-    "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window",
-    "schemas.dump.masses", "schemas.shard.builder",
+    "stages.lattice.forward", "stages.lattice.effort", "stages.fidelity.certificate", "stages.fidelity.divergence",
+    "stages.fidelity.bound", "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window",
+    "schemas.dump.packed", "schemas.dump.packing", "schemas.dump.unpacking", "schemas.dump.shares",
+    "schemas.dump.planes", "schemas.dump.version2", "schemas.shard.builder",
     "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
     "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",
-    "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.arrays", "schemas.identity",
+    "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.shard.worth", "schemas.shard.rounding",
+    "schemas.shard.divergence", "schemas.shard.incoming", "schemas.shard.reasons", "schemas.loops", "schemas.arrays",
+    "schemas.identity",
 ))  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 _RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
 """What an index says about its shards that may be corrected afterwards."""
 
 
+def teacher_counts(receipt: Receipt) -> dict[str, Any]:
+    """What the teacher counted: of a dump part, or of the units that became a shard at once (`teacher.keep`)."""
+    counts: dict[str, Any] = receipt.counts.get("teacher", {}) if receipt.stage == "convert" else receipt.counts
+    return counts
+
+
 def set_aside(dumps: list[Receipt]) -> dict[str, int]:
     """Documents set aside by reason, over dump receipts."""
-    found: dict[str, int] = defaultdict(int)
+    counts: dict[str, int] = defaultdict(int)
     for receipt in dumps:
-        for reason, count in receipt.counts.get("set_aside", {}).items():
-            found[reason] += count
-    return dict(found)
+        for reason, count in teacher_counts(receipt).get("set_aside", {}).items():
+            counts[reason] += count
+    return dict(counts)
 
 
 def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:
@@ -73,17 +81,29 @@ def dataset_identity(
     }
 
 
+def straight_identity(
+    context: Context, planned: Plan, teacher: dict[str, Any], missing: Sequence[int] = ()
+) -> dict[str, Any]:
+    """`dataset_identity` of shards that the teacher's workers made: whose code converted does not tell them apart."""
+    identity = dataset_identity(context, planned, teacher, missing)
+    del identity["settings"]["conversion_code"]
+    return identity
+
+
 def dataset_info(
     context: Context, planned: Plan, dumps: list[Receipt], missing: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """What the index says about where its targets came from; `software` and `creation` explain, the rest identifies.
 
-    `missing`: see `pipeline.commands.missing.describe`.
+    `dumps`: receipts of the dump, or of shards that the teacher's workers made. `missing`: see
+    `pipeline.commands.missing.describe`.
     """
     identity = dumps[0].inputs["teacher"]
     teacher = TeacherIdentity.of(identity, f"receipt {dumps[0].name}")
+    identified_by = straight_identity if dumps[0].stage == "convert" else dataset_identity
+    code = sorted({str(receipt.counts["conversion_code"]) for receipt in dumps if receipt.stage == "convert"})
     return {
-        **dataset_identity(context, planned, identity, [unit["unit"] for unit in missing]),
+        **identified_by(context, planned, identity, [unit["unit"] for unit in missing]),
         "tokenizer": {
             "vocabulary_sha256": teacher.vocabulary,
             **{name: dumps[0].inputs[name] for name in ("template",) if name in dumps[0].inputs},
@@ -92,6 +112,7 @@ def dataset_info(
         "creation": {
             "plan": planned.hash,
             "set_aside": set_aside(dumps),
+            **({"conversion_code": code} if code else {}),
             **({"missing": list(missing)} if missing else {}),
         },
         "name": context.settings.dataset.name,

@@ -47,7 +47,7 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
         claimed: dict[str, tuple[Store, Receipt]] = {key: (destination, receipt) for key, receipt in here.items()}
         for source in sources:
             for key, receipt in sorted(_receipts(source, stage, result).items()):
-                if stage == "teacher" and receipt.inputs.get("slice") not in slices:
+                if not _slices_of(receipt) <= slices:
                     result.skipped.append(f"{source.name}: {stage} {receipt.name} is of no unit of the plan")
                     continue
                 known = claimed.setdefault(key, (source, receipt))
@@ -61,8 +61,7 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
                     wanted.append((source, receipt))
                 else:
                     result.present[stage] += 1
-        if stage == "teacher":
-            _refuse_two_teachers(list(claimed.values()))
+        _refuse_two_teachers([(store, receipt) for store, receipt in claimed.values() if _slices_of(receipt)])
     if read_plan(destination) is None and giver is not None:
         for unit in plan.units:
             _copy(giver, destination, FileRecord(path=unit.slice, size=giver.size(unit.slice) or 0, sha256=unit.sha256))
@@ -121,6 +120,12 @@ def _receipts(store: Store, stage: str, result: Merged) -> dict[str, Receipt]:
             continue
         found[key] = receipt
     return found
+
+
+def _slices_of(receipt: Receipt) -> set[str | None]:
+    """The text that a teacher evaluated for this unit; none where it was made from a dump."""
+    one = {receipt.inputs.get("slice")} if receipt.stage == "teacher" else set()
+    return one | set(receipt.inputs.get("slices", ()))
 
 
 def _refuse_two_teachers(found: list[tuple[Store, Receipt]]) -> None:

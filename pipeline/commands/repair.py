@@ -18,6 +18,7 @@ from bytecache.pipeline.commands.inventory import (
     take_inventory,
     unfinished_runs,
 )
+from bytecache.pipeline.commands.straight import is_straight
 from bytecache.pipeline.commands.verify import (
     bad_slices,
     disputes,
@@ -208,7 +209,8 @@ class _Repair:
             from bytecache.pipeline.commands.judgement import judge
 
             self.done += judge(self.store, inventory)
-        if not (self.left.pop("convert", []) or faults or disputed):
+        lost = self.left.pop("convert", [])
+        if not (lost or faults or disputed):
             return
         try:
             made = convert(self.context).made
@@ -216,6 +218,8 @@ class _Repair:
         except Interrupted:
             raise
         except BytecacheError as error:
+            if is_straight(self.context.settings):
+                self.left["teacher"] += lost or ["shards"]
             self.done.append(f"left: the targets cannot be made again yet ({error}); then run `bytecache convert`")
 
     def _orphans(self) -> None:

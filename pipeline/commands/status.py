@@ -6,6 +6,7 @@ from typing import Any
 
 from bytecache.pipeline.commands.dataset import read_index
 from bytecache.pipeline.commands.missing import summary
+from bytecache.pipeline.commands.straight import is_straight
 from bytecache.pipeline.commands.teacher import teacher_changes
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.report import fleet_status, fleet_table
@@ -33,7 +34,10 @@ def status(context: Context) -> dict[str, Any]:
             damaged.append(found)
     planned = read_plan(store)
     stages = [_plan_row(planned, by_stage["plan"])]
-    stages += _teacher_rows(context, planned, by_stage["teacher"])
+    if is_straight(context.settings):
+        stages.append(_straight_row(context, planned, by_stage["convert"]))
+    else:
+        stages += _teacher_rows(context, planned, by_stage["teacher"])
     stages.append(_convert_row(store, by_stage["convert"]))
     stages += _train_rows(store, by_stage["train"])
     stages += [_simple_row(stage, receipt) for stage in ("evaluate", "export") for receipt in by_stage[stage]]
@@ -102,6 +106,17 @@ def _teacher_rows(context: Context, planned: Plan | None, found: list[Receipt]) 
         notes += [f"{gone} parts deleted after conversion"] if gone else []
         rows.append(_row("teacher", group, len(dumps), total, _size(dumps), "; ".join(notes)))
     return rows or [_row("teacher", "-", 0, total, 0)]
+
+
+def _straight_row(context: Context, planned: Plan | None, shards: list[Receipt]) -> dict[str, Any]:
+    """Units whose shards the teacher's workers have made, of those that the plan has."""
+    slices = {unit.sha256 for unit in planned.units} if planned else set()
+    fitting = [receipt for receipt in shards if slices.issuperset(receipt.inputs.get("slices", [None]))]
+    changes = teacher_changes(fitting[0], context.settings.teacher.resolved()) if fitting else []
+    other = f"; other settings than the configuration: {'; '.join(changes)}" if changes else ""
+    done = sum(len(receipt.inputs["slices"]) for receipt in fitting)
+    note = f"straight to targets, no dump: {len(fitting)} shards{other}"
+    return _row("teacher", fitting[0].group if fitting else "-", done, len(slices) if planned else None, 0, note)
 
 
 def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:

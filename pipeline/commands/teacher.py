@@ -40,8 +40,8 @@ def teacher_job(context: Context, planned: Plan) -> Job:
 
     def task(index: int) -> Task:
         unit = planned.units[index]
-        inputs = {"slice": unit.sha256, "teacher": identity, **rendered}
-        name = f"{unit.index:05d}-{unit.split}"
+        inputs = unit_inputs(unit, identity, rendered)
+        name = unit_name(unit)
         out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
         return Task("teacher", name, out, inputs, unit.n_bytes, unit)
 
@@ -52,13 +52,8 @@ def teacher_job(context: Context, planned: Plan) -> Job:
         engine = open_teacher(settings.teacher)
 
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-            unit: Unit = task.payload
-            piece = store.get_path(unit.slice)
-            if file_sha256(piece) != unit.sha256:
-                raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
-            counts = engine.dump_unit(piece, out, task.key, stop, tick)
-            store.release(unit.slice)
-            return counts
+            with opened_slice(store, task.payload) as piece:
+                return engine.dump_unit(piece, out, task.key, stop, tick)
 
         try:
             if engine.identity() != identity:
@@ -70,6 +65,26 @@ def teacher_job(context: Context, planned: Plan) -> Job:
             engine.close()
 
     return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, planned.sizes, task, open_work)
+
+
+def unit_name(unit: Unit) -> str:
+    """What a unit of the plan is called in receipts and in the attributes of its shard."""
+    return f"{unit.index:05d}-{unit.split}"
+
+
+def unit_inputs(unit: Unit, identity: dict[str, Any], rendered: dict[str, str]) -> dict[str, Any]:
+    """What determines a unit's dump part, and which stretch of it is the reference; see `find_identity`."""
+    return {"slice": unit.sha256, "teacher": identity, **rendered}
+
+
+@contextmanager
+def opened_slice(store: Store, unit: Unit) -> Iterator[Path]:
+    """The unit's text, checked against the plan; released at the end. Raises IntegrityError."""
+    piece = store.get_path(unit.slice)
+    if file_sha256(piece) != unit.sha256:
+        raise IntegrityError(f"{piece}: content differs from the plan; run `bytecache plan` to repair it")
+    yield piece
+    store.release(unit.slice)
 
 
 def settle_start(context: Context, kind: str) -> Teacher:
@@ -159,12 +174,17 @@ def teacher(context: Context) -> Outcome:
     outcome = run_job(context.store, job, context.stop)
     context.save_config("teacher/config.toml", changed=outcome.made > 0)
     context.say(outcome_line("teacher", outcome))
-    aside = set_aside(outcome.receipts)
+    say_set_aside(context, outcome.receipts)
+    return outcome
+
+
+def say_set_aside(context: Context, made: list[Receipt]) -> None:
+    """Tell how many documents the teacher cannot reproduce, if there are any."""
+    aside = set_aside(made)
     if aside:
         from bytecache.stages.tokens.misfits import words
 
         context.say(f"teacher: {sum(aside.values())} documents set aside because {words(aside)}")
-    return outcome
 
 
 def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:

@@ -110,9 +110,10 @@ def disputes(store: Store, inventory: Inventory) -> list[str]:
         return []
     teacher = published.info.get("teacher", {})
     found = contradictions(store, shards, certificate(sorted(shards, key=_place_of), teacher))
-    parts = {part for receipt in shards for part in receipt.inputs["parts"]}
-    dumps = [receipt for receipt in inventory.of("teacher") if receipt.files[0].sha256 in parts]
-    return found + (["the teacher"] if any(receipt.inputs["teacher"] != teacher for receipt in dumps) else [])
+    parts = {part for receipt in shards for part in receipt.inputs.get("parts", ())}
+    said = [receipt for receipt in inventory.of("teacher") if receipt.files[0].sha256 in parts]
+    said += [receipt for receipt in shards if "teacher" in receipt.inputs]  # made without a dump
+    return found + (["the teacher"] if any(receipt.inputs["teacher"] != teacher for receipt in said) else [])
 
 
 def unrecorded_shards(store: Store, inventory: Inventory) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from bytecache.pipeline.commands.convert import convert, convert_job
 from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.commands.missing import units_aside
+from bytecache.pipeline.commands.straight import find_shards, is_straight, straight_job
 from bytecache.pipeline.commands.teacher import find_dumps, identity_changes, teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.job import join
@@ -23,21 +24,34 @@ _SHOWN = 3
 
 
 def teacher_worker(context: Context) -> Share:
-    """Work on the plan's dumps together with any number of others."""
+    """Work on the plan's dumps, or on its shards at once (`teacher.keep`), together with any number of others."""
     planned = load_plan(context.store, context.settings)
+    if is_straight(context.settings):
+        share = _work(context, straight_job(context, planned))
+        context.save_config(f"{TARGETS}/config.toml", changed=False, published=True)
+        return share
     share = _work(context, teacher_job(context, planned))
     context.save_config("teacher/config.toml", changed=False)
     return share
 
 
 def convert_worker(context: Context) -> Share:
-    """Work on the shards together with others; whoever comes first when all are made publishes the index."""
+    """Work on the shards together with others; whoever comes first when all are made publishes the index.
+
+    Where the teacher's workers made the shards, the index is all there is to do.
+    """
     planned = load_plan(context.store, context.settings)
-    job = _convert_job(context, planned)
-    share = _work(context, job)
     index = f"{TARGETS}/dataset.json"
+    if is_straight(context.settings):
+        shards, _ = find_shards(context, planned)
+        identity = {"plan": planned.hash, "shards": [receipt.key for receipt in shards]}
+        job, share = _index_job(context, identity, planned.n_bytes), Share("", 0, len(shards), 0)
+    else:
+        made = _convert_job(context, planned)
+        share = _work(context, made)
+        job = _index_job(context, made.identity, sum(made.measures))
     if not context.store.exists(index):
-        _work(context, _index_job(context, job))
+        _work(context, job)
         if not context.store.exists(index):
             raise InputError(f"{context.store.name}: {index} was published and is gone; run `bytecache convert`")
     return share
@@ -46,12 +60,13 @@ def convert_worker(context: Context) -> Share:
 def _work(context: Context, job: Job) -> Share:
     share = Worker(context.store, job, context.settings.fleet, context.stop).run()
     entries = quarantined(context.store, Layout(job.stage))
+    of_teacher = job.stage == "teacher" or is_straight(context.settings)
     if entries:
         shown = "; ".join(f"unit {entry.unit} ({entry.reasons[-1]})" for entry in entries[:_SHOWN] if entry.reasons)
         raise BytecacheError(
             f"{job.stage}: all units are done but {len(entries)}, which are set aside after repeated failure: {shown}; "
             f"`bytecache status` names them all; mend the cause and run `bytecache retry {job.stage}`, then a worker"
-            + ("; or convert the rest with `--set convert.allow_quarantined=true`" if job.stage == "teacher" else "")
+            + ("; or convert the rest with `--set convert.allow_quarantined=true`" if of_teacher else "")
         )
     context.say(
         f"{job.stage}: this worker made {share.made} of {len(job.measures)} units"
@@ -99,11 +114,14 @@ def _convert_job(context: Context, planned: Plan) -> Job:
     return convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
 
 
-def _index_job(context: Context, shards: Job) -> Job:
-    """One unit, the data set's index, so that one worker publishes it and another takes over if that one dies."""
+def _index_job(context: Context, identity: dict[str, Any], n_bytes: int) -> Job:
+    """One unit, the data set's index, so that one worker publishes it and another takes over if that one dies.
+
+    `identity`: of the shards that it lists, of `n_bytes` of text.
+    """
 
     def task(index: int) -> Task:
-        return Task("index", "index", f"{FOLDER}/index/published.json", shards.identity, sum(shards.measures))
+        return Task("index", "index", f"{FOLDER}/index/published.json", identity, n_bytes)
 
     def work(task: Task, out: Any, tick: Tick) -> dict[str, Any]:
         outcome: Outcome = convert(context)
@@ -114,16 +132,20 @@ def _index_job(context: Context, shards: Job) -> Job:
         opened: Work = work
         return nullcontext(opened)
 
-    return Job("index", shards.identity, [sum(shards.measures)], task, open_work)
+    return Job("index", identity, [n_bytes], task, open_work)
 
 
 # ---- retry
 
 
 def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
-    """Lift the quarantine of a stage; returns how many units may be tried again."""
+    """Lift the quarantine of a stage; returns how many units may be tried again.
+
+    Where the teacher's workers make the shards, its units are theirs: both names mean them.
+    """
     if stage not in STAGES:
         raise InputError(f"{stage!r} is no stage of workers; name one of {', '.join(STAGES)}")
+    stage = "convert" if is_straight(context.settings) else stage
     store = context.store
     if new_job:
         count = forget_job(store, stage)
@@ -137,7 +159,7 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
     forgiven = retry(store, layout)
     if lost:
         planned = load_plan(store, context.settings)
-        job = teacher_job(context, planned) if stage == "teacher" else _convert_job(context, planned)
+        job = _job_of(context, planned, stage)
         join(store, job)
         forgiven += requeue_lost(store, job)
         if stage == "convert":
@@ -145,6 +167,13 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
     named = f": {', '.join(str(unit) for unit in forgiven[:20])}" if forgiven else ""
     context.say(f"retry: {len(forgiven)} units of {stage} may be tried again{named}")
     return len(forgiven)
+
+
+def _job_of(context: Context, planned: Plan, stage: str) -> Job:
+    """The job that workers of a stage share."""
+    if is_straight(context.settings):
+        return straight_job(context, planned)
+    return teacher_job(context, planned) if stage == "teacher" else _convert_job(context, planned)
 
 
 def forget_index(context: Context) -> None:

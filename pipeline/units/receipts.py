@@ -65,8 +65,12 @@ class Receipt(BaseModel):
 
     @property
     def group(self) -> str:
-        """Names what a dump part shares with its siblings: the teacher, its settings and the chat template."""
-        return unit_key(self.stage, {name: value for name, value in self.inputs.items() if name != "slice"})[:12]
+        """Names what a dump part shares with its siblings: the teacher, its settings and the chat template.
+
+        A shard that was made without a dump shares the conversion's settings with them as well.
+        """
+        own = ("slice", "slices", "split")
+        return unit_key(self.stage, {name: value for name, value in self.inputs.items() if name not in own})[:12]
 
 
 def canonical_json(value: Any) -> bytes:

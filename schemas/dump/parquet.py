@@ -1,18 +1,16 @@
-"""Token dump, version 2: what the teacher said, reduced to path masses. One Parquet part per unit of work.
+"""Token dump, version 3: what the teacher said, reduced to path masses. One Parquet part per unit of work.
 
 One Parquet row is one *window*: a run of text with every evaluated history of it, self-contained, so that a part
 can be converted with nothing but this file. A long document is several windows; the bytes before `score_start`
 are context and belong to an earlier window. Inside a window, *rows* are histories: the canonical tokens first,
-in order, then branches (histories through a token that is not canonical). All list columns are flat and ragged;
-TOKEN_DUMP.md gives the sums that delimit them.
+in order, then branches (histories through a token that is not canonical). TOKEN_DUMP.md is the format.
 
 A *reference window* is a second record of a short stretch that ordinary windows of the part score too, evaluated
-much deeper. It gives no targets; the converter compares (stages.fidelity.certificate).
+much deeper. It gives no targets; the converter compares (stages.fidelity.certificate). Its codes are so fine that what
+they round is nothing beside what it measures.
 
-Masses are float32 with low bits rounded away, in planes of bytes before zstd: the entries are most of a part and their
-low bits are noise. An entry keeps as many bits as its share of its prefix deserves (`round_entries`): divergence grows
-with p times the square of a relative error, so the many rare ones need few. `benchmarks/dump_columns.py` measures it.
-Entries are a blob per window, which is read in half of the time that a Parquet list takes.
+What is stored of a window, and how: schemas.dump.packed. Every column is a blob per window, numbers of several bytes in
+planes, zstd over all: a blob is read in half of the time that a Parquet list takes. Version 2 is read as well.
 """
 
 import json
@@ -25,121 +23,86 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bytecache.schemas import strict_json
-from bytecache.schemas.dump.masses import from_planes, round_by_share, round_masses, to_planes
+from bytecache.schemas.dump import version2
+from bytecache.schemas.dump.packed import Packed, Weights, pack_top_k
+from bytecache.schemas.dump.packing import in_order, pack
+from bytecache.schemas.dump.planes import from_planes, to_planes
+from bytecache.schemas.dump.shares import REFERENCE_STEP, step_of
+from bytecache.schemas.dump.unpacking import window_of
 from bytecache.schemas.dump.window import Window, is_consistent
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.parquet_pages import refuse_blown_up
 
 FORMAT = "bytecache.token-dump"
-VERSION = 2
+VERSION = 3
 _META = b"bytecache"
 
-_ARROW = {"int32": pa.int32(), "uint16": pa.uint16(), "uint8": pa.uint8(), "float32": pa.float32()}
-_LISTS: dict[str, str] = {
-    "row_start": "int32", "row_parent": "int32", "row_token": "int32", "row_logp": "float32", "row_depth": "uint8",
-    "row_static": "uint8",
-    "log_norm": "float32", "end": "float32", "control": "float32", "n_levels": "int32", "fanout": "uint16",
-    "entry_byte": "uint8", "entry_mass": "float32", "n_stops": "int32", "stop_depth": "uint16",
-    "stop_token": "int32", "stop_mass": "float32", "topk_id": "int32", "topk_logp": "float32",
-    "row_sampled": "uint8",
+BLOBS: dict[str, str] = {
+    "row_scale": "uint8", "row_levels": "uint16", "row_end": "uint16", "row_control": "uint16",
+    "level_entries": "uint16", "level_stops": "uint8", "level_rest": "uint16",
+    "entry_gap": "uint8", "entry_code": "uint16",
+    "stop_token": "int32", "stop_code": "uint16", "stop_rows": "uint8", "rare": "uint16",
+    "topk_id": "int32", "topk_code": "uint16", "row_sampled": "uint8",
 }  # fmt: skip
-_BLOBS = ("entry_byte", "entry_mass")
-"""Stored as bytes instead of lists: a byte an entry, and the planes of their masses."""
+"""Ragged columns, and the type of their items."""
+TOP_K = ("topk_id", "topk_code")
+_WINDOW: dict[str, pa.DataType] = {
+    "doc_id": pa.string(), "doc_index": pa.int32(), "text": pa.binary(), "context": pa.binary(),
+    "score_start": pa.int32(), "is_last": pa.bool_(), "reference": pa.bool_(), "doc_position": pa.int32(),
+}  # fmt: skip
+"""Members of a window that are columns as they are."""
 SCHEMA = pa.schema(
-    [
-        pa.field("doc_id", pa.string(), nullable=False),
-        pa.field("doc_index", pa.int32(), nullable=False),
-        pa.field("text", pa.binary(), nullable=False),
-        pa.field("context", pa.binary(), nullable=False),
-        pa.field("score_start", pa.int32(), nullable=False),
-        pa.field("is_last", pa.bool_(), nullable=False),
-        pa.field("reference", pa.bool_(), nullable=False),
-        pa.field("doc_position", pa.int32(), nullable=False),
-        *(
-            pa.field(
-                name,
-                pa.binary() if name in _BLOBS else pa.list_(pa.field("element", _ARROW[kind], nullable=False)),
-                nullable=False,
-            )
-            for name, kind in _LISTS.items()
-        ),
-    ]
+    pa.field(name, kind, nullable=False)
+    for name, kind in {
+        **_WINDOW,
+        "first_token": pa.int32(),
+        "step": pa.int32(),
+        **dict.fromkeys(BLOBS, pa.binary()),
+    }.items()
 )
 _GROUP = 1 << 21
-"""Entries of a row group: about 10 MB in a reader's memory, whatever the windows' length."""
-_SPLIT = [f"{name}.list.element" for name, t in _LISTS.items() if t == "float32" and name not in _BLOBS]
-
-
-def round_entries(window: "Window") -> np.ndarray:
-    """`entry_mass` as a dump keeps it, float32 [E]: wrong by at most 2^-16 of the prefix's mass, or 2^-6 of its own.
-
-    The text's own next byte, the prefix of all that follows, keeps `SHARE_BITS`.
-    """
-    bits = window.entry_mass.astype(np.float32).view(np.uint32)
-    rounded: np.ndarray = round_by_share(
-        window.text, window.row_start, window.n_levels, window.fanout, window.entry_byte, bits
-    )
-    return rounded.view(np.float32)
+"""Bytes of blobs of a row group, before zstd: what a reader holds, whatever the windows' length."""
+LEVEL = 9
+"""Of zstd: packing costs 0.1 s per MB of text beside a teacher that takes minutes, unpacking the same at any level."""
 
 
 def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:
     """Packs columns of a part, all or some, into a path or an Arrow stream."""
     return pq.ParquetWriter(
-        place,
-        schema,
-        compression="zstd",
-        compression_level=3,
-        use_dictionary=["doc_id", "fanout.list.element"],
-        column_encoding={name: "BYTE_STREAM_SPLIT" for name in _SPLIT if name.partition(".")[0] in schema.names},
-        write_statistics=False,
+        place, schema, compression="zstd", compression_level=LEVEL, use_dictionary=False, write_statistics=False
     )
 
 
 class DumpWriter:
-    """Writes one part; equal windows give equal bytes. Use `close()`; an unclosed file is not a Parquet file."""
+    """Writes one part; equal windows give equal bytes. Use `close()`; an unclosed file is not a Parquet file.
 
-    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+    `divergence`: nats per byte of text that coding may add to the targets.
+    """
+
+    def __init__(self, place: Any, meta: dict[str, Any], divergence: float = 0.0) -> None:
         text = json.dumps({"format": FORMAT, "version": VERSION, **meta}, sort_keys=True)
-        self._path = path
+        self._place = place
         self._schema = SCHEMA.with_metadata({_META: text.encode()})
-        self._n_entries = 0
-        self._pending: list[Window] = []
-        self._writer = part_writer(path, self._schema)
+        self._step = step_of(divergence)
+        self._pending: list[dict[str, Any]] = []
+        self._size = 0
+        self._writer = part_writer(place, self._schema)
 
-    def append(self, window: Window) -> None:
-        """Add a window; masses are rounded here."""
-        if not is_consistent(window):  # before anything trusts its offsets
-            raise _inconsistent(self._path, window.score_start, window.doc_id)
-        self._pending.append(window)
-        self._n_entries += len(window.entry_byte)
-        if self._n_entries >= _GROUP:
+    def append(self, window: Window, weights: Weights | None = None) -> None:
+        """Add a window; it is coded here, by what its parts weigh in the text, or as if each were all of it."""
+        window, packed, step = _coded(window, weights, self._step, self._place)
+        columns = _columns_of(window, packed, step)
+        self._pending.append(columns)
+        self._size += sum(len(columns[name]) for name in BLOBS)
+        if self._size >= _GROUP:
             self._flush()
 
     def _flush(self) -> None:
         if not self._pending:
             return
-        columns: dict[str, pa.Array] = {
-            "doc_id": pa.array([w.doc_id for w in self._pending], pa.string()),
-            "doc_index": pa.array([w.doc_index for w in self._pending], pa.int32()),
-            "text": pa.array([w.text.tobytes() for w in self._pending], pa.binary()),
-            "context": pa.array([w.context.tobytes() for w in self._pending], pa.binary()),
-            "score_start": pa.array([w.score_start for w in self._pending], pa.int32()),
-            "is_last": pa.array([w.is_last for w in self._pending], pa.bool_()),
-            "reference": pa.array([w.reference for w in self._pending], pa.bool_()),
-            "doc_position": pa.array([w.doc_position for w in self._pending], pa.int32()),
-        }
-        columns["entry_byte"] = pa.array([np.asarray(w.entry_byte, np.uint8).tobytes() for w in self._pending])
-        columns["entry_mass"] = pa.array([to_planes(round_entries(w)).tobytes() for w in self._pending])
-        for name in _LISTS.keys() - columns.keys():
-            values = [np.asarray(getattr(w, name), _LISTS[name]) for w in self._pending]
-            offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-            flat = np.concatenate(values)
-            if name == "stop_mass":
-                flat = round_masses(flat)
-            columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=SCHEMA.field(name).type)
-        arrays = [columns[name] for name in SCHEMA.names]
+        arrays = [pa.array([row[field.name] for row in self._pending], field.type) for field in SCHEMA]
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-        self._pending, self._n_entries = [], 0
+        self._pending, self._size = [], 0
 
     def close(self) -> None:
         """Write what waits, and the end of the file."""
@@ -147,11 +110,42 @@ class DumpWriter:
         self._writer.close()
 
 
+def as_stored(window: Window, weights: Weights | None, divergence: float) -> Window:
+    """The window as a reader of a part would find it, without its top k. Raises IntegrityError."""
+    window, packed, step = _coded(window, weights, step_of(divergence), "the window")
+    plain = {name: getattr(window, name) for name in (*_WINDOW, "row_sampled")}
+    return window_of(plain, int(window.row_token[0]), packed, step, (None, None))
+
+
+def _coded(window: Window, weights: Weights | None, step: int, place: Any) -> tuple[Window, Packed, int]:
+    """A window with its rows in order, its columns, and the step that they have. Raises IntegrityError."""
+    if not is_consistent(window):  # before anything trusts its offsets
+        raise _inconsistent(place, window.score_start, window.doc_id)
+    step = REFERENCE_STEP if window.reference else step
+    try:
+        ordered, weights, marks = in_order(window, weights)
+        return ordered, pack(ordered, weights, marks, step), step
+    except ValueError as error:
+        raise _inconsistent(place, window.score_start, window.doc_id, str(error)) from error
+
+
+def _columns_of(window: Window, packed: Packed, step: int) -> dict[str, Any]:
+    """A window's row of the part."""
+    blobs: dict[str, np.ndarray] = packed._asdict()
+    blobs["topk_id"], blobs["topk_code"] = pack_top_k(window)
+    blobs["row_sampled"] = window.row_sampled
+    plain = {name: getattr(window, name) for name in _WINDOW}
+    plain |= {name: plain[name].tobytes() for name in ("text", "context")}
+    bytes_of = {name: to_planes(blobs[name].astype(kind)).tobytes() for name, kind in BLOBS.items()}
+    return plain | bytes_of | {"first_token": int(window.row_token[0]), "step": step}
+
+
 def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
-    """A part and its metadata. Raises IntegrityError unless it is a whole one of this version."""
+    """A part and its metadata. Raises IntegrityError unless it is a whole one of a version that is read."""
     try:
         file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
+        schema = file.schema_arrow
+        names = schema.names
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: the dump part is missing; rerun `bytecache teacher`") from error
     except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
@@ -159,20 +153,22 @@ def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
             f"{path}: not a whole Parquet file ({error}); delete it and rerun `bytecache teacher`"
         ) from error
     try:
-        meta = strict_json.parse((file.schema_arrow.metadata or {}).get(_META, b"{}"))
+        meta = strict_json.parse((schema.metadata or {}).get(_META, b"{}"))
     except ValueError:
         meta = {}
     if not isinstance(meta, dict):
         meta = {}
     if meta.get("format") != FORMAT:
         raise IntegrityError(f"{path}: not a bytecache token dump (format {meta.get('format')!r}, expected {FORMAT!r})")
-    if meta.get("version") != VERSION:
+    version = meta.get("version")
+    known = {VERSION: SCHEMA, 2: version2.SCHEMA}.get(version) if isinstance(version, int) else None
+    if known is None:
         raise IntegrityError(
-            f"{path}: token dump version {meta.get('version')}, this software reads {VERSION}; "
+            f"{path}: token dump version {version}, this software reads 2 and {VERSION}; "
             "convert it with the release that wrote it or rerun `bytecache teacher`"
         )
-    if names != SCHEMA.names or file.schema_arrow.types != SCHEMA.types:
-        raise IntegrityError(f"{path}: columns {names} are not those of version {VERSION}; dump it again")
+    if names != known.names or schema.types != known.types:
+        raise IntegrityError(f"{path}: columns {names} are not those of version {version}; dump it again")
     return file, meta
 
 
@@ -188,34 +184,41 @@ def read_windows(path: Path, *, top_k: bool = True) -> Iterator[Window]:
 
     Raises IntegrityError, also for inconsistent lengths.
     """
-    names = [name for name in SCHEMA.names if top_k or not name.startswith("topk_")]
-    absent = [name for name in SCHEMA.names if name not in names]
-    file, _ = open_part(path)
+    file, meta = open_part(path)
+    build = version2.window_of if meta["version"] == 2 else _window_of
+    left_out = () if top_k else version2.TOP_K if meta["version"] == 2 else TOP_K
     with file:
+        names = [name for name in file.schema_arrow.names if name not in left_out]
         for group in range(file.num_row_groups):
-            try:
-                refuse_blown_up(path, file.metadata, group)
-                table = file.read_row_group(group, columns=names, use_threads=False)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise IntegrityError(
-                    f"{path}: row group {group} cannot be read ({error}); delete the part and rerun `bytecache teacher`"
-                ) from error
-            holes = [name for name in names if table.column(name).null_count]
-            if holes:
-                raise IntegrityError(
-                    f"{path}: row group {group} has nulls in {', '.join(holes)}; "
-                    "delete the part and rerun `bytecache teacher`"
-                )
-            try:
-                columns = {name: _column(table.column(name)) for name in names}
-                columns |= {name: [np.zeros(0, _LISTS[name])] * table.num_rows for name in absent}
-            except UnicodeDecodeError as error:
-                raise IntegrityError(f"{path}: group {group} has a name that is no UTF-8") from error
-            for i in range(table.num_rows):
-                window = _window(path, columns, i)
+            columns = _read_group(path, file, group, names)
+            for i in range(file.metadata.row_group(group).num_rows):
+                values = {name: _item(column, i) for name, column in columns.items()}
+                try:
+                    window = build(values)
+                except ValueError as error:
+                    raise _inconsistent(path, values["score_start"], values["doc_id"], str(error)) from error
                 if not is_consistent(window):
                     raise _inconsistent(path, window.score_start, window.doc_id)
                 yield window
+
+
+def _read_group(path: Path, file: pq.ParquetFile, group: int, names: list[str]) -> dict[str, Any]:
+    try:
+        refuse_blown_up(path, file.metadata, group)
+        table = file.read_row_group(group, columns=names, use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{path}: row group {group} cannot be read ({error}); delete the part and rerun `bytecache teacher`"
+        ) from error
+    holes = [name for name in names if table.column(name).null_count]
+    if holes:
+        raise IntegrityError(
+            f"{path}: row group {group} has nulls in {', '.join(holes)}; delete the part and rerun `bytecache teacher`"
+        )
+    try:
+        return {name: _column(table.column(name)) for name in names}
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{path}: group {group} has a name that is no UTF-8") from error
 
 
 def _column(chunks: pa.ChunkedArray) -> tuple[list[int], np.ndarray] | list[Any]:
@@ -232,24 +235,24 @@ def _column(chunks: pa.ChunkedArray) -> tuple[list[int], np.ndarray] | list[Any]
     return values
 
 
-def _window(path: Path, columns: dict[str, Any], i: int) -> Window:
-    """Row i of a row group's columns; columns that were not read are empty."""
-    values: dict[str, Any] = {}
-    for name, column in columns.items():
-        if type(column) is tuple:
-            start, flat = column
-            values[name] = flat[start[i] : start[i + 1]]
-        else:
-            values[name] = column[i]
-    mass = values["entry_mass"]
-    if len(mass) != 4 * len(values["entry_byte"]):
-        raise _inconsistent(path, values["score_start"], values["doc_id"])
-    values["entry_mass"] = from_planes(mass)
-    return Window(**values)
+def _item(column: Any, i: int) -> Any:
+    if type(column) is tuple:
+        start, flat = column
+        return flat[start[i] : start[i + 1]]
+    return column[i]
 
 
-def _inconsistent(path: Path, score_start: int, doc_id: str) -> IntegrityError:
+def _window_of(values: dict[str, Any]) -> Window:
+    """The window of one row of a part; a top k that was not read is empty. Raises ValueError."""
+    blobs = {name: from_planes(values[name], kind) for name, kind in BLOBS.items() if name in values}
+    top_k = (blobs.get(TOP_K[0]), blobs.get(TOP_K[1]))
+    packed = Packed(*(blobs[name] for name in Packed._fields))
+    plain = {name: values[name] for name in _WINDOW} | {"row_sampled": blobs["row_sampled"]}
+    return window_of(plain, values["first_token"], packed, values["step"], top_k)
+
+
+def _inconsistent(path: Any, score_start: int, doc_id: str, why: str = "") -> IntegrityError:
     return IntegrityError(
-        f"{path}: the window at byte {score_start} of document {doc_id!r} is inconsistent; "
+        f"{path}: the window at byte {score_start} of document {doc_id!r} is inconsistent{why and f' ({why})'}; "
         "delete the part and rerun `bytecache teacher`"
     )

@@ -3,7 +3,7 @@
 The dump holds every row that the capture evaluated, so the passes of `stages.teacher` can be run again over it without
 the teacher. From the canonical rows on, ask the lattice what exceeds the new tau and take those rows from the dump, to
 the new depth; then ask where no row ends and take static rows. Mass that the dropped rows carried goes where it
-would have gone then: to the row that agrees with it longest, to the static row, or into the tail.
+would have gone then: to the static row, to the canonical row at the next break, or into the tail.
 
 The dump has a static row only where the capture needed one. Where its own branch ended instead, that branch stands in
 for the static row (counted as `stand_ins`): such positions come out closer to the truth than a capture at the new tau
@@ -83,7 +83,7 @@ def coarsen(window: Window, effort: Effort) -> tuple[Window, int]:
     canonical = np.flatnonzero(window.row_depth == 0)
     kept = _Kept(canonical, window.row_parent[canonical], window.row_depth[canonical])
     lattice = Lattice(current := kept.of(window))
-    for _ in range(deepest(effort.depth)):
+    for _ in range(deepest(effort.tau, effort.depth)):
         found = lattice.deviations(tau=effort.tau, depth=effort.depth)
         rows = [evaluated.get((int(kept.row[r]), int(t)), -1) for r, t in zip(found.row, found.token, strict=True)]
         if max(rows, default=-1) < 0:

@@ -19,11 +19,115 @@ from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.builder import LEAST_RATE
-from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
+from bytecache.schemas.shard.reader import PRECISIONS, Precision, ShardBuilder, read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import Fidelity
 from bytecache.stages.lattice.lattice import Lattice
+
+
+class Conversion:
+    """A shard under way: the windows of dump parts of one teacher, in order, become one shard.
+
+    For every part `begin_part`, `add` for each of its windows, `end_part`; then `write`.
+    """
+
+    def __init__(self, settings: st.Convert, stop: Callable[[], bool], tick: Callable[[dict[str, Any]], None]) -> None:
+        self._settings, self._stop, self._tick = settings, stop, tick
+        self._builder = ShardBuilder(settings.prune, _precision(settings))
+        self._first_part = self._part = ""
+        self._meta: dict[str, Any] = {}
+        self._reference: dict[str, Any] = {}
+        self._effort: Effort | None = None
+        self._open_document: str | None = None
+        self._references: list[Window] = []
+        self._bound = Bound()
+        self._marginal = self._canonical = self._unaccounted = 0.0
+        self._stand_ins = 0
+
+    def begin_part(self, name: str, meta: dict[str, Any]) -> None:
+        """`meta`: of the part `name`. Raises IntegrityError where it is damaged or another teacher's, ConfigError."""
+        _check_meta(name, meta)
+        if self._meta and meta["teacher"] != self._meta["teacher"]:
+            raise IntegrityError(
+                f"{name}: made by another teacher or other settings than {self._first_part}; convert them apart"
+            )
+        self._first_part = self._first_part or name
+        self._part, self._meta = name, meta
+        self._reference = meta.get("reference") or self._reference
+        self._effort = coarser_effort(self._settings, TeacherIdentity.of(meta["teacher"], name).settings)
+
+    def add(self, window: Window) -> None:
+        """The next window of the part. Raises IntegrityError, and Interrupted when `stop()` says so."""
+        if self._stop():
+            raise Interrupted("stopped while converting; rerun the same command to continue")
+        if window.reference:
+            self._references.append(window)
+            return
+        if self._effort is not None:
+            window, stood_in = coarsen(window, self._effort)
+            self._stand_ins += stood_in
+        if self._open_document is not None and window.doc_id != self._open_document:
+            raise self._broken_off()
+        self._append(window)
+        self._open_document = window.doc_id
+        if window.is_last:
+            self._builder.end_document(window.doc_id)
+            self._open_document = None
+        self._tick({"bytes": len(window.text) - window.score_start})
+
+    def _append(self, window: Window) -> None:
+        """Targets of a window, and what they add to the sums."""
+        lattice = Lattice(window)
+        targets = lattice.sparse_targets()
+        if len(window.context):
+            _append_context(self._builder, window.context)
+        mask = np.ones(len(targets.tail), np.uint8)
+        if not self._meta.get("ends", True) and window.is_last:
+            mask[-1] = 0
+        self._builder.append_sparse(window.text[window.score_start :], *targets[:4], mask)
+        self._marginal += lattice.marginal_nll
+        self._canonical += window.canonical_nll
+        self._unaccounted += float(targets.unaccounted.sum(dtype=np.float64))
+        self._bound.add(lattice)
+
+    def end_part(self) -> None:
+        """The part has no more windows. Raises IntegrityError where it ends inside a document."""
+        if self._open_document is not None:
+            raise self._broken_off()
+
+    def _broken_off(self) -> IntegrityError:
+        return IntegrityError(
+            f"{self._part}: document {self._open_document!r} breaks off; delete the part and dump it again"
+        )
+
+    def write(self, out_path: Path, attrs: dict[str, Any]) -> dict[str, Any]:
+        """Write the shard; returns its counts, see `convert_units`."""
+        kind = self._meta.get("kind", "text")
+        if kind != "text":
+            attrs = {**attrs, "kind": kind}
+        described = {**attrs, "teacher": self._meta.get("teacher"), "bound": self._bound.summary()}
+        counts = dict(self._builder.write(out_path, described))
+        counts |= {
+            "teacher_nll": self._marginal,
+            "canonical_nll": self._canonical,
+            "unaccounted_mean": self._unaccounted / max(1, counts["n_supervised"]),
+            "fidelity": self._fidelity(out_path).state(),
+            "bound": self._bound.state(),
+            "reference": self._reference,
+        }
+        return counts if self._effort is None else counts | {"stand_ins": self._stand_ins}
+
+    def _fidelity(self, out_path: Path) -> Fidelity:
+        """The finished shard beside the reference windows."""
+        fidelity = Fidelity()
+        if not self._references:
+            return fidelity
+        shard = read_shard(out_path)
+        for window in self._references:
+            asked = keep_rows(window, window.row_sampled == 1)
+            fidelity.add_window(window, asked if self._effort is None else coarsen(asked, self._effort)[0], shard)
+        return fidelity
 
 
 def convert_units(
@@ -45,89 +149,28 @@ def convert_units(
     rate that is too low, and for a tau, depth or static that asks for more than the dump holds, Interrupted when
     `stop()` says so; the output is then incomplete.
     """
+    conversion = Conversion(settings, stop, tick)
+    for part in parts:
+        conversion.begin_part(str(part), read_meta(part))
+        for window in read_windows(part, top_k=False):
+            conversion.add(window)
+        conversion.end_part()
+    return conversion.write(out_path, attrs)
+
+
+def _precision(settings: st.Convert) -> Precision:
+    """What the settings spend. Raises ConfigError for a rate that a shard does not know."""
     precision = PRECISIONS[settings.precision]
     if 0 < settings.rate < LEAST_RATE:
         raise ConfigError(
             f"convert.rate = {settings.rate:g} is below the least that a shard knows, {LEAST_RATE:g}; "
             "raise it, or set 0 to let convert.precision decide"
         )
-    if settings.rate:
-        precision = precision._replace(rate=settings.rate)
-    builder = ShardBuilder(settings.prune, precision)
-    references: list[Window] = []
-    teacher: Any = None
-    kind, ends = "text", True
-    reference: dict[str, Any] = {}
-    marginal = canonical = unaccounted = 0.0
-    bound = Bound()
-    effort: Effort | None = None
-    stand_ins = 0
-    for part in parts:
-        meta = _meta(part)
-        if teacher is not None and meta["teacher"] != teacher:
-            raise IntegrityError(
-                f"{part}: made by another teacher or other settings than {parts[0]}; convert them apart"
-            )
-        teacher, kind, ends = meta["teacher"], meta.get("kind", "text"), meta.get("ends", True)
-        reference = meta.get("reference") or reference
-        effort = coarser_effort(settings, TeacherIdentity.of(meta["teacher"], part).settings)
-        open_document: str | None = None
-        for window in read_windows(part, top_k=False):
-            if stop():
-                raise Interrupted("stopped while converting; rerun the same command to continue")
-            if window.reference:
-                references.append(window)
-                continue
-            if effort is not None:
-                window, stood_in = coarsen(window, effort)
-                stand_ins += stood_in
-            if open_document is not None and window.doc_id != open_document:
-                raise IntegrityError(
-                    f"{part}: document {open_document!r} breaks off; delete the part and dump it again"
-                )
-            lattice = Lattice(window)
-            targets = lattice.sparse_targets()
-            text = window.text[window.score_start :]
-            if len(window.context):
-                _append_context(builder, window.context)
-            mask = np.ones(len(targets.tail), np.uint8)
-            if not ends and window.is_last:
-                mask[-1] = 0
-            builder.append_sparse(text, *targets[:4], mask)
-            marginal += lattice.marginal_nll
-            canonical += window.canonical_nll
-            unaccounted += float(targets.unaccounted.sum(dtype=np.float64))
-            bound.add(lattice)
-            open_document = window.doc_id
-            if window.is_last:
-                builder.end_document(window.doc_id)
-                open_document = None
-            tick({"bytes": len(text)})
-        if open_document is not None:
-            raise IntegrityError(f"{part}: document {open_document!r} breaks off; delete the part and dump it again")
-    if kind != "text":
-        attrs = {**attrs, "kind": kind}
-    counts = dict(builder.write(out_path, {**attrs, "teacher": teacher, "bound": bound.summary()}))
-    fidelity = Fidelity()
-    if references:
-        shard = read_shard(out_path)
-        for window in references:
-            asked = keep_rows(window, window.row_sampled == 1)
-            fidelity.add_window(window, asked if effort is None else coarsen(asked, effort)[0], shard)
-    counts |= {
-        "teacher_nll": marginal,
-        "canonical_nll": canonical,
-        "unaccounted_mean": unaccounted / max(1, counts["n_supervised"]),
-        "fidelity": fidelity.state(),
-        "bound": bound.state(),
-        "reference": reference,
-    }
-    return counts if effort is None else counts | {"stand_ins": stand_ins}
+    return precision._replace(rate=settings.rate) if settings.rate else precision
 
 
-def _meta(part: Path) -> dict[str, Any]:
-    """The metadata of a part. Raises IntegrityError where what a conversion needs of them is missing or damaged."""
-    meta = read_meta(part)
+def _check_meta(part: str, meta: dict[str, Any]) -> None:
+    """Raises IntegrityError where what a conversion needs of a part's metadata is missing or damaged."""
     sound = {
         "teacher": isinstance(meta.get("teacher"), dict),
         "kind": meta.get("kind", "text") in ("text", "chat", "completion"),
@@ -140,7 +183,6 @@ def _meta(part: Path) -> dict[str, Any]:
                 f"{part}: {name} = {str(meta.get(name))[:60]!r} in its metadata is no dump's; "
                 "delete the part and rerun `bytecache teacher`"
             )
-    return meta
 
 
 def _append_context(builder: ShardBuilder, context: np.ndarray) -> None:

@@ -101,7 +101,7 @@ class WindowBlocks:
 
     def holds(self, prompt: Prompt) -> bool:
         """Whether the blocks of this very prompt are here."""
-        return self._windows.get(id(prompt), (None,))[0] is prompt
+        return id(prompt) in self._windows and self._windows[id(prompt)][0] is prompt
 
     def table(self, prompt: Prompt) -> np.ndarray:
         """Block ids of a prompt that is held, int32."""

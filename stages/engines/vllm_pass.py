@@ -55,7 +55,7 @@ def _attention(runner: Any, step: BranchPass) -> tuple[dict[str, Any], dict[str,
         is_prefilling=torch.ones(len(step.seq_lens), dtype=torch.bool),
         positions=_to(step.positions, device),
     )
-    metadata = {}
+    metadata: dict[str, Any] = {}
     for group in runner.attn_groups[0]:
         of_group = group.build_metadata(common)
         metadata |= dict.fromkeys(group.layer_names, of_group)

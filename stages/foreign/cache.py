@@ -155,12 +155,16 @@ class ForeignTeacher:
         self.reducer = ListingReducer(vocabulary, self._prior())
 
     def _prior(self) -> np.ndarray:
-        """float64 [size]: mean of what the first records list, a little of it spread evenly."""
+        """float64 [size]: mean of what the first records list, a little of it spread evenly.
+
+        Without entries that are listed because they are true: of a short cache the prior would know the text.
+        """
         weight = np.zeros(self.vocabulary.size)
         for number in range(min(SAMPLE, len(self.cache))):
             record = self.cache[number]
-            inside = record.ids < self.vocabulary.size
-            np.add.at(weight, record.ids[inside], np.exp(record.logps[inside]))
+            mass = np.exp(record.logps)
+            inside = (record.ids < self.vocabulary.size) & ~self._marked_of(record, mass)
+            np.add.at(weight, record.ids[inside], mass[inside])
         total = weight.sum()
         if total <= 0:
             raise InputError(f"{self.cache.place}: no listed id is one of this tokenizer's {self.vocabulary.size}")
@@ -233,6 +237,16 @@ class ForeignTeacher:
             np.concatenate([empty.astype(np.int64), *ids]),
             np.concatenate([empty, *masses]),
         )
+
+    def _marked_of(self, record: Record, mass: np.ndarray) -> np.ndarray:
+        """bool [N]: the entries of a record that are listed because they are true; mass float64 [N]."""
+        marked = np.zeros(len(mass), bool)
+        offset = offset_of(self.reading.alignment, len(record.tokens), len(record.counts))
+        first = np.cumsum(record.counts) - record.counts
+        for entry in range(max(-offset, 0), min(len(record.counts), len(record.tokens) - offset)):
+            span = slice(first[entry], first[entry] + record.counts[entry])
+            marked[span] = self._marked(record.ids[span], mass[span], int(record.tokens[entry + offset]))
+        return marked
 
     def _marked(self, listed: np.ndarray, mass: np.ndarray, true: int) -> np.ndarray:
         """bool [k]: the entry that is listed because it is true."""

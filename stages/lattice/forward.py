@@ -12,7 +12,7 @@ of the weights of all cells at i, and U_i the weight of histories that nobody ev
 hand their weight to the row of the longer history if that was evaluated. If not, they are *orphans*, too light to have
 been asked for (stages/lattice/lattice.py says when), and one of three things becomes of them:
 
-    joined    they go on as the row would that ends at the same byte and agrees longest (stages/lattice/heirs.py)
+    joined    they go on as the heaviest row that ends at the same byte would, the canonical one first
     static    where no row ends, a static row (stages.engines.static) should: the teacher stage adds one for the
               heaviest history that ends there, and the others join it
     nowhere   what has no row even so is *unaccounted*: it is kept in U, follows the text at the rate of the known
@@ -35,12 +35,30 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import END, PLACE
-from bytecache.stages.lattice.places import Tables
 
 _NOTHING = 1e-300
 """A total that is no better than zero: one over it must be finite."""
 _WORDS = 33
 """Words of eight symbols that hold the 257."""
+
+
+class Tables(NamedTuple):
+    """What lies where in a window of n bytes and R rows."""
+
+    by_start: np.ndarray
+    """int32 [R]; rows by their first byte, of equals in their order"""
+    at: np.ndarray
+    """int64 [n + 3]; those that start at byte i are by_start[at[i] : at[i + 1]]"""
+    canonical: np.ndarray
+    """int32 [n + 2]; the canonical row that starts at each byte, or -1"""
+    child: np.ndarray
+    """int32 [S]; row that continues each stop, or -1"""
+    level_offset: np.ndarray
+    """int64 [R + 1]; where a row's levels begin"""
+    entry_offset: np.ndarray
+    """int64 [L + 1]; where a level's entries begin"""
+    stop_offset: np.ndarray
+    """int64 [R + 1]; where a row's stops begin"""
 
 
 class Rows(NamedTuple):
@@ -74,8 +92,9 @@ class Sums(NamedTuple):
     """float64 [n + 1]; P(x[:i]) over P(x[:i - 1])"""
     share: np.ndarray
     """float64 [S]; weight of each stop over P of the text to its end"""
-    peak: np.ndarray
-    """float64 [R]; the largest share of each row along the text"""
+    held: np.ndarray
+    """float64 [L]; what each level's cell holds of P(x[:i]) at its byte: the weight of its row times the mass of tokens
+    that do not end before"""
     purity: np.ndarray
     """float64 [R]; the part of each row's weight that came through evaluated histories alone"""
     evaluated: np.ndarray
@@ -108,6 +127,44 @@ class _Board(NamedTuple):
     """uint64 [40]; which symbols were touched, eight to a word"""
 
 
+@njit(cache=True, nogil=True)
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    out = np.zeros(len(counts) + 1, np.int64)
+    for k in range(len(counts)):
+        out[k + 1] = out[k] + counts[k]
+    return out
+
+
+@njit(cache=True, nogil=True)
+def tables(
+    n: int, row_start: np.ndarray, row_depth: np.ndarray, row_parent: np.ndarray, row_token: np.ndarray,
+    n_levels: np.ndarray, fanout: np.ndarray, n_stops: np.ndarray, stop_token: np.ndarray,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """The members of `Tables`."""
+    rows = len(row_start)
+    starting = np.zeros(n + 2, np.int64)
+    canonical = np.full(n + 2, -1, np.int32)
+    for r in range(rows):
+        starting[row_start[r]] += 1
+        if row_depth[r] == 0:
+            canonical[row_start[r]] = r
+    at = _offsets(starting)
+    place = at.copy()
+    by_start = np.empty(rows, np.int32)
+    for r in range(rows):
+        by_start[place[row_start[r]]] = r
+        place[row_start[r]] += 1
+    stop_offset = _offsets(n_stops)
+    child = np.full(len(stop_token), -1, np.int32)
+    for r in range(1, rows):
+        p = row_parent[r]
+        for s in range(stop_offset[p], stop_offset[p + 1]):
+            if stop_token[s] == row_token[r]:
+                child[s] = r
+                break
+    return by_start, at, canonical, child, _offsets(n_levels), _offsets(fanout), stop_offset
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def forward(rows: Rows, lies: Tables, first: int, last: int, drop: float, sums: Sums) -> int:
     """Run over positions 0..last; write targets of first..last, and of all of them what `Sums` says.
@@ -134,7 +191,7 @@ def forward(rows: Rows, lies: Tables, first: int, last: int, drop: float, sums: 
             unknown = total = 1.0
             sums.ratio[i] = 0.0
         inverse = 1.0 / total
-        _note_shares(cells, count, ended, inverse, sums)
+        _note_shares(rows, lies, cells, count, ended, i, inverse, sums)
         sums.evaluated[i] = evaluated * inverse
         if i >= first:
             sums.unaccounted[i - first] = unknown * inverse
@@ -265,13 +322,15 @@ def _look_in_all(
 
 
 @njit(cache=True, nogil=True)
-def _note_shares(cells: _Cells, count: int, ended: int, inverse: float, sums: Sums) -> None:
+def _note_shares(
+    rows: Rows, lies: Tables, cells: _Cells, count: int, ended: int, i: int, inverse: float, sums: Sums
+) -> None:
     """The total at this byte is known: shares of the tokens that ended here, and of the rows that go on."""
     for k in range(ended):
         sums.share[cells.ended[k]] *= inverse
     for a in range(count):
         r = cells.row[a]
-        sums.peak[r] = max(sums.peak[r], cells.weight[r] * inverse * cells.prefix[a])
+        sums.held[lies.level_offset[r] + i - rows.start[r]] = cells.weight[r] * inverse * cells.prefix[a]
 
 
 @njit(cache=True, nogil=True)
@@ -353,10 +412,7 @@ def _advance(
                 if rows.static[c] == 0:
                     sums.purity[c] += sums.purity[r] * w * m
             elif w * m > least:
-                if lies.heir[s] >= 0:
-                    cells.weight[lies.heir[s]] += w * m
-                else:
-                    orphan += w * m
+                orphan += w * m
             s += 1
         cells.next_stop[r] = s
         cells.row[left] = r
@@ -367,9 +423,16 @@ def _advance(
 
 @njit(cache=True, nogil=True)
 def _hand_on(lies: Tables, cells: _Cells, i: int, orphan: float, unknown: float) -> float:
-    """What is unaccounted joins the canonical row that ends at i; returns the weight that has none."""
+    """Orphans join the heaviest row that ends at i, the canonical one first; returns the weight that has none."""
     heir = lies.canonical[i]
+    if heir >= 0:
+        orphan += unknown
+        unknown = 0.0
+    elif orphan > 0.0:
+        for k in range(lies.at[i], lies.at[i + 1]):
+            if heir < 0 or cells.weight[lies.by_start[k]] > cells.weight[heir]:
+                heir = lies.by_start[k]
     if heir < 0:
         return unknown + orphan
-    cells.weight[heir] += unknown + orphan
-    return 0.0
+    cells.weight[heir] += orphan
+    return unknown

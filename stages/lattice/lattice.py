@@ -15,11 +15,10 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.window import NEVER, Window
 from bytecache.stages.lattice.effort import least_share
-from bytecache.stages.lattice.forward import Rows, Sums, forward
-from bytecache.stages.lattice.heirs import NOBODY, lengths
-from bytecache.stages.lattice.places import tables
+from bytecache.stages.lattice.forward import Rows, Sums, Tables, forward, tables
 
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""
@@ -115,7 +114,12 @@ class Lattice:
     def __init__(self, window: Window, *, drop: float = 0.0, targets: bool = True) -> None:
         self.window = window
         n = len(window.text)
-        lies = tables(window)
+        lies = Tables(
+            *tables(
+                n, window.row_start, window.row_depth, window.row_parent, window.row_token, window.n_levels,
+                window.fanout, window.n_stops, window.stop_token,
+            )
+        )  # fmt: skip
         first = window.score_start if targets else n + 1
         m = n + 1 - first
         sums = _room_for(window, m)
@@ -174,11 +178,8 @@ class Lattice:
         Those that extend a static row wait for that row to be evaluated (`outgrown`).
         """
         w = self.window
-        row, position = self._stops
-        least = least_share(
-            tau, depth, self._lies.agreement, off=w.row_depth[row].astype(np.int64) + 1,
-            longer=self._lengths[row] + 1 - self._canonical_tokens(position),
-        )  # fmt: skip
+        row, _ = self._stops
+        least = least_share(tau, depth, w.row_depth[row].astype(np.int64) + 1)
         return self._pick(
             np.flatnonzero((self._lies.child < 0) & (self._sums.share > least) & (w.row_static[row] == 0))
         )
@@ -204,15 +205,9 @@ class Lattice:
         """
         w = self.window
         row, _ = self._stops
-        peak = self._sums.peak.copy()
+        peak = self.peaks()
         np.maximum.at(peak, row, self._sums.share)
-        agreement = np.full(len(peak), NOBODY, np.int32)
-        continued = self._lies.child >= 0
-        agreement[self._lies.child[continued]] = self._lies.agreement[continued]
-        heavy = peak > least_share(
-            tau, depth, agreement, off=w.row_depth.astype(np.int64),
-            longer=self._lengths - self._canonical_tokens(w.row_start),
-        )  # fmt: skip
+        heavy = peak > least_share(tau, depth, w.row_depth.astype(np.int64))
         grown = np.flatnonzero((w.row_static == 1) & heavy)
         wanted = np.zeros(len(w.row_start), bool)
         while len(grown):
@@ -221,21 +216,27 @@ class Lattice:
             grown = np.unique(parent[w.row_static[parent] == 1])
         return np.flatnonzero(wanted)
 
+    def peaks(self) -> np.ndarray:
+        """The largest share of P(text so far) that each row holds along the text, float64 [R]."""
+        peaks: np.ndarray = np.maximum.reduceat(self._sums.held, self._lies.level_offset[:-1])
+        return peaks
+
+    def weights(self) -> Weights:
+        """What the window's levels and stops hold of P(text so far); 0 where no target of this window is read."""
+        w, lies = self.window, self._lies
+        row, _ = self._stops
+        level = self._sums.held.copy()
+        np.add.at(level, lies.level_offset[row] + w.stop_depth, self._sums.share)
+        owner = np.repeat(np.arange(len(w.row_start)), w.n_levels)
+        at = w.row_start[owner] + np.arange(len(level)) - lies.level_offset[owner]
+        level[(at < w.score_start) | ((at == len(w.text)) & (not w.is_last))] = 0.0
+        return Weights(np.minimum(level, 1.0), self._sums.share)
+
     @cached_property
     def _stops(self) -> tuple[np.ndarray, np.ndarray]:
         """Row of every stop, int32, and the byte where it ends."""
         row = np.repeat(np.arange(len(self.window.row_start), dtype=np.int32), self.window.n_stops)
         return row, self.window.row_start[row] + self.window.stop_depth
-
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        """int64 [R]; tokens of each row's history since the window's first."""
-        return lengths(self.window.row_parent)
-
-    def _canonical_tokens(self, position: np.ndarray) -> np.ndarray:
-        """int64; how many canonical tokens reach each byte."""
-        w = self.window
-        return np.searchsorted(w.row_start[w.row_depth == 0], position)
 
     def _pick(self, stops: np.ndarray) -> Deviations:
         w = self.window
@@ -264,5 +265,6 @@ def _room_for(w: Window, m: int) -> Sums:
     return Sums(
         n_symbols=np.zeros(m, np.int64), symbol=np.empty(room, np.int16), prob=np.empty(room, np.float32),
         tail=np.zeros(m, np.float32), unaccounted=np.zeros(m, np.float32), ratio=np.zeros(n + 1),
-        share=np.zeros(len(w.stop_mass)), peak=np.zeros(rows), purity=np.zeros(rows), evaluated=np.zeros(n + 1),
+        share=np.zeros(len(w.stop_mass)), held=np.zeros(len(w.fanout)), purity=np.zeros(rows),
+        evaluated=np.zeros(n + 1),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from bytecache.schemas.dump.window import Window
 from bytecache.stages.lattice.lattice import Lattice
 
 MOST_THREADS = 4
-"""Threads for lattices at most: a lattice takes a twentieth of what an engine takes for its window."""
+"""Threads for lattices at most: between their compiled loops all of them share one interpreter with the engine."""
 
 
 def spare_threads() -> int:

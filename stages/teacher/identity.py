@@ -106,7 +106,8 @@ def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, wind
         start=vocabulary.start_name,
         settings=settings.model_dump(
             include={
-                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "sample_tokens",
+                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "rounding",
+                "sample_tokens",
             }
         ),
         dtype=own_dtype(folder) if dtype == "auto" else dtype,

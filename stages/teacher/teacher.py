@@ -1,14 +1,12 @@
 """The teacher stage: documents to windows of evaluated histories, whatever the engine.
 
 Pass 0 runs every window's canonical tokens once. The passes after it ask the lattice which unevaluated histories hold
-more of their prefix than `least_share` says (`tau`, and ever more where an evaluated history that ends at the same byte
-has its last tokens in common with them), wherever they end, and evaluate those as one batch. Static rows
-(stages.engines.static) then stand in where nothing else does. Where the text goes on as a static row said and others
-did not, as at a name that nobody expects, that row comes to carry more than `tau` after all: its history is evaluated
-too, and takes its place. (1 to 2 % more rows; at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at
-`balanced`, and from 0.00058 to 0.00008 on CJK at `exact` with Gemma-3-270m.) Static rows find such histories, so they
-are worth having below tau: without one below 0.002, a history that carried 0.001 and then foresaw a word of source
-code alone cost `balanced` 1.9 nats at one byte. How a long document is cut into windows: stages.teacher.windows.
+more of their prefix than `least_share` says (`tau`, and beyond `depth` tokens off the canonical ones ever more),
+wherever they end, and evaluate those as one batch. Static rows (stages.engines.static) then stand in where nothing
+else does. Where the text goes on as a static row said and others did not, as at a name that nobody expects, that
+row comes to carry more than `tau` after all: its history is evaluated too, and takes its place. (1 to 2 % more rows;
+at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced`, and from 0.00058 to 0.00008 on CJK
+at `exact` with Gemma-3-270m.) How a long document is cut into windows: stages.teacher.windows.
 
 Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document (whose
 tokens alone are held whole).
@@ -43,7 +41,8 @@ from bytecache.stages.teacher.identity import (
     longest_history,
     vocabulary_of,
 )
-from bytecache.stages.teacher.inputs import read_inputs
+from bytecache.stages.teacher.inputs import Inputs, read_inputs
+from bytecache.stages.teacher.sinks import Part, Sink
 from bytecache.stages.teacher.windows import (
     LEAD,
     WindowPlan,
@@ -158,7 +157,7 @@ class Teacher:
 
     def _branch(self, group: _Group, tau: float, depth: int) -> None:
         growing = list(range(len(group.windows)))
-        for _ in range(deepest(depth)):
+        for _ in range(deepest(tau, depth)):
             growing = self._branch_once(group, growing, tau, depth)
             if not growing:
                 break
@@ -236,65 +235,55 @@ class Teacher:
         stop: Callable[[], bool],
         tick: Callable[[dict[str, Any]], None],
     ) -> dict[str, Any]:
-        """Evaluate one slice of the corpus into one dump part.
+        """Evaluate one slice of the corpus into one dump part; see `evaluate_unit`."""
+
+        def open_part(meta: dict[str, Any]) -> Sink:
+            return Part(DumpWriter(out_path, meta, self.settings.rounding))
+
+        return self.evaluate_unit(slice_path, unit_key, open_part, stop, tick)
+
+    def evaluate_unit(
+        self,
+        slice_path: Path,
+        unit_key: str,
+        open_sink: Callable[[dict[str, Any]], Sink],
+        stop: Callable[[], bool],
+        tick: Callable[[dict[str, Any]], None],
+    ) -> dict[str, Any]:
+        """Evaluate one slice of the corpus; its windows go into what `open_sink` gives for a dump part's metadata.
 
         Documents that the tokenizer cannot reproduce byte for byte are set aside: counted by reason, the first
         hundred named. `tick` receives {"bytes", "tokens", "branches"} after every group. Raises Interrupted when
-        `stop()` says so; the part is then incomplete and must not be kept.
+        `stop()` says so; what the sink has is then incomplete and must not be kept.
         """
         self.engine.forget()
         # A window needs room for the context, and for rows before and after its seam.
         room = self.settings.context - 4 * LEAD
         inputs = read_inputs(slice_path, self.vocabulary, resolve_model(self.settings), max_context=room)
-        ids = inputs.ids
         counts: dict[str, Any] = {
             "documents": 0, "bytes": 0, "tokens": 0, "branches": 0, "static": 0, "windows": 0, "canonical_nll": 0.0,
             "set_aside": {}, "set_aside_documents": [],
         }  # fmt: skip
-        documents = []
-        for index, encoded in enumerate(inputs.documents):
-            if isinstance(encoded, Misfit):
-                reasons = counts["set_aside"]
-                reasons[encoded.reason] = reasons.get(encoded.reason, 0) + 1
-                if len(counts["set_aside_documents"]) < 100:
-                    counts["set_aside_documents"].append([ids[index], encoded.reason])
-            else:
-                documents.append((ids[index], index, encoded))
-        writer = DumpWriter(
-            out_path,
-            {
-                "teacher": self._identity,
-                "unit": unit_key,
-                "vocabulary": self.vocabulary.describe(),
-                "kind": inputs.kind,
-                "ends": inputs.ends,
-                "reference": {
-                    **REFERENCE,
-                    "tokens": self.settings.sample_tokens,
-                    "selection": "hash of the unit's key",
-                },
-            },
-        )
-        with WriterBeside(writer) as beside:
+        documents = _readable(inputs, counts)
+        sink = open_sink({
+            "teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe(),
+            "kind": inputs.kind, "ends": inputs.ends,
+            "reference": {**REFERENCE, "tokens": self.settings.sample_tokens, "selection": "hash of the unit's key"},
+        })  # fmt: skip
+        with WriterBeside(sink) as beside:
             for group in self.windows(documents, stop):
                 beside.append(group)
-                done = {"bytes": 0, "tokens": 0, "branches": 0, "static": 0}
+                done = _done(group)
                 for window in group:
                     counts["documents"] += window.is_last
-                    canonical = int((window.row_depth == 0).sum())
                     counts["windows"] += 1
                     counts["canonical_nll"] += window.canonical_nll
-                    done["bytes"] += len(window.text) - window.score_start
-                    done["tokens"] += canonical
-                    static = int(window.row_static.sum())
-                    done["static"] += static
-                    done["branches"] += len(window.row_depth) - canonical - static
                 for name, value in done.items():
                     counts[name] += value
                 tick(done)
         if documents and self.settings.sample_tokens:
-            writer.append(self.reference_window(documents, unit_key, stop))
-        writer.close()
+            sink.append(self.reference_window(documents, unit_key, stop))
+        sink.close()
         self.save_static()
         return counts
 
@@ -307,6 +296,32 @@ class Teacher:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
         self.engine.close()
+
+
+def _readable(inputs: Inputs, counts: dict[str, Any]) -> list[tuple[str, int, Encoded]]:
+    """The documents that the tokenizer can reproduce: id, index, tokens; the others are counted."""
+    documents = []
+    for index, encoded in enumerate(inputs.documents):
+        if isinstance(encoded, Misfit):
+            reasons = counts["set_aside"]
+            reasons[encoded.reason] = reasons.get(encoded.reason, 0) + 1
+            if len(counts["set_aside_documents"]) < 100:
+                counts["set_aside_documents"].append([inputs.ids[index], encoded.reason])
+        else:
+            documents.append((inputs.ids[index], index, encoded))
+    return documents
+
+
+def _done(group: Sequence[Window]) -> dict[str, Any]:
+    """Bytes, tokens, branches and static rows of a group."""
+    done = {"bytes": 0, "tokens": 0, "branches": 0, "static": 0}
+    for window in group:
+        canonical, static = int((window.row_depth == 0).sum()), int(window.row_static.sum())
+        done["bytes"] += len(window.text) - window.score_start
+        done["tokens"] += canonical
+        done["static"] += static
+        done["branches"] += len(window.row_depth) - canonical - static
+    return done
 
 
 def _branch(plan: WindowPlan, window: Window, row: int, token: int, position: int) -> Branch:

@@ -26,7 +26,7 @@ from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import index as manifest
 from bytecache.schemas.dataset.index import read_dataset, seal
 from bytecache.schemas.dataset.verification import verify_dataset
-from bytecache.schemas.dump import parquet as token_dump
+from bytecache.schemas.dump import version2
 from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import BytecacheError, IntegrityError
@@ -224,7 +224,13 @@ def a_window(number: int) -> Window:
     """Twelve bytes, three histories of two levels each, four entries per level, one stop and two tokens per row."""
     rng = np.random.default_rng(number)
     lengths = {"fanout": 6, "entry_byte": 24, "entry_mass": 24, "topk_id": 6, "topk_logp": 6, "row_sampled": 0}
-    columns = {name: rng.random(lengths.get(name, 3)).astype(kind) for name, kind in token_dump._LISTS.items()}
+    columns = {name: rng.random(lengths.get(name, 3)).astype(kind) for name, kind in version2.LISTS.items()}
+    columns |= {"entry_byte": np.tile(np.arange(97, 101, dtype=np.uint8), 6)}
+    columns |= {
+        "entry_mass": columns["entry_mass"] / 5,
+        "stop_mass": columns["stop_mass"] / 9,
+        "end": columns["end"] / 9,
+    }
     columns |= {"row_start": np.array([0, 1, 2], np.int32), "row_parent": np.array([-1, 0, 1], np.int32)}
     columns |= {"n_levels": np.full(3, 2, np.int32), "fanout": np.full(6, 4, np.uint16)}
     columns |= {"n_stops": np.ones(3, np.int32), "stop_depth": np.ones(3, np.uint16)}

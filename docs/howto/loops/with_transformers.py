@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 docs/howto/loops/with_transformers.py TARGETS MODEL 
 import argparse
 from functools import partial
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from bytecache import ByteLoss, ByteLossMixin, StudentRows, collate_rows
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulate", type=int, default=2, help="batches of a process to a step")
+    parser.add_argument("--chunk", type=int, default=0, help="positions whose logits exist at once; 0 = all")
     parser.add_argument("--out", default="trained")
     parser.add_argument("--packed", action="store_true")
     given = parser.parse_args()
@@ -33,9 +35,10 @@ def main() -> None:
     arguments = TrainingArguments(
         given.out, max_steps=given.steps, per_device_train_batch_size=4, gradient_accumulation_steps=given.accumulate,
         learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = ByteTrainer(
-        model, arguments, train_dataset=rows, eval_dataset=heldout, byte_loss=ByteLoss(rows),
+        model, arguments, train_dataset=rows, eval_dataset=heldout, byte_loss=ByteLoss(rows, chunk=given.chunk),
         data_collator=partial(collate_rows, packed=given.packed), processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytecache.pipeline.commands.estimate.prediction import Predicted
+from bytecache.pipeline.commands.estimate.traffic import Traffic
 from bytecache.schemas.dump.top_k import top_k_sizes
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import BASELINES, Settings
@@ -46,6 +47,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Dollars an hour of the teacher's machine, and of a core that converts; `workers` pay for their engine's start."""
+
+    price: float = 0.0
+    core_price: float = 0.0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
 class Kept:
     """What one k comes to, for the whole corpus: the dump; dump and shards as far as they are kept; dollars in all."""
 
@@ -59,7 +69,8 @@ class Variant:
     """What one pair of presets will take: totals over the corpus. Hours are of one machine like the pilot's.
 
     `teacher`, `convert`: names of presets, "" = as configured. `branch_ratio`: rows per canonical token. `dump_bytes`,
-    `dollars`: with the configured top_k; `by_top_k`: these with others too, the configured one first.
+    `dollars`: with the configured top_k; `by_top_k`: these with others too, the configured one first. `traffic`: what
+    it asks of a shared store, by way of the dump and straight to targets.
     """
 
     teacher: str
@@ -73,6 +84,7 @@ class Variant:
     shard_ratio: Predicted
     dollars: Predicted
     by_top_k: dict[int, Kept]
+    traffic: tuple[Traffic, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,8 @@ class Choice:
 def candidates(settings: Settings, budget: Budget) -> list[int]:
     """The k to weigh, the configured one first."""
     k = settings.teacher.top_k
-    if not budget.weighs_bytes or settings.convert.delete_dump or settings.train.head in BASELINES:
+    gone = settings.convert.delete_dump or settings.teacher.keep == "targets"
+    if not budget.weighs_bytes or gone or settings.train.head in BASELINES:
         return [k]
     return [k, *(k >> shift for shift in range(1, k.bit_length() + 1))]
 
@@ -103,22 +116,22 @@ def dump_sizes(files: Sequence[Path], wanted: Sequence[int]) -> dict[int, list[f
     return sizes
 
 
-def within_budget(found: Sequence[Variant], budget: Budget, settings: Settings) -> Choice:
-    """The most precise of `found` (given from cheap to precise) whose upper bounds keep the budget, with its k.
+def within_budget(variants: Sequence[Variant], budget: Budget, settings: Settings) -> Choice:
+    """The most precise of `variants` (from cheap to precise) whose upper bounds keep the budget, with its k.
 
     Teacher effort counts before storage precision, and that before k. Raises ConfigError, naming the least there is.
     """
-    for variant in reversed(found):
+    for variant in reversed(variants):
         if variant.shard_ratio.high > budget.ratio:
             continue
         larger = ""
-        for k, kept in variant.by_top_k.items():
-            over = _over(kept, budget)
+        for k, amounts in variant.by_top_k.items():
+            over = _over(amounts, budget)
             if not over:
                 return Choice(variant, k, larger or _unchanged(settings, budget))
             larger = f"with {k}, {over}"
-    least = min(found, key=lambda one: one.shard_ratio.high).shard_ratio.high
-    every = [kept for one in found for kept in one.by_top_k.values()]
+    least = min(variants, key=lambda one: one.shard_ratio.high).shard_ratio.high
+    every = [amounts for one in variants for amounts in one.by_top_k.values()]
     cheapest, smallest = min(one.dollars.high for one in every), min(one.kept_bytes.high for one in every)
     bytes_kept = f", at least {smallest / 1e9:.3g} GB are kept" if budget.gigabytes < math.inf else ""
     raise ConfigError(
@@ -127,15 +140,17 @@ def within_budget(found: Sequence[Variant], budget: Budget, settings: Settings) 
     )
 
 
-def _over(kept: Kept, budget: Budget) -> str:
-    if kept.kept_bytes.high > budget.gigabytes * 1e9:
-        return f"dump and shards take up to {kept.kept_bytes.high / 1e9:.3g} GB"
-    if kept.dollars.high > budget.dollars:
-        return f"all costs up to ${kept.dollars.high:.2f}"
+def _over(amounts: Kept, budget: Budget) -> str:
+    if amounts.kept_bytes.high > budget.gigabytes * 1e9:
+        return f"dump and shards take up to {amounts.kept_bytes.high / 1e9:.3g} GB"
+    if amounts.dollars.high > budget.dollars:
+        return f"all costs up to ${amounts.dollars.high:.2f}"
     return ""
 
 
 def _unchanged(settings: Settings, budget: Budget) -> str:
+    if settings.teacher.keep == "targets":
+        return "as configured: no dump is kept (teacher.keep)"
     if settings.convert.delete_dump:
         return "as configured: the dump is not kept (convert.delete_dump)"
     if settings.train.head in BASELINES:

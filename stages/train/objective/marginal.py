@@ -13,7 +13,7 @@ minimum.
 The slots carry log m (symbol 0..255: children, 256: END at the root, 257: stop, 258: ids without bytes at the root);
 their softmax is q. One slot more per token asks at the token's own node: stop here, or go on? Its teacher is the
 position after the token; where that is not in the row, the text decides.
-No parameters are trained. Price: `node_sums.py`.
+No parameters are trained. Price: `choices.py`.
 """
 
 from dataclasses import replace
@@ -29,8 +29,9 @@ from torch.nn import functional
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches.stream import ShardReader
 from bytecache.stages.train.batches.types import MicroBatch, SlotTargets
+from bytecache.stages.train.objective.choices import compiled, node_log_probs
 from bytecache.stages.train.objective.loss import Divergence, LossParts, byte_terms, diverge
-from bytecache.stages.train.objective.node_sums import NodeTables, compiled, node_log_probs, node_logits
+from bytecache.stages.train.objective.node_sums import NodeTables, node_logits
 from bytecache.stages.train.objective.projection import TRUST, Places, project
 from bytecache.stages.train.objective.segmentation import Segmentation
 from bytecache.stages.train.objective.symbols import STOP
@@ -90,6 +91,16 @@ class Choices(NamedTuple):
         return parts
 
 
+class _Walk(NamedTuple):
+    """Where the trie leads from the start of the token before.
+
+    node int64: -1 once it leads nowhere. doubt float32: since then `Segmentation.doubt` of where that token ended.
+    """
+
+    node: Tensor
+    doubt: Tensor
+
+
 class _Ends(NamedTuple):
     """Slots at tokens' own nodes, X of them; `source`: the first slot of the token after, -1 where there is none.
 
@@ -127,15 +138,16 @@ class Marginal(nn.Module):
         row, counts = micro.slot_token, torch.tensor(micro.slot_counts, device=micro.labels.device)
         depth = torch.repeat_interleave(torch.arange(len(counts), device=row.device), counts)
         node = tables.node_of(micro.labels.flatten()[row], depth)
-        passed, after = self._walk(micro)
+        bytes_walk, ends_walk = self._walk(micro)
         ends = self._ends(micro)
         length = tables.length_of(micro.input_ids.flatten())
         stopped = torch.zeros(row.numel() + ends.row.numel(), dtype=torch.bool, device=row.device)
         stopped[row.numel() :] = True
         places = Places(
             torch.cat([node, ends.node]), torch.cat([depth, ends.depth]),
-            torch.cat([passed, after[ends.row]]), torch.cat([length[row], length[ends.row]]),
+            torch.cat([bytes_walk.node, ends_walk.node[ends.row]]), torch.cat([length[row], length[ends.row]]),
             torch.cat([micro.slot_symbol, ends.following(micro.slot_symbol)]), stopped,
+            torch.cat([bytes_walk.doubt, ends_walk.doubt[ends.row]]),
         )  # fmt: skip
         rows = torch.cat([row, ends.row])
         true = torch.cat([micro.slot_symbol, torch.full_like(ends.row, STOP)])
@@ -152,20 +164,24 @@ class Marginal(nn.Module):
         targets = SlotTargets(slot[taught], symbol[taught], prob[taught], torch.where(is_open, 0.0, tail))
         return Choices(rows, places.node, true, weight, targets, joined.tail, projected.certain & known, is_open)
 
-    def _walk(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Where the trie leads from the token before along this one's bytes: before each slot [S], after each row [P].
-
-        -1 once it leads nowhere.
-        """
+    def _walk(self, micro: MicroBatch) -> tuple[_Walk, _Walk]:
+        """The walk from the token before along this one's bytes: before each slot [S], and after each row [P]."""
         ids = micro.input_ids.flatten()
         length = self.tables.length_of(ids)
         walk = torch.where(length > 0, self.tables.node_of(ids, length), -1)
+        doubt = torch.zeros(walk.numel(), device=walk.device)
         row, passed = micro.slot_token, torch.full_like(micro.slot_token, -1)
+        doubted = torch.zeros(row.numel(), device=row.device)
         for slots in torch.split(torch.arange(row.numel(), device=row.device), micro.slot_counts):
-            at = walk[row[slots]]
-            passed[slots] = at
-            walk[row[slots]] = torch.where(at >= 0, self.tables.child_of(at.clamp_min(0), micro.slot_symbol[slots]), -1)
-        return passed, walk
+            mine = row[slots]
+            at = walk[mine]
+            passed[slots], doubted[slots] = at, doubt[mine]
+            node = at.clamp_min(0)
+            child = torch.where(at >= 0, self.tables.child_of(node, micro.slot_symbol[slots]), -1)
+            leaving = self.segmentation.doubt(node, micro.slot_symbol[slots], torch.where(at >= 0, length[mine], 0))
+            doubt[mine] = torch.where((at >= 0) & (child < 0), leaving, doubt[mine])
+            walk[mine] = child
+        return _Walk(passed, doubted), _Walk(walk, doubt)
 
     def _ends(self, micro: MicroBatch) -> _Ends:
         ids, labels = micro.input_ids.flatten(), micro.labels.flatten()

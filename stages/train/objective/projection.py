@@ -22,7 +22,9 @@ is known before the next byte is. A choice whose u stays below `TRUST` of the ma
 others the text is an unbiased witness, and tells more the less it is asked:
 
 - Whether a token is at w at all may hang: the mass of sum_b P(b) min(visit, 1 - visit), visit = before (pass + stop).
-  Such a choice is *open*: the text alone decides it.
+  Such a choice is *open*: the text alone decides it. So it does where the bytes have left every token that the one
+  before could have been, and its end was still in doubt then: what follows decides that end as much as it decides this
+  choice, and no table by bytes says how.
 - Else only the cut hangs, and the text corrects it: with x its own next byte,
   target + weight ([what the text chose] - [the shares of x]), a control variate: where the shares are true it is 0 in
   the mean over texts, and where they are not the truth takes their place, while the teacher's P(b) stays. The weight is
@@ -51,7 +53,8 @@ class Places(NamedTuple):
 
     node, depth int64 [S]: the trie node, and bytes from the root to it. passed int64 [S]: where the trie leads from the
     start of the token before along its bytes and this one's so far, -1 where it leads nowhere; length int64 [S]: bytes
-    of the token before. following int64 [S]: the text's next symbol. stopped bool [S]: the token ends here.
+    of the token before. following int64 [S]: the text's next symbol. stopped bool [S]: the token ends here. doubt float
+    [S]: where `passed` is -1, `Segmentation.doubt` of where the token before ended.
     """
 
     node: Tensor
@@ -60,6 +63,7 @@ class Places(NamedTuple):
     length: Tensor
     following: Tensor
     stopped: Tensor
+    doubt: Tensor
 
 
 class Projected(NamedTuple):
@@ -107,8 +111,9 @@ def project(targets: SlotTargets, places: Places, tables: NodeTables, cut: Segme
     hangs = hangs + tail * torch.minimum(halted, 1 - halted)
     visit = shares.before * (shares.passes + shares.stops)
     allowed = trust * (visits + tail)
-    certain = (hangs <= allowed) & (visits > 0)
-    is_open = ~certain & ((by_slot(prob * torch.minimum(visit, 1 - visit)) > allowed) | (visits <= 0))
+    doubtful = places.doubt > trust
+    certain = (hangs <= allowed) & (visits > 0) & ~doubtful
+    is_open = ~certain & (doubtful | (by_slot(prob * torch.minimum(visit, 1 - visit)) > allowed) | (visits <= 0))
     mass = _Mass(goes, by_slot(halts) + tail * halted, torch.where(others, tail * (1 - halted), 0.0))
     mass = mass.normalised(slot)
     mass = _corrected(mass, ~certain & ~is_open, targets, places, tables, cut).normalised(slot)

@@ -9,6 +9,9 @@ its length do when a longer one begins with the same bytes, and where the text l
 it. Bayes' rule (`marginal.py`) needs no more than these. That a share depends on c alone, not on the text before, is
 an assumption; `marginal.py` asks the teacher only where it hardly matters.
 Of bytes that a teacher does not list it says nothing; they are taken to come as often as in the text at large.
+Where the text has left the trie a token's end may still hang on what follows; how often the longest token was not the
+one is counted by the byte that the text left with, since a tokenizer that splits text into words first leaves no doubt
+at a space, wherever it is.
 Price: one walk through the trie per token, about 3 M tokens/s; a float per node and byte of its prefix.
 """
 
@@ -29,7 +32,7 @@ DEEP = 16
 
 
 @njit(cache=True)
-def _count(text, start, end, doc_end, first_child, byte, base, on, off):  # type: ignore[no-untyped-def]
+def _count(text, start, end, doc_end, first_child, byte, base, longest, on, off, leaves):  # type: ignore[no-untyped-def]
     for t in range(len(start)):
         n, d, i = 0, 0, start[t]
         length = end[t] - start[t]
@@ -37,6 +40,7 @@ def _count(text, start, end, doc_end, first_child, byte, base, on, off):  # type
             c = find_child(first_child, byte, n, text[i]) if i < doc_end[t] else -1
             if c < 0:
                 off[base[n] + min(length, d)] += 1
+                leaves[int(length == longest[n]), text[i] if i < doc_end[t] else 256] += 1
                 break
             d += 1
             on[base[c] + (length if length < d else 0)] += 1
@@ -93,6 +97,8 @@ class Segmentation(nn.Module):
     on [cells]: where the text reads c: cell 0, the token reaches c; cell j < D, it ended after j bytes.
     off [cells]: where the text reads c and then leaves the trie or ends: cell j <= D, the token ended after j bytes.
     rare [N]: where a token has reached c and the next byte is any of the text's, the share that ends at c.
+    left [N]: how often the text left the trie at c. habit [257]: where it left with this symbol, the share of tokens
+    that were the longest.
     They are parameters without gradient, not buffers, because a run's checkpoint must hold them.
     """
 
@@ -112,14 +118,22 @@ class Segmentation(nn.Module):
         self._counts = np.zeros((2, int((depth + 1).sum())), np.int64)
         self._parent, self._byte, self.depth, self._longest, self._is_token = parent, byte, depth, longest, is_token
         self._bytes = np.full(256, 0.5)
+        self._leaves = np.zeros((2, 257), np.int64)
         self.register_buffer("base", torch.from_numpy(base), persistent=False)
+        self.register_buffer("longest", torch.from_numpy(longest), persistent=False)
+        self.register_buffer("depths", torch.from_numpy(depth), persistent=False)
         cells = self._counts.shape[1]
-        self.on, self.off, self.rare = (nn.Parameter(torch.zeros(n), requires_grad=False) for n in (cells, cells, size))
+        self.on, self.off, self.rare, self.left, self.habit = (
+            nn.Parameter(torch.zeros(n), requires_grad=False) for n in (cells, cells, size, size, 257)
+        )
         self.settle()
 
     def add(self, tables: NodeTables, text: npt.NDArray[np.uint8], start: I64, end: I64, doc_end: I64) -> None:
         """Count tokens [start, end) of `text` (uint8); `doc_end` int64 is where each token's document ends."""
-        _count(text, start, end, doc_end, *tables.walk(), self.get_buffer("base").numpy(), *self._counts)
+        _count(
+            text, start, end, doc_end, *tables.walk(), self.get_buffer("base").numpy(), self._longest, *self._counts,
+            self._leaves,
+        )  # fmt: skip
         self._bytes += np.bincount(text, minlength=256)
 
     @torch.no_grad()
@@ -138,7 +152,10 @@ class Segmentation(nn.Module):
         ends = over_children(on[base[1:] + depth[parent[1:]]])
         ends += (1 - over_children(np.ones_like(frequency))) * off[base + depth]
         rare = np.where(depth > 0, ends / np.maximum(ends + over_children(on[base[1:]]), 1e-9), 0.0)
-        for parameter, values in ((self.on, on), (self.off, off), (self.rare, rare)):
+        left = np.add.reduceat(self._counts[1], base)
+        habit = (self._leaves[1] + 0.5) / (self._leaves.sum(0) + 1)
+        values_of = ((self.on, on), (self.off, off), (self.rare, rare), (self.left, left), (self.habit, habit))
+        for parameter, values in values_of:
             parameter.copy_(torch.from_numpy(values))
 
     def reaches(self, child: Tensor) -> Tensor:
@@ -150,6 +167,18 @@ class Segmentation(nn.Module):
         nothing in the trie); length at most the depth of `node`."""
         inside = self.on[self._base(child.clamp_min(0)) + length]
         return torch.where(child >= 0, inside, self.off[self._base(node) + length])
+
+    def doubt(self, node: Tensor, symbol: Tensor, length: Tensor) -> Tensor:
+        """Where the text reads `node` and leaves the trie with `symbol`: the smaller of the shares of tokens that ended
+        after `length` bytes, and that did not. What the text shows too seldom comes from the habit of the symbol."""
+        at = self._base(node)
+        is_longest = length == self.get_buffer("longest")[node]
+        inside = (length > 0) & (length < self.get_buffer("depths")[node])
+        expected = torch.where(inside, self.on[at + length], 0.0) + torch.where(is_longest, self.on[at], 0.0)
+        seen = (self.off[at + length] * (self.left[node] + PRIOR) - PRIOR * expected).clamp_min(0)
+        habit = torch.where(is_longest, self.habit[symbol], 1 - self.habit[symbol])
+        share = (seen + PRIOR * habit) / (self.left[node] + PRIOR)
+        return torch.minimum(share, 1 - share)
 
     def _base(self, node: Tensor) -> Tensor:
         return self.get_buffer("base")[node]

@@ -15,6 +15,7 @@ from bytecache.pipeline.cli import app
 from bytecache.pipeline.commands.estimate.budget import Budget, Kept, Variant, candidates, within_budget
 from bytecache.pipeline.commands.estimate.estimate import choose_units, meaning_of, presets, settings_of, with_preset
 from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_total
+from bytecache.pipeline.commands.estimate.traffic import Amounts, both_modes, traffic_lines
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Convert, Settings, Teacher
@@ -97,6 +98,20 @@ FOUND = [
     for teacher, dollars, dump in (("fast", 5.0, 5.0), ("exact", 19.0, 6.0))
     for convert, ratio in (("small", 3.0), ("precise", 9.0))
 ]
+
+
+def test_what_a_store_is_asked_for_follows_from_the_amounts() -> None:
+    """Both ways, by their formulas: the dump is written, read once and kept meanwhile, or never there."""
+    amounts = Amounts(text_bytes=1000, units=10, shards=2, hours=1.0, heartbeat_s=20.0)
+    dump, targets = Predicted(30_000.0, 20_000.0, 40_000.0), Predicted(4_000.0, 3_000.0, 5_000.0)
+    by_dump, straight = both_modes(amounts, dump, targets)
+    assert by_dump.peak_bytes == Predicted(35_000.0, 24_000.0, 46_000.0)
+    assert by_dump.network_bytes == Predicted(65_000.0, 44_000.0, 86_000.0)
+    assert straight.peak_bytes == straight.network_bytes == Predicted(5_000.0, 4_000.0, 6_000.0)
+    assert by_dump.requests == 12 * 16 + 20 + 180 and straight.requests == 2 * 16 + 10 + 180
+    lines = traffic_lines((by_dump, straight), 1000, "targets")
+    assert "(as configured)" not in lines[0] and "(as configured)" in lines[1]
+    assert "35.0 and 65.0 bytes per byte" in lines[0] and "5.0 and 5.0 bytes per byte" in lines[1]
 
 
 def test_budgets_choose_the_most_precise_that_keeps_them() -> None:

@@ -83,31 +83,33 @@ def assert_lacking_for_a_reason(fine: Window, asked: Window) -> None:
     for history in lacking:
         parent = row_of[history[:-1]]
         (stop,) = np.flatnonzero((row == parent) & (fine.stop_token == history[-1]))
-        least = least_share(
-            FINE["tau"], int(FINE["depth"]), lattice._lies.agreement[[stop]],
-            off=np.array([fine.row_depth[parent] + 1]),
-            longer=np.zeros(1),
-        )  # fmt: skip
+        least = least_share(FINE["tau"], int(FINE["depth"]), np.array([fine.row_depth[parent] + 1]))
         assert lattice._sums.share[stop] <= least[0]
 
 
 @pytest.mark.parametrize("effort", [(0.02, 3), (0.05, 0), (1.0, 0)])
 def test_shards_are_those_of_a_capture_at_that_effort(vocabulary, tmp_path, effort):
-    """Through the file as well: branches, static rows off, the certificate's own windows."""
+    """Through the file as well: branches, static rows off, the certificate's own windows.
+
+    The dump codes a row by its weight in its own lattice, so the two agree to within the codes and not to the bit.
+    """
     tau, depth = effort
     fine = dump(function_teacher(vocabulary, floor=1e-5, **FINE), tmp_path)
     coarse = dump(function_teacher(vocabulary, floor=1e-5, tau=tau, depth=depth), tmp_path)
     found, mine, _ = convert(fine, tau=tau, depth=depth)
     wanted, theirs, _ = convert(coarse)
     for name in mine:
-        np.testing.assert_array_equal(mine[name], theirs[name])
+        assert np.abs(mine[name] - theirs[name]).mean() < 2e-3 and np.abs(mine[name] - theirs[name]).max() < 0.05
     assert found.pop("stand_ins") == 0
     assert found.pop("size") > 0 and wanted.pop("size") > 0  # the teacher's identity is in the file
     # Their references differ by histories about as heavy as the reference's tau; what production knew does not.
     reference, other = found.pop("fidelity"), wanted.pop("fidelity")
     for name in ("positions", "canonical_rows", "production_rows"):
         assert reference["counts"][name] == other["counts"][name] > 0
-    assert found == wanted
+    for name in ("n_documents", "n_bytes", "n_positions", "n_supervised"):
+        assert found[name] == wanted[name]
+    for name in ("teacher_nll", "canonical_nll", "unaccounted_mean"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5)
     whole, full, _ = convert(fine)
     assert whole["unaccounted_mean"] < found["unaccounted_mean"]
     assert np.abs(full["dense"] - mine["dense"]).max() > 1e-3

@@ -14,7 +14,7 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.shard.reader import read_shard
-from bytecache.stages.foreign.cache import Aside, ForeignTeacher, read_off
+from bytecache.stages.foreign.cache import Aside, ForeignTeacher, Reading, read_off
 from bytecache.stages.foreign.listing import ListingReducer
 from bytecache.stages.foreign.packed import Packing
 from bytecache.stages.foreign.records import Cache, Columns
@@ -118,11 +118,15 @@ def test_a_true_token_that_is_listed_because_it_is_true_is_taken_off(vocabulary:
             listed_logps.append([*logps[place].tolist(), *([float(np.log(p[place, following]))] if is_extra else [])])
         marked.append({"input_ids": row["input_ids"], "topk_ids": listed_ids, "topk_logprobs": listed_logps})
     assert extra > 10
-    entries = []
+    entries, priors = [], []
     for name, rows in (("plain", plain), ("marked", marked)):
         cache = Cache(write_records(tmp_path / f"{name}.jsonl", rows), "plain")
         entries.append(window_of(cache, 1, "after", vocabulary).entry_mass)
+        reading = Reading("after", k=4, always_true=False, listed_mass=1.0, hit_rate=1.0)
+        priors.append(ForeignTeacher(cache, vocabulary, reading).reducer.prior)
     np.testing.assert_allclose(entries[0], entries[1], atol=1e-7)
+    # Nor does the prior know the text by them.
+    np.testing.assert_allclose(priors[0], priors[1], atol=1e-12)
 
 
 def packed_rows(rows: list[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]:

@@ -4,36 +4,25 @@ import numpy as np
 import pytest
 
 from bytecache.schemas.settings import PRESETS
-from bytecache.stages.lattice.effort import DEEPEST, MOST_TIMES, REFERENCE, deepest, least_share, reach
-from bytecache.stages.lattice.heirs import NOBODY
+from bytecache.stages.lattice.effort import DEEPEST, FOLLOWED, MOST_TIMES, REFERENCE, deepest, least_share, reach
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.tokens.vocab import load_vocabulary
 from tests.support.writing_model import WritingEngine, write_tokenizer, writing_teacher
 
 
-def least(effort: dict[str, float], agreement: np.ndarray, off: int = 1, longer: int = 0) -> np.ndarray:
-    like = np.ones_like(agreement)
-    return least_share(effort["tau"], int(effort["depth"]), agreement, off=off * like, longer=longer * like)
-
-
 @pytest.mark.parametrize("effort", [*PRESETS.values(), REFERENCE])
-def test_tau_decides_until_histories_agree_in_depth_tokens(effort):
+def test_tau_decides_to_the_depth_and_what_is_heavy_is_always_enough(effort):
     tau, depth = effort["tau"], int(effort["depth"])
-    asked = least(effort, np.arange(NOBODY, 60))
-    assert (asked[: depth + 1] == tau).all() and (np.diff(asked[depth:20]) >= 0).all() and asked[depth + 1] > tau
-    assert asked.max() == MOST_TIMES * tau
-    assert np.isfinite(least(effort, np.array([0]), off=DEEPEST)).all()
-    assert np.isinf(least(effort, np.array([0]), off=DEEPEST + 1)).all()
-    # No longer than the room that a window keeps.
-    assert depth <= reach(tau, depth) < 16
-    assert np.isfinite(least(effort, np.array([0]), longer=reach(tau, depth))).all()
-    assert np.isinf(least(effort, np.array([0]), longer=reach(tau, depth) + 1)).all()
+    least = least_share(tau, depth, np.arange(1, DEEPEST + 1))
+    assert (least[:depth] == tau).all() and (np.diff(least[: deepest(tau, depth)]) >= 0).all()
+    assert (least[: depth + FOLLOWED] <= MOST_TIMES * tau).all() and np.isinf(least[depth + FOLLOWED :]).all()
+    assert depth <= reach(tau, depth) < 16  # a window keeps as many positions free
 
 
 def test_nothing_is_asked_for_at_depth_0_and_everything_at_tau_0():
-    agreement = np.array([NOBODY, 0, 5, 40])
-    assert np.isinf(least({"tau": 0.01, "depth": 0}, agreement)).all() and deepest(0) == reach(0.01, 0) == 0
-    assert (least({"tau": 0.0, "depth": 64}, agreement, off=DEEPEST, longer=DEEPEST) == 0).all()
+    off = np.array([1, 3, DEEPEST, DEEPEST + 1])
+    assert np.isinf(least_share(0.01, 0, off)).all() and deepest(0.01, 0) == reach(0.01, 0) == 0
+    assert least_share(0.0, 64, off).tolist() == [0.0, 0.0, 0.0, np.inf]
 
 
 @pytest.mark.parametrize("static", [0.0, 0.001])
@@ -54,7 +43,8 @@ def test_no_history_that_carries_enough_is_left(tmp_path, cut, static):
         for row in np.flatnonzero((window.row_depth > 0) & (window.row_static == 0)):
             at_breaks += int(window.row_start[row]) in breaks
             elsewhere += int(window.row_start[row]) not in breaks
+        least = least_share(0.01, 2, window.row_depth.astype(np.int64) + 1)
         row, position = lattice._stops
         unasked = (lattice._lies.child < 0) & (window.row_static[row] == 0) & (position < len(window.text))
-        assert (lattice._sums.share <= least(effort, lattice._lies.agreement))[unasked].all()
+        assert (lattice._sums.share[unasked] <= least[row[unasked]]).all()
     assert at_breaks > 5 and elsewhere > 5

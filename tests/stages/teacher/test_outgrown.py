@@ -66,7 +66,7 @@ def test_a_row_is_outgrown_where_its_mass_stops_as_well(vocabulary):
     lattice = Lattice(window)
     row, _ = lattice._stops
     for r in np.flatnonzero(window.row_static):
-        largest = max(float(lattice._sums.peak[r]), float(lattice._sums.share[row == r].max(initial=0.0)))
+        largest = max(float(lattice.peaks()[r]), float(lattice._sums.share[row == r].max(initial=0.0)))
         assert (r in lattice.outgrown(tau=largest * 0.999, depth=9)) and largest > 0
         alone = r not in lattice.outgrown(tau=largest * 1.001, depth=9)
         assert alone or (window.row_static[window.row_parent == r] == 1).any()  # or for one that extends it

@@ -23,7 +23,7 @@ EVERY = float("inf")
 def projected(model, teacher, node, depth, passed, length, trust=EVERY):
     """`project` with the tables of a model."""
     nothing = torch.zeros_like(node)
-    places = Places(node, depth, passed, length, nothing, nothing > 0)
+    places = Places(node, depth, passed, length, nothing, nothing > 0, torch.zeros(len(node)))
     return project(teacher, places, model.tables, model.segmentation, trust)
 
 
@@ -175,7 +175,7 @@ def test_where_only_the_cut_hangs_the_text_corrects_it_without_bias(source):
     for following, stopped, weight in ways:
         places = Places(
             node, torch.tensor([1]), torch.tensor([-1]), torch.tensor([0]), torch.tensor([following]),
-            torch.tensor([stopped]),
+            torch.tensor([stopped]), torch.zeros(1),
         )  # fmt: skip
         found = project(teacher, places, tables, cut, 0.01)
         assert not found.certain[0] and not found.open[0]
@@ -202,9 +202,29 @@ def test_where_the_token_itself_hangs_the_text_decides(source):
     with torch.no_grad():
         shares.on[at : at + 4] = torch.tensor([0.3, 0.5, 0.2, 0.0])
     places = Places(
-        node, torch.tensor([2]), torch.tensor([-1]), torch.tensor([0]), torch.tensor([99]), torch.tensor([False])
-    )
+        node, torch.tensor([2]), torch.tensor([-1]), torch.tensor([0]), torch.tensor([99]), torch.tensor([False]),
+        torch.zeros(1),
+    )  # fmt: skip
     found = project(teacher, places, model.tables, shares, 0.05)
     with torch.no_grad():
         shares.on[at : at + 4] = kept
     assert found.open[0] and not found.certain[0]
+
+
+def test_where_the_end_of_the_token_before_is_in_doubt_the_text_decides(source):
+    """At `ba`, which no byte continues, all is certain: unless what follows still decides where the token began."""
+    _, _, model = source
+    teacher = SlotTargets(
+        torch.zeros(3, dtype=torch.int64), torch.tensor([97, 98, 99]), torch.tensor(STEP[99]), torch.zeros(1)
+    )
+    node = torch.tensor([node_number(model.tables, b"ba")])
+    seen = []
+    for doubt in (0.0, 0.3):
+        places = Places(
+            node, torch.tensor([2]), torch.tensor([-1]), torch.tensor([1]), torch.tensor([97]), torch.tensor([True]),
+            torch.tensor([doubt]),
+        )  # fmt: skip
+        found = project(teacher, places, model.tables, model.segmentation, 0.05)
+        seen.append((bool(found.certain[0]), bool(found.open[0])))
+        assert project(teacher, places, model.tables, model.segmentation, EVERY).certain[0]
+    assert seen == [(True, False), (False, True)]

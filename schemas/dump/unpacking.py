@@ -1,0 +1,209 @@
+"""Columns of codes as a window again. What no window can have written is refused, and nothing is read out of bounds."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from bytecache.schemas.arrays import F32, I32, U8, U16
+from bytecache.schemas.dump.packed import BRANCH, CANONICAL, STATIC, Packed, unpack_top_k
+from bytecache.schemas.dump.shares import END_IMPLIED, IMPLIED, LEAST_STEP, MOST_SCALE, MOST_STEP, RARE, rare_share
+from bytecache.schemas.dump.window import Window
+
+
+class Rows(NamedTuple):
+    """What a packed window spells: a window's members of these names, and where each row comes from."""
+
+    row_start: I32
+    row_parent: I32
+    row_token: I32
+    row_depth: U8
+    row_static: U8
+    end: F32
+    control: F32
+    entry_byte: U8
+    entry_mass: F32
+    stop_depth: U16
+    stop_mass: F32
+    n_stops: I32
+    row_stop: I32
+    """int32 [R]; the stop that each row goes on from"""
+
+
+def unpack(text: U8, first_token: int, packed: Packed, step: int) -> Rows:
+    """The members of a window. Raises ValueError where the columns are not those of one."""
+    rows, n_stops, n_entries = len(packed.row_scale), len(packed.stop_token), len(packed.entry_gap)
+    lengths = {"row": rows, "level": len(packed.level_entries), "entry": n_entries, "stop": n_stops}
+    for name, values in packed._asdict().items():
+        if len(values) != lengths.get(name.partition("_")[0], len(values)):
+            raise ValueError(f"{name} holds {len(values)} items")
+    if not rows or not LEAST_STEP <= step <= MOST_STEP or packed.row_scale.max() > MOST_SCALE:
+        raise ValueError("no rows, or codes of no known step")
+    out = Rows(
+        np.zeros(rows, np.int32), np.full(rows, -1, np.int32), np.full(rows, first_token, np.int32),
+        np.zeros(rows, np.uint8), np.zeros(rows, np.uint8), np.zeros(rows, np.float32),
+        _control(packed, step),
+        np.zeros(n_entries, np.uint8), np.zeros(n_entries, np.float32),
+        np.zeros(n_stops, np.uint16), np.zeros(n_stops, np.float32), np.zeros(rows, np.int32), np.zeros(rows, np.int32),
+    )  # fmt: skip
+    fault = _unpack(text, packed, step, out)
+    if fault:
+        raise ValueError(FAULTS[fault])
+    return out
+
+
+FAULTS = ("", "its counts do not add up", "its rows do not go on from its stops", "a level is no distribution")
+
+
+def _control(packed: Packed, step: int) -> F32:
+    root: F32 = (packed.row_control.astype(np.float64) / step) ** 2 * 2.0**packed.row_scale
+    return root.astype(np.float32)
+
+
+@njit(cache=True, nogil=True)
+def _count_rows(marks: U8) -> tuple[int, int]:
+    """How many rows go on from stops, and how many of them are canonical."""
+    rows = canonical = 0
+    for mark in marks:
+        bits = int(mark)
+        rows += (bits & 1) + (bits >> 1 & 1) + (bits >> 2 & 1)
+        canonical += bits & 1
+    return rows, canonical
+
+
+@njit(cache=True, nogil=True)
+def _unpack(text: U8, packed: Packed, step: int, out: Rows) -> int:
+    """Fill the rows; returns the number of what is wrong, 0 for nothing."""
+    rows, canonical = _count_rows(packed.stop_rows)
+    if rows + 1 != len(packed.row_scale):
+        return 2
+    next_row = canonical + 1
+    lev = ent = stp = rar = 0
+    for r in range(rows + 1):
+        if r and out.row_parent[r] < 0:
+            return 2
+        unit = 2.0 ** np.float64(packed.row_scale[r]) / (np.float64(step) * step)
+        prefix = 1.0
+        before = stp
+        for d in range(packed.row_levels[r]):
+            i = out.row_start[r] + d
+            if lev == len(packed.level_entries) or i > len(text):
+                return 1
+            s_end, e_end = stp + int(packed.level_stops[lev]), ent + int(packed.level_entries[lev])
+            if s_end > len(packed.stop_token) or e_end > len(packed.entry_gap):
+                return 1
+            next_row = _mark_rows(packed, r, d, stp, s_end, next_row, canonical, out)
+            if next_row < 0:
+                return 2
+            byte = int(text[i]) if i < len(text) else -1
+            rar, prefix = _decode_level(packed, r, d, lev, (stp, s_end, ent, e_end), unit, prefix, byte, rar, out)
+            if rar < 0:
+                return 3
+            lev, ent, stp = lev + 1, e_end, s_end
+        out.n_stops[r] = stp - before
+    if lev != len(packed.level_entries) or ent != len(packed.entry_gap) or stp != len(packed.stop_token):
+        return 1
+    return 0 if rar == len(packed.rare) and next_row == rows + 1 else 1
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _mark_rows(packed: Packed, r: int, d: int, first: int, end: int, next_row: int, canonical: int, out: Rows) -> int:
+    """Place the rows that go on from a level's stops; returns the number of the next one, -1 if they cannot be."""
+    for s in range(first, end):
+        mark = packed.stop_rows[s]
+        out.stop_depth[s] = d
+        if mark > 7 or (mark and out.row_depth[r] == 255):
+            return -1
+        for bit in (CANONICAL, BRANCH, STATIC):
+            if not mark & bit:
+                continue
+            child = next_row
+            if bit == CANONICAL:
+                child = r + 1
+                if child > canonical or out.row_parent[child] >= 0:
+                    return -1
+            else:
+                out.row_depth[child] = out.row_depth[r] + 1
+                next_row += 1
+            out.row_static[child] = bit == STATIC
+            out.row_parent[child], out.row_token[child] = r, packed.stop_token[s]
+            out.row_start[child] = out.row_start[r] + d
+            out.row_stop[child] = s
+    return next_row
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _decode_level(
+    packed: Packed, r: int, d: int, lev: int, places: tuple[int, int, int, int], unit: float, prefix: float, byte: int,
+    rar: int, out: Rows,
+) -> tuple[int, float]:  # fmt: skip
+    """Masses of a level of the mass `prefix`; returns how many rare shares were read, -1 for a fault, and what follows.
+
+    `places`: first stop, the one behind its last, first entry, the one behind its last. `byte`: the text's own, or -1.
+    """
+    stp, s_end, ent, e_end = places
+    rest = np.float64(packed.level_rest[lev])
+    total = rest * rest * unit
+    n_implied, stop, entry, after, before = 0, -1, -1, 0.0, -1
+    end = int(packed.row_end[r]) if d == 0 else 0
+    if end and end != END_IMPLIED:
+        rar, share = _share(end, unit, packed.rare, rar)
+        out.end[r] = share
+        total += share
+    for s in range(stp, s_end):
+        rar, share = _share(packed.stop_code[s], unit, packed.rare, rar)
+        out.stop_mass[s] = share * prefix
+        total += share
+        if packed.stop_code[s] == IMPLIED:
+            n_implied, stop = n_implied + 1, s
+    for e in range(ent, e_end):
+        before += 1 + int(packed.entry_gap[e])
+        if before > 255:
+            return -1, 0.0
+        out.entry_byte[e] = before
+        rar, share = _share(packed.entry_code[e], unit, packed.rare, rar)
+        out.entry_mass[e] = share * prefix
+        total += share
+        after = share * prefix if before == byte else after
+        if packed.entry_code[e] == IMPLIED:
+            n_implied, entry = n_implied + 1, e
+    left = 1.0 - total
+    n_implied += end == END_IMPLIED
+    if n_implied > 1 or left < (0.0 if n_implied else -0.5) or rar > len(packed.rare):
+        return -1, 0.0
+    if end == END_IMPLIED:
+        out.end[r] = left
+    if stop >= 0:
+        out.stop_mass[stop] = left * prefix
+    if entry >= 0:
+        out.entry_mass[entry] = left * prefix
+        after = left * prefix if out.entry_byte[entry] == byte else after
+    return rar, after
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _share(code: int, unit: float, rare: U16, at: int) -> tuple[int, float]:
+    """The share of a code that is not implied; returns where the next rare share lies, too."""
+    if code == RARE:
+        return at + 1, rare_share(rare[at]) if at < len(rare) else 0.0
+    root = np.float64(code) - 1.0 if code != IMPLIED else 0.0
+    return at, root * root * unit
+
+
+def window_of(
+    plain: dict[str, Any], first_token: int, packed: Packed, step: int, top_k: tuple[I32 | None, U16 | None]
+) -> Window:
+    """The window of `packed` and of its `plain` members. Raises ValueError where they are not those of one."""
+    rows = unpack(plain["text"], first_token, packed, step)
+    ids, codes = top_k
+    none = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    topk_id, topk_logp = none if ids is None or codes is None else unpack_top_k(rows.row_depth, ids, codes)
+    members_of_rows = rows._asdict()
+    logp = np.zeros(len(rows.row_start), np.float32)
+    with np.errstate(divide="ignore"):
+        logp[1:] = np.log(rows.stop_mass[members_of_rows.pop("row_stop")[1:]])
+    return Window(
+        **plain, **members_of_rows, row_logp=logp, log_norm=np.full(len(logp), np.nan, np.float32),
+        n_levels=packed.row_levels.astype(np.int32), fanout=packed.level_entries, stop_token=packed.stop_token,
+        topk_id=topk_id, topk_logp=topk_logp,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""The study of tokenizer transfer: its texts, its counts and its intervals."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import transfer_gain, transfer_texts
+from benchmarks.count_targets import Counts, write_counts, write_part, write_silent
+from bytecache.pipeline.plan.make import make_plan
+from bytecache.pipeline.stores import open_store
+from bytecache.schemas.arrays import END
+from bytecache.schemas.dataset.index import read_dataset
+from bytecache.schemas.settings import Settings
+from bytecache.stages.targets.source import load_shard
+from tests.support.student_data import make_dataset
+
+
+def test_counts_leave_out_the_place_that_they_predict():
+    """With one document nothing repeats, so no place may know its own symbol; a stranger may know the document."""
+    text = bytes(range(65, 91))
+    counts = Counts([text])
+    symbols = [*text, END]
+    seen, unseen = counts.rows(text, seen=True), counts.rows(text, seen=False)
+    assert np.allclose(seen.sum(1), 1) and np.allclose(unseen.sum(1), 1)
+    blind, told = (rows[np.arange(len(symbols)), symbols] for rows in (seen, unseen))
+    assert blind.max() < 1 / 100
+    assert told[5:].min() > 0.8
+
+
+def test_counts_know_what_training_text_repeats():
+    text = b"abc" * 100
+    counts = Counts([text])
+    assert counts.rows(text, seen=True)[99, ord("a")] > 0.9
+
+
+def test_count_targets_are_a_data_set_of_the_same_documents(tmp_path):
+    exact = make_dataset(tmp_path / "exact", sentences=3)
+    write_counts(exact, tmp_path / "counts")
+    write_silent(exact, {"more": b"further text"}, tmp_path / "silent")
+    names = {}
+    write_part(exact, tmp_path / "part", lambda name: name.endswith("1"))
+    for place in (exact, *(tmp_path / name for name in ("counts", "silent", "part"))):
+        dataset = read_dataset(place)
+        names[place.name] = {
+            split: [name for entry in dataset.split(split) for name in load_shard(dataset, entry).doc_id]
+            for split in ("train", "heldout")
+        }
+    assert names["counts"] == names["exact"]
+    assert names["part"] == {**names["exact"], "train": ["train-1", "train-11"]}
+    assert names["silent"] == {**names["exact"], "train": [*names["exact"]["train"], "more"]}
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """Nine books, many articles and many modules of made-up words."""
+    rng = np.random.default_rng(0)
+
+    def words(n):
+        letters = rng.integers(97, 123, (n, 6)).astype(np.uint8)
+        return " ".join(bytes(word).decode() for word in letters)
+
+    (tmp_path / "english_prose").mkdir()
+    for name in sum(transfer_texts.BOOKS.values(), ()):
+        text = "\n\n".join(words(30) for _ in range(60))
+        (tmp_path / "english_prose" / f"{name}.txt").write_text(text)
+    articles = "".join(f"= Title {i} =\n{words(140)}\n" for i in range(60))
+    (tmp_path / "wiki_vital_en.txt").write_text(articles)
+    modules = "".join(
+        f"# ===== Lib/m{i}.py =====\n" + "\n\n\n".join(words(40) for _ in range(20)) + "\n" for i in range(40)
+    )
+    (tmp_path / "code_python_stdlib.txt").write_text(modules)
+    return tmp_path
+
+
+def test_no_source_lends_to_two_uses(corpora, tmp_path, monkeypatch):
+    sizes = ["--train", "3", "--validation", "1", "--test", "2", "--raw", "3"]
+    monkeypatch.setattr("sys.argv", ["transfer_texts", str(corpora), str(tmp_path / "out"), *sizes])
+    transfer_texts.main()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "corpus.jsonl").read_text().splitlines()]
+    uses = {}
+    for line in lines:
+        kind, use, _, source = line["id"].split(" ", 3)
+        uses.setdefault((kind, source), set()).add(use)
+        # Where a run holds it out is where its id says it belongs.
+        assert transfer_texts.held_out(line["text"]) == (use != "train")
+    assert {kind for kind, _ in uses} == {"prose", "encyclopedia", "code"}
+    assert all(len(each) == 1 for each in uses.values())
+    summary = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    assert all(each.get("repeated_windows", 0) == 0 for each in summary.values())
+
+
+def test_the_split_of_the_texts_is_the_plans(corpora, tmp_path, monkeypatch):
+    """A run of these texts trains on what is for training and on nothing else."""
+    sizes = ["--train", "3", "--validation", "1", "--test", "2", "--raw", "3"]
+    monkeypatch.setattr("sys.argv", ["transfer_texts", str(corpora), str(tmp_path / "out"), *sizes])
+    transfer_texts.main()
+    settings = Settings.model_validate(
+        {
+            "run": {"dir": str(tmp_path / "run")},
+            "corpus": {"source": str(tmp_path / "out" / "corpus.jsonl"), "max_bytes": 0, "heldout_fraction": 0.5},
+        }
+    )
+    plan, _ = make_plan(open_store(str(tmp_path / "run")), settings)
+    uses = {"train": {"train"}, "heldout": {"validation", "test"}}
+    for unit in plan.units:
+        names = pq.read_table(tmp_path / "run" / unit.slice)["doc_id"].to_pylist()
+        found = {name.split()[1] for name in names}
+        assert found and found <= uses[unit.split]
+
+
+def test_a_repeated_passage_is_seen():
+    text = "".join(chr(97 + i * i % 26) for i in range(200))
+    assert transfer_texts.repeated([text], ["before " + text + " after"]) == 1
+
+
+def test_intervals_are_of_paired_differences():
+    def runs(shift):
+        return [
+            {"seed": seed, "documents": {f"prose test {d}": {"bytes": 100, "bits": 100 + seed + d + shift(seed)}
+                                         for d in range(4)}}
+            for seed in range(3)
+        ]  # fmt: skip
+
+    mean, half, low, high = transfer_gain.paired(runs(lambda seed: -5 + seed), runs(lambda seed: 0), "test", "prose")
+    assert mean == pytest.approx(-0.04)
+    assert half == pytest.approx(4.30 * 0.01 / np.sqrt(3), rel=1e-3)
+    assert low == pytest.approx(-0.04) and high == pytest.approx(-0.04)  # documents agree

@@ -1,11 +1,11 @@
 """What one damaged file of a finished run costs its owner: the table of files x damages.
 
-Every file of a run (a tiny teacher, a student and its control) is flipped, cut short, removed, swapped with its
-neighbour, and replaced by a folder and by a pipe, one at a time. `verify` has to find it, the command that reads the
-file to name it, and whoever follows the commands he is told has to end with a whole run of the same outputs
-(`tests/support/damage.py`).
+Every file of a run (a tiny teacher, a student and its control) is flipped, cut short, removed and swapped with its
+neighbour, one at a time (`--strangers`: replaced by a folder and by a pipe as well). `verify` has to find it, the
+command that reads the file to name it, and whoever follows the commands he is told has to end with a whole run of the
+same outputs (`tests/support/damage.py`).
 
-    python benchmarks/damage.py [--every] [--only REGEX] [--folder FOLDER] > benchmarks/results/damage.json
+    python benchmarks/damage.py [--every] [--strangers] [--only REGEX] [--folder FOLDER] > damage.json
 
 By default every file is looked for, and one of each kind is followed to the end; `--every` follows all. The table goes
 to stderr. The run takes two minutes, a case that is followed 1.5 s, one that is only looked for 0.2 s. With `--folder`
@@ -26,18 +26,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.support.damage import DAMAGES, Verdict, cases, examine, files, kind, make_finished_run, table  # noqa: E402
+from tests.support.damage import DAMAGES, STRANGERS, Verdict, cases, examine, files, kind, make_finished_run, table  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", action="store_true", help="follow every file to the end, not one of each kind")
+    parser.add_argument("--strangers", action="store_true", help="folders and pipes in a file's place, too")
     parser.add_argument("--only", default="", help="keys that match this regular expression")
     parser.add_argument("--folder", type=Path, help="keep the run and the cases here, and go on with what is here")
     chosen = parser.parse_args()
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="damage-"))
     try:
-        verdicts = examined(folder.absolute(), chosen.only, every=chosen.every)
+        damages = (*DAMAGES, *STRANGERS) if chosen.strangers else DAMAGES
+        verdicts = examined(folder.absolute(), chosen.only, damages, every=chosen.every)
     finally:
         if not chosen.folder:
             shutil.rmtree(folder)
@@ -45,7 +47,7 @@ def main() -> None:
     print(json.dumps(report(verdicts), indent=1, sort_keys=True))
 
 
-def examined(folder: Path, only: str, *, every: bool) -> list[Verdict]:
+def examined(folder: Path, only: str, damages: tuple[str, ...], *, every: bool) -> list[Verdict]:
     """What became of every case, of those that `folder` remembers as well."""
     folder.mkdir(parents=True, exist_ok=True)
     finished = folder / "finished"
@@ -56,7 +58,7 @@ def examined(folder: Path, only: str, *, every: bool) -> list[Verdict]:
     known = {(case["key"], case["damage"]): case["verdict"] for case in map(json.loads, lines)}
     os.chdir(folder)
     verdicts: list[Verdict] = []
-    for key, damage, follow in cases(files(finished), every=every):
+    for key, damage, follow in cases(files(finished), every=every, damages=damages):
         if not re.search(only, key):
             continue
         if (key, damage) in known:
@@ -78,7 +80,9 @@ def report(verdicts: list[Verdict]) -> dict[str, object]:
     return {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         **figures(verdicts),
-        "commands": {damage: Counter(v.ends for v in verdicts if v.damage == damage) for damage in DAMAGES},
+        "commands": {
+            damage: Counter(v.ends for v in verdicts if v.damage == damage) for damage in (*DAMAGES, *STRANGERS)
+        },
         "kinds": {name: figures(group) for name, group in groups.items()},
         "bad": [vars(verdict) for verdict in verdicts if not verdict.good],
     }

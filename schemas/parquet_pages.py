@@ -142,7 +142,8 @@ def _behind(data: bytes, at: int, kind: int, depth: int) -> int:
         return _structure(data, at, depth + 1)[0]
     if kind in _LISTS:
         head, at = _byte(data, at)
-        count, inner = head >> 4, (head & 15,)
+        count = head >> 4
+        inner: tuple[int, ...] = (head & 15,)
         if count == 15:
             count, at = _varint(data, at)
     elif kind == _MAP:

@@ -13,7 +13,7 @@ from bytecache.schemas.settings import Student
 from tests.support.places import ROOT
 from tests.support.student_data import make_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 LOOPS = ROOT / "docs/howto/loops"
 
 
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(place: Path, *command: str) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=place, env=environment, timeout=110
+        [sys.executable, *command], capture_output=True, text=True, cwd=place, env=environment, timeout=180
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

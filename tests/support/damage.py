@@ -1,7 +1,7 @@
 """One damaged file in a finished run: is it found, is it named, does following the commands lead out?
 
-Damages: a flipped bit, a file cut short, a missing one, one that has changed places with its neighbour, a folder and a
-named pipe in its place. For each the harness asks `verify`, then the command that reads the file, and follows what it
+Damages: a flipped bit, a file cut short, a missing one, one that has changed places with its neighbour; and a folder or
+a named pipe in its place. For each the harness asks `verify`, then the command that reads the file, and follows what it
 is told: first `verify --repair` and the commands that it leaves, then (in another copy) the commands that the reading
 stage names. Whoever follows must end with a whole run of the same outputs, without being sent in a circle.
 """
@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bytecache.pipeline.config import render_template
+from bytecache.pipeline.config_text import render_template
 from tests.support.command_line import bytecache
 from tests.support.run_outputs import outputs
 from tests.support.small_run import small_settings
 
-DAMAGES = ("flipped", "truncated", "missing", "swapped", "folder", "pipe")
+DAMAGES = ("flipped", "truncated", "missing", "swapped")
+STRANGERS = ("folder", "pipe")
+"""What stands in a file's place and is none; damages too, where they are asked for."""
 _PATIENCE = 6
 """Commands that a user is sent to before the harness calls it a circle."""
 _READERS = (
@@ -222,8 +224,8 @@ def table(verdicts: list[Verdict]) -> str:
         "| file | damage | cases | found | named | whole again | by the reader's word |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for group in sorted({(kind(v.key), DAMAGES.index(v.damage)) for v in verdicts}):
-        name, damage = group[0], DAMAGES[group[1]]
+    for group in sorted({(kind(v.key), (*DAMAGES, *STRANGERS).index(v.damage)) for v in verdicts}):
+        name, damage = group[0], (*DAMAGES, *STRANGERS)[group[1]]
         cases = [v for v in verdicts if kind(v.key) == name and v.damage == damage]
         lines.append(
             f"| {name} | {damage} | {len(cases)} | {sum(v.found for v in cases)} | {_share(cases, 'named', 'no')} | "
@@ -237,11 +239,11 @@ def _share(cases: list[Verdict], field: str, bad: str) -> str:
     return f"{sum(not value.startswith(bad) for value in asked)} of {len(asked)}" if asked else "-"
 
 
-def cases(keys: list[str], *, every: bool) -> Iterator[tuple[str, str, bool]]:
+def cases(keys: list[str], *, every: bool, damages: tuple[str, ...] = DAMAGES) -> Iterator[tuple[str, str, bool]]:
     """(file, damage, whether to follow): every file is looked for, one of each kind is followed unless `every`."""
     seen: set[str] = set()
     for key in keys:
-        for damage in DAMAGES:
+        for damage in damages:
             yield key, damage, every or kind(key) not in seen
         seen.add(kind(key))
 

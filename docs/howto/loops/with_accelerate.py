@@ -23,7 +23,9 @@ def main() -> None:
     given = parser.parse_args()
     # Every process reads all rows and takes its batches, so the rows are rank 0 of 1 and nothing is dispatched.
     accelerator = Accelerator(
-        gradient_accumulation_steps=given.accumulate, dataloader_config=DataLoaderConfiguration(dispatch_batches=False)
+        gradient_accumulation_steps=given.accumulate,
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        cpu=not torch.cuda.is_available(),  # else processes without a GPU know nothing of each other
     )
     model = AutoModelForCausalLM.from_pretrained(given.model)
     tokenizer = AutoTokenizer.from_pretrained(given.model)

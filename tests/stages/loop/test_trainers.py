@@ -20,7 +20,7 @@ from bytecache.stages.student import student
 from bytecache.stages.train.train import train
 from tests.support.student_data import make_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 STEPS, BATCH = 5, 3
 RATE = {"learning_rate": 1e-3, "weight_decay": 0.0}
 

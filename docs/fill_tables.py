@@ -28,6 +28,10 @@ KINDS = {
 """Kinds of text as benchmarks/exactness.py calls them, and as documents do."""
 
 
+ARMS = ("ce", "marginal", "marginal-only")
+"""Of the study of transfer, as README.md shows them."""
+
+
 def result(name: str) -> Any:
     """One result file."""
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
@@ -135,11 +139,12 @@ def transfer_short() -> str:
         return [title, *cells]
 
     rows = [row("before training", list(found["before"].values()))]
-    arms = {"ce": "cross-entropy alone", "marginal": "and the cache", "marginal-only": "the cache alone"}
-    for arm, title in arms.items():
-        runs = [run["documents"] for run in found["runs"] if run["arm"] == arm]
-        if runs:
-            rows.append(row(f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})", runs))
+    # With cross-entropy beside it where a seed has that, else alone: seeds pair with those of cross-entropy.
+    runs = {name: {r["seed"]: r["documents"] for r in found["runs"] if r["arm"] == name} for name in ARMS}
+    control, cache = runs["ce"], {**runs["marginal-only"], **runs["marginal"]}
+    seeds = sorted(set(control) & set(cache))
+    for title, arm in (("cross-entropy alone", control), ("with the cache", cache)):
+        rows.append(row(f"{title}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", [arm[seed] for seed in seeds]))
     rows.append(row("the original", [found["original"]]))
     return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), rows)
 

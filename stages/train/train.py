@@ -36,7 +36,7 @@ from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.types import Step
 from bytecache.stages.train.metrics import Metrics
 from bytecache.stages.train.parallel import World, joined, whole
-from bytecache.stages.train.run import backward_step, kl_share, learning_rate, start_run
+from bytecache.stages.train.run import backward_step, can_be_extended, kl_share, learning_rate, start_run
 
 CLIP = 1.0
 
@@ -145,7 +145,7 @@ def _train(
     first, learned, terms = 0, 0, dict[str, float]()
     if path is not None:
         tensors, state = checkpoint.load(path)
-        if state["identity"] != identity:
+        if state["identity"] != identity and not _is_shorter(state["identity"], identity, settings):
             difference = _difference(state["identity"], identity)
             raise ConfigError(f"{out_dir}: {difference}; delete it or choose another run.dir")
         run.restore(tensors)
@@ -274,6 +274,13 @@ def _counts(step: Step, world: World) -> dict[str, int]:
     summed = world.sum(list(mine.values()))
     counts = {name: int(value) for name, value in zip(mine, summed, strict=True)}
     return {**counts, "n_micro": int(world.largest([len(step.micro)])[0])}
+
+
+def _is_shorter(old: dict[str, Any], new: dict[str, Any], settings: TrainSettings) -> bool:
+    """Whether a checkpoint is of a run of fewer steps that this one repeats to the bit, and goes on from."""
+    steps = old.get("settings", {}).get("steps", 0)
+    same = {**old, "settings": {**old.get("settings", {}), "steps": settings.steps}} == new
+    return same and steps < settings.steps and can_be_extended(settings)
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

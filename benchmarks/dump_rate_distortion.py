@@ -18,7 +18,8 @@ Size: bytes per byte of text, less the size of a part without windows. Divergenc
     targets   KL of the targets of the capture against those of the layout; tails spread as the shard of the capture
               would spread them (its prior). Top-k caches become targets as `bytecache import` makes them, without
               branches: KL against targets that have them.
-    added     what KL of a `precise` shard against the capture grows by where it is converted from the layout
+    added     what KL of a shard against the capture grows by where it is converted from the layout, at
+              `convert.precision` = "default" (whose divergence `teacher.rounding` means) and "precise"
 
 Writes OUT.json and OUT.png; `docs/fill_tables.py` makes the table.
 """
@@ -49,7 +50,8 @@ from bytecache.schemas.shard.reader import PRECISIONS, ByteShard, read_shard
 from bytecache.stages.lattice.lattice import Lattice
 
 MODELS = ("builtin:smollm2-135m-instruct",)
-SWEEP = (1e-3, 3e-4, 1e-4, 5e-5, 2e-5, 1e-5, 1e-6)
+SWEEP = (1e-3, 3e-4, 1e-4, 5e-5, 2e-5, 1e-6)
+ADDED = ("default", "precise")
 TOP_K, CAPTURED = 16, 128
 
 
@@ -102,7 +104,8 @@ class Yardstick:
     def __init__(self, windows: Sequence[Window]) -> None:
         self.text = np.concatenate([w.text[w.score_start :] for w in windows])
         self.rows = self.targets(windows)
-        self.shard, self.kl = self._shard(self.rows)
+        self.kl = {precision: self._shard(self.rows, precision)[1] for precision in ADDED}
+        self.shard, _ = self._shard(self.rows, "precise")
         child, weights = self.shard.prior.child(), self.shard.prior.weights()
         nodes = priors.find_nodes(self.shard.text, self.shard.doc_start, child, 0, len(self.shard))
         self._weight = weights[nodes]
@@ -115,10 +118,10 @@ class Yardstick:
             np.append(self.text, np.uint8(0)), start,
         )  # fmt: skip
 
-    def _shard(self, rows: Capture) -> tuple[ByteShard, float]:
+    def _shard(self, rows: Capture, precision: str) -> tuple[ByteShard, float]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "s.zarr.zip"
-            build(rows, PRECISIONS["precise"]).write(path, {})
+            build(rows, PRECISIONS[precision]).write(path, {})
             shard = read_shard(path)
         return shard, divergences(getattr(self, "rows", rows), shard)[0]
 
@@ -129,12 +132,12 @@ class Yardstick:
         return spread
 
     def measure(self, windows: Sequence[Window]) -> dict[str, float]:
-        """The two divergences of what a layout makes of the capture."""
+        """The divergences of what a layout makes of the capture."""
         rows = self.targets(windows)
         listed = rows.probs > 0
         return {
             "targets": kl(self._spread(self.rows, listed), self._spread(rows, listed)),
-            "added": self._shard(rows)[1] - self.kl,
+            **{f"added {name}": self._shard(rows, name)[1] - self.kl[name] for name in ADDED},
         }
 
 
@@ -277,7 +280,7 @@ def measure(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     n = len(yardstick.text)
     ids, logps = top_k_of(windows)
     result: dict[str, Any] = {
-        "n_bytes": n, "tokens": len(ids), "rows": sum(len(w.row_start) for w in windows), "precise_kl": yardstick.kl,
+        "n_bytes": n, "tokens": len(ids), "rows": sum(len(w.row_start) for w in windows), "kl": yardstick.kl,
         "version 2": version_2(windows, yardstick), "version 3": [],
     }  # fmt: skip
     for divergence in sorted({*SWEEP, *st.ROUNDING.values()}, reverse=True):
@@ -285,7 +288,7 @@ def measure(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         result["version 3"].append(point)
         say(
             f"{path.stem} at {divergence:g}: {point['size']:.2f}, {point['without_top_k']:.2f} without top k; "
-            f"targets {point['targets']:.2e}, added {point['added']:.2e}"
+            f"targets {point['targets']:.2e}, added {point['added default']:.2e} and {point['added precise']:.2e}"
         )
     others = {
         "DistillKit, k = 128": distillkit(ids, logps, vocabulary, 128),

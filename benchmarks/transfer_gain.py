@@ -98,6 +98,18 @@ def documents(opened: student.Student, targets: Path, uses: list[str], each: int
     return found
 
 
+def refuse_mixed(targets: Path) -> None:
+    """Raises SystemExit where training text is, by its id, for something else: the run's split is not the texts'."""
+    dataset = read_dataset(targets)
+    for entry in dataset.split("train"):
+        for name in load_shard(dataset, entry).doc_id:
+            if name.split(" ", 3)[1] != "train":
+                raise SystemExit(
+                    f"{targets}: {name!r} is in the training split; plan the texts with run.seed = 0 and "
+                    "corpus.heldout_fraction = 0.5, for which `transfer_texts` chose them"
+                )
+
+
 def teachers_own(targets: Path, uses: list[str], each: int) -> dict[str, dict[str, float]]:
     """The same of the teacher as a byte model."""
     dataset = read_dataset(targets)
@@ -293,6 +305,7 @@ def main() -> None:
     args.until = time.monotonic() + args.budget
     args.work.mkdir(parents=True, exist_ok=True)
     found = results(args.out)
+    refuse_mixed(args.run / "targets")
     name = Path(args.tokenizer).name
     if not args.curve and name not in found["before"]:
         asked = (args.run / "targets", ["validation", "test"], args.documents)

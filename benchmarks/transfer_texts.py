@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bytecache.pipeline.plan.parts import Rule
+from bytecache.pipeline.plan.writing import digest_of
 from bytecache.stages.corpus.reader import Document
 
 ABOUT = 1000
@@ -109,8 +110,8 @@ def chosen(found: list[Passage], kilobytes: int, agrees: Callable[[str], bool]) 
 
 def held_out(text: str) -> bool:
     """Whether a run holds this text out."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return RULE.hash(Document("", text), digest) < RULE.threshold
+    document = Document("", text)
+    return RULE.hash(document, digest_of(document, text.encode())) < RULE.threshold
 
 
 def repeated(texts: list[str], training: list[str]) -> float:

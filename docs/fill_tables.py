@@ -234,9 +234,30 @@ def damage() -> str:
     )
 
 
+def dump_sizes() -> str:
+    """Bytes and divergence of the dump's versions on every capture, and the sizes of other layouts."""
+    rows = []
+    for name, measured in result("dump_rate_distortion.json").items():
+        teacher, preset, text = name.split(" ")
+        divergence = {"balanced": 1e-4, "exact": 2e-5}[preset]
+        (ours,) = [point for point in measured["version 3"] if point["divergence"] == divergence]
+        others = measured["others"]
+        cells = [f"{measured['version 2']['size']:.0f}", f"{ours['size']:.1f}", f"{ours['without_top_k']:.1f}"]
+        cells += [f"{ours[name]:.1e}" for name in ("targets", "added default", "added precise")]
+        cells += [f"{others[f'DistillKit, k = {k}']['size']:.0f}" for k in (128, 32)]
+        cells += [f"{others[f'Megatron-LM, {kind}']['size']:.0f}" for kind in ("k = 128", "top p = 0.95")]
+        rows.append([teacher, f"`{preset}`", f"{TEXTS.get(text, text)}, {measured['n_bytes']} B", *cells])
+    return table(
+        "teacher | preset | text | >version 2 | >version 3 | >without top 16 | >targets | >added | >`precise` | "
+        ">DistillKit, 128 | >32 | >Megatron-LM, 128 | >top p",
+        rows,
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "presets-short": presets_short,
+    "dump-sizes": dump_sizes,
     "genlm": genlm,
     "transfer": transfer,
     "transfer-short": transfer_short,

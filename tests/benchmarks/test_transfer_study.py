@@ -3,12 +3,16 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import transfer_gain, transfer_texts
 from benchmarks.count_targets import Counts, write_counts, write_part, write_silent
+from bytecache.pipeline.plan.make import make_plan
+from bytecache.pipeline.stores import open_store
 from bytecache.schemas.arrays import END
 from bytecache.schemas.dataset.index import read_dataset
+from bytecache.schemas.settings import Settings
 from bytecache.stages.targets.source import load_shard
 from tests.support.student_data import make_dataset
 
@@ -85,6 +89,25 @@ def test_no_source_lends_to_two_uses(corpora, tmp_path, monkeypatch):
     assert all(len(each) == 1 for each in uses.values())
     summary = json.loads((tmp_path / "out" / "corpus.json").read_text())
     assert all(each.get("repeated_windows", 0) == 0 for each in summary.values())
+
+
+def test_the_split_of_the_texts_is_the_plans(corpora, tmp_path, monkeypatch):
+    """A run of these texts trains on what is for training and on nothing else."""
+    sizes = ["--train", "3", "--validation", "1", "--test", "2", "--raw", "3"]
+    monkeypatch.setattr("sys.argv", ["transfer_texts", str(corpora), str(tmp_path / "out"), *sizes])
+    transfer_texts.main()
+    settings = Settings.model_validate(
+        {
+            "run": {"dir": str(tmp_path / "run")},
+            "corpus": {"source": str(tmp_path / "out" / "corpus.jsonl"), "max_bytes": 0, "heldout_fraction": 0.5},
+        }
+    )
+    plan, _ = make_plan(open_store(str(tmp_path / "run")), settings)
+    uses = {"train": {"train"}, "heldout": {"validation", "test"}}
+    for unit in plan.units:
+        names = pq.read_table(tmp_path / "run" / unit.slice)["doc_id"].to_pylist()
+        found = {name.split()[1] for name in names}
+        assert found and found <= uses[unit.split]
 
 
 def test_a_repeated_passage_is_seen():

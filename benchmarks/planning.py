@@ -25,7 +25,7 @@ from bytecache.pipeline.plan.parallel import Processes
 from bytecache.pipeline.plan.parts import Cutter, Rule, cut_corpus
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.settings import Settings
-from bytecache.stages.corpus.reader import corpus_files
+from bytecache.stages.corpus.files import corpus_files
 
 RESULT = Path(__file__).parent / "results" / "planning.json"
 FILE_MB = 20

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bytecache.pipeline.config import render_template
+from bytecache.pipeline.config_text import render_template
 from tests.support.small_run import small_settings
 from tests.torture.harness import torture
 

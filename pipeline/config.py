@@ -1,57 +1,39 @@
-"""`pipeline.toml` and `--set section.key=value` to one frozen `Settings`, and back to commented TOML.
+"""`pipeline.toml` and `--set section.key=value` to one frozen `Settings` (`config_text` is the way back).
 
 Order: defaults, then the configuration that the run folder was used with last, then the file, then the command line.
-Values are typed as TOML types them and validated
-strictly (`"8"` is not 8), so that the same file always means the same run. Every refusal is one line that
-names the key, the value, the limit and where it came from; an unknown key also names its nearest neighbour.
-
-Keys that may hold a secret (`schemas.secrets`) are written without it. The environment, $BYTECACHE_SECTION_KEY, comes
-before the file there: so the jobs that run elsewhere get theirs, and no file has it.
+Values are typed as TOML types them and validated strictly (`"8"` is not 8), so that the same file always means the
+same run. Every refusal is one line that names the key, the value, the limit and where it came from; an unknown key also
+names its nearest neighbour.
 """
 
 import difflib
 import math
 import os
-import textwrap
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
+from bytecache.pipeline.config_text import (
+    describe_limits,
+    secret_keys,
+    secret_variable,
+    sections,
+    toml_value,
+    type_name,
+)
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.messages import public_url, url_secrets
+from bytecache.schemas.messages import url_secrets
 from bytecache.schemas.secrets import Secret
-from bytecache.schemas.settings import Section, Settings
+from bytecache.schemas.settings import Settings
 from bytecache.schemas.strict_json import LARGEST
 
 DEFAULT_FILE = "pipeline.toml"
 RESOLVED_FILE = "config.toml"
 MAX_FILE = 1 << 20
 """Bytes of a configuration, at most."""
-
-_TITLES = {
-    "run": "Where a run lives",
-    "corpus": "The text (stage: plan)",
-    "teacher": "The large model and its engine (stage: teacher)",
-    "convert": "Token dump to byte targets (stage: convert)",
-    "dataset": "The byte targets: what is said of them, and where students read them",
-    "student": "The small model (stage: train)",
-    "train": "Training (stage: train)",
-    "fleet": "Many workers on one plan, and preemption (--worker)",
-}
-_LIMIT_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-
-
-def sections() -> dict[str, type[Section]]:
-    """Tables of `pipeline.toml` by name, in file order."""
-    found: dict[str, type[Section]] = {}
-    for name, field in Settings.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        found[name] = field.annotation
-    return found
 
 
 def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
@@ -89,10 +71,10 @@ def load_run_settings(
     files, commands = _file_layers(path), _override_layer(overrides)
     environment = _environment_layer()
     plain = _resolve([*files, environment, commands])
-    kept = saved(plain)
-    if kept is None:
+    saved_file = saved(plain)
+    if saved_file is None:
         return plain, []
-    base = _saved_layer(*kept)
+    base = _saved_layer(*saved_file)
     for place in [("run", "dir"), *PERMISSIONS]:
         base.pop(place, None)
     if path is None:
@@ -104,7 +86,7 @@ def load_run_settings(
     here = {("run", "dir"): (plain.run.dir, "of this run")}
     settings = _resolve([base, *files, environment, commands, here])
     differing = [
-        f"{section}.{key} = {_toml_value(value)}"
+        f"{section}.{key} = {toml_value(value)}"
         for section in sections()
         for key, value in getattr(settings, section)
         if value != getattr(getattr(plain, section), key)
@@ -180,84 +162,6 @@ def _resolve(layers: Sequence[Layer]) -> Settings:
     return settings
 
 
-def secret_keys() -> Iterator[tuple[str, str]]:
-    """(section, key) of every key whose value may hold a secret."""
-    for section, kind in sections().items():
-        yield from ((section, key) for key, field in kind.model_fields.items() if isinstance(field.default, Secret))
-
-
-def secret_variable(section: str, key: str) -> str:
-    """The environment variable that a secret key is taken from."""
-    return f"BYTECACHE_{section}_{key}".upper()
-
-
-def secrets_of(settings: Settings) -> dict[str, str]:
-    """Variables and values of the settings that hold a secret: for the environment of processes, never for a file."""
-    values = {(section, key): getattr(getattr(settings, section), key) for section, key in secret_keys()}
-    return {secret_variable(*place): value.reveal() for place, value in values.items() if value.is_secret}
-
-
-PUBLISHED = {
-    "corpus": None,
-    "teacher": None,
-    "convert": None,
-    "dataset": {"name", "license", "teacher_license"},
-}
-"""What is said beside a data set of how it was made: sections, and of some only these keys (None: all)."""
-
-
-def render_published(settings: Settings) -> str:
-    """The settings that decided a data set, as TOML for strangers: no path but its last part, no machine's own."""
-    lines = ["# bytecache: the settings that this data set was made with; a path is its last part alone."]
-    for name, keys in PUBLISHED.items():
-        lines += ["", f"[{name}]"]
-        for key, value in getattr(settings, name):
-            if keys is None or key in keys:
-                lines.append(f"{key} = {_toml_value(_last_part(value) if isinstance(value, str) else value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _last_part(text: str) -> str:
-    """A path's last part, a URL's host and path; any other text as it is."""
-    if "://" in text:
-        return public_url(text)
-    path = text.startswith(("/", "~", "./", "../")) or Path(text).is_absolute() or Path(text).exists()
-    return Path(text).name if path else text
-
-
-def render_template(settings: Settings) -> str:
-    """`settings` as a complete `pipeline.toml`: every key, with its documentation, limits and default above it."""
-    lines = [
-        "# bytecache: every key, its unit, its limits and its default. Any of them can be overridden on the",
-        "# command line: bytecache run --set teacher.top_k=8 --set run.dir=runs/small",
-    ]
-    for name, kind in sections().items():
-        lines += ["", f"# {_TITLES.get(name, name)}", f"[{name}]"]
-        table = getattr(settings, name)
-        for key, field in kind.model_fields.items():
-            limits = describe_limits(field)
-            note = f"{field.description or ''} Default: {_toml_value(field.default)}{'; ' + limits if limits else ''}."
-            lines += textwrap.wrap(note, 116, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
-            value = getattr(table, key)
-            if isinstance(value, Secret) and value.is_secret:
-                lines.append(f"# The value given holds a secret, which is not written: ${secret_variable(name, key)}.")
-            lines.append(f"{key} = {_toml_value(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def describe_limits(field: FieldInfo) -> str:
-    """The limits of one key for a person, e.g. `>= 0 and < 1` or `one of "vllm", "hf"`; empty where there are none."""
-    if get_origin(field.annotation) is Literal:
-        return "one of " + ", ".join(_toml_value(choice) for choice in get_args(field.annotation))
-    signs = [
-        f"{sign} {getattr(limit, name):g}"
-        for limit in field.metadata
-        for name, sign in _LIMIT_SIGNS.items()
-        if getattr(limit, name, None) is not None
-    ]
-    return " and ".join(signs)
-
-
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     """`key: old -> new` for each key whose value differs between two flat dictionaries."""
     for key in sorted(old.keys() | new.keys()):
@@ -314,14 +218,14 @@ def _check_section(section: str, where: str) -> None:
 
 def _check_key(section: str, key: str, where: str) -> None:
     known = sections()
-    own = list(known[section].model_fields)
-    if key in own:
+    keys = list(known[section].model_fields)
+    if key in keys:
         return
-    hint = _nearest(key, own)
+    hint = _nearest(key, keys)
     holders = [name for name, kind in known.items() if key in kind.model_fields]
     if holders:
         hint = f"; did you mean {holders[0]}.{key}?"
-    raise ConfigError(f"unknown key {section}.{key} {where}{hint or '; keys: ' + ', '.join(own)}")
+    raise ConfigError(f"unknown key {section}.{key} {where}{hint or '; keys: ' + ', '.join(keys)}")
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
@@ -352,9 +256,9 @@ def _explain(error: ValidationError, origin: dict[tuple[str, str], str]) -> str:
     section, key = (str(part) for part in problem["loc"][:2])
     field = sections()[section].model_fields[key]
     limits = describe_limits(field)
-    wanted = _type_name(field) + (f" {limits}" if limits else "")
+    wanted = type_name(field) + (f" {limits}" if limits else "")
     where = origin.get((section, key), "")
-    default = _toml_value(field.default)
+    default = toml_value(field.default)
     return f"{section}.{key} = {_show(problem['input'])} {where}: expected {wanted} (default {default})"
 
 
@@ -394,7 +298,7 @@ def _refuse_text(settings: Settings, origin: dict[tuple[str, str], str]) -> None
             where = origin.get((section, key), "")
             default = kind.model_fields[key].default
             if not text and default:
-                raise ConfigError(f"{section}.{key} {where}: is empty; name one, as the default {_toml_value(default)}")
+                raise ConfigError(f"{section}.{key} {where}: is empty; name one, as the default {toml_value(default)}")
             if "\0" in text:
                 raise ConfigError(f"{section}.{key} {where}: holds a NUL character; give a text without it")
             try:
@@ -403,32 +307,8 @@ def _refuse_text(settings: Settings, origin: dict[tuple[str, str], str]) -> None
                 raise ConfigError(f"{section}.{key} = {value!r} {where}: is not UTF-8; rename it") from None
 
 
-def _type_name(field: FieldInfo) -> str:
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    if isinstance(field.default, Secret):
-        return "text"
-    return names.get(type(field.default), "a value") if get_origin(field.annotation) is not Literal else "text,"
-
-
 def _show(value: Any) -> str:
     try:
-        return _toml_value(value)
+        return toml_value(value)
     except TypeError:
         return repr(value)[:80]
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Secret):
-        value = value.public
-    if isinstance(value, str):
-        value = public_url(value)
-        escaped = "".join(_TOML_ESCAPES.get(char, char) for char in value)
-        return f'"{escaped}"'
-    raise TypeError(f"no TOML form for {type(value).__name__}")
-
-
-_TOML_ESCAPES = {chr(code): f"\\u{code:04x}" for code in (*range(32), 127)} | {'"': '\\"', "\\": "\\\\"}

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bytecache.pipeline.config import RESOLVED_FILE, render_published, render_template
+from bytecache.pipeline.config import RESOLVED_FILE
+from bytecache.pipeline.config_text import render_published, render_template
 from bytecache.pipeline.stores import Store, open_store
 from bytecache.pipeline.units import documents
 from bytecache.pipeline.units.runner import StopFlag

@@ -66,10 +66,15 @@ EXTRAS = {
 """Packages that come with an extra, by the names they are imported by; pyproject.toml says why they are extras."""
 
 
+def install(*extras: str) -> str:
+    """How to get extras, in words: bytecache is on no package index, so from a checkout, as README says."""
+    return " or ".join(f"pip install '.[{extra}]'" for extra in extras) + " in a checkout of bytecache"
+
+
 def missing_package(error: ImportError) -> ConfigError | None:
     """What to install where an import failed for want of an extra's package; None if it failed for another reason."""
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages and isinstance(error, ModuleNotFoundError):
-            return ConfigError(f"this needs the package {package}, which is not installed: install bytecache[{extra}]")
+            return ConfigError(f"this needs the package {package}, which is not installed: {install(extra)}")
     return None

@@ -138,8 +138,8 @@ def cache_folder() -> Path:
 
     $BYTECACHE_CACHE, else `bytecache` in $XDG_CACHE_HOME or ~/.cache.
     """
-    if own := os.environ.get("BYTECACHE_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("BYTECACHE_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytecache"
 
 

@@ -46,9 +46,9 @@ def export(student_dir: Path, checkpoint_path: Path, out_dir: Path) -> dict[str,
     source = checkpoint.verify(checkpoint_path)
     record = out_dir / "export.json"
     if out_dir.exists():
-        found = strict_json.loads(record.read_text()) if record.is_file() else {}
-        if found.get("checkpoint_sha256") == source and found.get("files") == _hashes(out_dir):
-            return dict(found)
+        recorded = strict_json.loads(record.read_text()) if record.is_file() else {}
+        if recorded.get("checkpoint_sha256") == source and recorded.get("files") == _hashes(out_dir):
+            return dict(recorded)
         raise ConfigError(f"{out_dir} holds something else; delete it or export elsewhere")
     opened = load_trained(student_dir, checkpoint_path).student
     merged = _merge(opened)

@@ -19,7 +19,7 @@ import typer
 
 import bytecache
 from bytecache.pipeline.cli import app
-from bytecache.pipeline.config import describe_limits, render_template, sections
+from bytecache.pipeline.config_text import describe_limits, render_template, sections
 from bytecache.schemas.settings import PRESETS, Settings
 
 HERE = Path(__file__).parent

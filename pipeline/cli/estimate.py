@@ -1,6 +1,5 @@
 """`bytecache estimate`: what a run will take, before it is paid for."""
 
-import json
 import math
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,37 +50,26 @@ def estimate(
     Example: bytecache estimate --source books.jsonl --run-dir runs/books --units 5 --price 2.5 --max-dollars 40
     """
     from bytecache.pipeline.commands.estimate import estimate as module
-    from bytecache.pipeline.commands.estimate.budget import Budget, within_budget
-    from bytecache.pipeline.plan.index import load_plan
+    from bytecache.pipeline.commands.estimate.budget import Budget, Costs
     from bytecache.schemas.settings import Convert, Teacher
 
-    budget = Budget(max_ratio, max_dollars, max_gb, gb_price)
+    costs, budget = Costs(price, core_price, workers), Budget(max_ratio, max_dollars, max_gb, gb_price)
 
     def command(context: "Context") -> None:
         if as_json:  # stdout is the report's alone
             context.say = say_error
         every = all_presets or budget.limits
-        found = module.estimate(
+        variants = module.estimate(
             context,
             count=units,
             teacher_presets=module.presets(Teacher) if every else [""],
             convert_presets=module.presets(Convert) if every else [""],
-            price=price,
-            core_price=core_price,
-            workers=workers,
+            costs=costs,
             budget=budget,
         )
-        planned = load_plan(context.store, context.settings)
-        best = within_budget(found, budget, context.settings) if budget.limits else None
-        chosen = module.settings_of(best, context.settings) if best else ""
-        meaning = module.meaning_of(best, context.settings) if best else ""
-        if as_json:
-            report = {"text_bytes": planned.n_bytes, "units": len(planned.sizes), "variants": module.as_json(found)}
-            say(json.dumps(report | ({"chosen": chosen, "meaning": meaning} if best else {}), indent=2))
-        else:
-            dollars = max(price, core_price, gb_price) > 0
-            say(module.table(found, planned.n_bytes, dollars, context.settings.teacher.keep))
-            if best:
-                say(f"\nwithin the budget: {chosen}\n({meaning})")
+        report = module.report(context, variants, budget)
+        dollars = max(price, core_price, gb_price) > 0
+        keep = context.settings.teacher.keep
+        say(module.report_json(report) if as_json else module.report_text(report, dollars, keep))
 
     run_stage(given, command)

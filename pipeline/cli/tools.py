@@ -9,7 +9,7 @@ import typer
 
 from bytecache.pipeline.cli.options import Given, JsonOption, refusals, run_stage, takes_settings
 from bytecache.pipeline.cli.terminal import say
-from bytecache.pipeline.config import render_template
+from bytecache.pipeline.config_text import render_template
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.files import refuse_to_write, write_text
 from bytecache.schemas.settings import Settings

@@ -106,8 +106,8 @@ def check_student_reads(context: Context, planned: "Plan") -> Iterator[str]:
         table = pq.read_table(context.store.get_path(unit.slice), columns=["text", "context"]).slice(0, SAMPLE - tried)
         for text, before in zip(table.column("text").to_pylist(), table.column("context").to_pylist(), strict=True):
             tried += 1
-            if json.loads(before) and isinstance(found := encode_answer(vocabulary, template, before, text), Misfit):
-                reasons[found.reason] += 1
+            if json.loads(before) and isinstance(misfit := encode_answer(vocabulary, template, before, text), Misfit):
+                reasons[misfit.reason] += 1
         context.store.release(unit.slice)
     failed = sum(reasons.values())
     if failed and failed == tried:

@@ -27,7 +27,9 @@ CONVERTER = tuple(f"bytecache.{module}" for module in (
     "schemas.dump.planes", "schemas.dump.version2", "schemas.shard.builder",
     "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
     "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",
-    "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.arrays", "schemas.identity",
+    "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.shard.worth", "schemas.shard.rounding",
+    "schemas.shard.divergence", "schemas.shard.incoming", "schemas.shard.reasons", "schemas.loops", "schemas.arrays",
+    "schemas.identity",
 ))  # fmt: skip
 """Modules whose code decides the bytes of a shard and the figures of its certificate."""
 _RESTATED = ("name", "license", "corpus_license", "teacher_license", "attribution")
@@ -42,11 +44,11 @@ def teacher_counts(receipt: Receipt) -> dict[str, Any]:
 
 def set_aside(dumps: list[Receipt]) -> dict[str, int]:
     """Documents set aside by reason, over dump receipts."""
-    found: dict[str, int] = defaultdict(int)
+    counts: dict[str, int] = defaultdict(int)
     for receipt in dumps:
         for reason, count in teacher_counts(receipt).get("set_aside", {}).items():
-            found[reason] += count
-    return dict(found)
+            counts[reason] += count
+    return dict(counts)
 
 
 def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ def export_task(run: Receipt) -> Task:
 def export(context: Context, only: str = "") -> int:
     """Write a finished run (the distilled one unless `only`) as a plain checkpoint; returns how many are new."""
     store = context.store
-    made = 0
+    n_made = 0
     for run in trained(context, only or DISTILLED):
         task = export_task(run)
         if finished(store, task) is not None:
@@ -53,5 +53,5 @@ def export(context: Context, only: str = "") -> int:
         context.save_config(f"{task.out}.config.toml")
         commit_receipt(store, run_receipt(task, files, result, time.monotonic() - started))
         context.say(f"export {run.name}: {folder} loads with AutoModelForCausalLM")
-        made += 1
-    return made
+        n_made += 1
+    return n_made

@@ -10,7 +10,7 @@ from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import reader
-from bytecache.stages.corpus.reader import corpus_files, ending_of
+from bytecache.stages.corpus.files import corpus_files, ending_of
 from bytecache.stages.corpus.tally import listed
 
 MOST_NAMES = 5

@@ -71,8 +71,8 @@ def refuse_private(document: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{DATASET}: {name} says how something ran, not what the data are; convert again without it"
             )
-        found = _PATH.search(text) or _TOKEN.search(text)
-        if found or (len(home) > 2 and home in text):
+        private = _PATH.search(text) or _TOKEN.search(text)
+        if private or (len(home) > 2 and home in text):
             raise ConfigError(
                 f"{DATASET}: {name} = {text[:80]!r} names a path or a token of a machine; convert again with another "
                 "name; nothing was sent"

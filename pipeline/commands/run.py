@@ -39,21 +39,21 @@ def run(context: Context) -> bool:
     planned, new = plan(context)
     dumped = teach(context)
     converted = convert(context, dumped.receipts)
-    made = int(new) + dumped.made + converted.made + train(context)
+    n_made = int(new) + dumped.made + converted.made + train(context)
     results: list[dict[str, Any]] = []
     if planned.n_heldout:
         results, count = evaluate(context)
-        made += count
+        n_made += count
     else:
         context.say("evaluate: skipped, the plan has no held-out documents (corpus.heldout_fraction)")
-    made += export(context)
+    n_made += export(context)
     table = summary_table(planned.n_bytes, dumped.receipts, converted.receipts, trained(context), results)
     write_document(context.store, "report/summary.md", table)
-    if not made:
+    if not n_made:
         context.say(f"run: nothing to do, every output of {context.store.name} is whole")
     context.say("")
     context.say(table)
-    return made > 0
+    return n_made > 0
 
 
 def summary_table(
@@ -65,14 +65,14 @@ def summary_table(
     def row(name: str, value: str) -> None:
         lines.append(f"| {name} | {value} |")
 
-    def seconds(found: list[Receipt]) -> float:
-        return sum(receipt.timings.get("seconds", 0.0) for receipt in found)
+    def seconds(units: list[Receipt]) -> float:
+        return sum(receipt.timings.get("seconds", 0.0) for receipt in units)
 
-    def size(found: list[Receipt]) -> int:
-        return sum(file.size for receipt in found for file in receipt.files)
+    def size(units: list[Receipt]) -> int:
+        return sum(file.size for receipt in units for file in receipt.files)
 
-    def total(found: list[Receipt], name: str) -> float:
-        return float(sum(receipt.counts.get(name) or 0 for receipt in found))
+    def total(units: list[Receipt], name: str) -> float:
+        return float(sum(receipt.counts.get(name) or 0 for receipt in units))
 
     def taught(name: str) -> float:
         return float(sum(teacher_counts(receipt).get(name) or 0 for receipt in dumps))

@@ -90,8 +90,8 @@ class _Held(NamedTuple):
             return False
         if not self.sha256:
             return self.git == _git_hash(content if isinstance(content, bytes) else content.read_bytes())
-        found = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
-        return self.sha256 == found
+        sha256 = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
+        return self.sha256 == sha256
 
 
 def _length(content: Path | bytes) -> int:
@@ -299,9 +299,9 @@ def _git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def data_set_folder(given: str, run_dir: str) -> Path:
+def data_set_folder(place: str, run_dir: str) -> Path:
     """The folder of a data set: the one named, a run's `targets`, or the configured run's. Raises InputError."""
-    folder = Path(given or run_dir).expanduser()
+    folder = Path(place or run_dir).expanduser()
     for candidate in (folder, folder / "targets"):
         if (candidate / DATASET).is_file():
             return candidate

@@ -209,12 +209,12 @@ class Claimer:
 
     def _look(self, block: int) -> Steps[None]:
         """List a block: what is free in it, what is held, whether it is settled."""
-        found = self._read((yield List(self.layout.units(block))))
+        states = self._read((yield List(self.layout.units(block))))
         size = block_size(block, self.n_units)
         start = self._random.randrange(size)
         self._attempts, self._held = {}, []
         n_aside = 0
-        for slot, state in found.others.items():
+        for slot, state in states.others.items():
             if state.held:
                 self._held.append(Claim(block * BLOCK + slot, state.epoch, state.failures, state.losses))
             elif state.aside(self.limits):
@@ -223,12 +223,12 @@ class Claimer:
             else:
                 self._attempts[slot] = Claim(block * BLOCK + slot, state.epoch, state.failures, state.losses)
         rotated = (*range(start - 1, -1, -1), *range(size - 1, start - 1, -1))  # taken from the end: from `start` on
-        taken = found.done | (found.others.keys() - self._attempts.keys())
+        taken = states.done | (states.others.keys() - self._attempts.keys())
         self._free = [slot for slot in rotated if slot not in taken]
         self._looked = self._fresh = True
-        if len(found.done) == size:
+        if len(states.done) == size:
             yield Put(self.layout.block(block), {"worker": self.worker})
-        if len(found.done) + n_aside == size:
+        if len(states.done) + n_aside == size:
             self._settled[block] = 1
 
     def _note_aside(self, unit: int, epoch: int) -> Steps[None]:
@@ -241,29 +241,29 @@ class Claimer:
 
     def _take_free(self, block: int) -> Steps[Claim | None]:
         misses = 0
-        kept: list[int] = []
+        passed_over: list[int] = []
         while True:
             if not self._free:
                 if self._fresh:
                     return None
                 # What was held when we came may be done by now, and what we finished ourselves certainly is.
                 yield from self._look(block)
-                kept = []
+                passed_over = []
                 continue
             slot = self._free.pop()
             unit = block * BLOCK + slot
             if unit in self._failed_here and not self._idle:
-                kept.append(slot)  # others first: what failed here may work elsewhere, or later
+                passed_over.append(slot)  # others first: what failed here may work elsewhere, or later
                 continue
             before = self._attempts.get(slot, Claim(unit, 0))
             claim = Claim(unit, before.epoch + 1, before.failures, before.losses)
             if (yield from self._put_claim(claim)):
-                self._free = kept + self._free
+                self._free = passed_over + self._free
                 return claim
             misses += 1
             if misses == 2:
                 yield from self._look(block)
-                misses, kept = 0, []
+                misses, passed_over = 0, []
 
     def _put_claim(self, claim: Claim) -> Steps[bool]:
         return bool((yield Put(self.layout.mark(claim.unit, CLAIM, claim.epoch), {"worker": self.worker})))

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from bytecache.pipeline.config import secrets_of, sections
+from bytecache.pipeline.config_text import secrets_of, sections
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.secrets import Secret
 from bytecache.schemas.settings import Settings
@@ -38,12 +38,12 @@ class JobSpec:
 
     def command(self, program: tuple[str, ...] = ("bytecache",)) -> list[str]:
         """The worker's arguments. `program`: how bytecache is called there."""
-        given = ["--fresh"] + [part for setting in overrides(self.settings) for part in ("--set", setting)]
+        options = ["--fresh"] + [part for setting in overrides(self.settings) for part in ("--set", setting)]
         if self.stage != "train":
-            return [*program, self.stage, "--worker", *given]
+            return [*program, self.stage, "--worker", *options]
         if self.gpus > 1:
-            return ["torchrun", "--standalone", f"--nproc-per-node={self.gpus}", "-m", "bytecache", "train", *given]
-        return [*program, "train", *given]
+            return ["torchrun", "--standalone", f"--nproc-per-node={self.gpus}", "-m", "bytecache", "train", *options]
+        return [*program, "train", *options]
 
 
 def plan_job(settings: Settings, stage: str, workers: int, gpus: int | None, cpus: int) -> JobSpec:
@@ -69,17 +69,17 @@ def plan_job(settings: Settings, stage: str, workers: int, gpus: int | None, cpu
 
 def overrides(settings: Settings) -> list[str]:
     """`section.key=value` for every setting that differs from its default and holds no secret, in order."""
-    found = []
+    differing = []
     for section in sections():
-        default, given = getattr(Settings(), section), getattr(settings, section)
-        for key, value in given:
+        default, section_settings = getattr(Settings(), section), getattr(settings, section)
+        for key, value in section_settings:
             if value != getattr(default, key):
                 if isinstance(value, Secret):
                     if value.is_secret:
                         continue  # the worker's environment has it, see `JobSpec.secrets`
                     value = value.public
-                found.append(f"{section}.{key}={json.dumps(value) if not isinstance(value, str) else value}")
-    return found
+                differing.append(f"{section}.{key}={json.dumps(value) if not isinstance(value, str) else value}")
+    return differing
 
 
 def one_word(option: str, value: str) -> str:

@@ -23,8 +23,8 @@ def kubernetes_job(
     Raises ConfigError: the run folder is a path of this machine, or settings hold secrets and no `secret` is named.
     """
     needs_shared_run(spec.settings)
-    given = {"--image": image, "--secret": secret, "--namespace": namespace, "--memory": memory}
-    for option, value in given.items():
+    options = {"--image": image, "--secret": secret, "--namespace": namespace, "--memory": memory}
+    for option, value in options.items():
         one_word(option, value)
     if spec.secrets and not secret:
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from bytecache.pipeline.launch.command import JobSpec
 from bytecache.pipeline.launch.supervise import settle, supervise
-from bytecache.schemas.errors import ConfigError, Interrupted
+from bytecache.schemas.errors import ConfigError, Interrupted, install
 
 POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -65,7 +65,7 @@ def run_on_ray(
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ConfigError(f"jobs ray needs {error.name}; pip install 'bytecache[ray]'") from None
+        raise ConfigError(f"jobs ray needs {error.name}; {install('ray')}") from None
     ours = not ray.is_initialized()
     if ours:
         ray.init(address=address or None, log_to_driver=True, include_dashboard=False, **init)

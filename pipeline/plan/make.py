@@ -45,7 +45,7 @@ from bytecache.pipeline.units.receipts import (
 from bytecache.pipeline.units.runner import commit_file
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.settings import Settings
-from bytecache.stages.corpus.reader import File, corpus_files, source_name
+from bytecache.stages.corpus.files import File, corpus_files, source_name
 
 
 def make_plan(store: Store, settings: Settings, stop: Callable[[], bool] = lambda: False) -> tuple[Plan, bool]:

@@ -24,7 +24,8 @@ from bytecache.pipeline.stores import Store, open_store
 from bytecache.schemas.errors import InputError, Interrupted
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus.conversations import opening
-from bytecache.stages.corpus.reader import CorpusReader, Document, File, is_past
+from bytecache.stages.corpus.files import File
+from bytecache.stages.corpus.reader import CorpusReader, Document, is_past
 from bytecache.stages.corpus.tally import Tally
 
 PART_BYTES = 32 * 1024 * 1024

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bytecache.pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped
 from bytecache.pipeline.stores.local import LocalStore
-from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.errors import ConfigError, install
 from bytecache.schemas.files import cache_folder
 
 __all__ = [
@@ -33,7 +33,7 @@ def open_store(place: str, scratch: str = "") -> Store:
     try:
         from bytecache.pipeline.stores.objects import ObjectStore
     except ModuleNotFoundError as error:
-        raise ConfigError(f"run.dir = {place} needs {error.name}; pip install 'bytecache[remote]'") from None
+        raise ConfigError(f"run.dir = {place} needs {error.name}; {install('remote')}") from None
     return ObjectStore(place, folder)
 
 

@@ -127,12 +127,12 @@ class LocalStore:
 
     def list(self, prefix: str) -> Iterator[str]:
         folder = self._path(prefix) if prefix else self.root
-        found: list[str] = []
+        keys: list[str] = []
         for place, folders, files in os.walk(folder):
             if Path(place) == self.root and TEMP_FOLDER in folders:
                 folders.remove(TEMP_FOLDER)
-            found += [(Path(place) / name).relative_to(self.root).as_posix() for name in files]
-        yield from sorted(found)
+            keys += [(Path(place) / name).relative_to(self.root).as_posix() for name in files]
+        yield from sorted(keys)
 
     def temp_path(self, name: str) -> Path:
         folder = self.root / TEMP_FOLDER

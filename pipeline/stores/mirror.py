@@ -46,8 +46,8 @@ class Mirror:
         """The note, if the copy is there as it was made."""
         note = self.note(key)
         with contextlib.suppress(OSError):
-            found = self.path(key).stat()
-            if note and (found.st_size, found.st_mtime_ns) == (note.size, note.mtime_ns):
+            stat = self.path(key).stat()
+            if note and (stat.st_size, stat.st_mtime_ns) == (note.size, note.mtime_ns):
                 return note
         return None
 
@@ -64,9 +64,9 @@ class Mirror:
         self.describe(key, version, path.stat())
         return path
 
-    def describe(self, key: str, version: str, found: os.stat_result) -> None:
-        """Note that the file at `path(key)`, when it was `found`, equalled this version of the object."""
-        note = Note(version=version, size=found.st_size, mtime_ns=found.st_mtime_ns)
+    def describe(self, key: str, version: str, stat: os.stat_result) -> None:
+        """Note that the file at `path(key)`, when this was its `stat`, equalled this version of the object."""
+        note = Note(version=version, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
         place = self._note_path(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_name(f".{os.getpid()}-{place.name}")

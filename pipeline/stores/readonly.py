@@ -39,18 +39,18 @@ class ReadOnlyStore:
     def _find(self, key: str) -> dict[str, Any] | None:
         check_key(key, self.name)
         try:
-            found: dict[str, Any] = self._files.info(f"{self._base}/{key}")
+            info: dict[str, Any] = self._files.info(f"{self._base}/{key}")
         except FileNotFoundError:
             return None
         except Exception as error:  # each file system has its own classes
             raise StorageError(f"{self.name}: looking for {key}: {str(error).splitlines()[0][:300]}") from error
-        return found if found.get("type") == "file" else None
+        return info if info.get("type") == "file" else None
 
     def get_path(self, key: str) -> Path:
-        found = self._find(key)
-        if found is None:
+        info = self._find(key)
+        if info is None:
             raise StorageError(f"{self.name}/{key} does not exist; check run.dir")
-        parts = [found.get("blob_id"), found.get("lfs"), found.get("ETag"), found.get("created"), found["size"]]
+        parts = [info.get("blob_id"), info.get("lfs"), info.get("ETag"), info.get("created"), info["size"]]
         version = hashlib.sha256(repr(parts).encode()).hexdigest()
         if self._mirror.fresh(key, version):
             return self._mirror.path(key)
@@ -58,9 +58,9 @@ class ReadOnlyStore:
         with disk_errors(f"writing {temporary}"):
             try:
                 self._files.get_file(f"{self._base}/{key}", str(temporary))
-                if temporary.stat().st_size != found["size"]:
+                if temporary.stat().st_size != info["size"]:
                     raise StorageError(
-                        f"{self.name}/{key}: {temporary.stat().st_size} bytes of {found['size']} arrived; rerun"
+                        f"{self.name}/{key}: {temporary.stat().st_size} bytes of {info['size']} arrived; rerun"
                     )
                 return self._mirror.adopt(key, temporary, version)
             finally:
@@ -76,8 +76,8 @@ class ReadOnlyStore:
         return self._find(key) is not None
 
     def size(self, key: str) -> int | None:
-        found = self._find(key)
-        return int(found["size"]) if found else None
+        info = self._find(key)
+        return int(info["size"]) if info else None
 
     def sha256(self, key: str, *, deep: bool = False) -> str:
         return file_sha256(self.get_path(key))
@@ -87,10 +87,10 @@ class ReadOnlyStore:
             check_key(prefix, self.name)
         top = f"{self._base}/{prefix}".strip("/")
         try:
-            found = self._files.find(top) if self._files.isdir(top) else []
+            paths = self._files.find(top) if self._files.isdir(top) else []
         except FileNotFoundError:
-            found = []
-        keys = [str(path).strip("/").removeprefix(self._base).strip("/") for path in found]
+            paths = []
+        keys = [str(path).strip("/").removeprefix(self._base).strip("/") for path in paths]
         # A listing is a stranger's text: what would leave the folder is not a key.
         yield from sorted(key for key in keys if key and ".." not in key.split("/") and not key.startswith("."))
 

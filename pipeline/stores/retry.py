@@ -2,7 +2,7 @@
 
 What may pass is repeated: 5xx, throttling, time-outs, torn connections, a body that arrives short or altered. What will
 not is refused at once with its remedy: credentials, permissions, a missing bucket. Every request here may be repeated:
-a conditional write that in truth succeeded is recognised as ours by the tag it carries (`ObjectStore.put_if_absent`).
+a conditional write that in truth succeeded is recognised as ours by the tag it carries (`Bucket.create`).
 """
 
 from collections.abc import Callable

@@ -23,7 +23,7 @@ def open_clients(url: str, timeout: float) -> tuple[Any, Any]:
     """The clients of a bucket and prefix, to read and to write. Raises what the library raises.
 
     `timeout`: seconds without a byte, when reading. The library counts a body that goes out as silence, so a request
-    that writes has ten times as long in all; what is written is small enough for that on a slow link (`objects.PART`).
+    that writes has ten times as long in all; what is written is small enough for that on a slow link (`bucket.PART`).
     """
     if url.startswith("memory:"):
         client = from_url(url)

@@ -56,8 +56,8 @@ def fault(raw: bytes, rendered: bytes = b"") -> str:
         return f"{len(raw)} bytes, cut short"
     if raw.startswith((b"# bytecache: ", b"PAR1", b"PK\3\4", b"{\n")):
         return "it holds another file of ours"
-    above, found, seal = raw.rpartition(_SEAL)
-    if not found:
+    above, separator, seal = raw.rpartition(_SEAL)
+    if not separator:
         return "its last line, its hash, is missing" if MARK.encode() in raw else ""
     if seal != _seal(above)[len(_SEAL) :]:
         return "it does not match the hash in its last line"

@@ -300,10 +300,10 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
     if fidelity is not None and not isinstance(fidelity, dict):
         raise IntegrityError(f"{path}: `fidelity` must be an object or null; fetch or make the index again")
     data = load_manifest()
-    found = hashlib.sha256(data).hexdigest()
-    if found != manifest.get("sha256"):
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != manifest.get("sha256"):
         raise IntegrityError(
-            f"{table_path}: sha256 is {found}, {DATASET} says {str(manifest.get('sha256'))[:80]}; fetch both again, "
+            f"{table_path}: sha256 is {sha256}, {DATASET} says {str(manifest.get('sha256'))[:80]}; fetch both again, "
             "or rerun the stage that makes them"
         )
     entries = _parse_manifest(table_path, data)

@@ -51,7 +51,7 @@ def stretches(shard: ByteShard) -> list[Stretch]:
     """Of the longest among the shard's first documents, in their order."""
     size = np.diff(shard.doc_start)[:AMONG]
     chosen = sorted(np.argsort(-size, kind="stable")[:DOCUMENTS].tolist())
-    found = []
+    stretches = []
     for document in chosen:
         lo, end = int(shard.doc_start[document]), int(shard.doc_start[document + 1])
         hi = min(end, lo + POSITIONS)
@@ -60,14 +60,14 @@ def stretches(shard: ByteShard) -> list[Stretch]:
             symbol[-1] = END
         dense = shard.dense(lo, hi, spread_tail=True).astype(np.float64)
         tail = shard.tails(lo, hi).astype(np.float64)
-        found.append(Stretch(shard.doc_id[document], shard.text[lo:hi].tobytes(), symbol, dense, tail))
-    return found
+        stretches.append(Stretch(shard.doc_id[document], shard.text[lo:hi].tobytes(), symbol, dense, tail))
+    return stretches
 
 
-def preview_table(found: list[Stretch]) -> bytes:
+def preview_table(stretches: list[Stretch]) -> bytes:
     """Parquet: a row a position, with names that need no explanation."""
     rows: list[dict[str, Any]] = []
-    for one in found:
+    for one in stretches:
         entropy = one.entropy()
         for i, symbol in enumerate(one.symbol):
             best = np.argsort(-one.prob[i], kind="stable")[:LISTED]

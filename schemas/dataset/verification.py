@@ -87,7 +87,7 @@ def check_shard(path: Path, entry: ShardEntry, *, deep: bool = False) -> Problem
     """What is wrong with one listed shard."""
     try:
         size = path.stat().st_size
-        found = file_sha256(path) if size == entry.size else ""
+        sha256 = file_sha256(path) if size == entry.size else ""
     except FileNotFoundError:
         return Problem(entry.file, "missing", f"the manifest lists {entry.size} bytes")
     except OSError as error:
@@ -96,8 +96,8 @@ def check_shard(path: Path, entry: ShardEntry, *, deep: bool = False) -> Problem
         return Problem(entry.file, "truncated", f"{size} bytes, the manifest says {entry.size}")
     if size > entry.size:
         return Problem(entry.file, "altered", f"{size} bytes, the manifest says {entry.size}")
-    if found != entry.sha256:
-        return Problem(entry.file, "altered", f"sha256 is {found}, the manifest says {entry.sha256}")
+    if sha256 != entry.sha256:
+        return Problem(entry.file, "altered", f"sha256 is {sha256}, the manifest says {entry.sha256}")
     return _deep(path, entry) if deep else None
 
 

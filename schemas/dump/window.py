@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+
+from bytecache.schemas.loops import inner_loop, row_loop
 
 NEVER = -149 * math.log(2)
 """Nats that sums of log-probabilities count for a probability of zero: the smallest float32 above it."""
@@ -80,9 +83,9 @@ class Window:
 
 def _sampled_rows_stand_alone(w: Window) -> bool:
     """The production capture is a window of its own: the canonical rows and whole chains of branches."""
-    kept = w.row_sampled == 1
-    closed = kept[w.row_parent[1:][kept[1:]]].all()
-    return bool((w.row_sampled <= 1).all() and kept[0] and kept[w.row_depth == 0].all() and closed)
+    sampled = w.row_sampled == 1
+    closed = sampled[w.row_parent[1:][sampled[1:]]].all()
+    return bool((w.row_sampled <= 1).all() and sampled[0] and sampled[w.row_depth == 0].all() and closed)
 
 
 _PER_ROW = (
@@ -91,45 +94,81 @@ _PER_ROW = (
 )  # fmt: skip
 
 
+class _Counts(NamedTuple):
+    """The columns of a window that lead from rows to levels, entries and stops."""
+
+    row_start: np.ndarray
+    row_parent: np.ndarray
+    row_token: np.ndarray
+    row_depth: np.ndarray
+    n_levels: np.ndarray
+    n_stops: np.ndarray
+    fanout: np.ndarray
+    stop_depth: np.ndarray
+    stop_token: np.ndarray
+
+
 @njit(cache=True, nogil=True)
-def _adds_up(
-    n: int, row_start: np.ndarray, row_parent: np.ndarray, row_token: np.ndarray, row_depth: np.ndarray,
-    n_levels: np.ndarray, n_stops: np.ndarray, fanout: np.ndarray, n_entries: int, stop_depth: np.ndarray,
-    stop_token: np.ndarray,
-) -> bool:  # fmt: skip
+def _adds_up(n: int, n_entries: int, counts: _Counts) -> bool:
     """Whether a window's counts add up, and every row but the first is one of its parent's stops, one token on."""
+    adds_up: bool = _rows_add_up(n, n_entries, counts, np.zeros(len(counts.row_start) + 1, np.int64))
+    return adds_up
+
+
+@row_loop
+def _rows_add_up(n: int, n_entries: int, counts: _Counts, first_stop: np.ndarray) -> bool:
+    n_rows, n_stops = len(counts.row_start), len(counts.stop_depth)
     levels = stops = entries = 0
-    first_stop = np.zeros(len(row_start) + 1, np.int64)
-    for r in range(len(row_start)):
-        parent, mine = row_parent[r], n_levels[r]
-        if row_start[r] < 0 or row_start[r] > n or parent >= r or (r > 0 and parent < 0):
+    for r in range(n_rows):
+        if not _is_in_text(r, n, counts) or stops + counts.n_stops[r] > n_stops:
             return False
-        if mine < 1 or mine > n - row_start[r] + 1 or n_stops[r] < 0:
+        levels += counts.n_levels[r]
+        if not _are_stops(counts.stop_depth[stops : stops + counts.n_stops[r]], counts.n_levels[r]):
             return False
-        levels += mine
-        if stops + n_stops[r] > len(stop_depth):
-            return False
-        before = 1
-        for s in range(stops, stops + n_stops[r]):
-            if stop_depth[s] < before or stop_depth[s] >= mine:
-                return False
-            before = stop_depth[s]
-        stops += n_stops[r]
+        stops += counts.n_stops[r]
         first_stop[r + 1] = stops
-        if r == 0:
-            if row_start[r] != 0 or row_depth[r] != 0:
-                return False
-            continue
-        if row_depth[r] != row_depth[parent] + 1 and (row_depth[r] != 0 or row_depth[parent] != 0):
+        if not _is_one_token_on(r, first_stop, counts):
             return False
-        s, last = first_stop[parent], first_stop[parent + 1]
-        while s < last and (stop_token[s] != row_token[r] or row_start[parent] + stop_depth[s] != row_start[r]):
-            s += 1
-        if s == last:
-            return False
-    for f in fanout:
+    for f in counts.fanout:
         entries += f
-    return levels == len(fanout) and stops == len(stop_depth) and entries == n_entries
+    return levels == len(counts.fanout) and stops == n_stops and entries == n_entries
+
+
+@inner_loop
+def _is_in_text(r: int, n: int, counts: _Counts) -> bool:
+    """Whether a row starts and ends in a text of n bytes, and its parent comes before it."""
+    start, parent, levels = counts.row_start[r], counts.row_parent[r], counts.n_levels[r]
+    if start < 0 or start > n or parent >= r or (r > 0 and parent < 0):
+        return False
+    return bool(levels >= 1 and levels <= n - start + 1 and counts.n_stops[r] >= 0)
+
+
+@inner_loop
+def _are_stops(depths: np.ndarray, n_levels: int) -> bool:
+    """Whether a row's stops ascend and stand on its levels, the first one left out."""
+    before = 1
+    for depth in depths:
+        if depth < before or depth >= n_levels:
+            return False
+        before = depth
+    return True
+
+
+@inner_loop
+def _is_one_token_on(r: int, first_stop: np.ndarray, counts: _Counts) -> bool:
+    """Whether a row's history is its parent's and one of the parent's stops; that of the first row is empty."""
+    row_start, row_depth, stop_depth, stop_token = (
+        counts.row_start, counts.row_depth, counts.stop_depth, counts.stop_token
+    )  # fmt: skip
+    if r == 0:
+        return bool(row_start[0] == 0 and row_depth[0] == 0)
+    parent = counts.row_parent[r]
+    if row_depth[r] != row_depth[parent] + 1 and (row_depth[r] != 0 or row_depth[parent] != 0):
+        return False
+    for s in range(first_stop[parent], first_stop[parent + 1]):
+        if stop_token[s] == counts.row_token[r] and row_start[parent] + stop_depth[s] == row_start[r]:
+            return True
+    return False
 
 
 _MOST_BITS = np.float32(1.0 + 2.0**-5).view(np.uint32)
@@ -153,10 +192,7 @@ def is_consistent(w: Window) -> bool:
         and len(w.topk_id) == len(w.topk_logp)
         and len(w.row_sampled) == (rows if w.reference else 0)
         and (w.doc_position >= 0) == w.reference
-        and _adds_up(
-            n, w.row_start, w.row_parent, w.row_token, w.row_depth, w.n_levels, w.n_stops, w.fanout,
-            len(w.entry_byte), w.stop_depth, w.stop_token,
-        )
+        and _adds_up(n, len(w.entry_byte), _Counts(*(getattr(w, name) for name in _Counts._fields)))
         and all(_are_masses(masses) for masses in (w.entry_mass, w.stop_mass, w.end, w.control))
         and (w.row_logp < 1.0).all()  # NaN is not
         and w.row_static.max() <= 1

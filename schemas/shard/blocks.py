@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bytecache.schemas.arrays import F32, F64, I16, U8
+from bytecache.schemas.arrays import END, F32, F64, I16, U8
 
 BLOCK = 1 << 14
 """Rows that are encoded at a time."""
@@ -32,13 +32,21 @@ class Block:
         """Whether so many more rows and entries fit."""
         return self.n_rows + rows <= BLOCK and self.n_entries + entries <= len(self.symbol)
 
-    def room(self, rows: int) -> tuple[I16, I16, F64, F64, I16, F32]:
-        """Where the next `rows` go: count, listable, rest, unlisted; symbol, prob, as many as there is room for."""
+    def room(self, rows: int) -> "Room":
+        """Where the next `rows` go, with all the room for entries that there is."""
         at, entry = slice(self.n_rows, self.n_rows + rows), self.n_entries
-        return (
+        return Room(
             self.count[at], self.listable[at], self.rest[at], self.unlisted[at],
-            self.symbol[entry:], self.prob[entry:],
+            self.symbol[entry:], self.prob[entry:], self.prob[entry:].view(np.uint32),
         )  # fmt: skip
+
+    def add(self, text: U8, mask: U8, tail: F32, entries: int) -> None:
+        """Count rows that were put into `room`, with what follows them (`text`, then END), and their entries."""
+        rows = slice(self.n_rows, self.n_rows + len(tail))
+        self.true[rows] = END
+        self.true[self.n_rows : self.n_rows + len(text)] = text
+        self.mask[rows], self.given[rows] = mask, tail
+        self.n_rows, self.n_entries = rows.stop, self.n_entries + entries
 
     def rows(self, n: int) -> "Rows":
         """The first n rows."""
@@ -47,6 +55,18 @@ class Block:
             self.true[:n], self.mask[:n], self.count[:n], self.listable[:n], self.rest[:n], self.unlisted[:n],
             self.given[:n], self.symbol[:m], self.prob[:m], self.prob[:m].view(np.uint32),
         )  # fmt: skip
+
+
+class Room(NamedTuple):
+    """Where `gather` puts m rows: the columns of `Rows` that it fills."""
+
+    n_kept: I16
+    listable: I16
+    rest: F64
+    unlisted: F64
+    symbol: I16
+    prob: F32
+    bits: NDArray[np.uint32]
 
 
 class Rows(NamedTuple):

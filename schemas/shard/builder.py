@@ -11,7 +11,6 @@ Price in memory: about 130 bytes for each of the first 2 ** 20 positions, then 4
 import json
 import math
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,18 +18,17 @@ from numpy.typing import NDArray
 
 from bytecache.schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.shard import gather, quantise
+from bytecache.schemas.shard import gather, quantise, reasons
 from bytecache.schemas.shard import prior as priors
 from bytecache.schemas.shard.blocks import BLOCK, ENTRIES, Block, Rows
 from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, TAIL, VERSION, Codes, pack_columns
+from bytecache.schemas.shard.gather import Threshold
+from bytecache.schemas.shard.incoming import DenseRows, Incoming, SparseRows
 from bytecache.schemas.shard.limits import excess
 from bytecache.schemas.shard.prior import Prior
+from bytecache.schemas.shard.rounding import Steps
+from bytecache.schemas.shard.worth import Table
 from bytecache.schemas.shard.zarr_zip import write_zarr_zip
-
-_DENSE_PIECE = 1 << 10
-"""Dense rows gathered at a time: the worst case, 257 entries per row, is half of a block."""
-_SPARSE_PIECE = 1 << 12
-"""The same for sparse ones, of which the worst case is known."""
 
 
 class Precision(NamedTuple):
@@ -52,12 +50,26 @@ PRECISIONS = {
 }
 
 
-_Gathered = tuple[int, int, int, float]
-_Gather = Callable[..., _Gathered]
+class _Refused(NamedTuple):
+    """A row that a loop refused."""
+
+    row: int
+    """of the piece"""
+    reason: int
+    value: float
+
+    @property
+    def is_negative_zero(self) -> bool:
+        """Whether nothing is wrong but a probability of -0.0."""
+        return self.reason == reasons.BAD_VALUE and self.value == 0.0
 
 
-class _NegativeZeroError(Exception):
-    """A probability is -0.0."""
+class _Learned(NamedTuple):
+    """The shard's prior, its `child` and its `Table`."""
+
+    prior: Prior
+    child: I16
+    table: Table
 
 
 class ShardBuilder:
@@ -82,10 +94,8 @@ class ShardBuilder:
         threshold = 2.0 ** (2 * math.floor(math.log2(precision.value_step)) - 22)
         self._price = _price(precision.rate)
         self._least = max(prune, (0.6 * precision.value_step / 256) ** 2)
-        self._limits = (
-            np.uint32(np.float32(threshold).view(np.uint32)),
-            np.float32(2.0**30 / threshold),  # fixed-point unit of the mass below the threshold: fits an int32
-        )
+        self._threshold = Threshold(np.uint32(np.float32(threshold).view(np.uint32)), np.float32(2.0**30 / threshold))
+        self._steps = Steps(precision.value_step, precision.tail_step, precision.rate, float(priors.UNIT))
         self._columns = {name: bytearray() for name in COLUMNS if not name.startswith(("prior_", "doc_"))}
         self._doc_id = bytearray()
         self._doc_start = [0]
@@ -93,7 +103,7 @@ class ShardBuilder:
         self._ended = False
         self._blocks = [Block(ENTRIES)]
         self._n_rows = 0
-        self._table: _Table | None = None
+        self._learned: _Learned | None = None
         self._divergence = np.zeros(2)
 
     @property
@@ -122,25 +132,7 @@ class ShardBuilder:
                 f"text {np.shape(text)}, probs {probs.shape}, tail {np.shape(tail)}: "
                 "expected [m], [m or m + 1, 257], [rows]"
             )
-
-        def gather_from(probs: F32) -> _Gather:
-            flat = probs.reshape(-1)
-            bits = flat.view(np.uint32)
-
-            def run(lo: int, hi: int, tail: F32, *room: Any) -> _Gathered:
-                a, b = lo * SYMBOLS, hi * SYMBOLS
-                gathered: _Gathered = gather.gather_rows(flat[a:b], bits[a:b], tail, *self._limits, *room)
-                return gathered
-
-            return run
-
-        def worst(lo: int, hi: int) -> int:
-            return SYMBOLS * (hi - lo)
-
-        try:
-            self._append(text, tail, mask, gather_from(probs), worst, _DENSE_PIECE)
-        except _NegativeZeroError:
-            self._append(text, tail, mask, gather_from(probs + np.float32(0)), worst, _DENSE_PIECE)
+        self._append(text, tail, mask, DenseRows(probs))
 
     def append_sparse(self, text: U8, count: I64, symbol: I16, prob: F32, tail: F32, mask: U8 | None = None) -> None:
         """`append` of rows without their zeros: count int64 [rows] entries each, ascending by symbol.
@@ -157,31 +149,9 @@ class ShardBuilder:
                 f"count {count.shape} of sum {start[-1]}, symbol {symbol.shape}, prob {prob.shape}, "
                 f"tail {np.shape(tail)}: expected one count >= 0 for each tail, and as many entries as they say"
             )
+        self._append(text, tail, mask, SparseRows(count, start, symbol, prob))
 
-        def gather_from(prob: F32) -> _Gather:
-            bits = prob.view(np.uint32)
-
-            def run(lo: int, hi: int, tail: F32, *room: Any) -> _Gathered:
-                a, b = start[lo], start[hi]
-                gathered: _Gathered = gather.gather_sparse(
-                    count[lo:hi], symbol[a:b], prob[a:b], bits[a:b], tail, *self._limits, *room
-                )
-                return gathered
-
-            return run
-
-        def worst(lo: int, hi: int) -> int:
-            return int(start[hi] - start[lo]) + 1  # the kernel writes an entry before it decides to keep it
-
-        try:
-            self._append(text, tail, mask, gather_from(prob), worst, _SPARSE_PIECE)
-        except _NegativeZeroError:
-            self._append(text, tail, mask, gather_from(prob + np.float32(0)), worst, _SPARSE_PIECE)
-
-    def _append(
-        self, text: U8, tail: F32, mask: U8 | None, run: _Gather, worst: Callable[[int, int], int], piece: int
-    ) -> None:
-        """Add rows that `run` gathers, `piece` at a time; of rows lo..hi at most `worst(lo, hi)` entries."""
+    def _append(self, text: U8, tail: F32, mask: U8 | None, rows: Incoming) -> None:
         text = np.ascontiguousarray(text, np.uint8)
         tail = np.ascontiguousarray(tail, np.float32)
         n = len(tail)
@@ -192,48 +162,52 @@ class ShardBuilder:
         mask = np.ones(n, np.uint8) if mask is None else np.ascontiguousarray(mask, np.uint8)
         if mask.shape != (n,) or (n and mask.max() > 1):
             raise ValueError(f"mask {mask.shape} must have one 0 or 1 per row of probs ({n})")
-        n_blocks, last = len(self._blocks), self._blocks[-1]
-        before = last.n_rows, last.n_entries
-        for lo in range(0, n, piece):
-            hi = min(lo + piece, n)
-            entries = worst(lo, hi)
-            block = self._blocks[-1]
-            if not block.has_room(hi - lo, entries):
-                block = Block(max(ENTRIES, entries))
-                self._blocks.append(block)
-            count, listable, rest, unlisted, symbol, prob = block.room(hi - lo)
-            n_entries, row, reason, value = run(lo, hi, tail[lo:hi], count, rest, symbol, prob)
-            if row < 0:
-                n_entries, row, reason, value = gather.order_rows(
-                    self._least, count, listable, rest, unlisted, symbol, prob, prob.view(np.uint32)
-                )
-            if row >= 0:
-                del self._blocks[n_blocks:]
-                last.n_rows, last.n_entries = before
-                raise self._refusal(lo + row, reason, value)
-            a, b = block.n_rows, block.n_rows + hi - lo
-            block.true[a:b] = END
-            block.true[a : a + len(text[lo:hi])] = text[lo:hi]
-            block.mask[a:b], block.given[a:b] = mask[lo:hi], tail[lo:hi]
-            block.n_rows, block.n_entries = b, block.n_entries + n_entries
+        refused = self._gather(rows, text, tail, mask)
+        if refused is not None and refused.is_negative_zero:
+            refused = self._gather(rows.without_negative_zeros(), text, tail, mask)
+        if refused is not None:
+            raise self._refusal(refused)
         self._n_rows += n
         self._columns["text"] += text.tobytes() + bytes(n - len(text))
         self._columns["mask"] += mask.tobytes()
         self._ended = n > len(text)
-        if self._n_rows >= (priors.SAMPLE if self._table is None else BLOCK):
+        if self._n_rows >= (priors.SAMPLE if self._learned is None else BLOCK):
             self._flush()
 
-    def _refusal(self, row: int, reason: int, value: float) -> Exception:
-        """What to raise for a row of a piece that a kernel refused."""
-        if reason == quantise.BAD_ORDER:
+    def _gather(self, rows: Incoming, text: U8, tail: F32, mask: U8) -> "_Refused | None":
+        """Add rows to the blocks, a piece at a time; if one is refused, none, and that one is returned."""
+        n_blocks, last = len(self._blocks), self._blocks[-1]
+        n_rows, n_entries = last.n_rows, last.n_entries
+        for lo in range(0, len(tail), rows.piece):
+            hi = min(lo + rows.piece, len(tail))
+            block = self._block_with_room(hi - lo, rows.most_entries(lo, hi))
+            room = block.room(hi - lo)
+            added, row, reason, value = rows.gather(lo, hi, tail[lo:hi], self._threshold, room)
+            if row < 0:
+                added, row, reason, value = gather.order_rows(self._least, room)
+            if row >= 0:
+                del self._blocks[n_blocks:]
+                last.n_rows, last.n_entries = n_rows, n_entries
+                return _Refused(lo + row, reason, value)
+            block.add(text[lo:hi], mask[lo:hi], tail[lo:hi], added)
+        return None
+
+    def _block_with_room(self, rows: int, entries: int) -> Block:
+        """The last block, or a new one behind it."""
+        if not self._blocks[-1].has_room(rows, entries):
+            self._blocks.append(Block(max(ENTRIES, entries)))
+        return self._blocks[-1]
+
+    def _refusal(self, refused: "_Refused") -> Exception:
+        """What to raise for a row of a piece."""
+        row, reason, value = refused
+        if reason == reasons.BAD_ORDER:
             return ValueError(f"row {row} of this piece: its symbols must ascend and be at most {END}")
-        if reason == quantise.BAD_VALUE and value == 0.0:  # -0.0: the kernels order floats by their bits
-            return _NegativeZeroError()
         document = len(self._doc_start) - 1
         position = self.n_positions + row - self._doc_start[-1]
         what = (
             f"probability or tail {value} (must be within 0..1)"
-            if reason == quantise.BAD_VALUE
+            if reason == reasons.BAD_VALUE
             else f"probabilities and tail sum to {value:.6f} (must be 1 within {gather.SUM_TOLERANCE})"
         )
         return IntegrityError(
@@ -248,18 +222,18 @@ class ShardBuilder:
         done = len(self._columns["head"])
         text = np.frombuffer(self._columns["text"], np.uint8)
         starts = np.array(self._doc_start, np.int64)
-        if self._table is None:
-            self._table = _Table(self._learn(text, starts))
+        if self._learned is None:
+            self._learned = self._learn(text, starts)
         for block in self._blocks:
             rows = block.rows(block.n_rows)
-            node = priors.find_nodes(text, starts, self._table.child, done, done + block.n_rows)
-            for name, column in self._encode(rows, node, self._table).items():
+            node = priors.find_nodes(text, starts, self._learned.child, done, done + block.n_rows)
+            for name, column in self._encode(rows, node, self._learned.table).items():
                 self._columns[name] += column.tobytes()
             done += block.n_rows
         del self._blocks[1:]
         self._blocks[0].n_rows = self._blocks[0].n_entries = self._n_rows = 0
 
-    def _learn(self, text: U8, starts: I64) -> Prior:
+    def _learn(self, text: U8, starts: I64) -> "_Learned":
         """The prior of the first SAMPLE of the rows that wait."""
         begin = np.cumsum([0, *(block.n_rows for block in self._blocks)]).clip(max=priors.SAMPLE)
         sample, n = np.diff(begin), int(begin[-1])
@@ -268,27 +242,24 @@ class ShardBuilder:
         node = np.split(priors.find_nodes(text, starts, tree.child(), 0, n), begin[1:-1])
         mass = np.zeros((len(tree.parent), SYMBOLS), np.int64)
         for r, nodes in zip(rows, node, strict=True):
-            quantise.learn_masses(nodes, r.n_kept, r.symbol, r.prob, float(priors.UNIT), mass)
-        table = _Table(priors.weigh(tree, mass))  # what everything looks like
+            quantise.learn_masses(r, nodes, self._steps.unit, mass)
+        table = self._table(priors.weigh(tree, mass))  # what everything looks like
         for r, nodes in zip(rows, node, strict=True):  # then what is left over once some of it is listed
-            self._encode(r, nodes, table, mass)
-        return priors.weigh(tree, mass)
+            quantise.forget_listed(r, nodes, table, self._steps, mass)
+        prior = priors.weigh(tree, mass)
+        return _Learned(prior, prior.child(), self._table(prior))
 
-    def _encode(self, rows: Rows, node: I16, table: "_Table", mass: I64 | None = None) -> dict[str, U8]:
-        """The coded columns of rows; with `mass`, only take what is listed from there."""
+    def _table(self, prior: Prior) -> Table:
+        packed: I16 = prior.code.astype(np.int16) << 9 | priors.ranks(prior.order())
+        return Table(packed, priors.WEIGHT, priors.INVERSE, prior.totals(), self._price)
+
+    def _encode(self, rows: Rows, node: I16, table: Table) -> dict[str, U8]:
+        """The coded columns of rows."""
         n, m = len(rows.true), len(rows.symbol)
-        out = Codes(*(np.empty(size, np.uint8) for size in (n, n, n, m, m)))
-        precision, learn = self.precision, mass is not None
-        table_of = quantise.Table(table.packed, priors.WEIGHT, priors.INVERSE, table.total, self._price)
-        steps = quantise.Steps(precision.value_step, precision.tail_step, precision.rate, float(priors.UNIT))
-        nothing = np.empty((0, SYMBOLS), np.int64)
-        n_top, n_entries = quantise.encode_rows(
-            rows, node, table_of, steps, out, self._divergence, nothing if mass is None else mass
-        )
-        if learn:
-            return {}
-        codes = out._replace(top=out.top[:n_top], gap=out.gap[:n_entries], value=out.value[:n_entries])
-        return pack_columns(codes, precision.value_step)
+        codes = Codes(*(np.empty(size, np.uint8) for size in (n, n, n, m, m)))
+        n_top, n_entries = quantise.encode_rows(rows, node, table, self._steps, codes, self._divergence)
+        codes = codes._replace(top=codes.top[:n_top], gap=codes.gap[:n_entries], value=codes.value[:n_entries])
+        return pack_columns(codes, self._steps.value)
 
     def end_document(self, doc_id: str) -> None:
         """Close the document whose last appended piece held the END position. Raises ValueError otherwise."""
@@ -312,7 +283,23 @@ class ShardBuilder:
         if self.n_positions != self._doc_start[-1]:
             raise ValueError("the last document is open: call end_document before write")
         self._flush()
-        prior = self._table.prior if self._table else priors.flat_prior()
+        columns = self._all_columns()
+        statistics = self._statistics(columns)
+        attributes = {
+            "format": FORMAT,
+            "version": VERSION,
+            "precision": {"prune": self.prune, **self.precision._asdict()},
+            "statistics": statistics,
+            "attrs": json.loads(json.dumps(attrs, sort_keys=True, allow_nan=False)),
+        }
+        size = write_zarr_zip(path, columns, attributes)
+        why = excess(size, self.n_positions, len(self._doc_start) - 1)
+        if why:
+            raise IntegrityError(f"{os.fspath(path)}: {why}; make smaller shards (convert.shard_bytes)")
+        return {**statistics, "size": size}
+
+    def _all_columns(self) -> dict[str, NDArray[Any]]:
+        prior = self._learned.prior if self._learned else priors.flat_prior()
         columns: dict[str, NDArray[Any]] = {
             "prior_parent": prior.parent,
             "prior_byte": prior.byte,
@@ -322,12 +309,17 @@ class ShardBuilder:
             "doc_id_start": np.array(self._doc_id_start, np.int64),
         }
         columns |= {name: np.frombuffer(column, np.uint8) for name, column in self._columns.items()}
+        return {name: columns[name].astype(kind, copy=False) for name, kind in COLUMNS.items()}
+
+    def _statistics(self, columns: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        """What the shard says of itself, see `write`."""
         supervised = columns["mask"] == 1
         n_supervised = int(supervised.sum())
         histogram = np.bincount((columns["head"] & 240 | columns["tail_low"])[supervised], minlength=256)
         used = np.flatnonzero(histogram)
         mass = math.fsum(TAIL[code] * histogram[code] for code in used)
-        statistics = {
+        quantisation, whole = (max(0.0, float(nats)) / max(1, n_supervised) for nats in self._divergence)
+        return {
             "n_documents": len(self._doc_start) - 1,
             "n_bytes": self.n_bytes,
             "n_positions": self.n_positions,
@@ -335,33 +327,9 @@ class ShardBuilder:
             "n_entries": len(columns["entry"]),
             "tail_mean": _rounded(mass / max(1, n_supervised)),
             "tail_max": _rounded(TAIL[used[-1]]) if n_supervised else 0.0,
-            "kl_mean": _rounded(max(0.0, float(self._divergence[1])) / max(1, n_supervised)),
-            "quantisation_kl_mean": _rounded(max(0.0, float(self._divergence[0])) / max(1, n_supervised)),
+            "kl_mean": _rounded(whole),
+            "quantisation_kl_mean": _rounded(quantisation),
         }
-        attributes = {
-            "format": FORMAT,
-            "version": VERSION,
-            "precision": {"prune": self.prune, **self.precision._asdict()},
-            "statistics": statistics,
-            "attrs": json.loads(json.dumps(attrs, sort_keys=True, allow_nan=False)),
-        }
-        size = write_zarr_zip(
-            path, {name: columns[name].astype(kind, copy=False) for name, kind in COLUMNS.items()}, attributes
-        )
-        why = excess(size, self.n_positions, len(self._doc_start) - 1)
-        if why:
-            raise IntegrityError(f"{os.fspath(path)}: {why}; make smaller shards (convert.shard_bytes)")
-        return {**statistics, "size": size}
-
-
-class _Table:
-    """A prior in the form the writer's kernel reads."""
-
-    def __init__(self, prior: Prior) -> None:
-        self.prior = prior
-        self.child = prior.child()
-        self.total = prior.totals()
-        self.packed: I16 = prior.code.astype(np.int16) << 9 | priors.ranks(prior.order())
 
 
 def _price(rate: float) -> F64:

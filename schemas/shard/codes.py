@@ -77,6 +77,6 @@ def pack_columns(codes: Codes, step: int) -> dict[str, U8]:
 def check_bounds(columns: dict[str, NDArray[Any]], step: int) -> None:
     """Raises ValueError, the column's name first, for numbers that `pack_columns` does not make."""
     for name, most in (("tail_low", 15), ("count_over", MAX_COUNT - COUNT_OVER), ("gap_over", 256 - step)):
-        found = columns[name].max(initial=0)
-        if found > most:
-            raise ValueError(f"{name} holds {found}, at most {most}")
+        highest = columns[name].max(initial=0)
+        if highest > most:
+            raise ValueError(f"{name} holds {highest}, at most {most}")

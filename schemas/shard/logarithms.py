@@ -7,14 +7,14 @@ from bytecache.schemas.arrays import F64, PLACE
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def sum_logs(times: F64, x: F64, n: int) -> float:
+def sum_logs(times: F64, x: F64, n: int, whole: F64) -> float:
     """Sum of times[k] * ln(x[k]) over k < n, normal numbers above zero; 1e-15 of the summands, alike on every machine.
 
     x = 2 ** e * m with m in sqrt(1/2)..sqrt(2); ln(m) = 2 artanh(s) with s = (m - 1) / (m + 1), by its series. Loops
-    without branches, which a compiler turns into vector instructions. Overwrites x; n is rounded up to 4.
+    without branches, which a compiler turns into vector instructions. Overwrites x and `whole`; n is rounded up to 4,
+    for which all three have room.
     """
     bits = x.view(np.int64)
-    whole = np.empty(n + 4)
     for k in range(n, (n + 3) // 4 * 4):
         times[k], x[k] = 0.0, 1.0
     n = (n + 3) // 4 * 4

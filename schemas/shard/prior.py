@@ -140,13 +140,13 @@ def find_block(text: U8, doc_start: I64, child: I16, document: int, lo: int, hi:
         if document + 1 < doc_start.shape[0]:
             stop = min(hi, doc_start[document + 1])
         while i < min(stop, first + DEPTH):
-            found = 0
+            deepest = 0
             for back in range(1, i - first + 1):
-                deeper = child[found, text[i - back]]
+                deeper = child[deepest, text[i - back]]
                 if deeper == none:
                     break
-                found = deeper
-            node[i - lo] = found
+                deepest = deeper
+            node[i - lo] = deepest
             i += 1
         for j in range(i, stop):
             here = PLACE(j)
@@ -189,7 +189,7 @@ def grow(text: U8, doc_start: I64, known: NDArray[np.bool_]) -> Prior:
 
     `text` [n]: documents with their END positions.
     """
-    found: list[tuple[int, int, int]] = []  # (-count, depth, key); key = bytes before, nearest in the high digits
+    contexts: list[tuple[int, int, int]] = []  # (-count, depth, key); key = bytes before, nearest in the high digits
     parents = np.zeros(1, np.int64)  # keys; what is too rare has no children, since MINIMUM grows with the depth
     for depth in range(1, DEPTH + 1):
         group = np.full(256 ** (depth - 1), -1, np.int64)
@@ -198,11 +198,11 @@ def grow(text: U8, doc_start: I64, known: NDArray[np.bool_]) -> Prior:
         _count(text, doc_start, known, group, depth, counts)
         row, last = np.nonzero(counts >= MINIMUM[depth])
         parents = parents[row] << 8 | last
-        found += zip((-counts[row, last]).tolist(), [depth] * len(parents), parents.tolist(), strict=True)
+        contexts += zip((-counts[row, last]).tolist(), [depth] * len(parents), parents.tolist(), strict=True)
     # Most frequent first; a parent is at least as frequent and less deep, so it always precedes its children.
     nodes = {(0, 0): 0}
     parent, byte = [-1], [0]
-    for _, depth, context in sorted(found):
+    for _, depth, context in sorted(contexts):
         if (depth - 1, context >> 8) in nodes and len(parent) < NODES:
             nodes[depth, context] = len(parent)
             parent.append(nodes[depth - 1, context >> 8])

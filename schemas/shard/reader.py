@@ -3,8 +3,8 @@
 A document of n bytes owns n + 1 positions; the last one predicts END. Per position: the most likely symbol
 (implied probability: 1 minus the rest), the unlisted mass, and a ragged list of the symbols that the shard's own
 context prior does not predict well enough. SPEC.md is the normative description. This module is what users need: the
-reader, and the writer's names. `shard_builder` writes, `prior` holds the context tree, `quantise` what a writer
-chooses, `packing` the columns, `expansion` the reader's loops, `zarr_zip` the file.
+reader, and the writer's names. `builder` writes, `prior` holds the context tree, `quantise` what a writer chooses,
+`codes` the columns, `expansion` the reader's loops, `zarr_zip` the file.
 
 Price in memory: 7 bytes a position and 2 a listed symbol. Sizes, speeds and the commands that measure them:
 docs/results.md.
@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +24,10 @@ from numpy.typing import NDArray
 from bytecache.schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard import prior as priors
-from bytecache.schemas.shard import quantise
+from bytecache.schemas.shard import reasons
 from bytecache.schemas.shard.builder import PRECISIONS, Precision, ShardBuilder
 from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, TAIL, VERSION, check_bounds
-from bytecache.schemas.shard.expansion import INDEX_STRIDE, SPARE, decode_rows, expand_rows
+from bytecache.schemas.shard.expansion import INDEX_STRIDE, SPARE, Contexts, RowKeys, Stored, decode_rows, expand_rows
 from bytecache.schemas.shard.limits import excess
 from bytecache.schemas.shard.prior import Prior
 from bytecache.schemas.shard.zarr_zip import read_zarr_zip
@@ -47,12 +48,12 @@ FIGURES = ("tail_mean", "tail_max", "kl_mean", "quantisation_kl_mean")
 """What a writer found out about a shard; a reader takes its word for it, if it is a number."""
 
 _REASONS = {
-    quantise.BAD_ORDER: ("entry", "ranks run beyond the last symbol"),
-    quantise.BAD_CODE: ("entry", "a code that no writer produces"),
-    quantise.BAD_MASS: ("entry", "listed mass and tail reach 1"),
-    quantise.BAD_COUNT: ("head", "the counts do not add up to the lengths of `entry` and `top`"),
-    quantise.BAD_COUNT_OVER: ("count_over", "its length is not the number of counts of 7 and more"),
-    quantise.BAD_GAP_OVER: ("gap_over", "its length is not the number of widest gaps"),
+    reasons.BAD_ORDER: ("entry", "ranks run beyond the last symbol"),
+    reasons.BAD_CODE: ("entry", "a code that no writer produces"),
+    reasons.BAD_MASS: ("entry", "listed mass and tail reach 1"),
+    reasons.BAD_COUNT: ("head", "the counts do not add up to the lengths of `entry` and `top`"),
+    reasons.BAD_COUNT_OVER: ("count_over", "its length is not the number of counts of 7 and more"),
+    reasons.BAD_GAP_OVER: ("gap_over", "its length is not the number of widest gaps"),
 }
 """Why `expand_rows` refuses: the member to blame, and the words."""
 
@@ -153,6 +154,11 @@ class ByteShard:
         return self.text[self.doc_start[index] : self.doc_start[index + 1] - 1].tobytes()
 
 
+_Refuse = Callable[[str, str], IntegrityError]
+"""(member, what is wrong with it) -> what to raise."""
+_Columns = dict[str, NDArray[Any]]
+
+
 def read_shard(path: str | os.PathLike[str]) -> ByteShard:
     """Read and check a whole shard.
 
@@ -168,20 +174,44 @@ def read_shard(path: str | os.PathLike[str]) -> ByteShard:
                 f"{name}: {why}; ask its maker for smaller shards (convert.shard_bytes), or do not use it"
             )
 
-    columns, attributes = read_zarr_zip(path, COLUMNS, check_sizes)
-
     def refuse(member: str, why: str) -> IntegrityError:
         return IntegrityError(f"{name}: member {member!r}: {why}; fetch or make this shard again")
 
+    columns, attributes = read_zarr_zip(path, COLUMNS, check_sizes)
+    _check_attributes(attributes, refuse)
+    attrs, statistics, precision = attributes["attrs"], attributes["statistics"], attributes["precision"]
+    _check_positions(columns, refuse)
+    doc_id = _document_ids(columns, refuse)
+    try:
+        prior = priors.check_prior(columns["prior_parent"], columns["prior_byte"], columns["prior_code"])
+    except ValueError as error:
+        raise refuse(*_member_first(error)) from error
+    codes, index = _expand(columns, precision["value_step"], prior, refuse)
+    _check_statistics(statistics, columns, len(doc_id), refuse)
+    text, mask, doc_start = columns["text"], columns["mask"], columns["doc_start"]
+    return ByteShard(name, attrs, statistics, precision, text, mask, doc_start, doc_id, prior, codes, index)
+
+
+def _member_first(error: ValueError) -> tuple[str, str]:
+    """Member and words of an error that begins with the member's name."""
+    member, _, why = str(error).partition(" ")
+    return member, why
+
+
+def _check_attributes(attributes: dict[str, Any], refuse: _Refuse) -> None:
+    """Refuse a file of another format, and one that does not say what its codes are multiples of."""
     if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
-        found = f"{attributes.get('format')!r} version {attributes.get('version')!r}"
-        raise refuse("zarr.json", f"is {found[:120]}, this reader knows {FORMAT!r} version {VERSION}")
-    attrs, statistics, precision = (attributes.get(key) for key in ("attrs", "statistics", "precision"))
-    if not isinstance(attrs, dict) or not isinstance(statistics, dict) or not isinstance(precision, dict):
+        other = f"{attributes.get('format')!r} version {attributes.get('version')!r}"
+        raise refuse("zarr.json", f"is {other[:120]}, this reader knows {FORMAT!r} version {VERSION}")
+    if any(not isinstance(attributes.get(key), dict) for key in ("attrs", "statistics", "precision")):
         raise refuse("zarr.json", "lacks attrs, statistics or precision")
-    step = precision.get("value_step")
+    step = attributes["precision"].get("value_step")
     if type(step) is not int or step not in STEPS:
         raise refuse("zarr.json", f"precision.value_step is {str(step)[:40]}, must be one of {STEPS}")
+
+
+def _check_positions(columns: _Columns, refuse: _Refuse) -> None:
+    """Refuse columns that do not have one number a position, and offsets that do not divide what they should."""
     n = len(columns["text"])
     for member in ("mask", "head", "tail_low"):
         if len(columns[member]) != n:
@@ -202,19 +232,22 @@ def read_shard(path: str | os.PathLike[str]) -> ByteShard:
         raise refuse("doc_id_start", f"{len(id_start) - 1} ids for {len(doc_start) - 1} documents")
     if columns["text"][doc_start[1:] - 1].any():
         raise refuse("text", "an END position holds a byte other than 0")
-    blob = columns["doc_id"].tobytes()
+
+
+def _document_ids(columns: _Columns, refuse: _Refuse) -> list[str]:
+    blob, start = columns["doc_id"].tobytes(), columns["doc_id_start"].tolist()
     try:
-        doc_id = [blob[a:b].decode("utf-8") for a, b in zip(id_start[:-1].tolist(), id_start[1:].tolist(), strict=True)]
+        return [blob[a:b].decode("utf-8") for a, b in pairwise(start)]
     except UnicodeDecodeError as error:
         raise refuse("doc_id", f"is not UTF-8 ({error.reason})") from error
-    try:
-        prior = priors.check_prior(columns["prior_parent"], columns["prior_byte"], columns["prior_code"])
-    except ValueError as error:
-        raise refuse(str(error).partition(" ")[0], str(error).partition(" ")[2]) from error
-    codes, index = _expand(columns, step, prior, refuse)
+
+
+def _check_statistics(statistics: dict[str, Any], columns: _Columns, n_documents: int, refuse: _Refuse) -> None:
+    """Refuse a shard that says other counts of itself than its columns have."""
+    n = len(columns["text"])
     counts = {
-        "n_documents": len(doc_id),
-        "n_bytes": n - len(doc_id),
+        "n_documents": n_documents,
+        "n_bytes": n - n_documents,
         "n_positions": n,
         "n_entries": len(columns["entry"]),
     }
@@ -227,30 +260,23 @@ def read_shard(path: str | os.PathLike[str]) -> ByteShard:
         value = statistics.get(key, 0.0)
         if type(value) not in (int, float) or not math.isfinite(value):
             raise refuse("zarr.json", f"{key} is {str(value)[:40]}, must be a finite number")
-    return ByteShard(
-        name, attrs, statistics, precision, columns["text"], columns["mask"], doc_start, doc_id, prior, codes, index
-    )
 
 
-def _expand(
-    columns: dict[str, NDArray[Any]], step: int, prior: Prior, refuse: Callable[[str, str], IntegrityError]
-) -> tuple[dict[str, NDArray[Any]], I64]:
+def _expand(columns: _Columns, step: int, prior: Prior, refuse: _Refuse) -> tuple[_Columns, I64]:
     """The rows by symbol, and the index of their keys."""
     try:
         check_bounds(columns, step)
     except ValueError as error:
-        raise refuse(str(error).partition(" ")[0], str(error).partition(" ")[2]) from error
-    stored = [columns[name] for name in ("head", "tail_low", "count_over", "top", "entry", "gap_over")]
-    n, m = len(columns["head"]), len(columns["entry"])
-    if n == 0 and any(len(column) for column in stored):
+        raise refuse(*_member_first(error)) from error
+    stored = Stored(*(columns[name] for name in Stored._fields))
+    n, n_entries = len(stored.head), len(stored.entry)
+    if n == 0 and any(len(column) for column in stored[2:]):
         raise refuse("entry", "entries, but no rows")
-    tail, count, place = (np.empty(n, np.uint8) for _ in range(3))
-    key, index = np.empty(n + m + SPARE, np.uint16), np.zeros(-(-n // INDEX_STRIDE) + 1, np.int64)
     order = prior.order()
-    row, reason, n_keys = expand_rows(
-        columns["text"], columns["doc_start"], prior.child(), order.reshape(-1), priors.ranks(order).reshape(-1),
-        *stored, step, tail, count, place, key, index,
-    )  # fmt: skip
+    contexts = Contexts(prior.child(), order.reshape(-1), priors.ranks(order).reshape(-1))
+    tail, count, place = (np.empty(n, np.uint8) for _ in range(3))
+    key, index = np.empty(n + n_entries + SPARE, np.uint16), np.zeros(-(-n // INDEX_STRIDE) + 1, np.int64)
+    row, reason, n_keys = expand_rows(stored, contexts, step, RowKeys(tail, count, place, key, index))
     if row >= 0:
         member, why = _REASONS[reason]
         raise refuse(member, f"position {row}: {why}")

@@ -192,8 +192,8 @@ def _joined(parts: list[Any], here: str) -> str:
 
 def _tool_keys(message: dict[str, Any], here: str) -> dict[str, Any]:
     """`tool_calls` with arguments as objects, as templates want them, `tool_call_id`, `name`; without what is empty."""
-    kept = {key: _without_nulls(message[key]) for key in TOOL_KEYS if not _is_empty(message.get(key))}
-    calls = kept.get("tool_calls", [])
+    calling = {key: _without_nulls(message[key]) for key in TOOL_KEYS if not _is_empty(message.get(key))}
+    calls = calling.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise InputError(f"{here}: `tool_calls` is no list of objects; correct the record")
     for call in calls:
@@ -202,7 +202,7 @@ def _tool_keys(message: dict[str, Any], here: str) -> dict[str, Any]:
             raise InputError(f"{here}: a tool call without the `name` of its function; correct the record")
         if isinstance(function.get("arguments"), str):
             function["arguments"] = _parsed(function["arguments"], f"{here}: `arguments` of {function['name']!r}")
-    return kept
+    return calling
 
 
 def _tools(record: dict[str, Any], where: str) -> list[Any]:

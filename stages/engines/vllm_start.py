@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.schemas import settings as st
-from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.schemas.errors import ConfigError, EngineError, install
 from bytecache.stages.engines.device import batched_tokens, head_is_quantised, trunk_dtype
 from bytecache.stages.engines.paths import PathReducer
 
@@ -67,9 +67,7 @@ def start_engine(folder: Path, settings: st.Teacher, longest: int) -> tuple[Any,
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise ConfigError(
-            'teacher.backend = "vllm" but vLLM is not installed: install bytecache[cpu] or bytecache[gpu]'
-        ) from error
+        raise ConfigError(f'teacher.backend = "vllm" but vLLM is not installed: {install("cpu", "gpu")}') from error
     on_cpu = current_platform.is_cpu()
     arguments = engine_arguments(folder, settings, longest, on_cpu=on_cpu)
     try:

@@ -24,6 +24,8 @@ Price: one forward pass over the split.
 
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -186,73 +188,107 @@ def evaluate(
         dataset.where, dataset, split, opened.vocabulary, opened.end_id, resident=1,
         template=opened.template, max_tokens=opened.max_tokens,
     )  # fmt: skip
-    token = head_ce = kl = teacher = teacher_covered = 0.0
-    n_tokens = n_bytes = n_slots = n_positions = n_unlisted = 0
-    sample: list[MicroBatch] = []
-    context = settings.context_bytes
-    calibration = Calibration()
-    for window in sequential(reader.positions, settings.batch * settings.window_bytes):
-        source = reader[window.shard]
-        rows = [
-            row
-            for lo in range(window.lo, window.hi, settings.window_bytes)
-            for row in stream.cut(source, lo, min(lo + settings.window_bytes, window.hi), opened.max_tokens, context)
-        ]
-        for members in stream.group(rows):
-            # "sum" weighs every slot 1, so the parts are plain sums over slots.
-            micro = stream.collate(members, with_targets=True, byte_reduction="sum", limit=run.objective.term.slots)
-            with torch.inference_mode():
-                logits, hidden = opened.forward(micro.input_ids)
-                parts = run.objective(logits, hidden, micro, measure=True)
-                calibration.add(*run.objective.byte_scores(logits, hidden, micro))
-            token, head_ce, kl = token + float(parts.token), head_ce + float(parts.byte), kl + float(parts.kl)
-            assert micro.targets is not None
-            slot, symbol, prob, tail = (t.numpy() for t in micro.targets)
-            teacher_covered += float(true_nats(slot, symbol, prob, tail, micro.slot_symbol.numpy())[0].sum())
-            n_tokens, n_bytes = n_tokens + micro.n_tokens, n_bytes + micro.n_bytes
-            n_slots += len(micro.slot_token)
-            for row in members:
-                nats, positions, unlisted = _teacher(row)
-                teacher, n_positions, n_unlisted = teacher + nats, n_positions + positions, n_unlisted + unlisted
-            if len(sample) < 2:
-                sample.append(micro)
+    sums, sample = _Sums(), list[MicroBatch]()
+    for members in _groups(reader, settings, opened.max_tokens):
+        # "sum" weighs every slot 1, so the parts are plain sums over slots.
+        micro = stream.collate(members, with_targets=True, byte_reduction="sum", limit=run.objective.term.slots)
+        sums.add_student(run, micro)
+        sums.add_teacher(members, micro)
+        if len(sample) < 2:
+            sample.append(micro)
     skipped = reader.skipped_documents()
-    if not n_bytes:
-        raise InputError(
-            f"{dataset.where}: nothing in split {split!r} can be evaluated"
-            + (
-                f" because of the student: {misfits.words(skipped)}; {misfits.remedy(skipped, 'student')}"
-                if skipped
-                else ""
-            )
-        )
-    bits = 1 / math.log(2)
+    if not sums.n_bytes:
+        raise _nothing_to_evaluate(dataset, split, skipped)
     return {
         "name": name,
         **_oracle(run, reader),
         "split": split,
-        "text_bytes": n_bytes,
-        "tokens": n_tokens,
-        "covered_share": n_slots / n_positions,
-        "token_bits_per_byte": token * bits / n_bytes,
-        "head_bits_per_byte": head_ce * bits / n_slots,
-        "kl_nats_per_byte": kl / n_slots,
-        "calibration_error": calibration.error,
-        "teacher_bits_per_byte": teacher * bits / n_bytes,
-        "teacher_bits_per_covered_byte": teacher_covered * bits / n_slots,
-        "teacher_unlisted_share": n_unlisted / n_positions,
+        **sums.figures(),
         "skipped_documents": skipped,
         "n_skipped": sum(skipped.values()),
         **head_cost(run, sample),
     }
 
 
+def _groups(reader: stream.ShardReader, settings: TrainSettings, max_tokens: int) -> Iterator[list[stream.Row]]:
+    """Rows of the whole split, those of one micro-batch together."""
+    size = settings.window_bytes
+    for window in sequential(reader.positions, settings.batch * size):
+        source = reader[window.shard]
+        rows: list[stream.Row] = []
+        for lo in range(window.lo, window.hi, size):
+            rows += stream.cut(source, lo, min(lo + size, window.hi), max_tokens, settings.context_bytes)
+        yield from stream.group(rows)
+
+
+@dataclass
+class _Sums:
+    """Sums over a split, nats and counts, of which `figures` are the quotients."""
+
+    token: float = 0.0
+    head: float = 0.0
+    kl: float = 0.0
+    teacher: float = 0.0
+    teacher_covered: float = 0.0
+    n_tokens: int = 0
+    n_bytes: int = 0
+    n_slots: int = 0
+    n_positions: int = 0
+    n_unlisted: int = 0
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def add_student(self, run: Run, micro: MicroBatch) -> None:
+        """Add what the student says of a micro-batch."""
+        with torch.inference_mode():
+            logits, hidden = run.student.forward(micro.input_ids)
+            parts = run.objective(logits, hidden, micro, measure=True)
+            self.calibration.add(*run.objective.byte_scores(logits, hidden, micro))
+        self.token += float(parts.token)
+        self.head += float(parts.byte)
+        self.kl += float(parts.kl)
+        self.n_tokens += micro.n_tokens
+        self.n_bytes += micro.n_bytes
+        self.n_slots += len(micro.slot_token)
+
+    def add_teacher(self, members: list[stream.Row], micro: MicroBatch) -> None:
+        """Add what the targets say of the same bytes."""
+        assert micro.targets is not None
+        slot, symbol, prob, tail = (column.numpy() for column in micro.targets)
+        self.teacher_covered += float(true_nats(slot, symbol, prob, tail, micro.slot_symbol.numpy())[0].sum())
+        for row in members:
+            nats, n_positions, n_unlisted = _teacher(row)
+            self.teacher += nats
+            self.n_positions += n_positions
+            self.n_unlisted += n_unlisted
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of the module's docstring."""
+        bits = 1 / math.log(2)
+        return {
+            "text_bytes": self.n_bytes,
+            "tokens": self.n_tokens,
+            "covered_share": self.n_slots / self.n_positions,
+            "token_bits_per_byte": self.token * bits / self.n_bytes,
+            "head_bits_per_byte": self.head * bits / self.n_slots,
+            "kl_nats_per_byte": self.kl / self.n_slots,
+            "calibration_error": self.calibration.error,
+            "teacher_bits_per_byte": self.teacher * bits / self.n_bytes,
+            "teacher_bits_per_covered_byte": self.teacher_covered * bits / self.n_slots,
+            "teacher_unlisted_share": self.n_unlisted / self.n_positions,
+        }
+
+
+def _nothing_to_evaluate(dataset: Dataset, split: str, skipped: dict[str, int]) -> InputError:
+    why = f" because of the student: {misfits.words(skipped)}; {misfits.remedy(skipped, 'student')}" if skipped else ""
+    return InputError(f"{dataset.where}: nothing in split {split!r} can be evaluated{why}")
+
+
 def _oracle(run: Run, reader: stream.ShardReader) -> dict[str, float | None]:
     """The oracle excess of the run's objective, which only `marginal` has."""
     if not isinstance(run.objective.term, MarginalTerm):
         return {"oracle_excess_bits_per_byte": None, "certain_share": None}
-    found = oracle_excess(run.objective.term.marginal, reader)
-    return {"oracle_excess_bits_per_byte": found.bits_per_byte, "certain_share": found.certain_share}
+    excess = oracle_excess(run.objective.term.marginal, reader)
+    return {"oracle_excess_bits_per_byte": excess.bits_per_byte, "certain_share": excess.certain_share}
 
 
 ROWS = (

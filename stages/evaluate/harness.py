@@ -47,24 +47,24 @@ def measure(checkpoint: Path, tasks: list[str], *, limit: int = 0, batch_size: i
             pretrained=str(checkpoint), tokenizer=open_kept(checkpoint), dtype="float32", trust_remote_code=False,
             device=device, batch_size=batch_size,
         )  # fmt: skip
-        found = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit or None, log_samples=False)
+        answer = simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit or None, log_samples=False)
     except (OSError, ConnectionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--lm-eval {','.join(tasks)}: {reason}; check the task and the network") from error
-    return {task: _numbers(values) for task, values in found["results"].items()}
+    return {task: _numbers(values) for task, values in answer["results"].items()}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    return {name.removesuffix(",none"): value for name, value in sorted(kept.items())}
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return {name.removesuffix(",none"): value for name, value in sorted(numbers.items())}
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """{run: what `measure` returned} as a Markdown table, one column a run."""
-    rows = sorted({(task, metric) for found in results.values() for task in found for metric in found[task]})
+    rows = sorted({(task, metric) for result in results.values() for task in result for metric in result[task]})
     lines = ["| lm-eval-harness | " + " | ".join(results) + " |", "|---|" + "---:|" * len(results)]
     for task, metric in rows:
-        values = [found.get(task, {}).get(metric) for found in results.values()]
+        values = [result.get(task, {}).get(metric) for result in results.values()]
         shown = " | ".join("" if value is None else f"{value:.4f}" for value in values)
         lines.append(f"| {task}, {metric} | {shown} |")
     return "\n".join(lines) + "\n"

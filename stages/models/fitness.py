@@ -15,10 +15,10 @@ def quantisation(folder: Path) -> str:
 
     Raises InputError for a config.json that cannot be read.
     """
-    found = _read(folder / "config.json").get("quantization_config")
-    if isinstance(found, dict):
-        return str(found.get("quant_method") or "of a kind it does not name")
-    if found is not None:
+    section = _read(folder / "config.json").get("quantization_config")
+    if isinstance(section, dict):
+        return str(section.get("quant_method") or "of a kind it does not name")
+    if section is not None:
         return "of a kind it does not name"
     for name in QUANTISED:
         if (folder / name).is_file():

@@ -224,10 +224,10 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 def _recorded(folder: Path) -> dict[str, Any]:
     """What `student.json` says; nothing where it is missing or no JSON object."""
     try:
-        found = strict_json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        record = strict_json.loads((folder / "student.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Path, *, seed: int) -> dict[str, Any]:
@@ -248,9 +248,9 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
     recipe = {"settings": settings.model_dump(), "seed": seed, "dataset": open_dataset(targets_dir).content_sha256}
     record = out_dir / "student.json"
     if out_dir.exists():
-        found = _recorded(out_dir)
-        if found.get("recipe") == recipe and found.get("files") == folder_hashes(out_dir):
-            return found
+        recorded = _recorded(out_dir)
+        if recorded.get("recipe") == recipe and recorded.get("files") == folder_hashes(out_dir):
+            return recorded
         raise ConfigError(f"{out_dir}: a student of other settings, or damaged; delete it or choose another run.dir")
     source = locate(settings.model, "student.model") if settings.model else None
     if source:

@@ -122,8 +122,8 @@ def check_kept(folder: Path, where: str) -> list[str]:
         InputError: the tokenizer cannot be had as its tokenizer.json says.
     """
     file = folder / "tokenizer.json"
-    kept = open_kept(folder)
-    if wrong := differences(kept, file):
+    tokenizer = open_kept(folder)
+    if wrong := differences(tokenizer, file):
         raise InputError(f"{where}: transformers {wrong}; choose another tokenizer")
     notes = []
     try:
@@ -135,11 +135,12 @@ def check_kept(folder: Path, where: str) -> list[str]:
             f"{where}: for this architecture AutoTokenizer builds a tokenizer of its own, which {wrong}; open it with "
             f"{CLASS}.from_pretrained"
         )
-    start = kept.bos_token_id
+    start = tokenizer.bos_token_id
     asked = _read(folder / "tokenizer_config.json").get("add_bos_token")
-    if asked and start is not None and start not in kept("a")["input_ids"]:
+    if asked and start is not None and start not in tokenizer("a")["input_ids"]:
         notes.append(
-            f"{where}: add_bos_token is set and its tokenizer.json adds none; put {kept.bos_token!r} in front of texts"
+            f"{where}: add_bos_token is set and its tokenizer.json adds none; "
+            f"put {tokenizer.bos_token!r} in front of texts"
         )
     return notes
 
@@ -147,7 +148,7 @@ def check_kept(folder: Path, where: str) -> list[str]:
 def _converted(source: Path, where: str) -> Any:
     """What transformers makes of a folder without tokenizer.json, if it cuts as the files' own library does."""
     files = open_tokenizer(source)
-    own = files.make_encoder(list(files.table.token_bytes)).canonical(AWKWARD)
+    expected = files.make_encoder(list(files.table.token_bytes)).canonical(AWKWARD)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
@@ -157,7 +158,7 @@ def _converted(source: Path, where: str) -> Any:
         raise InputError(f"{where}: no tokenizer.json, and transformers has no fast form of it; add one")
     wrong = [
         text
-        for text, ids in zip(AWKWARD, own, strict=True)
+        for text, ids in zip(AWKWARD, expected, strict=True)
         if tokenizer(text, add_special_tokens=False)["input_ids"] != ids
     ]
     if wrong:
@@ -176,12 +177,14 @@ def _named_by_class(source: Path, out: Path) -> dict[str, str]:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         return {}  # a class of remote code, or of another version: what its files say has to do
-    kept = open_kept(out)
-    special = {token.content for token in kept.backend_tokenizer.get_added_tokens_decoder().values() if token.special}
+    tokenizer = open_kept(out)
+    special = {
+        token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if token.special
+    }
     return {
         key: text
         for key in ("bos_token", "eos_token")
-        if getattr(kept, key) is None and (text := str(getattr(original, key, None))) in special
+        if getattr(tokenizer, key) is None and (text := str(getattr(original, key, None))) in special
     }
 
 

@@ -24,28 +24,28 @@ def old_tokens(old: Vocabulary, new: Vocabulary) -> list[list[int]]:
     for i, spelled in enumerate(old.token_bytes):
         if spelled is not None:
             exact.setdefault(spelled, i)
-    found: list[list[int]] = [[] for _ in range(new.size)]
+    averaged_from: list[list[int]] = [[] for _ in range(new.size)]
     cut: list[tuple[int, str]] = []
     for i, spelled in enumerate(new.token_bytes):
         if spelled is None:
             continue
         if spelled in exact:
-            found[i] = [exact[spelled]]
+            averaged_from[i] = [exact[spelled]]
             continue
         try:
             cut.append((i, spelled.decode("utf-8")))
         except UnicodeDecodeError:
-            found[i] = _matched(old, spelled)
+            averaged_from[i] = _matched(old, spelled)
     for (i, text), encoded in zip(cut, old.encode_batch([text for _, text in cut]), strict=True):
         as_text = isinstance(encoded, Encoded) and not encoded.synthetic
-        found[i] = encoded.ids.tolist() if as_text else _matched(old, text.encode())  # type: ignore[union-attr]
+        averaged_from[i] = encoded.ids.tolist() if as_text else _matched(old, text.encode())  # type: ignore[union-attr]
     for name, i in new.control_names.items():
         if name in old.control_names:
-            found[i] = [old.control_names[name]]
-    found[new.start_id] = [old.start_id]
+            averaged_from[i] = [old.control_names[name]]
+    averaged_from[new.start_id] = [old.start_id]
     for i in new.end_ids.tolist():
-        found[i] = [int(old.end_ids[0])]
-    return found
+        averaged_from[i] = [int(old.end_ids[0])]
+    return averaged_from
 
 
 def _matched(old: Vocabulary, spelled: bytes) -> list[int]:
@@ -64,18 +64,18 @@ def transfer(model: PreTrainedModel, old: Vocabulary, new: Vocabulary) -> dict[s
     tables: dict[int, nn.Module] = {}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         tables.setdefault(id(module.weight), module)
-    made = {}
+    averaged = {}
     with torch.no_grad():
         for key, module in tables.items():
             rows: dict[str, Any] = {"weight": module.weight, "bias": getattr(module, "bias", None)}
-            made[key] = {name: _averaged(value, tokens) for name, value in rows.items() if value is not None}
+            averaged[key] = {name: _averaged(value, tokens) for name, value in rows.items() if value is not None}
     tied = len(tables) == 1
     model.resize_token_embeddings(new.size, mean_resizing=False)
     with torch.no_grad():
         modules = (
             [model.get_input_embeddings()] if tied else [model.get_input_embeddings(), model.get_output_embeddings()]
         )
-        for module, values in zip(modules, made.values(), strict=True):
+        for module, values in zip(modules, averaged.values(), strict=True):
             for name, value in values.items():
                 getattr(module, name).copy_(value)
     config = model.config.get_text_config()

@@ -133,13 +133,13 @@ class FileCache:
             raise StorageError(f"{self.folder}: cannot write the shard cache: {error}; {hint}") from error
 
     def _make_room(self, size: int) -> None:
-        found = []
+        files = []
         for path in self.folder.glob("??/*.zarr.zip"):
             with suppress(FileNotFoundError):
                 stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, path))
-        excess = sum(entry[1] for entry in found) + size - self.limit
-        for _, length, path in sorted(found):
+                files.append((stat.st_mtime_ns, stat.st_size, path))
+        excess = sum(entry[1] for entry in files) + size - self.limit
+        for _, length, path in sorted(files):
             if excess <= 0:
                 return
             with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:

@@ -163,13 +163,13 @@ class TargetWindows(IterableDataset[TargetWindow]):
 
         Every window before it was handed out by the ranks in step, none after it. Raises ConfigError.
         """
-        found = list(_states(state))
-        if found and "position" in found[0]:
-            return int(found[0]["position"])
-        if not found or len(found) != found[0]["layout"][3]:
+        states = list(_states(state))
+        if states and "position" in states[0]:
+            return int(states[0]["position"])
+        if not states or len(states) != states[0]["layout"][3]:
             raise ConfigError("this is no state of ByteTargets, or not that of all its workers")
-        ranks = int(found[0]["layout"][1])
-        return int(found[0]["start"]) + ranks * sum(int(one["taken"]) for one in found)
+        ranks = int(states[0]["layout"][1])
+        return int(states[0]["start"]) + ranks * sum(int(one["taken"]) for one in states)
 
 
 class ByteTargets(TargetWindows):

@@ -41,16 +41,16 @@ class Shelf(Generic[T]):
         return len(self._shards)
 
     def __getitem__(self, number: int) -> T:
-        found = self._shards.get(number)
-        if found is None or found.cancel():  # nobody has begun it
+        shard = self._shards.get(number)
+        if shard is None or shard.cancel():  # nobody has begun it
             self._shards.pop(number, None)
             while len(self._shards) >= self.keep:
                 self._shards.popitem(last=False)
-            found = Future()
-            found.set_result(self._load(number))
-            self._shards[number] = found
+            shard = Future()
+            shard.set_result(self._load(number))
+            self._shards[number] = shard
         self._shards.move_to_end(number)
-        return found.result()
+        return shard.result()
 
     def follow(self, pools: Iterator[Pool]) -> Generator[Window, None, None]:
         """The windows of `pools`, one after another, their shards loaded in time; close it to end its threads."""

@@ -29,7 +29,7 @@ from bytecache.schemas.dataset.index import (
     read_dataset,
 )
 from bytecache.schemas.dataset.verification import contradictions
-from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
+from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError, install
 from bytecache.schemas.files import (
     NotAFileError,
     cache_folder,
@@ -116,7 +116,7 @@ def _permanent(url: str, error: Exception) -> BytecacheError | None:
     if isinstance(error, BytecacheError):
         return error if place in str(error) else type(error)(f"{place}: {error}")
     if isinstance(error, ImportError):
-        return ConfigError(f"{place}: {error}; pip install 'bytecache[remote]' or the package it names")
+        return ConfigError(f"{place}: {error}; {install('remote')}, or the package it names")
     if isinstance(error, PermissionError):
         return StorageError(f"{place}: access refused ({masked(str(error))}); check your credentials for it")
     # Some file systems call a dead line a missing file too, and name the cause.
@@ -243,15 +243,15 @@ def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:
     for attempt in range(2):
         with dataset.held(entry) as path:
             try:
-                found = file_sha256(path) if path.is_file() else ""
+                sha256 = file_sha256(path) if path.is_file() else ""
             except OSError as error:
                 raise StorageError(f"{path}: cannot be read: {error}; check the path and permissions") from error
-            if found == entry.sha256:
+            if sha256 == entry.sha256:
                 return _as_listed(dataset, entry, read_shard(path))
         if not isinstance(dataset, RemoteDataset) or dataset.cache is None or attempt:
             break
         dataset.cache.drop(entry.sha256)  # damaged on this disk: once more from the source
-    what = f"sha256 is {found[:12]}, the manifest says {entry.sha256[:12]}" if found else "the shard is missing"
+    what = f"sha256 is {sha256[:12]}, the manifest says {entry.sha256[:12]}" if sha256 else "the shard is missing"
     raise IntegrityError(
         f"{dataset.where}/{entry.file}: {what}; run `bytecache convert` where it was made, or "
         "`bytecache verify FOLDER --repair --from PLACE` where it came from PLACE"

@@ -42,8 +42,8 @@ def read_inputs(slice_path: Path, vocabulary: Vocabulary, model: Path, *, max_co
         return Inputs(kind, True, ids, vocabulary.encode_batch(texts))
     contexts = table.column("context").to_pylist()
     if kind == "completion":
-        found = encode_completion(vocabulary, contexts, texts)
-        return Inputs(kind, True, ids, [_bounded(e, max_context) for e in found])
+        encoded = encode_completion(vocabulary, contexts, texts)
+        return Inputs(kind, True, ids, [_bounded(e, max_context) for e in encoded])
     if kind != "chat":
         raise InputError(f"{slice_path}: unknown corpus.kind {kind!r}; plan again with this release")
     template = Template.open(model, vocabulary, setting="teacher.model")

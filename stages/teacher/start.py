@@ -110,7 +110,7 @@ def bits_per_byte(teacher: Teacher, starts: dict[str, int]) -> dict[str, float]:
     """Of the canonical tokens of `SAMPLE`, but for each document's first, after every start; id -1: none."""
     encoded = teacher.vocabulary.encode_batch(list(SAMPLE))
     documents = [document for document in encoded if not isinstance(document, Misfit) and len(document.ids) > 1]
-    found = {}
+    bits = {}
     for text, start in starts.items():
         prompts = [_prompt(document, start, teacher.settings.context - 2) for document in documents]
         nats = size = 0.0
@@ -119,8 +119,8 @@ def bits_per_byte(teacher: Teacher, starts: dict[str, int]) -> dict[str, float]:
             nats -= float(logp.astype(np.float64).sum())
             size += float(prompt.starts[-1] - prompt.starts[0 if start < 0 else 1])
         teacher.engine.forget()
-        found[text] = nats / np.log(2) / size if size else 0.0
-    return found
+        bits[text] = nats / np.log(2) / size if size else 0.0
+    return bits
 
 
 def _prompt(document: Encoded, start: int, most: int) -> Prompt:

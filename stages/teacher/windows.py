@@ -131,15 +131,15 @@ def _row_fields(rows: RowMasses) -> dict[str, Any]:
     return fields
 
 
-def extend(window: Window, found: Deviations, rows: RowMasses, *, static: bool = False) -> None:
+def extend(window: Window, deviations: Deviations, rows: RowMasses, *, static: bool = False) -> None:
     """Add evaluated branches, or static rows, to a window, in the order of `found`."""
     added = {
-        "row_start": found.position,
-        "row_parent": found.row,
-        "row_token": found.token,
-        "row_logp": found.logp,
-        "row_depth": window.row_depth[found.row] + np.uint8(1),
-        "row_static": np.full(len(found.row), static, np.uint8),
+        "row_start": deviations.position,
+        "row_parent": deviations.row,
+        "row_token": deviations.token,
+        "row_logp": deviations.logp,
+        "row_depth": window.row_depth[deviations.row] + np.uint8(1),
+        "row_static": np.full(len(deviations.row), static, np.uint8),
         **_row_fields(rows),
     }
     for name, values in added.items():

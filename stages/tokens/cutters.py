@@ -82,8 +82,8 @@ def _growth(step: Json) -> float:
         return 1.0 if len(step["prepend"]) <= LONGEST_PIECE else math.inf
     if step["type"] != "Replace":
         return 1.0
-    found = step["pattern"].get("String", "")
-    return max(1.0, len(step["content"]) / len(found)) if found else 1.0 + len(step["content"])
+    pattern = step["pattern"].get("String", "")
+    return max(1.0, len(step["content"]) / len(pattern)) if pattern else 1.0 + len(step["content"])
 
 
 class HfCutter:
@@ -101,10 +101,10 @@ class HfCutter:
         """The ids of every text, or why it has none."""
         if self._here is None:
             return tokens_of(self._child(), texts)
-        found: list[list[int] | Failure] = []
+        ids: list[list[int] | Failure] = []
         for group in groups(texts):
-            found += self._cut_here(self._here, group)
-        return found
+            ids += self._cut_here(self._here, group)
+        return ids
 
     def _cut_here(self, tokenizer: Tokenizer, group: list[str]) -> list[list[int] | Failure]:
         if max(map(len, group)) <= LONG:
@@ -141,8 +141,8 @@ class RankCutter:
         """The ranks of every text, or why it has none."""
         if self._guard is not None:
             return tokens_of(self._guard, texts)
-        found: list[list[int] | Failure] = list(self._here.encode_ordinary_batch(list(texts), num_threads=1))
-        return found
+        ids: list[list[int] | Failure] = list(self._here.encode_ordinary_batch(list(texts), num_threads=1))
+        return ids
 
 
 class SentencePieceCutter:

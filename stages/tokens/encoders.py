@@ -159,12 +159,12 @@ class GreedyEncoder:
         self._trie, self._order = trie, order
 
     def canonical(self, texts: Sequence[str]) -> list[list[int] | Failure]:
-        found: list[list[int] | Failure] = []
+        ids_of: list[list[int] | Failure] = []
         for text in texts:
             data = np.frombuffer(text.encode(), dtype=np.uint8)
             ids = longest_match_within(STEPS * len(data), self._trie, self._order, data)
-            found.append(Failure("tokenizer: too slow") if ids is None else ids.tolist())
-        return found
+            ids_of.append(Failure("tokenizer: too slow") if ids is None else ids.tolist())
+        return ids_of
 
     def plain(self, text: str) -> list[int] | None:
         return None

@@ -193,16 +193,16 @@ def bound_this_process(limits: Limits) -> None:
 
 def tokens_of(guard: Guard, texts: Sequence[str]) -> list[list[int] | Failure]:
     """The tokens of every text, or why it has none, from a child that opened a "tokenizer" or "ranks"."""
-    found: list[list[int] | Failure] = []
+    ids: list[list[int] | Failure] = []
     for group in groups(texts):
         answer = guard.call({"texts": group}, encoding_limits(group))
         if isinstance(answer, Failure) and len(group) > 1:
             # One of them did it: each for itself.
             for text in group:
-                found += _split(guard.call({"texts": [text]}, encoding_limits([text])), 1)
+                ids += _split(guard.call({"texts": [text]}, encoding_limits([text])), 1)
         else:
-            found += _split(answer, len(group))
-    return found
+            ids += _split(answer, len(group))
+    return ids
 
 
 def encoding_limits(texts: Sequence[str]) -> Limits:
@@ -213,15 +213,15 @@ def encoding_limits(texts: Sequence[str]) -> Limits:
 
 def groups(texts: Sequence[str], most: int = 1 << 20) -> list[list[str]]:
     """Consecutive texts together, until they have `most` characters."""
-    found: list[list[str]] = []
+    together: list[list[str]] = []
     size = most
     for text in texts:
         if size >= most:
-            found.append([])
+            together.append([])
             size = 0
-        found[-1].append(text)
+        together[-1].append(text)
         size += len(text)
-    return found
+    return together
 
 
 def _split(answer: tuple[Any, bytes] | Failure, count: int) -> list[list[int] | Failure]:

@@ -64,8 +64,8 @@ def _tokenizer(setup: dict[str, Any]) -> Work:
     tokenizer.encode_special_tokens = bool(setup["seal"])
 
     def work(arguments: dict[str, Any]) -> tuple[Any, bytes]:
-        found = tokenizer.encode_batch_fast(arguments["texts"], add_special_tokens=False)
-        return _ids([encoding.ids for encoding in found])
+        encodings = tokenizer.encode_batch_fast(arguments["texts"], add_special_tokens=False)
+        return _ids([encoding.ids for encoding in encodings])
 
     return work
 
@@ -107,9 +107,9 @@ def _sentencepiece(setup: dict[str, Any]) -> Work:
     return work
 
 
-def _ids(found: list[list[int]]) -> tuple[Any, bytes]:
-    flat = np.array([i for ids in found for i in ids], "<i4")
-    return [len(ids) for ids in found], flat.tobytes()
+def _ids(lists: list[list[int]]) -> tuple[Any, bytes]:
+    flat = np.array([i for ids in lists for i in ids], "<i4")
+    return [len(ids) for ids in lists], flat.tobytes()
 
 
 def _template(setup: dict[str, Any]) -> Work:

@@ -114,8 +114,8 @@ def as_ids(value: Any) -> list[int]:
     return [int(i) for i in value] if isinstance(value, list) else [int(value)]
 
 
-def _with_config(found: TokenizerFiles, config: Json, generation: Json) -> TokenizerFiles:
-    return TokenizerFiles(found.where, found.table, found.make_encoder, found.bos, found.eos, config, generation)
+def _with_config(files: TokenizerFiles, config: Json, generation: Json) -> TokenizerFiles:
+    return TokenizerFiles(files.where, files.table, files.make_encoder, files.bos, files.eos, config, generation)
 
 
 def _resolve(model: str | Path, revision: str) -> Path:

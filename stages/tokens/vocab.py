@@ -267,16 +267,16 @@ def _end_ids(files: TokenizerFiles, end: str, size: int, remedies: tuple[str, st
     if end != "auto":
         # A token may itself be or hold a space.
         whole = _find(files, end) is not None
-        found = [_named(files, text, "teacher.end") for text in ([end] if whole else end.split())]
+        end_ids = [_named(files, text, "teacher.end") for text in ([end] if whole else end.split())]
     else:
-        found = [
+        end_ids = [
             *as_ids(files.config.get("eos_token_id")),
             *as_ids(files.generation.get("eos_token_id")),
             *as_ids(files.eos),
         ]
-    if not found:
+    if not end_ids:
         raise InputError(f"{files.where} names no end token; {remedies[1]}")
-    return sorted({_checked(i, files, "the end token", size, remedies[1]) for i in found})
+    return sorted({_checked(i, files, "the end token", size, remedies[1]) for i in end_ids})
 
 
 def _find(files: TokenizerFiles, text: str) -> int | None:
@@ -287,9 +287,9 @@ def _find(files: TokenizerFiles, text: str) -> int | None:
 
 
 def _named(files: TokenizerFiles, text: str, setting: str) -> int:
-    found = _find(files, text)
-    if found is not None:
-        return found
+    token = _find(files, text)
+    if token is not None:
+        return token
     near = get_close_matches(text, [name for name in files.table.names if name[:1] in "<[|"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; give the text of one token"
     raise InputError(f"{setting} = {text!r} is no token of {files.where}{hint}")

@@ -1,7 +1,7 @@
 """torch.compile for the student's layers, where it works; where it does not, the same run without it.
 
 Only the trunk is compiled: the objective reads the lm_head's input and few of its rows, and its sums over the
-vocabulary are compiled already (`node_sums.py`). Shapes are dynamic, so batches of every size share one graph. Forward
+vocabulary are compiled already (`choices.py`). Shapes are dynamic, so batches of every size share one graph. Forward
 and backward are tried once before the run; whatever fails there (no C++ compiler, an operator without a lowering) is
 reported in one line and the trunk is put back as it was. Results differ from the plain ones by rounding.
 Price: half a minute to some minutes at the start of a run; the gain is a GPU's, or none.
@@ -42,8 +42,8 @@ def compile_trunk(opened: Student) -> bool:
 
 
 def _try(trunk: nn.Module, ids: torch.Tensor) -> None:
-    kept = {name: parameter.grad for name, parameter in trunk.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in trunk.named_parameters()}
     states = trunk(input_ids=ids, use_cache=False).last_hidden_state
     states.sum().backward()
     for name, parameter in trunk.named_parameters():
-        parameter.grad = kept[name]
+        parameter.grad = gradients[name]

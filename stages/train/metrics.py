@@ -28,15 +28,15 @@ class Metrics:
     def __init__(self, folder: Path, resume_step: int, settings: TrainSettings, name: str) -> None:
         self.wandb = _wandb(folder, settings, name) if settings.wandb else None
         path = folder / "metrics.jsonl"
-        kept = []
+        lines = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
                 if strict_json.loads(line)["step"] <= resume_step:
-                    kept.append(line + "\n")
+                    lines.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line a kill cut short, or a damaged one
         with scratch_folder(path.parent) as scratch:
-            (scratch / path.name).write_text("".join(kept))
+            (scratch / path.name).write_text("".join(lines))
             put_in_place(scratch / path.name, path)
         self.file = path.open("a", buffering=1)
         self.board: Any = None

@@ -15,9 +15,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.types import Step
 from bytecache.stages.train.metrics import Metrics
 from bytecache.stages.train.parallel import World, joined, whole
-from bytecache.stages.train.run import backward_step, can_be_extended, kl_share, learning_rate, start_run
+from bytecache.stages.train.run import Run, backward_step, can_be_extended, kl_share, learning_rate, start_run
 
 CLIP = 1.0
 
@@ -93,45 +94,53 @@ def train(
         Interrupted: `stop` said so. ConfigError: the folder belongs to other settings, or the loss is not finite.
         IntegrityError: a corrupt shard. InputError: nothing to train on.
     """
+    request = Request(
+        settings, student_dir, targets_dir, out_dir, name, seed,
+        settings.lambda_kl if lambda_kl is None else lambda_kl, stop, report, dump,
+    )  # fmt: skip
     with joined(settings.parallel, device) as world, _deterministic():
-        return _train(
-            settings, student_dir, targets_dir, out_dir, world,
-            name=name, seed=seed, lambda_kl=lambda_kl, stop=stop, report=report, dump=dump,
-        )  # fmt: skip
+        return _train(request, world)
 
 
-def _train(
-    settings: TrainSettings, student_dir: Path, targets_dir: Path | Dataset, out_dir: Path, world: World, *,
-    name: str, seed: int, lambda_kl: float | None, stop: Callable[[], bool], report: Callable[[dict[str, Any]], None],
-    dump: TokenDump | None = None,
-) -> dict[str, Any]:  # fmt: skip
+@dataclass(frozen=True)
+class Request:
+    """One student to train: the arguments of `train`."""
+
+    settings: TrainSettings
+    student_dir: Path
+    targets_dir: Path | Dataset
+    out_dir: Path
+    name: str
+    seed: int
+    lambda_kl: float
+    """the one in force"""
+    stop: Callable[[], bool]
+    report: Callable[[dict[str, Any]], None]
+    dump: TokenDump | None
+
+    @property
+    def teacher_tokens(self) -> TokenDump | None:
+        """The teacher's tokens, where the head reads them. Raises ConfigError: it does, and they are not there."""
+        head = self.settings.head
+        if head not in BASELINES or not self.lambda_kl:
+            return None
+        if self.dump is None or (head != "uld" and not self.dump.spells):
+            raise ConfigError(
+                f"train.head = {head!r} reads the teacher's tokens; pass the run's token dump, and for "
+                "other heads than uld the teacher's vocabulary with it"
+            )
+        return self.dump
+
+
+def _train(request: Request, world: World) -> dict[str, Any]:
+    settings = request.settings
     if settings.batch < world.size:
         raise ConfigError(
             f"train.batch = {settings.batch} windows for {world.size} processes; raise it to {world.size}"
         )
-    kl = settings.lambda_kl if lambda_kl is None else lambda_kl
-    opened = student.load(student_dir)
-    dataset = open_dataset(targets_dir)
-    if not any(entry.n_supervised for entry in dataset.split("train")):
-        raise InputError(
-            f"{dataset.where}: no position of split 'train' is supervised, so there is nothing to learn; convert text "
-            "that has answers (corpus.kind), or name another dataset.source"
-        )
-    identity = {
-        "format": 1,
-        "seed": seed,
-        "student": opened.identity,
-        "dataset": dataset.content_sha256,
-        "settings": {**settings.model_dump(exclude=set(NEUTRAL)), "lambda_kl": kl},
-    }
-    tokens = dump if settings.head in BASELINES and kl else None
-    if settings.head in BASELINES and kl:
-        if tokens is None or (settings.head != "uld" and not tokens.spells):
-            raise ConfigError(
-                f"train.head = {settings.head!r} reads the teacher's tokens; pass the run's token dump, and for "
-                "other heads than uld the teacher's vocabulary with it"
-            )
-        identity["dump"] = tokens.fingerprint
+    opened = student.load(request.student_dir)
+    dataset = _open_targets(request.targets_dir)
+    tokens = request.teacher_tokens
     if settings.packing:
         packing.check(opened)
     reader = stream.ShardReader(
@@ -139,95 +148,173 @@ def _train(
         template=opened.template, max_tokens=opened.max_tokens, dump=tokens,
     )  # fmt: skip
     reader.require_text()
-    run = start_run(opened, settings, seed, world.device, lambda_kl=kl, world=world, reader=reader)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path, refused = checkpoint.latest(out_dir)
-    first, learned, terms = 0, 0, dict[str, float]()
-    if path is not None:
-        tensors, state = checkpoint.load(path)
-        if state["identity"] != identity and not _is_shorter(state["identity"], identity, settings):
-            difference = _difference(state["identity"], identity)
-            raise ConfigError(f"{out_dir}: {difference}; delete it or choose another run.dir")
-        run.restore(tensors)
-        first, learned, terms = int(state["step"]), int(state.get("tokens", 1)), state["terms"]
+    run = start_run(
+        opened, settings, request.seed, world.device, lambda_kl=request.lambda_kl, world=world, reader=reader
+    )
+    request.out_dir.mkdir(parents=True, exist_ok=True)
+    start = _restore(run, request, _identity(request, opened, dataset, tokens))
     world.wait()
-    log = Metrics(out_dir, first, settings, name) if world.main else None
-    order = Order(dataset.content_sha256, reader.positions, settings.window_bytes, seed)
-    automatic = stream.MICRO_TOKENS.get(world.device.type, stream.MICRO_TOKENS["cuda"])
-    source = stream.steps(
-        order, reader, batch=settings.batch, max_tokens=opened.max_tokens, start=first, rank=world.rank,
-        ranks=world.size, with_targets=run.objective.needs_targets, byte_reduction=settings.byte_reduction,
-        micro_tokens=settings.micro_tokens or automatic, context_bytes=settings.context_bytes,
-        limit=run.objective.term.slots,
-    )  # fmt: skip
-    source = islice(packing.packed(source) if settings.packing else source, settings.steps - first)
-    if world.device.type == "cpu":
-        source = map(run.objective.prepare, source)
-    totals = dict.fromkeys(("n_bytes", "n_tokens", "n_real", "n_padded", "n_slots"), 0)
-    supervised = _SupervisedTokens(name, settings, learned, order.epoch_length(0))
-    began = time.perf_counter()
-    with closing(prefetch(source)) as data, closing(log or _Silent()):
-        for step in data:
-            tick = time.perf_counter()
-            run.seed_step(seed, step.number)
-            rate = learning_rate(step.number, settings)
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            run.objective.kl_share = kl_share(step.number, settings)
-            run.optimizer.zero_grad(set_to_none=True)
-            counts = _counts(step, world)
-            terms = backward_step(run, step, counts["n_tokens"], counts["n_byte_tokens"], counts["n_micro"])
-            supervised.count(counts["n_tokens"], step.number + 1, reader)
-            norm = float(whole(nn.utils.clip_grad_norm_([p for _, p in run.parameters() if p.grad is not None], CLIP)))
-            if not math.isfinite(terms["loss"]) or not math.isfinite(norm):
-                raise ConfigError(
-                    f"{name}: loss {terms['loss']} at step {step.number + 1} with train.learning_rate = "
-                    f"{settings.learning_rate}; lower it (checkpoints up to the last whole one are kept)"
-                )
-            run.optimizer.step()
-            done, seconds = step.number + 1, time.perf_counter() - tick
-            for key in totals:
-                totals[key] += counts[key]
-            record = {
-                "name": name, "step": done, "steps": settings.steps, **terms, "grad_norm": norm, "lr": rate,
-                "text_bytes": counts["n_bytes"], "tokens": counts["n_tokens"], "seconds": round(seconds, 4),
-                "text_bytes_per_s": round(totals["n_bytes"] / (time.perf_counter() - began)),
-                "tokens_per_s": round(totals["n_tokens"] / (time.perf_counter() - began)),
-            }  # fmt: skip
-            if log is not None:
-                log.write(record)
-                report(record)
-            stopping = bool(world.largest([stop()])[0]) and done < settings.steps
-            if stopping or done % settings.checkpoint_every == 0 or done == settings.steps:
-                whole_tensors = run.tensors()
-                if world.main:
-                    state = {"identity": identity, "terms": terms, "tokens": supervised.total}
-                    path = checkpoint.save(out_dir, done, whole_tensors, state)
-                world.wait()
-            if stopping:
-                raise Interrupted(f"{name}: stopped after step {done} of {settings.steps}; rerun to continue")
-    path = path if world.main else checkpoint.latest(out_dir)[0]
-    assert path is not None
-    elapsed = time.perf_counter() - began
-    return {
-        "name": name,
-        "checkpoint": str(path),
-        "sha256": checkpoint.verify(path),
-        "step": settings.steps,
-        "resumed_from": first,
-        "refused_checkpoints": refused,
-        "lambda_kl": kl,
-        "processes": world.size,
-        "seconds": elapsed,
-        "text_bytes": totals["n_bytes"],
-        "text_bytes_per_s": totals["n_bytes"] / elapsed,
-        "tokens_per_s": totals["n_tokens"] / elapsed,
-        "padding": 1 - totals["n_real"] / max(totals["n_padded"], 1),
-        "head_parameters": run.objective.n_parameters,
-        "head_flops": run.objective.flops(totals["n_padded"], totals["n_slots"]),
-        "skipped_documents": reader.skipped_documents(),
-        "terms": terms,
+    training = _Training(request, run, reader, start)
+    with closing(prefetch(training.steps())) as steps, closing(training.log or _Silent()):
+        for step in steps:
+            training.take(step)
+    return training.summary()
+
+
+def _open_targets(targets_dir: Path | Dataset) -> Dataset:
+    """Raises InputError: nothing of the training split is supervised."""
+    dataset = open_dataset(targets_dir)
+    if not any(entry.n_supervised for entry in dataset.split("train")):
+        raise InputError(
+            f"{dataset.where}: no position of split 'train' is supervised, so there is nothing to learn; convert text "
+            "that has answers (corpus.kind), or name another dataset.source"
+        )
+    return dataset
+
+
+def _identity(request: Request, opened: student.Student, dataset: Dataset, tokens: TokenDump | None) -> dict[str, Any]:
+    """What a checkpoint must have been made with to be continued."""
+    identity = {
+        "format": 1,
+        "seed": request.seed,
+        "student": opened.identity,
+        "dataset": dataset.content_sha256,
+        "settings": {**request.settings.model_dump(exclude=set(NEUTRAL)), "lambda_kl": request.lambda_kl},
     }
+    return identity if tokens is None else {**identity, "dump": tokens.fingerprint}
+
+
+class _Start(NamedTuple):
+    """Where a run begins or goes on."""
+
+    identity: dict[str, Any]
+    checkpoint: Path | None
+    refused: list[str]
+    """checkpoints that are not whole"""
+    step: int
+    tokens: int
+    """supervised ones so far"""
+    terms: dict[str, float]
+
+
+def _restore(run: Run, request: Request, identity: dict[str, Any]) -> _Start:
+    """Load the newest whole checkpoint. Raises ConfigError: it was made with other settings."""
+    path, refused = checkpoint.latest(request.out_dir)
+    if path is None:
+        return _Start(identity, None, refused, 0, 0, {})
+    tensors, state = checkpoint.load(path)
+    if state["identity"] != identity and not _is_shorter(state["identity"], identity, request.settings):
+        difference = _difference(state["identity"], identity)
+        raise ConfigError(f"{request.out_dir}: {difference}; delete it or choose another run.dir")
+    run.restore(tensors)
+    return _Start(identity, path, refused, int(state["step"]), int(state.get("tokens", 1)), state["terms"])
+
+
+class _Training:
+    """A run on its way: takes steps, keeps their log, saves checkpoints."""
+
+    def __init__(self, request: Request, run: Run, reader: stream.ShardReader, start: _Start) -> None:
+        settings = request.settings
+        self.request, self.settings = request, settings
+        self.run, self.world, self.reader, self.start = run, run.world, reader, start
+        self.order = Order(reader.dataset.content_sha256, reader.positions, settings.window_bytes, request.seed)
+        self.log = Metrics(request.out_dir, start.step, settings, request.name) if run.world.main else None
+        self.totals = dict.fromkeys(("n_bytes", "n_tokens", "n_real", "n_padded", "n_slots"), 0)
+        self.supervised = _SupervisedTokens(request.name, settings, start.tokens, self.order.epoch_length(0))
+        self.terms, self.checkpoint = start.terms, start.checkpoint
+        self.began = time.perf_counter()
+
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left, ready for the objective."""
+        settings, world, objective = self.settings, self.world, self.run.objective
+        automatic = stream.MICRO_TOKENS.get(world.device.type, stream.MICRO_TOKENS["cuda"])
+        batching = stream.Batching(
+            settings.batch, self.run.student.max_tokens, with_targets=objective.needs_targets,
+            byte_reduction=settings.byte_reduction, micro_tokens=settings.micro_tokens or automatic,
+            context_bytes=settings.context_bytes, limit=objective.term.slots,
+        )  # fmt: skip
+        steps = stream.steps(
+            self.order, self.reader, batching, start=self.start.step, rank=world.rank, ranks=world.size
+        )
+        left = islice(packing.packed(steps) if settings.packing else steps, settings.steps - self.start.step)
+        return map(objective.prepare, left) if world.device.type == "cpu" else left
+
+    def take(self, step: Step) -> None:
+        """Train on one step, write it down, save where it is time to. Raises Interrupted where `stop` says so."""
+        record = self._advance(step)
+        if self.log is not None:
+            self.log.write(record)
+            self.request.report(record)
+        done, last = record["step"], self.settings.steps
+        stopping = bool(self.world.largest([self.request.stop()])[0]) and done < last
+        if stopping or done % self.settings.checkpoint_every == 0 or done == last:
+            self._save(done)
+        if stopping:
+            raise Interrupted(f"{self.request.name}: stopped after step {done} of {last}; rerun to continue")
+
+    def _advance(self, step: Step) -> dict[str, Any]:
+        """One step of the optimiser; its line of `metrics.jsonl`."""
+        run, settings = self.run, self.settings
+        tick = time.perf_counter()
+        run.seed_step(self.request.seed, step.number)
+        rate = learning_rate(step.number, settings)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.objective.kl_share = kl_share(step.number, settings)
+        run.optimizer.zero_grad(set_to_none=True)
+        counts, done = _counts(step, self.world), step.number + 1
+        self.terms = backward_step(run, step, counts["n_tokens"], counts["n_byte_tokens"], counts["n_micro"])
+        self.supervised.count(counts["n_tokens"], done, self.reader)
+        norm = float(whole(nn.utils.clip_grad_norm_([p for _, p in run.parameters() if p.grad is not None], CLIP)))
+        if not math.isfinite(self.terms["loss"]) or not math.isfinite(norm):
+            raise ConfigError(
+                f"{self.request.name}: loss {self.terms['loss']} at step {done} with train.learning_rate = "
+                f"{settings.learning_rate}; lower it (checkpoints up to the last whole one are kept)"
+            )
+        run.optimizer.step()
+        seconds = time.perf_counter() - tick
+        for key in self.totals:
+            self.totals[key] += counts[key]
+        elapsed = time.perf_counter() - self.began
+        return {
+            "name": self.request.name, "step": done, "steps": settings.steps, **self.terms, "grad_norm": norm,
+            "lr": rate, "text_bytes": counts["n_bytes"], "tokens": counts["n_tokens"], "seconds": round(seconds, 4),
+            "text_bytes_per_s": round(self.totals["n_bytes"] / elapsed),
+            "tokens_per_s": round(self.totals["n_tokens"] / elapsed),
+        }  # fmt: skip
+
+    def _save(self, done: int) -> None:
+        """A checkpoint behind step number `done`; every rank takes part."""
+        tensors = self.run.tensors()
+        if self.world.main:
+            state = {"identity": self.start.identity, "terms": self.terms, "tokens": self.supervised.total}
+            self.checkpoint = checkpoint.save(self.request.out_dir, done, tensors, state)
+        self.world.wait()
+
+    def summary(self) -> dict[str, Any]:
+        """What `train` returns."""
+        path = self.checkpoint if self.world.main else checkpoint.latest(self.request.out_dir)[0]
+        assert path is not None
+        elapsed, totals, objective = time.perf_counter() - self.began, self.totals, self.run.objective
+        return {
+            "name": self.request.name,
+            "checkpoint": str(path),
+            "sha256": checkpoint.verify(path),
+            "step": self.settings.steps,
+            "resumed_from": self.start.step,
+            "refused_checkpoints": self.start.refused,
+            "lambda_kl": self.request.lambda_kl,
+            "processes": self.world.size,
+            "seconds": elapsed,
+            "text_bytes": totals["n_bytes"],
+            "text_bytes_per_s": totals["n_bytes"] / elapsed,
+            "tokens_per_s": totals["n_tokens"] / elapsed,
+            "padding": 1 - totals["n_real"] / max(totals["n_padded"], 1),
+            "head_parameters": objective.n_parameters,
+            "head_flops": objective.flops(totals["n_padded"], totals["n_slots"]),
+            "skipped_documents": self.reader.skipped_documents(),
+            "terms": self.terms,
+        }
 
 
 class _SupervisedTokens:
@@ -263,7 +350,7 @@ class _Silent:
 
 def _counts(step: Step, world: World) -> dict[str, int]:
     """Counts of a step over all ranks; `n_micro` is the largest of any rank."""
-    mine = {
+    of_rank = {
         "n_tokens": step.n_tokens,
         "n_byte_tokens": step.n_byte_tokens,
         "n_bytes": step.n_bytes,
@@ -271,8 +358,8 @@ def _counts(step: Step, world: World) -> dict[str, int]:
         "n_padded": sum(m.input_ids.numel() for m in step.micro),
         "n_slots": sum(m.slot_token.numel() for m in step.micro),
     }
-    summed = world.sum(list(mine.values()))
-    counts = {name: int(value) for name, value in zip(mine, summed, strict=True)}
+    summed = world.sum(list(of_rank.values()))
+    counts = {name: int(value) for name, value in zip(of_rank, summed, strict=True)}
     return {**counts, "n_micro": int(world.largest([len(step.micro)])[0])}
 
 

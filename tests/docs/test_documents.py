@@ -16,7 +16,8 @@ import typer
 
 from bytecache.pipeline.cli import app
 from bytecache.pipeline.cli.options import SHORTHANDS
-from bytecache.pipeline.config import load_settings, sections
+from bytecache.pipeline.config import load_settings
+from bytecache.pipeline.config_text import sections
 from bytecache.schemas.dataset.index import describe_shard, write_dataset
 from bytecache.schemas.settings import Settings
 from bytecache.schemas.shard.builder import ShardBuilder

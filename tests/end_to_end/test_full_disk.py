@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bytecache.pipeline.cli import app
-from bytecache.pipeline.config import render_template
+from bytecache.pipeline.config_text import render_template
 from bytecache.schemas.files import file_sha256
 from tests.support.places import ROOT
 from tests.support.small_run import small_settings

@@ -75,7 +75,7 @@ def test_a_run_in_a_bucket_equals_one_in_a_folder(proxy: FaultyProxy, tmp_path: 
     # A fault of the service itself: the recorded hash stays, the bytes do not.
     import obstore
 
-    obstore.put(store._backend, shard, bytes(raw), attributes={"sha256": store.sha256(shard)})  # type: ignore[attr-defined]
+    obstore.put(store._bucket.backend, shard, bytes(raw), attributes={"sha256": store.sha256(shard)})  # type: ignore[attr-defined]
     result = CliRunner().invoke(app, ["verify", "--set", f"run.dir={url}", "--set", f"run.scratch={tmp_path / 'v'}"])
     assert result.exit_code == 4
     assert Path(shard).name in result.output

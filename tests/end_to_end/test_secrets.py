@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bytecache.pipeline.config import load_settings, render_published, render_template, secret_keys, secret_variable
+from bytecache.pipeline.config import load_settings
+from bytecache.pipeline.config_text import render_published, render_template, secret_keys, secret_variable
 from bytecache.pipeline.launch.command import overrides, plan_job
 from bytecache.pipeline.launch.kubernetes import kubernetes_job
 from bytecache.schemas.errors import ConfigError

@@ -171,11 +171,11 @@ def test_without_extras_a_data_set_can_be_read_verified_and_inspected(
 
 def test_without_extras_what_needs_torch_says_what_to_install(readers: Environment, tmp_path: Path) -> None:
     done = readers.run("-c", "from bytecache import ByteTargets", cwd=tmp_path)
-    assert done.returncode == 1 and "bytecache[train]" in done.stderr, done.stderr
+    assert done.returncode == 1 and "pip install '.[train]'" in done.stderr, done.stderr
     (tmp_path / "text.txt").write_text("some text\n" * 50)
     refused = readers.run("-m", "bytecache", "probe", "--text-file", "text.txt", "--out", "out.npz", cwd=tmp_path)
     assert refused.returncode == 2, refused.stderr
-    assert refused.stderr.startswith("error: ") and "bytecache[train]" in refused.stderr, refused.stderr
+    assert refused.stderr.startswith("error: ") and "pip install '.[train]'" in refused.stderr, refused.stderr
 
 
 def test_every_public_name_is_listed_once_and_documented() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bytecache.pipeline.config import load_settings, render_template, sections
+from bytecache.pipeline.config import load_settings
+from bytecache.pipeline.config_text import render_template, sections
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Settings
 from tests.support.places import ROOT

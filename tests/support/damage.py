@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bytecache.pipeline.config import render_template
+from bytecache.pipeline.config_text import render_template
 from tests.support.command_line import bytecache
 from tests.support.run_outputs import outputs
 from tests.support.small_run import small_settings

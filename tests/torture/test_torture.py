@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bytecache.pipeline.config import render_template
+from bytecache.pipeline.config_text import render_template
 from bytecache.pipeline.stores import LocalStore
 from tests.support.fleet_jobs import LAYOUT, job, run
 from tests.support.places import ROOT

@@ -47,6 +47,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Dollars an hour of the teacher's machine, and of a core that converts; `workers` pay for their engine's start."""
+
+    price: float = 0.0
+    core_price: float = 0.0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
 class Kept:
     """What one k comes to, for the whole corpus: the dump; dump and shards as far as they are kept; dollars in all."""
 
@@ -107,22 +116,22 @@ def dump_sizes(files: Sequence[Path], wanted: Sequence[int]) -> dict[int, list[f
     return sizes
 
 
-def within_budget(found: Sequence[Variant], budget: Budget, settings: Settings) -> Choice:
-    """The most precise of `found` (given from cheap to precise) whose upper bounds keep the budget, with its k.
+def within_budget(variants: Sequence[Variant], budget: Budget, settings: Settings) -> Choice:
+    """The most precise of `variants` (from cheap to precise) whose upper bounds keep the budget, with its k.
 
     Teacher effort counts before storage precision, and that before k. Raises ConfigError, naming the least there is.
     """
-    for variant in reversed(found):
+    for variant in reversed(variants):
         if variant.shard_ratio.high > budget.ratio:
             continue
         larger = ""
-        for k, kept in variant.by_top_k.items():
-            over = _over(kept, budget)
+        for k, amounts in variant.by_top_k.items():
+            over = _over(amounts, budget)
             if not over:
                 return Choice(variant, k, larger or _unchanged(settings, budget))
             larger = f"with {k}, {over}"
-    least = min(found, key=lambda one: one.shard_ratio.high).shard_ratio.high
-    every = [kept for one in found for kept in one.by_top_k.values()]
+    least = min(variants, key=lambda one: one.shard_ratio.high).shard_ratio.high
+    every = [amounts for one in variants for amounts in one.by_top_k.values()]
     cheapest, smallest = min(one.dollars.high for one in every), min(one.kept_bytes.high for one in every)
     bytes_kept = f", at least {smallest / 1e9:.3g} GB are kept" if budget.gigabytes < math.inf else ""
     raise ConfigError(
@@ -131,11 +140,11 @@ def within_budget(found: Sequence[Variant], budget: Budget, settings: Settings) 
     )
 
 
-def _over(kept: Kept, budget: Budget) -> str:
-    if kept.kept_bytes.high > budget.gigabytes * 1e9:
-        return f"dump and shards take up to {kept.kept_bytes.high / 1e9:.3g} GB"
-    if kept.dollars.high > budget.dollars:
-        return f"all costs up to ${kept.dollars.high:.2f}"
+def _over(amounts: Kept, budget: Budget) -> str:
+    if amounts.kept_bytes.high > budget.gigabytes * 1e9:
+        return f"dump and shards take up to {amounts.kept_bytes.high / 1e9:.3g} GB"
+    if amounts.dollars.high > budget.dollars:
+        return f"all costs up to ${amounts.dollars.high:.2f}"
     return ""
 
 

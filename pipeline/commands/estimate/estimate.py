@@ -6,6 +6,7 @@ A shard's fixed size is told apart by converting the units singly and together. 
 the run; that of other presets is done in a scratch folder. Price: the pilot's own teacher time.
 """
 
+import json
 import math
 import shutil
 import tempfile
@@ -13,23 +14,32 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-from bytecache.pipeline.commands.estimate.budget import Budget, Choice, Kept, Variant, candidates, dump_sizes
+from bytecache.pipeline.commands.estimate.budget import (
+    Budget,
+    Choice,
+    Costs,
+    Kept,
+    Variant,
+    candidates,
+    dump_sizes,
+    within_budget,
+)
 from bytecache.pipeline.commands.estimate.prediction import Predicted, ratio_total
 from bytecache.pipeline.commands.estimate.traffic import Amounts, both_modes, traffic_lines
 from bytecache.pipeline.commands.groups import shard_groups
 from bytecache.pipeline.commands.teacher import teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
-from bytecache.pipeline.plan.index import Plan
+from bytecache.pipeline.plan.index import Plan, load_plan
 from bytecache.pipeline.stores import LocalStore
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.pipeline.units.runner import finished, run_job
 from bytecache.schemas.settings import Convert, Section, Settings, Teacher
 
-NO_BUDGET = Budget()
+NO_BUDGET, NO_COSTS = Budget(), Costs()
 _PRESETS: dict[type[Section], tuple[str, tuple[str, ...]]] = {
     Teacher: ("preset", ("tau", "depth", "static")),
     Convert: ("precision", ("rate", "prune")),
@@ -88,35 +98,32 @@ def estimate(
     count: int,
     teacher_presets: Sequence[str],
     convert_presets: Sequence[str],
-    price: float = 0.0,
-    core_price: float = 0.0,
-    workers: int = 1,
+    costs: Costs = NO_COSTS,
     budget: Budget = NO_BUDGET,
 ) -> list[Variant]:
     """Pilot every named preset ("" = as configured) and predict; plans first if that was not done.
 
-    `price`: dollars an hour of the teacher's machine; `core_price`: of a core that converts; `workers`: each pays for
-    its engine's start; `budget`: the price of bytes, and whether other top_k are weighed. Raises what planning, the
-    teacher and the converter raise.
+    `budget`: the price of bytes, and whether other top_k are weighed. Raises what planning, the teacher and the
+    converter raise.
     """
     planned, _ = planning.make_plan(context.store, context.settings, context.stop)
-    found = []
+    variants = []
     with tempfile.TemporaryDirectory(prefix="bytecache-estimate-") as scratch:
         for number, teacher in enumerate(teacher_presets):
             settings = context.settings.model_copy(update={"teacher": with_preset(context.settings.teacher, teacher)})
-            mine = replace(context, settings=settings)
+            trial = replace(context, settings=settings)
             if settings.teacher != context.settings.teacher or settings.teacher.keep == "targets":
-                mine.store = _copy_slices(context, planned, Path(scratch) / f"run-{number}", count)
-            pilot = run_pilot(mine, planned, count)
+                trial.store = _copy_slices(context, planned, Path(scratch) / f"run-{number}", count)
+            pilot = run_pilot(trial, planned, count)
             dumps = dump_sizes(pilot.files, candidates(settings, budget))
             for convert in convert_presets:
                 section = with_preset(settings.convert, convert)
                 converted = convert_pilot(section, pilot, Path(scratch), context.stop)
-                work = predict(teacher, convert, settings, planned, pilot, converted, price, core_price, workers)
-                found.append(with_dumps(work, settings, planned, pilot, dumps, budget.gb_price))
-            if mine.store is not context.store:
+                work = predict((teacher, convert), settings, planned, pilot, converted, costs)
+                variants.append(with_dumps(work, settings, planned, pilot, dumps, budget.gb_price))
+            if trial.store is not context.store:
                 shutil.rmtree(Path(scratch) / f"run-{number}", ignore_errors=True)
-    return found
+    return variants
 
 
 def _copy_slices(context: Context, planned: Plan, folder: Path, count: int) -> LocalStore:
@@ -153,12 +160,12 @@ def convert_pilot(
 
 
 def predict(
-    teacher: str, convert: str, settings: Settings, planned: Plan, pilot: Pilot,
-    converted: tuple[list[int], float, list[float]], price: float, core_price: float, workers: int,
+    named: tuple[str, str], settings: Settings, planned: Plan, pilot: Pilot,
+    converted: tuple[list[int], float, list[float]], costs: Costs,
 ) -> Variant:  # fmt: skip
-    """Totals over the plan of one pair of presets, without its dump (`with_dumps` adds that).
+    """Totals over the plan of one pair of presets, the teacher's and the converter's, without its dump (`with_dumps`).
 
-    `converted`: what `convert_pilot` returned; `price`, `core_price` in dollars an hour.
+    `converted`: what `convert_pilot` returned.
     """
     everything = [float(size) for size in planned.sizes]
 
@@ -173,14 +180,14 @@ def predict(
     rows = [one + two for one, two in zip(counted("tokens"), counted("branches"), strict=True)]
     ratio = ratio_total(counted("tokens"), rows, [tokens.value * size / planned.n_bytes for size in everything])
     hours = total([receipt.timings["seconds"] for receipt in pilot.dumps]).times(
-        1 / 3600, workers * pilot.startup / 3600
+        1 / 3600, costs.workers * pilot.startup / 3600
     )
     convert_hours = total(seconds).times(1 / 3600)
     shards = len(shard_groups(planned, settings.convert.shard_bytes))
     shard_bytes = total([size - fixed for size in sizes]).times(1.0, shards * fixed)
     return Variant(
-        teacher=teacher,
-        convert=convert,
+        teacher=named[0],
+        convert=named[1],
         tokens=tokens,
         branch_ratio=ratio.times(1 / tokens.value),
         teacher_hours=hours,
@@ -189,7 +196,7 @@ def predict(
         shard_bytes=shard_bytes,
         shard_ratio=shard_bytes.times(1 / planned.n_bytes),
         dollars=Predicted(*(
-            price * one + core_price * two
+            costs.price * one + costs.core_price * two
             for one, two in zip(_bounds(hours), _bounds(convert_hours), strict=True)
         )),
         by_top_k={},
@@ -204,8 +211,8 @@ def with_dumps(
     for k, parts in sizes.items():
         dump = ratio_total(pilot.sizes, parts, [float(size) for size in planned.sizes])
         gone = settings.convert.delete_dump or settings.teacher.keep == "targets"
-        kept = work.shard_bytes if gone else work.shard_bytes.plus(dump)
-        by_top_k[k] = Kept(dump, kept, work.dollars.plus(kept.times(gb_price / 1e9)))
+        kept_bytes = work.shard_bytes if gone else work.shard_bytes.plus(dump)
+        by_top_k[k] = Kept(dump, kept_bytes, work.dollars.plus(kept_bytes.times(gb_price / 1e9)))
     configured = by_top_k[settings.teacher.top_k]
     amounts = Amounts(
         planned.n_bytes, len(planned.sizes), len(shard_groups(planned, settings.convert.shard_bytes)),
@@ -217,8 +224,8 @@ def with_dumps(
     )  # fmt: skip
 
 
-def _bounds(found: Predicted) -> tuple[float, float, float]:
-    return found.value, found.low, found.high
+def _bounds(predicted: Predicted) -> tuple[float, float, float]:
+    return predicted.value, predicted.low, predicted.high
 
 
 def settings_of(choice: Choice, settings: Settings) -> str:
@@ -240,7 +247,40 @@ def meaning_of(choice: Choice, settings: Settings) -> str:
     )
 
 
-def as_json(found: Sequence[Variant]) -> list[dict[str, Any]]:
+class Report(NamedTuple):
+    """What an estimate found, and what of it keeps the budget."""
+
+    text_bytes: int
+    units: int
+    variants: list[Variant]
+    chosen: str
+    """options of the most precise variant within the budget; "" without a budget, or where none is"""
+    meaning: str
+    """what they stand for"""
+
+
+def report(context: Context, variants: list[Variant], budget: Budget) -> Report:
+    """The report about the variants of the planned corpus."""
+    planned, settings = load_plan(context.store, context.settings), context.settings
+    best = within_budget(variants, budget, settings) if budget.limits else None
+    words = (settings_of(best, settings), meaning_of(best, settings)) if best else ("", "")
+    return Report(planned.n_bytes, len(planned.sizes), variants, *words)
+
+
+def report_json(report: Report) -> str:
+    """For programs."""
+    fields = {"text_bytes": report.text_bytes, "units": report.units, "variants": as_json(report.variants)}
+    chosen = {"chosen": report.chosen, "meaning": report.meaning} if report.chosen else {}
+    return json.dumps(fields | chosen, indent=2)
+
+
+def report_text(report: Report, dollars: bool, keep: str = "dump") -> str:
+    """For a person; `dollars`: whether there are prices; `keep`: the setting of the teacher."""
+    text = table(report.variants, report.text_bytes, dollars, keep)
+    return f"{text}\n\nwithin the budget: {report.chosen}\n({report.meaning})" if report.chosen else text
+
+
+def as_json(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """Plain objects; an interval without an end has null there."""
 
     def clean(value: Any) -> Any:
@@ -248,26 +288,26 @@ def as_json(found: Sequence[Variant]) -> list[dict[str, Any]]:
             return {name: clean(one) for name, one in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return [clean(asdict(one)) for one in found]
+    return [clean(asdict(variant)) for variant in variants]
 
 
-def table(found: Sequence[Variant], planned_bytes: int, dollars: bool, keep: str = "dump") -> str:
+def table(variants: Sequence[Variant], planned_bytes: int, dollars: bool, keep: str = "dump") -> str:
     """For a person: one row per variant, "value (low to high)"; then what the last asks of a store in either mode."""
     head = ["teacher", "convert", "tokens", "rows per token", "teacher hours", "dump", "shards", "bytes per text byte"]
     lines = [f"{human_bytes(planned_bytes)} of text; predicted totals with 90 % intervals", ""]
     lines += ["| " + " | ".join([*head, *(["dollars"] if dollars else [])]) + " |"]
     lines += ["|---|---|" + "---:|" * (len(head) - 2 + dollars)]
-    for one in found:
+    for one in variants:
         cells = [one.teacher or "as configured", one.convert or "as configured"]
         cells += [_cell(one.tokens, "{:,.0f}".format), _cell(one.branch_ratio, "{:.2f}".format)]
         cells += [_cell(one.teacher_hours, "{:.3g}".format), _cell(one.dump_bytes, human_bytes)]
         cells += [_cell(one.shard_bytes, human_bytes), _cell(one.shard_ratio, "{:.2f}".format)]
         cells += [_cell(one.dollars, "{:.2f}".format)] if dollars else []
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *traffic_lines(found[-1].traffic, planned_bytes, keep)]).rstrip()
+    return "\n".join([*lines, "", *traffic_lines(variants[-1].traffic, planned_bytes, keep)]).rstrip()
 
 
-def _cell(found: Predicted, show: Callable[[float], str]) -> str:
-    if not math.isfinite(found.high):
-        return show(found.value)
-    return f"{show(found.value)} ({show(found.low)} to {show(found.high)})"
+def _cell(predicted: Predicted, show: Callable[[float], str]) -> str:
+    if not math.isfinite(predicted.high):
+        return show(predicted.value)
+    return f"{show(predicted.value)} ({show(predicted.low)} to {show(predicted.high)})"

@@ -62,10 +62,10 @@ def _facts(path: Path, shard: ByteShard) -> list[tuple[str, str]]:
         facts.append(("listed per position", f"{counts['n_entries'] / counts['n_positions']:.1f}"))
         hi = min(len(shard), 1 << 18)
         entropy, surprisal, _ = bits_per_position(shard, 0, hi)
-        kept = np.asarray(shard.mask[:hi]) != 0
-        if kept.any():
-            facts.append(("mean entropy", f"{entropy[kept].mean():.3f} bits"))
-            facts.append(("teacher's surprisal", f"{surprisal[kept].mean():.3f} bits"))
+        supervised = np.asarray(shard.mask[:hi]) != 0
+        if supervised.any():
+            facts.append(("mean entropy", f"{entropy[supervised].mean():.3f} bits"))
+            facts.append(("teacher's surprisal", f"{surprisal[supervised].mean():.3f} bits"))
     figures = (("mean tail", "tail_mean", ".4f"), ("largest tail", "tail_max", ".3f"))
     return [*facts, *((words, format(counts[name], form)) for words, name, form in figures if name in counts)]
 
@@ -76,22 +76,22 @@ def _document(shard: ByteShard, number: int, lo: int, hi: int, top: int) -> dict
     order = np.lexsort((symbol, -prob, row))
     row, symbol, prob = row[order], symbol[order], prob[order]
     first = np.searchsorted(row, np.arange(hi - lo + 1))
-    kept = np.arange(len(row)) - first[row] < top
-    other = np.bincount(row[~kept], prob[~kept], minlength=hi - lo)
+    shown = np.arange(len(row)) - first[row] < top
+    other = np.bincount(row[~shown], prob[~shown], minlength=hi - lo)
     begin, end = int(shard.doc_start[number]), int(shard.doc_start[number + 1])
     name, whole = shard.doc_id[number], hi == end
     label = name if len(name) <= 60 else name[:57] + "..."
     arrays = {
         "text": np.asarray(shard.text[lo:hi]),
         "mask": np.asarray(shard.mask[lo:hi]),
-        "count": np.bincount(row[kept], minlength=hi - lo).astype(np.uint8),
+        "count": np.bincount(row[shown], minlength=hi - lo).astype(np.uint8),
         "entropy": entropy.astype("<f4"),
         "surprisal": surprisal.astype("<f4"),
         "tail": np.asarray(shard.tail[lo:hi]).astype("<f4"),
         "p": p_true.astype("<f4"),
         "other": other.astype("<f4"),
-        "symbol": symbol[kept].astype("<u2"),
-        "prob": prob[kept].astype("<f4"),
+        "symbol": symbol[shown].astype("<u2"),
+        "prob": prob[shown].astype("<f4"),
     }
     encoded = {key: base64.b64encode(value.tobytes()).decode() for key, value in arrays.items()}
     shown = f"{label} ({end - begin - 1:,} bytes{'' if whole and lo == begin else ', a part'})"

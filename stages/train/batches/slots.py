@@ -4,25 +4,89 @@ Price, one core: 10 ns a byte of text for the slots, as much for the targets: 10
 for each byte of text.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
-from bytecache.schemas.arrays import END, F32, I16, I32, I64, U8
+from bytecache.schemas.arrays import END, F32, I16, I64, U8
+from bytecache.schemas.shard.reader import Triples
+
+
+class Tokens(NamedTuple):
+    """Tokens of one row: the positions of their text bytes, and how many of their bytes come before the text.
+
+    start, end, skip int64 [tokens].
+    """
+
+    start: I64
+    end: I64
+    skip: I64
+
+
+class Positions(NamedTuple):
+    """What a shard says of N positions: mask uint8, symbol int16, tail uint8 [N]; mass float32 [256] of a tail."""
+
+    mask: U8
+    symbol: I16
+    tail: U8
+    mass: F32
+
+
+class SlotColumns(NamedTuple):
+    """Slots of a batch, row by row."""
+
+    number: U8
+    """uint8: place in its token"""
+    token: I64
+    """int64: flat index of the token"""
+    true: I64
+    """int64: the symbol that follows"""
+    weight: F32
+    rest: F32
+    """float32: unlisted mass"""
+    position: I64
+    """int64: in its shard"""
+
+    @classmethod
+    def empty(cls, room: int) -> "SlotColumns":
+        """Columns with room for so many slots."""
+        return cls(
+            np.empty(room, np.uint8),
+            np.empty(room, np.int64),
+            np.empty(room, np.int64),
+            np.empty(room, np.float32),
+            np.empty(room, np.float32),
+            np.empty(room, np.int64),
+        )
+
+    def first(self, n: int) -> "SlotColumns":
+        """The first n slots."""
+        return SlotColumns(
+            self.number[:n], self.token[:n], self.true[:n], self.weight[:n], self.rest[:n], self.position[:n]
+        )
+
+
+class ListedColumns(NamedTuple):
+    """The teacher's entries of a batch: slot, symbol int64, prob float32."""
+
+    slot: I64
+    symbol: I64
+    prob: F32
 
 
 @njit(cache=True, nogil=True)
 def row_slots(
-    start: I64, end: I64, skip: I64, mask: U8, symbol: I16, tail: U8, mass: F32, cell: int, mean: bool, limit: int,
-    at: int, number: U8, token: I64, true: I64, weight: F32, rest: F32, position: I64,
-) -> tuple[int, int, int]:  # fmt: skip
-    """Append the slots of one row's tokens to the output arrays from `at` on.
+    tokens: Tokens, positions: Positions, slots: SlotColumns, at: int, cell: int, limit: int, mean: bool
+) -> tuple[int, int, int]:
+    """Append the slots of one row's tokens, on the first `limit` bytes of each, to `slots` from `at` on.
 
-    start, end, skip int64 [tokens]: a token's text bytes, and how many of its first `limit` come before them. mask,
-    symbol, tail [N]: the shard's, with `mass` float32 [256] of a tail's code. `cell`: flat index of the row's first
-    token. Output, an element a slot: number in its token, flat index of the token, the byte that follows, weight
-    (`mean`: the slots of a token share 1), unlisted mass, position. Returns (slots in all, tokens with a slot,
-    supervised bytes).
+    `cell`: flat index of the row's first token. `mean`: the slots of a token share a weight of 1. Returns (slots in
+    all, tokens with a slot, supervised bytes).
     """
+    start, end, skip = tokens
+    mask, symbol, tail, mass = positions
+    number, token, true, weight, rest, position = slots
     n_tokens = n_bytes = 0
     for t in range(start.shape[0]):
         first = at
@@ -62,21 +126,23 @@ def by_number(number: U8, limit: int) -> tuple[I64, I64, I64]:
 
 @njit(cache=True, nogil=True)
 def row_targets(
-    row: I32, symbol: I16, prob: F32, lo: int, hi: int, position: I64, place: I64, at: int,
-    slot: I64, listed: I64, mass: F32,
-) -> int:  # fmt: skip
-    """Append the probabilities of positions lo..hi (`ByteShard.triples`) that belong to slots; returns the new `at`.
+    triples: Triples, span: tuple[int, int], position: I64, place: I64, listed: ListedColumns, at: int
+) -> int:
+    """Append the probabilities of the positions `span` that belong to slots, from `at` on; returns the new `at`.
 
     position, place int64 [slots of the row]: where they are in the shard and in the batch.
     """
+    lo, hi = span
+    row, symbol, prob = triples
+    listed_slot, listed_symbol, listed_prob = listed
     slot_at = np.full(hi - lo, -1, np.int64)
     for k in range(position.shape[0]):
         slot_at[position[k] - lo] = place[k]
     for k in range(row.shape[0]):
-        found = slot_at[row[k]]
-        if found >= 0:
-            slot[at] = found
-            listed[at] = symbol[k]
-            mass[at] = prob[k]
+        slot = slot_at[row[k]]
+        if slot >= 0:
+            listed_slot[at] = slot
+            listed_symbol[at] = symbol[k]
+            listed_prob[at] = prob[k]
             at += 1
     return at

@@ -15,7 +15,7 @@ Price: a shard is resident as decoded plus about 9 bytes per text byte of token 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bytecache.schemas.arrays import I64
 from bytecache.schemas.dataset.index import Dataset, ShardEntry
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.shard.reader import TAIL_MASS
@@ -33,6 +34,7 @@ from bytecache.stages.tokens import misfits
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches import slots
 from bytecache.stages.train.batches.answers import TemplateSource
+from bytecache.stages.train.batches.slots import ListedColumns, SlotColumns
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.token_shard import TokenShard, tokenise
 from bytecache.stages.train.batches.types import IGNORE, SLOTS, MicroBatch, SlotTargets, Step, TokenTargets
@@ -98,68 +100,91 @@ def collate(rows: Sequence[Row], *, with_targets: bool, byte_reduction: str = "m
 
     limit: bytes of a token that get slots.
     """
-    width = max(r.length for r in rows)
-    input_ids = np.zeros((len(rows), width), np.int64)
-    labels = np.full((len(rows), width), IGNORE, np.int64)
-    spans = [(int(r.source.start[r.first]), int(r.source.end[r.last - 1])) for r in rows]
-    room = 0
-    for src, first, last, _ in rows:
-        taken = np.minimum(limit - src.skip[first:last], src.end[first:last] - src.start[first:last])
-        room += int(taken.clip(0).sum())
-    number = np.empty(room, np.uint8)
-    token, true, position = (np.empty(room, np.int64) for _ in range(3))
-    weight, tail = np.empty(room, np.float32), np.empty(room, np.float32)
-    edges = [0]
-    n_tokens = n_byte_tokens = n_bytes = 0
-    teacher: list[list[Any]] = []
-    for r, (src, first, last, lead) in enumerate(rows):
-        n, span = last - first, slice(first, last)
-        input_ids[r, : lead + n] = src.before[first - lead : last]
-        labels[r, lead : lead + n] = np.where(src.supervised[span], src.ids[span], IGNORE)
-        n_slots, tokens, text_bytes = slots.row_slots(
-            src.start[span], src.end[span], src.skip[span], src.shard.mask, src.symbol, src.shard.codes["tail"],
-            TAIL_MASS, r * width + lead, byte_reduction == "mean", limit, edges[-1],
-            number, token, true, weight, tail, position,
-        )  # fmt: skip
-        edges.append(n_slots)
-        if src.teacher is not None:
-            # The student's token begins where one of the teacher's does; of an answer's context nothing is asked.
-            start, end = src.start[span], src.end[span]
-            at = np.searchsorted(src.teacher.position, start).clip(max=len(src.teacher.position) - 1)
-            common = (src.teacher.position[at] == start) & (end > start) & (src.skip[span] == 0) & src.supervised[span]
-            which = np.flatnonzero(common)
-            following = np.append(src.teacher.position[1:], src.symbol.size)[at[which]]
-            teacher.append(
-                [
-                    r * width + lead + which, src.teacher.ids[at[which]], src.teacher.prob[at[which]],
-                    following == end[which],
-                ]
-            )  # fmt: skip
-        n_tokens += int(src.supervised[span].sum())
-        n_byte_tokens, n_bytes = n_byte_tokens + tokens, n_bytes + text_bytes
-    order, place, counts = slots.by_number(number[: edges[-1]], limit)
-    targets = None
-    if with_targets:
-        triples = [r.source.shard.triples(lo, hi) for r, (lo, hi) in zip(rows, spans, strict=True)]
-        n = sum(len(t.row) for t in triples)
-        slot, symbol, prob = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.float32)
-        n = 0
-        for t, (lo, hi), (a, b) in zip(triples, spans, pairwise(edges), strict=True):
-            n = slots.row_targets(*t, lo, hi, position[a:b], place[a:b], n, slot, symbol, prob)
-        targets = SlotTargets(*(torch.from_numpy(x) for x in (slot[:n], symbol[:n], prob[:n], tail[order])))
-    listed = None
-    if teacher:
-        cells, ids, masses, whole = (np.concatenate(c) for c in zip(*teacher, strict=True))
-        listed = TokenTargets(*(torch.from_numpy(c) for c in (cells, ids.astype(np.int64), masses, whole)))
+    width = max(row.length for row in rows)
+    input_ids, labels = _padded_tokens(rows, width)
+    columns, edges, n_byte_tokens, n_bytes = _row_slots(rows, width, limit, byte_reduction == "mean")
+    order, place, counts = slots.by_number(columns.number, limit)
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
-        torch.from_numpy(token[order]),
+        torch.from_numpy(columns.token[order]),
         counts.tolist(),
-        torch.from_numpy(true[order]),
-        torch.from_numpy(weight[order]),
-        targets, n_tokens, n_byte_tokens, n_bytes, [r.length for r in rows], teacher=listed,
-    )  # fmt: skip
+        torch.from_numpy(columns.true[order]),
+        torch.from_numpy(columns.weight[order]),
+        _slot_targets(rows, columns, edges, order, place) if with_targets else None,
+        sum(int(row.source.supervised[row.first : row.last].sum()) for row in rows),
+        n_byte_tokens,
+        n_bytes,
+        [row.length for row in rows],
+        teacher=_token_targets(rows, width),
+    )
+
+
+def _padded_tokens(rows: Sequence[Row], width: int) -> tuple[I64, I64]:
+    """Input ids and labels, int64 [rows, width] each."""
+    input_ids = np.zeros((len(rows), width), np.int64)
+    labels = np.full((len(rows), width), IGNORE, np.int64)
+    for number, (source, first, last, lead) in enumerate(rows):
+        predicted = slice(first, last)
+        input_ids[number, : lead + last - first] = source.before[first - lead : last]
+        labels[number, lead : lead + last - first] = np.where(
+            source.supervised[predicted], source.ids[predicted], IGNORE
+        )
+    return input_ids, labels
+
+
+def _row_slots(rows: Sequence[Row], width: int, limit: int, mean: bool) -> tuple[SlotColumns, list[int], int, int]:
+    """The slots row by row, where each row's begin (and the last one's end), tokens with a slot, supervised bytes."""
+    room = 0
+    for source, first, last, _ in rows:
+        lengths = source.end[first:last] - source.start[first:last]
+        room += int(np.minimum(limit - source.skip[first:last], lengths).clip(0).sum())
+    columns = SlotColumns.empty(room)
+    edges, n_tokens, n_bytes = [0], 0, 0
+    for number, (source, first, last, lead) in enumerate(rows):
+        tokens = slots.Tokens(source.start[first:last], source.end[first:last], source.skip[first:last])
+        positions = slots.Positions(source.shard.mask, source.symbol, source.shard.codes["tail"], TAIL_MASS)
+        n_slots, row_tokens, row_bytes = slots.row_slots(
+            tokens, positions, columns, edges[-1], number * width + lead, limit, mean
+        )
+        edges.append(n_slots)
+        n_tokens, n_bytes = n_tokens + row_tokens, n_bytes + row_bytes
+    return columns.first(edges[-1]), edges, n_tokens, n_bytes
+
+
+def _slot_targets(rows: Sequence[Row], columns: SlotColumns, edges: list[int], order: I64, place: I64) -> SlotTargets:
+    """The teacher's entries at the slots; `order`, `place`: see `slots.by_number`."""
+    spans = [(int(row.source.start[row.first]), int(row.source.end[row.last - 1])) for row in rows]
+    triples = [row.source.shard.triples(lo, hi) for row, (lo, hi) in zip(rows, spans, strict=True)]
+    room = sum(len(some.row) for some in triples)
+    listed = ListedColumns(np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.float32))
+    n_entries = 0
+    for some, span, (a, b) in zip(triples, spans, pairwise(edges), strict=True):
+        n_entries = slots.row_targets(some, span, columns.position[a:b], place[a:b], listed, n_entries)
+    slot, symbol, prob = (torch.from_numpy(column[:n_entries]) for column in listed)
+    return SlotTargets(slot, symbol, prob, torch.from_numpy(columns.rest[order]))
+
+
+def _token_targets(rows: Sequence[Row], width: int) -> TokenTargets | None:
+    """What the teacher says of its own tokens, where shards have them; else None."""
+    parts: list[tuple[Any, ...]] = []
+    for number, (source, first, last, lead) in enumerate(rows):
+        teacher = source.teacher
+        if teacher is None:
+            continue
+        # The student's token begins where one of the teacher's does; of an answer's context nothing is asked.
+        start, end = source.start[first:last], source.end[first:last]
+        at = np.searchsorted(teacher.position, start).clip(max=len(teacher.position) - 1)
+        is_common = (teacher.position[at] == start) & (end > start)
+        is_common &= (source.skip[first:last] == 0) & source.supervised[first:last]
+        common = np.flatnonzero(is_common)
+        following = np.append(teacher.position[1:], source.symbol.size)[at[common]]
+        cells = number * width + lead + common
+        parts.append((cells, teacher.ids[at[common]], teacher.prob[at[common]], following == end[common]))
+    if not parts:
+        return None
+    cells, ids, masses, whole = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return TokenTargets(*(torch.from_numpy(column) for column in (cells, ids.astype(np.int64), masses, whole)))
 
 
 def blank() -> MicroBatch:
@@ -241,41 +266,47 @@ def barren_split(folder: Path | str, skipped: dict[str, int]) -> InputError:
     )
 
 
-def make_step(
-    number: int, windows: Sequence[Window], reader: ShardReader, max_tokens: int, *, with_targets: bool,
-    byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"], context_bytes: int = 0, limit: int = SLOTS,
-) -> Step:  # fmt: skip
+@dataclass(frozen=True)
+class Batching:
+    """How windows of text become the micro-batches of a step."""
+
+    batch: int
+    """windows of a step, over all ranks"""
+    max_tokens: int
+    """of a row"""
+    with_targets: bool = True
+    byte_reduction: str = "mean"
+    micro_tokens: int = MICRO_TOKENS["cpu"]
+    context_bytes: int = 0
+    limit: int = SLOTS
+    """bytes of a token that get slots"""
+
+
+def make_step(number: int, windows: Sequence[Window], reader: ShardReader, how: Batching) -> Step:
     """Read the windows of one step and collate them."""
-    rows = [row for w in windows for row in cut(reader[w.shard], w.lo, w.hi, max_tokens, context_bytes)]
+    rows = [row for w in windows for row in cut(reader[w.shard], w.lo, w.hi, how.max_tokens, how.context_bytes)]
     micro = [
-        collate(members, with_targets=with_targets, byte_reduction=byte_reduction, limit=limit)
-        for members in group(rows, micro_tokens)
+        collate(members, with_targets=how.with_targets, byte_reduction=how.byte_reduction, limit=how.limit)
+        for members in group(rows, how.micro_tokens)
     ]
     return Step(number, micro, reader.skipped_documents())
 
 
 def steps(
-    order: Order, reader: ShardReader, *, batch: int, max_tokens: int, start: int = 0, rank: int = 0, ranks: int = 1,
-    with_targets: bool = True, byte_reduction: str = "mean", micro_tokens: int = MICRO_TOKENS["cpu"],
-    context_bytes: int = 0, limit: int = SLOTS,
-) -> Iterator[Step]:  # fmt: skip
+    order: Order, reader: ShardReader, how: Batching, *, start: int = 0, rank: int = 0, ranks: int = 1
+) -> Iterator[Step]:
     """Steps `start`, `start` + 1, ... without end; step s owns windows [s * batch, (s + 1) * batch).
 
-    Rank r of `ranks` gets every ranks-th of them, from the r-th on. limit: see `collate`.
+    Rank r of `ranks` gets every ranks-th of them, from the r-th on.
 
     Raises:
         IntegrityError: a shard is corrupt or missing. InputError: a whole epoch has nothing to train on.
     """
     barren = 0
-    with closing(reader.shelf.follow(order.pools(start * batch))) as windows:
+    with closing(reader.shelf.follow(order.pools(start * how.batch))) as windows:
         for number in range(start, 2**62):
-            mine = list(islice(windows, batch))[rank::ranks]
-            step = make_step(
-                number, mine, reader, max_tokens,
-                with_targets=with_targets, byte_reduction=byte_reduction, micro_tokens=micro_tokens,
-                context_bytes=context_bytes, limit=limit,
-            )  # fmt: skip
-            barren = 0 if step.micro else barren + batch
-            if barren > order.epoch_length(0) + 2 * batch:
+            step = make_step(number, list(islice(windows, how.batch))[rank::ranks], reader, how)
+            barren = 0 if step.micro else barren + how.batch
+            if barren > order.epoch_length(0) + 2 * how.batch:
                 raise barren_split(reader.folder, step.skipped)
             yield step

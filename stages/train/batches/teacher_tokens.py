@@ -91,8 +91,8 @@ class TokenDump:
                 p = np.exp(window.topk_logp.reshape(-1, k)[row])
                 by_size = np.argsort(-p, axis=1, kind="stable")
                 probs.append(np.take_along_axis(p, by_size, 1))
-                found = np.take_along_axis(window.topk_id.reshape(-1, k)[row], by_size, 1)
-                ids.append(np.full_like(found, ABSENT) if shared is None else shared[found])
+                top_ids = np.take_along_axis(window.topk_id.reshape(-1, k)[row], by_size, 1)
+                ids.append(np.full_like(top_ids, ABSENT) if shared is None else shared[top_ids])
         return _merged(TeacherTokens(np.concatenate(places), np.concatenate(ids), np.concatenate(probs)))
 
     def _part(self, name: str, shard: ByteShard) -> Path:

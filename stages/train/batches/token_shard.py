@@ -61,7 +61,7 @@ def tokenise(
     symbol = text.astype(np.int16)
     symbol[offsets[1:] - 1] = END
     skipped: Counter[str] = Counter()
-    found: list[tuple[int, Columns]] = []
+    documents: list[tuple[int, Columns]] = []
     if kind == "chat":
         if template is None:
             raise InputError(f"{shard.path}: a chat shard, and no template to read it with; pass the student's")
@@ -72,17 +72,19 @@ def tokenise(
             if isinstance(columns, Misfit):
                 skipped[columns.reason] += 1
             else:
-                found.append((d, columns))
+                documents.append((d, columns))
     else:
-        found = _plain_columns(text, offsets, vocabulary, end_id, skipped)
-    count = [len(columns.ids) for _, columns in found]
-    row = np.repeat([d for d, _ in found], count).astype(np.int32)
+        documents = _plain_columns(text, offsets, vocabulary, end_id, skipped)
+    count = [len(columns.ids) for _, columns in documents]
+    row = np.repeat([d for d, _ in documents], count).astype(np.int32)
     ids, before, start, end, lead = (
-        [np.concatenate(c) for c in zip(*(c for _, c in found), strict=True)] if found else [np.zeros(0, np.int64)] * 5
+        [np.concatenate(c) for c in zip(*(c for _, c in documents), strict=True)]
+        if documents
+        else [np.zeros(0, np.int64)] * 5
     )
     place = None
     if kind != "text":
-        heads = [answer_start(shard, int(offsets[d]), int(offsets[d + 1])) for d, _ in found]
+        heads = [answer_start(shard, int(offsets[d]), int(offsets[d + 1])) for d, _ in documents]
         place = np.repeat(heads, count).astype(np.int64)
     mask = np.concatenate([[0], np.cumsum(np.asarray(shard.mask) != 0)])
     # A token is supervised when any of its bytes is: the first token of a response may begin in the prompt.
@@ -102,7 +104,7 @@ def _plain_columns(
             members.append(d)
         except UnicodeDecodeError:
             skipped["not UTF-8"] += 1
-    found = []
+    documents = []
     for d, encoded in zip(members, vocabulary.encode_batch(texts), strict=True):
         if isinstance(encoded, Misfit):
             skipped[encoded.reason] += 1
@@ -113,5 +115,5 @@ def _plain_columns(
         at = offsets[d] + np.maximum(edge, 0)
         lead = np.clip(-edge[:-1], 0, None) - np.clip(-edge[1:], 0, None)
         before = np.concatenate([[vocabulary.start_id], ids[:-1]])
-        found.append((d, Columns(ids, before, at[:-1], at[1:], lead)))
-    return found
+        documents.append((d, Columns(ids, before, at[:-1], at[1:], lead)))
+    return documents

@@ -106,8 +106,8 @@ class ChunkTerm(ByteTerm):
         whole[chunk[known[row] < length[row]]] = False
         teacher = torch.zeros(count, device=row.device).index_add_(0, chunk, nats[row])
         number = torch.cumsum(whole.long(), 0) - 1
-        kept = whole[chunk]
-        return Chunks(row[kept], number[chunk[kept]], teacher[whole])
+        is_whole = whole[chunk]
+        return Chunks(row[is_whole], number[chunk[is_whole]], teacher[whole])
 
     def of_logits(self, z: Tensor, label: Tensor, work: Work) -> LossParts:
         """Token CE and the chunks' divergence."""

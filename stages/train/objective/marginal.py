@@ -13,7 +13,7 @@ minimum.
 The slots carry log m (symbol 0..255: children, 256: END at the root, 257: stop, 258: ids without bytes at the root);
 their softmax is q. One slot more per token asks at the token's own node: stop here, or go on? Its teacher is the
 position after the token; where that is not in the row, the text decides.
-No parameters are trained. Price: `node_sums.py`.
+No parameters are trained. Price: `choices.py`.
 """
 
 from dataclasses import replace
@@ -29,8 +29,9 @@ from torch.nn import functional
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches.stream import ShardReader
 from bytecache.stages.train.batches.types import MicroBatch, SlotTargets
+from bytecache.stages.train.objective.choices import compiled, node_log_probs
 from bytecache.stages.train.objective.loss import Divergence, LossParts, byte_terms, diverge
-from bytecache.stages.train.objective.node_sums import NodeTables, compiled, node_log_probs, node_logits
+from bytecache.stages.train.objective.node_sums import NodeTables, node_logits
 from bytecache.stages.train.objective.projection import TRUST, Places, project
 from bytecache.stages.train.objective.segmentation import Segmentation
 from bytecache.stages.train.objective.symbols import STOP

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bytecache.pipeline.config import render_template
+from bytecache.pipeline.config_text import render_template
 from tests.support.small_run import small_settings
 
 HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "vllm", "peft", "accelerate")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bytecache.pipeline.cli.options import Given
-from bytecache.pipeline.config import PERMISSIONS, load_settings, render_template
+from bytecache.pipeline.config import PERMISSIONS, load_settings
+from bytecache.pipeline.config_text import render_template
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import Settings
 from tests.support.command_line import FakeTeacher, bytecache, refusal

@@ -22,7 +22,7 @@ from bytecache.pipeline.commands.status import status
 from bytecache.pipeline.commands.straight import summed, teach
 from bytecache.pipeline.commands.verify import verify
 from bytecache.pipeline.commands.workers import convert_worker, teacher_worker
-from bytecache.pipeline.config import render_template
+from bytecache.pipeline.config_text import render_template
 from bytecache.pipeline.context import Context, open_context
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.dataset.index import read_dataset

@@ -26,7 +26,7 @@ from bytecache.pipeline.units import receipts
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.settings import Settings
-from bytecache.stages.corpus.reader import File, corpus_files
+from bytecache.stages.corpus.files import File, corpus_files
 from tests.support.places import ROOT
 
 

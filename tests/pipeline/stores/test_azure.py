@@ -89,7 +89,7 @@ class TestAzure(StoreSuite):
 
     def test_large_objects_go_up_in_parts_and_still_only_once(self, store: Store) -> None:
         assert isinstance(store, ObjectStore)
-        store._single_put = 1_000_000
+        store._bucket.single_put = 1_000_000
         assert store.put_if_absent("dump", write_big(store, 20_000_000))
         assert store.size("dump") == 20_000_000
         assert store.sha256("dump") == store.sha256("dump", deep=True)

@@ -71,7 +71,7 @@ def test_a_fault_while_creating_is_survived_and_the_winner_known(service: Servic
 def test_large_objects_go_up_in_parts_and_still_only_once(service: Service, fault: str) -> None:
     first, second = service.store(), service.store()
     for store in (first, second):
-        store._single_put = 1_000_000
+        store._bucket.single_put = 1_000_000
     service.proxy.choose = once(fault, "PUT") if fault else service.proxy.choose
     path = write_big(first, 20_000_000)
     raw = path.read_bytes()
@@ -85,10 +85,10 @@ def test_large_objects_go_up_in_parts_and_still_only_once(service: Service, faul
 
 
 def test_objects_too_large_for_a_copy_go_up_in_parts(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bytecache.pipeline.stores.objects.PART", 5 * 2**20)
-    monkeypatch.setattr("bytecache.pipeline.stores.objects.N_PARTS", 3)
+    monkeypatch.setattr("bytecache.pipeline.stores.bucket.PART", 5 * 2**20)
+    monkeypatch.setattr("bytecache.pipeline.stores.bucket.N_PARTS", 3)
     store = service.store()
-    store._single_put, store._copy_limit = 1_000_000, 6_000_000
+    store._bucket.single_put, store._bucket.copy_limit = 1_000_000, 6_000_000
     assert store.put_if_absent("dump", write_big(store, 20_000_000))
     assert store.sha256("dump") == store.sha256("dump", deep=True)
     assert not store.put_if_absent("dump", store.write_temp("dump", bytes(7_000_000)))
@@ -109,7 +109,7 @@ def test_ranges_and_pages(service: Service) -> None:
     for number in range(2 * PAGE + 1):
         store.put_json_if_absent(f"units/{number:02d}", {"number": number})
     assert list(store.list("units")) == [f"units/{number:02d}" for number in range(2 * PAGE + 1)]
-    assert bytes(obstore.get_range(store._backend, "units/00", start=0, length=5)) == b'{\n  "'
+    assert bytes(obstore.get_range(store._bucket.backend, "units/00", start=0, length=5)) == b'{\n  "'
 
 
 def test_a_missing_bucket_is_refused_by_name(service: Service, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ class TestS3Staged(StoreSuite):
     @pytest.fixture
     def store(self, proxied: Proxied) -> Store:
         store = proxied.store()
-        store._single_put = -1
+        store._bucket.single_put = -1
         return store
 
     @pytest.mark.skip("an equal object counts as ours on this path")
@@ -184,7 +184,7 @@ def test_a_fault_while_reading_is_survived(proxied: Proxied, fault: str) -> None
 def test_what_goes_up_is_no_silence(proxied: Proxied, size: int) -> None:
     """The service answers when it has everything: on a slow link that is later than reading ever waits."""
     store = ObjectStore(proxied.url, proxied.folder / "slow", patience=5.0, timeout=0.5)
-    store._single_put = 1_000_000
+    store._bucket.single_put = 1_000_000
     proxied.proxy.slow_seconds = 1.5
     proxied.proxy.choose = once("slow", "PUT")
     assert store.put_if_absent("dump", store.write_temp("dump", bytes(size)))
@@ -202,7 +202,7 @@ def test_parts_become_smaller_and_fewer_where_they_take_too_long(
         time.sleep(0.3)  # longer than the store has patience
         raise TimeoutError("too slow")
 
-    monkeypatch.setattr("bytecache.pipeline.stores.objects.obstore.put", put)
+    monkeypatch.setattr("bytecache.pipeline.stores.bucket.obstore.put", put)
     with pytest.raises(StorageError, match="too slow"):
         store.replace("dump", store.write_temp("dump", b"words"))
     assert asked == [(16, 12), (5, 9), (5, 2), (5, 1), (5, 1)]
@@ -211,7 +211,7 @@ def test_parts_become_smaller_and_fewer_where_they_take_too_long(
 def test_large_objects_go_up_in_parts_and_still_only_once(proxied: Proxied) -> None:
     first, second = proxied.store(), proxied.store()
     for store in (first, second):
-        store._single_put = 1_000_000
+        store._bucket.single_put = 1_000_000
     path = write_big(first, 20_000_000)
     proxied.proxy.choose = once("refuse", "PUT")
     assert first.put_if_absent("dump", path)
@@ -222,7 +222,7 @@ def test_large_objects_go_up_in_parts_and_still_only_once(proxied: Proxied) -> N
     assert not second.put_if_absent("dump", second.write_temp("dump", bytes(2_000_000)))
     assert second.put_if_absent("dump", write_big(second, 20_000_000))  # equal: as good as ours
     assert list(first.list("")) == ["dump"]
-    assert list(obstore.list(first._backend, ".tmp").collect()) == []
+    assert list(obstore.list(first._bucket.backend, ".tmp").collect()) == []
     second.replace("dump", second.write_temp("dump", b"other"))
     assert first.sha256("dump") == first.sha256("dump", deep=True) == second.sha256("dump")
 
@@ -232,11 +232,11 @@ def test_objects_too_large_for_a_copy_go_up_in_parts(
     proxied: Proxied, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As above 5 GiB, with smaller numbers: parts grow where there would be too many, and a fault tears nothing."""
-    monkeypatch.setattr("bytecache.pipeline.stores.objects.PART", 5 * 2**20)
-    monkeypatch.setattr("bytecache.pipeline.stores.objects.N_PARTS", 3)
+    monkeypatch.setattr("bytecache.pipeline.stores.bucket.PART", 5 * 2**20)
+    monkeypatch.setattr("bytecache.pipeline.stores.bucket.N_PARTS", 3)
     first, second = proxied.store(), proxied.store()
     for store in (first, second):
-        store._single_put, store._copy_limit, store._largest = 1_000_000, 6_000_000, 30_000_000
+        store._bucket.single_put, store._bucket.copy_limit, store._bucket.largest = 1_000_000, 6_000_000, 30_000_000
     path = write_big(first, 20_000_000)
     proxied.proxy.choose = once(fault, "PUT")
     assert first.put_if_absent("dump", path)
@@ -329,16 +329,16 @@ def test_bytes_that_changed_in_the_store_are_seen_by_a_deep_look(proxied: Proxie
     store = proxied.store()
     store.put_json_if_absent("x", {"a": 1})
     record = store.sha256("x")
-    obstore.put(store._backend, "x", b'{\n  "a": 2\n}\n', attributes={"sha256": record})
+    obstore.put(store._bucket.backend, "x", b'{\n  "a": 2\n}\n', attributes={"sha256": record})
     assert store.sha256("x") == record
     assert store.sha256("x", deep=True) != record
-    obstore.put(store._backend, "y", b"by another program")
+    obstore.put(store._bucket.backend, "y", b"by another program")
     assert store.sha256("y") == store.sha256("y", deep=True)
 
 
 def test_old_staging_objects_are_swept(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
     store = proxied.store()
-    obstore.put(store._backend, ".tmp/left-behind", b"x")
+    obstore.put(store._bucket.backend, ".tmp/left-behind", b"x")
     assert store.sweep() == 0
     monkeypatch.setattr("bytecache.pipeline.stores.objects.STALE_SECONDS", -60)
     assert store.sweep() == 1

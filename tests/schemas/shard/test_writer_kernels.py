@@ -95,7 +95,9 @@ def test_sums_of_logarithms(n: int) -> None:
     times, x = rng.random(n), np.exp(rng.normal(0, 20, n))
     exact = math.fsum(t * math.log(v) for t, v in zip(times, x, strict=True))
     room = np.zeros(4)
-    assert sum_logs(np.append(times, room), np.append(x, room), n) == pytest.approx(exact, rel=1e-12, abs=1e-12)
+    assert sum_logs(np.append(times, room), np.append(x, room), n, np.empty(n + 4)) == pytest.approx(
+        exact, rel=1e-12, abs=1e-12
+    )
 
 
 def test_totals_of_weights_are_correctly_rounded_sums() -> None:

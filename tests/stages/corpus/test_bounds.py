@@ -15,7 +15,8 @@ import pytest
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import containers, reader
-from bytecache.stages.corpus.reader import CorpusReader, corpus_files
+from bytecache.stages.corpus.files import corpus_files
+from bytecache.stages.corpus.reader import CorpusReader
 from tests.support.command_line import bytecache
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.settings import Corpus
-from bytecache.stages.corpus.reader import CorpusReader, corpus_files
+from bytecache.stages.corpus.files import corpus_files
+from bytecache.stages.corpus.reader import CorpusReader
 
 
 def saved(folder: Path, *pieces: list[str], **state: object) -> Path:

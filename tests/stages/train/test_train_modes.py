@@ -55,7 +55,7 @@ def steps_of(targets: Path, opened: student.Student, n: int = 3, **options: obje
     dataset = read_dataset(targets)
     reader = stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id)
     order = Order(dataset.content_sha256, reader.positions, 96, 0)
-    return list(islice(stream.steps(order, reader, batch=8, max_tokens=opened.max_tokens, **options), n))
+    return list(islice(stream.steps(order, reader, stream.Batching(8, opened.max_tokens, **options)), n))
 
 
 def gradients(run: Run, step: stream.Step) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -392,9 +392,9 @@ def test_more_processes_than_windows_are_refused(world, tmp_path, monkeypatch):
     few = SETTINGS.model_copy(update={"batch": 1})
     with pytest.raises(errors.ConfigError, match=r"train\.batch = 1 windows for 2"):
         module._train(
-            few, world[1], world[0], tmp_path, World(0, 2), name="x", seed=0, lambda_kl=None,
-            stop=lambda: False, report=lambda r: None,
-        )  # fmt: skip
+            module.Request(few, world[1], world[0], tmp_path, "x", 0, 1.0, lambda: False, lambda r: None, None),
+            World(0, 2),
+        )
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(errors.ConfigError, match="torchrun"):

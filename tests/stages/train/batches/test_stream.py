@@ -145,7 +145,7 @@ def test_nothing_alignable_is_refused(tmp_path):
     write_dataset(folder, write_split(folder, "train", ["a\0", "b\0"], 3), {})
     reader = reader_of(folder, Words())
     with pytest.raises(InputError, match="refused"):
-        list(islice(stream.steps(Order("x", reader.positions, 64, 0), reader, batch=2, max_tokens=99), 50))
+        list(islice(stream.steps(Order("x", reader.positions, 64, 0), reader, stream.Batching(2, 99)), 50))
 
 
 def test_corrupt_and_missing_shards_are_refused_by_name(tmp_path):
@@ -176,7 +176,7 @@ def test_start_ranks_and_residency_do_not_change_the_data(tmp_path):
     def run(start=0, rank=0, ranks=1, resident=16):
         reader = reader_of(folder, words, resident=resident)
         order = Order("x", reader.positions, 80, 1)
-        return stream.steps(order, reader, batch=6, max_tokens=99, start=start, rank=rank, ranks=ranks)
+        return stream.steps(order, reader, stream.Batching(6, 99), start=start, rank=rank, ranks=ranks)
 
     whole = [rows_of(s) for s in islice(run(), 12)]
     assert [rows_of(s) for s in islice(run(start=5), 7)] == whole[5:]

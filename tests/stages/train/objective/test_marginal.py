@@ -10,9 +10,10 @@ from bytecache.schemas.arrays import END
 from bytecache.schemas.settings import Train
 from bytecache.stages.train.batches.types import IGNORE, MicroBatch, SlotTargets
 from bytecache.stages.train.objective import node_sums
+from bytecache.stages.train.objective.choices import node_log_probs
 from bytecache.stages.train.objective.loss import byte_terms, diverge
 from bytecache.stages.train.objective.marginal import Marginal
-from bytecache.stages.train.objective.node_sums import NodeTables, node_log_probs, node_logits
+from bytecache.stages.train.objective.node_sums import NodeTables, node_logits
 from bytecache.stages.train.objective.objective import Objective
 from bytecache.stages.train.objective.symbols import CONTROL, HEAD_SYMBOLS, STOP
 from tests.support.small_trie import END_ID, ROWS, START_ID, WORDS, node_number, prefixes, vocabulary

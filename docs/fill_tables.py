@@ -28,6 +28,10 @@ KINDS = {
 """Kinds of text as benchmarks/exactness.py calls them, and as documents do."""
 
 
+ARMS = ("ce", "marginal", "marginal-only")
+"""Of the study of transfer, as README.md shows them."""
+
+
 def result(name: str) -> Any:
     """One result file."""
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
@@ -135,13 +139,33 @@ def transfer_short() -> str:
         return [title, *cells]
 
     rows = [row("before training", list(found["before"].values()))]
-    arms = {"ce": "cross-entropy alone", "marginal": "and the cache", "marginal-only": "the cache alone"}
-    for arm, title in arms.items():
-        runs = [run["documents"] for run in found["runs"] if run["arm"] == arm]
-        if runs:
-            rows.append(row(f"{title} ({len(runs)} seed{'s' * (len(runs) > 1)})", runs))
+    # With cross-entropy beside it where a seed has that, else alone: seeds pair with those of cross-entropy.
+    runs = {name: {r["seed"]: r["documents"] for r in found["runs"] if r["arm"] == name} for name in ARMS}
+    control, cache = runs["ce"], {**runs["marginal-only"], **runs["marginal"]}
+    seeds = sorted(set(control) & set(cache))
+    for title, arm in (("cross-entropy alone", control), ("with the cache", cache)):
+        rows.append(row(f"{title}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", [arm[seed] for seed in seeds]))
     rows.append(row("the original", [found["original"]]))
     return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), rows)
+
+
+def foreign_lists() -> str:
+    """What a cache of the k likeliest tokens costs, beside path masses."""
+    rows = []
+    for kind, measured in result("foreign_lists.json")["kinds"].items():
+        lists = measured["lists"]
+        for name in sorted(lists, key=lambda name: (name in PRESETS, int(name[1:]) if name[1:].isdigit() else 0)):
+            one = lists[name]
+            if name in PRESETS:
+                rows.append([KINDS[kind], f"path masses, `{name}`", "", *_foreign(one), ""])
+            else:
+                told = f"{one['told']['leak_bits']:+.3f}"
+                rows.append([KINDS[kind], f"top {name[1:]}", f"{one['listed']:.3f}", *_foreign(one["top"]), told])
+    return table("text | list | >mass listed | >KL | >JSD | >leak, bits | >tail | >leak, taken at its word", rows)
+
+
+def _foreign(one: dict[str, float]) -> list[str]:
+    return [f"{one['kl']:.4f}", f"{one['jsd']:.4f}", f"{one['leak_bits']:+.4f}", f"{one['tail']:.4f}"]
 
 
 def objective_cost() -> str:
@@ -261,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "genlm": genlm,
     "transfer": transfer,
     "transfer-short": transfer_short,
+    "foreign-lists": foreign_lists,
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,
     "damage": damage,

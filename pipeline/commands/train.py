@@ -25,6 +25,7 @@ from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
 from bytecache.pipeline.units.runner import Task, commit_receipt, finished
+from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from bytecache.schemas.files import put_in_place, scratch_folder
 from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
@@ -209,7 +210,8 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     checkpoint = Path(result["checkpoint"])
     keys = [f"{task.out}/{name}" for name in (checkpoint.name, checkpoint.with_suffix(".json").name)]
     beside = [record_file(store, key) for key in store.list(task.out) if key not in keys and _is_record(key)]
-    counts = {**result, "checkpoint": keys[0], "student": start}
+    edition = edition_of(targets.info)
+    counts = {**result, "checkpoint": keys[0], "student": start, "edition": edition}
     context.save_config(f"{task.out}/config.toml")
     receipt = run_receipt(task, [record_file(store, key) for key in keys], counts, time.monotonic() - started)
     commit_receipt(store, receipt.model_copy(update={"beside": tuple(beside)}))
@@ -219,7 +221,9 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
         context.say(
             f"train {task.name}: {sum(skipped.values())} documents skipped because of the student: {words(skipped)}"
         )
-    context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
+    seen = f" on edition {edition} of the data set" if edition > 1 else ""
+    loss = result["terms"].get("loss", float("nan"))
+    context.say(f"train {task.name}: {steps} steps{seen}, loss {loss:.4f} ({task.out})")
 
 
 def _is_record(key: str) -> bool:

@@ -69,9 +69,9 @@ def capture(model: str, preset: str, texts: dict[str, str], folder: Path) -> Non
             asked = st.Teacher(model=model, backend="hf", preset=preset, floor=1e-9, top_k=CAPTURED)
             teacher = open_teacher(with_start(asked)[0])
         began = time.process_time()
-        (encoded,) = teacher.vocabulary.encode_batch([text])
+        encoded = teacher.vocabulary.encode(text)
         windows = [window for group in teacher.windows([(name, 0, encoded)]) for window in group]
-        members = {
+        members: dict[str, Any] = {
             f"{i}/{field.name}": np.asarray(getattr(window, field.name))
             for i, window in enumerate(windows)
             for field in fields(Window)

@@ -170,6 +170,25 @@ def teacher_presets() -> str:
     )
 
 
+def foreign_lists() -> str:
+    """What a cache of the k likeliest tokens costs, beside path masses."""
+    rows = []
+    for kind, measured in result("foreign_lists.json")["kinds"].items():
+        lists = measured["lists"]
+        for name in sorted(lists, key=lambda name: (name in PRESETS, int(name[1:]) if name[1:].isdigit() else 0)):
+            one = lists[name]
+            if name in PRESETS:
+                rows.append([KINDS[kind], f"path masses, `{name}`", "", *_foreign(one), ""])
+            else:
+                told = f"{one['told']['leak_bits']:+.3f}"
+                rows.append([KINDS[kind], f"top {name[1:]}", f"{one['listed']:.3f}", *_foreign(one["top"]), told])
+    return table("text | list | >mass listed | >KL | >JSD | >leak, bits | >tail | >leak, taken at its word", rows)
+
+
+def _foreign(one: dict[str, float]) -> list[str]:
+    return [f"{one['kl']:.4f}", f"{one['jsd']:.4f}", f"{one['leak_bits']:+.4f}", f"{one['tail']:.4f}"]
+
+
 def objective_cost() -> str:
     """What each objective adds to a step, by the student's size."""
     students = result("objective_cost.json")["students"]
@@ -288,6 +307,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "teacher-presets": teacher_presets,
     "transfer": transfer,
     "transfer-short": transfer_short,
+    "foreign-lists": foreign_lists,
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,
     "damage": damage,

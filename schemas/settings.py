@@ -221,7 +221,7 @@ class Train(Section):
     """How the student learns."""
 
     steps: int = Field(400, ge=1)
-    """Optimiser steps."""
+    """Optimiser steps. More of them go on from a finished run where `schedule` and `kl_schedule` are `constant`."""
     batch: int = Field(4, ge=1)
     """Windows per step."""
     window_bytes: int = Field(1024, ge=32)

@@ -127,7 +127,7 @@ class ServerEngine(Engine):
         raise AssertionError
 
     def _answer(self, tokens: np.ndarray, first: int) -> list[Listed]:
-        k = self.settings.top_k
+        k = min(self.settings.top_k, self.vocabulary.size)  # more would be an error inside the engine
         whole = first < len(tokens) - 1
         body: dict[str, Any] = {
             "model": self.client.served.model, "prompt": [int(token) for token in tokens], "max_tokens": 1,

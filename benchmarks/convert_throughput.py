@@ -183,7 +183,6 @@ def versions(kinds: dict[str, list[Window]], copies: int, repeat: int, rounds: i
             found = result[name] = {
                 version: {
                     "mb_per_s": round(n_bytes * repeat / min(seconds[version]) / 1e6, 3),
-                    "dump_bytes_per_text_byte": round(part.stat().st_size / n_bytes, 1),
                     "stages": stages(part, n_bytes, repeat, out),
                 }
                 for version, part in parts.items()

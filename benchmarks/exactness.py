@@ -1,47 +1,50 @@
 """What every preset costs and how far it is from the teacher, by kind of text.
 
-    python -m benchmarks.exactness --out benchmarks/results/exactness.json
+    python -m benchmarks.exactness --share 0.3 --out benchmarks/results/exactness.json
     python -m benchmarks.exactness --model builtin:gemma-3-270m --kinds manual code scripts --out ...
-    python -m benchmarks.exactness --texts FOLDER --kinds novel udhr --out ...
+    python -m benchmarks.exactness --texts FOLDER --kinds novel handbooks --out ...
 
-For each kind `--bytes` of text in documents of `--document` bytes, evaluated at every preset and at the certificate's
-reference effort, which joins nothing and has no static rows. Given per kind and preset: evaluated rows and static rows
-per canonical token, KL, JSD (nats per position) and leak (bits per position) against the reference, p99 and greatest of
-the KL, and the bound that needs no reference (stages.fidelity.bound). What storing adds is not in it
-(benchmarks/rate_distortion.py).
+For each kind `--bytes` of text in documents of `--document` bytes, of which stretches of `--stretch` tokens are drawn,
+a `--share` of them, each in the context that its document gives. Every stretch is evaluated at every preset and at the
+certificate's reference effort, which joins nothing and has no static rows. Given per kind and preset: evaluated rows
+and static rows per canonical token, KL, JSD (nats per position) and leak (bits per position) against the reference with
+their standard errors (of means over stretches), p99 and greatest of the KL, and the bound that needs no reference
+(stages.fidelity.bound). `--deeper TAU` measures against a reference of that tau, and the certificate's beside the
+presets. What storing adds is not in it (benchmarks/rate_distortion.py).
 
 Texts come from Python itself, and with `--texts` from a folder of .txt files, a kind each. Rows that one effort asked
 for are remembered for the next, so that the presets cost little beside the reference. The JSON is written after every
-kind; a kind that it holds already is not measured again.
+stretch; with `--seconds` the study stops in between, and the same command goes on where it stopped.
 """
 
 import argparse
-import ast
-import inspect
 import json
 import os
 import platform
 import random
-import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.texts import builtin_texts, clip, encyclopedia_leads, folder_texts, multilingual_text
+from benchmarks.texts import clip, kinds_of
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.window import Window
+from bytecache.schemas.files import write_text
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
 from bytecache.stages.engines.paths import RowMasses, concatenate, take
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
+from bytecache.stages.fidelity.measure import Measure
 from bytecache.stages.lattice.effort import DROPPED, REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
+from bytecache.stages.teacher.windows import WindowPlan, plan_stretch
 from bytecache.stages.tokens.chat import Template, encode_answer
 from bytecache.stages.tokens.vocab import Encoded, Misfit
 
@@ -93,63 +96,6 @@ class Remembering(Engine):
             self.rows[key] = take(rows, np.array([i]))
 
 
-def tables(limit: int) -> str:
-    """Records as indented JSON and as Markdown tables, in turn."""
-    draw = random.Random(14)
-    words = ["north", "river", "copper", "station", "lamp", "garden", "winter", "signal", "harbour", "paper", "valley"]
-    pieces: list[str] = []
-    while sum(map(len, pieces)) < limit:
-        records: list[dict[str, Any]] = [
-            {
-                "id": draw.randrange(10_000), "name": f"{draw.choice(words)}-{draw.choice(words)}",
-                "active": draw.random() < 0.5, "tags": draw.sample(words, 2),
-                "size": {"width": draw.randrange(1, 400), "height": round(draw.random() * 90, 2)},
-            }
-            for _ in range(4)
-        ]  # fmt: skip
-        pieces.append(json.dumps(records, indent=2) + "\n\n")
-        rows = [
-            f"| {r['id']} | {r['name']} | {'yes' if r['active'] else 'no'} | {' '.join(r['tags'])} |" for r in records
-        ]
-        pieces.append("\n".join(["| id | name | active | tags |", "|---:|---|---|---|", *rows]) + "\n\n")
-    return "".join(pieces)
-
-
-def numbers(limit: int) -> str:
-    """A ledger: dates, times, amounts, long numbers, phone numbers, contractions between them."""
-    draw = random.Random(41)
-    lines: list[str] = []
-    while sum(map(len, lines)) < limit:
-        day, amount = draw.randrange(1, 29), draw.randrange(1, 10_000_000)
-        lines += [
-            f"{2000 + draw.randrange(30)}-{draw.randrange(1, 13):02d}-{day:02d} {draw.randrange(24):02d}:"
-            f"{draw.randrange(60):02d}  {amount:>12,}  {amount / 7:.2f} EUR\n",
-            f"On {day} March {1900 + draw.randrange(120)} it wasn't {amount}; that's {draw.randrange(1, 100)}% of "
-            f"{amount * 13}, or {draw.random() * 1e-3:.3e}.\n",
-            f"Tel. +44 {draw.randrange(1000, 9999)} {draw.randrange(100_000, 999_999)}, ext. {draw.randrange(100)}\n\n",
-        ]
-    return "".join(lines)
-
-
-def deep_code(limit: int) -> str:
-    """Source with deep indentation: classes and methods of the standard library."""
-    return clip(
-        "\n\n".join(inspect.getsource(module)[20_000 : 20_000 + limit // 2] for module in (tarfile, ast)), limit
-    )
-
-
-def kinds_of(folder: Path | None, limit: int) -> dict[str, str]:
-    """Kind -> text of about `limit` bytes."""
-    builtin = builtin_texts(limit)
-    texts = {"manual": builtin["prose"], "code": deep_code(limit), "tables": tables(limit), "numbers": numbers(limit)}
-    texts["scripts"] = multilingual_text(limit)
-    if leads := encyclopedia_leads("en-us"):
-        texts["encyclopedia"] = clip("\n\n".join(leads[700:1100:10]), limit)
-    if folder:
-        texts |= folder_texts(folder, limit)
-    return {kind: clip(text, limit) for kind, text in texts.items() if text}
-
-
 def documents_of(teacher: Teacher, text: str, size: int) -> list[Encoded]:
     """The text in documents of about `size` bytes that end at a line break."""
     pieces, rest = [], text
@@ -183,70 +129,132 @@ def answers_of(teacher: Teacher, limit: int) -> list[Encoded]:
     return found
 
 
-def windows_at(teacher: Teacher, document: Encoded, name: str, effort: dict[str, float]) -> list[Window]:
-    """The windows of one document at an effort: tau, depth, static."""
+def stretches_of(documents: list[Encoded], tokens: int, share: float, seed: int) -> list[tuple[int, int]]:
+    """(document, byte of its text) of stretches of so many tokens, a `share` of all, in a drawn order."""
+    found = [
+        (number, int(document.starts[first]) - document.synthetic)
+        for number, document in enumerate(documents)
+        for first in range(0, len(document.ids), tokens)
+    ]
+    random.Random(seed).shuffle(found)
+    return found[: max(1, round(share * len(found)))]
+
+
+def window_at(teacher: Teacher, plan: WindowPlan, effort: dict[str, float]) -> Window:
+    """One stretch at an effort: tau, depth, static."""
     teacher.settings = teacher.settings.model_copy(update=effort)
-    return [window for group in teacher.windows([(name, 0, document)]) for window in group]
+    (window,) = teacher.evaluate([plan])
+    return window
 
 
 class Figures:
-    """Of one kind and preset, over its documents."""
+    """Of one kind and preset, over its stretches; `state()` is JSON that a later run goes on from."""
 
-    def __init__(self) -> None:
-        self.divergence: dict[str, list[np.ndarray]] = {"kl": [], "jsd": [], "leak": []}
-        self.rows = self.static = self.canonical = 0
-        self.bound = Bound()
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.measures = {name: Measure() for name in ("kl", "jsd", "leak")}
+        self.counts = dict.fromkeys(("positions", "windows", "squared_positions", "rows", "static", "canonical"), 0)
+        self.bound = Bound([state["bound"]] if state else [])
+        if state:
+            self.counts |= state["counts"]
+            for name, measure in self.measures.items():
+                measure.merge(state["measures"][name])
 
-    def add(self, window: Window, reference: Lattice) -> None:
-        lattice = Lattice(window)
+    def state(self) -> dict[str, Any]:
+        """What is known so far."""
+        measures = {name: measure.state() for name, measure in self.measures.items()}
+        return {"counts": self.counts, "measures": measures, "bound": self.bound.state()}
+
+    def add(self, window: Window, reference: Lattice, *, drop: float = 0.0) -> None:
+        """One stretch."""
+        lattice = Lattice(window, drop=drop)
         truth, targets = reference.targets(), lattice.targets()
         symbol = true_symbols(window)
         found = divergence(truth.probs, truth.tail, targets.probs, targets.tail, symbol)
         # As in the certificate: a history too light for the reference may be the one that foresaw a rare byte.
         joined = Lattice(reference.window).targets()
         leak = divergence(joined.probs, joined.tail, targets.probs, targets.tail, symbol).leak
-        for name, values in self.divergence.items():
-            values.append(leak if name == "leak" else getattr(found, name))
-        self.rows += int((window.row_static == 0).sum())
-        self.static += int(window.row_static.sum())
-        self.canonical += int((window.row_depth == 0).sum())
+        for name, values in (("kl", found.kl), ("jsd", found.jsd), ("leak", leak)):
+            self.measures[name].add(values)
+        scored = window.row_start >= window.score_start
+        for name, which in (
+            ("rows", window.row_static == 0), ("static", window.row_static == 1), ("canonical", window.row_depth == 0)
+        ):  # fmt: skip
+            self.counts[name] += int((scored & which).sum())
+        self.counts["positions"] += len(symbol)
+        self.counts["windows"] += 1
+        self.counts["squared_positions"] += len(symbol) ** 2
         self.bound.add(lattice)
 
     def summary(self) -> dict[str, Any]:
-        kl, jsd, leak = (np.concatenate(values) for values in self.divergence.values())
+        """The figures; of means the standard error too."""
+        of = self.counts
+        kl, jsd, leak = (
+            measure.summary(of["positions"], of["windows"], of["squared_positions"])
+            for measure in self.measures.values()
+        )
         bound = self.bound.summary() or {}
         figures = {
-            "rows_per_token": self.rows / self.canonical, "static_per_token": self.static / self.canonical,
-            "kl": kl.mean(), "kl_p99": np.quantile(kl, 0.99), "kl_max": kl.max(), "jsd": jsd.mean(),
-            "leak_bits": leak.mean(), "bound_nats": bound["nats"]["mean"], "bound_nats_p99": bound["nats"]["p99"],
-            "bound_jsd": bound["jsd"], "bound_leak_bits": bound["leak"], "joined": bound["joined"]["mean"],
-            "static": bound["static"]["mean"], "nowhere": bound["nowhere"]["mean"], "tail": bound["tail"]["mean"],
+            "rows_per_token": of["rows"] / of["canonical"], "static_per_token": of["static"] / of["canonical"],
+            "kl": kl["mean"], "kl_stderr": kl["stderr"], "kl_p99": kl["p99"], "kl_max": kl["max"], "jsd": jsd["mean"],
+            "jsd_stderr": jsd["stderr"], "leak_bits": leak["mean"], "leak_stderr": leak["stderr"],
+            "bound_nats": bound["nats"]["mean"], "bound_nats_p99": bound["nats"]["p99"], "bound_jsd": bound["jsd"],
+            "bound_leak_bits": bound["leak"], "joined": bound["joined"]["mean"], "static": bound["static"]["mean"],
+            "nowhere": bound["nowhere"]["mean"], "tail": bound["tail"]["mean"],
         }  # fmt: skip
         return {name: float(f"{value:.5g}") for name, value in figures.items()}
 
 
-def measure(teacher: Teacher, documents: list[Encoded]) -> dict[str, Any]:
-    """All presets on one kind of text."""
-    figures = {preset: Figures() for preset in st.PRESETS}
-    positions = tokens = rows = 0
-    missed: list[np.ndarray] = []
-    for number, document in enumerate(documents):
-        name = f"d{number}"
-        teacher.engine.forget()
-        deep = [Lattice(w, drop=DROPPED) for w in windows_at(teacher, document, name, {**REFERENCE, "static": 0.0})]
-        for preset, effort in st.PRESETS.items():
-            for window, reference in zip(windows_at(teacher, document, name, effort), deep, strict=True):
-                figures[preset].add(window, reference)
-        for reference in deep:
-            positions += len(true_symbols(reference.window))
-            tokens += int((reference.window.row_depth == 0).sum())
-            rows += len(reference.window.row_start)
-            missed.append(reference.handed().total)
-    return {
-        "documents": len(documents), "positions": positions, "tokens": tokens,
-        "reference_rows_per_token": round(rows / tokens, 3), "missed": float(f"{np.concatenate(missed).mean():.3g}"),
-        "presets": {preset: found.summary() for preset, found in figures.items()},
-    }  # fmt: skip
+class Study:
+    """One kind of text: which stretches are measured, and what they said."""
+
+    def __init__(self, teacher: Teacher, documents: list[Encoded], options: argparse.Namespace, earlier: Any) -> None:
+        self.teacher, self.documents = teacher, documents
+        self.stretches = stretches_of(documents, options.stretch, options.share, options.seed)
+        self.tokens, self.deeper = options.stretch, options.deeper
+        earlier = earlier or {"measured": 0, "state": {}, "missed_state": Measure().state(), "reference_rows": 0}
+        self.measured = int(earlier["measured"])
+        self.names = [*st.PRESETS, *(["reference"] if self.deeper else [])]
+        self.figures = {name: Figures(earlier["state"].get(name)) for name in self.names}
+        self.reference_rows = int(earlier["reference_rows"])
+        self.missed = Measure()
+        self.missed.merge(earlier["missed_state"])
+
+    def step(self) -> None:
+        """Measure the next stretch."""
+        document, position = self.stretches[self.measured]
+        s = self.teacher.settings
+        stretch = plan_stretch(
+            f"d{document}", self.documents[document], position, self.tokens,
+            start_id=self.teacher.vocabulary.start_id, context=s.context, overlap=s.overlap,
+        )  # fmt: skip
+        self.teacher.engine.forget()
+        effort = {**REFERENCE, "static": 0.0}
+        reference = Lattice(
+            window_at(self.teacher, stretch.plan, effort | ({"tau": self.deeper} if self.deeper else {})), drop=DROPPED
+        )
+        for preset, asked in st.PRESETS.items():
+            self.figures[preset].add(window_at(self.teacher, stretch.plan, asked), reference)
+        if self.deeper:
+            self.figures["reference"].add(window_at(self.teacher, stretch.plan, effort), reference, drop=DROPPED)
+        scored = reference.window.score_start
+        self.reference_rows += int((reference.window.row_start >= scored).sum())
+        self.missed.add(reference.handed().total[scored:])
+        self.measured += 1
+
+    def result(self) -> dict[str, Any]:
+        """JSON: the figures, and what a later run goes on from."""
+        of = self.figures["exact"].counts
+        size = sum(len(document.data) - document.synthetic for document in self.documents)
+        return {
+            "documents": len(self.documents), "bytes": size, "stretches": len(self.stretches),
+            "measured": self.measured, "positions": of["positions"], "tokens": of["canonical"],
+            "reference_rows_per_token": round(self.reference_rows / of["canonical"], 3),
+            "missed": self.missed.summary(of["positions"], of["windows"], of["squared_positions"])["mean"],
+            "presets": {name: figures.summary() for name, figures in self.figures.items()},
+            "reference_rows": self.reference_rows,
+            "state": {name: figures.state() for name, figures in self.figures.items()},
+            "missed_state": self.missed.state(),
+        }  # fmt: skip
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -266,35 +274,61 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
     parser.add_argument("--start", default="auto", help="teacher.start")
     parser.add_argument("--bytes", type=int, default=10_000, help="of each kind")
     parser.add_argument("--document", type=int, default=2_500, help="bytes of a document")
+    parser.add_argument("--stretch", type=int, default=64, help="tokens of a stretch")
+    parser.add_argument("--share", type=float, default=1.0, help="of all stretches that are measured")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument(
+        "--deeper", type=float, default=0.0, help="tau of a deeper reference, which judges the other too"
+    )
     parser.add_argument("--texts", type=Path, help="a folder of further .txt files")
     parser.add_argument("--kinds", nargs="*", help="measure these alone")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop then; the same command goes on later")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what the result does not hold yet."""
+    args = options()
+    began = time.monotonic()
     teacher = open_teacher(st.Teacher(model=args.model, backend="hf", floor=1e-6, top_k=0, start=args.start))
     teacher.engine = Remembering(teacher.engine)
     facts: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine().replace('_', '-')}", "model": args.model,
-        "start": teacher.vocabulary.start_id, "reference": REFERENCE, "presets": st.PRESETS, "kinds": {},
+        "start": teacher.vocabulary.start_id, "reference": REFERENCE, "deeper": args.deeper, "presets": st.PRESETS,
+        "document": args.document, "stretch": args.stretch, "seed": args.seed, "kinds": {},
     }  # fmt: skip
     if args.out.is_file():
         earlier = json.loads(args.out.read_text())
-        if all(earlier.get(name) == facts[name] for name in facts if name != "kinds"):
-            facts["kinds"] = earlier["kinds"]
+        if changed := [name for name in facts if name != "kinds" and earlier.get(name) != facts[name]]:
+            raise SystemExit(f"{args.out} holds other {', '.join(changed)}; move it away to measure anew")
+        facts["kinds"] = earlier["kinds"]
     texts = kinds_of(args.texts, args.bytes)
+    studies = {}
     for kind in args.kinds or [*texts, "chat"]:
-        if kind in facts["kinds"]:
-            continue
         chat = kind == "chat"
         documents = answers_of(teacher, args.bytes) if chat else documents_of(teacher, texts[kind], args.document)
-        facts["kinds"][kind] = measure(teacher, documents)
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
-        print(f"{kind}: done", flush=True)
+        studies[kind] = Study(teacher, documents, args, facts["kinds"].get(kind))
+    # A stretch of each kind in turn, so that whatever time there is goes to all of them.
+    while open_studies := {kind: study for kind, study in studies.items() if study.measured < len(study.stretches)}:
+        for kind, study in open_studies.items():
+            if time.monotonic() - began >= args.seconds:
+                break
+            study.step()
+            facts["kinds"][kind] = study.result()
+            write_text(args.out, json.dumps(facts, indent=1) + "\n")
+        else:
+            continue
+        break
+    for kind, study in studies.items():
+        print(f"{kind}: {study.measured} of {len(study.stretches)} stretches")
     print(markdown(facts["kinds"]))
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from bytecache.pipeline.fleet.ledger import Delete, Get, Layout, List, Put, Reading, Replace, Request, read_block
-from bytecache.pipeline.plan.index import PAGE, PLAN_KEY, Unit, index_bytes, make_index, page_bytes
+from bytecache.pipeline.plan.index import PAGE, PLAN_KEY, Lineage, Unit, index_bytes, make_index, page_bytes
 
 LAYOUT = Layout("teacher")
 UNITS = f"{LAYOUT.root}/units/"
@@ -142,11 +142,11 @@ def parsed(names: Iterable[str]) -> Reading:
 def plan_sizes(n_units: int) -> dict[bool, int]:
     """Bytes of the plan's index (True) and of one of its pages (False), as they are stored."""
     units = [
-        Unit(index=at, split="train", slice=f"plan/slices/{at:05d}-train-{'0' * 12}.parquet", sha256="0" * 64,
+        Unit(index=at, split="heldout" if at % 10 == 0 else "train",
+             slice=f"plan/slices/{at:05d}-train-{'0' * 12}.parquet", sha256="0" * 64,
              n_docs=2500, n_bytes=9_999_999)
-        for at in range(min(PAGE, n_units))
+        for at in range(n_units)
     ]  # fmt: skip
     pages = ["0" * 64] * -(-n_units // PAGE)
-    index = make_index({"sha256": "0" * 64, "n_documents": 0, "n_bytes": 0}, {}, [9_999_999] * n_units,
-                       range(0, n_units, 10), pages)  # fmt: skip
-    return {True: len(index_bytes(index)), False: len(page_bytes(units))}
+    index = make_index({"sha256": "0" * 64, "n_documents": 0, "n_bytes": 0}, {}, units, pages, Lineage())
+    return {True: len(index_bytes(index)), False: len(page_bytes(units[:PAGE]))}

@@ -12,14 +12,18 @@ CC BY-SA 3.0).
 """
 
 import argparse
+import ast
 import importlib.util
 import inspect
 import json
+import random
 import sysconfig
+import tarfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 from xml.etree import ElementTree
 
 
@@ -43,6 +47,63 @@ def multilingual_text(limit: int) -> str:
     text = builtin_texts(limit).get("cjk", "")
     share = (limit - len(text.encode())) // 2
     return text + "\n\n".join(clip(_encyclopedia(language), share) for language in ("es-es", "fr-fr"))
+
+
+def tables(limit: int) -> str:
+    """Records as indented JSON and as Markdown tables, in turn."""
+    draw = random.Random(14)
+    words = ["north", "river", "copper", "station", "lamp", "garden", "winter", "signal", "harbour", "paper", "valley"]
+    pieces: list[str] = []
+    while sum(map(len, pieces)) < limit:
+        records: list[dict[str, Any]] = [
+            {
+                "id": draw.randrange(10_000), "name": f"{draw.choice(words)}-{draw.choice(words)}",
+                "active": draw.random() < 0.5, "tags": draw.sample(words, 2),
+                "size": {"width": draw.randrange(1, 400), "height": round(draw.random() * 90, 2)},
+            }
+            for _ in range(4)
+        ]  # fmt: skip
+        pieces.append(json.dumps(records, indent=2) + "\n\n")
+        rows = [
+            f"| {r['id']} | {r['name']} | {'yes' if r['active'] else 'no'} | {' '.join(r['tags'])} |" for r in records
+        ]
+        pieces.append("\n".join(["| id | name | active | tags |", "|---:|---|---|---|", *rows]) + "\n\n")
+    return "".join(pieces)
+
+
+def numbers(limit: int) -> str:
+    """A ledger: dates, times, amounts, long numbers, phone numbers, contractions between them."""
+    draw = random.Random(41)
+    lines: list[str] = []
+    while sum(map(len, lines)) < limit:
+        day, amount = draw.randrange(1, 29), draw.randrange(1, 10_000_000)
+        lines += [
+            f"{2000 + draw.randrange(30)}-{draw.randrange(1, 13):02d}-{day:02d} {draw.randrange(24):02d}:"
+            f"{draw.randrange(60):02d}  {amount:>12,}  {amount / 7:.2f} EUR\n",
+            f"On {day} March {1900 + draw.randrange(120)} it wasn't {amount}; that's {draw.randrange(1, 100)}% of "
+            f"{amount * 13}, or {draw.random() * 1e-3:.3e}.\n",
+            f"Tel. +44 {draw.randrange(1000, 9999)} {draw.randrange(100_000, 999_999)}, ext. {draw.randrange(100)}\n\n",
+        ]
+    return "".join(lines)
+
+
+def deep_code(limit: int) -> str:
+    """Source with deep indentation: classes and methods of the standard library."""
+    return clip(
+        "\n\n".join(inspect.getsource(module)[20_000 : 20_000 + limit // 2] for module in (tarfile, ast)), limit
+    )
+
+
+def kinds_of(folder: Path | None, limit: int) -> dict[str, str]:
+    """Kind -> text of about `limit` bytes."""
+    builtin = builtin_texts(limit)
+    texts = {"manual": builtin["prose"], "code": deep_code(limit), "tables": tables(limit), "numbers": numbers(limit)}
+    texts["scripts"] = multilingual_text(limit)
+    if leads := encyclopedia_leads("en-us"):
+        texts["encyclopedia"] = clip("\n\n".join(leads[700:1100:10]), limit)
+    if folder:
+        texts |= folder_texts(folder, limit)
+    return {kind: clip(text, limit) for kind, text in texts.items() if text}
 
 
 def prose_passages(count: int, limit: int) -> dict[str, list[str]]:

@@ -149,6 +149,27 @@ def transfer_short() -> str:
     return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), rows)
 
 
+def teacher_presets() -> str:
+    """What every preset costs of the engine, beside prefill."""
+    measured = result("teacher_presets.json")
+    titles = {"prefill": "prefill, the last row of a window", "all_rows": "prefill, all rows"}
+    rows = []
+    for name, f in measured.items():
+        if not isinstance(f, dict):
+            continue
+        evaluated = [f"{f[key]:.0f}" if key in f else "" for key in ("branches", "static_rows")]
+        each = f"{f['tokens_per_branch']:.1f}" if "tokens_per_branch" in f else ""
+        ratios = [f"{f[key]:.2f}" for key in ("of_prefill_per_row", "of_all_rows_per_row")]
+        preset, comma, how = name.partition(",")
+        called = titles.get(name) or f"`{preset}`{comma}{how}"
+        rows.append([called, *evaluated, each, *ratios, f"{f['text_bytes_per_s']:.0f}", f"{f['host_us_per_row']:.0f}"])
+    return table(
+        "pass | >branches | >static rows | >tokens per branch | >of prefill, per row | >of all rows, per row | "
+        ">bytes of text/s | >host, µs per row",
+        rows,
+    )
+
+
 def foreign_lists() -> str:
     """What a cache of the k likeliest tokens costs, beside path masses."""
     rows = []
@@ -283,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets-short": presets_short,
     "dump-sizes": dump_sizes,
     "genlm": genlm,
+    "teacher-presets": teacher_presets,
     "transfer": transfer,
     "transfer-short": transfer_short,
     "foreign-lists": foreign_lists,

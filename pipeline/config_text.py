@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from bytecache.schemas.messages import public_url
 from bytecache.schemas.secrets import Secret
-from bytecache.schemas.settings import Section, Settings
+from bytecache.schemas.settings import Section, Settings, Teacher
 
 _TITLES = {
     "run": "Where a run lives",
@@ -57,7 +57,7 @@ def secrets_of(settings: Settings) -> dict[str, str]:
 
 PUBLISHED = {
     "corpus": None,
-    "teacher": None,
+    "teacher": set(Teacher.model_fields) - {"server", "server_requests"},
     "convert": None,
     "dataset": {"name", "license", "teacher_license"},
 }

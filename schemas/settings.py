@@ -60,10 +60,10 @@ class Corpus(Section):
 
 PRESETS: dict[str, dict[str, float]] = {
     "fast": {"tau": 0.3, "depth": 2, "static": 0.002},
-    "balanced": {"tau": 0.02, "depth": 1, "static": 0.002},
+    "balanced": {"tau": 0.02, "depth": 1, "static": 0.0003},
     "exact": {"tau": 0.003, "depth": 2, "static": 0.0002},
 }
-"""What `teacher.preset` stands for; measured by `benchmarks/information_loss.py`."""
+"""What `teacher.preset` stands for; measured by `benchmarks/exactness.py`."""
 ROUNDING: dict[str, float] = {"fast": 1e-4, "balanced": 1e-4, "exact": 2e-5}
 """`teacher.rounding` of the presets; measured by `benchmarks/dump_rate_distortion.py`."""
 
@@ -76,8 +76,19 @@ class Teacher(Section):
     `builtin:gemma-3-270m` (see lock/gemma.txt)."""
     revision: str = ""
     """Hub revision; empty = the default branch."""
-    backend: Literal["vllm", "hf"] = "vllm"
-    """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`."""
+    adapter: str = ""
+    """A LoRA adapter as peft saves it (a folder or hub id, safetensors), merged into `model` once; empty = none."""
+    backend: Literal["vllm", "hf", "server"] = "vllm"
+    """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`.
+    `server`: a model behind HTTP, of which only the `top_k` likeliest tokens are known at each position; `model` then
+    names its tokenizer, no weights are needed, and there is no certificate."""
+    server: str = ""
+    """Address of an OpenAI-compatible API, e.g. http://127.0.0.1:8000/v1; its key is taken from
+    $BYTECACHE_SERVER_KEY."""
+    server_model: str = ""
+    """Name of the model there; empty = the only one that is served."""
+    server_requests: int = Field(8, ge=1, le=256)
+    """Requests under way at once."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the trunk; part of the dump's identity. `auto`: float32 on a CPU, the checkpoint's own on a GPU.
     The head is float32 unless the checkpoint's is quantised."""
@@ -90,7 +101,7 @@ class Teacher(Section):
     floor: float = Field(1e-5, ge=0.0, le=1e-2)
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
     preset: Literal["fast", "balanced", "exact"] = "balanced"
-    """Effort: rows per canonical token about 1.1 with `fast`, 1.4 with `balanced`, 2.2 with `exact`."""
+    """Effort: rows per canonical token about 1.1 with `fast`, 1.6 with `balanced`, 2.5 with `exact`."""
     tau: float = Field(-1.0, ge=-1.0, le=1.0)
     """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, wherever it
     ends, or (with static rows) further on; 0 = all, -1 = preset."""
@@ -108,6 +119,9 @@ class Teacher(Section):
     work. 0 = as fine as codes can be, -1 = preset."""
     sample_tokens: int = Field(128, ge=0)
     """Tokens of every unit that are evaluated to near exactness as well, for the fidelity certificate; 0 = none."""
+    noise: str = ""
+    """Compare that sample with a float32 model too, and certify how far a half-precision or quantised teacher is from
+    it: `self` (the same weights) or the model that it was quantised from; empty = not."""
     start: str = "auto"
     """First token of every document: `auto` (measured: the model's BOS, else its EOS, unless another token of the kind
     predicts text better) or a token's text. In conversations the chat template decides."""
@@ -125,8 +139,16 @@ class Teacher(Section):
     """Run Python code that a checkpoint carries. Only for checkpoints you have read."""
 
     def resolved(self) -> "Teacher":
-        """The same with tau, depth, static and rounding taken from the preset where they are -1."""
+        """The same with tau, depth, static and rounding taken from the preset where they are -1.
+
+        A server answers no more than is asked for one by one: there depth is 0 unless it was set, and static rows and
+        reference windows, which need whole distributions, there are none.
+        """
         effort = PRESETS[self.preset] | {"rounding": ROUNDING[self.preset]}
+        if self.backend == "server":
+            chosen = {name: getattr(self, name) for name in ("tau", "rounding") if getattr(self, name) >= 0}
+            off = {"depth": max(self.depth, 0), "static": 0.0, "sample_tokens": 0}
+            return self.model_copy(update={**effort, **chosen, **off})
         return self.model_copy(update={name: value for name, value in effort.items() if getattr(self, name) < 0})
 
 
@@ -199,7 +221,7 @@ class Train(Section):
     """How the student learns."""
 
     steps: int = Field(400, ge=1)
-    """Optimiser steps."""
+    """Optimiser steps. More of them go on from a finished run where `schedule` and `kl_schedule` are `constant`."""
     batch: int = Field(4, ge=1)
     """Windows per step."""
     window_bytes: int = Field(1024, ge=32)

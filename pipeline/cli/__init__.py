@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import typer
 
-from bytecache.pipeline.cli import estimate, fleet, foreign, jobs, share, stages, tools
+from bytecache.pipeline.cli import estimate, fleet, foreign, jobs, mix, share, stages, tools
 from bytecache.pipeline.cli.terminal import PIPE_CLOSED, STOPPED, crash_line, open_standard_streams, say, say_error
 from bytecache.schemas.errors import StorageError
 
@@ -37,6 +37,7 @@ app.add_typer(estimate.app)
 app.add_typer(jobs.app)
 app.add_typer(fleet.app)
 app.add_typer(foreign.app)
+app.add_typer(mix.app)
 app.add_typer(share.app)
 
 

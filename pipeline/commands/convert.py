@@ -19,10 +19,11 @@ from bytecache.pipeline.commands.dataset import (
     publish_index,
     refuse_other_dataset,
 )
+from bytecache.pipeline.commands.editions import forget_parts
 from bytecache.pipeline.commands.groups import numbered_groups
 from bytecache.pipeline.commands.missing import describe, summary, units_aside
 from bytecache.pipeline.commands.straight import find_shards, is_straight
-from bytecache.pipeline.commands.teacher import find_dumps
+from bytecache.pipeline.commands.teacher import dump_groups, find_dumps
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan.index import Plan, load_plan
 from bytecache.pipeline.stores import Store
@@ -32,6 +33,43 @@ from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
+from bytecache.schemas.settings import Convert
+
+
+def _shape(settings: Convert) -> dict[str, object]:
+    """The settings that decide a shard once its parts are known."""
+    return {name: value for name, value in settings.shaping().items() if name != "shard_bytes"}
+
+
+def _format_and_code() -> dict[str, Any]:
+    from bytecache.schemas.shard import reader as byte_shard
+
+    return {"format": [byte_shard.FORMAT, byte_shard.VERSION], "code": receipts.code_fingerprint(*CONVERTER)[:16]}
+
+
+def _inputs(shape: dict[str, object], common: dict[str, Any], split: str, parts: Sequence[Receipt]) -> dict[str, Any]:
+    """What determines a shard."""
+    sources = [file.sha256 for part in parts for file in part.files]
+    return {"split": split, "parts": sources, "convert": shape, **common}
+
+
+def requeue_parts(context: Context, planned: Plan) -> list[str]:
+    """Forget dump parts that convert.delete_dump removed and that a shard still to be made needs; returns their names.
+
+    A shard of an older edition was made of them; after a change beside them another one may have to be.
+    """
+    store, requeued = context.store, list[str]()
+    shape, common = _shape(context.settings.convert), _format_and_code()
+    for by_slice in dump_groups(store)[0].values():
+        if not any(receipt.deleted for receipt in by_slice.values()):
+            continue
+        for group in numbered_groups(planned, context.settings.convert.shard_bytes):
+            parts = [by_slice.get(planned.units[member].sha256) for member in group.members]
+            known = [part for part in parts if part is not None]
+            key = unit_key("convert", _inputs(shape, common, group.split, known))
+            if len(known) < len(parts) or not store.exists(receipts.receipt_path("convert", key)):
+                requeued += forget_parts(store, known)
+    return requeued
 
 
 def convert_job(
@@ -46,24 +84,18 @@ def convert_job(
     `missing`: units of the plan to go without; shards that hold none of them are the same as with all units.
     Raises ConfigError if another data set was published here.
     """
-    from bytecache.schemas.shard import reader as byte_shard
     from bytecache.stages.convert.coarser import coarser_effort
 
-    refuse_other_dataset(context, dataset_identity(context, planned, identity, missing))
+    refuse_other_dataset(context, dataset_identity(context, planned, identity, missing), planned.edition)
     settings = context.settings.convert
     coarser_effort(settings, TeacherIdentity.of(identity, context.store.name).settings)
-    shape = {name: value for name, value in settings.shaping().items() if name != "shard_bytes"}
+    shape, common = _shape(settings), _format_and_code()
     groups = numbered_groups(planned, settings.shard_bytes, frozenset(missing))
-    common = {
-        "format": [byte_shard.FORMAT, byte_shard.VERSION],
-        "code": receipts.code_fingerprint(*CONVERTER)[:16],
-    }
 
     def task(index: int) -> Task:
         group = groups[index]
         parts = [dump(member) for member in group.members]
-        sha256s = [file.sha256 for part in parts for file in part.files]
-        inputs = {"split": group.split, "parts": sha256s, "convert": shape, **common}
+        inputs = _inputs(shape, common, group.split, parts)
         out = f"{TARGETS}/{group.name}-{unit_key('convert', inputs)[:12]}.zarr.zip"
         return Task("convert", group.name, out, inputs, group.size, payload=(group.split, parts))
 
@@ -75,7 +107,7 @@ def convert_job(
         **({"missing": list(missing)} if missing else {}),
     }
     opening = partial(_open_work, context, shape)
-    return Job("convert", shared, [group.size for group in groups], task, opening)
+    return Job("convert", shared, [group.size for group in groups], task, opening, planned.edition)
 
 
 @contextmanager
@@ -88,7 +120,7 @@ def _open_work(context: Context, shape: dict[str, object], stop: Callable[[], bo
     def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
         split, parts = task.payload
         paths = [path for part in parts for path in _part_files(store, part, task.name)]
-        attrs = {"split": split, "convert": shape, "units": [part.name for part in parts]}
+        attrs = {"split": split, "convert": shape, "units": [part.key[:12] for part in parts]}
         counts = convert_units(paths, out, context.settings.convert, attrs, stop, tick)
         for part in parts:
             for file in part.files:
@@ -103,7 +135,7 @@ def _part_files(store: Store, part: Receipt, shard: str) -> list[Path]:
     if part.deleted:
         raise InputError(
             f"{shard} needs the dump part {part.name}, which convert.delete_dump removed; run "
-            "`bytecache verify --repair`, then `bytecache teacher`, or choose a new run.dir"
+            "`bytecache plan` or `bytecache verify --repair`, then `bytecache teacher`"
         )
     problems = receipts.problems(store, part)
     if problems:
@@ -120,7 +152,7 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
         return publish_straight(context)
     planned = load_plan(context.store, context.settings)
     found = dict(enumerate(dumps)) if dumps is not None else find_dumps(context, planned)
-    aside = units_aside(context, found.__contains__)
+    aside = units_aside(context, planned, found.__contains__)
     parts = list(found.values())
     info = dataset_info(context, planned, parts, describe(context, planned, aside))
     job = convert_job(context, planned, info["teacher"], found.__getitem__, [one.unit for one in aside])
@@ -136,7 +168,7 @@ def publish_straight(context: Context) -> Outcome:
     planned = load_plan(context.store, context.settings)
     shards, aside = find_shards(context, planned)
     info = dataset_info(context, planned, shards, describe(context, planned, aside))
-    refuse_other_dataset(context, info)
+    refuse_other_dataset(context, info, planned.edition)
     outcome = Outcome(shards, 0)
     _publish(context, outcome, info)
     return outcome
@@ -149,6 +181,9 @@ def _publish(context: Context, outcome: Outcome, info: dict[str, Any]) -> None:
     index_is_new = publish_index(context, outcome.receipts, info)
     context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or index_is_new, published=True)
     context.say(outcome_line("convert", outcome))
+    edition = info["edition"]
+    if edition["number"] > 1:
+        context.say(f"convert: edition {edition['number']} of the data set, after {edition['parent'][:12] or 'none'}")
     context.say(summary_line(certificate(outcome.receipts, info["teacher"])))
     if missing := info["creation"].get("missing"):
         context.say(f"convert: {summary(missing)}")

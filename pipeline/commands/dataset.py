@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bytecache.pipeline.commands.editions import archive_edition, older_datasets, parent_of
 from bytecache.pipeline.config import changed_keys, flattened
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan.index import Plan
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
-    "stages.convert.convert", "stages.convert.coarser", "schemas.dump.rows", "stages.lattice.lattice",
-    "stages.lattice.forward", "stages.lattice.effort", "stages.fidelity.certificate", "stages.fidelity.divergence",
+    "stages.convert.convert", "stages.convert.coarser", "stages.convert.precision", "schemas.dump.rows",
+    "stages.lattice.lattice", "stages.lattice.forward", "stages.lattice.effort", "stages.fidelity.certificate",
+    "stages.fidelity.divergence", "stages.fidelity.noise",
     "stages.fidelity.bound", "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window",
     "schemas.dump.packed", "schemas.dump.packing", "schemas.dump.unpacking", "schemas.dump.shares",
     "schemas.dump.planes", "schemas.dump.version2", "schemas.shard.builder",
@@ -55,11 +57,16 @@ def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any
     """The fidelity of all shards together: measured where the dump had reference windows, bounded everywhere."""
     from bytecache.stages.fidelity.bound import Bound
     from bytecache.stages.fidelity.certificate import Fidelity
+    from bytecache.stages.fidelity.noise import Noise
 
     reference: dict[str, Any] = next((r.counts["reference"] for r in shards if r.counts.get("reference")), {})
+    # Sums are those of the manifest's order, whoever makes them: receipts come in that of a plan or of a folder.
+    shards = sorted(shards, key=lambda receipt: (receipt.inputs["split"] != "train", receipt.files[0].path))
     measured = Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
     bound = Bound(receipt.counts.get("bound") for receipt in shards).summary()
-    return measured if bound is None else (measured or {}) | {"bound": bound}
+    noise = Noise(state for receipt in shards for state in receipt.counts.get("noise", ())).summary()
+    more = {name: found for name, found in (("bound", bound), ("noise", noise)) if found is not None}
+    return (measured or {}) | more if more else measured
 
 
 def dataset_identity(
@@ -115,6 +122,10 @@ def dataset_info(
             **({"conversion_code": code} if code else {}),
             **({"missing": list(missing)} if missing else {}),
         },
+        "edition": {
+            "number": planned.edition,
+            "parent": parent_of(context.store, _published(context.store), planned.edition),
+        },
         "name": context.settings.dataset.name,
         "license": context.settings.dataset.license,
         "corpus_license": context.settings.corpus.license,
@@ -137,8 +148,21 @@ def read_index(store: Store) -> "Dataset | None":
     return read_dataset(store.get_path(f"{TARGETS}/{DATASET}").parent)
 
 
-def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
-    """A published data set is never changed: somebody may be reading it. `info`: see `dataset_identity`."""
+def _published(store: Store) -> "Dataset | None":
+    """The index, or None where there is none or a damaged one."""
+    try:
+        return read_index(store)
+    except IntegrityError:
+        return None
+
+
+def refuse_other_dataset(context: Context, info: dict[str, Any], edition: int) -> None:
+    """A published data set is never changed: somebody may be reading it. `info`: see `dataset_identity`.
+
+    A later edition of the plan may have another corpus (and lack other units of it), nothing else.
+    """
+    from bytecache.schemas.dataset.editions import edition_of
+
     try:
         dataset = read_index(context.store)
         old = dataset.info if dataset else info
@@ -146,7 +170,13 @@ def refuse_other_dataset(context: Context, info: dict[str, Any]) -> None:
         return  # a damaged index is rebuilt
     changes: list[str] = []
     for name in ("teacher", "corpus", "settings"):
-        changes += changed_keys(flattened(old.get(name, {})), flattened(info[name]))
+        before, now = flattened(old.get(name, {})), flattened(info[name])
+        if edition_of(old) < edition:
+            if name == "corpus":
+                continue
+            before.pop("missing_units", None)
+            now.pop("missing_units", None)
+        changes += changed_keys(before, now)
     if changes:
         raise ConfigError(
             f"{context.store.name}/{TARGETS} holds a data set made otherwise ({'; '.join(changes[:4])}); restore that, "
@@ -199,20 +229,23 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
         if (
             published is not None
             and published.fidelity == measured
-            and all(published.info.get(name) == info[name] for name in _RESTATED)
+            and all(published.info.get(name) == info[name] for name in (*_RESTATED, "edition"))
             and sorted(published.entries, key=_by_file) == sorted(entries, key=_by_file)
         ):
             return mend_card(context)
     except IntegrityError as error:
         moved = [set_aside_file(store, key) for name in (DATASET, MANIFEST) if store.exists(key := f"{TARGETS}/{name}")]
         context.say(f"convert: the published index is damaged ({error}); it is set aside as {', '.join(moved)}")
+    archive_edition(store, _published(store), info["edition"]["number"])
     disputed = contradictions(store, shards, measured)
     if disputed:
         raise IntegrityError(
             f"{store.name}/{TARGETS}: receipts and the published index disagree ({'; '.join(disputed[:3])}); the index "
             "is not rewritten: run `bytecache verify --repair`, which opens the shards to see which of the two is right"
         )
-    _clear_unlisted(context, {entry.file for entry in entries}, {receipt.key for receipt in shards})
+    older = [entry for dataset in older_datasets(store) for entry in dataset.entries]
+    listed = [*entries, *older]
+    _clear_unlisted(context, {entry.file for entry in listed}, {entry.key for entry in listed})
     for name, raw in index_documents(entries, info, measured).items():
         key = f"{TARGETS}/{name}"
         if name == card.FILE and store.exists(key):

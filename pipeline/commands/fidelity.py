@@ -68,7 +68,7 @@ def teacher_settings(dataset: Dataset, settings: Teacher, model: str | None) -> 
         if settings.start == "auto":  # as the data set's teacher did, whatever would be measured here
             wanted["start"] = identity.start
         return Teacher(
-            **settings.model_dump(include={"revision", "backend", "start", "end", "trust_remote_code"})
+            **settings.model_dump(include={"revision", "backend", "adapter", "start", "end", "trust_remote_code"})
             | settings.model_dump(include={"max_batched_tokens", "kv_cache_gib", "gpu_memory_utilization"})
             | {"tensor_parallel": settings.tensor_parallel, "model": named, "context": context, "overlap": overlap}
             | {"top_k": 0, "static": 0.0, **wanted, **REFERENCE}
@@ -90,7 +90,9 @@ def refuse_other_teacher(dataset: Dataset, teacher: TeacherIdentity) -> None:
             "or --any-teacher"
         )
     there, here = maker.weights, teacher.weights
-    named = sorted(name for name in {*there, *here} if name.endswith(".safetensors") or name == "config.json")
+    # Of a cache of another tool, or of a model behind HTTP, nobody saw the weights.
+    known = {*there, *here} if any(name.endswith(".safetensors") for name in there) else {*there}
+    named = sorted(name for name in known if name.endswith(".safetensors") or name == "config.json")
     for name in named:
         if there.get(name) != here.get(name):
             raise InputError(

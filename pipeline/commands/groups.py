@@ -1,8 +1,12 @@
 """Which units of a plan make which shard: whole units in plan order, training apart from held-out text."""
 
+import itertools
 from typing import NamedTuple
 
+import numpy as np
+
 from bytecache.pipeline.plan.index import Plan, Split
+from bytecache.pipeline.plan.slices import slice_ends
 
 
 class ShardGroup(NamedTuple):
@@ -23,20 +27,19 @@ class ShardGroup(NamedTuple):
 
 
 def shard_groups(planned: Plan, shard_bytes: int) -> list[tuple[Split, list[int], int]]:
-    """(split, units, bytes of text) of every shard: whole units in plan order, up to `shard_bytes` of text."""
+    """(split, units, bytes of text) of every shard: whole units in plan order, up to `shard_bytes` of text.
+
+    Where a shard ends is for the content of the units to say, as it is for documents where a unit ends
+    (`pipeline.plan.slices`): units that come or go in a new edition leave all shards but those around them as they are.
+    """
     groups: list[tuple[Split, list[int], int]] = []
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
-        parts: list[int] = []
-        size = 0
-        for index in planned.of_split(split):
-            if parts and size + planned.sizes[index] > shard_bytes:
-                groups.append((split, parts, size))
-                parts, size = [], 0
-            parts.append(index)
-            size += planned.sizes[index]
-        if parts:
-            groups.append((split, parts, size))
+        members = np.array(planned.of_split(split), np.int64)
+        sizes = np.array(planned.sizes, np.int64)[members]
+        ends = slice_ends(sizes, planned.marks[members], shard_bytes, whole=True)
+        for low, high in itertools.pairwise([0, *ends]):
+            groups.append((split, members[low:high].tolist(), int(sizes[low:high].sum())))
     return groups
 
 

@@ -9,9 +9,11 @@ Price: receipts are read, content is not; one listing of each stage's folder.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from bytecache.pipeline.plan.index import PLAN_KEY, read_plan
+from bytecache.pipeline.plan.editions import edition_key, known_plans
+from bytecache.pipeline.plan.index import PLAN_KEY
 from bytecache.pipeline.stores import Store, overlapped
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import FileRecord, OtherVersion, Receipt
@@ -25,7 +27,7 @@ _STAGE_OF = {
 }  # fmt: skip
 """Folder: the command that writes there."""
 _OURS = re.compile(
-    r"config\.toml|plan/(plan\.json|config\.toml|(units|slices)/[^/]+\.(json|parquet))"
+    r"config\.toml|plan/(plan\.json|config\.toml|(units|slices|editions)/[^/]+\.(json|parquet))"
     r"|teacher/([^/]+\.parquet|config\.toml|start/[^/]+\.json)"
     r"|targets/config\.toml|train/(student|distilled|control)-[0-9a-f]{12}/.+|report/([^/]+-[0-9a-f]{12}\.json"
     r"|(report|lm-eval)\.(json|md)|summary\.md|config\.toml)|export/[^/]+-[0-9a-f]{12}(\.config\.toml|/.+)"
@@ -111,11 +113,12 @@ def _orphans(store: Store, inventory: Inventory) -> Iterator[str]:
 
 
 def _planned(store: Store) -> set[str]:
-    try:
-        plan = read_plan(store)
-        return {PLAN_KEY, *plan.page_keys, *(unit.slice for unit in plan.units)} if plan else set()
-    except IntegrityError:
-        return {PLAN_KEY}
+    keys = {PLAN_KEY}
+    for plan in known_plans(store):
+        keys |= {edition_key(plan.edition), *plan.page_keys}
+        with suppress(IntegrityError):  # a page, which its receipt tells
+            keys.update(unit.slice for unit in plan.units)
+    return keys
 
 
 def unfinished_runs(store: Store, inventory: Inventory) -> Iterator[tuple[str, list[str], bool]]:

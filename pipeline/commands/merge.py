@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from bytecache.pipeline.config import changed_keys, flattened
 from bytecache.pipeline.fleet.ledger import STAGES
+from bytecache.pipeline.plan.editions import edition_key
 from bytecache.pipeline.plan.index import PLAN_KEY, Plan, read_plan
 from bytecache.pipeline.stores import Store, disk_errors
 from bytecache.pipeline.units import receipts
@@ -65,7 +66,8 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
     if read_plan(destination) is None and giver is not None:
         for unit in plan.units:
             _copy(giver, destination, FileRecord(path=unit.slice, size=giver.size(unit.slice) or 0, sha256=unit.sha256))
-        for key in (*plan.page_keys, PLAN_KEY):
+        own = [edition_key(plan.edition)] if plan.edition > 1 else []
+        for key in (*plan.page_keys, *own, PLAN_KEY):
             _copy(giver, destination, receipts.record_file(giver, key))
         for sha256 in (*plan.index.pages, plan.hash):
             planned = receipts.read_receipt(giver, "plan", sha256)

@@ -21,12 +21,14 @@ from bytecache.schemas.errors import InputError
 _SHOWN = 3
 
 
-def units_aside(context: Context, has_dump: Callable[[int], bool]) -> list[Entry]:
+def units_aside(context: Context, planned: Plan, has_dump: Callable[[int], bool]) -> list[Entry]:
     """Units that the teacher's workers set aside and that nobody dumped since, if the settings allow to go without.
 
     Raises InputError if they do not and there are any.
     """
-    found = [entry for entry in quarantined(context.store, Layout("teacher")) if not has_dump(entry.unit)]
+    found = [
+        entry for entry in quarantined(context.store, Layout("teacher", planned.edition)) if not has_dump(entry.unit)
+    ]
     if found and not context.settings.convert.allow_quarantined:
         shown = "; ".join(f"unit {entry.unit} ({_reason(entry)})" for entry in found[:_SHOWN])
         raise InputError(

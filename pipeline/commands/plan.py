@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from bytecache.pipeline.commands.teacher import known_start, start_line
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan import make as planning
-from bytecache.pipeline.plan.index import Plan
+from bytecache.pipeline.plan.editions import change_between
+from bytecache.pipeline.plan.index import Plan, read_plan
 from bytecache.pipeline.units.progress import human_bytes
+from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import reader
 from bytecache.stages.corpus.files import corpus_files, ending_of
@@ -19,13 +21,16 @@ MUCH_HELD_OUT = 0.5
 """Share of the text beyond which what is held out is more than anyone asks for."""
 
 
-def plan(context: Context) -> tuple[Plan, bool]:
+def plan(context: Context, *, grow: bool = True) -> tuple[Plan, bool]:
     """Cut the corpus into slices; returns the plan and whether it is new.
+
+    `grow`: a corpus that changed since makes a new edition, else it is refused.
 
     Raises what `make_plan` does, and InputError or ConfigError where the student could not be trained on any of it.
     """
     context.store.sweep()
-    made, new = planning.make_plan(context.store, context.settings, context.stop)
+    before = _whole_plan(context)
+    made, new = planning.make_plan(context.store, context.settings, context.stop, grow=grow)
     context.save_config("plan/config.toml", changed=new)
     corpus = made.corpus
     skipped = f", {corpus['n_empty_skipped']} empty ones skipped" if corpus["n_empty_skipped"] else ""
@@ -34,6 +39,17 @@ def plan(context: Context) -> tuple[Plan, bool]:
         f"{human_bytes(corpus['n_bytes'])} of text in {len(made.sizes)} units "
         f"({made.n_heldout} held out)"
     )
+    if before is not None and before.edition < made.edition:
+        context.say(f"plan: edition {made.edition} of a corpus that changed, {change_between(before, made).words()}")
+        context.say("plan: nothing of the editions before is deleted; what is unchanged is not computed again")
+    if made.edition > 1:
+        from bytecache.pipeline.commands.convert import requeue_parts
+
+        if requeued := requeue_parts(context, made):
+            context.say(
+                f"plan: {len(requeued)} dump parts that were deleted after conversion are needed again beside what "
+                "changed; `bytecache teacher` makes them"
+            )
     if line := understood(context.settings.corpus):
         context.say(f"plan: {line}")
     for line in left_out(made, context.settings.corpus):
@@ -46,6 +62,13 @@ def plan(context: Context) -> tuple[Plan, bool]:
         for line in check_student_reads(context, made):
             context.say(f"plan: {line}")
     return made, new
+
+
+def _whole_plan(context: Context) -> Plan | None:
+    try:
+        return read_plan(context.store)
+    except IntegrityError:
+        return None  # planning says what is wrong with it
 
 
 def understood(settings: Corpus) -> str:

@@ -23,6 +23,7 @@ from bytecache.pipeline.commands.verify import (
     bad_slices,
     disputes,
     has_targets,
+    pending,
     target_problems,
     unrecorded_shards,
     without_receipt,
@@ -39,7 +40,7 @@ from bytecache.schemas.errors import BytecacheError, IntegrityError, Interrupted
 
 _COMMAND = {"student": "train", "index": "convert"}
 """Stage of a receipt: the command that makes it, where that has another name."""
-_LEFT = ("teacher", "train", "evaluate", "export", "run")
+_LEFT = ("teacher", "mix", "train", "evaluate", "export", "run")
 """Commands that repair leaves to the user, in the order in which they are to be run."""
 _FOLDERS = ("student", "export")
 """Stages whose unit is a whole folder, made anew as one."""
@@ -188,7 +189,7 @@ class _Repair:
         except IntegrityError as error:
             faults.append(str(error))
         if self.left.pop("plan", []) or faults:
-            plan(self.context)
+            plan(self.context, grow=False)
             self.done.append("made again: what the plan lacked, from the corpus")
 
     def _targets(self, deep: bool) -> None:
@@ -202,7 +203,11 @@ class _Repair:
             self.left["teacher"] += requeued
         self.done += _settle_strangers(self.context)
         inventory = take_inventory(self.store)
-        faults = target_problems(self.store.folder(TARGETS), deep=deep) if has_targets(self.store) else []
+        faults = (
+            target_problems(self.store.folder(TARGETS), pending(self.store), deep=deep)
+            if has_targets(self.store)
+            else []
+        )
         faults += unrecorded_shards(self.store, inventory)
         disputed = disputes(self.store, inventory)
         if disputed or (deep and faults):
@@ -280,12 +285,24 @@ def _settle_strangers(context: Context) -> list[str]:
             if key.endswith(SUFFIX)
         ]
     for problem in verify_dataset(store.folder(TARGETS)):
+        if problem.kind == "older":  # what it alone lists is a stranger then
+            done += [
+                f"set aside: {index} as {set_aside(store, index)} ({problem.detail})"
+                for index in list(store.list(f"{TARGETS}/{problem.file}".rpartition("/")[0]))
+            ]
+    awaited = pending(store)
+    for problem in verify_dataset(store.folder(TARGETS)):
         key = f"{TARGETS}/{problem.file}"
+        if problem.kind == "foreign" and problem.file in awaited:
+            continue
         if problem.kind == "duplicated":
             store.delete(key)
             done.append(f"removed: {problem.file}, a second copy of a listed shard")
         elif problem.kind == "foreign":
             done.append(f"moved: {problem.file}, which no index lists, to {set_aside(store, key)}")
+            for receipt in take_inventory(store).of("convert"):
+                if receipt.files[0].path == key:
+                    set_aside(store, receipts.receipt_path("convert", receipt.key))
         elif problem.file == card.FILE and mend_card(context):
             done.append(f"made again: {problem.file} ({problem.detail})")
     return done

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline.commands.dataset import read_index
+from bytecache.pipeline.commands.editions import older_datasets
 from bytecache.pipeline.commands.missing import summary
 from bytecache.pipeline.commands.straight import is_straight
 from bytecache.pipeline.commands.teacher import teacher_changes
@@ -15,6 +16,7 @@ from bytecache.pipeline.stores import Store, overlapped
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt
+from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import IntegrityError
 
 
@@ -33,15 +35,16 @@ def status(context: Context) -> dict[str, Any]:
         elif found:
             damaged.append(found)
     planned = read_plan(store)
+    edition = planned.edition if planned else 1
     stages = [_plan_row(planned, by_stage["plan"])]
     if is_straight(context.settings):
         stages.append(_straight_row(context, planned, by_stage["convert"]))
     else:
         stages += _teacher_rows(context, planned, by_stage["teacher"])
-    stages.append(_convert_row(store, by_stage["convert"]))
-    stages += _train_rows(store, by_stage["train"])
+    stages.append(_convert_row(store, [*by_stage["convert"], *by_stage["mix"]], edition))
+    stages += _train_rows(store, by_stage["train"], edition)
     stages += [_simple_row(stage, receipt) for stage in ("evaluate", "export") for receipt in by_stage[stage]]
-    return {"run": store.name, "stages": stages, "fleet": fleet_status(context), "damaged": damaged}
+    return {"run": store.name, "stages": stages, "fleet": fleet_status(context, edition), "damaged": damaged}
 
 
 def _look(store: Store, stage: str, key: str) -> Receipt | str | None:
@@ -84,6 +87,7 @@ def _plan_row(planned: Plan | None, found: list[Receipt]) -> dict[str, Any]:
     if planned is None:
         return _row("plan", "-", 0, 1, 0, "run `bytecache plan`")
     note = f"{human_bytes(planned.n_bytes)} of text, {len(planned.sizes)} units, {planned.n_heldout} held out"
+    note += f", edition {planned.edition}, after {planned.index.parent[:12]}" if planned.edition > 1 else ""
     note += ", the first of more (corpus.max_bytes)" if planned.corpus.get("is_cut") else ""
     if ignored := planned.corpus.get("n_files_ignored"):
         note += f", {ignored} files of other kinds ignored"
@@ -119,7 +123,7 @@ def _straight_row(context: Context, planned: Plan | None, shards: list[Receipt])
     return _row("teacher", fitting[0].group if fitting else "-", done, len(slices) if planned else None, 0, note)
 
 
-def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:
+def _convert_row(store: Store, found: list[Receipt], edition: int) -> dict[str, Any]:
     try:
         dataset = read_index(store)
     except IntegrityError as error:
@@ -130,15 +134,31 @@ def _convert_row(store: Store, found: list[Receipt]) -> dict[str, Any]:
     done = [receipt for receipt in found if Path(receipt.files[0].path).name in listed]
     missing = dataset.info["creation"].get("missing", [])
     note = "data set published" + (f"; {summary(missing)}" if missing else "")
+    number = edition_of(dataset.info)
+    note += f", edition {number}" if number > 1 or edition > number else ""
+    if older := _older(store):
+        note += f", beside edition{'s' * (len(older) > 1)} {', '.join(map(str, older))}"
+    note += f"; the plan is edition {edition}: run `bytecache teacher`, then `convert`" if edition > number else ""
     return _row("convert", dataset.content_sha256[:12], len(done), len(listed), _size(done), note)
 
 
-def _train_rows(store: Store, found: list[Receipt]) -> list[dict[str, Any]]:
+def _older(store: Store) -> list[int]:
+    """Older editions of the data set that are there; what is wrong with one `verify` says."""
+    try:
+        return [edition_of(dataset.info) for dataset in older_datasets(store)]
+    except IntegrityError:
+        return []
+
+
+def _train_rows(store: Store, found: list[Receipt], edition: int) -> list[dict[str, Any]]:
     rows = []
     finished = {Path(receipt.counts["checkpoint"]).parent.name for receipt in found}
     for receipt in found:
         steps = receipt.inputs["train"]["steps"]
-        rows.append(_row("train", Path(receipt.counts["checkpoint"]).parent.name, steps, steps, _size([receipt])))
+        seen = receipt.counts.get("edition", 1)
+        note = f"of edition {seen}" if seen > 1 or edition > 1 else ""
+        name = Path(receipt.counts["checkpoint"]).parent.name
+        rows.append(_row("train", name, steps, steps, _size([receipt]), note))
     last: dict[str, int] = {}
     for key in store.list("train"):
         path = Path(key)

@@ -103,7 +103,7 @@ def straight_job(context: Context, planned: Plan) -> Job:
     settings = context.settings.model_copy(update={"teacher": settle_start(context, kind)})
     identity, rendered = find_identity(settings.teacher, kind)
     coarser_effort(settings.convert, TeacherIdentity.of(identity, context.store.name).settings)
-    refuse_other_dataset(context, straight_identity(context, planned, identity))
+    refuse_other_dataset(context, straight_identity(context, planned, identity), planned.edition)
     shared = _Shared.of(settings, identity, rendered)
     groups = numbered_groups(planned, settings.convert.shard_bytes)
 
@@ -122,7 +122,7 @@ def straight_job(context: Context, planned: Plan) -> Job:
         "keep": "targets",
     }
     opening = partial(_open_work, context, planned, settings, shared)
-    return Job("convert", whole, [group.size for group in groups], task, opening)
+    return Job("convert", whole, [group.size for group in groups], task, opening, planned.edition)
 
 
 @contextmanager
@@ -143,12 +143,12 @@ def _open_work(context: Context, planned: Plan, settings: Settings, shared: _Sha
 
             def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
                 group: ShardGroup = task.payload
-                names = [unit_name(planned.units[member]) for member in group.members]
-                beside.begin(out, {"split": group.split, "convert": shared.shape, "units": names})
+                units = [planned.units[member] for member in group.members]
+                keys = [unit_key("teacher", unit_inputs(unit, shared.teacher, shared.rendered)) for unit in units]
+                beside.begin(out, {"split": group.split, "convert": shared.shape, "units": [key[:12] for key in keys]})
                 said: list[dict[str, Any]] = []
-                for member, name in zip(group.members, names, strict=True):
-                    unit = planned.units[member]
-                    key = unit_key("teacher", unit_inputs(unit, shared.teacher, shared.rendered))
+                for unit, key in zip(units, keys, strict=True):
+                    name = unit_name(unit)
                     with opened_slice(context.store, unit) as piece:
                         open_sink = partial(_part_beside, beside, name, settings.teacher.resolved().rounding)
                         said.append(engine.evaluate_unit(piece, key, open_sink, stop, tick))
@@ -191,7 +191,7 @@ def find_shards(context: Context, planned: Plan) -> tuple[list[Receipt], list[En
     groups = numbered_groups(planned, context.settings.convert.shard_bytes)
     by_slices, differences = _receipts_by_slices(context, shape)
     wanted = [(group.split, *(planned.units[member].sha256 for member in group.members)) for group in groups]
-    aside = {entry.unit: entry for entry in quarantined(store, Layout("convert"))}
+    aside = {entry.unit: entry for entry in quarantined(store, Layout("convert", planned.edition))}
     missing = [number for number, slices in enumerate(wanted) if slices not in by_slices]
     lacking = [number for number in missing if number not in aside or not context.settings.convert.allow_quarantined]
     if lacking:

@@ -24,9 +24,11 @@ from bytecache.schemas.files import file_sha256
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.models.fitness import refuse_quantised_teacher
-from bytecache.stages.models.locate import model_name, resolve_model
+from bytecache.stages.models.locate import model_name, public_name, resolve_model
 from bytecache.stages.models.remembered import remembered
 
+_NAMED = ("adapter", "noise")
+"""Settings that an identity states by their public names, where they are set."""
 START_FOLDER = "teacher/start"
 """Where a run keeps which start token was measured to be best."""
 
@@ -64,7 +66,8 @@ def teacher_job(context: Context, planned: Plan) -> Job:
         finally:
             engine.close()
 
-    return Job("teacher", {"plan": planned.hash, "teacher": identity, **rendered}, planned.sizes, task, open_work)
+    shared = {"plan": planned.hash, "teacher": identity, **rendered}
+    return Job("teacher", shared, planned.sizes, task, open_work, planned.edition)
 
 
 def unit_name(unit: Unit) -> str:
@@ -94,7 +97,7 @@ def settle_start(context: Context, kind: str) -> Teacher:
     conversations the template decides.
     """
     settings, store = context.settings.teacher, context.store
-    if settings.start != "auto" or kind == "chat":
+    if settings.start != "auto" or kind == "chat" or settings.backend == "server":
         return settings
     asked, key = _start_record(settings)
     if not store.exists(key):
@@ -120,6 +123,7 @@ def settle_start(context: Context, kind: str) -> Teacher:
 def _start_record(settings: Teacher) -> tuple[dict[str, Any], str]:
     """What a measured start depends on as far as settings say, and where a run keeps it."""
     asked = settings.model_dump(include={"revision", "backend", "dtype", "end"}) | {"model": model_name(settings)}
+    asked |= {"adapter": public_name(settings.adapter)} if settings.adapter else {}
     return asked, f"{START_FOLDER}/{unit_key('start', asked)[:12]}.json"
 
 
@@ -133,7 +137,7 @@ def _whole_start(store: Store, key: str) -> dict[str, Any] | None:
 def known_start(context: Context, kind: str) -> dict[str, Any] | None:
     """The record of this run's start token, if it was measured already."""
     settings = context.settings.teacher
-    if settings.start != "auto" or kind == "chat":
+    if settings.start != "auto" or kind == "chat" or settings.backend == "server":
         return None
     return _whole_start(context.store, _start_record(settings)[1])
 
@@ -165,6 +169,8 @@ def find_identity(settings: Teacher, kind: str) -> tuple[dict[str, Any], dict[st
     asked = {"what": "identity", "name": model_name(settings), "settings": settings.model_dump(mode="json")}
     # Units of conversations depend on the chat template that they are rendered with.
     rendered = {"template": remembered(folder, {"what": "template"}, template)} if kind == "chat" else {}
+    if settings.backend == "server":
+        return identity(), rendered  # what is served may be another model tomorrow
     return remembered(folder, asked, identity), rendered
 
 
@@ -195,9 +201,9 @@ def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
     Raises InputError if some are missing, ConfigError if only dumps of other settings exist or several sets fit.
     """
     store = context.store
-    groups, damaged = _dump_groups(store)
+    groups, damaged = dump_groups(store)
     wanted = {unit.index: unit.sha256 for unit in planned.units}
-    aside = {entry.unit for entry in quarantined(store, Layout("teacher"))}
+    aside = {entry.unit for entry in quarantined(store, Layout("teacher", planned.edition))}
     fitting: dict[str, dict[int, Receipt]] = {}
     most, differences = 0, ""
     for group, by_slice in sorted(groups.items()):
@@ -228,7 +234,7 @@ def find_dumps(context: Context, planned: Plan) -> dict[int, Receipt]:
     )
 
 
-def _dump_groups(store: Store) -> tuple[dict[str, dict[str, Receipt]], list[str]]:
+def dump_groups(store: Store) -> tuple[dict[str, dict[str, Receipt]], list[str]]:
     """Dump receipts by group and sha256 of their slice, and what is wrong with each that does not check."""
 
     def read(key: str) -> Receipt | str | None:
@@ -265,6 +271,8 @@ def teacher_changes(receipt: Receipt, settings: Teacher) -> list[str]:
 
 def identity_changes(identity: TeacherIdentity, settings: Teacher) -> list[str]:
     """How the settings in a teacher's identity differ from the current ones."""
-    old = identity.chosen()
+    extra = identity.model_extra or {}
+    old = {name: extra.get(name, "") for name in _NAMED} | identity.chosen()
     now = settings.resolved().model_dump() | {"model": model_name(settings)}
+    now |= {name: public_name(now[name]) for name in _NAMED}
     return list(changed_keys(old, {name: now[name] for name in old if name in now}))

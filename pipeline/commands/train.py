@@ -2,13 +2,17 @@
 
 A run's key holds the data set's content hash, the student's and the training settings and the seed; its folder
 is `train/<name>-<key12>`. The stage writes checkpoints there and resumes from the newest whole one by itself; the
-receipt, written after the last step, is what makes the run done.
+receipt, written after the last step, is what makes the run done. A run of more steps begins with the end of a shorter
+one, where that is what it would have come to by itself.
 """
 
 import io
 import os
+import re
+import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +25,9 @@ from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
 from bytecache.pipeline.units.runner import Task, commit_receipt, finished
+from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
+from bytecache.schemas.files import put_in_place, scratch_folder
 from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
@@ -102,10 +108,59 @@ def train(context: Context, only: str = "") -> int:
         with joined(context.settings.train.parallel) as world:
             if world.main:
                 make_student(context, targets)
+                for task in pending:
+                    _begin_with_a_shorter_run(context, task)
             world.wait()
             for task in pending:
                 _train_one(context, world, task, targets)
     return len(pending)
+
+
+def _begin_with_a_shorter_run(context: Context, task: Task) -> None:
+    """Give a run that has no checkpoint the last one of a finished run that differs in nothing but fewer steps.
+
+    Only where the schedules do not depend on the number of steps: the result is that of a run in one go, to the bit.
+    """
+    from bytecache.stages.train.run import can_be_extended
+
+    store, settings = context.store, context.settings.train
+    shorter = _shorter_runs(store, task)
+    if not shorter or any(re.search(r"/step-\d+\.json$", key) for key in store.list(task.out)):
+        return
+    before = max(shorter, key=lambda receipt: int(receipt.inputs["train"]["steps"]))
+    steps = int(before.inputs["train"]["steps"])
+    if not can_be_extended(settings):
+        context.say(
+            f"train {task.name}: begins anew instead of after the {steps} steps that are done, since train.schedule = "
+            f'"{settings.schedule}" and train.kl_schedule = "{settings.kl_schedule}" depend on how many there are in '
+            'all; runs with "constant" for both can be extended'
+        )
+        return
+    place = Path(str(before.counts["checkpoint"]))
+    source, out = store.folder(place.parent.as_posix()), store.folder(task.out)
+    with disk_errors(f"train {task.name}, writing {out}"), scratch_folder(out.parent) as scratch:
+        out.mkdir(parents=True, exist_ok=True)
+        # The record of a checkpoint last: without it there is none.
+        for name in (place.name, "metrics.jsonl", place.with_suffix(".json").name):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, scratch / name)
+                put_in_place(scratch / name, out / name)
+    context.say(f"train {task.name}: goes on after the {steps} steps of {place.parent.as_posix()}")
+
+
+def _shorter_runs(store: Store, task: Task) -> list[Receipt]:
+    """Receipts of finished runs like this one but for fewer steps."""
+    found = []
+    for stage, key in receipts.list_receipts(store, "train"):
+        with suppress(IntegrityError):  # a damaged one is the business of `verify`
+            receipt = receipts.read_receipt(store, stage, key)
+            shape = receipt.inputs.get("train") if receipt else None
+            if not receipt or not isinstance(shape, dict) or receipts.problems(store, receipt):
+                continue
+            steps = int(shape.get("steps", 0))
+            same = {**receipt.inputs, "train": {**shape, "steps": task.inputs["train"]["steps"]}} == task.inputs
+            found += [receipt] if same and steps < task.inputs["train"]["steps"] else []
+    return found
 
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:
@@ -155,7 +210,8 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     checkpoint = Path(result["checkpoint"])
     keys = [f"{task.out}/{name}" for name in (checkpoint.name, checkpoint.with_suffix(".json").name)]
     beside = [record_file(store, key) for key in store.list(task.out) if key not in keys and _is_record(key)]
-    counts = {**result, "checkpoint": keys[0], "student": start}
+    edition = edition_of(targets.info)
+    counts = {**result, "checkpoint": keys[0], "student": start, "edition": edition}
     context.save_config(f"{task.out}/config.toml")
     receipt = run_receipt(task, [record_file(store, key) for key in keys], counts, time.monotonic() - started)
     commit_receipt(store, receipt.model_copy(update={"beside": tuple(beside)}))
@@ -165,7 +221,9 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
         context.say(
             f"train {task.name}: {sum(skipped.values())} documents skipped because of the student: {words(skipped)}"
         )
-    context.say(f"train {task.name}: {steps} steps, loss {result['terms'].get('loss', float('nan')):.4f} ({task.out})")
+    seen = f" on edition {edition} of the data set" if edition > 1 else ""
+    loss = result["terms"].get("loss", float("nan"))
+    context.say(f"train {task.name}: {steps} steps{seen}, loss {loss:.4f} ({task.out})")
 
 
 def _is_record(key: str) -> bool:

@@ -5,12 +5,13 @@ itself. What is found is made right by `pipeline.commands.repair`. Price: every 
 core); `deep` decodes every shard too (40-75 MB of text/s per core).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from bytecache.pipeline.commands.dataset import TARGETS, certificate, contradictions, read_index
+from bytecache.pipeline.commands.editions import pending_shards
 from bytecache.pipeline.commands.inventory import Inventory, checkpoint_fault, stage_of, take_inventory, unfinished_runs
-from bytecache.pipeline.plan.index import Plan, read_plan
+from bytecache.pipeline.plan.index import Plan, current_edition, read_plan
 from bytecache.pipeline.plan.make import slice_is_whole
 from bytecache.pipeline.stores import LocalStore, Store, open_store
 from bytecache.pipeline.units import receipts
@@ -33,7 +34,7 @@ def verify(store: Store, *, deep: bool = False) -> tuple[list[str], int]:
     checked = set(inventory.records)
     problems += _plan_problems(store, inventory)
     if has_targets(store):
-        problems += target_problems(store.folder(TARGETS), deep=deep)
+        problems += target_problems(store.folder(TARGETS), pending(store), deep=deep)
         problems += _index_problems(store, inventory)
         checked |= {f"{TARGETS}/{name}" for name in _INDEX}
     for folder, records, ended in unfinished_runs(store, inventory):
@@ -69,11 +70,23 @@ def has_targets(store: Store) -> bool:
     return any(store.exists(f"{TARGETS}/{name}") for name in _INDEX)
 
 
-def target_problems(folder: Path, *, deep: bool = False) -> list[str]:
-    """What is wrong with a data set, one line each."""
+def target_problems(folder: Path, awaited: Collection[str] = (), *, deep: bool = False) -> list[str]:
+    """What is wrong with a data set, one line each; `awaited`: shards that an index will list (`pending`)."""
     from bytecache.schemas.dataset.verification import verify_dataset
 
-    return [f"targets {file}: {kind}: {detail}" for file, kind, detail in verify_dataset(folder, deep=deep)]
+    return [
+        f"targets {file}: {kind}: {detail}"
+        for file, kind, detail in verify_dataset(folder, deep=deep)
+        if kind != "foreign" or file not in awaited
+    ]
+
+
+def pending(store: Store) -> set[str]:
+    """Shards of an edition that is under way: sound, and in no index yet."""
+    try:
+        return pending_shards(store, _published(store), current_edition(store))
+    except IntegrityError:
+        return set()
 
 
 def misplacements(inventory: Inventory) -> list[str]:
@@ -109,7 +122,7 @@ def disputes(store: Store, inventory: Inventory) -> list[str]:
     if not shards or len(shards) != len(listed):
         return []
     teacher = published.info.get("teacher", {})
-    found = contradictions(store, shards, certificate(sorted(shards, key=_place_of), teacher))
+    found = contradictions(store, shards, certificate(shards, teacher))
     parts = {part for receipt in shards for part in receipt.inputs.get("parts", ())}
     said = [receipt for receipt in inventory.of("teacher") if receipt.files[0].sha256 in parts]
     said += [receipt for receipt in shards if "teacher" in receipt.inputs]  # made without a dump
@@ -158,11 +171,6 @@ def _published(store: Store) -> Dataset | None:
         return read_index(store)
     except IntegrityError:
         return None
-
-
-def _place_of(receipt: Receipt) -> tuple[bool, str]:
-    """The order in which shards are converted: training before held-out ones, each in order of the plan."""
-    return receipt.inputs["split"] != "train", receipt.name
 
 
 def _orphan_lines(orphans: list[str]) -> Iterator[str]:

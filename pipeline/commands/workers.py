@@ -4,19 +4,21 @@ from contextlib import nullcontext
 from typing import Any
 
 from bytecache.pipeline.commands.convert import convert, convert_job
-from bytecache.pipeline.commands.dataset import TARGETS
+from bytecache.pipeline.commands.dataset import TARGETS, read_index
 from bytecache.pipeline.commands.missing import units_aside
 from bytecache.pipeline.commands.straight import find_shards, is_straight, straight_job
 from bytecache.pipeline.commands.teacher import find_dumps, identity_changes, teacher_job
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.job import join
-from bytecache.pipeline.fleet.ledger import FOLDER, STAGES, Layout, read_json
+from bytecache.pipeline.fleet.ledger import STAGES, Layout, read_json
 from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
 from bytecache.pipeline.fleet.worker import Share, Worker
-from bytecache.pipeline.plan.index import Plan, load_plan
+from bytecache.pipeline.plan.index import Plan, current_edition, load_plan
+from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work
+from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import BytecacheError, ConfigError, InputError, IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
 
@@ -41,25 +43,26 @@ def convert_worker(context: Context) -> Share:
     Where the teacher's workers made the shards, the index is all there is to do.
     """
     planned = load_plan(context.store, context.settings)
-    index = f"{TARGETS}/dataset.json"
     if is_straight(context.settings):
         shards, _ = find_shards(context, planned)
         identity = {"plan": planned.hash, "shards": [receipt.key for receipt in shards]}
-        job, share = _index_job(context, identity, planned.n_bytes), Share("", 0, len(shards), 0)
+        job, share = _index_job(context, planned, identity), Share("", 0, len(shards), 0)
     else:
         made = _convert_job(context, planned)
         share = _work(context, made)
-        job = _index_job(context, made.identity, sum(made.measures))
-    if not context.store.exists(index):
+        job = _index_job(context, planned, made.identity)
+    if not _is_published(context.store, planned):
         _work(context, job)
-        if not context.store.exists(index):
-            raise InputError(f"{context.store.name}: {index} was published and is gone; run `bytecache convert`")
+        if not _is_published(context.store, planned):
+            raise InputError(
+                f"{context.store.name}: {TARGETS}/dataset.json was published and is gone; run `bytecache convert`"
+            )
     return share
 
 
 def _work(context: Context, job: Job) -> Share:
     share = Worker(context.store, job, context.settings.fleet, context.stop).run()
-    entries = quarantined(context.store, Layout(job.stage))
+    entries = quarantined(context.store, Layout(job.stage, job.edition))
     of_teacher = job.stage == "teacher" or is_straight(context.settings)
     if entries:
         shown = "; ".join(f"unit {entry.unit} ({entry.reasons[-1]})" for entry in entries[:_SHOWN] if entry.reasons)
@@ -78,13 +81,14 @@ def _work(context: Context, job: Job) -> Share:
 def _convert_job(context: Context, planned: Plan) -> Job:
     """The shards, with the receipts of their parts read when a shard is claimed instead of all at once."""
     store = context.store
-    begun = read_json(store, Layout("teacher").job)
+    layout = Layout("teacher", planned.edition)
+    begun = read_json(store, layout.job)
     if begun is None:  # the dump was made without workers: find it by its receipts
         found = find_dumps(context, planned)  # no quarantine either
         identity = next(iter(found.values())).inputs["teacher"]
         return convert_job(context, planned, identity, found.__getitem__)
     identity = begun["identity"]["teacher"]
-    changes = identity_changes(TeacherIdentity.of(identity, Layout("teacher").job), context.settings.teacher)
+    changes = identity_changes(TeacherIdentity.of(identity, layout.job), context.settings.teacher)
     if changes:
         raise ConfigError(
             f"{store.name}: the workers' dump was made with other teacher settings ({'; '.join(changes[:4])}); restore "
@@ -110,18 +114,28 @@ def _convert_job(context: Context, planned: Plan) -> Job:
             )
         return receipt
 
-    aside = units_aside(context, lambda index: made(index) is not None)
+    aside = units_aside(context, planned, lambda index: made(index) is not None)
     return convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
 
 
-def _index_job(context: Context, identity: dict[str, Any], n_bytes: int) -> Job:
+def _is_published(store: Store, planned: Plan) -> bool:
+    """Whether there is an index, not of an edition before this plan's."""
+    try:
+        published = read_index(store)
+    except IntegrityError:
+        return True  # damage is not for workers to mend
+    return published is not None and edition_of(published.info) >= planned.edition
+
+
+def _index_job(context: Context, planned: Plan, identity: dict[str, Any]) -> Job:
     """One unit, the data set's index, so that one worker publishes it and another takes over if that one dies.
 
-    `identity`: of the shards that it lists, of `n_bytes` of text.
+    `identity`: of the shards that it lists.
     """
 
     def task(index: int) -> Task:
-        return Task("index", "index", f"{FOLDER}/index/published.json", identity, n_bytes)
+        out = f"{Layout('index', planned.edition).root}/published.json"
+        return Task("index", "index", out, identity, planned.n_bytes)
 
     def work(task: Task, out: Any, tick: Tick) -> dict[str, Any]:
         outcome: Outcome = convert(context)
@@ -132,7 +146,7 @@ def _index_job(context: Context, identity: dict[str, Any], n_bytes: int) -> Job:
         opened: Work = work
         return nullcontext(opened)
 
-    return Job("index", identity, [n_bytes], task, open_work)
+    return Job("index", identity, [planned.n_bytes], task, open_work, planned.edition)
 
 
 # ---- retry
@@ -147,13 +161,13 @@ def retry_stage(context: Context, stage: str, new_job: bool, lost: bool) -> int:
         raise InputError(f"{stage!r} is no stage of workers; name one of {', '.join(STAGES)}")
     stage = "convert" if is_straight(context.settings) else stage
     store = context.store
+    layout = Layout(stage, current_edition(store))
     if new_job:
-        count = forget_job(store, stage)
+        count = forget_job(store, layout)
         if stage == "convert":
             forget_index(context)
         context.say(f"retry: the {stage} job is given up ({count} ledger objects); what it made stays")
         return 0
-    layout = Layout(stage)
     if read_json(store, layout.job) is None:
         raise InputError(f"{store.name} holds no {stage} job of workers; nothing to retry")
     forgiven = retry(store, layout)
@@ -178,5 +192,5 @@ def _job_of(context: Context, planned: Plan, stage: str) -> Job:
 
 def forget_index(context: Context) -> None:
     """The index may have to be published again."""
-    for key in [*context.store.list(Layout("index").root)]:
+    for key in [*context.store.list(Layout("index", current_edition(context.store)).root)]:
         context.store.delete(key)

@@ -56,7 +56,7 @@ def record(job: Job) -> dict[str, Any]:
 
 def join(store: Store, job: Job) -> None:
     """Begin the job, or check that it was begun with the same settings and software. Raises ConfigError if not."""
-    layout, ours = Layout(job.stage), record(job)
+    layout, ours = Layout(job.stage, job.edition), record(job)
     if store.put_json_if_absent(layout.job, ours):
         return
     theirs = read_json(store, layout.job)

@@ -9,6 +9,9 @@
     fleet/STAGE/workers/WORKER                 heartbeat, rewritten; absent: the worker left
     fleet/STAGE/lost/WORKER                    the last words of a worker whose heartbeat stopped
 
+STAGE is `teacher` or `convert`, of a later edition of the plan `teacher-edition-00002`. A worker of an older edition
+that is still there goes on with its own ledger; what it makes is keyed by content and of use to both.
+
 Everything but heartbeats is created with put_if_absent and never changed, so two workers cannot hold one attempt and
 no delete or compare-and-swap is needed. The state of a unit is in the *names*: one listing of a block (`BLOCK` units,
 at most two pages of an object store) says what is free, held, done and set aside; one listing of `blocks/` says it of
@@ -115,13 +118,14 @@ def read_json(store: Store, key: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Keys of one stage's job."""
+    """Keys of one stage's job on one edition of the plan: units are numbered anew in each, so each has a ledger."""
 
     stage: str
+    edition: int = 1
 
     @property
     def root(self) -> str:
-        return f"{FOLDER}/{self.stage}"
+        return f"{FOLDER}/{self.stage}" + (f"-edition-{self.edition:05d}" if self.edition > 1 else "")
 
     @property
     def job(self) -> str:

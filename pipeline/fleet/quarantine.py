@@ -67,7 +67,7 @@ def requeue_lost(store: Store, job: Job) -> list[int]:
     For use when no worker runs: the marks of done blocks are removed. Price: a listing of the ledger, and of the
     stage's receipts.
     """
-    layout = Layout(job.stage)
+    layout = Layout(job.stage, job.edition)
     present = {key for _, key in receipts.list_receipts(store, job.stage)}
     opened = []
     for block in range(n_blocks(len(job.measures))):
@@ -80,15 +80,14 @@ def requeue_lost(store: Store, job: Job) -> list[int]:
     return opened
 
 
-def forget_job(store: Store, stage: str) -> int:
-    """Delete a stage's ledger, so that a job with other settings or software can begin; returns how many objects went.
+def forget_job(store: Store, layout: Layout) -> int:
+    """Delete a job's ledger, so that a job with other settings or software can begin; returns how many objects went.
 
     What is made stays. Raises InputError if there is no ledger.
     """
-    layout = Layout(stage)
     keys = list(store.list(layout.root))
     if not keys:
-        raise InputError(f"{store.name} holds no {stage} job of workers; nothing to give up")
+        raise InputError(f"{store.name} holds no {layout.stage} job of workers; nothing to give up")
     # The job's record first: a worker that is still there finds others' settings, or begins anew, never half of each.
     for key in sorted(keys, key=lambda key: key != layout.job):
         store.delete(key)

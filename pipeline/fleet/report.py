@@ -12,8 +12,8 @@ from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.settings import Fleet
 
 
-def fleet_status(context: Context) -> list[dict[str, Any]]:
-    """One entry per stage that workers have begun; see `fleet_table` for what is in it.
+def fleet_status(context: Context, edition: int = 1) -> list[dict[str, Any]]:
+    """One entry per stage that workers have begun on this edition of the plan; see `fleet_table` for what is in it.
 
     Price: the marks of done blocks, a listing of each unfinished one, a read per living worker. Whether a worker lives
     is judged by its heartbeat's age on this machine's clock, for display only.
@@ -21,7 +21,7 @@ def fleet_status(context: Context) -> list[dict[str, Any]]:
     store, settings = context.store, context.settings.fleet
     found = []
     for stage in STAGES:
-        layout = Layout(stage)
+        layout = Layout(stage, edition)
         begun = read_json(store, layout.job)
         if begun is None:
             continue

@@ -132,7 +132,7 @@ class Worker:
 
     def __init__(self, store: Store, job: Job, settings: Fleet, stop: Callable[[], bool]) -> None:
         self.store, self.job, self.settings = store, job, settings
-        self.layout = Layout(job.stage)
+        self.layout = Layout(job.stage, job.edition)
         self.name = f"{process_name()}-{os.urandom(2).hex()}"
         self.drain = Drain(settings, stop)
         self.heart = Heartbeat(store, self.layout, self.name, settings, self.drain)

@@ -4,11 +4,12 @@
                                 of the pages
     plan/units/NUMBER-HASH.json a page: `PAGE` units, each with its slice, its hash and its counts
     plan/slices/...             the text
+    plan/editions/NUMBER.json   older plans of a corpus that changed, and the current one (`pipeline.plan.editions`)
 
 Each is committed after all that it names: a plan that exists is whole. A worker reads the index once, and a page when
 it claims a unit from it; claims go through a page in order (`pipeline.fleet.claims`), so it keeps the last few.
 
-Price, at a million units (10 TB of text in units of 10 MB; `benchmarks/queue_simulation.py`): an index of 8.8 MB and
+Price, at a million units (10 TB of text in units of 10 MB; `benchmarks/queue_simulation.py`): an index of 12.8 MB and
 977 pages of 0.2 MB, of which a worker of a hundred units reads a few. In one file it was 190 MB for each worker.
 """
 
@@ -19,23 +20,29 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, overload
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bytecache.pipeline.config import changed_keys
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units.receipts import canonical_json, unit_key
 from bytecache.schemas import strict_json
+from bytecache.schemas.arrays import U64
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.settings import Settings
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 PLAN_KEY = "plan/plan.json"
 PAGE = 1024
 """Units of a page: four blocks of claims."""
+MARK = 4
+"""Hexadecimal digits of a unit's mark: neighbours are equal once in 65,536, and then the first counts."""
 KEPT = 4
 """Pages that a worker keeps."""
 Split = Literal["train", "heldout"]
 # Only these shape the slices; where the text came from does not, its content does.
+_TEXT = "corpus text"
+_GROW = "; `bytecache plan` makes a new edition of a corpus that changed"
 _SHAPING = ("seed", "unit_bytes", "heldout_fraction")
 
 
@@ -55,6 +62,9 @@ class Index(BaseModel):
     """`plan.json`. `sizes`: bytes of text of every unit; `heldout`: indices of those that are; `pages`: their sha256.
 
     `corpus`: identity and counts of the text; `settings`: what shaped the slices; `hash` names the whole plan.
+    `edition` counts the plans of this run from 1 on, `parent` is the hash of the one before ("" of the first).
+    `threshold`: in hexadecimal; a document whose hash is under it is held out. `marks`: of every
+    unit the first `MARK` digits of the hash of its slice, by which shards are cut (`pipeline.commands.convert`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +75,10 @@ class Index(BaseModel):
     heldout: tuple[int, ...]
     page: int
     pages: tuple[str, ...]
+    edition: int = 1
+    parent: str = ""
+    threshold: str
+    marks: str
     hash: str
 
 
@@ -94,6 +108,17 @@ class Plan:
     def sizes(self) -> tuple[int, ...]:
         """Bytes of text in every unit; reads no page."""
         return self.index.sizes
+
+    @property
+    def edition(self) -> int:
+        """Which plan of this run it is, from 1 on."""
+        return self.index.edition
+
+    @cached_property
+    def marks(self) -> U64:
+        """[units] a number of every unit's content; reads no page."""
+        digits = self.index.marks
+        return np.array([int(digits[at : at + MARK], 16) for at in range(0, len(digits), MARK)], np.uint64)
 
     @property
     def n_heldout(self) -> int:
@@ -179,14 +204,25 @@ def read_page(store: Store, number: int, sha256: str) -> tuple[Unit, ...]:
     return tuple(Unit.model_validate(unit) for unit in json.loads(raw))
 
 
+@dataclass(frozen=True)
+class Lineage:
+    """What a plan has from the one before: its number, the hash of that one, and the rule of what is held out."""
+
+    edition: int = 1
+    parent: str = ""
+    threshold: int = 0
+
+
 def make_index(
-    corpus: dict[str, Any], shape: dict[str, Any], sizes: Sequence[int], heldout: Sequence[int], pages: Sequence[str],
+    corpus: dict[str, Any], shape: dict[str, Any], units: Sequence[Unit], pages: Sequence[str], lineage: Lineage,
     page: int = PAGE,
 ) -> Index:  # fmt: skip
     """The index of pages that are committed, of `page` units each."""
     index = Index(
-        version=PLAN_VERSION, corpus=corpus, settings=shape, sizes=tuple(sizes), heldout=tuple(heldout), page=page,
-        pages=tuple(pages), hash="",
+        version=PLAN_VERSION, corpus=corpus, settings=shape, sizes=tuple(unit.n_bytes for unit in units),
+        heldout=tuple(unit.index for unit in units if unit.split == "heldout"), page=page, pages=tuple(pages),
+        edition=lineage.edition, parent=lineage.parent, threshold=f"{lineage.threshold:017x}",
+        marks="".join(unit.sha256[:MARK] for unit in units), hash="",
     )  # fmt: skip
     return index.model_copy(update={"hash": _plan_hash(index)})
 
@@ -196,11 +232,14 @@ def index_bytes(index: Index) -> bytes:
     return canonical_json(index.model_dump()) + b"\n"
 
 
-def read_plan(store: Store) -> Plan | None:
-    """The plan of a run folder as written, or None. Raises IntegrityError if it is damaged or of another version."""
-    if not store.exists(PLAN_KEY):
+def read_plan(store: Store, key: str = PLAN_KEY) -> Plan | None:
+    """The plan of a run folder as written, or None. Raises IntegrityError if it is damaged or of another version.
+
+    `key`: where it is stored; that of an older one is `pipeline.plan.editions.edition_key`.
+    """
+    if not store.exists(key):
         return None
-    raw, path = store.read_bytes(PLAN_KEY), f"{store.name}/{PLAN_KEY}"
+    raw, path = store.read_bytes(key), f"{store.name}/{key}"
     try:
         found = strict_json.loads(raw)
         version = found.get("version")
@@ -219,6 +258,12 @@ def read_plan(store: Store) -> Plan | None:
     return Plan(index, store)
 
 
+def current_edition(store: Store) -> int:
+    """The edition of a run's plan; 1 where there is none. Raises IntegrityError as `read_plan`."""
+    plan = read_plan(store)
+    return plan.edition if plan else 1
+
+
 def load_plan(store: Store, settings: Settings) -> Plan:
     """The plan a stage works from. Raises InputError if there is none, ConfigError if settings changed since."""
     plan = read_plan(store)
@@ -233,12 +278,14 @@ def refuse_changes(plan: Plan, settings: Settings, corpus: dict[str, Any] | None
     changes = list(changed_keys(plan.settings, shape_of(settings)))
     if corpus is not None and plan.corpus["sha256"] != corpus["sha256"]:
         changes.append(
-            "corpus text: {n_documents} documents, {n_bytes} bytes, sha256 {sha256:.12}".format(**plan.corpus)
+            _TEXT
+            + ": {n_documents} documents, {n_bytes} bytes, sha256 {sha256:.12}".format(**plan.corpus)
             + " -> {n_documents} documents, {n_bytes} bytes, sha256 {sha256:.12}".format(**corpus)
         )
     if changes:
         raise ConfigError(
             f"{plan.store.name} was planned otherwise ({'; '.join(changes)}); restore that, or use a new run.dir"
+            + (_GROW if len(changes) == 1 and changes[0].startswith(_TEXT) else "")
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from bytecache.pipeline.plan.index import Split
 from bytecache.pipeline.plan.parallel import Processes
 from bytecache.pipeline.plan.slices import Entry, Slicer
-from bytecache.pipeline.plan.writing import Slice, delete_slices, digest_of, identity_bytes, write_slice
+from bytecache.pipeline.plan.writing import Slice, digest_of, identity_bytes, write_slice
 from bytecache.pipeline.stores import Store, open_store
 from bytecache.schemas.errors import InputError, Interrupted
 from bytecache.schemas.settings import Corpus
@@ -66,13 +66,14 @@ class Rule:
 class Cut:
     """What was made of the corpus so far, or of a part: slices, documents on their way into others, and what was read.
 
-    `lowest`, `highest`: of the hashes that decide the split; `identities`: of the documents, for who hashes them all.
-    `is_full`: `corpus.max_bytes` is reached; `is_cut`: there is more behind it; `is_whole`: nothing went wrong, else
-    nothing of it counts.
+    `unused`: slices that were written and are of no plan; `lowest`, `highest`: of the hashes that decide the split;
+    `identities`: of the documents, for who hashes them all. `is_full`: `corpus.max_bytes` is reached; `is_cut`: there
+    is more behind it; `is_whole`: nothing went wrong, else nothing of it counts.
     """
 
     slicers: dict[Split, Slicer]
     slices: list[Slice] = field(default_factory=list)
+    unused: list[Slice] = field(default_factory=list)
     n_documents: int = 0
     n_bytes: int = 0
     tally: Tally = field(default_factory=Tally)
@@ -197,8 +198,7 @@ def cut_corpus(
     cutter.finish(cut, store, end=True)
     if not cut.n_documents:
         raise CorpusReader(cutter.corpus).no_text(cut.tally)
-    if store is not None:
-        delete_slices(store, written, but=cut.slices)
+    cut.unused = sorted(set(written).difference(cut.slices))
     return cut, identity.hexdigest()
 
 

@@ -61,9 +61,9 @@ def write_slice(store: Store, split: Split, entries: Sequence[Entry], kind: str)
     return Slice(entries[-1].place, split, key, sha256, len(ids), n_bytes, n_renamed)
 
 
-def delete_slices(store: Store, slices: Iterable[Slice], *, but: Iterable[Slice]) -> None:
-    """Remove slices that turned out to be of no plan."""
-    for key in {one.key for one in slices} - {one.key for one in but}:
+def delete_slices(store: Store, slices: Iterable[Slice], *, but: Iterable[str]) -> None:
+    """Remove slices that turned out to be of no plan; `but`: keys of those that are."""
+    for key in {one.key for one in slices}.difference(but):
         store.delete(key)
 
 

@@ -97,7 +97,7 @@ class Job:
 
     `identity`: what everybody who works on it must agree on (JSON). `measures`: size of every unit (bytes of text).
     `task(i)` names unit i; making it may read receipts, so it is made when needed. `open(stop)` gives the work, an
-    engine loaded behind it, which raises Interrupted soon after `stop()` turns true.
+    engine loaded behind it, which raises Interrupted soon after `stop()` turns true. `edition`: of the plan.
     """
 
     stage: str
@@ -105,6 +105,7 @@ class Job:
     measures: Sequence[int]
     task: Callable[[int], Task]
     open: Callable[[Callable[[], bool]], AbstractContextManager[Work]]
+    edition: int = 1
 
     @property
     def tasks(self) -> list[Task]:

@@ -99,7 +99,7 @@ class Dataset:
     """sorted by split, then file"""
     info: dict[str, Any]
     """teacher, tokenizer, corpus, settings, software, creation: objects; name, license, corpus_license,
-    teacher_license, attribution: text; and more"""
+    teacher_license, attribution: text; edition: see `schemas.dataset.editions`; and more"""
     content_sha256: str
     """sha256 over the entries' values: the identity that data order depends on, whatever wrote the Parquet file"""
     fidelity: dict[str, Any] | None = None
@@ -330,6 +330,11 @@ def _misshapen(info: dict[str, Any]) -> str:
         value = info[outer].get(inner)
         if value is not None and type(value) is not wanted:
             return f"{outer}.{inner} is {_kind(value)}, must be {_KINDS[wanted]}"
+    edition = info.get("edition", {"number": 1, "parent": ""})
+    if not isinstance(edition, dict) or type(edition.get("number")) is not int or not 0 < edition["number"] < 10**5:
+        return "edition.number is no number from 1 to 99999"
+    if not isinstance(edition.get("parent"), str):
+        return f"edition.parent is {_kind(edition.get('parent'))}, must be {_KINDS[str]}"
     for unit in info["creation"].get("missing") or []:
         fits = isinstance(unit, dict) and all(
             type(unit.get(name)) is int for name in ("unit", "n_documents", "n_bytes")

@@ -12,7 +12,8 @@ import numpy as np
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
-from bytecache.schemas.dataset.index import DATASET, MAX_JSON, SUFFIX, ShardEntry, read_dataset
+from bytecache.schemas.dataset.editions import older_editions
+from bytecache.schemas.dataset.index import DATASET, MAX_JSON, SUFFIX, Dataset, ShardEntry, read_dataset
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256, read_regular
 from bytecache.schemas.shard.codes import TAIL
@@ -27,7 +28,8 @@ class Problem(NamedTuple):
 
     file: str
     kind: str
-    """index | missing | truncated | altered | inconsistent | duplicated | foreign | unreadable"""
+    """index | older (index of an edition) | missing | truncated | altered | inconsistent | duplicated | foreign
+    | unreadable"""
     detail: str
 
 
@@ -43,16 +45,16 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
         dataset = read_dataset(folder)
     except (IntegrityError, StorageError) as error:
         return [Problem(DATASET, "index", str(error))]
-    problems: list[Problem] = []
+    older, problems = _older_entries(dataset)
     by_hash: dict[str, str] = {}
-    for entry in dataset.entries:
+    for entry in (*dataset.entries, *older):
         if entry.sha256 in by_hash:
             problems.append(Problem(entry.file, "duplicated", f"same content as {by_hash[entry.sha256]}"))
         by_hash.setdefault(entry.sha256, entry.file)
         fault = check_shard(dataset.path(entry), entry, deep=deep)
         problems += [fault] if fault else []
-    known = {entry.file for entry in dataset.entries}
-    sizes = {entry.size for entry in dataset.entries}
+    known = {entry.file for entry in (*dataset.entries, *older)}
+    sizes = {entry.size for entry in (*dataset.entries, *older)}
     for path in sorted(dataset.folder.iterdir()):
         if path.name.endswith(SUFFIX) and path.name not in known:
             # A file of another size is no copy, however long it would take to hash.
@@ -61,6 +63,20 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
             kind, detail = ("duplicated", f"same content as {twin}") if twin else ("foreign", "no entry lists it")
             problems.append(Problem(path.name, kind, detail))
     return problems + _check_card(dataset.folder)
+
+
+def _older_entries(dataset: Dataset) -> tuple[list[ShardEntry], list[Problem]]:
+    """Shards that only older editions list, and what is wrong with the indices of those."""
+    entries, problems = dict[str, ShardEntry](), list[Problem]()
+    for name, folder in older_editions(dataset.folder):
+        try:
+            listed = read_dataset(folder).entries
+        except (IntegrityError, StorageError) as error:
+            problems.append(Problem(f"{name}/{DATASET}", "older", str(error)))
+            continue
+        entries.update((entry.file, entry) for entry in listed)
+    newest = {entry.file for entry in dataset.entries}
+    return [entry for file, entry in entries.items() if file not in newest], problems
 
 
 def _check_card(folder: Path) -> list[Problem]:

@@ -60,7 +60,7 @@ SCHEMA = pa.schema(
         **dict.fromkeys(BLOBS, pa.binary()),
     }.items()
 )
-_GROUP = 1 << 21
+_GROUP = 1 << 23
 """Bytes of blobs of a row group, before zstd: what a reader holds, whatever the windows' length."""
 LEVEL = 9
 """Of zstd: packing costs 0.1 s per MB of text beside a teacher that takes minutes, unpacking the same at any level."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from bytecache.schemas.arrays import F32, I32, U8, U16
+from bytecache.schemas.arrays import F32, I32, PLACE, U8, U16
 from bytecache.schemas.dump.packed import BRANCH, CANONICAL, STATIC, Packed, unpack_top_k
 from bytecache.schemas.dump.shares import END_IMPLIED, IMPLIED, LEAST_STEP, MOST_SCALE, MOST_STEP, RARE, rare_share
 from bytecache.schemas.dump.window import Window
@@ -144,6 +144,7 @@ def _decode_level(
     stp, s_end, ent, e_end = places
     rest = np.float64(packed.level_rest[lev])
     total = rest * rest * unit
+    entry: Any
     n_implied, stop, entry, after, before = 0, -1, -1, 0.0, -1
     end = int(packed.row_end[r]) if d == 0 else 0
     if end and end != END_IMPLIED:
@@ -156,17 +157,23 @@ def _decode_level(
         total += share
         if packed.stop_code[s] == IMPLIED:
             n_implied, stop = n_implied + 1, s
-    for e in range(ent, e_end):
-        before += 1 + int(packed.entry_gap[e])
-        if before > 255:
-            return -1, 0.0
-        out.entry_byte[e] = before
-        rar, share = _share(packed.entry_code[e], unit, packed.rare, rar)
-        out.entry_mass[e] = share * prefix
+    gaps, codes, listed, masses = packed.entry_gap, packed.entry_code, out.entry_byte, out.entry_mass
+    for e in range(PLACE(ent), PLACE(e_end)):
+        code = int(codes[e])
+        before += 1 + int(gaps[e])
+        listed[e] = before & 255
+        root = float(code - 1)
+        share = root * root * unit
+        if code < 2:
+            rar, share = _share(code, unit, packed.rare, rar)
+            n_implied += code == IMPLIED
+            entry = np.int64(e) if code == IMPLIED else entry
+        masses[e] = share * prefix
         total += share
-        after = share * prefix if before == byte else after
-        if packed.entry_code[e] == IMPLIED:
-            n_implied, entry = n_implied + 1, e
+        if before == byte:
+            after = share * prefix
+    if before > 255:
+        return -1, 0.0
     left = 1.0 - total
     n_implied += end == END_IMPLIED
     if n_implied > 1 or left < (0.0 if n_implied else -0.5) or rar > len(packed.rare):

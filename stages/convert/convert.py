@@ -16,11 +16,11 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.rows import keep_rows
 from bytecache.schemas.dump.window import Window
-from bytecache.schemas.errors import ConfigError, IntegrityError, Interrupted
+from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.schemas.shard.builder import LEAST_RATE
-from bytecache.schemas.shard.reader import PRECISIONS, Precision, ShardBuilder, read_shard
+from bytecache.schemas.shard.reader import ShardBuilder, read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.convert.precision import precision_of
 from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import Fidelity
 from bytecache.stages.lattice.lattice import Lattice
@@ -34,10 +34,11 @@ class Conversion:
 
     def __init__(self, settings: st.Convert, stop: Callable[[], bool], tick: Callable[[dict[str, Any]], None]) -> None:
         self._settings, self._stop, self._tick = settings, stop, tick
-        self._builder = ShardBuilder(settings.prune, _precision(settings))
+        self._builder = ShardBuilder(settings.prune, precision_of(settings))
         self._first_part = self._part = ""
         self._meta: dict[str, Any] = {}
         self._reference: dict[str, Any] = {}
+        self._noise: list[dict[str, Any]] = []
         self._effort: Effort | None = None
         self._open_document: str | None = None
         self._references: list[Window] = []
@@ -55,6 +56,7 @@ class Conversion:
         self._first_part = self._first_part or name
         self._part, self._meta = name, meta
         self._reference = meta.get("reference") or self._reference
+        self._noise += [meta["noise"]] if meta.get("noise") else []
         self._effort = coarser_effort(self._settings, TeacherIdentity.of(meta["teacher"], name).settings)
 
     def add(self, window: Window) -> None:
@@ -115,6 +117,7 @@ class Conversion:
             "fidelity": self._fidelity(out_path).state(),
             "bound": self._bound.state(),
             "reference": self._reference,
+            **({"noise": self._noise} if self._noise else {}),
         }
         return counts if self._effort is None else counts | {"stand_ins": self._stand_ins}
 
@@ -143,7 +146,8 @@ def convert_units(
     Returns the shard's counts plus `teacher_nll` (marginal, nats over the text, END not included), `canonical_nll`
     and `unaccounted_mean`, the tail's part that no evaluated history explains; at a coarser effort than the dump's
     `stand_ins`, branches in the place of static rows; `fidelity` is the state of a `Fidelity` over the
-    parts' reference windows (None without any), `reference` how these were made, `bound` the state of a
+    parts' reference windows (None without any), `reference` how these were made, `noise` the states of
+    the parts' `Noise` where it was measured, `bound` the state of a
     `Bound` over all positions, whose summary the shard's attributes hold. `tick` receives {"bytes"} per window.
     Raises IntegrityError for parts that are damaged, inconsistent or of different teachers, ConfigError for a
     rate that is too low, and for a tau, depth or static that asks for more than the dump holds, Interrupted when
@@ -156,17 +160,6 @@ def convert_units(
             conversion.add(window)
         conversion.end_part()
     return conversion.write(out_path, attrs)
-
-
-def _precision(settings: st.Convert) -> Precision:
-    """What the settings spend. Raises ConfigError for a rate that a shard does not know."""
-    precision = PRECISIONS[settings.precision]
-    if 0 < settings.rate < LEAST_RATE:
-        raise ConfigError(
-            f"convert.rate = {settings.rate:g} is below the least that a shard knows, {LEAST_RATE:g}; "
-            "raise it, or set 0 to let convert.precision decide"
-        )
-    return precision._replace(rate=settings.rate) if settings.rate else precision
 
 
 def _check_meta(part: str, meta: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 Canonical rows come from forward passes over windows, short ones several together (stages.engines.packed), whose keys
 and values are kept until the next group of windows, as many as fit `KEPT_BYTES`. Branches are packed too: a pass over
-the kept keys of some windows with a tree attention mask, so a branch costs one token of compute.
+the kept keys of some windows with a tree attention mask. Their own keys are kept as well, so a branch costs one token
+of compute however far it is off the canonical ones.
 `benchmarks/genlm_bytes.py` measures one stream, and many documents.
 """
 
@@ -68,7 +69,7 @@ class HfEngine(Engine):
             linear=linear_logits(self.model.config.get_text_config()),
             device=self.device,
         )
-        self._kept: dict[int, tuple[Prompt, packed.Keys]] = {}
+        self._kept: dict[int, packed.KeptWindow] = {}
         self._kept_bytes = 0
 
     @torch.inference_mode()
@@ -90,14 +91,12 @@ class HfEngine(Engine):
         ]
         parts: list[RowMasses] = []
         yet = 0
-        prompts: list[Prompt] = []
-        keys: list[packed.Keys] = []
+        windows: list[packed.KeptWindow] = []
         for some in packed.runs([(len(branches), len(prompt.tokens)) for _, prompt, branches in pieces]):
-            before, prompts = prompts, [prompt for _, prompt, _ in pieces[some]]
-            if [id(prompt) for prompt in prompts] != [id(prompt) for prompt in before]:
-                keys = self._keys(prompts)
-            segments = [packed.tree(branches, own) for (_, _, branches), own in zip(pieces[some], keys, strict=True)]
-            logits, _ = packed.run(self.model, segments)
+            prompts = [prompt for _, prompt, _ in pieces[some]]
+            if [id(prompt) for prompt in prompts] != [id(window.prompt) for window in windows]:
+                windows = self._windows(prompts)
+            logits = self._evaluate([branches for _, _, branches in pieces[some]], windows)
             for (number, prompt, branches), own in zip(pieces[some], logits, strict=True):
                 if number != yet:
                     yield concatenate(parts)
@@ -110,25 +109,40 @@ class HfEngine(Engine):
         if parts:
             yield concatenate(parts)
 
-    def _whole(self, prompts: Sequence[Prompt]) -> tuple[list[torch.Tensor], list[packed.Keys]]:
+    def _whole(self, prompts: Sequence[Prompt]) -> tuple[list[torch.Tensor], list[packed.KeptWindow]]:
         """Logits of all wanted rows of some windows, in one pass; their keys are remembered while there is room."""
         logits, keys = packed.run(self.model, [packed.whole(prompt) for prompt in prompts])
-        size = sum(part.nbytes for own in keys for layer in own for part in layer)
+        windows = [packed.KeptWindow(prompt, own) for prompt, own in zip(prompts, keys, strict=True)]
+        size = sum(window.nbytes for window in windows)
         if self._kept_bytes + size <= KEPT_BYTES:
             self._kept_bytes += size
-            self._kept |= {id(prompt): (prompt, own) for prompt, own in zip(prompts, keys, strict=True)}
-        return logits, keys
+            self._kept |= {id(window.prompt): window for window in windows}
+        return logits, windows
 
-    def _keys(self, prompts: Sequence[Prompt]) -> list[packed.Keys]:
+    def _evaluate(
+        self, branches: Sequence[Sequence[Branch]], windows: Sequence[packed.KeptWindow]
+    ) -> list[torch.Tensor]:
+        """Logits of some windows' branches, in one pass; their keys are remembered while there is room."""
+        places = [packed.new_places(own, window) for own, window in zip(branches, windows, strict=True)]
+        segments = [packed.tree(own, window) for own, window in zip(branches, windows, strict=True)]
+        logits, keys = packed.run(self.model, segments)
+        for window, new, own in zip(windows, places, keys, strict=True):
+            size = packed.size_of(own)
+            if self._kept.get(id(window.prompt)) is window and self._kept_bytes + size <= KEPT_BYTES:
+                self._kept_bytes -= window.nbytes
+                window.grow(new, own)
+                self._kept_bytes += window.nbytes
+        return logits
+
+    def _windows(self, prompts: Sequence[Prompt]) -> list[packed.KeptWindow]:
         """Keys of windows that share a pass: those kept, or made again."""
-        found: dict[int, tuple[Prompt | None, packed.Keys]]
-        found = {id(prompt): self._kept.get(id(prompt), (None, [])) for prompt in prompts}
-        lost = [prompt for prompt in prompts if found[id(prompt)][0] is not prompt]
+        kept = {id(prompt): self._kept.get(id(prompt)) for prompt in prompts}
+        lost = [prompt for prompt in prompts if (window := kept[id(prompt)]) is None or window.prompt is not prompt]
         if lost:
             shortest = [prompt._replace(first_row=len(prompt.tokens) - 1) for prompt in lost]
-            _, made = packed.run(self.model, [packed.whole(prompt) for prompt in shortest])
-            found |= {id(prompt): (prompt, keys) for prompt, keys in zip(lost, made, strict=True)}
-        return [found[id(prompt)][1] for prompt in prompts]
+            _, keys = packed.run(self.model, [packed.whole(prompt) for prompt in shortest])
+            kept |= {id(prompt): packed.KeptWindow(prompt, own) for prompt, own in zip(lost, keys, strict=True)}
+        return [window for prompt in prompts if (window := kept[id(prompt)]) is not None]
 
     def forget(self) -> None:
         self._kept, self._kept_bytes = {}, 0

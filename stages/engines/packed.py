@@ -1,10 +1,11 @@
 """Several windows in one forward pass of a transformers model: one row of tokens, and a mask that keeps them apart.
 
 A *segment* is what one window brings to a pass: all of its tokens, or its branches as a tree over keys and values kept
-from an earlier pass. Segments lie one after the other in a row; each token has its position in its own window and sees
+from earlier passes, the window's own tokens and the branches that these extend. Segments lie one after the other in a
+row; each token has its position in its own window and sees
 
-    kept keys of its own window, up to its anchor     nothing of the others'
-    its ancestors in its own segment, and itself      nothing of the others'
+    kept keys of its own window: up to its anchor, and its ancestors     nothing of the others'
+    its ancestors in its own segment, and itself                         nothing of the others'
 
 so no token is padding, and the layers' matrices are read once for all windows of a pass. Attention is computed over
 the whole row and masked: a pass holds at most `NEW_TOKENS` new and `KEPT_TOKENS` kept ones of several windows, which
@@ -13,6 +14,7 @@ as much as one of 50 here, so short documents gain most.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,10 +42,49 @@ class Segment(NamedTuple):
     """int64; places in `tokens` whose logits are wanted."""
     sees: np.ndarray | None = None
     """bool [n, n]; the new tokens that each new token sees; None: itself and all before it."""
-    anchor: np.ndarray | None = None
-    """int64 [n]; the last kept token that each new token sees; None: no keys are kept."""
     kept: Keys | None = None
-    """Of the window's tokens."""
+    """Of K earlier tokens of the window and its branches; None: there are none."""
+    kept_position: np.ndarray | None = None
+    """int64 [K]; of each kept token in its window."""
+    sees_kept: np.ndarray | None = None
+    """bool [n, K]; the kept tokens that each new token sees."""
+
+
+Place = tuple[int, tuple[int, ...]]
+"""Anchor and chain of a branch."""
+
+
+@dataclass
+class KeptWindow:
+    """Keys of a window's tokens, and of the last tokens of branches that were evaluated since, in that order."""
+
+    prompt: Prompt
+    keys: Keys
+    slot: dict[Place, int] = field(default_factory=dict)
+    """Where the key of each branch's last token lies."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return size_of(self.keys)
+
+    def grow(self, places: Sequence[Place], keys: Keys) -> None:
+        """Take the keys of new tokens, the last ones of the branches at `places`."""
+        known = len(self.prompt.tokens) + len(self.slot)
+        fresh = [i for i, place in enumerate(places) if place not in self.slot]
+        if not fresh:
+            return
+        chosen = slice(None) if len(fresh) == len(places) else torch.tensor(fresh, device=keys[0][0].device)
+        self.keys = [
+            (torch.cat([k, more_k[:, :, chosen]], dim=2), torch.cat([v, more_v[:, :, chosen]], dim=2))
+            for (k, v), (more_k, more_v) in zip(self.keys, keys, strict=True)
+        ]
+        self.slot |= {places[i]: known + number for number, i in enumerate(fresh)}
+
+
+def size_of(keys: Keys) -> int:
+    """Bytes."""
+    return sum(part.nbytes for layer in keys for part in layer)
 
 
 def whole(prompt: Prompt) -> Segment:
@@ -52,24 +93,53 @@ def whole(prompt: Prompt) -> Segment:
     return Segment(prompt.tokens.astype(np.int64), np.arange(count), np.arange(prompt.first_row, count))
 
 
-def tree(branches: Sequence[Branch], kept: Keys) -> Segment:
+def new_places(branches: Sequence[Branch], window: KeptWindow) -> list[Place]:
+    """Tokens that a pass computes for some branches: their last ones, and those before that no key is kept of."""
+    places = dict.fromkeys((branch.anchor, branch.chain) for branch in branches)
+    for anchor, chain in list(places):
+        for length in range(len(chain) - 1, 0, -1):
+            if (anchor, chain[:length]) in window.slot:
+                break
+            places[anchor, chain[:length]] = None
+    return list(places)
+
+
+def tree(branches: Sequence[Branch], window: KeptWindow) -> Segment:
     """Branches of one window; a branch sees its canonical prefix and its own chain."""
-    slot: dict[tuple[int, tuple[int, ...]], int] = {}
-    for branch in branches:
-        for length in range(1, len(branch.chain) + 1):
-            slot.setdefault((branch.anchor, branch.chain[:length]), len(slot))
-    sees = np.zeros((len(slot), len(slot)), bool)
-    for (anchor, chain), index in slot.items():
-        for length in range(1, len(chain) + 1):
-            sees[index, slot[anchor, chain[:length]]] = True
+    places = new_places(branches, window)
+    new = {place: index for index, place in enumerate(places)}
+    ancestors = [
+        [(anchor, chain[:length]) for length in range(1, len(chain))] for anchor, chain in places
+    ]  # the chain's own last token is new
+    old = dict.fromkeys(place for chain in ancestors for place in chain if place not in new)
+    own = len(window.prompt.tokens)
+    column = {place: own + index for index, place in enumerate(old)}
+    sees, sees_kept = np.eye(len(new), dtype=bool), np.zeros((len(new), own + len(old)), bool)
+    for row, ((anchor, _), chain) in enumerate(zip(places, ancestors, strict=True)):
+        sees_kept[row, : anchor + 1] = True
+        for place in chain:
+            if place in new:
+                sees[row, new[place]] = True
+            else:
+                sees_kept[row, column[place]] = True
+    slots = torch.tensor([*range(own), *(window.slot[place] for place in old)])
     return Segment(
-        np.array([chain[-1] for _, chain in slot], np.int64),
-        np.array([anchor + len(chain) for anchor, chain in slot], np.int64),
-        np.array([slot[branch.anchor, branch.chain] for branch in branches], np.int64),
+        np.array([chain[-1] for _, chain in places], np.int64),
+        np.array([anchor + len(chain) for anchor, chain in places], np.int64),
+        np.array([new[branch.anchor, branch.chain] for branch in branches], np.int64),
         sees,
-        np.array([anchor for anchor, _ in slot], np.int64),
-        kept,
+        _chosen(window.keys, slots),
+        np.array([*range(own), *(anchor + len(chain) for anchor, chain in old)], np.int64),
+        sees_kept,
     )
+
+
+def _chosen(keys: Keys, slots: torch.Tensor) -> Keys:
+    """Keys at some places; the first ones as a view."""
+    if torch.equal(slots, torch.arange(len(slots))):
+        return [(k[:, :, : len(slots)], v[:, :, : len(slots)]) for k, v in keys]
+    slots = slots.to(keys[0][0].device)
+    return [(k.index_select(2, slots), v.index_select(2, slots)) for k, v in keys]
 
 
 def runs(sizes: Sequence[tuple[int, int]]) -> Iterator[slice]:
@@ -138,7 +208,11 @@ def packs(model: Any, tokens: np.ndarray) -> bool:
         together, _ = run(model, [first, second])
         (joined,), _ = run(model, [whole(Prompt("", tokens, half, nothing, nothing))])
         # The other window's branch comes first, so that places of keys differ from positions.
-        (_, branched), _ = run(model, [tree([Branch(0, chain[:1], 0)], other_keys), tree(branches, keys)])
+        windows = [
+            KeptWindow(Prompt("", part, 0, nothing, nothing), own)
+            for part, own in ((tokens[half:], other_keys), (tokens[:half], keys))
+        ]
+        (_, branched), _ = run(model, [tree([Branch(0, chain[:1], 0)], windows[0]), tree(branches, windows[1])])
     except Exception:  # a model that takes no such mask says so in its own way
         return False
     expected, found = (torch.cat(rows).float().softmax(-1) for rows in ((one, other, joined), (*together, branched)))
@@ -160,10 +234,10 @@ def _visible(segments: Sequence[Segment], past: int) -> tuple[np.ndarray, np.nda
         count = len(segment.tokens)
         own = visible[row : row + count]
         own[:, past + row : past + row + count] = np.tri(count, dtype=bool) if segment.sees is None else segment.sees
-        if segment.kept is not None and segment.anchor is not None:
-            length = segment.kept[0][0].shape[2]
-            key_position[column : column + length] = np.arange(length)
-            own[:, column : column + length] = np.arange(length) <= segment.anchor[:, None]
+        if segment.kept_position is not None and segment.sees_kept is not None:
+            length = len(segment.kept_position)
+            key_position[column : column + length] = segment.kept_position
+            own[:, column : column + length] = segment.sees_kept
             column += length
         row += count
     return visible, position, key_position

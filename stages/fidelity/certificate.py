@@ -204,4 +204,12 @@ def summary_line(certificate: dict[str, Any] | None) -> str:
         f"max {figure(certificate, 'kl', 'max'):.2g}), JSD {figure(certificate, 'jsd'):.2g}, "
         f"leak {leak:+.2g} bits/byte, tail {figure(certificate, 'tail'):.2g}, "
         f"over {sample('positions'):g} positions, against tau {reference('tau'):g}, depth {reference('depth'):g}"
+        + _noise_words(certificate.get("noise"))
     )
+
+
+def _noise_words(noise: Any) -> str:
+    """The teacher's own noise, where it was measured (`stages.fidelity.noise`)."""
+    if not isinstance(noise, dict) or not isinstance(noise.get("against"), dict):
+        return ""
+    return f"; the teacher's own noise: KL {figure(noise, 'kl'):.3g} from {noise['against'].get('model')} in float32"

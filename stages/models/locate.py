@@ -9,10 +9,16 @@ from bytecache.stages.models.soundness import refuse_unsound
 
 
 def resolve_model(settings: st.Teacher) -> Path:
-    """The teacher's checkpoint folder, see `locate`."""
-    return locate(
-        settings.model, "teacher.model", revision=settings.revision, trust_remote_code=settings.trust_remote_code
-    )
+    """The teacher's checkpoint folder, see `locate`; with an adapter the merged one (`stages.models.adapter`)."""
+    base = locate(
+        settings.model, "teacher.model", revision=settings.revision, trust_remote_code=settings.trust_remote_code,
+        weights=settings.backend != "server",
+    )  # fmt: skip
+    if not settings.adapter or settings.backend == "server":  # a server's weights are its own matter
+        return base
+    from bytecache.stages.models.adapter import merged
+
+    return merged(base, weights_identity(base), locate(settings.adapter, "teacher.adapter"), settings)
 
 
 def locate(
@@ -54,9 +60,13 @@ def locate(
 
 def model_name(settings: st.Teacher) -> str:
     """The teacher's name for strangers: a hub id or builtin name, or the last part of a folder's path."""
-    model = settings.model
+    return public_name(settings.model)
+
+
+def public_name(model: str) -> str:
+    """A hub id or builtin name as it is, the last part of a folder's path; nothing of nothing."""
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder.resolve().name
     # A folder of another machine is named alike here, where it is not.
     return folder.name if model.startswith((".", "/", "~")) or model.count("/") > 1 else model
@@ -68,14 +78,23 @@ def blob_sha256(file: Path) -> str:
     return name if len(name) == 64 and all(digit in "0123456789abcdef" for digit in name) else ""
 
 
+def tokenizer_identity(folder: Path) -> dict[str, str]:
+    """sha256 of configuration and tokenizer files of a folder, which need hold no weights."""
+    return _hashes(_described_by(folder))
+
+
+def _described_by(folder: Path) -> list[Path]:
+    named = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
+    return [*folder.glob("*.tiktoken"), *(folder / name for name in named)]
+
+
+def _hashes(files: list[Path]) -> dict[str, str]:
+    return {file.name: blob_sha256(file) or file_sha256(file) for file in sorted(files) if file.is_file()}
+
+
 def weights_identity(folder: Path) -> dict[str, str]:
     """sha256 of weights, configuration and tokenizer files of a checkpoint; hub blobs are named by their hash."""
-    out = {}
-    named = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.tiktoken"), *(folder / n for n in named)]):
-        if not file.is_file():
-            continue
-        out[file.name] = blob_sha256(file) or file_sha256(file)
+    out = _hashes([*folder.glob("*.safetensors"), *_described_by(folder)])
     if not any(name.endswith(".safetensors") for name in out):
         raise InputError(
             f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"

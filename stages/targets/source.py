@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec
 
+from bytecache.schemas.dataset.editions import edition_folder, edition_of, open_edition
 from bytecache.schemas.dataset.index import (
     DATASET,
     MANIFEST,
@@ -211,28 +212,35 @@ class RemoteDataset(Dataset):
 
 def open_dataset(
     place: str | os.PathLike[str] | Dataset, *, cache_dir: str | os.PathLike[str] = "", cache_bytes: int = CACHE_BYTES,
-    private_redirects: bool = False,
+    private_redirects: bool = False, edition: int = 0,
 ) -> Dataset:  # fmt: skip
     """Open a dataset of byte targets by its folder or fsspec URL; its index is read and checked, no shard is.
 
-    An open dataset is returned as it is. `cache_dir` (default: `shards` in the cache, `scratch.cache_folder`) and
-    `cache_bytes` are for URLs only, `private_redirects` (follow them to private addresses) for http(s) alone.
-    Raises IntegrityError for an index that is missing, damaged or of another version, StorageError when it cannot be
-    read, ConfigError for a URL without a file system.
+    An open dataset is returned as it is. `edition`: its number, of a corpus that changed; 0 = the newest. `cache_dir`
+    (default: `shards` in the cache, `scratch.cache_folder`) and `cache_bytes` are for URLs only, `private_redirects`
+    (follow them to private addresses) for http(s) alone.
+    Raises IntegrityError for an index that is missing, damaged or of another version, InputError for an edition that is
+    not there, StorageError when it cannot be read, ConfigError for a URL without a file system.
     """
     if isinstance(place, Dataset):
         return place
     if os.fspath(place).startswith(("file://", "local://")):
         place = str(fsspec.core.url_to_fs(os.fspath(place))[1])
     if not is_url(place):
-        return read_dataset(Path(place).expanduser())
+        return open_edition(Path(place).expanduser(), edition) if edition else read_dataset(Path(place).expanduser())
     url = os.fspath(place).rstrip("/")
     cache = FileCache(Path(cache_dir or cache_folder() / "shards").expanduser(), cache_bytes)
     access = Access(private_redirects)
-    document = fetch_bytes(f"{url}/{DATASET}", MAX_JSON, access)
-    table = partial(fetch_bytes, f"{url}/{MANIFEST}", MAX_MANIFEST, access)
-    index = parse_index(cache.folder, masked(url), document, table)
+    index = _fetch_index(url, "", cache.folder, access)
+    if edition and edition_of(index.info) != edition:
+        index = _fetch_index(url, f"{edition_folder(edition)}/", cache.folder, access)
     return RemoteDataset(**vars(index), url=url, cache=cache, access=access)
+
+
+def _fetch_index(url: str, place: str, folder: Path, access: Access) -> Dataset:
+    document = fetch_bytes(f"{url}/{place}{DATASET}", MAX_JSON, access)
+    table = partial(fetch_bytes, f"{url}/{place}{MANIFEST}", MAX_MANIFEST, access)
+    return parse_index(folder, masked(f"{url}/{place}".rstrip("/")), document, table)
 
 
 def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:

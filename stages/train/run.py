@@ -119,6 +119,11 @@ def kl_share(step: int, settings: TrainSettings) -> float:
     return {"constant": 1.0, "decay": 1 - progress, "rise": progress}[settings.kl_schedule]
 
 
+def can_be_extended(settings: TrainSettings) -> bool:
+    """Whether the first steps of a run are the same however many follow: no schedule looks at `train.steps`."""
+    return settings.schedule == settings.kl_schedule == "constant"
+
+
 def add_adapters(opened: Student, settings: TrainSettings) -> None:
     """Freeze the student and put low-rank adapters beside its linear maps (all but the lm_head by default).
 

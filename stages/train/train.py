@@ -37,7 +37,7 @@ from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.types import Step
 from bytecache.stages.train.metrics import Metrics
 from bytecache.stages.train.parallel import World, joined, whole
-from bytecache.stages.train.run import Run, backward_step, kl_share, learning_rate, start_run
+from bytecache.stages.train.run import Run, backward_step, can_be_extended, kl_share, learning_rate, start_run
 
 CLIP = 1.0
 
@@ -152,7 +152,7 @@ def _train(request: Request, world: World) -> dict[str, Any]:
         opened, settings, request.seed, world.device, lambda_kl=request.lambda_kl, world=world, reader=reader
     )
     request.out_dir.mkdir(parents=True, exist_ok=True)
-    start = _restore(run, request.out_dir, _identity(request, opened, dataset, tokens))
+    start = _restore(run, request, _identity(request, opened, dataset, tokens))
     world.wait()
     training = _Training(request, run, reader, start)
     with closing(prefetch(training.steps())) as steps, closing(training.log or _Silent()):
@@ -197,15 +197,15 @@ class _Start(NamedTuple):
     terms: dict[str, float]
 
 
-def _restore(run: Run, out_dir: Path, identity: dict[str, Any]) -> _Start:
+def _restore(run: Run, request: Request, identity: dict[str, Any]) -> _Start:
     """Load the newest whole checkpoint. Raises ConfigError: it was made with other settings."""
-    path, refused = checkpoint.latest(out_dir)
+    path, refused = checkpoint.latest(request.out_dir)
     if path is None:
         return _Start(identity, None, refused, 0, 0, {})
     tensors, state = checkpoint.load(path)
-    if state["identity"] != identity:
+    if state["identity"] != identity and not _is_shorter(state["identity"], identity, request.settings):
         difference = _difference(state["identity"], identity)
-        raise ConfigError(f"{out_dir}: {difference}; delete it or choose another run.dir")
+        raise ConfigError(f"{request.out_dir}: {difference}; delete it or choose another run.dir")
     run.restore(tensors)
     return _Start(identity, path, refused, int(state["step"]), int(state.get("tokens", 1)), state["terms"])
 
@@ -361,6 +361,13 @@ def _counts(step: Step, world: World) -> dict[str, int]:
     summed = world.sum(list(of_rank.values()))
     counts = {name: int(value) for name, value in zip(of_rank, summed, strict=True)}
     return {**counts, "n_micro": int(world.largest([len(step.micro)])[0])}
+
+
+def _is_shorter(old: dict[str, Any], new: dict[str, Any], settings: TrainSettings) -> bool:
+    """Whether a checkpoint is of a run of fewer steps that this one repeats to the bit, and goes on from."""
+    steps = old.get("settings", {}).get("steps", 0)
+    same = {**old, "settings": {**old.get("settings", {}), "steps": settings.steps}} == new
+    return same and steps < settings.steps and can_be_extended(settings)
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -27,7 +27,15 @@ from tests.support.places import ROOT
 every_document = pytest.mark.parametrize("document", documents(), ids=lambda document: document.name)
 GROUP = typer.main.get_command(app)
 TOP_FOLDERS = ("benchmarks", "bytecache", "docs", "lock", "pipeline", "schemas", "stages", "tests")
-OTHERS_OPTIONS = {"--no-deps", "--nproc-per-node", "--no-build-isolation", "--editable", "--help"}
+OTHERS_OPTIONS = {
+    "--max-logprobs",
+    "--served-model-name",
+    "--no-deps",
+    "--nproc-per-node",
+    "--no-build-isolation",
+    "--editable",
+    "--help",
+}
 """Options of pip, torchrun and the like that the documents mention."""
 
 

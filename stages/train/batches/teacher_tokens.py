@@ -96,7 +96,7 @@ class TokenDump:
         return _merged(TeacherTokens(np.concatenate(places), np.concatenate(ids), np.concatenate(probs)))
 
     def _part(self, name: str, shard: ByteShard) -> Path:
-        for path in sorted(self.folder.glob(f"{name}-*.parquet")) if name else []:
+        for path in sorted(self.folder.glob(f"*-{name}.parquet")) if name else []:
             if read_meta(path)["teacher"] == shard.attrs.get("teacher"):
                 return path
         raise ConfigError(

@@ -320,10 +320,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        arrays = _arrays(ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks them but one time
+        arrays = _arrays(saved)
         rows, asked, mass = TokenRows(*arrays[:3]), Asked(*arrays[3:-1]), arrays[-1]
         slopes = Slopes(float(grads[0]), *_arrays([g.contiguous() for g in grads[1:]]))
-        out = torch.empty_like(ctx.saved_tensors[0])
+        out = torch.empty_like(saved[0])
         _choose_back(slopes, rows, asked, _ranges(ctx.tables), mass, out.numpy())
         return out, *[None] * 7
 

@@ -14,7 +14,7 @@ import pytest
 
 from bytecache.pipeline.fleet import job as jobs
 from bytecache.pipeline.fleet import worker
-from bytecache.pipeline.fleet.ledger import DONE, FAILED, read_json, read_names
+from bytecache.pipeline.fleet.ledger import DONE, FAILED, Layout, read_json, read_names
 from bytecache.pipeline.fleet.quarantine import forget_job, quarantined, requeue_lost, retry
 from bytecache.pipeline.fleet.worker import Worker
 from bytecache.pipeline.stores import LocalStore
@@ -78,10 +78,10 @@ def test_two_versions_on_one_plan_are_refused_by_name(store: LocalStore, monkeyp
     monkeypatch.setattr(receipts, "software_versions", lambda: {**versions, "python": "3.9", "torch": "1.0"})
     with pytest.raises(ConfigError, match=r"software.torch: '.*' -> '1.0'"):
         run(store, job(2))
-    forget_job(store, "teacher")
+    forget_job(store, Layout("teacher"))
     assert run(store, job(2, identity="b")).made == 2
     with pytest.raises(InputError, match="no convert job"):
-        forget_job(store, "convert")
+        forget_job(store, Layout("convert"))
 
 
 # ---- what fails

@@ -92,11 +92,8 @@ def test_round_trip_keeps_every_history_and_what_it_says(tmp_path, windows):
         np.testing.assert_allclose(new.row_logp[rows], old.row_logp, atol=0.05)
         for wanted, found in zip(placed(old), placed(new), strict=True):
             assert found.keys() <= wanted.keys()
-            assert (
-                max(wanted[key] for key in wanted.keys() - found.keys() or wanted) <= 1e-6
-                or wanted.keys() == found.keys()
-            )
-            assert max((abs(found[key] - wanted[key]) for key in found), default=0) < 2e-4
+            assert max((wanted[key] for key in wanted.keys() - found.keys()), default=0.0) <= 1e-6
+            assert max((abs(found[key] - wanted[key]) for key in found), default=0) < 1e-3
         exact, kept = Lattice(old).targets(), Lattice(new).targets()
         assert np.abs(exact.probs - kept.probs).max() < 1e-3
         assert kl_spread(exact.probs, exact.tail, kept.probs, kept.tail).mean() < 1e-5

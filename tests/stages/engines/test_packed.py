@@ -65,10 +65,24 @@ def test_windows_and_branches_of_one_pass_do_not_see_each_other(family):
         [Branch(4, (3,), 0), Branch(1, (3,), 0)],
         [Branch(3, (7, 9), 0)],
     ]
-    logits, _ = packed.run(model, [packed.tree(some, own) for some, own in zip(branches, keys, strict=True)])
-    for prompt, some, rows in zip(windows, branches, logits, strict=True):
-        histories = [[*prompt.tokens[: b.anchor + 1].tolist(), *b.chain] for b in some]
-        np.testing.assert_allclose(rows.softmax(-1), [alone(model, h) for h in histories], atol=1e-5)
+    kept = [packed.KeptWindow(prompt, own) for prompt, own in zip(windows, keys, strict=True)]
+    longer = [[Branch(b.anchor, (*b.chain, *more), 0) for b in some for more in ((4,), (4, 8))] for some in branches]
+    # Kept keys are not always wanted in the order in which they came.
+    longer = [[some[-2], some[-1], *some[:-2]] if len(some) > 4 else some for some in longer]
+    computed = []
+    for some_of_each in (branches, longer, longer):  # the last finds all keys there
+        segments = [packed.tree(some, held) for some, held in zip(some_of_each, kept, strict=True)]
+        computed.append(sum(len(segment.tokens) for segment in segments))
+        places = [packed.new_places(some, held) for some, held in zip(some_of_each, kept, strict=True)]
+        logits, found = packed.run(model, segments)
+        for prompt, some, rows in zip(windows, some_of_each, logits, strict=True):
+            histories = [[*prompt.tokens[: b.anchor + 1].tolist(), *b.chain] for b in some]
+            np.testing.assert_allclose(rows.softmax(-1), [alone(model, h) for h in histories], atol=1e-5)
+        for held, new, own in zip(kept, places, found, strict=True):
+            held.grow(new, own)
+            assert held.keys[0][0].shape[2] == len(held.prompt.tokens) + len(held.slot)
+    # A branch of a branch costs one token.
+    assert computed[1:] == [sum(map(len, longer))] * 2
 
 
 @pytest.mark.parametrize(
@@ -137,3 +151,10 @@ def test_how_windows_share_passes_changes_nothing(tiny_checkpoint, monkeypatch, 
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         np.testing.assert_allclose(one.entry_mass, other.entry_mass, rtol=1e-3, atol=1e-7)
         np.testing.assert_allclose(Lattice(one).targets().probs, Lattice(other).targets().probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2], [0, 2, 1, 3], [3, 0]])
+def test_kept_keys_come_in_the_order_asked_for(slots):
+    keys = [(torch.arange(4.0).reshape(1, 1, 4, 1), -torch.arange(4.0).reshape(1, 1, 4, 1))]
+    ((key, value),) = packed._chosen(keys, torch.tensor(slots))
+    assert key.flatten().tolist() == (-value).flatten().tolist() == slots

@@ -67,7 +67,7 @@ def test_every_cover_evaluated_equals_brute_force(tiny_checkpoint, family, text)
     ask = reference(teacher, encoded.data)
     exact = exact_distributions(teacher.vocabulary, ask, encoded.data, encoded.synthetic)
     assert data.tobytes() == text.encode()
-    np.testing.assert_allclose(probs, exact, atol=1e-6)
+    np.testing.assert_allclose(probs, exact, rtol=1e-5, atol=1e-6)  # the model computes in float32
     np.testing.assert_allclose(tail, 1 - exact.sum(1), atol=2e-6)  # control tokens and the padded head
 
 

@@ -55,6 +55,25 @@ def test_stopped_and_resumed_is_bit_identical(world, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_more_steps_go_on_where_fewer_ended(world, tmp_path):
+    """Where no schedule looks at their number; else another number is another run."""
+    targets, folder, _ = world
+    constant = SETTINGS.model_copy(update={"schedule": "constant", "steps": 6})
+    whole = train(constant, folder, targets, tmp_path / "whole", name="whole", seed=1, device="cpu")
+    for steps in (3, 6):
+        settings = constant.model_copy(update={"steps": steps})
+        result = train(settings, folder, targets, tmp_path / "cut", name="cut", seed=1, device="cpu")
+    assert result["resumed_from"] == 3
+    assert result["sha256"] == whole["sha256"] and result["terms"] == whole["terms"]
+    with pytest.raises(errors.ConfigError, match=r"steps \(6, now 4\)"):
+        train(constant.model_copy(update={"steps": 4}), folder, targets, tmp_path / "cut", name="cut", seed=1)
+    for key, value in (("schedule", "cosine"), ("kl_schedule", "decay")):
+        short = constant.model_copy(update={"steps": 2, key: value})
+        train(short, folder, targets, tmp_path / key, name="short", seed=1, device="cpu")
+        with pytest.raises(errors.ConfigError, match=r"steps \(2, now 3\)"):
+            train(short.model_copy(update={"steps": 3}), folder, targets, tmp_path / key, name="short", seed=1)
+
+
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}

@@ -1,0 +1,1 @@
+"""Several teachers' data sets of one text as one."""

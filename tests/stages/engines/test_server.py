@@ -1,0 +1,200 @@
+"""A teacher behind HTTP: with every token listed the rows of the model itself, with a few an honest part of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.engines.server import ServerEngine
+from bytecache.stages.engines.server_client import Client, Spoken, listed_entries
+from bytecache.stages.lattice.lattice import Lattice
+from bytecache.stages.teacher.identity import teacher_identity
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
+from tests.support.completions_server import CompletionsServer
+from tests.support.tiny_models import PROSE, make_checkpoint
+
+TEXT = PROSE[:150]
+BASE = {"context": 64, "overlap": 24, "tau": 0.01, "depth": 1, "static": 0.0, "sample_tokens": 0, "floor": 1e-7}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[CompletionsServer]:
+    with CompletionsServer(folder) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def fresh(server: CompletionsServer) -> Iterator[None]:
+    server.seen.clear()
+    server.requests = server.most = 0
+    yield
+    server.choose, server.vllm, server.slow, server.max_logprobs = (lambda number: ""), True, 0.0, 1000
+    server.key, server.name = "", "tiny"
+
+
+def settings(folder: Path, there: CompletionsServer, **changes: Any) -> st.Teacher:
+    asked = {"model": str(folder), "backend": "server", "server": there.api, "top_k": 400, **BASE, **changes}
+    return st.Teacher.model_validate(asked)
+
+
+def targets(teacher: Teacher, text: str = TEXT) -> list[Any]:
+    encoded = teacher.vocabulary.encode(text)
+    return [Lattice(window).targets() for group in teacher.windows([("d", 0, encoded)]) for window in group]
+
+
+def opened(folder: Path, server: CompletionsServer, patience: float = 5.0, **changes: Any) -> Teacher:
+    teacher = open_teacher(settings(folder, server, **changes))
+    assert isinstance(teacher.engine, ServerEngine)
+    teacher.engine.client.patience = patience
+    return teacher
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_with_every_token_listed_the_rows_are_the_models(folder: Path, server: CompletionsServer, depth: int) -> None:
+    teacher = opened(folder, server, depth=depth)
+    local = {**BASE, "depth": depth, "model": str(folder), "backend": "hf", "top_k": 0}
+    reference = open_teacher(st.Teacher.model_validate(local))
+    for found, wanted in zip(targets(teacher), targets(reference), strict=True):
+        np.testing.assert_allclose(found.probs, wanted.probs, atol=2e-5)
+        np.testing.assert_allclose(found.tail, wanted.tail, atol=2e-5)
+    teacher.close()
+
+
+def test_a_short_list_leaves_a_tail_and_does_not_tell_the_label(folder: Path, server: CompletionsServer) -> None:
+    short, exact = opened(folder, server, top_k=8, depth=0), opened(folder, server, depth=0)
+    few, whole = targets(short), targets(exact)
+    for each in few:
+        np.testing.assert_allclose(each.probs.sum(1) + each.tail, 1.0, atol=1e-4)
+    assert few[0].tail.mean() > 2 * whole[0].tail.mean()
+    # Were the true token listed where it is not among the 8, its byte would be likelier than it is.
+    entry = {"7": {"logprob": -1.0, "rank": 1}, "9": {"logprob": -9.0, "rank": 200}}
+    assert listed_entries(entry, 9, 8).ids.tolist() == [7, 9], "no more than k are there"
+    assert listed_entries(entry, 9, 1).ids.tolist() == [7]
+
+
+def test_a_server_without_prompt_logprobs_echoes(folder: Path, server: CompletionsServer) -> None:
+    server.vllm = False
+    teacher = opened(folder, server, depth=0)
+    assert isinstance(teacher.engine, ServerEngine) and teacher.engine.protocol == "echo"
+    found, wanted = targets(teacher), targets(opened_reference(folder))
+    for each in found:
+        np.testing.assert_allclose(each.probs.sum(1) + each.tail, 1.0, atol=1e-4)
+    # Pieces of characters look alike in text and stay unlisted; the rest is as the model says.
+    np.testing.assert_allclose(found[0].probs[0, :128], wanted[0].probs[0, :128], atol=0.01)
+    assert wanted[0].probs[0, 128:].sum() > 1e-3 > found[0].probs[0, 128:].sum()
+    assert teacher.engine._spoken.unknown > 0
+
+
+def opened_reference(folder: Path) -> Teacher:
+    return open_teacher(
+        st.Teacher.model_validate({**BASE, "depth": 0, "model": str(folder), "backend": "hf", "top_k": 0})
+    )
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "cut", "truncated"])
+def test_what_may_pass_is_asked_again(folder: Path, server: CompletionsServer, fault: str) -> None:
+    expected = targets(opened(folder, server))
+    teacher = opened(folder, server)
+    server.requests, server.choose = 0, lambda number: fault if number in (0, 2) else ""
+    found = targets(teacher)
+    assert server.seen[fault] == 2
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.probs, other.probs)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("truncated", "is not whole .* 3 times; nothing of it is used"),
+        ("other", "answers as 'another', asked was 'tiny'"),
+        ("nan", "NaN, or above 0"),
+        ("logits", "NaN, or above 0"),
+        ("500", r"no answer for 1 s \(.*HTTP 500.*rerun the same command"),
+        ("cut", r"no answer for 1 s"),
+    ],
+)
+def test_what_does_not_pass_is_refused(folder: Path, server: CompletionsServer, fault: str, words: str) -> None:
+    teacher = opened(folder, server, patience=1.0)
+    server.choose = lambda number: fault
+    with pytest.raises(EngineError, match=words):
+        targets(teacher)
+
+
+def test_requests_under_way_are_bounded(folder: Path, server: CompletionsServer) -> None:
+    teacher = opened(folder, server, server_requests=3, top_k=4)
+    server.slow, server.most = 0.02, 0
+    targets(teacher, PROSE)
+    assert 1 < server.most <= 3
+
+
+def test_the_identity_names_what_is_served(folder: Path, server: CompletionsServer) -> None:
+    asked = settings(folder, server)
+    identity = teacher_identity(asked)
+    assert identity["served"] == "tiny" and identity["versions"] == {"server": "0.0-test"}
+    assert server.api not in str(identity) and str(folder) not in str(identity)
+    assert not any(name.endswith(".safetensors") for name in identity["weights"])
+    server.name = "tiny-2"
+    assert teacher_identity(asked) != identity
+
+
+def test_no_weights_are_needed(folder: Path, server: CompletionsServer, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if not file.name.endswith(".safetensors"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    teacher = open_teacher(settings(tmp_path, server))
+    assert len(targets(teacher)) > 1
+
+
+def test_settings_that_a_server_cannot_answer_are_refused(
+    folder: Path, server: CompletionsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"needs teacher.server"):
+        open_teacher(settings(folder, server, server=""))
+    with pytest.raises(ConfigError, match=r"'other' is not served by .* which has: tiny"):
+        open_teacher(settings(folder, server, server_model="other"))
+    with pytest.raises(ConfigError, match=r"BYTECACHE_SERVER_KEY"):
+        open_teacher(settings(folder, server, server="http://user:secret@127.0.0.1/v1"))
+    server.max_logprobs = 20
+    with pytest.raises(ConfigError, match=r"greater than max allowed: 20.*lower teacher.top_k.*--max-logprobs"):
+        open_teacher(settings(folder, server, top_k=64))
+    server.max_logprobs, server.key = 1000, "sesame"
+    monkeypatch.setenv("BYTECACHE_SERVER_KEY", "wrong")
+    with pytest.raises(ConfigError, match="access refused"):
+        open_teacher(settings(folder, server))
+    monkeypatch.setenv("BYTECACHE_SERVER_KEY", "sesame")
+    open_teacher(settings(folder, server)).close()
+
+
+def test_another_tokenizer_is_refused(folder: Path, server: CompletionsServer, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", family="sentencepiece")
+    with pytest.raises(ConfigError, match=r"spells the same token ids otherwise|no log-probability"):
+        open_teacher(settings(other, server))
+
+
+def test_effort_that_needs_whole_distributions_is_off() -> None:
+    asked = st.Teacher(backend="server", preset="exact").resolved()
+    assert (asked.depth, asked.static, asked.sample_tokens) == (0, 0.0, 0)
+    assert st.Teacher(backend="server", depth=2).resolved().depth == 2
+
+
+def test_tokens_that_look_alike_are_neither() -> None:
+    spoken = Spoken([b"a", b"b", b"a", b"\xe2", None])
+    found = spoken.listed({"a": -1.0, "b": -2.0, "\ufffd": -3.0, "token_id:2": -4.0}, -1, 8)
+    assert found.ids.tolist() == [1, 2]
+    assert spoken.unknown == 2
+
+
+def test_a_server_that_is_not_there(folder: Path) -> None:
+    client = Client.__new__(Client)
+    client.address, client.patience = "http://127.0.0.1:9/v1", 0.2
+    with pytest.raises(EngineError, match=r"no answer for 0 s .*see that the server runs"):
+        client.get("models")

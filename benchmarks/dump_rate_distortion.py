@@ -8,7 +8,6 @@ transformers backend, top 128; captures are kept in `--captures`, each written o
 
     version 3        written at several divergences, those of the presets among them; with the top 16 and without
     version 2        as the release before wrote it
-    log codes        version 3's choice of what to list, with a step in the logarithm of a share instead of its root
     DistillKit       k log-probabilities of every canonical token as its documentation packs them: 16 exact (bfloat16),
                      the others by a polynomial of six terms (float32), ids of ceil(log2 vocabulary) bits, zstd
     Megatron-LM      k ids as uint16 and a 17th bit, bfloat16 log-probabilities, zstd; all, or those of the top p = 0.95

@@ -37,15 +37,15 @@ def saved_files(root: Path) -> list[tuple[Path, str]] | None:
         raise InputError(
             f"corpus.source = {str(root)!r} was saved with an index of its rows; save it again after flatten_indices()"
         )
-    files = []
+    pieces = []
     for file in files:
         name = str(file["filename"])
         if Path(name).name != name or not (root / name).is_file():
             raise InputError(
                 f"corpus.source = {str(root)!r}: {STATE} names {name!r}, which is not there; save it again"
             )
-        files.append((root / name, name))
-    return files
+        pieces.append((root / name, name))
+    return pieces
 
 
 def _read(path: Path) -> dict[str, Any]:

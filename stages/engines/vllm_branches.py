@@ -132,7 +132,7 @@ class WindowBlocks:
 def window_blocks(engine: Any, longest: int) -> WindowBlocks | None:
     """Those of a `vllm.LLMEngine`, or None: its scheduler is elsewhere, or its layers do not share one block table."""
     scheduler = getattr(getattr(engine.engine_core, "engine_core", None), "scheduler", None)
-    groups = getattr(getattr(scheduler, "kv_cache_config", None), "kv_cache_groups", ())
+    groups: Sequence[Any] = getattr(getattr(scheduler, "kv_cache_config", None), "kv_cache_groups", ())
     named = all(hasattr(scheduler, name) for name in ("kv_cache_manager", "_free_blocks"))
     # Recurrent states have no block for each run of tokens.
     if len(groups) != 1 or not named or "Mamba" in type(groups[0].kv_cache_spec).__name__:

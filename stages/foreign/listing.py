@@ -24,6 +24,8 @@ from bytecache.stages.tokens.byte_trie import Trie, find_child
 from bytecache.stages.tokens.vocab import Vocabulary
 
 ORDINARY, END_TOKEN, CONTROL = 0, 1, 2
+ROUNDING = 1e-9
+"""part of the whole prior below which what is left of it is the rounding of its sums: then nothing is unlisted"""
 
 
 class Listing(NamedTuple):
@@ -227,7 +229,8 @@ def _compare(
     Returns the unlisted mass over its prior.
     """
     kind, begin, data = teacher.spelling
-    unlisted, unlisted_prior = 1.0, teacher.running[len(teacher.running) - 1] + teacher.special
+    whole_prior = teacher.running[len(teacher.running) - 1] + teacher.special
+    unlisted, unlisted_prior = 1.0, whole_prior
     for k in range(len(ids)):
         token, mass = ids[k], listed[k]
         unlisted -= mass
@@ -240,7 +243,7 @@ def _compare(
             masses.end[row] += mass
             continue
         shared[k] = _shared(data, begin[token], begin[token + 1], text.data, text.starts[row])
-    return max(unlisted, 0.0) / unlisted_prior if unlisted_prior > 0.0 else 0.0
+    return max(unlisted, 0.0) / unlisted_prior if unlisted_prior > ROUNDING * whole_prior else 0.0
 
 
 @inner_loop

@@ -64,6 +64,18 @@ def test_with_everything_listed_it_is_the_dense_reduction(vocabulary: Vocabulary
     np.testing.assert_allclose(stops[0], stops[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_rounded_masses_of_a_whole_vocabulary_leave_nothing_to_spread(vocabulary: Vocabulary, text: str) -> None:
+    """What is left of the masses is their rounding, and what is left of the prior too: one is no share of the other."""
+    data, starts, tokens = rows_of(vocabulary, text)
+    p, prior = random_rows(vocabulary, len(starts), 5), random_rows(vocabulary, 1, 6)[0]
+    whole = top(p, vocabulary.size)
+    rounded = whole._replace(masses=whole.masses - 4e-8 / vocabulary.size)
+    reducer = ListingReducer(vocabulary, prior)
+    listed, exact = (entries(reducer.reduce(data, starts, tokens, listing)) for listing in (rounded, whole))
+    assert listed == pytest.approx(exact, abs=1e-6)
+
+
 @pytest.mark.parametrize("k", [1, 4, 20])
 @pytest.mark.parametrize("text", TEXTS)
 def test_what_is_unlisted_goes_where_the_prior_says(vocabulary: Vocabulary, text: str, k: int) -> None:

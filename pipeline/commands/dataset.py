@@ -23,7 +23,8 @@ TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
     "stages.convert.convert", "stages.convert.coarser", "stages.convert.precision", "schemas.dump.rows",
     "stages.lattice.lattice", "stages.lattice.forward", "stages.lattice.effort", "stages.fidelity.certificate",
-    "stages.fidelity.divergence", "stages.fidelity.bound", "stages.fidelity.measure", "schemas.dump.parquet", "schemas.dump.window",
+    "stages.fidelity.divergence", "stages.fidelity.bound", "stages.fidelity.measure",
+    "schemas.dump.parquet", "schemas.dump.window",
     "schemas.dump.packed", "schemas.dump.packing", "schemas.dump.unpacking", "schemas.dump.shares",
     "schemas.dump.planes", "schemas.dump.version2", "schemas.shard.builder",
     "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",

@@ -51,9 +51,10 @@ def test_every_script_is_tried() -> None:
 def test_a_loop_learns(place: Path, name: str) -> None:
     if name == "with_trl.py":
         pytest.importorskip("trl", reason="lock/hub.txt is not installed (make hub): the script for TRL was not tried")
-    found = losses(run(place, str(LOOPS / name), "targets", "student", "--steps", "4"))
-    # New adapters begin at nothing, and the log has four digits.
-    assert len(found) >= 4 and (found[3] < found[0] or (name == "with_trl.py" and found[3] == found[0]))
+    # New adapters begin at nothing: they need more steps before four digits show it.
+    steps = 60 if name == "with_trl.py" else 4
+    found = losses(run(place, str(LOOPS / name), "targets", "student", "--steps", str(steps)))
+    assert len(found) >= steps and found[steps - 1] < found[0]
 
 
 @pytest.mark.parametrize("name", ["with_accelerate.py", "with_transformers.py --chunk 64"])

@@ -1,4 +1,4 @@
-"""One teacher over two processes (tensor parallelism over gloo): signals and kills."""
+"""One teacher over two processes (tensor parallelism over gloo): the same rows; signals and kills."""
 
 import json
 import os
@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bytecache.pipeline.fleet.ledger import FAILED, LOST
 from bytecache.pipeline.stores import LocalStore
 from bytecache.pipeline.stores.base import TEMP_FOLDER
 from tests.support.fleet_jobs import marks
+from tests.support.places import ROOT
+from tests.support.tiny_gemma3 import rows
 from tests.support.tiny_models import make_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -110,3 +113,19 @@ def test_a_signal_to_the_group_ends_in_75_and_a_kill_leaves_nobody(planned: list
         assert len(members(process.pid)) >= 3, log.read_text()
         process.kill()
         until("no worker outlives its parent", lambda: not members(process.pid), 10)
+
+
+def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
+    """Windows, branches over their cache blocks, static rows."""
+    folder = make_checkpoint(tmp_path / "teacher")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.tiny_gemma3", str(folder), "vllm", "2"],
+        env=environment() | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-3000:]
+    assert "go as requests" not in done.stderr
+    spread, alone = json.loads(done.stdout.splitlines()[-1]), rows(folder, "hf")
+    assert len(spread) == len(alone) > 1
+    for ours, theirs in zip(spread, alone, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        np.testing.assert_allclose(ours["log_norm"], theirs["log_norm"], atol=1e-3)

@@ -1,6 +1,6 @@
-"""A tiny Gemma 3 that could see, and what a teacher says with it; a program for a process with torchvision.
+"""A tiny Gemma 3 that could see, and what a teacher says with it; a program for a process with torchvision, or for two.
 
-python -m tests.support.tiny_gemma3 CHECKPOINT BACKEND
+python -m tests.support.tiny_gemma3 CHECKPOINT BACKEND [TENSOR_PARALLEL]
 """
 
 import json
@@ -53,18 +53,18 @@ def make_gemma3(folder: Path) -> Path:
     return folder
 
 
-def rows(folder: Path, backend: str) -> list[dict[str, Any]]:
+def rows(folder: Path, backend: str, tensor_parallel: int = 1) -> list[dict[str, Any]]:
     """Tokens and numbers of every row of every window."""
     from bytecache.schemas import settings as st
     from bytecache.stages.teacher.teacher import open_teacher
 
-    teacher = open_teacher(
-        st.Teacher(model=str(folder), backend=backend, context=128, overlap=32, tau=0.01, depth=2, static=0.002)  # type: ignore[arg-type]
-    )
+    settings = {"model": str(folder), "backend": backend, "tensor_parallel": tensor_parallel}
+    effort = {"context": 128, "overlap": 32, "tau": 0.01, "depth": 2, "static": 0.002}
+    teacher = open_teacher(st.Teacher.model_validate(settings | effort))
     (windows,) = teacher.windows([("d", 0, teacher.vocabulary.encode(TEXT))])
     teacher.close()
     return [{"tokens": w.row_token.tolist(), "log_norm": w.log_norm.tolist()} for w in windows]
 
 
 if __name__ == "__main__":
-    print(json.dumps(rows(Path(sys.argv[1]), sys.argv[2])))
+    print(json.dumps(rows(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))))

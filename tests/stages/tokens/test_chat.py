@@ -233,7 +233,14 @@ def settings_for(tmp_path: Path, kind: str, teacher: Path, **student_keys: objec
         {
             "run": {"dir": str(tmp_path / "run")},
             "corpus": {"source": str(tmp_path / "talks.jsonl"), "kind": kind, "max_bytes": 0, "heldout_fraction": 0.2},
-            "teacher": {"model": str(teacher), "backend": "hf", "tau": 0.05, "depth": 1, "static": 0.0},
+            "teacher": {
+                "model": str(teacher),
+                "backend": "hf",
+                "tau": 0.05,
+                "depth": 1,
+                "static": 0.0,
+                "rounding": 0.0,
+            },
             "convert": {"prune": 0.0},
             "student": student_keys or {"tokenizer": "bpe:300", "hidden_size": 32, "layers": 1, "heads": 2},
         }

@@ -114,7 +114,7 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_text_that_takes_too_long_is_set_aside_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "encoding_limits", lambda texts: guard.Limits(0.5, 512 * guard.MIB))
+    monkeypatch.setattr(guard, "encoding_limits", lambda texts: guard.Limits(0.5, 8192 * guard.MIB))
     vocabulary = load_vocabulary(folder_of(tmp_path, train(**FAITHFUL, model_type="unigram")))
     found = vocabulary.encode_batch(["the notes", "the " * 4_000_000, "of the"])
     assert [isinstance(one, Encoded) for one in found] == [True, False, True]

@@ -27,10 +27,10 @@ SENTENCE = "the student reads the notes as often as it likes, and so does the te
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Settings of a run of four long units."""
+    """Settings of a run of sixteen long units: more than are made before a signal comes, on a slow machine too."""
     folder = tmp_path_factory.mktemp("spread")
     corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": f"{i}: " + SENTENCE * 400}) + "\n" for i in range(4)))
+    corpus.write_text("".join(json.dumps({"text": f"{i}: " + SENTENCE * 400}) + "\n" for i in range(16)))
     teacher = make_checkpoint(folder / "teacher")
     chosen = {
         "run.dir": folder / "run", "corpus.source": corpus, "corpus.unit_bytes": 30_000, "corpus.max_bytes": 0,

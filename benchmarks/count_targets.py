@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.degraded_targets import write_shard
 from bytecache.schemas.arrays import END, SYMBOLS
-from bytecache.schemas.dataset.index import ShardEntry, read_dataset, write_dataset
-from bytecache.schemas.files import file_sha256
+from bytecache.schemas.dataset.index import read_dataset, write_dataset
 from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.stages.targets.source import load_shard
 
@@ -117,10 +117,6 @@ def _write(out: Path, teacher: str, rows: dict[str, dict[str, np.ndarray]], text
             tail = (1 - known.sum(1)).clip(0, 1)
             builder.append(np.frombuffer(text, np.uint8), known, tail)
             builder.end_document(name)
-        path = out / f"{split}-00000-{'0' * 12}.zarr.zip"
-        counts = builder.write(path, {"degraded": teacher})
-        known_counts = {k: v for k, v in counts.items() if k in ShardEntry.model_fields}
-        identity = {"file": path.name, "split": split, "sha256": file_sha256(path), "size": path.stat().st_size}
-        entries.append(ShardEntry(**{**known_counts, **identity, "key": "00" * 32}))
+        entries.append(write_shard(builder, out, split, teacher))
     write_dataset(out, entries, info)
     read_dataset(out)

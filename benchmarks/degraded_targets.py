@@ -70,6 +70,15 @@ def topk(window: Window, token_bytes: list[bytes | None], ends: set[int]) -> np.
     return probs
 
 
+def write_shard(builder: ShardBuilder, out: Path, split: str, made_from: str) -> ShardEntry:
+    """Write the one shard of a split into the folder `out`; returns its entry in the manifest."""
+    path = out / f"{split}-00000-{'0' * 12}.zarr.zip"
+    counts = builder.write(path, {"degraded": made_from})
+    known_counts = {name: count for name, count in counts.items() if name in ShardEntry.model_fields}
+    identity = {"file": path.name, "split": split, "sha256": file_sha256(path), "size": path.stat().st_size}
+    return ShardEntry(**{**known_counts, **identity, "key": "00" * 32})
+
+
 def degrade(run: Path, out: Path, kind: str, teacher: str = "") -> None:
     """Write the data set `out` beside that of a run folder: the same documents and splits, other probabilities.
 
@@ -93,11 +102,7 @@ def degrade(run: Path, out: Path, kind: str, teacher: str = "") -> None:
                 builder.append(window.text[window.score_start :], kept, np.where(known, 0, 1).astype(np.float32))
                 if window.is_last:
                     builder.end_document(window.doc_id)
-        path = out / f"{split}-00000-{'0' * 12}.zarr.zip"
-        counts = builder.write(path, {"degraded": kind})
-        known_counts = {k: v for k, v in counts.items() if k in ShardEntry.model_fields}
-        identity = {"file": path.name, "split": split, "sha256": file_sha256(path), "size": path.stat().st_size}
-        entries.append(ShardEntry(**{**known_counts, **identity, "key": "00" * 32}))
+        entries.append(write_shard(builder, out, split, kind))
     write_dataset(out, entries, info)
     read_dataset(out)
 

@@ -1,5 +1,7 @@
 # bytecache: `make run` sets up and runs the whole pipeline on its embedded default; `make test` sets up and runs all tests.
 PYTHON ?= python3.11
+# Test processes at once; each may hold a real engine and up to 5 GB of memory.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -31,7 +33,7 @@ hub: $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r lock/hub.txt
 
 test: $(STAMP) check gemma vision hub  ## everything CI runs: lint, types, fast and full tiers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 fast: $(STAMP)  ## the tier to run at every save, under three minutes
 	$(BIN)/python -m pytest -m "not slow"

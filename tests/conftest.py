@@ -12,22 +12,27 @@ from bytecache.schemas import messages
 from tests.support import places
 from tests.support.command_line import fake_convert, fake_teacher, world  # noqa: F401 - fixtures for all tests
 
+WITHOUT_SHARED = "without ../shared"
 
-def wanting_fixtures(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Those of the tests that lie in modules which use `places.FIXTURES`."""
-    return [item for item in items if hasattr(getattr(item, "module", None), "FIXTURES")]
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Mark the reports of a test whose module uses `places.FIXTURES`, where that folder is missing."""
+    if hasattr(getattr(item, "module", None), "FIXTURES") and not places.FIXTURES.is_dir():
+        item.user_properties.append((WITHOUT_SHARED, str(item.path.relative_to(places.ROOT))))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Let the closing line count the tests that had to do without ../shared, where that folder is missing."""
-    session = terminalreporter._session
-    weakened = wanting_fixtures(session.items) if session and not places.FIXTURES.is_dir() else []
+    reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "nodeid")]
+    weakened = {
+        report.nodeid: report for report in reports if WITHOUT_SHARED in dict(getattr(report, "user_properties", ()))
+    }
     if weakened:
-        terminalreporter.section("without ../shared")
-        files = sorted({str(item.path.relative_to(places.ROOT)) for item in weakened})
+        files = sorted({dict(report.user_properties)[WITHOUT_SHARED] for report in weakened.values()})
+        terminalreporter.section(WITHOUT_SHARED)
         terminalreporter.write_line(f"{places.FIXTURES} is missing: real tokenizers and corpora were not tested by")
         terminalreporter.write_line("\n".join(files))
-        terminalreporter.stats["without ../shared"] = weakened
+        terminalreporter.stats[WITHOUT_SHARED] = list(weakened.values())
 
 
 @pytest.fixture(autouse=True)

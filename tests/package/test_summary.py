@@ -10,9 +10,9 @@ from tests.support.places import ROOT
 MODULE = "from tests.support.places import FIXTURES\n\n\ndef test_something() -> None:\n    assert True\n"
 
 
-def closing_line(folder: Path) -> str:
+def closing_line(folder: Path, *options: str) -> str:
     """The last line of a run of one test of a checkout at `folder`."""
-    call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_one.py"]
+    call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "tests/test_one.py"]
     done = subprocess.run(
         call, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True
     )
@@ -31,6 +31,7 @@ def test_closing_line_counts_tests_without_shared(tmp_path: Path) -> None:
     for path in (ROOT / "tests" / "support").glob("*.py"):
         (checkout / "tests" / "support" / path.name).write_bytes(path.read_bytes())
     assert "1 passed, 1 without ../shared" in closing_line(checkout)
+    assert "1 passed, 1 without ../shared" in closing_line(checkout, "-n", "1")
     (tmp_path / "shared" / "fixtures").mkdir(parents=True)
     said = closing_line(checkout)
     assert "1 passed" in said and "shared" not in said

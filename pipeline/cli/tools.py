@@ -114,6 +114,25 @@ def _repair(given: Given, place: str, source: str, deep: bool, *, quiet: bool) -
 
 
 @app.command()
+@takes_settings()
+def prune(
+    given: Given,
+    keep: Annotated[int, typer.Option("--keep", min=1, help="Newest editions that stay.")] = 1,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove what is listed; without it nothing is.")] = False,
+) -> None:
+    """List, and with --remove free, what older editions of a corpus that grew alone still name.
+
+    Reads: plans, indices and receipts. Writes nothing without --remove; with it slices, dump parts, shards and indices
+    of older editions go for good. The newest editions and the published one stay whole. Refused while workers live.
+
+    Example: bytecache prune --run-dir runs/books --keep 2 --remove
+    """
+    from bytecache.pipeline.commands.prune import prune as command
+
+    run_stage(given, lambda context: command(context, keep, remove=remove))
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A .parquet of teacher/ or a .zarr.zip of targets/.")],
     document: Annotated[str, typer.Option("--document", "-d", help="Document id; default: the first one.")] = "",

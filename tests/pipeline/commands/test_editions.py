@@ -54,6 +54,12 @@ def plan_of(run: Path) -> Plan:
     return plan
 
 
+def read_plan_of(run: Path, edition: int) -> Plan:
+    plan = read_plan(LocalStore(run), editions.edition_key(edition))
+    assert plan is not None
+    return plan
+
+
 def shards(run: Path) -> dict[str, int]:
     """Name and time of every shard file."""
     return {path.name: path.stat().st_mtime_ns for path in (run / "targets").glob("*.zarr.zip")}
@@ -274,3 +280,69 @@ def test_deleted_dump_parts_come_back_only_where_they_are_needed(run: Path) -> N
     finish("teacher", "convert")
     assert "files match their hashes" in said("verify")
     assert read_dataset(run / "targets").info["edition"]["number"] == 2
+
+
+def test_prune_lists_and_removes_what_older_editions_alone_name(run: Path, world: Path) -> None:
+    finish("plan", "teacher", "convert")
+    newest, before = contents(run), {path for path in run.rglob("*") if path.is_file()}
+    slices = {unit.sha256: unit.slice for unit in read_plan_of(run, 1).units}
+    alone = [place for sha256, place in slices.items() if sha256 not in {unit.sha256 for unit in plan_of(run).units}]
+    listed = said("prune")
+    assert "nothing was removed" in listed and f"older editions (1) alone: {len(alone) + 2} files of plans" in listed
+    assert {path for path in run.rglob("*") if path.is_file()} == before
+    assert "older editions (none" in said("prune", "--keep", "2", "--remove")
+    assert {path for path in run.rglob("*") if path.is_file()} == before
+
+    said("prune", "--remove")
+    assert alone and not any((run / place).exists() for place in alone)
+    assert contents(run) == newest and not list((run / "targets" / "editions").rglob("*.json"))
+    on_disk = {path.name for path in (run / "targets").glob("*.zarr.zip")}
+    assert on_disk == {entry.file for entry in read_dataset(run / "targets").entries}
+    assert "files match their hashes" in said("verify", "--deep")
+    assert "0 units made" in finish("teacher", "convert") or "nothing to do" in finish("teacher", "convert")
+    write(world, TEXTS)
+    finish("plan", "teacher", "convert")
+    assert plan_of(run).edition == 3
+    assert "files match their hashes" in said("verify", "--deep")
+
+
+def test_prune_keeps_what_is_published_and_what_is_coming(run: Path) -> None:
+    finish("plan", "teacher")
+    said("prune", "--remove")
+    assert "files match their hashes" in said("verify")
+    assert read_dataset(run / "targets").info.get("edition", {"number": 1})["number"] == 1
+    assert "0 units made" in said("teacher") or "nothing to do" in said("teacher")
+    said("convert")
+    said("prune", "--remove")
+    assert "files match their hashes" in said("verify", "--deep")
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9, 15])
+def test_a_prune_that_is_killed_goes_on(run: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish("plan", "teacher", "convert")
+    delete, calls = LocalStore.delete, 0
+
+    def dying(store: LocalStore, key: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        delete(store, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "delete", dying)
+        assert bytecache("prune", "--remove").exit_code != 0
+    said("prune", "--remove")
+    assert "files match their hashes" in said("verify", "--deep")
+    assert "0 files of plans (0 B), 0 dump parts (0 B), 0 shards (0 B)" in said("prune")
+
+
+def test_prune_waits_for_workers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bytecache.pipeline.commands import prune
+
+    finish("plan", "teacher", "convert")
+    living = [{"workers": [{"worker": "w1", "alive": edition == 1}]} for edition in (1, 2)]
+    monkeypatch.setattr(prune, "fleet_status", lambda context, edition: [living[edition - 1]])
+    before = {path for path in run.rglob("*") if path.is_file()}
+    assert "1 workers of edition 1 are alive (w1)" in refusal(bytecache("prune", "--remove"), 2)
+    assert {path for path in run.rglob("*") if path.is_file()} == before

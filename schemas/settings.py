@@ -78,10 +78,11 @@ class Teacher(Section):
     """Hub revision; empty = the default branch."""
     adapter: str = ""
     """A LoRA adapter as peft saves it (a folder or hub id, safetensors), merged into `model` once; empty = none."""
-    backend: Literal["vllm", "hf", "server"] = "vllm"
+    backend: Literal["vllm", "hf", "server", "vllm-server"] = "vllm"
     """Engine: vLLM, or transformers: the same numbers, and on a CPU the faster one for `balanced` and `exact`.
     `server`: a model behind HTTP, of which only the `top_k` likeliest tokens are known at each position; `model` then
-    names its tokenizer, no weights are needed, and there is no certificate."""
+    names its tokenizer, no weights are needed, and there is no certificate. `vllm-server`: a `vllm serve` that carries
+    our extension, which answers exactly."""
     server: str = ""
     """Address of an OpenAI-compatible API, e.g. http://127.0.0.1:8000/v1; its key is taken from
     $BYTECACHE_SERVER_KEY."""
@@ -137,6 +138,11 @@ class Teacher(Section):
     """GPUs that share one copy of the teacher."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint carries. Only for checkpoints you have read."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether somebody else's process holds the weights."""
+        return self.backend in ("server", "vllm-server")
 
     def resolved(self) -> "Teacher":
         """The same with tau, depth, static and rounding taken from the preset where they are -1.

@@ -40,7 +40,10 @@ SHORTHANDS: dict[str, tuple[str, Any]] = {
     "corpus.source": ("source", typer.Option("--source", help="The corpus (corpus.source).")),
     "corpus.jobs": ("jobs", typer.Option("--jobs", metavar="N", help="Processes that read the corpus (corpus.jobs).")),
     "teacher.model": ("model", typer.Option("--teacher", "-t", help="Folder or hub id (teacher.model).")),
-    "teacher.backend": ("backend", typer.Option("--backend", help="vllm or hf (teacher.backend).")),
+    "teacher.backend": (
+        "backend",
+        typer.Option("--backend", help="vllm, hf, server or vllm-server (teacher.backend)."),
+    ),
     "teacher.preset": ("preset", typer.Option("--preset", help="fast, balanced or exact (teacher.preset).")),
     "teacher.tau": (
         "tau",

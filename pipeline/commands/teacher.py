@@ -97,7 +97,7 @@ def settle_start(context: Context, kind: str) -> Teacher:
     conversations the template decides.
     """
     settings, store = context.settings.teacher, context.store
-    if settings.start != "auto" or kind == "chat" or settings.backend == "server":
+    if settings.start != "auto" or kind == "chat" or settings.is_remote:
         return settings
     asked, key = _start_record(settings)
     if not store.exists(key):
@@ -137,7 +137,7 @@ def _whole_start(store: Store, key: str) -> dict[str, Any] | None:
 def known_start(context: Context, kind: str) -> dict[str, Any] | None:
     """The record of this run's start token, if it was measured already."""
     settings = context.settings.teacher
-    if settings.start != "auto" or kind == "chat" or settings.backend == "server":
+    if settings.start != "auto" or kind == "chat" or settings.is_remote:
         return None
     return _whole_start(context.store, _start_record(settings)[1])
 
@@ -169,7 +169,7 @@ def find_identity(settings: Teacher, kind: str) -> tuple[dict[str, Any], dict[st
     asked = {"what": "identity", "name": model_name(settings), "settings": settings.model_dump(mode="json")}
     # Units of conversations depend on the chat template that they are rendered with.
     rendered = {"template": remembered(folder, {"what": "template"}, template)} if kind == "chat" else {}
-    if settings.backend == "server":
+    if settings.is_remote:
         return identity(), rendered  # what is served may be another model tomorrow
     return remembered(folder, asked, identity), rendered
 

@@ -13,11 +13,10 @@ committed counts.
 Price: a JSON entry of about 60 bytes for each of k tokens at every position.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,16 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
 from bytecache.stages.engines.paths import RowMasses
-from bytecache.stages.engines.server_client import Client, Listed, Spoken, TruncatedError, listed_entries
+from bytecache.stages.engines.server_client import (
+    Answer,
+    Client,
+    Item,
+    Listed,
+    Spoken,
+    TruncatedError,
+    in_order,
+    listed_entries,
+)
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.foreign.listing import Listing, ListingReducer
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
@@ -41,8 +49,6 @@ ATTEMPTS = 3
 """How often a request whose answer breaks off is sent."""
 AGREE = 0.9
 """Share of decoded tokens that must be ours."""
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 
 
 class ServerEngine(Engine):
@@ -98,20 +104,7 @@ class ServerEngine(Engine):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _in_order(self, function: Callable[[Item], Answer], items: Iterable[Item]) -> Iterator[tuple[Item, Answer]]:
-        """Items and answers in order; as many requests under way as the pool has threads, and as many that wait."""
-        waiting: deque[tuple[Item, Future[Answer]]] = deque()
-        try:
-            for item in items:
-                waiting.append((item, self._pool.submit(function, item)))
-                if len(waiting) >= 2 * self.settings.server_requests:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        return in_order(self._pool, 2 * self.settings.server_requests, function, items)
 
     def _listed(self, tokens: np.ndarray, first: int) -> list[Listed]:
         """What is listed about the token after each history tokens[: j + 1], j >= first; the last one's included."""

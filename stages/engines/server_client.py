@@ -20,7 +20,10 @@ import math
 import os
 import urllib.error
 import urllib.request
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,6 +33,8 @@ from bytecache.schemas.messages import masked
 from bytecache.schemas.patience import Patience
 from bytecache.schemas.settings import Teacher
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 KEY = "BYTECACHE_SERVER_KEY"
 PATIENCE = 120.0
 """Seconds that a request is repeated without success: a server that restarts takes as long."""
@@ -124,11 +129,18 @@ class Client:
         """The answer to a POST of JSON. Raises EngineError, ConfigError."""
         return self._ask(path, body)
 
+    def post_bytes(self, path: str, body: bytes) -> bytes:
+        """The answer to a POST of bytes, as it came. Raises EngineError, ConfigError."""
+        return self._patiently(path, lambda url: self._raw(url, body))
+
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        return self._patiently(path, lambda url: self._once(url, body))
+
+    def _patiently(self, path: str, once: Callable[[str], Answer]) -> Answer:
         url, patience = f"{self.address}/{path}", Patience(self.patience)
         while True:
             try:
-                return self._once(url, body)
+                return once(url)
             except (OSError, http.client.HTTPException, TruncatedError) as error:
                 if not patience.pause(getattr(error, "wait", 0.0)):
                     why = f"{type(error).__name__}: {error}"[:300]
@@ -138,10 +150,19 @@ class Client:
                     ) from error
 
     def _once(self, url: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        raw = self._raw(url, None if body is None else json.dumps(body).encode())
+        try:
+            found = json.loads(raw)
+        except ValueError:
+            raise TruncatedError(f"{len(raw)} bytes that are no whole JSON") from None
+        if not isinstance(found, dict):
+            raise EngineError(f"{url}: answers a {type(found).__name__}, not an object; is it a completions server?")
+        return found
+
+    def _raw(self, url: str, data: bytes | None) -> bytes:
         headers = {"User-Agent": "bytecache", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         if key := os.environ.get(KEY, ""):
             headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
         try:
             request = urllib.request.Request(url, data=data, headers=headers)
             with urllib.request.urlopen(request, timeout=SILENCE) as answer:
@@ -153,13 +174,7 @@ class Client:
             raise ConnectionError(str(error.reason)) from None
         if len(raw) > MAX_ANSWER:
             raise EngineError(f"{url}: an answer of more than {MAX_ANSWER} bytes; lower teacher.context")
-        try:
-            found = json.loads(raw)
-        except ValueError:
-            raise TruncatedError(f"{len(raw)} bytes that are no whole JSON") from None
-        if not isinstance(found, dict):
-            raise EngineError(f"{url}: answers a {type(found).__name__}, not an object; is it a completions server?")
-        return found
+        return bytes(raw)
 
 
 class _PassingError(OSError):
@@ -178,11 +193,32 @@ def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
         return _PassingError(f"HTTP {error.code}: {words}", min(float(wait), 60.0) if wait.isdecimal() else 0.0)
     if error.code in (401, 403):
         return ConfigError(f"{url}: access refused (HTTP {error.code}); put the server's key into ${KEY}")
+    if error.code == 409:
+        return ConfigError(f"{url}: {words}")
     if "logprobs" in words and ("max" in words or "greater" in words):
         return ConfigError(
             f"{url}: {words}; lower teacher.top_k, or start the server with room for it (vLLM: --max-logprobs)"
         )
     return EngineError(f"{url}: HTTP {error.code}: {words}; see the server's log")
+
+
+def in_order(
+    pool: ThreadPoolExecutor, most: int, function: Callable[[Item], Answer], items: Iterable[Item]
+) -> Iterator[tuple[Item, Answer]]:
+    """Items and answers in order; as many calls under way as the pool has threads, `most` asked for ahead."""
+    waiting: deque[tuple[Item, Future[Answer]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) >= most:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
 
 
 def listed_entries(position: dict[str, Any] | None, true: int, k: int) -> Listed:

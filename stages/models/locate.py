@@ -12,9 +12,9 @@ def resolve_model(settings: st.Teacher) -> Path:
     """The teacher's checkpoint folder, see `locate`; with an adapter the merged one (`stages.models.adapter`)."""
     base = locate(
         settings.model, "teacher.model", revision=settings.revision, trust_remote_code=settings.trust_remote_code,
-        weights=settings.backend != "server",
+        weights=not settings.is_remote,
     )  # fmt: skip
-    if not settings.adapter or settings.backend == "server":  # a server's weights are its own matter
+    if not settings.adapter or settings.is_remote:  # a server's weights are its own matter
         return base
     from bytecache.stages.models.adapter import merged
 

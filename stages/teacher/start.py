@@ -55,7 +55,7 @@ def with_start(settings: st.Teacher) -> tuple[st.Teacher, dict[str, Any] | None]
 
     Raises what `open_teacher` raises.
     """
-    if settings.start != "auto" or settings.backend == "server":
+    if settings.start != "auto" or settings.is_remote:
         return settings, None
     record = measured_start(settings)
     return settings.model_copy(update={"start": record["start"]}), record

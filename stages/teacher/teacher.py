@@ -392,13 +392,21 @@ def _groups(plans: Iterable[WindowPlan]) -> Iterator[list[WindowPlan]]:
 
 
 def _open_server(settings: st.Teacher, folder: Path, vocabulary: Vocabulary, windows: tuple[int, int]) -> Teacher:
+    from bytecache.stages.engines.served import Opened, ServedEngine
     from bytecache.stages.engines.server import ServerEngine
     from bytecache.stages.engines.server_client import Client
 
     client = Client.of(settings)
-    identity = identity_of(settings, folder, vocabulary, windows, client.served)
     settings = settings.model_copy(update={"context": windows[0], "overlap": windows[1]})
-    return Teacher(ServerEngine(client, vocabulary, settings), vocabulary, settings, identity)
+    engine: Engine
+    if settings.backend == "vllm-server":
+        opened = Opened(client, settings)
+        engine = ServedEngine(opened, vocabulary, settings, longest_history(settings, folder))
+        identity = identity_of(settings, folder, vocabulary, windows, client.served, opened.told)
+    else:
+        engine = ServerEngine(client, vocabulary, settings)
+        identity = identity_of(settings, folder, vocabulary, windows, client.served)
+    return Teacher(engine, vocabulary, settings, identity)
 
 
 def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT) -> Teacher:
@@ -407,7 +415,7 @@ def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT)
     folder = resolve_model(settings)
     vocabulary = vocabulary_of(settings, folder)
     context, overlap = fit_context(settings, folder, automatic_context)
-    if settings.backend == "server":
+    if settings.is_remote:
         return _open_server(settings, folder, vocabulary, (context, overlap))
     identity = identity_of(settings, folder, vocabulary, (context, overlap))
     settings = settings.model_copy(update={"context": context, "overlap": overlap})

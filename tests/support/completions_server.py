@@ -52,6 +52,8 @@ class CompletionsServer(Loopback):
 
             def do_POST(self) -> None:  # noqa: N802
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path != "/v1/completions":
+                    return self.answer(404, {"error": "unknown"})
                 with server.lock:
                     fault, server.requests = server.choose(server.requests), server.requests + 1
                     server.seen[fault or "none"] += 1
@@ -59,7 +61,7 @@ class CompletionsServer(Loopback):
                     server.most = max(server.most, server._now)
                 try:
                     time.sleep(server.slow)
-                    self.completion(body, fault)
+                    return self.completion(body, fault)
                 finally:
                     with server.lock:
                         server._now -= 1

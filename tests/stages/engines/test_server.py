@@ -159,6 +159,10 @@ def test_settings_that_a_server_cannot_answer_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"needs teacher.server"):
         open_teacher(settings(folder, server, server=""))
+    with pytest.raises(
+        ConfigError, match=r"answers no path masses: start it with --worker-extension-cls .*ServedPaths"
+    ):
+        open_teacher(settings(folder, server, backend="vllm-server"))
     with pytest.raises(ConfigError, match=r"'other' is not served by .* which has: tiny"):
         open_teacher(settings(folder, server, server_model="other"))
     with pytest.raises(ConfigError, match=r"BYTECACHE_SERVER_KEY"):

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from bytecache.pipeline.config_text import (
     describe_limits,
+    says_default,
     secret_keys,
     secret_variable,
     sections,
@@ -27,7 +28,7 @@ from bytecache.pipeline.config_text import (
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.messages import url_secrets
 from bytecache.schemas.secrets import Secret
-from bytecache.schemas.settings import Settings
+from bytecache.schemas.settings import Settings, is_transfer
 from bytecache.schemas.strict_json import LARGEST
 
 DEFAULT_FILE = "pipeline.toml"
@@ -78,13 +79,13 @@ def load_run_settings(
     for place in [("run", "dir"), *PERMISSIONS]:
         base.pop(place, None)
     if path is None:
-        defaults = Settings()
-        files = [
-            {place: told for place, told in layer.items() if told[0] != getattr(getattr(defaults, place[0]), place[1])}
-            for layer in files
-        ]
+        files = [_beyond_defaults(layer) for layer in files]
     here = {("run", "dir"): (plain.run.dir, "of this run")}
-    settings = _resolve([base, *files, environment, commands, here])
+    layers = [*files, environment, commands, here]
+    settings = _resolve([base, *layers])
+    if is_transfer(settings.student) != is_transfer(_resolve([base]).student):
+        # What the run's former student had by default says nothing of another kind of student.
+        settings = _resolve([_beyond_defaults(base, ("train",)), *layers])
     differing = [
         f"{section}.{key} = {toml_value(value)}"
         for section in sections()
@@ -96,6 +97,22 @@ def load_run_settings(
 
 Layer = dict[tuple[str, str], tuple[Any, str]]
 """(section, key) to value and where it came from, for messages."""
+
+
+def _beyond_defaults(layer: Layer, only: Sequence[str] = ()) -> Layer:
+    """What a layer says that its student would not have by default; `only`: of these sections, and all of others."""
+    defaults = Settings.defaults_beside(_resolve([layer]).student)
+    return {
+        place: told
+        for place, told in layer.items()
+        if (only and place[0] not in only)
+        or told[0] != getattr(getattr(_silent(place[0], defaults), place[0]), place[1])
+    }
+
+
+def _silent(section: str, defaults: Settings) -> Settings:
+    """The configuration whose `section` stands where nothing is said: the student's own, but for the student."""
+    return Settings() if section == "student" else defaults
 
 
 def _file_layers(path: Path | None) -> list[Layer]:
@@ -258,8 +275,9 @@ def _explain(error: ValidationError, origin: dict[tuple[str, str], str]) -> str:
     limits = describe_limits(field)
     wanted = type_name(field) + (f" {limits}" if limits else "")
     where = origin.get((section, key), "")
-    default = toml_value(field.default)
-    return f"{section}.{key} = {_show(problem['input'])} {where}: expected {wanted} (default {default})"
+    return (
+        f"{section}.{key} = {_show(problem['input'])} {where}: expected {wanted} (default {says_default(section, key)})"
+    )
 
 
 def _refuse_numbers(settings: Settings, origin: dict[tuple[str, str], str]) -> None:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from bytecache.schemas.messages import public_url
 from bytecache.schemas.secrets import Secret
-from bytecache.schemas.settings import Section, Settings, Teacher
+from bytecache.schemas.settings import TRANSFER, Section, Settings, Teacher, Train
 
 _TITLES = {
     "run": "Where a run lives",
@@ -83,23 +83,42 @@ def _last_part(text: str) -> str:
     return Path(text).name if path else text
 
 
-def render_template(settings: Settings) -> str:
-    """`settings` as a complete `pipeline.toml`: every key, with its documentation, limits and default above it."""
+def default_of(section: str, key: str) -> Any:
+    """What a key is in a configuration that names none."""
+    return getattr(getattr(Settings(), section), key)
+
+
+def says_default(section: str, key: str) -> str:
+    """A key's default for a person; of some keys of `[train]` two, by the student."""
+    default = toml_value(default_of(section, key))
+    if section != "train" or key not in TRANSFER:
+        return default
+    return f"{default} for a model under another tokenizer, else {toml_value(Train.model_fields[key].default)}"
+
+
+def render_template(settings: Settings, *, whole: bool = False) -> str:
+    """`settings` as a complete `pipeline.toml`: every key, with its documentation, limits and default above it.
+
+    Keys whose default depends on the student are written as comments where they have it, so that another student gets
+    its own; `whole`: they are written as any other.
+    """
     lines = [
         "# bytecache: every key, its unit, its limits and its default. Any of them can be overridden on the",
         "# command line: bytecache run --set teacher.top_k=8 --set run.dir=runs/small",
     ]
+    beside = Settings.defaults_beside(settings.student)
     for name, kind in sections().items():
         lines += ["", f"# {_TITLES.get(name, name)}", f"[{name}]"]
         table = getattr(settings, name)
         for key, field in kind.model_fields.items():
             limits = describe_limits(field)
-            note = f"{field.description or ''} Default: {toml_value(field.default)}{'; ' + limits if limits else ''}."
+            note = f"{field.description or ''} Default: {says_default(name, key)}{'; ' + limits if limits else ''}."
             lines += textwrap.wrap(note, 116, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
             value = getattr(table, key)
             if isinstance(value, Secret) and value.is_secret:
                 lines.append(f"# The value given holds a secret, which is not written: ${secret_variable(name, key)}.")
-            lines.append(f"{key} = {toml_value(value)}")
+            implied = not whole and name == "train" and key in TRANSFER and value == getattr(beside.train, key)
+            lines.append(f"{'# ' if implied else ''}{key} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
 
 

@@ -26,8 +26,11 @@ class Context:
 
         `published`: what lies there is for strangers, who get the settings that decided it and no path.
         """
-        render = render_published if published else render_template
-        for place, text in ((key, render(self.settings)), (RESOLVED_FILE, render_template(self.settings))):
+        resolved = render_template(self.settings, whole=True)
+        for place, text in (
+            (key, render_published(self.settings) if published else resolved),
+            (RESOLVED_FILE, resolved),
+        ):
             if changed or not documents.is_whole(self.store, place):
                 if not changed and documents.was_written(self.store, place):
                     self.say(f"{place} was missing or altered and is written again, from the settings in use")

@@ -1,11 +1,14 @@
 """Every key of `pipeline.toml`: type, unit, default, limits. Validated at construction, unknown keys refused.
 
 The docstring under a key is its documentation: `pipeline.toml` and `--help` repeat it.
+A configuration that names no student has the one of `TRANSFER_STUDENT`; one whose student is an existing model under
+another tokenizer has the training of `TRANSFER` where it names no other. `Student()` and `Train()` alone are a new
+student and its training.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bytecache.schemas.secrets import SecretAddress, SecretHeader
 
@@ -214,7 +217,8 @@ class Student(Section):
     """A checkpoint folder, hub id or builtin to start from; empty = a new one from the sizes below."""
     tokenizer: str = ""
     """A tokenizer folder or hub id; `bpe:N`, a byte-level BPE trained on the corpus; `bytes`, every byte a token.
-    Empty = the model's own, or bpe:2048. Another one than the model's: its embeddings are carried over."""
+    Empty = the model's own, or bpe:2048. Another one than the model's: its embeddings are carried over. The default is
+    the default model's; one that `student.model` names keeps its own."""
     hidden_size: int = Field(128, ge=8)
     """Width of a new student."""
     layers: int = Field(4, ge=1)
@@ -234,6 +238,8 @@ class Train(Section):
     """Bytes of text in one training window."""
     context_bytes: int = Field(0, ge=0)
     """Bytes of the document before a window that the student reads and is not trained on: long documents."""
+    heldout_bytes: int = Field(0, ge=0)
+    """Bytes of held-out text that `evaluate` gives a student in one window; 0 = window_bytes."""
     packing: bool = False
     """Put several rows into one sequence, each attending to itself alone, instead of padding them to one length."""
     micro_tokens: int = Field(0, ge=0)
@@ -302,6 +308,7 @@ NEUTRAL = frozenset(
     {
         "checkpoint_every",
         "control",
+        "heldout_bytes",
         "tensorboard",
         "wandb",
         "parallel",
@@ -360,3 +367,38 @@ class Settings(Section):
     student: Student = Student()
     train: Train = Train()
     fleet: Fleet = Fleet()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_student(cls, data: Any) -> Any:
+        """Fill in the student that nobody named, and the training that goes with it."""
+        if not isinstance(data, dict):
+            return data
+        student, train = data.get("student", {}), data.get("train", {})
+        if isinstance(student, dict) and "model" not in student:
+            student = TRANSFER_STUDENT | student
+        if isinstance(train, Train):
+            train = {key: getattr(train, key) for key in train.model_fields_set}
+        if isinstance(train, dict) and is_transfer(student):
+            train = TRANSFER | train
+        return data | {"student": student, "train": train}
+
+    @classmethod
+    def defaults_beside(cls, student: Student) -> "Settings":
+        """The configuration that names this student and nothing else."""
+        return cls(student=student)
+
+
+TRANSFER_STUDENT: dict[str, Any] = {"model": "builtin:smollm2-135m-instruct", "tokenizer": "bpe:4096"}
+"""The student of a configuration that names none: a pretrained model, and the tokenizer that it is given."""
+TRANSFER: dict[str, Any] = {
+    "steps": 96, "batch": 2, "window_bytes": 512, "heldout_bytes": 2048, "lora_rank": 16, "lora_embeddings": True,
+    "learning_rate": 1e-3, "warmup": 5, "checkpoint_every": 24,
+}  # fmt: skip
+"""Defaults of `[train]` for a student that is an existing model under another tokenizer."""
+
+
+def is_transfer(student: Student | dict[str, Any]) -> bool:
+    """Whether a student is an existing model under another tokenizer than its own."""
+    given = student if isinstance(student, dict) else student.model_dump()
+    return bool(given.get("model") and given.get("tokenizer"))

@@ -19,8 +19,8 @@ import typer
 
 import bytecache
 from bytecache.pipeline.cli import app
-from bytecache.pipeline.config_text import describe_limits, render_template, sections
-from bytecache.schemas.settings import PRESETS, Settings
+from bytecache.pipeline.config_text import default_of, describe_limits, render_template, sections
+from bytecache.schemas.settings import PRESETS, TRANSFER, Settings
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -100,7 +100,9 @@ _CONFIGURATION = """
 `pipeline.toml` holds these keys in tables of these names. Order: defaults, then the settings that the run folder was
 used with last (unless `--fresh`), then the file (`--config`, else `./pipeline.toml`), then `--set section.key=value`,
 then options of a command that stand for a key. Types are strict (`"8"` is not 8); an unknown key is refused with the
-nearest name. `bytecache config` prints what results. A key that may hold a secret can come from the environment, as
+nearest name. `bytecache config` prints what results. Where there are two defaults, the first is of the default student
+and any other existing model under another tokenizer (`student.model` and `student.tokenizer`), the second of any other
+student. A key that may hold a secret can come from the environment, as
 `$BYTECACHE_SECTION_KEY`; no file that bytecache writes holds it.
 """
 
@@ -113,7 +115,9 @@ def configuration_page() -> str:
         lines += ["", f"## [{name}]", "", inspect.cleandoc(kind.__doc__ or ""), "", "| key | default | limits | |"]
         lines.append("|---|---|---|---|")
         for key, field in kind.model_fields.items():
-            default = render_value(field.default)
+            default = render_value(default_of(name, key))
+            if name == "train" and key in TRANSFER:
+                default += f"; {render_value(field.default)}"
             limits = describe_limits(field).replace("|", "\\|")
             lines.append(f"| `{name}.{key}` | {default} | {limits} | {_cell(field.description or '')} |")
     lines += ["", "## Presets of the teacher", "", "What `teacher.preset` stands for:", ""]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bytecache.pipeline.context import Context
 from bytecache.schemas.errors import BytecacheError, InputError
+from bytecache.schemas.settings import is_transfer
 
 if TYPE_CHECKING:
     from bytecache.pipeline.plan.index import Plan
@@ -76,7 +77,10 @@ def _check_student(context: Context) -> str:
 
     settings = context.settings
     check_student(settings.student, settings.train, chat=settings.corpus.kind == "chat")
-    return settings.student.model or f"a new one, {settings.student.layers} layers of {settings.student.hidden_size}"
+    student = settings.student
+    if is_transfer(student):
+        return f"{student.model} under another tokenizer, {student.tokenizer}"
+    return student.model or f"a new one, {student.layers} layers of {student.hidden_size}"
 
 
 def check_student_reads(context: Context, planned: "Plan") -> Iterator[str]:

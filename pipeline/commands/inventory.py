@@ -30,7 +30,7 @@ _OURS = re.compile(
     r"config\.toml|plan/(plan\.json|config\.toml|(units|slices|editions)/[^/]+\.(json|parquet))"
     r"|teacher/([^/]+\.parquet|config\.toml|start/[^/]+\.json)"
     r"|targets/config\.toml|train/(student|distilled|control)-[0-9a-f]{12}/.+|report/([^/]+-[0-9a-f]{12}\.json"
-    r"|(report|lm-eval)\.(json|md)|summary\.md|config\.toml)|export/[^/]+-[0-9a-f]{12}(\.config\.toml|/.+)"
+    r"|(report|lm-eval)\.(json|md)|summary\.md|report\.html|config\.toml)|export/[^/]+-[0-9a-f]{12}(\.config\.toml|/.+)"
 )
 """Names that only commands of ours give."""
 _RUN_FILE = re.compile(
@@ -63,7 +63,7 @@ class Inventory:
 
 def stage_of(key: str) -> str:
     """The command that makes the file `key`."""
-    if key == "report/summary.md":
+    if key in ("report/summary.md", "report/report.html"):
         return "run"
     return _STAGE_OF.get(key.partition("/")[0], "run")
 

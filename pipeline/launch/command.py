@@ -70,8 +70,13 @@ def plan_job(settings: Settings, stage: str, workers: int, gpus: int | None, cpu
 def overrides(settings: Settings) -> list[str]:
     """`section.key=value` for every setting that differs from its default and holds no secret, in order."""
     differing = []
+    # What a worker would have by itself: the training of its student, where that is named.
+    named, silent = Settings.defaults_beside(settings.student), Settings()
     for section in sections():
-        default, section_settings = getattr(Settings(), section), getattr(settings, section)
+        default, section_settings = (
+            getattr(named if section == "train" else silent, section),
+            getattr(settings, section),
+        )
         for key, value in section_settings:
             if value != getattr(default, key):
                 if isinstance(value, Secret):

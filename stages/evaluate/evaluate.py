@@ -1,8 +1,8 @@
 """Held-out figures of a trained student, each beside the teacher's own on the same text.
 
-Every held-out document that the student's tokenizer can align is read once in windows of `train.window_bytes`, cut at
-fixed places, each with one token of context before it or `train.context_bytes`, as in training. On supervised
-positions:
+Every held-out document that the student's tokenizer can align is read once in windows of `train.heldout_bytes`, or of
+`train.window_bytes` where that is 0, cut at fixed places, each with one token of context before it or
+`train.context_bytes`, as in training. On supervised positions:
 
 - token bits/byte: sum of token NLL, EOS included, / text bytes / ln 2. The student as an ordinary language model.
 - byte-head bits/byte: mean -log2 q(true symbol) over *covered* symbols, i.e. the first ten bytes of each token and END.
@@ -18,8 +18,8 @@ positions:
   confidence, weighted by how many bytes fall into each. 0 is a student whose 80 % is right four times in five.
 
 The head's price is measured in the same call: parameters, share of FLOPs, share of CPU time (forward and backward with
-and without the head, alternating, median of several).
-Price: one forward pass over the split.
+and without the head, alternating, median of several; not of a student that was trained without it).
+Price: one forward pass over the split, and two steps of training or more.
 """
 
 import math
@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -115,10 +115,14 @@ def _time(run: Run, micros: list[MicroBatch], *, use_head: bool) -> float:
     return time.process_time() - began
 
 
+PATIENCE_S = 5.0
+"""For the clock's further pairs of steps: one pair of a large student takes as long."""
+
+
 def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str, float | None]:
     """Parameters of the head and its share of a training step (optimiser excluded), by FLOPs and by the clock.
 
-    The clock is not asked for the baselines, whose targets are not at hand here.
+    The clock is not asked for the baselines, whose targets are not at hand here, nor for a control.
     """
     weights = sum(p.numel() for p in run.student.model.parameters() if p.ndim > 1)
     embedding = run.student.model.get_input_embeddings().weight
@@ -129,10 +133,12 @@ def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str,
     body = 6 * (weights - (0 if tied else embedding.numel())) * tokens
     head = run.objective.flops(tokens, slots)
     share: float | None = None
-    if run.objective.term.reads == "bytes":
+    if run.objective.term.reads == "bytes" and run.objective.lambda_kl:
+        began, ratios = time.monotonic(), list[float]()
         _time(run, micros, use_head=True)
         # Pairs run back to back and their median is taken: other work on the machine slows both halves of a pair.
-        ratios = [_time(run, micros, use_head=False) / _time(run, micros, use_head=True) for _ in range(repeats)]
+        while len(ratios) < repeats and (not ratios or time.monotonic() - began < PATIENCE_S):
+            ratios.append(_time(run, micros, use_head=False) / _time(run, micros, use_head=True))
         share = max(0.0, 1 - float(np.median(ratios)))
     return {
         "head_parameters": run.objective.n_parameters,
@@ -182,8 +188,28 @@ def evaluate(
         InputError: the split is empty, or no document of it can be aligned. IntegrityError: a torn checkpoint or shard.
     """
     run = load_trained(student_dir, checkpoint_path)
+    measured = measure(run, settings, open_dataset(targets_dir), split)
+    return {
+        "name": name,
+        **_oracle(run, measured.reader),
+        "split": split,
+        **measured.figures,
+        **head_cost(run, measured.sample),
+    }
+
+
+class Measured(NamedTuple):
+    """A split as a student reads it."""
+
+    figures: dict[str, Any]
+    reader: stream.ShardReader
+    sample: list[MicroBatch]
+    """one of the split's micro-batches"""
+
+
+def measure(run: Run, settings: TrainSettings, dataset: Dataset, split: str) -> Measured:
+    """Figures of a student on a split. Raises InputError: the split is empty, or no document of it can be aligned."""
     opened = run.student
-    dataset = open_dataset(targets_dir)
     reader = stream.ShardReader(
         dataset.where, dataset, split, opened.vocabulary, opened.end_id, resident=1,
         template=opened.template, max_tokens=opened.max_tokens,
@@ -194,25 +220,17 @@ def evaluate(
         micro = stream.collate(members, with_targets=True, byte_reduction="sum", limit=run.objective.term.slots)
         sums.add_student(run, micro)
         sums.add_teacher(members, micro)
-        if len(sample) < 2:
-            sample.append(micro)
+        sample = sample or [micro]
     skipped = reader.skipped_documents()
     if not sums.n_bytes:
         raise _nothing_to_evaluate(dataset, split, skipped)
-    return {
-        "name": name,
-        **_oracle(run, reader),
-        "split": split,
-        **sums.figures(),
-        "skipped_documents": skipped,
-        "n_skipped": sum(skipped.values()),
-        **head_cost(run, sample),
-    }
+    counted = {"skipped_documents": skipped, "n_skipped": sum(skipped.values())}
+    return Measured({**sums.figures(), **counted}, reader, sample)
 
 
 def _groups(reader: stream.ShardReader, settings: TrainSettings, max_tokens: int) -> Iterator[list[stream.Row]]:
     """Rows of the whole split, those of one micro-batch together."""
-    size = settings.window_bytes
+    size = settings.heldout_bytes or settings.window_bytes
     for window in sequential(reader.positions, settings.batch * size):
         source = reader[window.shard]
         rows: list[stream.Row] = []

@@ -30,6 +30,8 @@ def check_student(student: Student, train: Train, *, chat: bool = False) -> None
         raise ConfigError(
             f"student.heads = {student.heads}: hidden_size {student.hidden_size} must be an even multiple of it"
         )
+    if model:
+        refuse_sizes(student)
     folder = locate(model, "student.model") if model else None
     if folder is not None:
         refuse_unfit_student(folder, f"student.model = {model!r}")
@@ -42,6 +44,16 @@ def check_student(student: Student, train: Train, *, chat: bool = False) -> None
 
         where, place, vocabulary = opened
         Template.open(place, vocabulary, setting=where)
+
+
+def refuse_sizes(student: Student) -> None:
+    """Raise ConfigError for sizes of a new student beside a model that has its own; nothing would come of them."""
+    for key in ("hidden_size", "layers", "heads"):
+        if getattr(student, key) != getattr(Student(), key):
+            raise ConfigError(
+                f"student.{key} = {getattr(student, key)}: is of a new student, and student.model = {student.model!r} "
+                f'has its own; leave student.{key} out, or set student.model = "" for a new one'
+            )
 
 
 def open_vocabulary(student: Student) -> tuple[str, Path, Vocabulary] | None:

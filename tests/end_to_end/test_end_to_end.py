@@ -29,7 +29,7 @@ def write_config(folder: Path, run: str, backend: str = "hf") -> Path:
         f'[teacher]\nmodel = "{folder / "teacher"}"\nbackend = "{backend}"\n'
         "context = 128\noverlap = 32\ndepth = 1\ntau = 0.01\n"
         "[convert]\nshard_bytes = 2000\n"
-        '[student]\ntokenizer = "bpe:300"\nhidden_size = 32\nlayers = 1\nheads = 2\n'
+        '[student]\nmodel = ""\ntokenizer = "bpe:300"\nhidden_size = 32\nlayers = 1\nheads = 2\n'
         "[train]\nsteps = 12\nbatch = 2\nwindow_bytes = 128\nwarmup = 2\ncheckpoint_every = 2\n"
     )
     return path

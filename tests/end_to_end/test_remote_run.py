@@ -18,9 +18,9 @@ from tests.support.tiny_models import make_checkpoint
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(40)]
 SHAPE = [
     "corpus.unit_bytes=1500", "teacher.backend=hf", "teacher.context=128", "teacher.overlap=32", "teacher.depth=1",
-    "teacher.tau=0.01", "convert.shard_bytes=3000", "student.tokenizer=bpe:300", "student.hidden_size=32",
-    "student.layers=1", "student.heads=2", "train.steps=6", "train.batch=2", "train.window_bytes=128",
-    "train.warmup=2", "train.checkpoint_every=2", "train.control=false",
+    "teacher.tau=0.01", "convert.shard_bytes=3000", "student.model=", "student.tokenizer=bpe:300",
+    "student.hidden_size=32", "student.layers=1", "student.heads=2", "train.steps=6", "train.batch=2",
+    "train.window_bytes=128", "train.warmup=2", "train.checkpoint_every=2", "train.control=false",
 ]  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from bytecache.pipeline.config import load_settings
 from bytecache.pipeline.config_text import render_template, sections
+from bytecache.pipeline.launch.command import overrides
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.settings import Settings
+from bytecache.schemas.settings import TRANSFER, Settings, Student, Train
 from tests.support.places import ROOT
 
 SHIPPED = ROOT / "pipeline.toml"
@@ -31,7 +32,11 @@ def test_shipped_file_is_the_rendered_defaults() -> None:
 
 def test_shipped_file_has_every_key_with_its_default_and_documentation() -> None:
     raw = SHIPPED.read_text(encoding="utf-8")
-    assert tomllib.loads(raw) == Settings().model_dump()
+    written, meant = tomllib.loads(raw), Settings().model_dump()
+    by_student = {key: meant["train"].pop(key) for key in TRANSFER}
+    assert written == meant
+    told = tomllib.loads("\n".join(line.removeprefix("# ") for line in raw.splitlines() if " = " in line[:24]))
+    assert {key: told["train"][key] for key in TRANSFER} == by_student == TRANSFER
     words = " ".join(line.removeprefix("# ") for line in raw.splitlines())
     for kind in sections().values():
         for field in kind.model_fields.values():
@@ -118,3 +123,28 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_settings(tmp_path / "latin.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "transfers"),
+    [([], True), (["student.tokenizer=bytes"], True), (["student.model=x", "student.tokenizer=bpe:300"], True),
+     (["student.model="], False), (["student.model=x"], False), (["student.tokenizer="], False)],
+)  # fmt: skip
+def test_training_goes_with_the_student_unless_it_is_named(tmp_path: Path, given: list[str], transfers: bool) -> None:
+    settings = load_settings(None, [*given, "train.batch=3"])
+    wanted = (TRANSFER if transfers else Train().model_dump(include=set(TRANSFER))) | {"batch": 3}
+    assert settings.train.model_dump(include=set(TRANSFER)) == wanted
+    # Another student than a file's gets its own defaults, and what the file says beyond them.
+    (tmp_path / "p.toml").write_text(render_template(settings))
+    assert load_settings(tmp_path / "p.toml") == settings
+    other = load_settings(tmp_path / "p.toml", ["student.model=", "student.tokenizer="]).train
+    assert other.model_dump(include=set(TRANSFER)) == Train(batch=3).model_dump(include=set(TRANSFER))
+    assert overrides(settings) == [
+        line for line in overrides(settings) if line.startswith("student.") or line == "train.batch=3"
+    ], "workers elsewhere work it out from the student"
+    assert load_settings(None, overrides(settings)) == settings
+
+
+def test_in_python_a_student_that_is_named_is_as_it_was_named() -> None:
+    assert Settings(student=Student()).student.model == "" and Settings(student=Student()).train == Train()
+    assert Settings(train=Train(batch=3)).train == Train(**{**TRANSFER, "batch": 3})

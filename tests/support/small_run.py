@@ -20,7 +20,7 @@ def small_settings(folder: Path, *, documents: int = 160) -> Settings:
             "model": str(teacher), "backend": "hf", "context": 128, "overlap": 32, "depth": 1, "tau": 0.01,
         },
         "convert": {"shard_bytes": 2000},
-        "student": {"tokenizer": "bpe:300", "hidden_size": 32, "layers": 1, "heads": 2},
+        "student": {"model": "", "tokenizer": "bpe:300", "hidden_size": 32, "layers": 1, "heads": 2},
         "train": {
             "steps": 12, "batch": 2, "window_bytes": 128, "warmup": 2, "checkpoint_every": 2, "control": False,
         },

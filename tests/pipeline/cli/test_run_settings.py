@@ -10,7 +10,7 @@ from bytecache.pipeline.cli.options import Given
 from bytecache.pipeline.config import PERMISSIONS, load_settings
 from bytecache.pipeline.config_text import render_template
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.settings import Settings
+from bytecache.schemas.settings import TRANSFER, Settings, Train
 from tests.support.command_line import FakeTeacher, bytecache, refusal
 
 
@@ -46,6 +46,14 @@ def test_what_is_said_aloud_goes_on_top(world: Path) -> None:
     named = Given(world / "pipeline.toml", []).settings()
     assert (named.teacher.top_k, named.train.steps) == (Settings().teacher.top_k, 9)
     assert Given(None, [], fresh=True).settings() == load_settings()
+
+
+def test_another_kind_of_student_gets_its_own_training(world: Path) -> None:
+    bytecache("plan", "--set", "train.final_rate=0.5", "--set", "train.batch=7")
+    assert tomllib.loads((world / "run/config.toml").read_text())["train"]["lora_rank"] == TRANSFER["lora_rank"]
+    train = Given(None, ["student.model=", "student.tokenizer="]).settings().train
+    assert train == Train(final_rate=0.5, batch=7)
+    assert Given(None, ["student.tokenizer=bytes"]).settings().train == Settings(train=train).train
 
 
 def test_nothing_is_said_where_nothing_differs(world: Path) -> None:

@@ -8,7 +8,8 @@ from bytecache.schemas.files import file_sha256
 from tests.support.command_line import bytecache
 from tests.support.student_data import make_dataset
 
-SMALL = ("student.tokenizer=bpe:300", "student.hidden_size=16", "student.layers=1", "student.heads=2", "train.batch=2",
+SMALL = ("student.model=", "student.tokenizer=bpe:300", "student.hidden_size=16", "student.layers=1", "student.heads=2",
+         "train.batch=2",
          "train.window_bytes=96", "train.warmup=1", "train.checkpoint_every=2", "train.control=false")  # fmt: skip
 
 

@@ -235,7 +235,7 @@ def test_the_commands_train_from_a_url(memory: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipeline.toml").write_text(
         f'[run]\ndir = "run"\n[dataset]\nsource = "{memory}"\ncache_dir = "cache"\n'
-        '[student]\ntokenizer = "bpe:300"\nhidden_size = 16\nlayers = 1\nheads = 2\n'
+        '[student]\nmodel = ""\ntokenizer = "bpe:300"\nhidden_size = 16\nlayers = 1\nheads = 2\n'
         "[train]\nsteps = 2\nbatch = 2\nwindow_bytes = 64\ncontrol = false\n"
     )
     assert "`run` makes its own data set" in refusal(bytecache("run"), 2)

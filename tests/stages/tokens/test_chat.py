@@ -242,7 +242,8 @@ def settings_for(tmp_path: Path, kind: str, teacher: Path, **student_keys: objec
                 "rounding": 0.0,
             },
             "convert": {"prune": 0.0},
-            "student": student_keys or {"tokenizer": "bpe:300", "hidden_size": 32, "layers": 1, "heads": 2},
+            "student": student_keys
+            or {"model": "", "tokenizer": "bpe:300", "hidden_size": 32, "layers": 1, "heads": 2},
         }
     )
 

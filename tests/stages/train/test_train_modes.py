@@ -364,8 +364,9 @@ def test_torchrun_of_the_command_line(tmp_path):
     """Distilled and control by two processes: one receipt each, which a single process then accepts as done."""
     make_dataset(tmp_path / "run/targets")
     keys = {
-        "run.dir": tmp_path / "run", "student.tokenizer": "bpe:300", "student.hidden_size": 32, "student.layers": 1,
-        "student.heads": 2, "train.steps": 3, "train.batch": 4, "train.warmup": 1, "train.window_bytes": 96,
+        "run.dir": tmp_path / "run", "student.model": "", "student.tokenizer": "bpe:300", "student.hidden_size": 32,
+        "student.layers": 1, "student.heads": 2, "train.steps": 3, "train.batch": 4, "train.warmup": 1,
+        "train.window_bytes": 96,
     }  # fmt: skip
     command = ["bytecache", "train", *(part for key, value in keys.items() for part in ("--set", f"{key}={value}"))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

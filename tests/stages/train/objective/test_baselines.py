@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from bytecache.pipeline.commands.convert import convert
 from bytecache.pipeline.commands.plan import plan
-from bytecache.pipeline.commands.run import summary_table
+from bytecache.pipeline.commands.report.table import summary_table
 from bytecache.pipeline.commands.teacher import teacher
 from bytecache.pipeline.commands.train import open_targets
 from bytecache.pipeline.commands.train import train as train_command

@@ -1,6 +1,6 @@
 """Pictures of a run's page as inline SVG: curves of loss, bars. No script; colours come from the page's style.
 
-Texts are escaped here; numbers alone become coordinates.
+Texts go through `safe`; numbers alone become coordinates.
 """
 
 import math
@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 720, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 150, 14, 34
 
 
-def curves_chart(curves: dict[str, list[Point]], labels: dict[str, str]) -> str:
+def curves_chart(curves: dict[str, list[Point]]) -> str:
     """Loss against steps: each step faintly, and the running mean over a twelfth of them; '' without two points.
 
     The axis reaches from the lowest to the highest of the running means after their first steps, which may be far up.
@@ -42,8 +42,8 @@ def curves_chart(curves: dict[str, list[Point]], labels: dict[str, str]) -> str:
     for end, (name, points) in zip(ends, means.items(), strict=True):
         parts.append(_path(curves[name], x, y, f"{name} faint"))
         parts.append(_path(points, x, y, name))
-        words = escape(f"{labels.get(name, name).partition(':')[0]} {points[-1][1]:.3f}")
-        parts.append(f'<text x="{x(last) + 8:.1f}" y="{end + 4:.1f}" class="{escape(name)}">{words}</text>')
+        words = safe(f"{name} {points[-1][1]:.3f}")
+        parts.append(f'<text x="{x(last) + 8:.1f}" y="{end + 4:.1f}" class="{safe(name)}">{words}</text>')
     return _svg(HEIGHT, "Loss against steps, bits per byte", parts)
 
 
@@ -54,22 +54,32 @@ def bars_chart(rows: Sequence[tuple[str, str, float | None, str]], title: str, *
     parts, left, room = [], 230, WIDTH - 230 - 150
     for number, (style, label, value, words) in enumerate(rows):
         top = 10 + 30 * number
-        parts.append(f'<text x="{left - 10}" y="{top + 15}" class="label">{escape(label)}</text>')
+        parts.append(f'<text x="{left - 10}" y="{top + 15}" class="label">{safe(label)}</text>')
         long = 0.0 if value is None else max(0.0, (value - least) / span) * room
-        parts.append(f'<rect x="{left}" y="{top}" width="{long:.1f}" height="20" rx="2" class="{escape(style)}"/>')
-        parts.append(f'<text x="{left + long + 8:.1f}" y="{top + 15}">{escape(words)}</text>')
+        parts.append(f'<rect x="{left}" y="{top}" width="{long:.1f}" height="20" rx="2" class="{safe(style)}"/>')
+        parts.append(f'<text x="{left + long + 8:.1f}" y="{top + 15}">{safe(words)}</text>')
     return _svg(20 + 30 * len(rows), title, parts)
 
 
+def visible(text: str) -> str:
+    """The text with line ends and tabs, and a dot for every other character that cannot be seen."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{MIDDLE DOT}" for char in text)
+
+
+def safe(text: str) -> str:
+    """Text of strangers as markup that shows it and does nothing."""
+    return escape(visible(text))
+
+
 def _svg(height: int, title: str, parts: Sequence[str]) -> str:
-    head = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-    return "\n".join([head, f"<title>{escape(title)}</title>", *parts, "</svg>"])
+    head = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{safe(title)}">'
+    return "\n".join([head, f"<title>{safe(title)}</title>", *parts, "</svg>"])
 
 
 def _path(points: Sequence[Point], x: Place, y: Place, style: str) -> str:
     """A line, kept inside the picture."""
     line = " ".join(f"{x(step):.1f},{min(max(y(bits), _TOP), HEIGHT - _BOTTOM):.1f}" for step, bits in points)
-    return f'<polyline points="{line}" class="line {escape(style)}"/>'
+    return f'<polyline points="{line}" class="line {safe(style)}"/>'
 
 
 def _grid(low: float, high: float, y: Place) -> list[str]:
@@ -86,7 +96,7 @@ def _grid(low: float, high: float, y: Place) -> list[str]:
 def _steps(first: int, last: int, x: Place) -> list[str]:
     named = sorted({first, *(round(first + (last - first) * part / 4) for part in range(1, 5))})
     lines = [f'<text x="{x(step):.1f}" y="{HEIGHT - 14}" class="middle">{step}</text>' for step in named]
-    return [*lines, f'<text x="{WIDTH - _RIGHT + 8}" y="{HEIGHT - 14}">steps</text>']
+    return [*lines, f'<text x="{WIDTH - _RIGHT + 20}" y="{HEIGHT - 14}" class="label left">steps</text>']
 
 
 def _nice(low: float, high: float) -> tuple[float, float]:

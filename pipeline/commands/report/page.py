@@ -1,17 +1,16 @@
 """`report/report.html`: a run in pictures, one file that loads nothing.
 
-The page has no script, and its content security policy forbids every request. All text goes through `escape`; of the
-passage, which is a document's and so a stranger's, characters that cannot be seen or that turn the direction of what
-follows are shown as a dot.
+The page has no script, and its content security policy forbids every request. All text goes through `safe`, since a
+passage and the name of its document are a stranger's: characters that mean something to a browser are escaped, those
+that cannot be seen or that turn the direction of what follows are shown as a dot.
 """
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline.commands.evaluate import BEFORE
-from bytecache.pipeline.commands.report.charts import bars_chart, curves_chart
+from bytecache.pipeline.commands.report.charts import bars_chart, curves_chart, safe
 from bytecache.pipeline.commands.report.facts import LABELS, Facts
 from bytecache.pipeline.commands.train import CONTROL, DISTILLED
 from bytecache.pipeline.units.progress import human_bytes
@@ -25,14 +24,14 @@ def report_page(facts: Facts) -> str:
     """The page of a run."""
     sections = [
         _arms(facts),
-        _section("Learning", curves_chart(facts.curves, LABELS), _CURVES),
+        _section("Learning", curves_chart(facts.curves), _CURVES),
         _section("Time and size", _stages(facts.stages), "Seconds of work when it was done, and bytes that it left."),
         _passage(facts.passage),
         _section("The student", _loading(facts.loading), "A plain checkpoint: nothing of bytecache is needed."),
         _section("Everything measured", _table(facts.table), ""),
     ]
     page = _TEMPLATE.read_text(encoding="utf-8")
-    return page.replace("<!--TITLE-->", escape(visible(facts.title))).replace("<!--BODY-->", "\n".join(sections))
+    return page.replace("<!--TITLE-->", safe(facts.title)).replace("<!--BODY-->", "\n".join(sections))
 
 
 _CURVES = (
@@ -41,16 +40,11 @@ _CURVES = (
 )
 
 
-def visible(text: str) -> str:
-    """The text with line ends and tabs, and a dot for every other character that cannot be seen."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{MIDDLE DOT}" for char in text)
-
-
 def _section(title: str, body: str, note: str) -> str:
     if not body:
         return ""
-    note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n{note}\n</section>"
+    note = f'<p class="note">{safe(note)}</p>' if note else ""
+    return f"<section>\n<h2>{safe(title)}</h2>\n{body}\n{note}\n</section>"
 
 
 def _arms(facts: Facts) -> str:
@@ -88,13 +82,13 @@ def _passage(passage: dict[str, Any]) -> str:
         bits = passage["entropy"][name]
         mean = sum(bits) / max(len(bits), 1)
         label = "the teacher" if name == "teacher" else LABELS.get(name, name)
-        blocks.append(f"<h3>{escape(label)}, {mean:.2f} bits</h3>\n<pre>{heat(passage['text'], bits)}</pre>")
+        blocks.append(f"<h3>{safe(label)}, {mean:.2f} bits</h3>\n<pre>{heat(passage['text'], bits)}</pre>")
     for name, why in passage.get("refused", {}).items():
-        blocks.append(f'<p class="note">{escape(name)}: not shown, {escape(visible(why))}</p>')
+        blocks.append(f'<p class="note">{safe(name)}: not shown, {safe(why)}</p>')
     legend = "".join(f'<i class="h{level}">{level / 2:g}</i>' for level in range(LEVELS))
     blocks.append(f'<p class="legend">bits: {legend}</p>')
     note = (
-        f"The beginning of {visible(passage['document'])}, which no student was trained on. The colour of a character "
+        f"The beginning of {passage['document']}, which no student was trained on. The colour of a character "
         "is how unsure its reader was of it, in bits of entropy per byte, having read what stands before it."
     )
     return _section("A passage, byte by byte", "\n".join(blocks), note)
@@ -102,10 +96,7 @@ def _passage(passage: dict[str, Any]) -> str:
 
 def heat(text: str, bits: Sequence[float]) -> str:
     """A text with each character on its colour; bits: of each byte in UTF-8, whose mean a character has."""
-    return "".join(
-        f'<b class="h{level}">{escape(visible(run))}</b>' if level else escape(visible(run))
-        for level, run in _runs(text, bits)
-    )
+    return "".join(f'<b class="h{level}">{safe(run)}</b>' if level else safe(run) for level, run in _runs(text, bits))
 
 
 def _runs(text: str, bits: Sequence[float]) -> Iterator[tuple[int, str]]:
@@ -124,9 +115,9 @@ def _runs(text: str, bits: Sequence[float]) -> Iterator[tuple[int, str]]:
 
 
 def _loading(lines: Sequence[str]) -> str:
-    return f"<pre>{escape(visible(chr(10).join(lines)))}</pre>" if lines else ""
+    return f"<pre>{safe(chr(10).join(lines))}</pre>" if lines else ""
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = (f"<tr><th>{escape(visible(name))}</th><td>{escape(visible(value))}</td></tr>" for name, value in rows)
+    cells = (f"<tr><th>{safe(name)}</th><td>{safe(value)}</td></tr>" for name, value in rows)
     return "\n".join(["<table>", *cells, "</table>"])

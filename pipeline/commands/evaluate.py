@@ -94,9 +94,9 @@ def _work(context: Context, targets: "Dataset") -> Work:
 
     store, settings = context.store, context.settings
 
-    def measured(task: Task) -> dict[str, Any]:
+    def measured(task: Task, place: Path) -> dict[str, Any]:
         if task.name == PASSAGE:
-            return show_passage(targets, {run.name: run_files(store, run) for run in task.payload})
+            return show_passage(targets, {run.name: run_files(store, run) for run in task.payload}, place)
         if task.name == BEFORE:
             return evaluate_untrained(settings.train, store.folder(task.payload, RECORD), targets, name=task.name)
         if task.name == ORIGINAL:
@@ -106,7 +106,7 @@ def _work(context: Context, targets: "Dataset") -> Work:
         return evaluate_stage(settings.train, student, targets, checkpoint, name=task.name)
 
     def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-        result = measured(task)
+        result = measured(task, out.parent)
         out.write_bytes(json_bytes(result))
         return result
 

@@ -6,7 +6,6 @@ student as a plain checkpoint: its tokens summed over the ways to cut the text (
 Price: a checkpoint of each student for a moment, its engine's start, and about 600 bytes of text.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import BytecacheError
+from bytecache.schemas.files import scratch_folder
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.evaluate.evaluate import load_trained
 from bytecache.stages.models.ordinary import make_ordinary
@@ -27,11 +27,14 @@ LENGTH = 600
 """Bytes of the passage, at most."""
 
 
-def show_passage(dataset: Dataset, students: dict[str, tuple[Path, Path]], split: str = "heldout") -> dict[str, Any]:
+def show_passage(
+    dataset: Dataset, students: dict[str, tuple[Path, Path]], place: Path, split: str = "heldout"
+) -> dict[str, Any]:
     """The passage with everybody's entropies, as JSON.
 
     Args:
-        students: name to the folder that the training began from, and its last checkpoint.
+        students: name to the folder that the training began from, and its last checkpoint. place: for checkpoints that
+            are needed for a moment.
 
     Returns:
         "document", "text" (str), "entropy": name ("teacher" first) to bits at each byte of the text in UTF-8, and
@@ -44,7 +47,7 @@ def show_passage(dataset: Dataset, students: dict[str, tuple[Path, Path]], split
     entropy, refused = {"teacher": teacher}, {}
     for name, (folder, checkpoint) in students.items():
         try:
-            entropy[name] = _of_student(folder, checkpoint, text)
+            entropy[name] = _of_student(folder, checkpoint, text, place)
         except BytecacheError as error:
             refused[name] = str(error)
     rounded = {name: [round(float(bits), 3) for bits in values] for name, values in entropy.items()}
@@ -76,18 +79,17 @@ def entropy_of(probs: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return bits
 
 
-def _of_student(folder: Path, checkpoint: Path, text: str) -> npt.NDArray[np.float64]:
+def _of_student(folder: Path, checkpoint: Path, text: str, place: Path) -> npt.NDArray[np.float64]:
     """Bits at each byte. Raises what an engine raises of a model that it cannot read."""
     model = load_trained(folder, checkpoint).student.model
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        model.save_pretrained(place)
-        keep(folder, place, str(folder))
-        make_ordinary(place)
+    with scratch_folder(place) as scratch:
+        model.save_pretrained(scratch)
+        keep(folder, scratch, str(folder))
+        make_ordinary(scratch)
         del model
-        effort = Teacher(model=scratch, backend="hf", preset="fast", dtype="float32", top_k=0, sample_tokens=0)
+        effort = Teacher(model=str(scratch), backend="hf", preset="fast", dtype="float32", top_k=0, sample_tokens=0)
         engine = open_teacher(effort)
         try:
             probs, tail, data = probe_with(engine, text)

@@ -16,6 +16,9 @@ from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.settings import is_transfer
 
+Stages = dict[str, list[Receipt]]
+"""Receipts of each stage, by its name for people."""
+
 
 def run(context: Context) -> bool:
     """Run what is not done yet; False if there was nothing to do.
@@ -48,23 +51,26 @@ def run(context: Context) -> bool:
     rows = summary_rows(planned.n_bytes, dumped.receipts, converted.receipts, runs, measured.results)
     table = as_table(rows)
     write_document(context.store, "report/summary.md", table)
-    stages = {"teacher": dumped.receipts, "convert": [] if is_straight(context.settings) else converted.receipts}
+    stages: Stages = {
+        "teacher": dumped.receipts,
+        "convert": [] if is_straight(context.settings) else converted.receipts,
+    }
     stages |= {f"train {run.name}": [run] for run in runs} | {"evaluate": measured.receipts}
-    write_document(context.store, "report/report.html", _page(context, rows, measured, stages))
+    write_document(context.store, "report/report.html", _page(context, rows, runs, measured, stages))
     if not n_made:
         context.say(f"run: nothing to do, every output of {context.store.name} is whole")
     context.say("")
     context.say(table)
     context.say(f"In pictures: {context.settings.run.dir}/report/report.html. To sample from the student:")
     context.say("")
-    for line in loading_lines(context):
+    for line in loading_lines(context, runs):
         context.say(f"    {line}")
     return n_made > 0
 
 
-def loading_lines(context: Context) -> list[str]:
+def loading_lines(context: Context, runs: list[Receipt]) -> list[str]:
     """Two lines of Python that load the exported student and sample from it, in transformers 4 and 5."""
-    (run,) = trained(context, DISTILLED)
+    (run,) = [run for run in runs if run.name == DISTILLED]
     folder = f"{context.settings.run.dir}/{export_task(run).out}"
     if "://" in folder:
         folder = folder.rpartition("/")[2]  # of which somebody has to make a copy first
@@ -75,9 +81,11 @@ def loading_lines(context: Context) -> list[str]:
     ]
 
 
-def _page(context: Context, rows: list[tuple[str, str]], measured: Measured, stages: dict[str, list[Receipt]]) -> str:
+def _page(
+    context: Context, rows: list[tuple[str, str]], runs: list[Receipt], measured: Measured, stages: Stages
+) -> str:
     """The page with pictures, from receipts and the logs of training."""
-    runs, student = trained(context), context.settings.student
+    student = context.settings.student
     what = f"{student.model} under {student.tokenizer}" if is_transfer(student) else student.model or "a new student"
     return report_page(
         Facts(
@@ -88,6 +96,6 @@ def _page(context: Context, rows: list[tuple[str, str]], measured: Measured, sta
             curves={run.name: curve_of(context.store, run) for run in runs},
             stages=list(stage_rows(stages)),
             passage=measured.passage,
-            loading=loading_lines(context),
+            loading=loading_lines(context, runs),
         )
     )

@@ -46,7 +46,7 @@ class Corpus(Section):
     any other field that is not used is refused."""
     text_split: Literal["file", "paragraphs"] = "file"
     """How a .txt file becomes documents: the whole file, or runs of paragraphs of about 4 kB."""
-    max_bytes: int = Field(80_000, ge=0)
+    max_bytes: int = Field(60_000, ge=0)
     """Use about this many bytes of text (UTF-8), whole documents, in corpus order; 0 = all."""
     unit_bytes: int = Field(25_000, ge=1_000, le=1_000_000_000)
     """Most bytes of text in one unit of teacher work, half of it the least (a longer document is a unit alone), and
@@ -392,8 +392,8 @@ class Settings(Section):
 TRANSFER_STUDENT: dict[str, Any] = {"model": "builtin:smollm2-135m-instruct", "tokenizer": "bpe:2048"}
 """The student of a configuration that names none: a pretrained model, and the tokenizer that it is given."""
 TRANSFER: dict[str, Any] = {
-    "steps": 56, "batch": 2, "window_bytes": 512, "heldout_bytes": 2048, "lora_rank": 16, "lora_embeddings": True,
-    "learning_rate": 1e-3, "warmup": 5, "checkpoint_every": 14,
+    "steps": 40, "batch": 2, "window_bytes": 512, "heldout_bytes": 2048, "lora_rank": 16, "lora_embeddings": True,
+    "learning_rate": 1e-3, "warmup": 5, "checkpoint_every": 10,
 }  # fmt: skip
 """Defaults of `[train]` for a student that is an existing model under another tokenizer."""
 

@@ -77,7 +77,7 @@ def loading_lines(context: Context, runs: list[Receipt]) -> list[str]:
     prompt = "The `import` statement"
     return [
         "from transformers import pipeline",
-        f'print(pipeline("text-generation", {folder!r})({prompt!r}, do_sample=True)[0]["generated_text"])',
+        f'print(pipeline("text-generation", {folder!r})({prompt!r}, do_sample=True, max_new_tokens=60)[0]["generated_text"])',
     ]
 
 

@@ -74,10 +74,10 @@ def loading_lines(context: Context, runs: list[Receipt]) -> list[str]:
     folder = f"{context.settings.run.dir}/{export_task(run).out}"
     if "://" in folder:
         folder = folder.rpartition("/")[2]  # of which somebody has to make a copy first
-    prompt = "The `import` statement"
+    asked = "'The `import` statement', do_sample=True, max_new_tokens=60"
     return [
         "from transformers import pipeline",
-        f'print(pipeline("text-generation", {folder!r})({prompt!r}, do_sample=True, max_new_tokens=60)[0]["generated_text"])',
+        f'print(pipeline("text-generation", {folder!r})({asked})[0]["generated_text"])',
     ]
 
 

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from bytecache.schemas.messages import public_url
 from bytecache.schemas.secrets import Secret
-from bytecache.schemas.settings import TRANSFER, Section, Settings, Teacher, Train
+from bytecache.schemas.settings import TRANSFER, TRANSFER_STUDENT, Section, Settings, Teacher, Train
 
 _TITLES = {
     "run": "Where a run lives",
@@ -99,14 +99,14 @@ def says_default(section: str, key: str) -> str:
 def render_template(settings: Settings, *, whole: bool = False) -> str:
     """`settings` as a complete `pipeline.toml`: every key, with its documentation, limits and default above it.
 
-    Keys whose default depends on the student are written as comments where they have it, so that another student gets
-    its own; `whole`: they are written as any other.
+    Keys whose default depends on the student, and the default student itself, are written as comments, so that another
+    student gets its own tokenizer and training; `whole`: they are written as any other.
     """
     lines = [
         "# bytecache: every key, its unit, its limits and its default. Any of them can be overridden on the",
         "# command line: bytecache run --set teacher.top_k=8 --set run.dir=runs/small",
     ]
-    beside = Settings.defaults_beside(settings.student)
+    implied = set() if whole else _implied(settings)
     for name, kind in sections().items():
         lines += ["", f"# {_TITLES.get(name, name)}", f"[{name}]"]
         table = getattr(settings, name)
@@ -117,9 +117,17 @@ def render_template(settings: Settings, *, whole: bool = False) -> str:
             value = getattr(table, key)
             if isinstance(value, Secret) and value.is_secret:
                 lines.append(f"# The value given holds a secret, which is not written: ${secret_variable(name, key)}.")
-            implied = not whole and name == "train" and key in TRANSFER and value == getattr(beside.train, key)
-            lines.append(f"{'# ' if implied else ''}{key} = {toml_value(value)}")
+            lines.append(f"{'# ' if (name, key) in implied else ''}{key} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _implied(settings: Settings) -> set[tuple[str, str]]:
+    """Keys that are as the student has them by default, and the student that a configuration has which names none."""
+    beside = Settings.defaults_beside(settings.student).train
+    keys = {("train", key) for key in TRANSFER if getattr(settings.train, key) == getattr(beside, key)}
+    if settings.student.model_dump(include=set(TRANSFER_STUDENT)) == TRANSFER_STUDENT:
+        keys |= {("student", key) for key in TRANSFER_STUDENT}
+    return keys
 
 
 def describe_limits(field: FieldInfo) -> str:

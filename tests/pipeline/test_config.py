@@ -1,15 +1,16 @@
 """Configuration: the shipped file is complete, and every mistake is refused in one useful line."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from bytecache.pipeline.config import load_settings
-from bytecache.pipeline.config_text import render_template, sections
+from bytecache.pipeline.config_text import render_template, sections, toml_value
 from bytecache.pipeline.launch.command import overrides
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.settings import TRANSFER, Settings, Student, Train
+from bytecache.schemas.settings import TRANSFER, TRANSFER_STUDENT, Settings, Student, Train
 from tests.support.places import ROOT
 
 SHIPPED = ROOT / "pipeline.toml"
@@ -34,9 +35,11 @@ def test_shipped_file_has_every_key_with_its_default_and_documentation() -> None
     raw = SHIPPED.read_text(encoding="utf-8")
     written, meant = tomllib.loads(raw), Settings().model_dump()
     by_student = {key: meant["train"].pop(key) for key in TRANSFER}
+    student = {key: meant["student"].pop(key) for key in TRANSFER_STUDENT}
     assert written == meant
-    told = tomllib.loads("\n".join(line.removeprefix("# ") for line in raw.splitlines() if " = " in line[:24]))
-    assert {key: told["train"][key] for key in TRANSFER} == by_student == TRANSFER
+    for key, value in (by_student | student).items():
+        assert re.search(rf"^# {key} = {re.escape(toml_value(value))}$", raw, re.M), "as a comment, to be uncommented"
+    assert (by_student, student) == (TRANSFER, TRANSFER_STUDENT)
     words = " ".join(line.removeprefix("# ") for line in raw.splitlines())
     for kind in sections().values():
         for field in kind.model_fields.values():
@@ -130,7 +133,11 @@ def test_unreadable_files(tmp_path: Path) -> None:
     [([], True), (["student.tokenizer=bytes"], True), (["student.model=x", "student.tokenizer=bpe:300"], True),
      (["student.model="], False), (["student.model=x"], False), (["student.tokenizer="], False)],
 )  # fmt: skip
-def test_training_goes_with_the_student_unless_it_is_named(tmp_path: Path, given: list[str], transfers: bool) -> None:
+def test_training_goes_with_the_student_unless_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], transfers: bool
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert Path("pipeline.toml").is_file(), "the shipped one is beneath, and says nothing of it"
     settings = load_settings(None, [*given, "train.batch=3"])
     wanted = (TRANSFER if transfers else Train().model_dump(include=set(TRANSFER))) | {"batch": 3}
     assert settings.train.model_dump(include=set(TRANSFER)) == wanted

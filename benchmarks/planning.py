@@ -15,13 +15,12 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bytecache.pipeline.plan.make import make_plan
-from bytecache.pipeline.plan.parallel import Processes
 from bytecache.pipeline.plan.parts import Cutter, Rule, cut_corpus
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.settings import Settings
@@ -65,7 +64,7 @@ def settings_of(source: Path, jobs: int) -> Settings:
     return Settings.model_validate({"corpus": corpus})
 
 
-def hash_a_while(task: int, stop: Callable[[], bool]) -> None:
+def hash_a_while(task: int) -> None:
     """Work of a second or so that needs nothing but a core."""
     raw = bytes(1_000_000)
     for _ in range(300):
@@ -76,7 +75,7 @@ def gain(jobs: int) -> float:
     """How much faster so many processes hash than one does, their start left out."""
     seconds = []
     for n in (1, jobs):
-        with Processes[int, None](n, lambda: False) as processes:
+        with ProcessPoolExecutor(n) as processes:
             list(processes.map(hash_a_while, range(n)))
             began = time.perf_counter()
             list(processes.map(hash_a_while, range(4 * jobs)))
@@ -88,7 +87,7 @@ def counting_speed(source: Path) -> float:
     """MB a processor second of reading and hashing alone, which is all of a second plan."""
     corpus = settings_of(source, 1).corpus
     began = time.process_time()
-    cut, _ = cut_corpus(Cutter(corpus, Rule(0, "text", 0)), corpus_files(corpus)[0], None, Processes(1, lambda: False))
+    cut, _ = cut_corpus(Cutter(corpus, Rule(0, "text", 0)), corpus_files(corpus)[0], lambda: False)
     return cut.n_bytes / 1e6 / (time.process_time() - began)
 
 

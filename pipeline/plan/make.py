@@ -33,12 +33,10 @@ from bytecache.pipeline.plan.index import (
     refuse_changes,
     shape_of,
 )
-from bytecache.pipeline.plan.parallel import Processes
-from bytecache.pipeline.plan.parts import Cut, Cutter, Rule, cut_corpus, processes_for
-from bytecache.pipeline.plan.writing import Slice, delete_slices
+from bytecache.pipeline.plan.parts import Cutter, Rule, cut_corpus
+from bytecache.pipeline.plan.writing import Slice
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units.receipts import (
-    FileRecord,
     OtherVersion,
     Receipt,
     read_receipt,
@@ -68,32 +66,28 @@ def make_plan(
         refuse_changes(old, settings, None)
     files, ignored = corpus_files(corpus)
     stamp = _stamp(files)
-    rule = Rule(settings.run.seed, corpus.kind, int(corpus.heldout_fraction * 2**64))
-    lineage = Lineage()
-    with Processes[Any, Any](processes_for(corpus, files), stop) as processes:
-        if old is not None:
-            now = _identity(*cut_corpus(Cutter(corpus, rule), files, None, processes))
-            if not grow:
-                refuse_changes(old, settings, now)
-            same = old.corpus["sha256"] == now["sha256"]
-            if same and _is_whole(old):
-                _write_receipts(old)
-                return old, False
-            rule = replace(rule, threshold=int(old.index.threshold, 16) or rule.threshold)
-            lineage = Lineage(old.edition, old.index.parent) if same else Lineage(old.edition + 1, old.hash)
-        cut, sha256 = cut_corpus(Cutter(corpus, rule, store.name, settings.run.scratch), files, store, processes)
-        unused = cut.unused
-        corrected = rule.corrected(cut.lowest, cut.highest)
-        if corrected != rule:
-            unused += cut.slices
-            rule = corrected
-            cutter = Cutter(corpus, rule, store.name, settings.run.scratch)
-            cut, sha256 = cut_corpus(cutter, files, store, processes)
-            unused += cut.unused
-        delete_slices(store, unused, but=(*(one.key for one in cut.slices), *_slices_of_older(old)))
+    rule, lineage = Rule(settings.run.seed, corpus.kind, int(corpus.heldout_fraction * 2**64)), Lineage()
+    if old is not None:
+        _, text = cut_corpus(Cutter(corpus, rule), files, stop)
+        if not grow:
+            refuse_changes(old, settings, text)
+        same = old.corpus["sha256"] == text["sha256"]
+        if same and _is_whole(old):
+            _write_receipts(old)
+            return old, False
+        rule = replace(rule, threshold=int(old.index.threshold, 16) or rule.threshold)
+        lineage = Lineage(old.edition, old.index.parent) if same else Lineage(old.edition + 1, old.hash)
+    cutter = Cutter(corpus, rule, store.name, settings.run.scratch)
+    cut, text = cut_corpus(cutter, files, stop)
+    rule = rule.corrected(cut.lowest, cut.highest)
+    if rule != cutter.rule:
+        unused = {one.key for one in cut.slices}
+        cut, text = cut_corpus(replace(cutter, rule=rule), files, stop)
+        for key in unused.difference((one.key for one in cut.slices), _slices_of_older(old)):
+            store.delete(key)
     if _stamp(files) != stamp:
         raise InputError(f"corpus {corpus.source} changed while it was being read; rerun when it is at rest")
-    text = _identity(cut, sha256) | {
+    text |= {
         "n_empty_skipped": cut.tally.empty,
         "n_ids_renamed": sum(one.n_renamed for one in cut.slices),
         "n_files_ignored": len(ignored),
@@ -137,57 +131,50 @@ def _is_whole(plan: Plan) -> bool:
 
 def _write_receipts(plan: Plan) -> None:
     """One for every page and its slices, one for the index, of this edition and of those before it."""
-    for older in known_plans(plan.store):
-        if older.hash != plan.hash:
+    for each in known_plans(plan.store):
+        if each.hash == plan.hash:
+            keys = (PLAN_KEY, edition_key(plan.edition)) if plan.edition > 1 else (PLAN_KEY,)
+            _write_receipts_of(plan, keys)
+        else:
             with suppress(IntegrityError, StorageError):  # what of it is damaged is for `verify` to say
-                _write_page_receipts(older)
-                # Its receipt named plan.json, which is another edition's now.
-                receipt = _index_receipt(older, edition_key(older.edition))
-                if not _has_receipt(plan.store, older.hash, receipt.files):
-                    replace_receipt(plan.store, receipt)
-    _write_page_receipts(plan)
-    if not _has_receipt(plan.store, plan.hash):
-        replace_receipt(plan.store, _index_receipt(plan, PLAN_KEY))
+                # Its receipt may name plan.json, which is another edition's now.
+                _write_receipts_of(each, (edition_key(each.edition),))
 
 
-def _write_page_receipts(plan: Plan) -> None:
-    store = plan.store
+def _write_receipts_of(plan: Plan, places: Sequence[str]) -> None:
+    """`places`: where its index lies."""
     for number, (key, sha256) in enumerate(zip(plan.page_keys, plan.index.pages, strict=True)):
-        if not _has_receipt(store, sha256):
+        if _receipt_of(plan.store, sha256) is None:
             page = plan.units.page(number)
-            files = tuple(record_file(store, name) for name in (key, *(unit.slice for unit in page)))
             counts = {"units": len(page), "bytes": sum(unit.n_bytes for unit in page)}
-            replace_receipt(store, _receipt(sha256, f"page {number}", files, {"plan": plan.hash}, counts))
+            files = [key, *(unit.slice for unit in page)]
+            _write_receipt(plan.store, sha256, f"page {number}", files, {"plan": plan.hash}, counts)
+    receipt = _receipt_of(plan.store, plan.hash)
+    if receipt is None or {file.path for file in receipt.files} != set(places):
+        name = "plan" if plan.edition == 1 else f"plan, edition {plan.edition}"
+        inputs = {"corpus": corpus_identity(plan.corpus), "settings": plan.settings}
+        counts = {**plan.corpus, "units": len(plan.sizes), "edition": plan.edition}
+        _write_receipt(plan.store, plan.hash, name, places, inputs, counts)
 
 
-def _index_receipt(plan: Plan, place: str) -> Receipt:
-    keys = (place, edition_key(plan.edition)) if place == PLAN_KEY and plan.edition > 1 else (place,)
-    inputs = {"corpus": corpus_identity(plan.corpus), "settings": plan.settings}
-    counts = {**plan.corpus, "units": len(plan.sizes), "edition": plan.edition}
-    name = "plan" if plan.edition == 1 else f"plan, edition {plan.edition}"
-    return _receipt(plan.hash, name, tuple(record_file(plan.store, key) for key in keys), inputs, counts)
-
-
-def _has_receipt(store: Store, key: str, files: tuple[FileRecord, ...] = ()) -> bool:
-    """Whether there is one that checks; what does not is written anew from files that were just found whole.
-
-    `files`: that it has to name.
-    """
+def _receipt_of(store: Store, key: str) -> Receipt | None:
+    """One that checks; what does not is written anew from files that were just found whole."""
     try:
-        receipt = read_receipt(store, "plan", key)
-        return receipt is not None and (not files or receipt.files == files)
+        return read_receipt(store, "plan", key)
     except OtherVersion:
         raise
     except IntegrityError:
-        return False
+        return None
 
 
-def _receipt(
-    key: str, name: str, files: tuple[FileRecord, ...], inputs: dict[str, Any], counts: dict[str, Any]
-) -> Receipt:
-    return Receipt(
+def _write_receipt(
+    store: Store, key: str, name: str, places: Sequence[str], inputs: dict[str, Any], counts: dict[str, Any]
+) -> None:
+    files = tuple(record_file(store, place) for place in places)
+    receipt = Receipt(
         stage="plan", key=key, name=name, files=files, inputs=inputs, counts=counts, versions=software_versions()
     )
+    replace_receipt(store, receipt)
 
 
 def slice_is_whole(store: Store, unit: Unit) -> bool:
@@ -203,10 +190,6 @@ def _stamp(files: Sequence[File]) -> str:
             stat = os.stat(file.path)
             digest.update(b"%d %d\n" % (stat.st_size, stat.st_mtime_ns))
     return digest.hexdigest()
-
-
-def _identity(cut: Cut, sha256: str) -> dict[str, Any]:
-    return {"sha256": sha256, "n_documents": cut.n_documents, "n_bytes": cut.n_bytes}
 
 
 def _write_pages(

@@ -1,37 +1,35 @@
 """A corpus read in parts by several processes that share nothing, and its slices as if one had read it all.
 
 A part is some files, or a range of the lines of a long one. Its process writes every slice between the first and the
-last end that it can be certain of (`pipeline.plan.slices`) and returns the documents before and behind those; the one
-process that knows all parts makes slices of them. It reads for itself a part that cannot be judged alone: that in which
-`corpus.max_bytes` lies, one with an error, which is raised in its turn, and one whose documents are so alike that no
-end is certain. Memory: in each process four units of text, and the ids and digests of a part.
+last end that it can be certain of (`pipeline.plan.slices`) and returns the documents before and behind those; who takes
+the parts in, in order, makes slices of them. He reads for himself a part whose documents are so alike that no end is
+certain, and the last one where `corpus.max_bytes` may lie in it. Memory: in each process four units of text, and the
+ids and digests of a part.
 """
 
 import hashlib
 import itertools
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bytecache.pipeline.plan.index import Split
-from bytecache.pipeline.plan.parallel import Processes
-from bytecache.pipeline.plan.slices import Entry, Slicer
+from bytecache.pipeline.plan.parallel import in_order
+from bytecache.pipeline.plan.slices import AllAlikeError, Entry, Slicer
 from bytecache.pipeline.plan.writing import Slice, digest_of, identity_bytes, write_slice
 from bytecache.pipeline.stores import Store, open_store
-from bytecache.schemas.errors import InputError, Interrupted
+from bytecache.schemas.errors import Interrupted
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus.conversations import opening
 from bytecache.stages.corpus.files import File
-from bytecache.stages.corpus.reader import CorpusReader, Document, is_past
+from bytecache.stages.corpus.reader import CorpusReader, Document
 from bytecache.stages.corpus.tally import Tally
 
 PART_BYTES = 32 * 1024 * 1024
 """Files are read together up to this size, as they lie; longer JSONL is read in ranges of it."""
-LONGEST_HEAD = 4 * PART_BYTES
-"""Bytes of text after which a process gives up looking for the first end of a slice."""
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 Part = tuple[int, tuple[File, ...]]
 """Number of a part in the order of the corpus, and its files; none of a built-in corpus."""
@@ -64,30 +62,68 @@ class Rule:
 
 @dataclass
 class Cut:
-    """What was made of the corpus so far, or of a part: slices, documents on their way into others, and what was read.
+    """What was made of consecutive documents: slices, documents on their way into others, and counts.
 
-    `unused`: slices that were written and are of no plan; `lowest`, `highest`: of the hashes that decide the split;
-    `identities`: of the documents, for who hashes them all. `is_full`: `corpus.max_bytes` is reached; `is_cut`: there
-    is more behind it; `is_whole`: nothing went wrong, else nothing of it counts.
+    `store`: for the slices; None = documents are counted only. `lowest`, `highest`: of the hashes that decide the
+    split; `identities`: of the documents, for who hashes them all; `is_cut`: there is more behind `corpus.max_bytes`.
     """
 
+    corpus: Corpus
+    rule: Rule
+    store: Store | None
     slicers: dict[Split, Slicer]
     slices: list[Slice] = field(default_factory=list)
-    unused: list[Slice] = field(default_factory=list)
     n_documents: int = 0
     n_bytes: int = 0
     tally: Tally = field(default_factory=Tally)
     lowest: int = 2**64
     highest: int = -1
     identities: bytearray = field(default_factory=bytearray)
-    is_full: bool = False
     is_cut: bool = False
-    is_whole: bool = True
+
+    def read(self, part: Part, stop: Stop) -> None:
+        """Take in a part. Raises InputError where it cannot be read, Interrupted, StorageError."""
+        number, files = part
+        reader = CorpusReader(self.corpus)
+        documents = reader.encoded(files, n_documents=self.n_documents, n_bytes=self.n_bytes)
+        for index, (document, raw) in enumerate(documents):
+            if stop():
+                raise Interrupted("plan stopped by a signal before it was whole; rerun the same command")
+            digest = digest_of(document, raw)
+            value = self.rule.hash(document, digest)
+            self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
+            self.identities += identity_bytes(document.doc_id, digest)
+            if self.store is not None:
+                split = SPLITS[value < self.rule.threshold]
+                entry = Entry(document.doc_id, raw, document.context, digest, (number, index))
+                self._write(split, self.slicers[split].add(entry))
+        self.n_documents, self.n_bytes, self.is_cut = reader.n_documents, reader.n_bytes, reader.is_cut
+        self.tally.add(reader.tally)
+
+    def join(self, part: "Cut") -> None:
+        """Take in what another process made of the next part."""
+        self.n_documents += part.n_documents
+        self.n_bytes += part.n_bytes
+        self.tally.add(part.tally)
+        self.lowest, self.highest = min(self.lowest, part.lowest), max(self.highest, part.highest)
+        self.identities += part.identities
+        self.slices += part.slices
+        for split, slicer in self.slicers.items():
+            self._write(split, slicer.join(part.slicers[split]))
+
+    def finish(self, *, end: bool) -> None:
+        """Write the slices that are certain; `end`: all, as there are no more documents."""
+        for split, slicer in self.slicers.items():
+            self._write(split, slicer.slices(end=end))
+
+    def _write(self, split: Split, pieces: Iterable[Sequence[Entry]]) -> None:
+        if self.store is not None:
+            self.slices += [write_slice(self.store, split, piece, self.corpus.kind) for piece in pieces]
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts parts of a corpus by a rule; a call is the work of a process that knows one part alone.
+    """Cuts a corpus by a rule; a call is the work of a process that knows one part alone.
 
     `run_dir`: of the store for the slices; empty = documents are counted only.
     """
@@ -97,155 +133,72 @@ class Cutter:
     run_dir: str = ""
     scratch: str = ""
 
-    def __call__(self, part: Part, stop: Stop) -> Cut:
-        """What of a part can be made without knowing the others."""
-        cut, store = self.begin(known=False), open_store(self.run_dir, self.scratch) if self.run_dir else None
-        try:
-            self.read(cut, part, store, stop, limit=0)
-            self.finish(cut, store, end=False)
-        except InputError:  # it may lie behind max_bytes: who reads in order will see
-            cut.is_whole = False
-        return cut
-
     def begin(self, *, known: bool) -> Cut:
         """Nothing yet; `known`: a slice begins with the first document."""
-        return Cut({split: Slicer(self.corpus.unit_bytes, begins=known) for split in SPLITS})
+        store = open_store(self.run_dir, self.scratch) if self.run_dir else None
+        slicers = {split: Slicer(self.corpus.unit_bytes, begins=known) for split in SPLITS}
+        return Cut(self.corpus, self.rule, store, slicers)
 
-    def read(self, cut: Cut, part: Part, store: Store | None, stop: Stop, limit: int) -> None:
-        """Take in a part, up to `limit` bytes of all text. Raises InputError where it cannot be read, Interrupted."""
-        reader = CorpusReader(_endless(self.corpus))
-        documents = reader.encoded(part[1])
-        tally = None
-        for index, (document, raw) in enumerate(documents):
-            if stop():
-                raise Interrupted("plan stopped by a signal before it was whole; rerun the same command")
-            cut.is_full = cut.is_cut = is_past(limit, cut.n_documents, cut.n_bytes, len(raw))
-            if not cut.is_full:
-                self._take(cut, document, raw, (part[0], index), store)
-                cut.is_full = 0 < limit <= cut.n_bytes
-                if cut.is_full:  # empty documents behind the end are not counted
-                    tally = replace(reader.tally, unanswered=Counter(reader.tally.unanswered))
-                    cut.is_cut = _goes_on(documents)
-            if cut.is_full:
-                break
-        cut.tally.add(tally or reader.tally)
-
-    def _take(self, cut: Cut, document: Document, raw: bytes, place: tuple[int, int], store: Store | None) -> None:
-        digest = digest_of(document, raw)
-        value = self.rule.hash(document, digest)
-        cut.n_documents += 1
-        cut.n_bytes += len(raw)
-        cut.lowest, cut.highest = min(cut.lowest, value), max(cut.highest, value)
-        cut.identities += identity_bytes(document.doc_id, digest)
-        if store is None:
-            return
-        split = SPLITS[value < self.rule.threshold]
-        slicer = cut.slicers[split]
-        self._write(cut, store, split, slicer.add(Entry(document.doc_id, raw, document.context, digest, place)))
-        if slicer.head is None and slicer.n_bytes > LONGEST_HEAD:
-            raise InputError(f"no slice ends for certain within {LONGEST_HEAD} bytes")
-
-    def _write(self, cut: Cut, store: Store | None, split: Split, pieces: Iterable[Sequence[Entry]]) -> None:
-        if store is not None:
-            cut.slices += [write_slice(store, split, piece, self.corpus.kind) for piece in pieces]
-
-    def join(self, cut: Cut, part: Cut, store: Store | None) -> None:
-        """Take in what another process made of the next part."""
-        cut.n_documents += part.n_documents
-        cut.n_bytes += part.n_bytes
-        cut.tally.add(part.tally)
-        cut.lowest, cut.highest = min(cut.lowest, part.lowest), max(cut.highest, part.highest)
-        cut.identities += part.identities
-        cut.slices += part.slices
-        for split, slicer in cut.slicers.items():
-            head = part.slicers[split].head
-            if head is not None:
-                slicer.extend(head)
-                self._write(cut, store, split, slicer.slices(end=True))
-            slicer.extend(part.slicers[split].open)
-        self.finish(cut, store, end=False)
-
-    def finish(self, cut: Cut, store: Store | None, *, end: bool) -> None:
-        """Write the slices that are certain; `end`: all, as there are no more documents."""
-        for split, slicer in cut.slicers.items():
-            self._write(cut, store, split, slicer.slices(end=end))
+    def __call__(self, part: Part, stop: Stop) -> Cut | None:
+        """What of a part can be made without knowing the others; None where for long no end of a slice is certain."""
+        cut = self.begin(known=False)
+        try:
+            cut.read(part, stop)
+        except AllAlikeError:
+            return None
+        cut.finish(end=False)
+        return replace(cut, store=None)
 
 
-def cut_corpus(
-    cutter: Cutter, files: Sequence[File], store: Store | None, processes: Processes[Any, Any]
-) -> tuple[Cut, str]:
-    """Read a corpus and, where there is a store, write its slices; returns what was made, and the sha256 of the text.
+def cut_corpus(cutter: Cutter, files: Sequence[File], stop: Stop) -> tuple[Cut, dict[str, Any]]:
+    """Read a corpus and write its slices; returns what was made, and the identity of the text.
 
     Raises InputError for text that cannot be read, Interrupted, StorageError.
     """
-    cut, identity, limit = cutter.begin(known=True), hashlib.sha256(), cutter.corpus.max_bytes
-    parts, written = cut_files(files), list[Slice]()
-    last = parts[0]
-    wanted = (part for part in parts if not cut.is_full)
-    others = processes.map(cutter, wanted) if processes.jobs > 1 else itertools.repeat(None)
-    for part, other in zip(parts, others, strict=False):
-        written += other.slices if other else []
-        if cut.is_full:
-            continue
-        if other and other.is_whole and not 0 < limit <= cut.n_bytes + other.n_bytes:
-            cutter.join(cut, other, store)
-        else:
-            _read_here(cutter, cut, part, store, processes.stop)
-        last = part
-        identity.update(cut.identities)
-        cut.identities.clear()
-    cut.is_cut = cut.is_cut or (cut.is_full and last is not parts[-1])
-    cutter.finish(cut, store, end=True)
+    cut, identity = cutter.begin(known=True), hashlib.sha256()
+    apart, rest = cut_files(files, cutter.corpus.max_bytes)
+    jobs = min(cutter.corpus.jobs or len(os.sched_getaffinity(0)), len(apart))
+    with closing(in_order(cutter, apart if jobs > 1 else [], jobs, stop)) as others:
+        for part, other in itertools.zip_longest([*apart, *rest], others):
+            if other is not None:
+                cut.join(other)
+            else:
+                cut.read(part, stop)
+            identity.update(cut.identities)
+            cut.identities.clear()
+    cut.finish(end=True)
     if not cut.n_documents:
         raise CorpusReader(cutter.corpus).no_text(cut.tally)
-    cut.unused = sorted(set(written).difference(cut.slices))
-    return cut, identity.hexdigest()
+    return cut, {"sha256": identity.hexdigest(), "n_documents": cut.n_documents, "n_bytes": cut.n_bytes}
 
 
-def _goes_on(documents: Iterator[tuple[Document, bytes]]) -> bool:
-    """Whether there is another document, be it one that cannot be read."""
-    try:
-        return next(documents, None) is not None
-    except InputError:
-        return True
+def cut_files(files: Sequence[File], max_bytes: int) -> tuple[list[Part], list[Part]]:
+    """A corpus as parts of about `PART_BYTES`: files together, as they lie, and ranges of the lines of long ones.
 
-
-def _read_here(cutter: Cutter, cut: Cut, part: Part, store: Store | None, stop: Stop) -> None:
-    try:
-        cutter.read(cut, part, store, stop, cutter.corpus.max_bytes)
-    except InputError:
-        # What is wrong in a range of lines is looked for again from the file's first line on, to number it.
-        ranges = [File(file.path, file.name) for file in part[1] if file.begin]
-        for _ in CorpusReader(_endless(cutter.corpus)).encoded(ranges) if ranges else ():
-            pass
-        raise
-
-
-def _endless(corpus: Corpus) -> Corpus:
-    """The same without an end: where `max_bytes` lies is known to who reads from the beginning."""
-    return corpus.model_copy(update={"max_bytes": 0})
-
-
-def cut_files(files: Sequence[File]) -> list[Part]:
-    """A corpus as parts of about `PART_BYTES`: files together, as they lie, and ranges of the lines of long ones."""
+    Returns those that can be read apart, and in a list of one or none the rest, in which `max_bytes` may lie: text is
+    shorter than its file where that is not compressed.
+    """
+    pieces = [piece for file in files for piece in _ranges(file)]
+    ends = itertools.accumulate(size for _, size in pieces)
+    is_within = [not max_bytes or (end < max_bytes and file.name.endswith((".jsonl", ".txt")))
+                 for (file, _), end in zip(pieces, ends, strict=True)]  # fmt: skip
+    n_within = [*is_within, False].index(False)
     groups: list[list[File]] = []
     room = 0
-    for file in files:
-        size = Path(file.path).stat().st_size if Path(file.path).is_file() else 0  # whoever reads it will say why
-        if file.name.endswith(".jsonl") and size >= 2 * PART_BYTES:
-            edges = [*range(0, size - PART_BYTES + 1, PART_BYTES), size]
-            groups += [[file._replace(begin=low, end=high)] for low, high in itertools.pairwise(edges)]
-            room = 0
-        elif not groups or size > room:
-            groups.append([file])
-            room = PART_BYTES - size
-        else:
-            groups[-1].append(file)
-            room -= size
-    return list(enumerate(map(tuple, groups or [[]])))
+    for file, size in pieces[:n_within]:
+        if not groups or size > room:
+            groups.append([])
+            room = PART_BYTES
+        groups[-1].append(file)
+        room -= size if file.end is None else PART_BYTES
+    rest = tuple(file for file, _ in pieces[n_within:])
+    return list(enumerate(map(tuple, groups))), [(len(groups), rest)] if rest or not files else []
 
 
-def processes_for(corpus: Corpus, files: Sequence[File]) -> int:
-    """As many as `corpus.jobs`, or cores where that is 0; fewer where there is less to share."""
-    jobs = min(corpus.jobs or len(os.sched_getaffinity(0)), len(cut_files(files)))
-    return max(min(jobs, corpus.max_bytes // PART_BYTES) if corpus.max_bytes else jobs, 1)
+def _ranges(file: File) -> list[tuple[File, int]]:
+    """A file, or ranges of its lines if it is long, each with its size in bytes."""
+    size = Path(file.path).stat().st_size if Path(file.path).is_file() else 0  # whoever reads it will say why
+    if not file.name.endswith(".jsonl") or size < 2 * PART_BYTES:
+        return [(file, size)]
+    edges = [*range(0, size - PART_BYTES + 1, PART_BYTES), size]
+    return [(file._replace(begin=low, end=high), high - low) for low, high in itertools.pairwise(edges)]

@@ -19,6 +19,9 @@ import numpy as np
 
 from bytecache.schemas.arrays import I64, U64
 
+LONGEST_HEAD = 128 * 1024 * 1024
+"""Bytes of text after which who does not know where a slice begins gives up looking for the first end of one."""
+
 
 class Entry(NamedTuple):
     """A document on its way into a slice: `text` in UTF-8, `digest` of text and context, `place` in the corpus."""
@@ -28,6 +31,10 @@ class Entry(NamedTuple):
     context: str
     digest: bytes
     place: tuple[int, int]
+
+
+class AllAlikeError(Exception):
+    """No slice ends for certain within `LONGEST_HEAD` bytes: the documents are too alike."""
 
 
 class Slicer:
@@ -46,13 +53,21 @@ class Slicer:
 
     def add(self, entry: Entry) -> Iterator[list[Entry]]:
         """One more document; the slices that are certain now, looked for whenever a unit or so has come in."""
-        self.open.append(entry)
-        self.n_bytes += len(entry.text)
+        self._extend([entry])
         if self.n_bytes >= self._enough:
             yield from self.slices()
+            if self.head is None and self.n_bytes > LONGEST_HEAD:
+                raise AllAlikeError
 
-    def extend(self, entries: Sequence[Entry]) -> None:
-        """More documents; `slices` is for the caller to ask for."""
+    def join(self, later: "Slicer") -> Iterator[list[Entry]]:
+        """What one that knew nothing of these documents made of those that follow; the slices that are certain now."""
+        if later.head is not None:
+            self._extend(later.head)
+            yield from self.slices(end=True)
+        self._extend(later.open)
+        yield from self.slices()
+
+    def _extend(self, entries: Sequence[Entry]) -> None:
         self.open += entries
         self.n_bytes += sum(len(entry.text) for entry in entries)
 

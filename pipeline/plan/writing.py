@@ -7,7 +7,7 @@ times as long.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -59,12 +59,6 @@ def write_slice(store: Store, split: Split, entries: Sequence[Entry], kind: str)
     n_renamed = sum(doc_id != entry.doc_id for doc_id, entry in zip(ids, entries, strict=True))
     n_bytes = sum(len(entry.text) for entry in entries)
     return Slice(entries[-1].place, split, key, sha256, len(ids), n_bytes, n_renamed)
-
-
-def delete_slices(store: Store, slices: Iterable[Slice], *, but: Iterable[str]) -> None:
-    """Remove slices that turned out to be of no plan; `but`: keys of those that are."""
-    for key in {one.key for one in slices}.difference(but):
-        store.delete(key)
 
 
 def digest_of(document: Document, raw: bytes) -> bytes:

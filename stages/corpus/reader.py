@@ -9,7 +9,9 @@ depends on what lies before the document.
 import difflib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,16 +45,6 @@ class Document(NamedTuple):
     context: str = ""
 
 
-def is_past(limit: int, documents: int, n_bytes: int, size: int) -> bool:
-    """Whether a document of `size` bytes, after so many, is one too many: the end is the border nearest `limit`.
-
-    0 = no limit; there is one document at least.
-    """
-    if not limit or not documents:
-        return False
-    return n_bytes >= limit or abs(n_bytes + size - limit) > abs(limit - n_bytes)
-
-
 class CorpusReader:
     """Iterates the documents of `corpus.source`, or of some of its files; the counters are of the latest iteration.
 
@@ -65,6 +57,7 @@ class CorpusReader:
         self.corpus = corpus
         self.n_documents = 0
         self.n_bytes = 0
+        self.is_cut = False
         self.tally = Tally()
         self.n_ignored_files = 0
         self._ignored = frozenset(corpus.ignore_fields.split())
@@ -81,11 +74,33 @@ class CorpusReader:
         if not self.n_documents:
             raise self.no_text(self.tally)
 
-    def encoded(self, files: Sequence[File]) -> Iterator[tuple[Document, bytes]]:
-        """The documents of these files (none: of the built-in corpus), each with its text in UTF-8; up to max_bytes."""
-        self.n_documents = self.n_bytes = 0
-        self.tally = Tally()
+    def encoded(
+        self, files: Sequence[File], *, n_documents: int = 0, n_bytes: int = 0
+    ) -> Iterator[tuple[Document, bytes]]:
+        """The documents of these files (none: of the built-in corpus), each with its text in UTF-8; up to max_bytes.
+
+        `n_documents`, `n_bytes`: what was read before these. The end is the border nearest `corpus.max_bytes`, after
+        one document at least; `is_cut` says afterwards whether there are more behind it.
+        """
+        self.n_documents, self.n_bytes, self.is_cut, self.tally = n_documents, n_bytes, False, Tally()
         limit = self.corpus.max_bytes
+        documents = self._documents(files)
+        for document, raw in documents:
+            if limit and self.n_documents and abs(self.n_bytes + len(raw) - limit) > abs(limit - self.n_bytes):
+                self.is_cut = True
+                return
+            self.n_documents += 1
+            self.n_bytes += len(raw)
+            yield document, raw
+            if limit and self.n_bytes >= limit:
+                # Empty documents behind the end are not counted.
+                tally = replace(self.tally, unanswered=Counter(self.tally.unanswered))
+                self.is_cut = _goes_on(documents)
+                self.tally = tally
+                return
+
+    def _documents(self, files: Sequence[File]) -> Iterator[tuple[Document, bytes]]:
+        """Those with text that are not too long."""
         for where, doc_id, text, context in self._raw(files):
             if not text:
                 self.tally.empty += 1
@@ -96,13 +111,7 @@ class CorpusReader:
             if len(raw) + len(context) > MAX_DOCUMENT:
                 note(self.tally.overlong, Path(where.partition(", ")[0]).name)
                 continue
-            if is_past(limit, self.n_documents, self.n_bytes, len(raw)):
-                return
-            self.n_documents += 1
-            self.n_bytes += len(raw)
             yield Document(doc_id, text, context), raw
-            if limit and self.n_bytes >= limit:
-                return
 
     def no_text(self, tally: Tally) -> InputError:
         """What to say of a corpus without a document."""
@@ -139,8 +148,10 @@ class CorpusReader:
             if not path.stat().st_size:
                 yield str(path), name, "", ""  # counted as an empty document
             with path.open("rb") as stream:
-                lines = stream if file.end is None else LineRange(stream, file.begin, file.end)
-                yield from self._jsonl(lines, path, name)
+                if file.end is None:
+                    yield from self._jsonl(stream, path, name)
+                else:
+                    yield from self._line_range(stream, path, file)
         elif name.endswith(tuple(COMPRESSED)):
             with open_compressed(path) as stream:
                 yield from self._jsonl(stream, path, name)
@@ -152,6 +163,15 @@ class CorpusReader:
             yield from ((*paragraph, "") for paragraph in self._txt(path, name))
         else:
             raise InputError(f"{path}: unknown kind of corpus file; known: {', '.join(SUFFIXES)}")
+
+    def _line_range(self, stream: BinaryIO, path: Path, file: File) -> Iterator[tuple[str, str, str, str]]:
+        try:
+            yield from self._jsonl(LineRange(stream, file.begin, file.end or file.begin), path, file.name)
+        except InputError:
+            stream.seek(0)
+            for _ in self._jsonl(stream, path, file.name):  # finds the same fault, with its number in the whole file
+                pass
+            raise
 
     def _jsonl(self, stream: BinaryIO | LineRange, path: Path, name: str) -> Iterator[tuple[str, str, str, str]]:
         field = self.corpus.text_field
@@ -333,6 +353,14 @@ def _pydoc_topics() -> Iterator[tuple[str, str, str]]:
     }
     for name in sorted(pieces, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
         yield f"{BUILTIN} {name}", name, pieces[name]
+
+
+def _goes_on(documents: Iterator[tuple[Document, bytes]]) -> bool:
+    """Whether there is another document, be it one that cannot be read."""
+    try:
+        return next(documents, None) is not None
+    except InputError:
+        return True
 
 
 def _decode(raw: bytes, path: Path, line: int, offset: int) -> str:

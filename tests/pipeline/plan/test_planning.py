@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from bytecache.pipeline.plan import make, parts
+from bytecache.pipeline.plan import make, parts, slices
 from bytecache.pipeline.plan.index import read_plan
-from bytecache.pipeline.plan.parallel import Processes
+from bytecache.pipeline.plan.parallel import in_order
 from bytecache.pipeline.plan.writing import unique
 from bytecache.pipeline.stores import LocalStore
 from bytecache.pipeline.units import receipts
@@ -88,10 +88,11 @@ def test_files_and_parts_do_not_matter(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def in_this_process(
-    self: Processes[object, object], function: Callable[..., object], tasks: Iterable[object]
-) -> object:
-    """What `map` gives, without a process: parts that know nothing of each other."""
-    return (function(pickle.loads(pickle.dumps(task)), self.stop) for task in tasks)
+    function: Callable[..., object], tasks: Iterable[object], jobs: int, stop: Callable[[], bool]
+) -> Iterator[object]:
+    """What `in_order` gives, without a process: parts that know nothing of each other."""
+    for task in tasks:
+        yield pickle.loads(pickle.dumps(function(pickle.loads(pickle.dumps(task)), stop)))
 
 
 @pytest.mark.parametrize("limit", [0, 7000, 30_000])
@@ -99,12 +100,10 @@ def test_parts_cut_apart_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Every size of part, with and without an end of a slice that its reader can be certain of."""
     source = corpus(tmp_path / "corpus", records(300), 3)
     alone = planned(LocalStore(tmp_path / "alone"), settings(source, max_bytes=limit))
-    monkeypatch.setattr(Processes, "map", in_this_process)
-    monkeypatch.setattr(Processes, "__enter__", lambda self: self)
-    monkeypatch.setattr(make, "processes_for", lambda corpus, files: 4)
+    monkeypatch.setattr(parts, "in_order", in_this_process)
     for part in (500, 3000, 9000, 40_000):
         monkeypatch.setattr(parts, "PART_BYTES", part)
-        monkeypatch.setattr(parts, "LONGEST_HEAD", 2 * part)
+        monkeypatch.setattr(slices, "LONGEST_HEAD", 2 * part)
         store = LocalStore(tmp_path / f"run-{part}")
         assert planned(store, settings(source, 4, max_bytes=limit)) == alone
         assert not make.make_plan(store, settings(source, 4, max_bytes=limit))[1]
@@ -114,11 +113,9 @@ def test_documents_that_are_all_alike(tmp_path: Path, monkeypatch: pytest.Monkey
     """No hash is lower than another: slices fill up, and who knows a part alone leaves it to who knows all."""
     source = corpus(tmp_path / "corpus", [{"text": "the same " * 10}] * 900, 3)
     alone = planned(LocalStore(tmp_path / "alone"), settings(source))
-    monkeypatch.setattr(Processes, "map", in_this_process)
-    monkeypatch.setattr(make, "processes_for", lambda corpus, files: 4)
-    monkeypatch.setattr(Processes, "__enter__", lambda self: self)
+    monkeypatch.setattr(parts, "in_order", in_this_process)
     monkeypatch.setattr(parts, "PART_BYTES", 30_000)
-    monkeypatch.setattr(parts, "LONGEST_HEAD", 10_000)
+    monkeypatch.setattr(slices, "LONGEST_HEAD", 10_000)
     assert planned(LocalStore(tmp_path / "run"), settings(source, 4)) == alone
     plan = read_plan(LocalStore(tmp_path / "run"))
     assert plan is not None
@@ -148,7 +145,7 @@ def test_lines_of_a_long_file_keep_their_numbers(tmp_path: Path, monkeypatch: py
     source = tmp_path / "c.jsonl"
     source.write_text("".join(json.dumps({"text": f"line {i} " * 9}) + "\n" for i in range(200)) + "{no\n")
     wanted = settings(source, jobs)
-    assert len(parts.cut_files([File(str(source), "c.jsonl")])) > 10
+    assert len(parts.cut_files([File(str(source), "c.jsonl")], 0)[0]) > 10
     with pytest.raises(InputError, match=r"c\.jsonl, line 201 \(byte \d+\): not JSON"):
         make.make_plan(LocalStore(tmp_path / "run"), wanted)
 
@@ -184,7 +181,7 @@ def test_small_files_together_give_units_of_the_wanted_size(tmp_path: Path, monk
     plan, _ = make.make_plan(LocalStore(tmp_path / "run"), settings(source, unit_bytes=2000))
     assert min(plan.sizes) >= 1000 - 48
     assert max(plan.sizes) <= 2000
-    assert len(parts.cut_files(corpus_files(settings(source).corpus)[0])) < 60
+    assert len(parts.cut_files(corpus_files(settings(source).corpus)[0], 0)[0]) < 60
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
@@ -210,10 +207,16 @@ def test_ids_of_a_slice_are_made_unique(ids: list[str]) -> None:
         assert name == own if own not in ids[:at] else name.startswith(f"{own}#")
 
 
-def test_processes_for_small_corpora_and_built_in_ones(tmp_path: Path) -> None:
-    assert parts.processes_for(Settings().corpus, []) == 1
-    small = settings(corpus(tmp_path / "c", records(20), 4), 8).corpus
-    assert parts.processes_for(small, corpus_files(small)[0]) == 1
+def test_small_corpora_and_built_in_ones_are_read_by_one_process(tmp_path: Path) -> None:
+    """What is read apart and what in order: text is never longer than its file, unless that is compressed."""
+    assert parts.cut_files([], 0) == parts.cut_files([], 10) == ([], [(0, ())])
+    files = corpus_files(settings(corpus(tmp_path / "c", records(20), 4)).corpus)[0]
+    sizes = [os.path.getsize(file.path) for file in files]
+    assert parts.cut_files(files, 0) == ([(0, tuple(files))], [])
+    assert parts.cut_files(files, sum(sizes[:2]) + 1) == ([(0, tuple(files[:2]))], [(1, tuple(files[2:]))])
+    assert parts.cut_files(files, sum(sizes[:2])) == ([(0, tuple(files[:1]))], [(1, tuple(files[1:]))])
+    compressed = [files[0], File(files[1].path, "1.jsonl.gz"), *files[2:]]
+    assert parts.cut_files(compressed, 10**9) == ([(0, tuple(files[:1]))], [(1, tuple(compressed[1:]))])
 
 
 def double(task: int, stop: Callable[[], bool]) -> int:
@@ -227,17 +230,16 @@ def double(task: int, stop: Callable[[], bool]) -> int:
 
 
 def test_answers_come_in_order_and_failures_in_their_turn() -> None:
-    with Processes[int, int](2, lambda: False) as processes:
-        assert list(processes.map(double, range(5))) == [0, 2, 4, 6, 8]
-        answers = processes.map(double, [4, 5, 6])
-        assert next(answers) == 8
-        with pytest.raises(InputError, match="five"):
-            next(answers)
+    assert list(in_order(double, range(5), 2, lambda: False)) == [0, 2, 4, 6, 8]
+    answers = in_order(double, [4, 5, 6], 2, lambda: False)
+    assert next(answers) == 8
+    with pytest.raises(InputError, match="five"):
+        next(answers)
     asked = iter([False, True])
-    with Processes[int, int](2, lambda: next(asked, True)) as processes, pytest.raises(Interrupted, match="rerun"):
-        list(processes.map(double, [1, 7]))
-    with Processes[int, int](2, lambda: False) as processes, pytest.raises(Interrupted, match="killed from outside"):
-        list(processes.map(double, [1, 9]))
+    with pytest.raises(Interrupted, match="rerun"):
+        list(in_order(double, [1, 7], 2, lambda: next(asked, True)))
+    with pytest.raises(Interrupted, match="killed from outside"):
+        list(in_order(double, [1, 9], 2, lambda: False))
 
 
 def children(pid: int) -> list[int]:

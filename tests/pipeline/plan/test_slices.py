@@ -70,14 +70,11 @@ def test_parts_find_the_ends_that_one_reader_finds(
     for low, high in itertools.pairwise(edges):
         part = Slicer(unit_bytes, begins=False)
         within = [piece for entry in every[low:high] for piece in part.add(entry)] + list(part.slices())
-        if part.head is not None:
-            whole.extend(part.head)
-            joined += whole.slices(end=True)
-        else:
+        if part.head is None:
             assert not within
-        joined += within
-        whole.extend(part.open)
-        joined += whole.slices()
+        around = list(whole.join(part))  # of which the last are behind `within`
+        before = [piece for piece in around if not within or piece[0].place < within[0][0].place]
+        joined += [*before, *within, *around[len(before) :]]
     joined += whole.slices(end=True)
     sizes, hashes = arrays(pairs)
     ends = slice_ends(sizes, hashes, unit_bytes, whole=True)

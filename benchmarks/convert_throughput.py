@@ -35,8 +35,7 @@ from benchmarks.dump_rate_distortion import floored, load
 from benchmarks.dump_version2 import write_version_2
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import DumpWriter, read_windows
-from bytecache.schemas.dump.rows import keep_rows
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.lattice.lattice import Lattice
 

@@ -7,7 +7,7 @@ from numba import njit
 
 from bytecache.schemas.arrays import F32, F64, I32, I64, SYMBOLS, U8, U16
 from bytecache.schemas.dump.packed import BRANCH, CANONICAL, STATIC, Packed, Weights
-from bytecache.schemas.dump.rows import members, take_rows
+from bytecache.schemas.dump.rows import members
 from bytecache.schemas.dump.shares import (
     END_IMPLIED,
     GOES_ON,
@@ -19,7 +19,7 @@ from bytecache.schemas.dump.shares import (
     code_level,
     scales,
 )
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, take_rows
 
 
 def breadth_first(window: Window) -> tuple[I64, U8]:

@@ -1,38 +1,57 @@
-"""Choosing rows of a dump window, with all that belongs to them: levels, entries, stops."""
+"""Evaluated rows: what a teacher said after some histories, as far as a text can ask; choosing some of them."""
 
-from dataclasses import fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from bytecache.schemas.dump.window import Window
-
-_PER_ROW = ("row_start", "row_token", "row_logp", "row_static", "log_norm", "end", "control", "n_levels", "n_stops")
-
-
-def keep_rows(window: Window, kept: np.ndarray) -> Window:
-    """An ordinary window of the rows where `kept` (bool [R]) is true, parents (kept as well) numbered anew."""
-    number = np.cumsum(kept) - 1
-    row = np.flatnonzero(kept)
-    parent = window.row_parent[row]
-    return take_rows(window, row, np.where(parent < 0, -1, number[parent]), window.row_depth[row])
+PER_ROW = ("log_norm", "end", "control", "n_levels", "n_stops")
+"""Columns of `Rows` with one value a row."""
 
 
-def take_rows(window: Window, row: np.ndarray, parent: np.ndarray, depth: np.ndarray) -> Window:
-    """An ordinary window of the rows `row` int [K], in that order, extending the rows `parent` of the new window."""
-    levels = members(window.n_levels, row)
-    entries = members(window.fanout, levels)
-    stops = members(window.n_stops, row)
-    k = len(window.topk_id) // len(window.row_start)
-    top = (row[:, None] * k + np.arange(k)).ravel()
-    chosen: dict[str, np.ndarray] = {name: getattr(window, name)[row] for name in _PER_ROW}
-    chosen["row_parent"] = parent.astype(window.row_parent.dtype)
-    chosen["row_depth"] = depth.astype(window.row_depth.dtype)
-    chosen["fanout"] = window.fanout[levels]
-    chosen |= {name: getattr(window, name)[entries] for name in ("entry_byte", "entry_mass")}
-    chosen |= {name: getattr(window, name)[stops] for name in ("stop_depth", "stop_token", "stop_mass")}
-    chosen |= {name: getattr(window, name)[top] for name in ("topk_id", "topk_logp")}
-    rest = {f.name: getattr(window, f.name) for f in fields(Window) if f.name not in chosen}
-    return Window(**(rest | {"reference": False, "doc_position": -1, "row_sampled": np.zeros(0, np.uint8)} | chosen))
+@dataclass
+class Rows:
+    """R rows of path masses (`stages.engines.paths` has the terms): L levels, E entries, S stops, K of top-k."""
+
+    log_norm: np.ndarray
+    """float32 [R]; log of the sum of exp(logits), nats; NaN of rows that were read from a dump of version 3."""
+    end: np.ndarray
+    """float32 [R]; mass of the END tokens."""
+    control: np.ndarray
+    """float32 [R]; mass of ids that carry no bytes and are not END."""
+    n_levels: np.ndarray
+    """int32 [R]"""
+    fanout: np.ndarray
+    """uint16 [L]; listed entries per level."""
+    entry_byte: np.ndarray
+    """uint8 [E]"""
+    entry_mass: np.ndarray
+    """float32 [E]"""
+    n_stops: np.ndarray
+    """int32 [R]"""
+    stop_depth: np.ndarray
+    """uint16 [S]; 1..; ascending within a row."""
+    stop_token: np.ndarray
+    """int32 [S]"""
+    stop_mass: np.ndarray
+    """float32 [S]"""
+    topk_id: np.ndarray
+    """int32 [R * K]; of an engine's rows [R, K]."""
+    topk_logp: np.ndarray
+    """float32 [R * K] or [R, K]; nats, descending within a row."""
+
+
+def columns_of(rows: Rows, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns that every `Rows` has, of the rows `index` int [N] in that order."""
+    levels = members(rows.n_levels, index)
+    entries = members(rows.fanout, levels)
+    stops = members(rows.n_stops, index)
+    k = len(rows.topk_id) // max(len(rows.n_levels), 1)
+    top = (index[:, None] * k + np.arange(k)).ravel()
+    places = dict.fromkeys(PER_ROW, index) | {"fanout": levels}
+    places |= dict.fromkeys(("entry_byte", "entry_mass"), entries)
+    places |= dict.fromkeys(("stop_depth", "stop_token", "stop_mass"), stops)
+    places |= dict.fromkeys(("topk_id", "topk_logp"), top)
+    return {name: getattr(rows, name)[place] for name, place in places.items()}
 
 
 def members(counts: np.ndarray, picked: np.ndarray) -> np.ndarray:

@@ -1,12 +1,13 @@
 """A dump window: what a teacher said about a run of text, and whether it can be so."""
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
+from bytecache.schemas.dump.rows import PER_ROW, Rows, columns_of
 from bytecache.schemas.loops import inner_loop, row_loop
 
 NEVER = -149 * math.log(2)
@@ -14,8 +15,8 @@ NEVER = -149 * math.log(2)
 
 
 @dataclass
-class Window:
-    """A run of text and its R evaluated rows; L levels, E entries, S stops (see stages.engines.paths for the terms)."""
+class Window(Rows):
+    """A run of text and its R evaluated rows, each with its history."""
 
     doc_id: str
     doc_index: int
@@ -38,32 +39,6 @@ class Window:
     """uint8 [R]; 0 on the canonical tokens, else how many tokens ago the history left them."""
     row_static: np.ndarray
     """uint8 [R]; 1 where the row is p(. | row_token) in short contexts of its own instead of p(. | history)."""
-    log_norm: np.ndarray
-    """float32 [R]; log of the sum of exp(logits), nats; NaN of a window that a dump of version 3 held."""
-    end: np.ndarray
-    """float32 [R]; mass of END."""
-    control: np.ndarray
-    """float32 [R]; mass of ids without bytes that are not END."""
-    n_levels: np.ndarray
-    """int32 [R]"""
-    fanout: np.ndarray
-    """uint16 [L]"""
-    entry_byte: np.ndarray
-    """uint8 [E]"""
-    entry_mass: np.ndarray
-    """float32 [E]"""
-    n_stops: np.ndarray
-    """int32 [R]"""
-    stop_depth: np.ndarray
-    """uint16 [S]"""
-    stop_token: np.ndarray
-    """int32 [S]"""
-    stop_mass: np.ndarray
-    """float32 [S]"""
-    topk_id: np.ndarray
-    """int32 [R * K]"""
-    topk_logp: np.ndarray
-    """float32 [R * K]; nats"""
     reference: bool = False
     """Whether this is a reference window: no targets; its rows but the static ones are the tau -> 0 reference."""
     doc_position: int = -1
@@ -88,10 +63,24 @@ def _sampled_rows_stand_alone(w: Window) -> bool:
     return bool((w.row_sampled <= 1).all() and sampled[0] and sampled[w.row_depth == 0].all() and closed)
 
 
-_PER_ROW = (
-    "row_parent", "row_token", "row_logp", "row_depth", "row_static", "log_norm", "end", "control", "n_levels",
-    "n_stops",
-)  # fmt: skip
+_HISTORY = ("row_start", "row_parent", "row_token", "row_logp", "row_depth", "row_static")
+
+
+def keep_rows(window: Window, kept: np.ndarray) -> Window:
+    """An ordinary window of the rows where `kept` (bool [R]) is true, parents (kept as well) numbered anew."""
+    number = np.cumsum(kept) - 1
+    row = np.flatnonzero(kept)
+    parent = window.row_parent[row]
+    return take_rows(window, row, np.where(parent < 0, -1, number[parent]), window.row_depth[row])
+
+
+def take_rows(window: Window, row: np.ndarray, parent: np.ndarray, depth: np.ndarray) -> Window:
+    """An ordinary window of the rows `row` int [K], in that order, extending the rows `parent` of the new window."""
+    columns = columns_of(window, row) | {name: getattr(window, name)[row] for name in _HISTORY}
+    columns["row_parent"] = parent.astype(window.row_parent.dtype)
+    columns["row_depth"] = depth.astype(window.row_depth.dtype)
+    ordinary: dict[str, Any] = {"reference": False, "doc_position": -1, "row_sampled": np.zeros(0, np.uint8)}
+    return replace(window, **ordinary, **columns)
 
 
 class _Counts(NamedTuple):
@@ -185,7 +174,7 @@ def is_consistent(w: Window) -> bool:
     rows, n = len(w.row_start), len(w.text)
     return bool(
         rows > 0
-        and all(len(getattr(w, name)) == rows for name in _PER_ROW)
+        and all(len(getattr(w, name)) == rows for name in (*PER_ROW, *_HISTORY))
         and 0 <= w.score_start <= n
         and len(w.entry_byte) == len(w.entry_mass)
         and len(w.stop_depth) == len(w.stop_token) == len(w.stop_mass)

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bytecache.schemas import settings as st
-from bytecache.schemas.dump.rows import take_rows
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, take_rows
 from bytecache.schemas.errors import ConfigError
 from bytecache.stages.lattice.effort import deepest
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice

@@ -14,8 +14,7 @@ import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import read_meta, read_windows
-from bytecache.schemas.dump.rows import keep_rows
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.reader import ShardBuilder, read_shard

@@ -17,14 +17,15 @@ text's own next byte is always listed, with its exact mass. Price on one core: o
 `benchmarks/teacher_throughput.py` measures it beside the forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 
-from bytecache.schemas.dump.rows import members, ragged
+from bytecache.schemas.dump.rows import Rows, columns_of, members, ragged
 from bytecache.schemas.errors import ConfigError, EngineError
 from bytecache.stages.engines.paths_device import Sums, Tables, count_ranges, make_tables, sum_on_device, write_ranges
 from bytecache.stages.tokens.byte_trie import find_child
@@ -43,52 +44,24 @@ class PathPlan(NamedTuple):
     """int32 [L]; trie node of each level, the root first."""
 
 
-class RowMasses(NamedTuple):
-    """Reduced rows; R rows, L levels, E entries, S stops, K of top-k."""
+@dataclass
+class RowMasses(Rows):
+    """Rows as an engine reduces them."""
 
-    log_norm: np.ndarray
-    """float32 [R]; log of the sum of exp(logits), nats."""
     next_logp: np.ndarray
     """float32 [R]; log p(next token | h), nats; NaN where no next token was asked for."""
-    end: np.ndarray
-    """float32 [R]; mass of the END tokens."""
-    control: np.ndarray
-    """float32 [R]; mass of ids that carry no bytes and are not END."""
-    n_levels: np.ndarray
-    """int32 [R]"""
-    fanout: np.ndarray
-    """uint16 [L]; listed entries per level."""
-    entry_byte: np.ndarray
-    """uint8 [E]"""
-    entry_mass: np.ndarray
-    """float32 [E]"""
-    n_stops: np.ndarray
-    """int32 [R]"""
-    stop_depth: np.ndarray
-    """uint16 [S]; 1..; ascending within a row."""
-    stop_token: np.ndarray
-    """int32 [S]"""
-    stop_mass: np.ndarray
-    """float32 [S]"""
-    topk_id: np.ndarray
-    """int32 [R, K]"""
-    topk_logp: np.ndarray
-    """float32 [R, K]; nats, descending."""
 
 
-def concatenate(parts: list[RowMasses]) -> RowMasses:
+def concatenate(parts: Sequence[RowMasses]) -> RowMasses:
     """Rows of several reductions, in order."""
-    return RowMasses(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+    return RowMasses(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(RowMasses)}
+    )
 
 
 def take(rows: RowMasses, index: np.ndarray) -> RowMasses:
-    """The rows `index` int [K], in that order."""
-    levels = members(rows.n_levels, index)
-    entries = members(rows.fanout, levels)
-    stops = members(rows.n_stops, index)
-    groups = {"fanout": levels, "entry_byte": entries, "entry_mass": entries}
-    groups |= dict.fromkeys(("stop_depth", "stop_token", "stop_mass"), stops)
-    return RowMasses(*(values[groups.get(name, index)] for name, values in zip(rows._fields, rows, strict=True)))
+    """The rows `index` int [N], in that order."""
+    return RowMasses(**columns_of(rows, index), next_logp=rows.next_logp[index])
 
 
 @njit(cache=True)
@@ -333,18 +306,18 @@ class PathReducer:
         ends = np.cumsum(np.append(0, n_equal))[plan.level_offset - plan.level_offset[0]]
         log_norm = sums.log_norm[row]
         return RowMasses(
-            log_norm.astype(np.float32),
-            np.where(next_token >= 0, sums.next_logit - log_norm, np.nan).astype(np.float32),
-            sums.end[row].astype(np.float32),
-            sums.control[row].astype(np.float32),
-            n_levels.astype(np.int32),
-            fanout,
-            entry_byte[:kept],
-            entry_mass[:kept],
-            np.diff(ends).astype(np.int32),
-            np.repeat(depth, n_equal).astype(np.uint16),
-            self.vocabulary.order[ragged(trie.lo[span], n_equal)],
-            sums.stop.astype(np.float32),
-            sums.topk_id[row].astype(np.int32),
-            (sums.topk_logit - sums.log_norm[:, None]).astype(np.float32)[row],
+            log_norm=log_norm.astype(np.float32),
+            end=sums.end[row].astype(np.float32),
+            control=sums.control[row].astype(np.float32),
+            n_levels=n_levels.astype(np.int32),
+            fanout=fanout,
+            entry_byte=entry_byte[:kept],
+            entry_mass=entry_mass[:kept],
+            n_stops=np.diff(ends).astype(np.int32),
+            stop_depth=np.repeat(depth, n_equal).astype(np.uint16),
+            stop_token=self.vocabulary.order[ragged(trie.lo[span], n_equal)],
+            stop_mass=sums.stop.astype(np.float32),
+            topk_id=sums.topk_id[row].astype(np.int32),
+            topk_logp=(sums.topk_logit - sums.log_norm[:, None]).astype(np.float32)[row],
+            next_logp=np.where(next_token >= 0, sums.next_logit - log_norm, np.nan).astype(np.float32),
         )

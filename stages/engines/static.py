@@ -172,7 +172,7 @@ class StaticStates:
             return None
         found = concatenate([part() for part in parts])
         # A token list "whatever came before" is nobody's business; zeros cost nothing in the dump.
-        found = found._replace(topk_id=np.zeros_like(found.topk_id), topk_logp=np.zeros_like(found.topk_logp))
+        found.topk_id, found.topk_logp = np.zeros_like(found.topk_id), np.zeros_like(found.topk_logp)
         place = np.split(np.argsort(order), np.cumsum([len(job.token) for job in jobs])[:-1])
         return [take(found, index) for index in place]
 

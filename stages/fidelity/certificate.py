@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 
 from bytecache.schemas.arrays import END
-from bytecache.schemas.dump.rows import keep_rows
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.reader import ByteShard

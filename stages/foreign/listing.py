@@ -157,10 +157,13 @@ class ListingReducer:
         following = np.append(tokens, -1)
         n_entries, n_stops = _reduce(_Text(text, starts, following), listing, self._teacher, plan, masses)
         return RowMasses(
-            np.zeros(rows, np.float32), _next_logp(masses, following), masses.end, masses.control,
-            n_levels.astype(np.int32), masses.fanout, masses.entry_byte[:n_entries], masses.entry_mass[:n_entries],
-            masses.n_stops, masses.stop_depth[:n_stops], masses.stop_token[:n_stops], masses.stop_mass[:n_stops],
-            np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32),
+            log_norm=np.zeros(rows, np.float32), end=masses.end, control=masses.control,
+            n_levels=n_levels.astype(np.int32), fanout=masses.fanout,
+            entry_byte=masses.entry_byte[:n_entries], entry_mass=masses.entry_mass[:n_entries],
+            n_stops=masses.n_stops, stop_depth=masses.stop_depth[:n_stops],
+            stop_token=masses.stop_token[:n_stops], stop_mass=masses.stop_mass[:n_stops],
+            topk_id=np.zeros((rows, 0), np.int32), topk_logp=np.zeros((rows, 0), np.float32),
+            next_logp=_next_logp(masses, following),
         )  # fmt: skip
 
 

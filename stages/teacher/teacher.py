@@ -23,8 +23,7 @@ import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import DumpWriter
-from bytecache.schemas.dump.rows import keep_rows
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.schemas.errors import ConfigError, Interrupted
 from bytecache.schemas.files import cache_folder
 from bytecache.stages.engines.engine import Branch, Engine

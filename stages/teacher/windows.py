@@ -4,12 +4,13 @@ A document longer than the context is cut into windows that overlap; the overlap
 The last `LEAD` tokens of the overlap are evaluated again, because tokens that straddle the cut begin there.
 """
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bytecache.schemas.dump.rows import take_rows
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.rows import Rows
+from bytecache.schemas.dump.window import Window, take_rows
 from bytecache.stages.engines.engine import Prompt
 from bytecache.stages.engines.paths import RowMasses
 from bytecache.stages.lattice.lattice import Deviations
@@ -116,19 +117,17 @@ def new_window(plan: WindowPlan, rows: RowMasses) -> Window:
     logp = np.zeros(count, np.float32)
     logp[1:] = rows.next_logp[:-1]
     return Window(
-        plan.doc_id, plan.doc_index, prompt.text, plan.score_start, plan.is_last,
-        prompt.starts.astype(np.int32), np.arange(-1, count - 1, dtype=np.int32),
-        prompt.tokens[prompt.first_row :], logp, np.zeros(count, np.uint8), np.zeros(count, np.uint8),
-        **_row_fields(rows), context=np.frombuffer(plan.context, np.uint8),
+        **_columns(rows), doc_id=plan.doc_id, doc_index=plan.doc_index, text=prompt.text,
+        score_start=plan.score_start, is_last=plan.is_last, row_start=prompt.starts.astype(np.int32),
+        row_parent=np.arange(-1, count - 1, dtype=np.int32), row_token=prompt.tokens[prompt.first_row :],
+        row_logp=logp, row_depth=np.zeros(count, np.uint8), row_static=np.zeros(count, np.uint8),
+        context=np.frombuffer(plan.context, np.uint8),
     )  # fmt: skip
 
 
-def _row_fields(rows: RowMasses) -> dict[str, Any]:
-    fields = rows._asdict()
-    del fields["next_logp"]
-    fields["topk_id"] = fields["topk_id"].reshape(-1)
-    fields["topk_logp"] = fields["topk_logp"].reshape(-1)
-    return fields
+def _columns(rows: RowMasses) -> dict[str, Any]:
+    """Those of a window, in which the top k lie one row after the other."""
+    return {field.name: getattr(rows, field.name).reshape(-1) for field in fields(Rows)}
 
 
 def extend(window: Window, deviations: Deviations, rows: RowMasses, *, static: bool = False) -> None:
@@ -140,7 +139,7 @@ def extend(window: Window, deviations: Deviations, rows: RowMasses, *, static: b
         "row_logp": deviations.logp,
         "row_depth": window.row_depth[deviations.row] + np.uint8(1),
         "row_static": np.full(len(deviations.row), static, np.uint8),
-        **_row_fields(rows),
+        **_columns(rows),
     }
     for name, values in added.items():
         before = getattr(window, name)

@@ -55,7 +55,8 @@ def _sums(reducer: PathReducer, logits: torch.Tensor, tables: object, plan: obje
 
 def _differences(found: RowMasses, expected: RowMasses) -> dict[str, float]:
     out = {}
-    for name, ours, theirs in zip(RowMasses._fields, found, expected, strict=True):
+    for name, theirs in vars(expected).items():
+        ours = getattr(found, name)
         if len(ours) != len(theirs):
             out[name] = float("inf")
             continue

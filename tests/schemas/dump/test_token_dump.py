@@ -18,10 +18,9 @@ from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.packing import in_order, pack
 from bytecache.schemas.dump.parquet import DumpWriter, as_stored, read_meta, read_windows
 from bytecache.schemas.dump.planes import from_planes, to_planes
-from bytecache.schemas.dump.rows import take_rows
 from bytecache.schemas.dump.shares import step_of
 from bytecache.schemas.dump.top_k import top_k_sizes
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, take_rows
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.fidelity.divergence import kl_spread

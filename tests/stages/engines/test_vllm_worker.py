@@ -1,5 +1,6 @@
 """The worker's half without vLLM: stand-ins for both of its runners, on a CPU and on a pretend GPU."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,8 +91,8 @@ def expected(reducer: PathReducer, hidden: torch.Tensor, starts: list[int]) -> R
 
 
 def close(rows: RowMasses, others: RowMasses) -> None:
-    for name, one, other in zip(rows._fields, rows, others, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5, err_msg=name)
+    for name, values in vars(rows).items():
+        np.testing.assert_allclose(values, getattr(others, name), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", RUNNERS)
@@ -207,6 +208,6 @@ def test_static_states_are_taken_from_a_step_and_multiplied_on_the_device(reduce
         rows = worker.bytecache_static_rows([job])
     assert rows is not None
     close(
-        rows[0]._replace(topk_id=np.zeros(0), topk_logp=np.zeros(0)),
-        expected(reducer, hidden[[3, 1]], [4, 8])._replace(topk_id=np.zeros(0), topk_logp=np.zeros(0)),
+        replace(rows[0], topk_id=np.zeros(0), topk_logp=np.zeros(0)),
+        replace(expected(reducer, hidden[[3, 1]], [4, 8]), topk_id=np.zeros(0), topk_logp=np.zeros(0)),
     )

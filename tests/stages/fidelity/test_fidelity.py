@@ -12,8 +12,7 @@ import pytest
 from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import DATASET, read_dataset, seal, write_dataset
 from bytecache.schemas.dump.parquet import DumpWriter, read_meta, read_windows
-from bytecache.schemas.dump.rows import keep_rows
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.convert.convert import convert_units

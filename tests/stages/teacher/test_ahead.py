@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from bytecache.schemas.dump.rows import keep_rows
+from bytecache.schemas.dump.window import keep_rows
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.ahead import Lattices, WriterBeside
 from bytecache.stages.tokens.vocab import load_vocabulary

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from bytecache.schemas.dump.rows import keep_rows
-from bytecache.schemas.dump.window import Window
+from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary

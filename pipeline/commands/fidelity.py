@@ -121,9 +121,9 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     """
     from bytecache.schemas.shard.reader import read_shard
     from bytecache.stages.fidelity.certificate import Fidelity
-    from bytecache.stages.fidelity.stretches import measure_stored
     from bytecache.stages.lattice.effort import REFERENCE
     from bytecache.stages.teacher.identity import teacher_identity
+    from bytecache.stages.teacher.stretches import measure_stored
     from bytecache.stages.teacher.teacher import open_teacher
 
     identity = teacher_identity(settings)

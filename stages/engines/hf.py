@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError, InputError
 from bytecache.stages.engines import packed
-from bytecache.stages.engines.device import head_is_quantised, trunk_dtype
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
 from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
 from bytecache.stages.engines.static import (
@@ -30,6 +29,7 @@ from bytecache.stages.engines.static import (
     together,
     tokens_of,
 )
+from bytecache.stages.models.device import head_is_quantised, trunk_dtype
 from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.weights import refuse_missing
 

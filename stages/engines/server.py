@@ -1,7 +1,7 @@
 """The teacher behind HTTP: any server with OpenAI's completions and log-probabilities of a prompt.
 
 A window is one request, its prompt the token ids themselves; what comes back is the k likeliest tokens at every
-position, which `stages.foreign.listing` reduces to path masses. So this is top-k fidelity, said plainly: what is not
+position, which `stages.engines.listing` reduces to path masses. So this is top-k fidelity, said plainly: what is not
 listed is tail, spread over nothing, and there is no certificate, for there is nothing exact to compare with
 (`bytecache fidelity --teacher` measures against the model itself). The true token counts only where it is among the k
 likeliest. Branches are requests of one sampled token; static rows there are none.
@@ -23,6 +23,7 @@ import numpy as np
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
+from bytecache.stages.engines.listing import Listing, ListingReducer
 from bytecache.stages.engines.paths import RowMasses
 from bytecache.stages.engines.server_client import (
     Answer,
@@ -35,7 +36,6 @@ from bytecache.stages.engines.server_client import (
     listed_entries,
 )
 from bytecache.stages.engines.static import StaticJob
-from bytecache.stages.foreign.listing import Listing, ListingReducer
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 
 PROBE = (

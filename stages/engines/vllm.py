@@ -19,7 +19,6 @@ import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import BytecacheError, EngineError
-from bytecache.stages.engines.device import batched_tokens
 from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_branches
 from bytecache.stages.engines.paths import PathReducer, RowMasses
 from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
@@ -33,6 +32,7 @@ from bytecache.stages.engines.vllm_branches import (
 )
 from bytecache.stages.engines.vllm_start import CPU_BLOCK, logit_rows, reason, start_engine
 from bytecache.stages.engines.vllm_worker import LEAVE_S, Request, Want, WantState
+from bytecache.stages.models.device import batched_tokens
 
 TOKENS_IN_FLIGHT = 16_384
 """Tokens that the scheduler has still to compute at most, cached prefixes aside."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError, install
-from bytecache.stages.engines.device import batched_tokens, head_is_quantised, trunk_dtype
 from bytecache.stages.engines.paths import PathReducer
+from bytecache.stages.models.device import batched_tokens, head_is_quantised, trunk_dtype
 
 CPU_BLOCK = 32
 """Tokens per cache block on a CPU, the fewest it takes: a branch recomputes at most one block of its prefix."""

@@ -24,7 +24,7 @@ import numpy as np
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.stages.engines.engine import Prompt
-from bytecache.stages.foreign.listing import CONTROL, END_TOKEN, Listing, ListingReducer, spell
+from bytecache.stages.engines.listing import CONTROL, END_TOKEN, Listing, ListingReducer, spell
 from bytecache.stages.foreign.records import Cache, Record
 from bytecache.stages.teacher.windows import WindowPlan, new_window
 from bytecache.stages.tokens.vocab import Vocabulary

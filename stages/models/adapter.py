@@ -21,7 +21,7 @@ import torch
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.files import cache_folder, file_sha256, scratch_folder
 from bytecache.schemas.settings import Teacher
-from bytecache.stages.engines.device import trunk_dtype
+from bytecache.stages.models.device import trunk_dtype
 from bytecache.stages.models.fitness import quantisation
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -8,11 +8,11 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.stages.engines.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
 from bytecache.stages.engines.served import Opened
 from bytecache.stages.engines.server_client import Client, Served
 from bytecache.stages.engines.static import CONTEXTS
 from bytecache.stages.lattice.effort import REFERENCE, reach
+from bytecache.stages.models.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
 from bytecache.stages.models.locate import model_name, public_name, resolve_model, tokenizer_identity, weights_identity
 from bytecache.stages.teacher.windows import LEAD
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary

@@ -9,6 +9,11 @@ from tests.support.places import ROOT
 LAYERS = ("schemas", "stages", "pipeline")
 MACHINES = ("stores", "units", "plan", "fleet", "commands", "cli")
 """Rooms of pipeline/, each of which imports only those before it; `launch` stands beside `commands`."""
+STAGES = (
+    "corpus", "tokens", "lattice", "targets", "models", "fidelity", "mix", "student", "engines", "teacher", "foreign",
+    "convert", "train", "evaluate", "loop", "export",
+)  # fmt: skip
+"""Rooms of stages/, each of which imports only those before it."""
 HEAVY = {"torch", "transformers", "vllm", "tokenizers", "safetensors", "peft"}
 
 
@@ -40,18 +45,49 @@ def rank(name: str) -> int:
     return LAYERS.index(name.split(".")[0])
 
 
-def machine(name: str) -> int:
-    """The room of a module of pipeline/ among MACHINES, -1 for what lies beside them."""
-    room = name.split(".")[1] if name.count(".") else ""
-    return MACHINES.index(room) if room in MACHINES else -1
+def room(name: str, floor: str) -> str:
+    """What of a folder a module is in: a folder or a file below it; "" of other modules."""
+    return name.removeprefix(f"{floor}.").split(".")[0] if name.startswith(f"{floor}.") else ""
+
+
+def arrows_up(floor: str, order: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Imports from one room of a folder to a later one of `order`; rooms that it does not name are left out."""
+    height = {name: at for at, name in enumerate(order)}
+    return [
+        (name, target)
+        for name, targets in ARROWS.items()
+        for target in targets
+        if room(name, floor) in height and height.get(room(target, floor), -1) > height[room(name, floor)]
+    ]
+
+
+def in_circles(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What imports nothing is taken away, and so on; what is left stands in a circle or above one."""
+    left = {name: set(targets) for name, targets in arrows.items()}
+    while free := {name for name, targets in left.items() if not targets}:
+        left = {name: targets - free for name, targets in left.items() if name not in free}
+    return left
 
 
 def test_no_arrow_runs_up() -> None:
     assert sum(len(targets) for targets in ARROWS.values()) > 500, "the imports were found"
     up = [(name, target) for name in ARROWS for target in ARROWS[name] if rank(target) > rank(name)]
     assert up == []
-    within = [(name, target) for name in ARROWS for target in ARROWS[name] if min(machine(name), machine(target)) >= 0]
-    assert [(name, target) for name, target in within if machine(target) > machine(name)] == []
+    assert arrows_up("pipeline", MACHINES) == []
+    assert {room(name, "stages") for name in MODULES} - {""} == set(STAGES)
+    assert arrows_up("stages", STAGES) == []
+
+
+def test_no_circle_between_rooms() -> None:
+    """Of no folder do two files or folders import each other, by whatever way."""
+    floors = {name.rpartition(".")[0] for name in MODULES} - {""}
+    assert {"stages", "stages.train", "pipeline.commands"} <= floors
+    for floor in floors:
+        rooms: dict[str, set[str]] = {room(name, floor): set() for name in MODULES if room(name, floor)}
+        for name in MODULES:
+            if own := room(name, floor):
+                rooms[own] |= {room(target, floor) for target in ARROWS[name]} - {"", own}
+        assert in_circles(rooms) == {}, floor
 
 
 def test_only_the_command_line_imports_commands() -> None:
@@ -65,14 +101,7 @@ def test_only_the_command_line_imports_commands() -> None:
 
 
 def test_no_circle_between_files() -> None:
-    """Files that import nothing are taken away, and so on; what is left stands in a circle or above one."""
-    left = {name: set(targets) for name, targets in ARROWS.items()}
-    while True:
-        free = {name for name, targets in left.items() if not targets}
-        if not free:
-            break
-        left = {name: targets - free for name, targets in left.items() if name not in free}
-    assert left == {}
+    assert in_circles(ARROWS) == {}
 
 
 def test_schemas_need_no_torch_and_bare_names_are_not_imported() -> None:

@@ -19,9 +19,9 @@ from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import Fidelity, summary_line, true_symbols
 from bytecache.stages.fidelity.divergence import kl_spread
-from bytecache.stages.fidelity.stretches import measure_stored
 from bytecache.stages.lattice.effort import REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
+from bytecache.stages.teacher.stretches import measure_stored
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.teacher.windows import LEAD, plan_stretch
 from bytecache.stages.tokens.vocab import load_vocabulary

@@ -14,8 +14,8 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.shard.reader import read_shard
+from bytecache.stages.engines.listing import ListingReducer
 from bytecache.stages.foreign.cache import Aside, ForeignTeacher, Reading, read_off
-from bytecache.stages.foreign.listing import ListingReducer
 from bytecache.stages.foreign.packed import Packing
 from bytecache.stages.foreign.records import Cache, Columns
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
-from bytecache.stages.engines.device import head_is_quantised, own_dtype, trunk_dtype
 from bytecache.stages.engines.vllm_start import engine_arguments
+from bytecache.stages.models.device import head_is_quantised, own_dtype, trunk_dtype
 
 WORD = torch.zeros(2, 4)
 

@@ -7,10 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 4096
-"""Columns of a row that one program of `sum_blocks` reads."""
-BLOCK = 128
-"""Columns that are summed together."""
+from bytecache.stages.engines.blocks import BLOCK, TILE, BlockedRows, Blocks
 
 
 @triton.jit
@@ -36,13 +33,13 @@ def sum_blocks(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sum_ranges(  # type: ignore[no-untyped-def]
-    logits, stride, columns, tile_peak, block_sum, row_peak, row_total, rows, begins, ends, masses, tiles,
+    logits, stride, columns, tile_peak, block_sum, row_peak, row_total, ranges, masses, tiles,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One range of columns of one row as a share of the row: whole blocks by their sums, the two edges by column."""
-    number = tl.program_id(0)
-    row = tl.load(rows + number).to(tl.int64)
-    begin, end = tl.load(begins + number), tl.load(ends + number)
+    number, count = tl.program_id(0), tl.num_programs(0)
+    row = tl.load(ranges + number).to(tl.int64)
+    begin, end = tl.load(ranges + count + number), tl.load(ranges + 2 * count + number)
     peak, total = tl.load(row_peak + row), tl.load(row_total + row)
     first, last = (begin + BLOCK - 1) // BLOCK, end // BLOCK
     whole = last > first
@@ -74,8 +71,8 @@ def _columns(logits, columns, begin, end, peak, BLOCK: tl.constexpr):  # type: i
     return mass
 
 
-def launch_blocks(logits: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tile maxima [R, T], block maxima and block sums [R, T * TILE / BLOCK] of `logits` [R, >= columns]."""
+def launch_blocks(logits: torch.Tensor, columns: torch.Tensor) -> Blocks:
+    """The blocks of `logits` [R, >= W] in the order of `columns` int32 [W]."""
     rows, tiles = len(logits), -(-len(columns) // TILE)
     tile_peak = torch.empty((rows, tiles), dtype=torch.float32, device=logits.device)
     block_peak = torch.empty((rows, tiles * (TILE // BLOCK)), dtype=torch.float32, device=logits.device)
@@ -83,20 +80,18 @@ def launch_blocks(logits: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Te
     sum_blocks[(rows, tiles)](
         logits, logits.stride(0), columns, len(columns), tile_peak, block_peak, block_sum, tiles, TILE=TILE, BLOCK=BLOCK
     )
-    return tile_peak, block_peak, block_sum
+    return Blocks(tile_peak, block_peak, block_sum)
 
 
-def launch_ranges(
-    logits: torch.Tensor, columns: torch.Tensor, tile_peak: torch.Tensor, block_sum: torch.Tensor,
-    row_peak: torch.Tensor, row_total: torch.Tensor, ranges: torch.Tensor, n_blocks: int,
-) -> torch.Tensor:  # fmt: skip
+def launch_ranges(rows: BlockedRows, ranges: torch.Tensor, n_blocks: int) -> torch.Tensor:
     """Masses float32 [C] of `ranges` int32 [3, C]: row, first column, one past the last, in the order of `columns`.
 
     `n_blocks` is of use to the form in torch's operations alone.
     """
-    masses = torch.empty(ranges.shape[1], dtype=torch.float32, device=logits.device)
+    masses = torch.empty(ranges.shape[1], dtype=torch.float32, device=rows.logits.device)
+    tile_peak = rows.blocks.tile_peak
     sum_ranges[(ranges.shape[1],)](
-        logits, logits.stride(0), columns, tile_peak, block_sum, row_peak, row_total, ranges[0], ranges[1], ranges[2],
-        masses, tile_peak.shape[1], TILE=TILE, BLOCK=BLOCK,
+        rows.logits, rows.logits.stride(0), rows.columns, tile_peak, rows.blocks.sum, rows.peak, rows.total,
+        ranges.contiguous(), masses, tile_peak.shape[1], TILE=TILE, BLOCK=BLOCK,
     )  # fmt: skip
     return masses

@@ -22,10 +22,7 @@ import numpy as np
 import torch
 from numba import njit
 
-BLOCK = 128
-"""Columns that are summed together."""
-TILE = 4096
-"""Columns that share a maximum."""
+from bytecache.stages.engines.blocks import BLOCK, TILE, BlockedRows, Blocks
 
 
 class Sums(NamedTuple):
@@ -88,15 +85,13 @@ def sum_on_device(
     apart = _apart(tables, len(logits))
     asked = np.concatenate([ranges, apart], axis=1)
     blocks, range_masses = _kernels(logits)
-    tile_peak, block_peak, block_sum = blocks(logits, tables.columns)
-    peak = tile_peak.amax(dim=1)
-    per_tile = block_sum.view(len(logits), -1, TILE // BLOCK).sum(dim=-1, dtype=torch.float64)
-    total = (per_tile * torch.exp(tile_peak - peak[:, None])).sum(dim=-1)
-    mass = range_masses(
-        logits, tables.columns, tile_peak, block_sum, peak, total.float(), _to_device(asked, logits.device),
-        whole_blocks(asked),
-    )  # fmt: skip
-    topk_id, topk_logit = _top_k(logits, tables.columns, block_peak, top_k)
+    read: Blocks = blocks(logits, tables.columns)
+    peak = read.tile_peak.amax(dim=1)
+    per_tile = read.sum.view(len(logits), -1, TILE // BLOCK).sum(dim=-1, dtype=torch.float64)
+    total = (per_tile * torch.exp(read.tile_peak - peak[:, None])).sum(dim=-1)
+    rows = BlockedRows(logits, tables.columns, read, peak, total.float())
+    mass = range_masses(rows, _to_device(asked, logits.device), whole_blocks(asked))
+    topk_id, topk_logit = _top_k(logits, tables.columns, read.peak, top_k)
     wanted = _to_device(np.stack([row, next_token]), logits.device)
     wait = _to_host([mass, peak.double() + total.log(), topk_id, topk_logit, logits[wanted[0], wanted[1]]])
     ends, n_ranges = len(tables.end_ranges), ranges.shape[1]
@@ -129,7 +124,7 @@ def _kernels(logits: torch.Tensor) -> tuple[Any, Any]:
     return torch_blocks, torch_ranges
 
 
-def torch_blocks(logits: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def torch_blocks(logits: torch.Tensor, columns: torch.Tensor) -> Blocks:
     """`path_kernels.launch_blocks` in torch's operations."""
     rows, tiles = len(logits), -(-len(columns) // TILE)
     ordered = torch.full((rows, tiles * TILE), -torch.inf, device=logits.device)
@@ -139,20 +134,19 @@ def torch_blocks(logits: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Ten
     tile_peak = block_peak.amax(dim=-1)
     shift = torch.where(tile_peak == -torch.inf, 0.0, tile_peak)
     block_sum = torch.exp(blocks - shift[:, :, None, None]).sum(dim=-1)
-    return tile_peak, block_peak.view(rows, -1), block_sum.view(rows, -1)
+    return Blocks(tile_peak, block_peak.view(rows, -1), block_sum.view(rows, -1))
 
 
-def torch_ranges(
-    logits: torch.Tensor, columns: torch.Tensor, tile_peak: torch.Tensor, block_sum: torch.Tensor,
-    row_peak: torch.Tensor, row_total: torch.Tensor, ranges: torch.Tensor, n_blocks: int,
-) -> torch.Tensor:  # fmt: skip
+def torch_ranges(rows: BlockedRows, ranges: torch.Tensor, n_blocks: int) -> torch.Tensor:
     """`path_kernels.launch_ranges` in torch's operations; `n_blocks`: `whole_blocks` of the ranges."""
+    logits, columns = rows.logits, rows.columns
     row, begin, end = ranges.long()
     first, last = (begin + BLOCK - 1) // BLOCK, end // BLOCK
     whole = last > first
     head_end = torch.where(whole, first * BLOCK, end)
     tail_begin = torch.where(whole, last * BLOCK, end)
-    weight = torch.exp(tile_peak - row_peak[:, None]).repeat_interleave(TILE // BLOCK, dim=1) * block_sum
+    share = torch.exp(rows.blocks.tile_peak - rows.peak[:, None])
+    weight = share.repeat_interleave(TILE // BLOCK, dim=1) * rows.blocks.sum
     count = torch.where(whole, last - first, 0)
     shift = row * weight.shape[1] + first - (count.cumsum(0) - count)
     block = torch.arange(n_blocks, device=logits.device) + shift.repeat_interleave(count, output_size=n_blocks)
@@ -163,9 +157,9 @@ def torch_ranges(
         for shift in (0, BLOCK):
             place = low[:, None] + shift + step
             inside = place < high[:, None]
-            value = logits[row[:, None], columns[place.clamp(max=len(columns) - 1)].long()] - row_peak[row][:, None]
+            value = logits[row[:, None], columns[place.clamp(max=len(columns) - 1)].long()] - rows.peak[row][:, None]
             mass = mass + torch.where(inside, torch.exp(value), 0.0).sum(dim=1, dtype=torch.float64)
-    return (mass / row_total[row]).float()
+    return (mass / rows.total[row]).float()
 
 
 def _top_k(

@@ -55,9 +55,7 @@ def stretches(shard: ByteShard) -> list[Stretch]:
     for document in chosen:
         lo, end = int(shard.doc_start[document]), int(shard.doc_start[document + 1])
         hi = min(end, lo + POSITIONS)
-        symbol = [int(byte) for byte in shard.text[lo:hi]]
-        if hi == end:
-            symbol[-1] = END
+        symbol = shard.symbols(lo, hi).tolist()
         dense = shard.dense(lo, hi, spread_tail=True).astype(np.float64)
         tail = shard.tails(lo, hi).astype(np.float64)
         stretches.append(Stretch(shard.doc_id[document], shard.text[lo:hi].tobytes(), symbol, dense, tail))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bytecache.schemas.arrays import F32, F64, I16, I64, SYMBOLS, U8
+from bytecache.schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard import prior as priors
 from bytecache.schemas.shard import reasons
@@ -117,6 +117,13 @@ class ByteShard:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    def symbols(self, lo: int, hi: int) -> I64:
+        """int64 [hi - lo]: the true symbol of positions lo..hi, the byte that follows or END."""
+        symbols: I64 = self.text[lo:hi].astype(np.int64)
+        first, last = np.searchsorted(self.doc_start, [lo + 1, hi + 1])
+        symbols[np.asarray(self.doc_start[first:last]) - 1 - lo] = END
+        return symbols
 
     def triples(self, lo: int, hi: int) -> Triples:
         """Non-zero probabilities of positions lo..hi, implied symbol and END included, the tail left out.

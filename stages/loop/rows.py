@@ -14,16 +14,16 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError
 from bytecache.stages.loop.batches import ROW
 from bytecache.stages.loop.vocabulary import student_template, student_vocabulary
 from bytecache.stages.targets.order import Order, Window
+from bytecache.stages.targets.share import Share
 from bytecache.stages.targets.source import open_dataset
-from bytecache.stages.targets.turns import Turns
+from bytecache.stages.targets.turns import Turns, turns_of
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.types import MicroBatch
 from bytecache.stages.train.objective.marginal import MarginalTerm
@@ -35,15 +35,11 @@ class _Rows(IterableDataset[MicroBatch]):
     """Rows of `sources` by turns, from any place in the order.
 
     Args:
-        rank, ranks: this process's share; by default that of torch.distributed, if it is initialised.
-        windows: how many there are in all; 0 = as many as the sources have.
+        share: this process's. windows: how many there are in all; 0 = as many as the sources have.
     """
 
-    def __init__(self, turns: Turns, rank: int | None, ranks: int | None, windows: int = 0) -> None:
-        if (rank is None) != (ranks is None) or (ranks is not None and not 0 <= (rank or 0) < ranks):
-            raise ConfigError(f"rank {rank} of {ranks}: give both, with 0 <= rank < ranks, or neither")
-        self._turns, self._windows = turns, windows
-        self._layout = (rank, ranks)
+    def __init__(self, turns: Turns, share: Share, windows: int = 0) -> None:
+        self._turns, self._windows, self._share = turns, windows, share
         self._start = 0  # windows of the whole sequence that were read before
         self._finished = 0  # windows of this process's share since
         self._row = 0  # rows handed out of the next one
@@ -67,16 +63,11 @@ class _Rows(IterableDataset[MicroBatch]):
 
     def dealt_by_trainer(self) -> None:
         """Give every process all rows: accelerate and transformers.Trainer deal batches out themselves."""
-        self._layout = (0, 1)
+        self._share = Share(0, 1)
 
     def layout(self) -> list[int]:
         """[rank, ranks, worker, workers] of the calling process."""
-        rank, ranks = self._layout
-        if rank is None or ranks is None:
-            ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
-        worker = get_worker_info()
-        return [rank, ranks, worker.id, worker.num_workers] if worker else [rank, ranks, 0, 1]
+        return list(self._share.layout())
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """From the loaded state, or the start; a second call starts again unless a state was loaded since."""
@@ -197,7 +188,7 @@ class StudentRows(_Rows):
     ) -> None:  # fmt: skip
         if window < 1 or max_tokens < 2 or epochs < 0:
             raise ConfigError(f"window {window}, max_tokens {max_tokens}, epochs {epochs}: too small")
-        super().__init__(Turns([1.0]), rank, ranks)
+        super().__init__(Turns([1.0]), Share(rank, ranks))
         self.dataset = open_dataset(place)
         self.vocabulary, self.end_id = student_vocabulary(tokenizer, rows)
         self._template = student_template(tokenizer, self.vocabulary)
@@ -258,15 +249,9 @@ class MixedRows(_Rows):
         self, sources: Sequence[StudentRows], weights: Sequence[float], *, windows: int = 0, rank: int | None = None,
         ranks: int | None = None,
     ) -> None:  # fmt: skip
-        if len(sources) != len(weights):
-            raise ConfigError(f"{len(weights)} weights for {len(sources)} data sets: give one for each")
-        super().__init__(Turns(weights), rank, ranks, windows)
+        super().__init__(turns_of(sources, weights), Share(rank, ranks), windows)
         first = sources[0]
         for source in sources:
-            if source.epochs:
-                raise ConfigError(
-                    f"{source.dataset.where}: epochs = {source.epochs}; in a mixture set epochs=0, windows=N"
-                )
             if source.window != first.window:
                 raise ConfigError(
                     f"{source.dataset.where}: windows of {source.window} bytes beside {first.window}; weights are "

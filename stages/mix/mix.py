@@ -150,8 +150,7 @@ class _Document:
             )
         self.mask: U8 = masks.min(0)  # whether a teacher says END after an answer is its template's matter
         self.text: U8 = shards[0].text[self.start[0] : self.start[0] + n]
-        self.true = self.text.astype(np.int64)
-        self.true[-1] = END
+        self.true = shards[0].symbols(self.start[0], self.start[0] + n)
 
     def append(self, builder: ShardBuilder, mixing: Mixing, tally: Tally, stop: Callable[[], bool]) -> list[F32]:
         """Append all positions, piece by piece; returns the divergences of each piece."""

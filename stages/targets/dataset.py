@@ -25,22 +25,22 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from bytecache.schemas.arrays import END
-from bytecache.schemas.dataset.index import Dataset
+from bytecache.schemas.dataset.index import Dataset, ShardEntry
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.targets.order import POOL, Order, Window
 from bytecache.stages.targets.prefetch import prefetch
+from bytecache.stages.targets.share import Layout, Share
 from bytecache.stages.targets.shelf import Shelf
 from bytecache.stages.targets.source import CACHE_BYTES, fetch_ahead, load_shard, open_dataset
 
@@ -85,14 +85,12 @@ class TargetWindows(IterableDataset[TargetWindow]):
     """A sequence of windows that ranks and workers share, from any place in it.
 
     Args:
-        rank, ranks: this process's share; by default those of torch.distributed, if it is initialised, when iterated.
-        depth: windows decoded ahead; 0 = none. fingerprint: of what defines the sequence. where: its name in messages.
+        share: this process's. depth: windows decoded ahead; 0 = none.
+        fingerprint: of what defines the sequence. where: its name in messages.
     """
 
-    def __init__(self, rank: int | None, ranks: int | None, depth: int, fingerprint: str, where: str) -> None:
-        if (rank is None) != (ranks is None) or (ranks is not None and not 0 <= (rank or 0) < ranks):
-            raise ConfigError(f"rank {rank} of {ranks}: give both, with 0 <= rank < ranks, or neither")
-        self.depth, self._layout, self.fingerprint, self._where = depth, (rank, ranks), fingerprint, where
+    def __init__(self, share: Share, depth: int, fingerprint: str, where: str) -> None:
+        self.depth, self._share, self.fingerprint, self._where = depth, share, fingerprint, where
         self._start = 0  # global position at which the present reading began
         self._taken = 0  # windows this process has handed out since
         self._loaded: list[int] | None = None  # [rank, ranks, worker, workers] of a loaded worker state
@@ -101,14 +99,9 @@ class TargetWindows(IterableDataset[TargetWindow]):
         """Windows `first`, `first` + `stride`, ...; None for a number that has no window of its own."""
         raise NotImplementedError
 
-    def layout(self) -> tuple[int, int, int, int]:
-        """(rank, ranks, worker, workers) of the calling process."""
-        rank, ranks = self._layout
-        if rank is None or ranks is None:
-            ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
-        worker = get_worker_info()
-        return (rank, ranks, worker.id, worker.num_workers) if worker else (rank, ranks, 0, 1)
+    def layout(self) -> Layout:
+        """That of the calling process."""
+        return self._share.layout()
 
     def __iter__(self) -> Iterator[TargetWindow]:
         """From the loaded state, or the start; a second call starts again unless a state was loaded since."""
@@ -172,6 +165,42 @@ class TargetWindows(IterableDataset[TargetWindow]):
         return int(states[0]["start"]) + ranks * sum(int(one["taken"]) for one in states)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Which windows of a split there are, and in which order: all that defines them beside the data set's content.
+
+    Raises:
+        ConfigError: impossible arguments.
+    """
+
+    split: str
+    window: int
+    by: Literal["bytes", "documents", "conversations"]
+    seed: int
+    pool: int
+
+    def __post_init__(self) -> None:
+        if self.by not in ("bytes", "documents", "conversations") or (self.by != "bytes" and self.window != WINDOW):
+            raise ConfigError(
+                f"by = {self.by!r}, window = {self.window}: by is bytes (of a window's size), documents or "
+                "conversations"
+            )
+        if self.window < 1 or self.pool < 1:
+            raise ConfigError(f"window {self.window}, pool {self.pool}: must not be negative or 0")
+
+    def order(self, content_sha256: str, entries: Iterable[ShardEntry]) -> Order:
+        """Of the windows of these shards."""
+        if self.by == "bytes":
+            return Order(content_sha256, [e.n_positions for e in entries], self.window, self.seed, pool=self.pool)
+        # Whole documents are windows of one in an order of documents.
+        return Order(content_sha256, [e.n_documents for e in entries], 1, self.seed, pool=self.pool)
+
+    def fingerprint(self, content_sha256: str) -> str:
+        """sha256 of what defines the sequence."""
+        what = [content_sha256, self.split, self.window, self.seed, self.pool]
+        return hashlib.sha256(json.dumps([*what, *([] if self.by == "bytes" else [self.by])]).encode()).hexdigest()
+
+
 class ByteTargets(TargetWindows):
     """Windows of byte targets in training order.
 
@@ -204,25 +233,17 @@ class ByteTargets(TargetWindows):
                 f"{self.dataset.where}: content is {self.dataset.content_sha256}, expected {content_sha256}; "
                 "the data set was replaced: fetch the one you want, or drop content_sha256"
             )
-        if by not in ("bytes", "documents", "conversations") or (by != "bytes" and window != WINDOW):
-            raise ConfigError(
-                f"by = {by!r}, window = {window}: by is bytes (of a window's size), documents or conversations"
-            )
-        if window < 1 or pool < 1 or depth < 0 or epochs < 0:
-            raise ConfigError(
-                f"window {window}, pool {pool}, depth {depth}, epochs {epochs}: must not be negative or 0"
-            )
+        if depth < 0 or epochs < 0:
+            raise ConfigError(f"depth {depth}, epochs {epochs}: must not be negative")
+        reading = Reading(split, window, by, seed, pool)
         self.entries = self.dataset.split(split)
         if not self.entries:
             splits = ", ".join(sorted({entry.split for entry in self.dataset.entries}))
             raise InputError(f"{self.dataset.where}: no shards of split {split!r}; it has {splits or 'none'}")
-        # Whole documents are windows of one in an order of documents.
-        sizes = [entry.n_positions if by == "bytes" else entry.n_documents for entry in self.entries]
-        self.order = Order(self.dataset.content_sha256, sizes, window if by == "bytes" else 1, seed, pool=pool)
+        self.order = reading.order(self.dataset.content_sha256, self.entries)
         self.epochs, self.by = epochs, by
-        what = [self.dataset.content_sha256, split, window, seed, pool, *([] if by == "bytes" else [by])]
-        fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-        super().__init__(rank, ranks, depth, fingerprint, self.dataset.where)
+        fingerprint = reading.fingerprint(self.dataset.content_sha256)
+        super().__init__(Share(rank, ranks), depth, fingerprint, self.dataset.where)
         self._shelf = self._new_shelf()
 
     def _new_shelf(self) -> Shelf[ByteShard]:
@@ -260,13 +281,11 @@ class ByteTargets(TargetWindows):
                 return None
             lo, hi = int(shard.doc_start[first]), int(shard.doc_start[last])
         text = np.array(shard.text[lo:hi])  # a copy: a view would keep the shard alive
-        true = text.astype(np.int64)
-        a, b = np.searchsorted(shard.doc_start, [lo + 1, hi + 1])
-        true[np.asarray(shard.doc_start[a:b]) - 1 - lo] = END
-        ids = shard.doc_id[int(a) - 1 : int(np.searchsorted(shard.doc_start, hi))]
+        first, last = np.searchsorted(shard.doc_start, [lo + 1, hi])
+        ids = shard.doc_id[int(first) - 1 : int(last)]
         triples = shard.triples(lo, hi)
         return TargetWindow(
-            number, window.epoch, window.shard, lo, text, true, np.array(shard.mask[lo:hi]),
+            number, window.epoch, window.shard, lo, text, shard.symbols(lo, hi), np.array(shard.mask[lo:hi]),
             shard.tails(lo, hi), triples.row, triples.symbol, triples.prob, tuple(ids), source,
         )  # fmt: skip
 

@@ -5,9 +5,9 @@ import json
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 
-from bytecache.schemas.errors import ConfigError
 from bytecache.stages.targets.dataset import ByteTargets, TargetWindow, TargetWindows
-from bytecache.stages.targets.turns import Turns
+from bytecache.stages.targets.share import Share
+from bytecache.stages.targets.turns import turns_of
 
 
 class MixedTargets(TargetWindows):
@@ -29,17 +29,10 @@ class MixedTargets(TargetWindows):
         self, sources: Sequence[ByteTargets], weights: Sequence[float], *, windows: int = 0, rank: int | None = None,
         ranks: int | None = None, depth: int = 8,
     ) -> None:  # fmt: skip
-        if len(sources) != len(weights):
-            raise ConfigError(f"{len(weights)} weights for {len(sources)} data sets: give one for each")
-        for source in sources:
-            if source.epochs:
-                raise ConfigError(
-                    f"{source.dataset.where}: epochs = {source.epochs}; in a mixture set epochs=0, windows=N"
-                )
-        self.turns, self.sources, self.windows = Turns(weights), tuple(sources), windows
+        self.turns, self.sources, self.windows = turns_of(sources, weights), tuple(sources), windows
         what = [[source.fingerprint for source in sources], self.turns.weights]
         where = " + ".join(source.dataset.where for source in sources)
-        super().__init__(rank, ranks, depth, hashlib.sha256(json.dumps(what).encode()).hexdigest(), where)
+        super().__init__(Share(rank, ranks), depth, hashlib.sha256(json.dumps(what).encode()).hexdigest(), where)
 
     def _windows(self, first: int, stride: int) -> Generator[TargetWindow | None, None, None]:
         with ExitStack() as stack:

@@ -9,11 +9,35 @@ Price: a comparison per data set and turn; any turn is reached in as many steps 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from math import floor
+from typing import Protocol
 
+from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError
 
 FINENESS = 1_000_000
 """Weights are rounded to multiples of this part of their sum."""
+
+
+class Source(Protocol):
+    """A data set of a mixture as it is read, without end."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """What is read."""
+
+    @property
+    def epochs(self) -> int:
+        """How often; 0 = without end."""
+
+
+def turns_of(sources: Sequence[Source], weights: Sequence[float]) -> "Turns":
+    """The turns of these data sets. Raises ConfigError as `Turns`, and for a source that ends or has no weight."""
+    if len(sources) != len(weights):
+        raise ConfigError(f"{len(weights)} weights for {len(sources)} data sets: give one for each")
+    for source in sources:
+        if source.epochs:
+            raise ConfigError(f"{source.dataset.where}: epochs = {source.epochs}; in a mixture set epochs=0, windows=N")
+    return Turns(weights)
 
 
 class Turns:

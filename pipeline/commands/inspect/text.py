@@ -34,10 +34,7 @@ def bits_per_position(shard: ByteShard, lo: int, hi: int) -> tuple[F64, F64, F64
 
 def _bits(shard: ByteShard, lo: int, hi: int) -> tuple[F64, F64, F64]:
     p = shard.dense(lo, hi, spread_tail=True).astype(np.float64)
-    true = np.asarray(shard.text[lo:hi]).astype(np.int64)
-    a, b = np.searchsorted(shard.doc_start, [lo + 1, hi + 1])
-    true[np.asarray(shard.doc_start[a:b]) - 1 - lo] = END
-    chance = p[np.arange(hi - lo), true]
+    chance = p[np.arange(hi - lo), shard.symbols(lo, hi)]
     entropy = -(p * np.log2(np.maximum(p, 1e-300))).sum(axis=1)
     return np.maximum(entropy, 0.0), -np.log2(np.maximum(chance, 2.0**-24)), chance
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from bytecache.schemas.arrays import END, I64
+from bytecache.schemas.arrays import I64
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
@@ -58,8 +58,7 @@ def tokenise(
     kind = shard.attrs.get("kind", "text")
     offsets = np.asarray(shard.doc_start, dtype=np.int64)
     text = np.asarray(shard.text)
-    symbol = text.astype(np.int16)
-    symbol[offsets[1:] - 1] = END
+    symbol = shard.symbols(0, len(shard)).astype(np.int16)
     skipped: Counter[str] = Counter()
     documents: list[tuple[int, Columns]] = []
     if kind == "chat":

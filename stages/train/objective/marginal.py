@@ -172,7 +172,9 @@ class Marginal(nn.Module):
         doubt = torch.zeros(walk.numel(), device=walk.device)
         row, passed = micro.slot_token, torch.full_like(micro.slot_token, -1)
         doubted = torch.zeros(row.numel(), device=row.device)
-        for slots in torch.split(torch.arange(row.numel(), device=row.device), micro.slot_counts):
+        # Most of the numbers that a token may have bytes for have none in any of them.
+        counts = [count for count in micro.slot_counts if count]
+        for slots in torch.split(torch.arange(row.numel(), device=row.device), counts):
             mine = row[slots]
             at = walk[mine]
             passed[slots], doubted[slots] = at, doubt[mine]

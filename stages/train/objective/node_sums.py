@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit
 from torch import Tensor, nn
 
 from bytecache.schemas.arrays import END, I64
+from bytecache.stages.tokens.byte_trie import find_child
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.objective.symbols import CONTROL, HEAD_SYMBOLS, STOP
 
@@ -44,6 +46,16 @@ def token_paths(vocabulary: Vocabulary) -> Paths:
     token = order[np.repeat(trie.lo.astype(np.int64), width) + within]
     path[offset[token] + depth[node]] = node
     return Paths(offset, path)
+
+
+@njit(cache=True)
+def _children(first_child: I64, byte: npt.NDArray[Any], node: I64, symbol: I64) -> I64:
+    """int64: the child of each node by each symbol, -1 where there is none."""
+    child = np.full(len(node), -1, np.int64)
+    for i in range(len(node)):
+        if symbol[i] < END:
+            child[i] = find_child(first_child, byte, node[i], symbol[i])
+    return child
 
 
 class NodeTables(nn.Module):
@@ -89,6 +101,8 @@ class NodeTables(nn.Module):
 
     def child_of(self, node: Tensor, symbol: Tensor) -> Tensor:
         """The child of each node by each symbol, -1 where there is none (END is nobody's child)."""
+        if node.device.type == "cpu":
+            return torch.from_numpy(_children(*self.walk(), node.numpy(), symbol.numpy()))
         keys = self.table("child_key")
         wanted = node * 256 + symbol
         at = torch.searchsorted(keys, wanted).clamp_max(keys.numel() - 1)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
     "stages.convert.convert", "stages.convert.coarser", "stages.convert.precision", "schemas.dump.rows",
-    "stages.lattice.lattice", "stages.lattice.forward", "stages.lattice.effort", "stages.fidelity.certificate",
+    "stages.lattice.lattice", "stages.lattice.forward", "stages.lattice.tables",
+    "stages.lattice.effort", "stages.fidelity.certificate",
     "stages.fidelity.divergence", "stages.fidelity.bound", "stages.fidelity.measure",
     "schemas.dump.parquet", "schemas.dump.window",
     "schemas.dump.packed", "schemas.dump.packing", "schemas.dump.unpacking", "schemas.dump.shares",

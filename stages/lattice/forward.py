@@ -35,44 +35,12 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import END, PLACE
+from bytecache.stages.lattice.tables import Masses, Tables
 
 _NOTHING = 1e-300
 """A total that is no better than zero: one over it must be finite."""
 _WORDS = 33
 """Words of eight symbols that hold the 257."""
-
-
-class Tables(NamedTuple):
-    """What lies where in a window of n bytes and R rows."""
-
-    by_start: np.ndarray
-    """int32 [R]; rows by their first byte, of equals in their order"""
-    at: np.ndarray
-    """int64 [n + 3]; those that start at byte i are by_start[at[i] : at[i + 1]]"""
-    canonical: np.ndarray
-    """int32 [n + 2]; the canonical row that starts at each byte, or -1"""
-    child: np.ndarray
-    """int32 [S]; row that continues each stop, or -1"""
-    level_offset: np.ndarray
-    """int64 [R + 1]; where a row's levels begin"""
-    entry_offset: np.ndarray
-    """int64 [L + 1]; where a level's entries begin"""
-    stop_offset: np.ndarray
-    """int64 [R + 1]; where a row's stops begin"""
-
-
-class Rows(NamedTuple):
-    """The members of a window that the sum reads, by their names there (schemas/dump/window.py)."""
-
-    text: np.ndarray
-    start: np.ndarray
-    static: np.ndarray
-    end: np.ndarray
-    control: np.ndarray
-    entry_byte: np.ndarray
-    entry_mass: np.ndarray
-    stop_depth: np.ndarray
-    stop_mass: np.ndarray
 
 
 class Sums(NamedTuple):
@@ -127,46 +95,8 @@ class _Board(NamedTuple):
     """uint64 [40]; which symbols were touched, eight to a word"""
 
 
-@njit(cache=True, nogil=True)
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    out = np.zeros(len(counts) + 1, np.int64)
-    for k in range(len(counts)):
-        out[k + 1] = out[k] + counts[k]
-    return out
-
-
-@njit(cache=True, nogil=True)
-def tables(
-    n: int, row_start: np.ndarray, row_depth: np.ndarray, row_parent: np.ndarray, row_token: np.ndarray,
-    n_levels: np.ndarray, fanout: np.ndarray, n_stops: np.ndarray, stop_token: np.ndarray,
-) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """The members of `Tables`."""
-    rows = len(row_start)
-    starting = np.zeros(n + 2, np.int64)
-    canonical = np.full(n + 2, -1, np.int32)
-    for r in range(rows):
-        starting[row_start[r]] += 1
-        if row_depth[r] == 0:
-            canonical[row_start[r]] = r
-    at = _offsets(starting)
-    place = at.copy()
-    by_start = np.empty(rows, np.int32)
-    for r in range(rows):
-        by_start[place[row_start[r]]] = r
-        place[row_start[r]] += 1
-    stop_offset = _offsets(n_stops)
-    child = np.full(len(stop_token), -1, np.int32)
-    for r in range(1, rows):
-        p = row_parent[r]
-        for s in range(stop_offset[p], stop_offset[p + 1]):
-            if stop_token[s] == row_token[r]:
-                child[s] = r
-                break
-    return by_start, at, canonical, child, _offsets(n_levels), _offsets(fanout), stop_offset
-
-
 @njit(cache=True, nogil=True, error_model="numpy")
-def forward(rows: Rows, lies: Tables, first: int, last: int, drop: float, sums: Sums) -> int:
+def forward(rows: Masses, lies: Tables, first: int, last: int, drop: float, sums: Sums) -> int:
     """Run over positions 0..last; write targets of first..last, and of all of them what `Sums` says.
 
     Returns how many of `sums.symbol` were written.
@@ -250,7 +180,7 @@ def _restart_if_lost(cells: _Cells, count: int, lies: Tables, sums: Sums, i: int
 
 @njit(cache=True, nogil=True)
 def _look_in_one(
-    rows: Rows, lies: Tables, cells: _Cells, sums: Sums, i: int
+    rows: Masses, lies: Tables, cells: _Cells, sums: Sums, i: int
 ) -> tuple[bool, float, float, float, float]:
     """`_look_in_all` of a single cell, as at most positions: its entries are in order, nothing is summed by symbol.
 
@@ -284,7 +214,7 @@ def _look_in_one(
 
 @njit(cache=True, nogil=True)
 def _look_in_all(
-    rows: Rows, lies: Tables, cells: _Cells, count: int, sums: Sums, i: int, board: _Board
+    rows: Masses, lies: Tables, cells: _Cells, count: int, sums: Sums, i: int, board: _Board
 ) -> tuple[float, float, float, float]:
     """Sum the cells at i by symbol.
 
@@ -323,7 +253,7 @@ def _look_in_all(
 
 @njit(cache=True, nogil=True)
 def _note_shares(
-    rows: Rows, lies: Tables, cells: _Cells, count: int, ended: int, i: int, inverse: float, sums: Sums
+    rows: Masses, lies: Tables, cells: _Cells, count: int, ended: int, i: int, inverse: float, sums: Sums
 ) -> None:
     """The total at this byte is known: shares of the tokens that ended here, and of the rows that go on."""
     for k in range(ended):
@@ -334,7 +264,7 @@ def _note_shares(
 
 
 @njit(cache=True, nogil=True)
-def _write_one(rows: Rows, lies: Tables, cells: _Cells, i: int, inverse: float, sums: Sums, written: int) -> int:
+def _write_one(rows: Masses, lies: Tables, cells: _Cells, i: int, inverse: float, sums: Sums, written: int) -> int:
     """The distribution of a single cell, straight from its entries; returns the new end of what is written."""
     place: Any
     place = written
@@ -383,7 +313,7 @@ def _wipe(board: _Board) -> None:
 
 @njit(cache=True, nogil=True)
 def _advance(
-    rows: Rows, lies: Tables, cells: _Cells, count: int, inverse: float, least: float, i: int, sums: Sums
+    rows: Masses, lies: Tables, cells: _Cells, count: int, inverse: float, least: float, i: int, sums: Sums
 ) -> tuple[int, int, float]:
     """Move every cell over the byte at i; tokens that end there hand their weight to the rows of their histories.
 

@@ -18,7 +18,8 @@ from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.window import NEVER, Window
 from bytecache.stages.lattice.effort import least_share
-from bytecache.stages.lattice.forward import Rows, Sums, Tables, forward, tables
+from bytecache.stages.lattice.forward import Sums, forward
+from bytecache.stages.lattice.tables import Masses, Tables, tables
 
 STATIC_PASSES = 2
 """How often static rows are asked for: they end in tokens too; a third pass would find less than 1e-4 of the mass."""
@@ -123,7 +124,7 @@ class Lattice:
         first = window.score_start if targets else n + 1
         m = n + 1 - first
         sums = _room_for(window, m)
-        entries = forward(_rows_of(window), lies, first, n, drop, sums)
+        entries = forward(_masses_of(window), lies, first, n, drop, sums)
         self._sums, self._lies = sums, lies
         if targets:
             self._keep_targets(m, entries)
@@ -252,8 +253,8 @@ class Lattice:
         )
 
 
-def _rows_of(w: Window) -> Rows:
-    return Rows(
+def _masses_of(w: Window) -> Masses:
+    return Masses(
         w.text, w.row_start, w.row_static, w.end, w.control, w.entry_byte, w.entry_mass, w.stop_depth, w.stop_mass
     )
 

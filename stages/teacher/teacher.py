@@ -1,12 +1,7 @@
 """The teacher stage: documents to windows of evaluated histories, whatever the engine.
 
-Pass 0 runs every window's canonical tokens once. The passes after it ask the lattice which unevaluated histories hold
-more of their prefix than `least_share` says (`tau`, and beyond `depth` tokens off the canonical ones ever more),
-wherever they end, and evaluate those as one batch. Static rows (stages.engines.static) then stand in where nothing
-else does. Where the text goes on as a static row said and others did not, as at a name that nobody expects, that
-row comes to carry more than `tau` after all: its history is evaluated too, and takes its place. (1 to 2 % more rows;
-at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced`, and from 0.00058 to 0.00008 on CJK
-at `exact` with Gemma-3-270m.) How a long document is cut into windows: stages.teacher.windows.
+How a long document is cut into windows: stages.teacher.windows; how the rows of a group of windows are chosen:
+stages.teacher.passes.
 
 Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document (whose
 tokens alone are held whole).
@@ -17,23 +12,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import DumpWriter
 from bytecache.schemas.dump.window import Window, keep_rows
-from bytecache.schemas.errors import ConfigError, Interrupted
 from bytecache.schemas.files import cache_folder
-from bytecache.stages.engines.engine import Branch, Engine
+from bytecache.stages.engines.engine import Engine
 from bytecache.stages.engines.paths import PathReducer
-from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.fidelity.noise import Noise, described, exact_settings, refuse_other_vocabulary
-from bytecache.stages.lattice.effort import REFERENCE, deepest
-from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations
+from bytecache.stages.lattice.effort import REFERENCE
 from bytecache.stages.models.locate import resolve_model
-from bytecache.stages.teacher.ahead import Lattices, WriterBeside, spare_threads
+from bytecache.stages.teacher.ahead import WriterBeside, spare_threads
 from bytecache.stages.teacher.identity import (
     AUTO_CONTEXT,
     fit_context,
@@ -42,35 +34,21 @@ from bytecache.stages.teacher.identity import (
     vocabulary_of,
 )
 from bytecache.stages.teacher.inputs import Inputs, read_inputs
+from bytecache.stages.teacher.passes import Group, static_job
 from bytecache.stages.teacher.sinks import Part, Sink
 from bytecache.stages.teacher.windows import (
     LEAD,
     WindowPlan,
-    chain_of,
     deviations_of,
     extend,
     new_window,
     plan_stretch,
     plan_windows,
-    replace_static,
 )
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
-OUTGROWN_PASSES = 2
-"""How often static rows that carry more than tau are replaced: the second finds a tenth of the first, a third none."""
-MAX_BRANCHES = 200_000
-"""Branches of one window in one pass: tau = 0 asks for every way to cut the text, exponential in its length."""
 GROUP_TOKENS = 16_384
 """Tokens of windows evaluated together, then their branches: the prefix cache should hold as many."""
-
-
-class _Group(NamedTuple):
-    """Windows that are evaluated together."""
-
-    plans: list[WindowPlan]
-    windows: list[Window]
-    lattices: Lattices
-    stop: Callable[[], bool]
 
 
 class Teacher:
@@ -112,56 +90,18 @@ class Teacher:
 
     def evaluate(self, plans: list[WindowPlan], stop: Callable[[], bool] = lambda: False) -> list[Window]:
         """The windows of a group of plans: canonical rows, branches in passes, static rows for what is left."""
-        windows: list[Window] = []
-        lattices = Lattices(windows, self.pool)
-        for plan, rows in zip(plans, self.engine.score([plan.prompt for plan in plans]), strict=True):
-            windows.append(new_window(plan, rows))
-            lattices.ahead(len(windows) - 1)
-            _check_stop(stop)
-        group = _Group(plans, windows, lattices, stop)
-        for _ in range(OUTGROWN_PASSES):
-            self._fill(group)
-            if not self._evaluate_outgrown(group):
-                return windows
-        self._fill(group)
-        return windows
+        group = self._group(plans, [], stop)
+        group.evaluate(self.settings)
+        return group.windows
 
-    def _fill(self, group: _Group) -> None:
-        """Branches above `tau`, and static rows where even so none ends."""
-        self._branch(group, self.settings.tau, self.settings.depth)
-        for _ in range(STATIC_PASSES if self.settings.static > 0 else 0):
-            if not self._add_static(group):
-                break
-
-    def _evaluate_outgrown(self, group: _Group) -> int:
-        """Replace static rows that came to carry more than `tau` by the rows of their histories; returns how many."""
-        s = self.settings
-        plans, windows, lattices, stop = group
-        found = [lattices.of(number).outgrown(tau=s.tau, depth=s.depth) for number in range(len(windows))]
-        some = [number for number, rows in enumerate(found) if len(rows)]
-        jobs = []
-        for number in some:
-            window, row = windows[number], found[number]
-            ends = zip(window.row_parent[row], window.row_token[row], window.row_start[row], strict=True)
-            jobs.append((plans[number].prompt, [_branch(plans[number], window, *end) for end in ends]))
-        for number, rows in zip(some, self.engine.score_branches(jobs), strict=True):
-            windows[number] = replace_static(windows[number], found[number], rows)
-            lattices.ahead(number)
-            _check_stop(stop)
-        return sum(map(len, found))
+    def _group(self, plans: Sequence[WindowPlan], windows: list[Window], stop: Callable[[], bool]) -> Group:
+        return Group(self.engine, plans, windows, stop, self.pool)
 
     def branch(
         self, plans: list[WindowPlan], windows: list[Window], stop: Callable[[], bool], *, tau: float, depth: int
     ) -> None:
-        """Branches in passes, each one token longer, until the lattice asks for none (see `least_share`)."""
-        self._branch(_Group(plans, windows, Lattices(windows, self.pool), stop), tau, depth)
-
-    def _branch(self, group: _Group, tau: float, depth: int) -> None:
-        growing = list(range(len(group.windows)))
-        for _ in range(deepest(tau, depth)):
-            growing = self._branch_once(group, growing, tau, depth)
-            if not growing:
-                break
+        """Add branches to the windows of `plans` until the lattice asks for none (see `least_share`)."""
+        self._group(plans, windows, stop).branch(tau, depth)
 
     def reference_window(
         self, documents: Sequence[tuple[str, int, Encoded]], key: str, stop: Callable[[], bool]
@@ -182,7 +122,7 @@ class Teacher:
             row = np.flatnonzero((place < 0) & (place[known.row_parent] >= 0))
             found = deviations_of(known, row)._replace(row=place[known.row_parent[row]].astype(np.int32))
             place[row] = len(window.row_start) + np.arange(len(row))
-            (rows,) = self.engine.score_static([_static_job(known, found)])
+            (rows,) = self.engine.score_static([static_job(known, found)])
             extend(window, found, rows, static=True)
         window.row_sampled = ((np.arange(len(window.row_depth)) < asked) | (window.row_static == 1)).astype(np.uint8)
         window.reference, window.doc_position = True, position
@@ -221,35 +161,9 @@ class Teacher:
         noise.against = described(self._exact.identity())
         return {"noise": noise.state()}
 
-    def _branch_once(self, group: _Group, growing: list[int], tau: float, depth: int) -> list[int]:
-        """One pass of branch evaluation of the windows `growing`; returns which of them asked for anything."""
-        plans, windows, lattices, stop = group
-        asked = {number: lattices.of(number).deviations(tau=tau, depth=depth) for number in growing}
-        asked = {number: deviations for number, deviations in asked.items() if len(deviations.row)}
-        jobs = [
-            (plans[number].prompt, _branches(plans[number], windows[number], asked[number], tau)) for number in asked
-        ]
-        for (number, deviations), rows in zip(asked.items(), self.engine.score_branches(jobs), strict=True):
-            extend(windows[number], deviations, rows)
-            lattices.ahead(number)
-            _check_stop(stop)
-        return list(asked)
-
     def add_static(self, windows: list[Window], stop: Callable[[], bool]) -> int:
         """Give static rows to positions where histories end and no row does; returns how many."""
-        return self._add_static(_Group([], windows, Lattices(windows, self.pool), stop))
-
-    def _add_static(self, group: _Group) -> int:
-        _, windows, lattices, stop = group
-        share = self.settings.static
-        found = {number: lattices.of(number).homeless(share=share) for number in range(len(windows))}
-        found = {number: homeless for number, homeless in found.items() if len(homeless.row)}
-        jobs = [_static_job(windows[number], homeless) for number, homeless in found.items()]
-        for (number, homeless), rows in zip(found.items(), self.engine.score_static(jobs), strict=True):
-            extend(windows[number], homeless, rows, static=True)
-            lattices.ahead(number)
-            _check_stop(stop)
-        return sum(len(homeless.row) for homeless in found.values())
+        return self._group([], windows, stop).add_static(self.settings.static)
 
     def dump_unit(
         self,
@@ -349,32 +263,6 @@ def _done(group: Sequence[Window]) -> dict[str, Any]:
         done["static"] += static
         done["branches"] += len(window.row_depth) - canonical - static
     return done
-
-
-def _branch(plan: WindowPlan, window: Window, row: int, token: int, position: int) -> Branch:
-    """The history of `row` and then `token`, which ends at byte `position`."""
-    anchor, chain = chain_of(window, int(row), int(token))
-    return Branch(plan.prompt.first_row + anchor, chain, int(position))
-
-
-def _branches(plan: WindowPlan, window: Window, deviations: Deviations, tau: float) -> list[Branch]:
-    """Raises ConfigError where one window would need more than `MAX_BRANCHES` of them."""
-    if len(deviations.row) > MAX_BRANCHES:
-        raise ConfigError(
-            f"teacher.tau = {tau:g} asks for {len(deviations.row)} branches in one window of "
-            f"document {window.doc_id!r}, the limit is {MAX_BRANCHES}: raise tau or lower teacher.depth"
-        )
-    ends = zip(deviations.row, deviations.token, deviations.position, strict=True)
-    return [_branch(plan, window, *end) for end in ends]
-
-
-def _static_job(window: Window, homeless: Deviations) -> StaticJob:
-    return StaticJob(f"document {window.doc_id!r}", window.text, homeless.token, homeless.position.astype(np.int64))
-
-
-def _check_stop(stop: Callable[[], bool]) -> None:
-    if stop():
-        raise Interrupted("stopped inside a unit of teacher work; rerun the same command to continue")
 
 
 def _groups(plans: Iterable[WindowPlan]) -> Iterator[list[WindowPlan]]:

@@ -72,7 +72,7 @@ def test_every_cover_evaluated_equals_brute_force(tiny_checkpoint, family, text)
 
 
 def test_exponentially_many_cuts_are_refused(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("bytecache.stages.teacher.teacher.MAX_BRANCHES", 50)
+    monkeypatch.setattr("bytecache.stages.teacher.passes.MAX_BRANCHES", 50)
     teacher = open_teacher(settings_for(tiny_checkpoint("bytelevel"), tau=0.0, depth=64))
     with pytest.raises(ConfigError, match="raise tau"):
         probe_with(teacher, "the teacher reads the text")

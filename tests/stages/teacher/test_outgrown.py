@@ -27,11 +27,11 @@ def window_of(teacher: Teacher) -> Window:
 def test_no_static_row_carries_more_than_tau(vocabulary, monkeypatch):
     """Where static rows stood, real rows of the same histories stand; the rest of the window is as it was."""
     teacher = function_teacher(vocabulary, **EFFORT)
-    monkeypatch.setattr("bytecache.stages.teacher.teacher.OUTGROWN_PASSES", 0)
+    monkeypatch.setattr("bytecache.stages.teacher.passes.OUTGROWN_PASSES", 0)
     before = window_of(teacher)
     outgrown = Lattice(before).outgrown(tau=EFFORT["tau"], depth=2)
     assert len(outgrown) > 1 and before.row_static[outgrown].all()
-    monkeypatch.setattr("bytecache.stages.teacher.teacher.OUTGROWN_PASSES", 20)
+    monkeypatch.setattr("bytecache.stages.teacher.passes.OUTGROWN_PASSES", 20)
     after = window_of(teacher)
     assert not len(Lattice(after).outgrown(tau=EFFORT["tau"], depth=2))
     count = len(before.row_start)
@@ -77,7 +77,7 @@ def test_targets_come_closer(vocabulary, monkeypatch):
     deep = Lattice(window_of(function_teacher(vocabulary, tau=1e-5, depth=6)), drop=1.0).targets()
     error = []
     for passes in (0, 2):
-        monkeypatch.setattr("bytecache.stages.teacher.teacher.OUTGROWN_PASSES", passes)
+        monkeypatch.setattr("bytecache.stages.teacher.passes.OUTGROWN_PASSES", passes)
         found = Lattice(window_of(function_teacher(vocabulary, **effort))).targets()
         error.append(float(np.abs(found.probs - deep.probs).sum(1).mean()))
     assert error[1] < 0.99 * error[0]  # most of it is of histories that joined: this teacher finds the text absurd

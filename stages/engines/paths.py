@@ -52,11 +52,12 @@ class RowMasses(Rows):
     """float32 [R]; log p(next token | h), nats; NaN where no next token was asked for."""
 
 
+COLUMNS = tuple(field.name for field in fields(RowMasses))
+
+
 def concatenate(parts: Sequence[RowMasses]) -> RowMasses:
     """Rows of several reductions, in order."""
-    return RowMasses(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(RowMasses)}
-    )
+    return RowMasses(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS})
 
 
 def take(rows: RowMasses, index: np.ndarray) -> RowMasses:

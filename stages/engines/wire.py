@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.paths import COLUMNS, RowMasses
 
 KINDS = frozenset({"uint8", "uint16", "int32", "int64", "float32"})
 LONGEST_HEADER = 1 << 16
@@ -52,7 +52,7 @@ def unpack(raw: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def pack_rows(jobs: list[RowMasses]) -> bytes:
     """Rows of several jobs."""
-    fields = {f"{number} {name}": getattr(rows, name) for number, rows in enumerate(jobs) for name in rows._fields}
+    fields = {f"{number} {name}": getattr(rows, name) for number, rows in enumerate(jobs) for name in COLUMNS}
     return pack({"jobs": len(jobs)}, **fields)
 
 
@@ -60,6 +60,6 @@ def unpack_rows(raw: bytes) -> list[RowMasses]:
     """What `pack_rows` was given. Raises ValueError for anything else."""
     header, arrays = unpack(raw)
     try:
-        return [RowMasses(*(arrays[f"{n} {name}"] for name in RowMasses._fields)) for n in range(header["jobs"])]
+        return [RowMasses(**{name: arrays[f"{n} {name}"] for name in COLUMNS}) for n in range(header["jobs"])]
     except (KeyError, TypeError):
         raise ValueError("rows without all of their columns") from None

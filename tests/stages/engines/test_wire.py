@@ -5,21 +5,22 @@ import json
 import numpy as np
 import pytest
 
-from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.paths import COLUMNS, RowMasses
 from bytecache.stages.engines.wire import pack, pack_rows, unpack, unpack_rows
 
 
 def rows(seed: int) -> RowMasses:
     draw = np.random.default_rng(seed)
-    kinds = dict.fromkeys(RowMasses._fields, np.float32)
+    kinds = dict.fromkeys(COLUMNS, np.float32)
     kinds |= {"n_levels": np.int32, "fanout": np.uint16, "entry_byte": np.uint8, "stop_depth": np.uint16}
-    return RowMasses(*(draw.integers(0, 9, (seed, 2) if "topk" in n else seed).astype(kinds[n]) for n in kinds))
+    return RowMasses(**{n: draw.integers(0, 9, (seed, 2) if "topk" in n else seed).astype(kinds[n]) for n in kinds})
 
 
 def test_what_is_packed_comes_back() -> None:
     jobs = [rows(3), rows(0), rows(5)]
     for one, other in zip(jobs, unpack_rows(pack_rows(jobs)), strict=True):
-        for a, b in zip(one, other, strict=True):
+        for name in COLUMNS:
+            a, b = getattr(one, name), getattr(other, name)
             assert a.dtype == b.dtype and np.array_equal(a, b)
     header, arrays = unpack(pack({"asked": {"floor": 1e-5}}, text=np.frombuffer(b"ab", np.uint8)))
     assert header == {"asked": {"floor": 1e-5}} and arrays["text"].tobytes() == b"ab"

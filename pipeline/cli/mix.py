@@ -69,7 +69,7 @@ def _weights(text: str) -> tuple[float, ...]:
 
 
 def _route(text: str) -> tuple[str, tuple[float, ...]]:
-    pattern, found, weights = text.rpartition("=")
-    if not found or not pattern:
+    pattern, separator, weights = text.rpartition("=")
+    if not separator or not pattern:
         raise ConfigError(f"--route {text}: give a pattern of document names and weights, e.g. 'code/*=1,0'")
     return pattern, _weights(weights)

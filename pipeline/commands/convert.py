@@ -151,11 +151,11 @@ def convert(context: Context, dumps: list[Receipt] | None = None) -> Outcome:
     if is_straight(context.settings):
         return publish_straight(context)
     planned = load_plan(context.store, context.settings)
-    found = dict(enumerate(dumps)) if dumps is not None else find_dumps(context, planned)
-    aside = units_aside(context, planned, found.__contains__)
-    parts = list(found.values())
+    dump_of = dict(enumerate(dumps)) if dumps is not None else find_dumps(context, planned)
+    aside = units_aside(context, planned, dump_of.__contains__)
+    parts = list(dump_of.values())
     info = dataset_info(context, planned, parts, describe(context, planned, aside))
-    job = convert_job(context, planned, info["teacher"], found.__getitem__, [one.unit for one in aside])
+    job = convert_job(context, planned, info["teacher"], dump_of.__getitem__, [one.unit for one in aside])
     outcome = run_job(context.store, job, context.stop)
     _publish(context, outcome, info)
     if context.settings.convert.delete_dump:

@@ -66,7 +66,7 @@ def certificate(shards: list[Receipt], teacher: dict[str, Any]) -> dict[str, Any
     measured = Fidelity(receipt.counts.get("fidelity") for receipt in shards).certificate(teacher, reference)
     bound = Bound(receipt.counts.get("bound") for receipt in shards).summary()
     noise = Noise(state for receipt in shards for state in receipt.counts.get("noise", ())).summary()
-    more = {name: found for name, found in (("bound", bound), ("noise", noise)) if found is not None}
+    more = {name: figure for name, figure in (("bound", bound), ("noise", noise)) if figure is not None}
     return (measured or {}) | more if more else measured
 
 
@@ -267,19 +267,19 @@ def contradictions(store: Store, shards: Sequence[Receipt], measured: dict[str, 
     if published is None:
         return []
     listed = {entry.sha256: entry for entry in published.entries}
-    found = []
+    disputed = []
     for receipt in shards:
         entry, row = listed.get(receipt.files[0].sha256), shard_entry(receipt)
         if entry is not None:
-            found += [
+            disputed += [
                 f"{entry.file}: {name} is {getattr(entry, name)} in the index, {getattr(row, name)} in its receipt"
                 for name in type(row).model_fields
                 if name not in ("file", "key") and getattr(row, name) != getattr(entry, name)
             ]
     same_shards = listed.keys() == {receipt.files[0].sha256 for receipt in shards}
     if same_shards and published.fidelity != measured:
-        found.append("the certificate of fidelity")
-    return found
+        disputed.append("the certificate of fidelity")
+    return disputed
 
 
 def _clear_unlisted(context: Context, files: set[str], keys: set[str]) -> None:

@@ -39,13 +39,13 @@ def older_datasets(store: Store) -> list["Dataset"]:
     from bytecache.schemas.dataset.editions import FOLDER
     from bytecache.schemas.dataset.index import DATASET, MANIFEST, read_dataset
 
-    found = []
+    datasets = []
     for key in [key for key in store.list(f"{_TARGETS}/{FOLDER}") if key.endswith(f"/{DATASET}")]:
         manifest = key.removesuffix(DATASET) + MANIFEST
         if store.exists(manifest):  # absent: read_dataset says so
             store.get_path(manifest)
-        found.append(read_dataset(store.get_path(key).parent))
-    return found
+        datasets.append(read_dataset(store.get_path(key).parent))
+    return datasets
 
 
 def parent_of(store: Store, published: "Dataset | None", number: int) -> str:

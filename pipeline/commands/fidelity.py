@@ -130,7 +130,7 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     if not any_teacher:
         refuse_other_teacher(dataset, TeacherIdentity.of(identity, settings.model))
     places = draw(dataset, sample)
-    found = Fidelity()
+    measured = Fidelity()
     teacher = open_teacher(settings)
     try:
         for number, group in groupby(places, key=lambda place: place[0]):
@@ -139,11 +139,11 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
             if not path.is_file() or file_sha256(path) != entry.sha256:
                 raise IntegrityError(f"{path}: missing, or not the shard that the manifest lists; fetch it again")
             positions = [position for _, position in group]
-            measure_stored(teacher, read_shard(path), positions, sample.tokens, found, context.stop)
+            measure_stored(teacher, read_shard(path), positions, sample.tokens, measured, context.stop)
     finally:
         teacher.close()
     reference = {**REFERENCE, "backend": settings.backend, "selection": "positions drawn uniformly", **sample._asdict()}
-    certificate = found.certificate(identity, reference)
+    certificate = measured.certificate(identity, reference)
     assert certificate is not None  # at least one position was drawn
     return certificate
 

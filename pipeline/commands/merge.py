@@ -66,8 +66,8 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
     if read_plan(destination) is None and giver is not None:
         for unit in plan.units:
             _copy(giver, destination, FileRecord(path=unit.slice, size=giver.size(unit.slice) or 0, sha256=unit.sha256))
-        own = [edition_key(plan.edition)] if plan.edition > 1 else []
-        for key in (*plan.page_keys, *own, PLAN_KEY):
+        edition_keys = [edition_key(plan.edition)] if plan.edition > 1 else []
+        for key in (*plan.page_keys, *edition_keys, PLAN_KEY):
             _copy(giver, destination, receipts.record_file(giver, key))
         for sha256 in (*plan.index.pages, plan.hash):
             planned = receipts.read_receipt(giver, "plan", sha256)
@@ -108,7 +108,7 @@ def _common_plan(destination: Store, sources: list[Store]) -> tuple[Plan, Store 
 
 
 def _receipts(store: Store, stage: str, result: Merged) -> dict[str, Receipt]:
-    found = {}
+    by_key = {}
     for _, key in receipts.list_receipts(store, stage):
         try:
             receipt = receipts.read_receipt(store, stage, key)
@@ -120,8 +120,8 @@ def _receipts(store: Store, stage: str, result: Merged) -> dict[str, Receipt]:
         if receipts.unit_key(stage, receipt.inputs) != key:
             result.skipped.append(f"{store.name}: {stage} {receipt.name}: its inputs do not hash to its key")
             continue
-        found[key] = receipt
-    return found
+        by_key[key] = receipt
+    return by_key
 
 
 def _slices_of(receipt: Receipt) -> set[str | None]:
@@ -130,9 +130,9 @@ def _slices_of(receipt: Receipt) -> set[str | None]:
     return one | set(receipt.inputs.get("slices", ()))
 
 
-def _refuse_two_teachers(found: list[tuple[Store, Receipt]]) -> None:
+def _refuse_two_teachers(dumps: list[tuple[Store, Receipt]]) -> None:
     first: dict[str, tuple[Store, Receipt]] = {}
-    for store, receipt in found:
+    for store, receipt in dumps:
         first.setdefault(receipt.group, (store, receipt))
     if len(first) > 1:
         (one, mine), (other, theirs) = list(first.values())[:2]

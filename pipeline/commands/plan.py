@@ -30,38 +30,40 @@ def plan(context: Context, *, grow: bool = True) -> tuple[Plan, bool]:
     """
     context.store.sweep()
     before = _whole_plan(context)
-    made, new = planning.make_plan(context.store, context.settings, context.stop, grow=grow)
+    planned, new = planning.make_plan(context.store, context.settings, context.stop, grow=grow)
     context.save_config("plan/config.toml", changed=new)
-    corpus = made.corpus
+    corpus = planned.corpus
     skipped = f", {corpus['n_empty_skipped']} empty ones skipped" if corpus["n_empty_skipped"] else ""
     context.say(
         f"plan: {'new' if new else 'unchanged'}, {corpus['n_documents']} documents{skipped}, "
-        f"{human_bytes(corpus['n_bytes'])} of text in {len(made.sizes)} units "
-        f"({made.n_heldout} held out)"
+        f"{human_bytes(corpus['n_bytes'])} of text in {len(planned.sizes)} units "
+        f"({planned.n_heldout} held out)"
     )
-    if before is not None and before.edition < made.edition:
-        context.say(f"plan: edition {made.edition} of a corpus that changed, {change_between(before, made).words()}")
+    if before is not None and before.edition < planned.edition:
+        context.say(
+            f"plan: edition {planned.edition} of a corpus that changed, {change_between(before, planned).words()}"
+        )
         context.say("plan: nothing of the editions before is deleted; what is unchanged is not computed again")
-    if made.edition > 1:
+    if planned.edition > 1:
         from bytecache.pipeline.commands.convert import requeue_parts
 
-        if requeued := requeue_parts(context, made):
+        if requeued := requeue_parts(context, planned):
             context.say(
                 f"plan: {len(requeued)} dump parts that were deleted after conversion are needed again beside what "
                 "changed; `bytecache teacher` makes them"
             )
     if line := understood(context.settings.corpus):
         context.say(f"plan: {line}")
-    for line in left_out(made, context.settings.corpus):
+    for line in left_out(planned, context.settings.corpus):
         context.say(f"plan: {line}")
-    if record := known_start(context, str(made.settings.get("kind", "text"))):
+    if record := known_start(context, str(planned.settings.get("kind", "text"))):
         context.say(f"plan: {start_line(record)}")
-    if made.settings.get("kind") == "chat":
+    if planned.settings.get("kind") == "chat":
         from bytecache.pipeline.commands.check import check_student_reads
 
-        for line in check_student_reads(context, made):
+        for line in check_student_reads(context, planned):
             context.say(f"plan: {line}")
-    return made, new
+    return planned, new
 
 
 def _whole_plan(context: Context) -> Plan | None:
@@ -85,9 +87,9 @@ def understood(settings: Corpus) -> str:
     return f"read as text, the field {settings.text_field!r} of each record: {kinds}"
 
 
-def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
+def left_out(planned: Plan, settings: Corpus) -> Iterator[str]:
     """What of the corpus is not in the plan, or not in training, a line each."""
-    corpus = made.corpus
+    corpus = planned.corpus
     passed = corpus.get("passed_over", {})
     if corpus.get("is_cut"):
         yield f"the first {human_bytes(corpus['n_bytes'])} of more (corpus.max_bytes = {settings.max_bytes}; 0 = all)"
@@ -113,17 +115,17 @@ def left_out(made: Plan, settings: Corpus) -> Iterator[str]:
         yield f"roles that a chat template may not know, by records: {listed(strange)}"
     if unread := passed.get("unread"):
         yield f"fields that are not read, by records: {listed(unread)}"
-    yield from _lopsided(made, settings)
+    yield from _lopsided(planned, settings)
 
 
-def _lopsided(made: Plan, settings: Corpus) -> Iterator[str]:
-    heldout = sum(made.sizes[index] for index in made.index.heldout)
-    if settings.heldout_fraction and not made.n_heldout:
+def _lopsided(planned: Plan, settings: Corpus) -> Iterator[str]:
+    heldout = sum(planned.sizes[index] for index in planned.index.heldout)
+    if settings.heldout_fraction and not planned.n_heldout:
         yield f"nothing is held out, all is for training: too few documents that differ{_split_hint(settings)}"
-    elif heldout > MUCH_HELD_OUT * made.n_bytes:
+    elif heldout > MUCH_HELD_OUT * planned.n_bytes:
         yield (
-            f"warning: {human_bytes(heldout)} of {human_bytes(made.n_bytes)} are held out, since a few documents are "
-            f"most of the text{_split_hint(settings)}"
+            f"warning: {human_bytes(heldout)} of {human_bytes(planned.n_bytes)} are held out, since a few documents "
+            f"are most of the text{_split_hint(settings)}"
         )
 
 

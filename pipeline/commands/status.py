@@ -29,11 +29,11 @@ def status(context: Context) -> dict[str, Any]:
     store = context.store
     damaged: list[str] = []
     by_stage: dict[str, list[Receipt]] = defaultdict(list)
-    for found in overlapped(lambda place: _look(store, *place), receipts.list_receipts(store)):
-        if isinstance(found, Receipt):
-            by_stage[found.stage].append(found)
-        elif found:
-            damaged.append(found)
+    for receipt_or_fault in overlapped(lambda place: _look(store, *place), receipts.list_receipts(store)):
+        if isinstance(receipt_or_fault, Receipt):
+            by_stage[receipt_or_fault.stage].append(receipt_or_fault)
+        elif receipt_or_fault:
+            damaged.append(receipt_or_fault)
     planned = read_plan(store)
     edition = planned.edition if planned else 1
     stages = [_plan_row(planned, by_stage["plan"])]
@@ -53,8 +53,8 @@ def _look(store: Store, stage: str, key: str) -> Receipt | str | None:
         receipt = receipts.read_receipt(store, stage, key)
     except IntegrityError as error:
         return str(error)
-    kept = () if receipt is None or receipt.deleted else receipt.files
-    wrong = [file.path for file in kept if store.size(file.path) != file.size]
+    present = () if receipt is None or receipt.deleted else receipt.files
+    wrong = [file.path for file in present if store.size(file.path) != file.size]
     return f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size" if receipt and wrong else receipt
 
 
@@ -79,11 +79,11 @@ def _row(stage: str, what: str, done: int, total: int | None, size: int, note: s
     return {"stage": stage, "what": what, "done": done, "total": total, "bytes": size, "note": note}
 
 
-def _size(found: list[Receipt]) -> int:
-    return sum(file.size for receipt in found for file in receipt.files if not receipt.deleted)
+def _size(of_stage: list[Receipt]) -> int:
+    return sum(file.size for receipt in of_stage for file in receipt.files if not receipt.deleted)
 
 
-def _plan_row(planned: Plan | None, found: list[Receipt]) -> dict[str, Any]:
+def _plan_row(planned: Plan | None, of_stage: list[Receipt]) -> dict[str, Any]:
     if planned is None:
         return _row("plan", "-", 0, 1, 0, "run `bytecache plan`")
     note = f"{human_bytes(planned.n_bytes)} of text, {len(planned.sizes)} units, {planned.n_heldout} held out"
@@ -91,13 +91,13 @@ def _plan_row(planned: Plan | None, found: list[Receipt]) -> dict[str, Any]:
     note += ", the first of more (corpus.max_bytes)" if planned.corpus.get("is_cut") else ""
     if ignored := planned.corpus.get("n_files_ignored"):
         note += f", {ignored} files of other kinds ignored"
-    return _row("plan", planned.hash[:12], 1, 1, _size(found), note)
+    return _row("plan", planned.hash[:12], 1, 1, _size(of_stage), note)
 
 
-def _teacher_rows(context: Context, planned: Plan | None, found: list[Receipt]) -> list[dict[str, Any]]:
+def _teacher_rows(context: Context, planned: Plan | None, of_stage: list[Receipt]) -> list[dict[str, Any]]:
     groups: dict[str, list[Receipt]] = defaultdict(list)
     slices = {unit.sha256 for unit in planned.units} if planned else set()
-    for receipt in found:
+    for receipt in of_stage:
         if receipt.inputs.get("slice") in slices:
             groups[receipt.group].append(receipt)
     total = len(planned.sizes) if planned else None
@@ -123,15 +123,15 @@ def _straight_row(context: Context, planned: Plan | None, shards: list[Receipt])
     return _row("teacher", fitting[0].group if fitting else "-", done, len(slices) if planned else None, 0, note)
 
 
-def _convert_row(store: Store, found: list[Receipt], edition: int) -> dict[str, Any]:
+def _convert_row(store: Store, of_stage: list[Receipt], edition: int) -> dict[str, Any]:
     try:
         dataset = read_index(store)
     except IntegrityError as error:
-        return _row("convert", "-", len(found), None, _size(found), str(error))
+        return _row("convert", "-", len(of_stage), None, _size(of_stage), str(error))
     if dataset is None:
-        return _row("convert", "-", len(found), None, _size(found), "no data set published yet")
+        return _row("convert", "-", len(of_stage), None, _size(of_stage), "no data set published yet")
     listed = {entry.file for entry in dataset.entries}
-    done = [receipt for receipt in found if Path(receipt.files[0].path).name in listed]
+    done = [receipt for receipt in of_stage if Path(receipt.files[0].path).name in listed]
     missing = dataset.info["creation"].get("missing", [])
     note = "data set published" + (f"; {summary(missing)}" if missing else "")
     number = edition_of(dataset.info)
@@ -150,10 +150,10 @@ def _older(store: Store) -> list[int]:
         return []
 
 
-def _train_rows(store: Store, found: list[Receipt], edition: int) -> list[dict[str, Any]]:
+def _train_rows(store: Store, of_stage: list[Receipt], edition: int) -> list[dict[str, Any]]:
     rows = []
-    finished = {Path(receipt.counts["checkpoint"]).parent.name for receipt in found}
-    for receipt in found:
+    finished = {Path(receipt.counts["checkpoint"]).parent.name for receipt in of_stage}
+    for receipt in of_stage:
         steps = receipt.inputs["train"]["steps"]
         seen = receipt.counts.get("edition", 1)
         note = f"of edition {seen}" if seen > 1 or edition > 1 else ""

@@ -225,7 +225,7 @@ def find_shards(context: Context, planned: Plan) -> tuple[list[Receipt], list[En
 def _receipts_by_slices(context: Context, shape: dict[str, object]) -> tuple[dict[tuple[str, ...], Receipt], str]:
     """Receipts of shards that this mode made with the current settings, and what differs where others are there."""
     store = context.store
-    found: dict[tuple[str, ...], Receipt] = {}
+    by_slices: dict[tuple[str, ...], Receipt] = {}
     differences = ""
     for _, key in receipts.list_receipts(store, "convert"):
         try:
@@ -242,5 +242,5 @@ def _receipts_by_slices(context: Context, shape: dict[str, object]) -> tuple[dic
         if changes:
             differences = "; ".join(changes)
             continue
-        found[(receipt.inputs["split"], *receipt.inputs["slices"])] = receipt
-    return found, differences
+        by_slices[(receipt.inputs["split"], *receipt.inputs["slices"])] = receipt
+    return by_slices, differences

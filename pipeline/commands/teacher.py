@@ -184,9 +184,9 @@ def teacher(context: Context) -> Outcome:
     return outcome
 
 
-def say_set_aside(context: Context, made: list[Receipt]) -> None:
+def say_set_aside(context: Context, dumped: list[Receipt]) -> None:
     """Tell how many documents the teacher cannot reproduce, if there are any."""
-    aside = set_aside(made)
+    aside = set_aside(dumped)
     if aside:
         from bytecache.stages.tokens.misfits import words
 

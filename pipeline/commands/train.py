@@ -150,7 +150,7 @@ def _begin_with_a_shorter_run(context: Context, task: Task) -> None:
 
 def _shorter_runs(store: Store, task: Task) -> list[Receipt]:
     """Receipts of finished runs like this one but for fewer steps."""
-    found = []
+    shorter = []
     for stage, key in receipts.list_receipts(store, "train"):
         with suppress(IntegrityError):  # a damaged one is the business of `verify`
             receipt = receipts.read_receipt(store, stage, key)
@@ -159,8 +159,8 @@ def _shorter_runs(store: Store, task: Task) -> list[Receipt]:
                 continue
             steps = int(shape.get("steps", 0))
             same = {**receipt.inputs, "train": {**shape, "steps": task.inputs["train"]["steps"]}} == task.inputs
-            found += [receipt] if same and steps < task.inputs["train"]["steps"] else []
-    return found
+            shorter += [receipt] if same and steps < task.inputs["train"]["steps"] else []
+    return shorter
 
 
 def _train_one(context: Context, world: "World", task: Task, targets: "Dataset") -> None:

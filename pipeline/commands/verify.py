@@ -122,11 +122,11 @@ def disputes(store: Store, inventory: Inventory) -> list[str]:
     if not shards or len(shards) != len(listed):
         return []
     teacher = published.info.get("teacher", {})
-    found = contradictions(store, shards, certificate(shards, teacher))
+    disputed = contradictions(store, shards, certificate(shards, teacher))
     parts = {part for receipt in shards for part in receipt.inputs.get("parts", ())}
     said = [receipt for receipt in inventory.of("teacher") if receipt.files[0].sha256 in parts]
     said += [receipt for receipt in shards if "teacher" in receipt.inputs]  # made without a dump
-    return found + (["the teacher"] if any(receipt.inputs["teacher"] != teacher for receipt in said) else [])
+    return disputed + (["the teacher"] if any(receipt.inputs["teacher"] != teacher for receipt in said) else [])
 
 
 def unrecorded_shards(store: Store, inventory: Inventory) -> list[str]:

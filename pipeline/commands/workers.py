@@ -84,9 +84,9 @@ def _convert_job(context: Context, planned: Plan) -> Job:
     layout = Layout("teacher", planned.edition)
     begun = read_json(store, layout.job)
     if begun is None:  # the dump was made without workers: find it by its receipts
-        found = find_dumps(context, planned)  # no quarantine either
-        identity = next(iter(found.values())).inputs["teacher"]
-        return convert_job(context, planned, identity, found.__getitem__)
+        dump_of = find_dumps(context, planned)  # no quarantine either
+        identity = next(iter(dump_of.values())).inputs["teacher"]
+        return convert_job(context, planned, identity, dump_of.__getitem__)
     identity = begun["identity"]["teacher"]
     changes = identity_changes(TeacherIdentity.of(identity, layout.job), context.settings.teacher)
     if changes:

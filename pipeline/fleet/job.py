@@ -26,7 +26,7 @@ _OF_STUDENTS = tuple(f"stages/{room}" for room in ("targets/", "student/", "trai
 @cache
 def code_hashes() -> dict[str, str]:
     """Hash of each source file of `schemas` and `stages` by its path; what works on students alone is left out."""
-    found = {}
+    hashes = {}
     for package in ("schemas", "stages"):
         spec = importlib.util.find_spec(f"bytecache.{package}")
         if spec is None or spec.origin is None:
@@ -35,8 +35,8 @@ def code_hashes() -> dict[str, str]:
         for file in sorted(root.rglob("*.py")):
             name = f"{package}/{file.relative_to(root).as_posix()}"
             if not name.startswith(_OF_STUDENTS):
-                found[name] = file_sha256(file)[:12]
-    return found
+                hashes[name] = file_sha256(file)[:12]
+    return hashes
 
 
 def record(job: Job) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Entry:
 
 def quarantined(store: Store, layout: Layout) -> list[Entry]:
     """Units that are set aside now, with their reasons; one listing and some small reads per unit."""
-    found = []
+    entries = []
     for unit in sorted(_entries(store, layout)):
         state = _state(store, layout, unit)
         if state.done or state.held or not (state.failures or state.losses):
@@ -48,8 +48,8 @@ def quarantined(store: Store, layout: Layout) -> list[Entry]:
                 kind = FAILED if state.failed >> epoch & 1 else LOST
                 facts = read_json(store, layout.mark(unit, kind, epoch)) or {}
                 reasons.append(str(facts.get("reason") or f"worker {facts.get('worker', '?')} died at it"))
-        found.append(Entry(unit, state.failures + state.losses, tuple(reasons)))
-    return found
+        entries.append(Entry(unit, state.failures + state.losses, tuple(reasons)))
+    return entries
 
 
 def retry(store: Store, layout: Layout) -> list[int]:

@@ -19,7 +19,7 @@ def fleet_status(context: Context, edition: int = 1) -> list[dict[str, Any]]:
     is judged by its heartbeat's age on this machine's clock, for display only.
     """
     store, settings = context.store, context.settings.fleet
-    found = []
+    jobs = []
     for stage in STAGES:
         layout = Layout(stage, edition)
         begun = read_json(store, layout.job)
@@ -32,18 +32,18 @@ def fleet_status(context: Context, edition: int = 1) -> list[dict[str, Any]]:
         left = int(begun["bytes"]) * (1 - done / max(n_units, 1))
         entries = quarantined(store, layout)
         lost = sorted(key.rpartition("/")[2].removesuffix(".json") for key in store.list(f"{layout.root}/lost"))
-        found.append({
+        jobs.append({
             "stage": stage, "units": n_units, "done": done, "held": held, "attempts": attempts,
             "bytes_per_s": round(rate, 3), "eta_s": round(left / rate, 1) if rate else None,
             "workers": workers, "lost": lost, "quarantine": [facts_of(entry) for entry in entries],
         })  # fmt: skip
-    return found
+    return jobs
 
 
-def fleet_table(found: list[dict[str, Any]]) -> str:
+def fleet_table(jobs: list[dict[str, Any]]) -> str:
     """`fleet_status` for a person."""
     lines = []
-    for job in found:
+    for job in jobs:
         alive = [worker for worker in job["workers"] if worker["alive"]]
         dead = len(job["workers"]) - len(alive) + len(job["lost"])
         eta = f", about {job['eta_s']:.0f} s left" if job["eta_s"] is not None and job["done"] < job["units"] else ""
@@ -69,8 +69,8 @@ def _progress(context: Context, layout: Layout, n_units: int) -> tuple[int, int,
     done = attempts = sum(block_size(block, n_units) for block in whole)
     held = 0
     unfinished = [block for block in range(n_blocks(n_units)) if block not in whole]
-    for found in overlapped(lambda block: read_names(context.store.list(layout.units(block))), unfinished):
-        states = found.values()
+    for states_by_name in overlapped(lambda block: read_names(context.store.list(layout.units(block))), unfinished):
+        states = states_by_name.values()
         done += sum(state.done for state in states)
         held += sum(state.held for state in states)
         attempts += sum(state.epoch for state in states)

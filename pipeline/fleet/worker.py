@@ -168,25 +168,25 @@ class Worker:
         while True:
             if self.drain.requested():
                 raise self._interrupted()
-            found = perform(self.store, self.claimer.claim())
-            if isinstance(found, Claim):
+            claimed = perform(self.store, self.claimer.claim())
+            if isinstance(claimed, Claim):
                 idle_since = None
                 if self.drain.requested():
-                    perform(self.store, self.claimer.release(found))
+                    perform(self.store, self.claimer.release(claimed))
                     raise self._interrupted()
-                self._attempt(found)
+                self._attempt(claimed)
                 if self._sick:
                     raise EngineError(
                         f"this worker failed at {self._sick}; mend the machine or the settings and start it again"
                     )
-            elif isinstance(found, Idle):
+            elif isinstance(claimed, Idle):
                 self.heart.touch()
                 now = time.monotonic()
                 idle_since = now if idle_since is None else idle_since
                 if 0 < self.settings.idle_exit_s <= now - idle_since:
                     say({"stage": self.job.stage, "worker": self.name, "left": "nothing to do but to wait for others"})
                     return
-                self._pause(found.seconds)
+                self._pause(claimed.seconds)
             else:
                 return
 

@@ -59,15 +59,15 @@ def change_between(older: Plan, newer: Plan) -> Change:
 
 def known_plans(store: Store) -> list[Plan]:
     """All editions of a run that are whole, the current one last; what is wrong with others their receipts tell."""
-    found: list[Plan] = []
+    plans: list[Plan] = []
     for key in [*store.list(FOLDER), PLAN_KEY]:
         try:
             plan = read_plan(store, key)
         except IntegrityError:
             continue
-        if plan is not None and all(plan.hash != other.hash for other in found):
-            found.append(plan)
-    return found
+        if plan is not None and all(plan.hash != other.hash for other in plans):
+            plans.append(plan)
+    return plans
 
 
 def newest_plan(store: Store) -> Plan | None:

@@ -176,13 +176,13 @@ class Units(Sequence[Unit]):
 
     def page(self, number: int) -> tuple[Unit, ...]:
         """The units of one page."""
-        found = self._pages.get(number)
-        if found is None:
-            found = read_page(self._plan.store, number, self._plan.index.pages[number])
+        units = self._pages.get(number)
+        if units is None:
+            units = read_page(self._plan.store, number, self._plan.index.pages[number])
             while len(self._pages) >= KEPT:
                 del self._pages[next(iter(self._pages))]
-            self._pages[number] = found
-        return found
+            self._pages[number] = units
+        return units
 
 
 def page_key(number: int, sha256: str) -> str:
@@ -241,10 +241,10 @@ def read_plan(store: Store, key: str = PLAN_KEY) -> Plan | None:
         return None
     raw, path = store.read_bytes(key), f"{store.name}/{key}"
     try:
-        found = strict_json.loads(raw)
-        version = found.get("version")
+        values = strict_json.loads(raw)
+        version = values.get("version")
         if version == PLAN_VERSION:
-            index = Index.model_validate(found)
+            index = Index.model_validate(values)
     except (ValueError, ValidationError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{path} is damaged ({reason}); run `bytecache verify --repair` to plan again") from None

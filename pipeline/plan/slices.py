@@ -108,16 +108,16 @@ def slice_ends(sizes: I64, hashes: U64, unit_bytes: int, *, whole: bool) -> list
 def certain_ends(sizes: I64, hashes: U64, least: int) -> list[int]:
     """How many documents are before each end that content decides, where `least` bytes on either side are known."""
     after = np.cumsum(sizes)  # the byte after each document
-    found: list[int] = []
+    ends: list[int] = []
     at = int(np.searchsorted(after, least))
     while at < len(after) and after[at] + least <= after[-1]:
         first, last = np.searchsorted(after, after[at] - least, "right"), np.searchsorted(after, after[at] + least)
         lowest = int(first + np.argmin(hashes[first:last]))
         if lowest == at:
-            found.append(at + 1)
+            ends.append(at + 1)
         # Whatever lies between has a lower hash too near.
         at = lowest if lowest > at else int(np.searchsorted(after, after[lowest] + least))
-    return found
+    return ends
 
 
 def _divide(sizes: I64, unit_bytes: int, *, whole: bool) -> list[int]:

@@ -221,8 +221,8 @@ def run_one(store: Store, task: Task, work: Work, tick: Tick) -> tuple[Receipt, 
         timings={"seconds": round(time.monotonic() - started, 3)},
         versions=receipts.software_versions(),
     )
-    kept = commit_receipt(store, receipt)
-    return kept, kept is receipt
+    published = commit_receipt(store, receipt)
+    return published, published is receipt
 
 
 def commit_file(store: Store, key: str, temporary: Path) -> FileRecord:

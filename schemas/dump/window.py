@@ -66,10 +66,10 @@ def _sampled_rows_stand_alone(w: Window) -> bool:
 _HISTORY = ("row_start", "row_parent", "row_token", "row_logp", "row_depth", "row_static")
 
 
-def keep_rows(window: Window, kept: np.ndarray) -> Window:
-    """An ordinary window of the rows where `kept` (bool [R]) is true, parents (kept as well) numbered anew."""
-    number = np.cumsum(kept) - 1
-    row = np.flatnonzero(kept)
+def keep_rows(window: Window, chosen: np.ndarray) -> Window:
+    """An ordinary window of the rows where `chosen` (bool [R]) is true, parents (kept as well) numbered anew."""
+    number = np.cumsum(chosen) - 1
+    row = np.flatnonzero(chosen)
     parent = window.row_parent[row]
     return take_rows(window, row, np.where(parent < 0, -1, number[parent]), window.row_depth[row])
 

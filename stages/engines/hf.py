@@ -77,10 +77,10 @@ class HfEngine(Engine):
         self.forget()
         for some in packed.runs([(len(prompt.tokens), 0) for prompt in prompts]):
             logits, _ = self._whole(prompts[some])
-            for prompt, own in zip(prompts[some], logits, strict=True):
+            for prompt, prompt_logits in zip(prompts[some], logits, strict=True):
                 plan = plan_paths(self.reducer.vocabulary, prompt.text, prompt.starts)
                 following = np.append(prompt.tokens[prompt.first_row + 1 :], -1).astype(np.int64)
-                yield self.reducer.reduce(own, plan, following, where=prompt.name)
+                yield self.reducer.reduce(prompt_logits, plan, following, where=prompt.name)
 
     @torch.inference_mode()
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
@@ -97,7 +97,7 @@ class HfEngine(Engine):
             if [id(prompt) for prompt in prompts] != [id(window.prompt) for window in windows]:
                 windows = self._windows(prompts)
             logits = self._evaluate([branches for _, _, branches in pieces[some]], windows)
-            for (number, prompt, branches), own in zip(pieces[some], logits, strict=True):
+            for (number, prompt, branches), branch_logits in zip(pieces[some], logits, strict=True):
                 if number != yet:
                     yield concatenate(parts)
                     parts, yet = [], number
@@ -105,14 +105,14 @@ class HfEngine(Engine):
                     self.reducer.vocabulary, prompt.text, np.array([branch.start for branch in branches], np.int64)
                 )
                 none = np.full(len(branches), -1, np.int64)
-                parts.append(self.reducer.reduce(own, plan, none, where=f"{prompt.name}, branches"))
+                parts.append(self.reducer.reduce(branch_logits, plan, none, where=f"{prompt.name}, branches"))
         if parts:
             yield concatenate(parts)
 
     def _whole(self, prompts: Sequence[Prompt]) -> tuple[list[torch.Tensor], list[packed.KeptWindow]]:
         """Logits of all wanted rows of some windows, in one pass; their keys are remembered while there is room."""
         logits, keys = packed.run(self.model, [packed.whole(prompt) for prompt in prompts])
-        windows = [packed.KeptWindow(prompt, own) for prompt, own in zip(prompts, keys, strict=True)]
+        windows = [packed.KeptWindow(prompt, prompt_keys) for prompt, prompt_keys in zip(prompts, keys, strict=True)]
         size = sum(window.nbytes for window in windows)
         if self._kept_bytes + size <= KEPT_BYTES:
             self._kept_bytes += size
@@ -123,26 +123,31 @@ class HfEngine(Engine):
         self, branches: Sequence[Sequence[Branch]], windows: Sequence[packed.KeptWindow]
     ) -> list[torch.Tensor]:
         """Logits of some windows' branches, in one pass; their keys are remembered while there is room."""
-        places = [packed.new_places(own, window) for own, window in zip(branches, windows, strict=True)]
-        segments = [packed.tree(own, window) for own, window in zip(branches, windows, strict=True)]
+        places = [packed.new_places(branch_keys, window) for branch_keys, window in zip(branches, windows, strict=True)]
+        segments = [packed.tree(branch_keys, window) for branch_keys, window in zip(branches, windows, strict=True)]
         logits, keys = packed.run(self.model, segments)
-        for window, new, own in zip(windows, places, keys, strict=True):
-            size = packed.size_of(own)
+        for window, new, branch_keys in zip(windows, places, keys, strict=True):
+            size = packed.size_of(branch_keys)
             if self._kept.get(id(window.prompt)) is window and self._kept_bytes + size <= KEPT_BYTES:
                 self._kept_bytes -= window.nbytes
-                window.grow(new, own)
+                window.grow(new, branch_keys)
                 self._kept_bytes += window.nbytes
         return logits
 
     def _windows(self, prompts: Sequence[Prompt]) -> list[packed.KeptWindow]:
         """Keys of windows that share a pass: those kept, or made again."""
-        kept = {id(prompt): self._kept.get(id(prompt)) for prompt in prompts}
-        lost = [prompt for prompt in prompts if (window := kept[id(prompt)]) is None or window.prompt is not prompt]
+        by_prompt = {id(prompt): self._kept.get(id(prompt)) for prompt in prompts}
+        lost = [
+            prompt for prompt in prompts if (window := by_prompt[id(prompt)]) is None or window.prompt is not prompt
+        ]
         if lost:
             shortest = [prompt._replace(first_row=len(prompt.tokens) - 1) for prompt in lost]
             _, keys = packed.run(self.model, [packed.whole(prompt) for prompt in shortest])
-            kept |= {id(prompt): packed.KeptWindow(prompt, own) for prompt, own in zip(lost, keys, strict=True)}
-        return [window for prompt in prompts if (window := kept[id(prompt)]) is not None]
+            by_prompt |= {
+                id(prompt): packed.KeptWindow(prompt, prompt_keys)
+                for prompt, prompt_keys in zip(lost, keys, strict=True)
+            }
+        return [window for prompt in prompts if (window := by_prompt[id(prompt)]) is not None]
 
     def forget(self) -> None:
         self._kept, self._kept_bytes = {}, 0

@@ -112,9 +112,9 @@ def tree(branches: Sequence[Branch], window: KeptWindow) -> Segment:
         [(anchor, chain[:length]) for length in range(1, len(chain))] for anchor, chain in places
     ]  # the chain's own last token is new
     old = dict.fromkeys(place for chain in ancestors for place in chain if place not in new)
-    own = len(window.prompt.tokens)
-    column = {place: own + index for index, place in enumerate(old)}
-    sees, sees_kept = np.eye(len(new), dtype=bool), np.zeros((len(new), own + len(old)), bool)
+    n_prompt = len(window.prompt.tokens)
+    column = {place: n_prompt + index for index, place in enumerate(old)}
+    sees, sees_kept = np.eye(len(new), dtype=bool), np.zeros((len(new), n_prompt + len(old)), bool)
     for row, ((anchor, _), chain) in enumerate(zip(places, ancestors, strict=True)):
         sees_kept[row, : anchor + 1] = True
         for place in chain:
@@ -122,14 +122,14 @@ def tree(branches: Sequence[Branch], window: KeptWindow) -> Segment:
                 sees[row, new[place]] = True
             else:
                 sees_kept[row, column[place]] = True
-    slots = torch.tensor([*range(own), *(window.slot[place] for place in old)])
+    slots = torch.tensor([*range(n_prompt), *(window.slot[place] for place in old)])
     return Segment(
         np.array([chain[-1] for _, chain in places], np.int64),
         np.array([anchor + len(chain) for anchor, chain in places], np.int64),
         np.array([new[branch.anchor, branch.chain] for branch in branches], np.int64),
         sees,
         _chosen(window.keys, slots),
-        np.array([*range(own), *(anchor + len(chain) for anchor, chain in old)], np.int64),
+        np.array([*range(n_prompt), *(anchor + len(chain) for anchor, chain in old)], np.int64),
         sees_kept,
     )
 
@@ -163,13 +163,13 @@ def run(model: Any, segments: Sequence[Segment]) -> tuple[list[torch.Tensor], li
     from transformers import DynamicCache
 
     device = model.device
-    kept = [segment.kept for segment in segments if segment.kept is not None]
+    earlier = [segment.kept for segment in segments if segment.kept is not None]
     # An empty cache keeps all keys: one made for a model's sliding window would drop some, and a branch may leave the
     # window anywhere.
     cache = DynamicCache()
-    for layer, parts in enumerate(zip(*kept, strict=True)):
+    for layer, parts in enumerate(zip(*earlier, strict=True)):
         cache.update(_joined([keys for keys, _ in parts]), _joined([values for _, values in parts]), layer)
-    past = cache.get_seq_length() if kept else 0
+    past = cache.get_seq_length() if earlier else 0
     begins = np.cumsum([0, *(len(segment.tokens) for segment in segments)])
     tokens, wanted = (
         torch.from_numpy(np.concatenate(parts)).to(device)
@@ -186,10 +186,10 @@ def run(model: Any, segments: Sequence[Segment]) -> tuple[list[torch.Tensor], li
             "attention_mask": _masks(model, *_visible(segments, past)),
         }
     logits = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=wanted, **apart).logits
-    found: list[Keys] = []
+    new_keys: list[Keys] = []
     for begin, end in zip(begins[:-1] + past, begins[1:] + past, strict=True):
-        found.append([(layer.keys[:, :, begin:end], layer.values[:, :, begin:end]) for layer in cache.layers])
-    return list(logits[0].split([len(segment.wanted) for segment in segments])), found
+        new_keys.append([(layer.keys[:, :, begin:end], layer.values[:, :, begin:end]) for layer in cache.layers])
+    return list(logits[0].split([len(segment.wanted) for segment in segments])), new_keys
 
 
 def packs(model: Any, tokens: np.ndarray) -> bool:
@@ -209,15 +209,15 @@ def packs(model: Any, tokens: np.ndarray) -> bool:
         (joined,), _ = run(model, [whole(Prompt("", tokens, half, nothing, nothing))])
         # The other window's branch comes first, so that places of keys differ from positions.
         windows = [
-            KeptWindow(Prompt("", part, 0, nothing, nothing), own)
-            for part, own in ((tokens[half:], other_keys), (tokens[:half], keys))
+            KeptWindow(Prompt("", part, 0, nothing, nothing), part_keys)
+            for part, part_keys in ((tokens[half:], other_keys), (tokens[:half], keys))
         ]
         (_, branched), _ = run(model, [tree([Branch(0, chain[:1], 0)], windows[0]), tree(branches, windows[1])])
     except Exception:  # a model that takes no such mask says so in its own way
         return False
-    expected, found = (torch.cat(rows).float().softmax(-1) for rows in ((one, other, joined), (*together, branched)))
+    expected, packed = (torch.cat(rows).float().softmax(-1) for rows in ((one, other, joined), (*together, branched)))
     # Rounding to half precision moves single probabilities by a few percent.
-    return bool((expected - found).abs().sum(-1).max() < (1e-3 if model.dtype == torch.float32 else 0.1))
+    return bool((expected - packed).abs().sum(-1).max() < (1e-3 if model.dtype == torch.float32 else 0.1))
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -232,12 +232,14 @@ def _visible(segments: Sequence[Segment], past: int) -> tuple[np.ndarray, np.nda
     row = column = 0
     for segment in segments:
         count = len(segment.tokens)
-        own = visible[row : row + count]
-        own[:, past + row : past + row + count] = np.tri(count, dtype=bool) if segment.sees is None else segment.sees
+        visible_here = visible[row : row + count]
+        visible_here[:, past + row : past + row + count] = (
+            np.tri(count, dtype=bool) if segment.sees is None else segment.sees
+        )
         if segment.kept_position is not None and segment.sees_kept is not None:
             length = len(segment.kept_position)
             key_position[column : column + length] = segment.kept_position
-            own[:, column : column + length] = segment.sees_kept
+            visible_here[:, column : column + length] = segment.sees_kept
             column += length
         row += count
     return visible, position, key_position

@@ -159,13 +159,13 @@ def _list_entries(
     """Keep each level's entries that reach the floor, and the text's own next byte; returns how many."""
     first_level = level_offset[0]
     child_at = 0
-    kept = 0
+    n_listed = 0
     for r in range(len(level_offset) - 1):
         prefix = 1.0
         for level in range(level_offset[r], level_offset[r + 1]):
             v = node[level]
             follows = node[level + 1] if level + 1 < level_offset[r + 1] else -1
-            before = kept
+            before = n_listed
             next_prefix = 0.0
             for child in range(first_child[v], first_child[v + 1]):
                 m = mass[child_at]
@@ -174,12 +174,12 @@ def _list_entries(
                     next_prefix = m
                 elif m < floor * prefix or m == 0.0:
                     continue
-                entry_byte[kept] = byte[child]
-                entry_mass[kept] = m
-                kept += 1
-            fanout[level - first_level] = kept - before
+                entry_byte[n_listed] = byte[child]
+                entry_mass[n_listed] = m
+                n_listed += 1
+            fanout[level - first_level] = n_listed - before
             prefix = next_prefix
-    return kept
+    return n_listed
 
 
 class PathReducer:
@@ -299,7 +299,7 @@ class PathReducer:
         depth = np.arange(len(span)) - np.repeat(plan.level_offset[:-1] - plan.level_offset[0], n_levels)
         fanout = np.zeros(len(span), np.uint16)
         entry_byte, entry_mass = np.zeros(len(sums.child), np.uint8), np.zeros(len(sums.child), np.float32)
-        kept = _list_entries(
+        n_listed = _list_entries(
             plan.level_offset, plan.node, trie.first_child, trie.byte, sums.child, self.floor, fanout, entry_byte,
             entry_mass,
         )  # fmt: skip
@@ -312,8 +312,8 @@ class PathReducer:
             control=sums.control[row].astype(np.float32),
             n_levels=n_levels.astype(np.int32),
             fanout=fanout,
-            entry_byte=entry_byte[:kept],
-            entry_mass=entry_mass[:kept],
+            entry_byte=entry_byte[:n_listed],
+            entry_mass=entry_mass[:n_listed],
             n_stops=np.diff(ends).astype(np.int32),
             stop_depth=np.repeat(depth, n_equal).astype(np.uint16),
             stop_token=self.vocabulary.order[ragged(trie.lo[span], n_equal)],

@@ -94,11 +94,11 @@ def parts_by_shard(sets: Sequence[Documents], common: Mapping[Name, int]) -> lis
 
     `common`: how often each is in all data sets; of equal ones the first are taken.
     """
-    found: list[list[tuple[int, Part]]] = [[] for _ in sets[0].dataset.entries]
+    by_entry: list[list[tuple[int, Part]]] = [[] for _ in sets[0].dataset.entries]
     for name, count in common.items():
         for places in islice(zip(*(one.places[name] for one in sets), strict=False), count):
-            found[places[0].entry].append((places[0].document, Part(name, places)))
-    return [[part for _, part in sorted(parts, key=lambda each: each[0])] for parts in found]
+            by_entry[places[0].entry].append((places[0].document, Part(name, places)))
+    return [[part for _, part in sorted(parts, key=lambda each: each[0])] for parts in by_entry]
 
 
 class Mixer:
@@ -157,7 +157,7 @@ class _Document:
         n = len(self.mask)
         with np.errstate(divide="ignore"):
             scores = np.log(np.array(mixing.of(self.part.name[1]), np.float64))
-        found = []
+        divergences = []
         for lo in range(0, n, PIECE):
             if stop():
                 raise Interrupted("mix stopped by a signal; rerun the same command to continue")
@@ -175,9 +175,9 @@ class _Document:
             stop_at = hi - (hi == n)
             builder.append(self.text[lo:stop_at], probs, np.minimum(tail, 1.0).astype(np.float32), self.mask[lo:hi])
             divergence = np.where(self.mask[lo:hi] == 1, disagreement(rows, speaks), 0.0)
-            found.append(divergence.astype(np.float32))
+            divergences.append(divergence.astype(np.float32))
             _count(tally, self.mask[lo:hi] == 1, self.true[lo:hi], (likelihoods, mixed, weights, speaks), divergence)
-        return found
+        return divergences
 
     def _rows(self, lo: int, hi: int) -> tuple[F64, Any, Any]:
         """float64 [T, n, 257] what each teacher says, bool [n, 257] what any lists, bool [T, n] who says anything."""

@@ -21,9 +21,14 @@ from bytecache.stages.tokens.vocab import Misfit
 
 
 def measure_stored(
-    teacher: Teacher, shard: ByteShard, positions: Sequence[int], tokens: int, found: Fidelity, stop: Callable[[], bool]
+    teacher: Teacher,
+    shard: ByteShard,
+    positions: Sequence[int],
+    tokens: int,
+    fidelity: Fidelity,
+    stop: Callable[[], bool],
 ) -> None:
-    """Compare what `shard` says from each of `positions` on, for `tokens` tokens, with this teacher; adds to `found`.
+    """Compare what `shard` says from each of `positions` on, for `tokens` tokens, with this teacher, in `fidelity`.
 
     Raises InputError where the teacher's tokenizer cannot spell a document, IntegrityError where the shard's text is
     not the text that was evaluated, Interrupted when `stop()` says so.
@@ -56,4 +61,4 @@ def measure_stored(
         symbol, text = true_symbols(window), shard.text[lo : lo + stretch.n_targets]
         if not np.array_equal(symbol[symbol != END], text[: len(symbol)][symbol != END]):
             raise IntegrityError(f"{where}: its text changed at byte {stretch.first}; fetch or make this shard again")
-        found.add_positions(Lattice(window, drop=DROPPED), shard, lo)
+        fidelity.add_positions(Lattice(window, drop=DROPPED), shard, lo)

@@ -64,10 +64,10 @@ def both_modes(amounts: Amounts, dump: Predicted, targets: Predicted) -> tuple[T
     return by_dump, straight
 
 
-def traffic_lines(found: Sequence[Traffic], text_bytes: int, keep: str) -> list[str]:
+def traffic_lines(traffic: Sequence[Traffic], text_bytes: int, keep: str) -> list[str]:
     """For a person: one line a mode, per GB of text too; `keep`: the mode that is configured."""
     lines = []
-    for one in found:
+    for one in traffic:
         per_gb = one.requests / max(text_bytes / 1e9, 1e-12)
         configured = " (as configured)" if one.keep == keep else ""
         lines.append(

@@ -49,8 +49,16 @@ def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(results, key=lambda result: ORDER.index(result["name"]) if result["name"] in ORDER else len(ORDER))
 
 
+def text_differs(results: list[dict[str, Any]]) -> str:
+    """How much text each student read, where it was not the same for all; else nothing."""
+    sizes = {result["name"]: int(result["text_bytes"]) for result in in_order(results)}
+    return ", ".join(f"{name} {size:,d} B" for name, size in sizes.items()) if len(set(sizes.values())) > 1 else ""
+
+
 def retention(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Of every arm that has one, by name."""
+    """Of every arm that has one, by name; none where not all could read the same documents (`text_differs`)."""
+    if text_differs(results):
+        return {}
     bits = {result["name"]: float(result["token_bits_per_byte"]) for result in results}
     way = bits.get(ORIGINAL, math.nan) - bits.get(BEFORE, math.nan)
     if not way < 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bytecache.pipeline.commands.dataset import teacher_counts
 from bytecache.pipeline.commands.evaluate import BEFORE, ORIGINAL
-from bytecache.pipeline.commands.report.facts import in_order, retention
+from bytecache.pipeline.commands.report.facts import in_order, retention, text_differs
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt
 
@@ -84,6 +84,8 @@ def _held_out_rows(results: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         if name not in _HELD_OUT:
             yield f"{held_out}: byte head or choices", f"{result['head_bits_per_byte']:.4f} bits/covered byte"
         yield f"{held_out}: KL to the teacher", f"{result['kl_nats_per_byte']:.4f} nats/covered byte"
+    if words := text_differs(results):
+        yield "held out, of other text each, so not to be compared", words
     if results:
         yield "held out, teacher", f"{results[0]['teacher_bits_per_byte']:.4f} bits/byte"
         share = results[0]["head_time_share"]

@@ -24,10 +24,10 @@ HOSTILE = (
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
-def result(name: str, bits: float) -> dict[str, object]:
+def result(name: str, bits: float, text_bytes: int = 1000) -> dict[str, object]:
     return {
         "name": name, "token_bits_per_byte": bits, "kl_nats_per_byte": 0.1, "head_bits_per_byte": bits,
-        "teacher_bits_per_byte": 0.75, "head_time_share": None,
+        "teacher_bits_per_byte": 0.75, "head_time_share": None, "text_bytes": text_bytes,
     }  # fmt: skip
 
 
@@ -129,6 +129,15 @@ def test_retention_is_the_part_of_the_way_from_before_to_the_original() -> None:
     assert retention(worse) == {} and retention(RESULTS[:2]) == {}
     assert "retention" not in str(summary_rows(1, [], [], [], worse)) and "Retention" not in report_page(
         Facts(title="t", table=[], arms=arms_of(worse))
+    )
+
+
+def test_students_that_read_other_text_are_not_compared() -> None:
+    other = [*RESULTS[:2], result("before", 1.5), result("original", 1.0, 900)]
+    assert retention(other) == {} and "%" not in str(summary_rows(1, [], [], [], other))
+    assert (
+        "original 900 B"
+        in dict(summary_rows(1, [], [], [], other))["held out, of other text each, so not to be compared"]
     )
 
 

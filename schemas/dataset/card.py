@@ -102,7 +102,12 @@ def render(document: dict[str, Any], published: Published | None = None) -> byte
     ):  # fmt: skip
         lines.append(f"| {label} | " + " | ".join(f"{total[field]:,}" for total in splits.values()) + " |")
     lines.append("| mean unlisted mass | " + " | ".join(f"{t['tail_mean']:.2e}" for t in splits.values()) + " |")
-    lines += ["", "## How true it is", "", *_truth(document.get("fidelity") or {})]
+    lines += [
+        "",
+        "Unlisted mass is the probability of all symbols that are too unlikely to be listed one by one; nothing is",
+        "scaled up to hide it.",
+    ]
+    lines += ["", "## How true it is", "", *_worth(info), *_truth(document.get("fidelity") or {})]
     lines += ["", "## Where it comes from", "", "| | |", "|---|---|"]
     for label, value in _facts(info):
         lines.append(f"| {label} | {_markdown(value)} |")
@@ -152,6 +157,29 @@ def _rights(info: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _worth(info: dict[str, Any]) -> list[str]:
+    """What targets of less than a teacher's whole distributions are worth, and what a mixture is of."""
+    teacher, mixed = info.get("teacher") or {}, info.get("mix")
+    mixed = mixed if isinstance(mixed, dict) else {}
+    lines = []
+    if teacher.get("kind") == "foreign" or (teacher.get("settings") or {}).get("backend") == "server":
+        k = _number(teacher, "settings", "top_k") or _number(teacher, "cache", "k")
+        lines = [
+            f"**Made of lists.** Of each token only the {f'{k:.0f} ' if k else ''}likeliest were known, not the whole",
+            "distribution: what lies beyond the lists is unlisted mass, most of all inside tokens.", "",
+        ]  # fmt: skip
+    bits, sources = mixed.get("bits_per_byte"), mixed.get("sources")
+    whole = _number(mixed, "bits_per_byte_mixed")
+    if isinstance(bits, list) and isinstance(sources, list) and whole is not None:
+        parts = [
+            f"{_markdown(_line(_teacher(source)) or 'a teacher')} {bit:.3f}"
+            for source, bit in zip(sources, bits, strict=False)
+            if isinstance(source, dict) and isinstance(bit, int | float)
+        ]
+        lines += [f"A mixture: it gives the text {whole:.3f} bits a byte; its teachers alone: {', '.join(parts)}.", ""]
+    return lines
+
+
 def _truth(fidelity: dict[str, Any]) -> list[str]:
     """The certificate, in words and then in numbers."""
     if not fidelity:
@@ -171,9 +199,12 @@ def _truth(fidelity: dict[str, Any]) -> list[str]:
     bound = _number(fidelity, "bound", "jsd")
     if bound is not None:
         lines.append(f"Over all positions the Jensen-Shannon divergence from the teacher is at most {bound:.2g} nats.")
+    noise = _number(fidelity, "noise", "kl", "mean")
+    if noise is not None:
+        lines.append(f"The teacher's own noise, its precision against float32, is {noise:.2g} nats a byte beside that.")
     lines += ["Whoever has the teacher can measure it again: `bytecache fidelity FOLDER --teacher MODEL`.", ""]
     rows = [f"| {_markdown(_line(key))} | {_markdown(value)} |" for key, value in _leaves(fidelity)]
-    return [*lines, "| | |", "|---|---:|", *rows]
+    return [*lines, "<details><summary>All figures</summary>", "", "| | |", "|---|---:|", *rows, "", "</details>"]
 
 
 def _number(value: Any, *path: str) -> float | None:
@@ -203,7 +234,15 @@ def _size(n: int) -> str:
 def _facts(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     teacher, corpus = info.get("teacher") or {}, info.get("corpus") or {}
     settings, software = info.get("settings") or {}, info.get("software") or {}
-    named = (("teacher", _teacher(info)), ("revision", teacher.get("revision")))
+    precision = [str(teacher.get(name)) for name in ("dtype", "quantization") if teacher.get(name)]
+    precision += [f"head {teacher['head_dtype']}"] if teacher.get("head_dtype") else []
+    edition = info.get("edition") or {}
+    named = (
+        ("teacher", _teacher(info)), ("revision", teacher.get("revision")), ("adapter", teacher.get("adapter")),
+        ("teacher's precision", ", ".join(precision)), ("served as", teacher.get("served")),
+        ("edition", edition.get("number") if edition.get("parent") else None),
+        ("edition before", edition.get("parent")),
+    )  # fmt: skip
     yield from ((label, _line(value)) for label, value in named if value)
     if info.get("tokenizer"):
         yield "teacher's vocabulary", _line(", ".join(f"{k} {v}" for k, v in _leaves(info["tokenizer"])))

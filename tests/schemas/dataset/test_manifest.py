@@ -376,3 +376,27 @@ def test_the_card_repeats_the_index_and_keeps_what_people_wrote(folder: Path) ->
     write_dataset(folder, entries, INFO)
     assert readme.read_text() == "my own card"
     assert verify_dataset(folder) == []
+
+
+def test_the_card_says_in_words_what_targets_are_worth(folder: Path) -> None:
+    entries = read_dataset(folder).entries
+
+    def card_of(info: dict[str, Any], fidelity: dict[str, Any] | None = None) -> str:
+        write_dataset(folder, entries, INFO | info, fidelity)
+        return (folder / "README.md").read_text()
+
+    served = {"model": "m", "served": "big", "settings": {"backend": "server", "top_k": 64}}
+    assert "only the 64 likeliest were known" in card_of({"teacher": served})
+    assert "only the 20 likeliest were known" in card_of({"teacher": {"kind": "foreign", "cache": {"k": 20}}})
+    plain = card_of({"teacher": {"model": "m", "dtype": "bfloat16", "head_dtype": "float32", "adapter": "mine"}})
+    assert "likeliest were known" not in plain and "A mixture" not in plain
+    assert "| teacher's precision | bfloat16, head float32 |" in plain and "| adapter | mine |" in plain
+    sources = [{"teacher": {"model": "a"}}, {"teacher": {"model": "<b>"}}]
+    mixed = {"bits_per_byte": [1.25, 1.5], "bits_per_byte_mixed": 1.2, "sources": sources}
+    assert "it gives the text 1.200 bits a byte" in card_of({"mix": mixed})
+    for broken in ({"bits_per_byte": 3}, {"sources": [None], "bits_per_byte": ["x"], "bits_per_byte_mixed": 1}, []):
+        card_of({"mix": broken})
+    noisy = card_of({}, {"kl": {"mean": 0.01}, "noise": {"kl": {"mean": 0.002}}})
+    assert "precision against float32, is 0.002 nats a byte" in noisy and "<details>" in noisy
+    later = card_of({"edition": {"number": 2, "parent": "ab" * 32}})
+    assert "| edition | 2 |" in later and "ab" * 32 in later

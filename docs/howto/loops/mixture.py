@@ -37,7 +37,7 @@ def main() -> None:
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {number + 1}: loss {float(value):.4f}", flush=True)
+        print(f"step {number + 1}: loss {value.item():.4f}", flush=True)
     if state:
         state.write_text(json.dumps(rows.state_dict()))
 

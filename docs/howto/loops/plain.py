@@ -37,7 +37,7 @@ def main() -> None:
         for batch in step:
             value = loss.of_model(model, batch, counts)
             value.backward()
-            total += float(value)
+            total += value.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -35,6 +35,8 @@ DEFAULT_FILE = "pipeline.toml"
 RESOLVED_FILE = "config.toml"
 MAX_FILE = 1 << 20
 """Bytes of a configuration, at most."""
+MAX_DOTS = 100
+"""Dots in a line of one."""
 
 
 def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
@@ -210,12 +212,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _parse_toml(raw: bytes, path: str) -> dict[str, Any]:
     if len(raw) > MAX_FILE:
         raise ConfigError(f"configuration {path} is longer than {MAX_FILE} bytes; name a pipeline.toml")
+    # A key of n parts, which is on one line, costs its parser memory in proportion to the square of n.
+    for number, line in enumerate(raw.splitlines(), 1):
+        if line.count(b".") > MAX_DOTS:
+            raise ConfigError(f"configuration {path}, line {number}: more than {MAX_DOTS} dots; correct that line")
     try:
         return tomllib.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"configuration {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"configuration {path} is not TOML: {error}; correct that line") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of thousands of digits
+        why = str(error).partition(";")[0]
+        raise ConfigError(f"configuration {path} is not TOML: {why}; correct that line") from None
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -256,7 +263,7 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
     raw = raw.strip()
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError, KeyError):
+    except (ValueError, RecursionError, KeyError):  # TOMLDecodeError, or a number of thousands of digits
         value = raw
     # A shell strips quotes, so a bare word for a text key is text even where TOML would read 2048 or true.
     if not isinstance(value, str | list | dict) and isinstance(

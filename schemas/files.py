@@ -75,6 +75,11 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def arrow_path(path: str | os.PathLike[str]) -> Path:
+    """A path as Arrow may have it: of a relative one with a colon (`2026-11-30T12:00/...`) it makes an address."""
+    return Path(path).absolute()
+
+
 def refuse_to_write(path: Path) -> None:
     """Raises NotAFileError unless `path` is a regular file or a name that nothing has yet; links are not followed."""
     with suppress(FileNotFoundError):
@@ -130,6 +135,20 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, text.encode("utf-8"))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there yet. Raises StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(
+            f"{error.filename or folder}: a folder is to be made here, and a file, or a link to nothing, stands in its "
+            "place or above it; move that away, or name another folder"
+        ) from error
+    except OSError as error:
+        why = error.strerror or error
+        raise StorageError(f"{folder}: cannot be made: {why}; free space, fix permissions or name another") from error
+
+
 _PREFIX = ".scratch-"
 
 
@@ -146,7 +165,7 @@ def cache_folder() -> Path:
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """A new folder in `parent`, gone at exit unless renamed; first removes those of dead processes of this machine."""
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     host = socket.gethostname().replace("-", "_")
     for old in parent.glob(f"{_PREFIX}{host}-*"):
         if not _alive(old.name.split("-")[2]):

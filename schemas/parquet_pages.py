@@ -55,6 +55,8 @@ def pages_of(stream: BinaryIO, meta: "pq.FileMetaData", group: int, columns: Seq
         chunk = row_group.column(number)
         if columns and chunk.path_in_schema.partition(".")[0] not in columns:
             continue
+        if not chunk.num_values:  # nothing is read of it, and its places may be anything
+            continue
         start, dictionary = chunk.data_page_offset, chunk.dictionary_page_offset
         if dictionary is not None and 0 < dictionary < start:
             start = dictionary

@@ -21,7 +21,7 @@ def parse(data: bytes) -> Any:
     """
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer,
+            data.decode("utf-8"), object_pairs_hook=distinct, parse_constant=_constant, parse_int=_integer,
             parse_float=_float,
         )  # fmt: skip
     except RecursionError as error:
@@ -39,7 +39,8 @@ def loads(data: str | bytes) -> Any:
         raise ValueError("nested too deep") from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its pairs, as `object_pairs_hook`. Raises ValueError for a repeated key."""
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bytecache.pipeline.context import Context
 from bytecache.schemas.errors import BytecacheError, InputError
+from bytecache.schemas.files import arrow_path
 from bytecache.schemas.settings import is_transfer
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def check_student_reads(context: Context, planned: "Plan") -> Iterator[str]:
     for unit in planned.units:
         if tried >= SAMPLE:
             break
-        table = pq.read_table(context.store.get_path(unit.slice), columns=["text", "context"]).slice(0, SAMPLE - tried)
+        piece = arrow_path(context.store.get_path(unit.slice))
+        table = pq.read_table(piece, columns=["text", "context"]).slice(0, SAMPLE - tried)
         for text, before in zip(table.column("text").to_pylist(), table.column("context").to_pylist(), strict=True):
             tried += 1
             if json.loads(before) and isinstance(misfit := encode_answer(vocabulary, template, before, text), Misfit):

@@ -22,7 +22,7 @@ from bytecache.pipeline.units.receipts import unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
-from bytecache.schemas.files import file_sha256
+from bytecache.schemas.files import arrow_path, file_sha256, make_folder
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Settings
 from bytecache.stages.foreign.cache import Aside, ForeignTeacher, read_off
@@ -64,7 +64,12 @@ def import_cache(context: Context, source: Source) -> Outcome:
     )
     if teacher.cache.passed_over:
         context.say(f"import: {teacher.cache.passed_over} files of other kinds are no part of the cache, passed over")
-    aside = _write_corpus(teacher, store.root / CORPUS)
+    aside, strays = _write_corpus(teacher, store.root / CORPUS)
+    if strays:
+        context.say(
+            f"import: {strays} listed ids are none of the tokenizer's {teacher.vocabulary.size}; their mass counts as "
+            "unlisted (a head may be padded; else check that this is the teacher's tokenizer)"
+        )
     if aside:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(aside.items()))
         context.say(f"import: documents set aside ({reasons})")
@@ -84,16 +89,22 @@ def _open(context: Context, source: Source) -> ForeignTeacher:
     return ForeignTeacher(cache, vocabulary, read_off(cache, source.alignment, source.renormalised))
 
 
-def _write_corpus(teacher: ForeignTeacher, path: Path) -> Counter[str]:
-    """The documents' text as a corpus of the run; returns why documents were set aside, counted."""
+def _write_corpus(teacher: ForeignTeacher, path: Path) -> tuple[Counter[str], int]:
+    """The documents' text as a corpus of the run; returns why documents were set aside, counted, and ids of no token.
+
+    Of the lists, that is: a text with such an id is set aside.
+    """
     aside: Counter[str] = Counter()
+    strays = 0
     schema = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(arrow_path(temporary), schema, compression="zstd") as writer:
         rows: list[dict[str, str]] = []
         for number in range(len(teacher.cache)):
-            for index, document in enumerate(teacher.documents(teacher.cache[number])):
+            record = teacher.cache[number]
+            strays += int((record.ids >= teacher.vocabulary.size).sum())
+            for index, document in enumerate(teacher.documents(record)):
                 if isinstance(document, Aside):
                     aside[document.reason] += 1
                     continue
@@ -106,7 +117,7 @@ def _write_corpus(teacher: ForeignTeacher, path: Path) -> Counter[str]:
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     temporary.replace(path)
-    return aside
+    return aside, strays
 
 
 def identity_of(teacher: ForeignTeacher, source: Source, settings: Settings) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def _dump_unit(
     }  # fmt: skip
     described = {"vocabulary": teacher.vocabulary.describe(), "kind": "text", "ends": True, "reference": {}}
     writer = token_dump.DumpWriter(out, {**meta, **described})
-    for index, doc_id in enumerate(pq.read_table(piece, columns=["doc_id"]).column("doc_id").to_pylist()):
+    for index, doc_id in enumerate(pq.read_table(arrow_path(piece), columns=["doc_id"]).column("doc_id").to_pylist()):
         if stop():
             raise Interrupted("stopped while importing; rerun the same command to continue")
         number, _, inside = doc_id.partition(".")

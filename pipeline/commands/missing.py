@@ -17,6 +17,7 @@ from bytecache.pipeline.fleet.quarantine import Entry, quarantined
 from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.errors import InputError
+from bytecache.schemas.files import arrow_path
 
 _SHOWN = 3
 
@@ -44,7 +45,8 @@ def describe(context: Context, planned: Plan, aside: list[Entry]) -> list[dict[s
     found = []
     for entry in aside:
         unit = planned.units[entry.unit]
-        documents = pq.read_table(context.store.get_path(unit.slice), columns=["doc_id"]).column("doc_id").to_pylist()
+        piece = arrow_path(context.store.get_path(unit.slice))
+        documents = pq.read_table(piece, columns=["doc_id"]).column("doc_id").to_pylist()
         context.store.release(unit.slice)
         found.append({
             "unit": entry.unit, "split": unit.split, "n_documents": unit.n_docs, "n_bytes": unit.n_bytes,

@@ -12,7 +12,7 @@ from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
 from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.files import replace_file, scratch_folder
+from bytecache.schemas.files import make_folder, replace_file, scratch_folder
 
 
 def repair_dataset(folder: Path, source: str) -> list[str]:
@@ -66,7 +66,7 @@ def _settle(folder: Path, file: str, kind: str) -> str:
         (folder / file).unlink()
         return f"removed: {file}, a second copy of a listed shard"
     if (folder / file).exists():
-        aside.mkdir(parents=True, exist_ok=True)
+        make_folder(aside)
         os.replace(folder / file, _free(aside / file))
     if file == card.FILE:
         replace_file(folder / file, card.render(strict_json.parse((folder / DATASET).read_bytes())))

@@ -21,7 +21,7 @@ from bytecache.schemas.dataset.card import FILE as CARD
 from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, Dataset, read_dataset
 from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256, replace_file
+from bytecache.schemas.files import file_sha256, make_folder, replace_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -166,7 +166,7 @@ def pull(place: str, folder: Path, say: Callable[[str], None] = lambda _: None) 
     dataset = open_dataset(place)
     where = place.rstrip("/")
     _refuse_other(folder, dataset)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     fetched = present = 0
     for entry in dataset.entries:
         path = folder / entry.file

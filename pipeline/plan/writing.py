@@ -17,6 +17,7 @@ from bytecache.pipeline.plan.index import Split
 from bytecache.pipeline.plan.slices import Entry
 from bytecache.pipeline.stores import Store, disk_errors
 from bytecache.pipeline.units.runner import commit_file
+from bytecache.schemas.files import arrow_path
 from bytecache.stages.corpus.conversations import KIND_KEY
 from bytecache.stages.corpus.reader import Document
 
@@ -51,8 +52,9 @@ def write_slice(store: Store, split: Split, entries: Sequence[Entry], kind: str)
     try:
         with disk_errors(f"writing {temporary}"):
             pq.write_table(
-                table, temporary, compression="zstd", compression_level=1, use_dictionary=False, row_group_size=1024
-            )
+                table, arrow_path(temporary), compression="zstd", compression_level=1, use_dictionary=False,
+                row_group_size=1024,
+            )  # fmt: skip
         sha256 = commit_file(store, key, temporary).sha256
     finally:
         temporary.unlink(missing_ok=True)

@@ -16,13 +16,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from bytecache.schemas.errors import ConfigError, StorageError
-from bytecache.schemas.files import NotAFileError
+from bytecache.schemas.files import NotAFileError, read_regular
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 AT_ONCE = 64
 """Requests under way at a time in `overlapped`."""
 TEMP_FOLDER = ".tmp"
+MAX_SMALL = 1 << 28
+"""Bytes of what `read_bytes` reads whole, at most."""
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free space or point run.dir at a larger disk, then rerun the same command",
     errno.EDQUOT: "the disk quota is used up; free space or raise it, then rerun the same command",
@@ -33,6 +35,8 @@ _REMEDIES = {
     errno.EIO: "the device reports an input/output error; check the disk, then rerun the same command",
     errno.ENAMETOOLONG: "the path is too long; use a shorter run.dir",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another run.dir",
+    errno.EEXIST: "something else stands where a folder is to be, a file or a link to nothing; move it away and rerun",
+    errno.ELOOP: "a link leads back to itself; remove it, or choose another run.dir",
 }
 
 
@@ -166,6 +170,14 @@ def _refusal(error: Exception) -> int:
     return int(number[1]) if number else 0
 
 
+def read_small(path: Path) -> bytes:
+    """The bytes of a document that is read whole. Raises StorageError for one beyond `MAX_SMALL`."""
+    raw = read_regular(path, MAX_SMALL)
+    if len(raw) > MAX_SMALL:
+        raise StorageError(f"{path}: {path.stat().st_size} bytes, at most {MAX_SMALL} are read; it is no file of ours")
+    return raw
+
+
 def overlapped(function: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
     """`function` of every item, in order; many at a time where there are many, since a remote store answers each late.
 
@@ -180,10 +192,15 @@ def overlapped(function: Callable[[Item], Answer], items: Iterable[Item]) -> lis
 
 def check_key(key: str, where: str) -> tuple[str, ...]:
     """The parts of a key. Raises ConfigError unless it is a plain path inside the store."""
-    parts = PurePosixPath(key).parts
-    if not parts or key.startswith("/") or ".." in parts or parts[0] == TEMP_FOLDER:
+    if not is_key(key):
         raise ConfigError(f"object key {key!r} is not a path inside the run folder {where}")
-    return parts
+    return PurePosixPath(key).parts
+
+
+def is_key(key: str) -> bool:
+    """Whether it is a plain path inside a store."""
+    parts = PurePosixPath(key).parts
+    return bool(parts) and not key.startswith("/") and ".." not in parts and parts[0] != TEMP_FOLDER and "\0" not in key
 
 
 def json_bytes(value: Any) -> bytes:

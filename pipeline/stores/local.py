@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes
+from bytecache.pipeline.stores.base import TEMP_FOLDER, check_key, disk_errors, json_bytes, read_small
 from bytecache.pipeline.stores.processes import has_ended, is_ours, process_name
 from bytecache.schemas.errors import StorageError
 from bytecache.schemas.files import file_sha256, flush_to_disk, kind_of, open_regular, put_in_place, refuse_to_write
@@ -113,7 +113,7 @@ class LocalStore:
         return open_regular(self.get_path(key))
 
     def read_bytes(self, key: str) -> bytes:
-        return self.get_path(key).read_bytes()
+        return read_small(self.get_path(key))
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()

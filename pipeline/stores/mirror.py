@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bytecache.schemas.files import put_in_place
+from bytecache.schemas.files import make_folder, put_in_place
 
 
 class Note(BaseModel):
@@ -59,7 +59,7 @@ class Mirror:
     def adopt(self, key: str, source: Path, version: str) -> Path:
         """Make `source` (same device) the copy of `key`."""
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         put_in_place(source, path)
         self.describe(key, version, path.stat())
         return path
@@ -68,7 +68,7 @@ class Mirror:
         """Note that the file at `path(key)`, when this was its `stat`, equalled this version of the object."""
         note = Note(version=version, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
         place = self._note_path(key)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         temporary = place.with_name(f".{os.getpid()}-{place.name}")
         temporary.write_text(json.dumps(note.model_dump()))
         put_in_place(temporary, place)

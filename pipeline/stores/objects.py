@@ -20,7 +20,7 @@ from bytecache.pipeline.stores.local import STALE_SECONDS, LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
 from bytecache.pipeline.stores.services import open_clients
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.files import file_sha256
+from bytecache.schemas.files import file_sha256, make_folder
 
 PATIENCE = 120.0
 
@@ -143,7 +143,7 @@ class ObjectStore:
         if prefix:
             check_key(prefix, self.name)
         here = self._mirror.path(prefix)
-        here.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(here.parent)
         if record and not self.exists(f"{prefix}/{record}"):
             return here
         there = list(self.list(prefix))

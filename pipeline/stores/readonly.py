@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from bytecache.pipeline.stores.base import check_key, disk_errors
+from bytecache.pipeline.stores.base import check_key, disk_errors, read_small
 from bytecache.pipeline.stores.local import LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
 from bytecache.schemas.errors import ConfigError, StorageError
@@ -67,7 +67,7 @@ class ReadOnlyStore:
                 temporary.unlink(missing_ok=True)
 
     def read_bytes(self, key: str) -> bytes:
-        return self.get_path(key).read_bytes()
+        return read_small(self.get_path(key))
 
     def open(self, key: str) -> BinaryIO:
         return self.get_path(key).open("rb")

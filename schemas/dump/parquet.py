@@ -14,6 +14,7 @@ planes, zstd over all: a blob is read in half of the time that a Parquet list ta
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from bytecache.schemas.dump.shares import REFERENCE_STEP, step_of
 from bytecache.schemas.dump.unpacking import window_of
 from bytecache.schemas.dump.window import Window, is_consistent
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.files import arrow_path
 from bytecache.schemas.parquet_pages import refuse_blown_up
 
 FORMAT = "bytecache.token-dump"
@@ -68,8 +70,9 @@ LEVEL = 9
 
 def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:
     """Packs columns of a part, all or some, into a path or an Arrow stream."""
+    sink = arrow_path(place) if isinstance(place, str | os.PathLike) else place
     return pq.ParquetWriter(
-        place, schema, compression="zstd", compression_level=LEVEL, use_dictionary=False, write_statistics=False
+        sink, schema, compression="zstd", compression_level=LEVEL, use_dictionary=False, write_statistics=False
     )
 
 
@@ -143,7 +146,7 @@ def _columns_of(window: Window, packed: Packed, step: int) -> dict[str, Any]:
 def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
     """A part and its metadata. Raises IntegrityError unless it is a whole one of a version that is read."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(arrow_path(path))
         schema = file.schema_arrow
         names = schema.names
     except FileNotFoundError as error:

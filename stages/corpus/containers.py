@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.files import open_regular
+from bytecache.schemas.files import arrow_path, open_regular
 from bytecache.schemas.parquet_pages import pages_of
 from bytecache.stages.corpus.arrow_messages import batch_sizes
 
@@ -66,7 +66,7 @@ class Table:
         place = _Batches()
         try:
             if self.path.suffix == ".parquet":
-                with pq.ParquetFile(self.path) as file:
+                with pq.ParquetFile(arrow_path(self.path)) as file:
                     place.start = lambda names: _groups(self.path, file, names)
                     yield file.schema_arrow, place
             else:

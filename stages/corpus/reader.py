@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import conversations, hub
@@ -121,6 +122,12 @@ class CorpusReader:
                 f"records, so there is nothing to learn; roles found: {listed(tally.unanswered)}; name who answers "
                 "`assistant`, and who asks `user`"
             )
+        if tally.overlong:
+            return InputError(
+                f"corpus {self.corpus.source} holds no text of at most {MAX_DOCUMENT} bytes: "
+                f"{sum(tally.overlong.values())} longer documents were left out, {tally.empty} are empty: "
+                f"{listed(tally.overlong)}; split them"
+            )
         return InputError(
             f"corpus {self.corpus.source} holds no text ({tally.empty} empty documents); "
             "name a source with text in corpus.source"
@@ -200,7 +207,9 @@ class CorpusReader:
             if not raw.strip():
                 continue
             text = _decode(raw, path, number, offset - len(raw))
-            record = _parse_record(text, where, field)
+            # What has the text's name once has it twice in no object; conversations repeat names, and are looked at.
+            once = self.corpus.kind == "text" and text.count(f'"{field}"') < 2
+            record = _parse_record(text, where, field, once=once)
             if self.corpus.kind != "text":
                 yield from self._turns(record, _content_id(name, raw), where)
                 continue
@@ -262,6 +271,8 @@ class CorpusReader:
                 wanted = [field, *(column for column in ID_FIELDS if column in columns and column != field)]
             else:
                 wanted = [column for column in columns if column not in self._ignored]
+            if repeated := sorted({column for column in wanted if columns.count(column) > 1}):
+                raise InputError(f"{path}: more than one column {repeated[0]!r}; rename or remove one")
             unread = [column for column in columns if column not in wanted]
             for row, record in batches.records(wanted):
                 where = f"{path}, row {row}"
@@ -294,16 +305,18 @@ def _skip_line(stream: BinaryIO | LineRange, line: bytes) -> int:
     return skipped
 
 
-def _parse_record(text: str, where: str, field: str) -> dict[str, Any]:
-    """The object on a line. Raises InputError."""
+def _parse_record(text: str, where: str, field: str, *, once: bool) -> dict[str, Any]:
+    """The object on a line; `once`: nobody need look for repeated keys. Raises InputError."""
     try:
-        record: Any = json.loads(text)
+        record: Any = json.loads(text) if once else json.loads(text, object_pairs_hook=strict_json.distinct)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{where}: not JSON: {error.msg} at column {error.colno}; one JSON object per line is expected"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: JSON that cannot be read ({error}); correct or remove the line") from None
+        why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        why = "a number of thousands of digits" if "set_int_max_str_digits" in why else why
+        raise InputError(f"{where}: JSON that cannot be read ({why}); correct or remove the line") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with a field {field!r}")
     return record
@@ -314,7 +327,7 @@ def _check_text_column(schema: Any, field: str, path: Path) -> None:
 
     if field not in schema.names:
         raise InputError(f"{path}: no column {field!r}; {_offer(field, schema.names)}")
-    kind = schema.field(field).type
+    kind = schema.field(schema.names.index(field)).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise InputError(f"{path}: column {field!r} is {kind}, expected text; name another corpus.text_field")

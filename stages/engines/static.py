@@ -27,7 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bytecache.schemas.files import scratch_folder
+from bytecache.schemas.errors import StorageError
+from bytecache.schemas.files import make_folder, scratch_folder
 from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 
@@ -221,8 +222,14 @@ class StaticStates:
         if not fresh or fresh < min(SAVE_AT_ONCE, len(self._place) // 8):
             return
         self._unsaved = []
+        try:
+            self._write(folder, blocks)
+        except (OSError, StorageError, SafetensorError) as error:  # they cost time the next time, and nothing else
+            _LOG.warning("%s: static states are not kept for later runs: %s", folder, " ".join(str(error).split()))
+
+    def _write(self, folder: Path, blocks: Sequence[_Block]) -> None:
         states = torch.cat([block.states for block in blocks])
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if sum(file.stat().st_size for file in folder.glob("*.safetensors")) + states.nbytes > MAX_SAVED:
             _LOG.warning("%s holds %d bytes of static states already; no more are kept there", folder, MAX_SAVED)
             return

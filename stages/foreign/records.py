@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.files import arrow_path
 from bytecache.schemas.parquet_pages import refuse_blown_up
 from bytecache.stages.foreign.packed import Packing
 
@@ -88,7 +89,7 @@ class Cache:
         row = file.row(inside)
         try:
             return self._record(row)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise InputError(f"{file.path}, record {inside}: not of layout {self.layout} ({_why(error)})") from error
 
     def _is_packed(self) -> bool:
@@ -119,14 +120,23 @@ class Cache:
         counts = np.array([len(position) for position in ids_of], np.int64)
         if [len(position) for position in logps_of] != counts.tolist():
             raise ValueError("ids and logprobs have different lengths")
-        ids = np.array([token for position in ids_of for token in position], np.int64)
-        logps = np.array([logp for position in logps_of for logp in position], np.float64)
-        return _checked(Record(tokens, counts, ids, logps))
+        ids = _whole([token for position in ids_of for token in position])
+        chances = [logp for position in logps_of for logp in position]
+        if not set(map(type, chances)) <= {int, float}:
+            raise ValueError("log-probabilities that are no numbers")
+        return _checked(Record(tokens, counts, ids, np.array(chances, np.float64)))
 
     def _tokens(self, row: dict[str, Any]) -> np.ndarray:
         if self.columns.tokens in row:
-            return np.asarray(row[self.columns.tokens], np.int64)
-        return np.asarray([*row["prompt_ids"], *row["completion_ids"]], np.int64)
+            return _whole(row[self.columns.tokens])
+        return _whole([*row["prompt_ids"], *row["completion_ids"]])
+
+
+def _whole(values: list[Any]) -> np.ndarray:
+    """int64; ids as they stand: 3.5, true and "3" are none. Raises ValueError, TypeError, OverflowError."""
+    if other := set(map(type, values)) - {int}:
+        raise ValueError(f"an id is a {sorted(kind.__name__ for kind in other)[0]}, not a whole number")
+    return np.array(values, np.int64)
 
 
 def _named(entry: dict[str, Any]) -> tuple[int, float]:
@@ -163,7 +173,7 @@ class _Parquet:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(arrow_path(path))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{path}: not a whole Parquet file ({error}); fetch it again") from error
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]

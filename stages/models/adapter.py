@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bytecache.schemas.errors import ConfigError, InputError
-from bytecache.schemas.files import cache_folder, file_sha256, scratch_folder
+from bytecache.schemas.files import cache_folder, file_sha256, make_folder, scratch_folder
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.models.device import trunk_dtype
 from bytecache.stages.models.fitness import quantisation
@@ -62,7 +62,7 @@ def merged(base: Path, weights: dict[str, str], adapter: Path, settings: Teacher
     folder = cache_folder() / "models" / f"adapter-{key[:32]}"
     if _is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with scratch_folder(folder.parent) as scratch:
         _merge(base, adapter, scratch, dtype, f"teacher.adapter = {settings.adapter!r}")
         _take_over(base, scratch)

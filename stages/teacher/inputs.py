@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from bytecache.schemas.errors import InputError
+from bytecache.schemas.files import arrow_path
 from bytecache.stages.corpus.conversations import KIND_KEY
 from bytecache.stages.tokens.chat import Template, encode_answer, encode_completion
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
@@ -35,7 +36,7 @@ def read_inputs(slice_path: Path, vocabulary: Vocabulary, model: Path, *, max_co
     Raises:
         ConfigError: a chat slice and a teacher whose template cannot be used (see `stages.tokens.chat`).
     """
-    table = pq.read_table(slice_path)
+    table = pq.read_table(arrow_path(slice_path))
     kind = (table.schema.metadata or {}).get(KIND_KEY, b"text").decode()
     ids, texts = table.column("doc_id").to_pylist(), table.column("text").to_pylist()
     if kind == "text":

@@ -25,6 +25,7 @@ from torch import nn
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
+from bytecache.schemas.files import make_folder
 from bytecache.schemas.settings import BASELINES, NEUTRAL
 from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student import student
@@ -151,7 +152,7 @@ def _train(request: Request, world: World) -> dict[str, Any]:
     run = start_run(
         opened, settings, request.seed, world.device, lambda_kl=request.lambda_kl, world=world, reader=reader
     )
-    request.out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(request.out_dir)
     start = _restore(run, request, _identity(request, opened, dataset, tokens))
     world.wait()
     training = _Training(request, run, reader, start)

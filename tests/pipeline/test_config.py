@@ -155,3 +155,17 @@ def test_training_goes_with_the_student_unless_it_is_named(
 def test_in_python_a_student_that_is_named_is_as_it_was_named() -> None:
     assert Settings(student=Student()).student.model == "" and Settings(student=Student()).train == Train()
     assert Settings(train=Train(batch=3)).train == Train(**{**TRANSFER, "batch": 3})
+
+
+@pytest.mark.parametrize(
+    "key", ["a." * 50000 + "a", "[" + ".".join("a" * 30000) + "]\nb", "x={" + "a." * 20000 + "a=1}\ny"]
+)
+def test_a_key_of_many_parts_is_refused_before_it_costs_memory(tmp_path: Path, key: str) -> None:
+    """A parser of TOML takes memory for them in proportion to the square of their number: 9 GB for 100 kB."""
+    assert "more than 100 dots" in refusal(tmp_path, f"{key} = 1\n")
+
+
+@pytest.mark.parametrize("toml", ["[train]\nsteps = " + "1" * 5000, "steps = [" + "1" * 5000 + "]"])
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path: Path, toml: str) -> None:
+    assert "is not TOML" in refusal(tmp_path, toml)
+    assert "train.steps" in refusal(tmp_path, "", "train.steps=" + "1" * 5000)

@@ -14,11 +14,13 @@ from bytecache.schemas.errors import StorageError
 from bytecache.schemas.files import (
     NotAFileError,
     file_sha256,
+    make_folder,
     new_file,
     open_regular,
     put_in_place,
     read_regular,
     replace_file,
+    scratch_folder,
 )
 from bytecache.schemas.settings import Train
 from bytecache.schemas.shard.builder import ShardBuilder
@@ -32,6 +34,14 @@ Make = Callable[[Path], None]
 def _socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as end:
         end.bind(str(path))
+
+
+def _link_to_nothing(path: Path) -> None:
+    path.symlink_to("nothing")
+
+
+def _file(path: Path) -> None:
+    path.write_bytes(b"theirs")
 
 
 def _link_to_a_file(path: Path) -> None:
@@ -187,3 +197,18 @@ def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
     _link_to_a_file(tmp_path / "name")
     assert read_regular(tmp_path / "name", 100) == b"theirs"
     assert read_regular(tmp_path / "name", 3) == b"thei", "one more than asked for says that there is more"
+
+
+@pytest.mark.parametrize("make", [_link_to_nothing, _file])
+@pytest.mark.parametrize("below", ["", "more/still"])
+def test_a_folder_is_not_made_where_something_else_stands(tmp_path: Path, make: Make, below: str) -> None:
+    """A file, or a link to nothing, in the place of a folder: one line that names it, from every kind of writer."""
+    place = tmp_path / "place"
+    make(place)
+    with pytest.raises(StorageError, match=r"place.*move (it|that) away"):
+        make_folder(place / below)
+    with pytest.raises(StorageError, match=r"place.*move (it|that) away"), scratch_folder(place / below):
+        pass
+    store = LocalStore(tmp_path)
+    with pytest.raises(StorageError, match=r"place.*(move it away|not a folder)"):
+        store.put_json_if_absent("place/x.json" if not below else f"place/{below}/x.json", {})

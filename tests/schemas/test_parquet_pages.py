@@ -126,3 +126,14 @@ def test_a_run_of_equal_values_is_counted(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(parquet_pages, "MAX_GROUP_VALUES", 1_000_000)
     with pytest.raises(ValueError, match="values in a page; at most"):
         refuse_blown_up(path, meta, 0)
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_column_without_a_value_has_no_page(dictionary: bool) -> None:
+    """Its places are those of nothing: a file of no rows, or a group of none among others, is whole."""
+    assert pages(parquet(TABLE.slice(0, 0), use_dictionary=dictionary)) == [[]]
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, TABLE.schema, use_dictionary=dictionary) as writer:
+        for rows in (3, 0, 3):
+            writer.write_table(TABLE.slice(0, rows))
+    assert [bool(group) for group in pages(sink.getvalue())] == [True, False, True]

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bytecache.schemas.arrays import END, F64
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
+from bytecache.schemas.files import kind_of
 from bytecache.schemas.messages import one_line, plain
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 
@@ -46,7 +47,8 @@ def inspect_file(path: Path, document: str = "", start: int = 0, limit: int = 40
     a file of another kind or an unknown document, IntegrityError for a damaged one.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; name a .parquet of teacher/ or a .zarr.zip of targets/")
+        fault = f"is {kind_of(path.stat().st_mode)}" if path.exists() else "does not exist"
+        raise InputError(f"{path} {fault}; name a .parquet of teacher/ or a .zarr.zip of targets/")
     if path.name.endswith(".parquet"):
         return _dump(path, document, start, limit, top)
     if path.name.endswith(".zarr.zip"):

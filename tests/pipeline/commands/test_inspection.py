@@ -141,3 +141,7 @@ def test_words_of_a_stranger_do_not_command_the_terminal(hostile: str, tmp_path:
         done = bytecache("inspect", path, *arguments)
         commands = [char for char in done.output if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp")]
         assert set(commands) <= {"\n"}, (arguments, done.output)
+
+
+def test_a_folder_is_called_a_folder(tmp_path: Path) -> None:
+    assert f"{tmp_path} is a folder" in refusal(bytecache("inspect", tmp_path), 3)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,7 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bytecache.pipeline.commands.plan import plan
 from bytecache.pipeline.config import load_settings
 from bytecache.pipeline.context import Context, open_context
-from bytecache.schemas.errors import InputError
+from bytecache.schemas.dump.parquet import open_part, part_writer
+from bytecache.schemas.errors import InputError, IntegrityError
+from bytecache.stages.corpus.containers import Table
+from bytecache.stages.foreign.records import Cache
 from tests.support.tiny_models import byte_level_tokenizer
 
 NO_SYSTEM = (
@@ -152,3 +156,19 @@ def test_a_student_template_that_refuses_system_messages_is_found_before_the_tea
     else:
         said = lines_of(tmp_path, *overrides)
         assert any("3 of the first 8 documents cannot be read by the student" in line for line in said), said
+
+
+def test_a_run_folder_may_have_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow takes a path like `2026-11-30T12:00/...`, of a file that is not there yet, for an address."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.jsonl").write_text('{"text": "a document"}\n')
+    plan(open_context(load_settings(None, ["run.dir=javascript:1", "corpus.source=c.jsonl"]), lambda line: None))
+    (slice_,) = Path("javascript:1/plan/slices").iterdir()
+    with part_writer("javascript:2", pa.schema([("a", pa.int64())])) as writer:
+        writer.write_table(pa.table({"a": [1]}))
+    with pytest.raises(IntegrityError, match="not a bytecache token dump"):
+        open_part(Path("javascript:2"))
+    with Table(slice_).opened() as (schema, _):
+        assert "text" in schema.names
+    with pytest.raises(InputError, match="missing"):
+        _ = Cache(slice_, "plain")[0]

@@ -170,3 +170,11 @@ def test_arrow_messages_that_are_none_are_refused(tmp_path: Path) -> None:
         except InputError:
             refused += 1
     assert refused > 150
+
+
+def test_a_corpus_of_nothing_else_says_so(short: int, tmp_path: Path) -> None:
+    """Not that it has no text: it has too much of it at once."""
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"text": "x" * (2 * short)}) + "\n")
+    with pytest.raises(InputError, match=r"1 longer documents were left out.*c\.jsonl \(1\)"):
+        read(path)

@@ -237,3 +237,37 @@ def test_a_damaged_arrow_file_is_refused(tmp_path: Path) -> None:
     for cut in (0, 5, len(whole) // 2):
         (tmp_path / "c.arrow").write_bytes(whole[:cut])
         assert "truncated or damaged Arrow file after row" in refusal(tmp_path / "c.arrow")
+
+
+def test_a_key_that_appears_twice_is_refused(tmp_path: Path) -> None:
+    """A parser keeps one of the two texts, and nobody would know that there was another."""
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "text": "c"}\n')
+    assert "line 2" in refusal(path) and "'text' appears twice" in refusal(path)
+    path.write_text(
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}'
+    )
+    assert "'content' appears twice" in refusal(path, kind="chat")
+    path.write_text('{"text": "a", "more": {"text": "b"}}\n')
+    assert [document.text for document in read(path)] == ["a"]
+
+
+@pytest.mark.parametrize("write", [lambda t, p: pq.write_table(t, p), lambda t, p: arrow(p, t)])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, write) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / ("c.parquet" if "write_table" in write.__code__.co_names else "c.arrow")
+    write(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    assert "more than one column 'text'" in refusal(path)
+
+
+def test_a_table_without_rows_is_no_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "a.parquet")
+    pq.write_table(pa.table({"text": ["whole"]}), folder / "b.parquet")
+    assert [document.text for document in read(folder)] == ["whole"]
+
+
+def test_a_number_of_thousands_of_digits_is_named_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "a", "n": ' + "1" * 5000 + "}")
+    assert "thousands of digits" in refusal(path) and "sys." not in refusal(path)

@@ -134,3 +134,13 @@ def test_a_damaged_file_is_named_and_computed_again(reducer, tmp_path: Path, cap
         again.load(tmp_path)
     assert file.name in caplog.text
     assert ask(again, [20, 21]) == [20, 21]
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_ends_nothing(reducer, tmp_path, caplog):
+    """The states cost time the next time; the unit that was just made is whole."""
+    states = StaticStates(reducer, 2, linear=True, device=torch.device("cpu"))
+    ask(states, [3, 5])
+    (tmp_path / "file").write_text("in the way")
+    with caplog.at_level(logging.WARNING, "bytecache"):
+        states.save(tmp_path / "file" / "static")
+    assert "not kept for later runs" in caplog.text and "file" in caplog.text

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from bytecache.pipeline.cli import app
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, InputError
@@ -294,3 +296,34 @@ def test_from_a_cache_to_targets_on_the_command_line(vocabulary: Vocabulary, fol
         listed[piece[0] if piece else 256] += np.exp(logp) if piece or token in vocabulary.end_ids else 0.0
     assert (dense[0, :257] >= listed - 0.02).all()
     assert dense[0, :257].sum() <= 1.001 and dense[0, text[0]] > 0
+
+
+@pytest.mark.parametrize("wrong", [3.5, True, "3", None, 2**63, 2**80])
+def test_an_id_is_a_whole_number(vocabulary: Vocabulary, tmp_path: Path, wrong: object) -> None:
+    """Not what can be made into one: 3.5 would be token 3."""
+    rows = plain_rows(vocabulary, 6)
+    for name in ("topk_ids", "input_ids"):
+        row = {**rows[0], name: [*rows[0][name]]}
+        row[name][1] = wrong if name == "input_ids" else [wrong, *row[name][1][1:]]
+        with pytest.raises(InputError, match="record 0: not of layout plain"):
+            _ = Cache(write_records(tmp_path / f"{name}.jsonl", [row, *rows[1:]]), "plain")[0]
+
+
+def test_a_log_probability_is_a_number(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    rows = plain_rows(vocabulary, 6)
+    for number, wrong in enumerate(("-1.5", True, None)):
+        row = {**rows[0], "topk_logprobs": [[wrong] * 6, *rows[0]["topk_logprobs"][1:]]}
+        with pytest.raises(InputError, match="record 0: not of layout plain"):
+            _ = Cache(write_records(tmp_path / f"{number}.jsonl", [row, *rows[1:]]), "plain")[0]
+
+
+def test_listed_ids_of_no_token_are_counted_and_said(vocabulary: Vocabulary, folder: Path, tmp_path: Path) -> None:
+    rows = plain_rows(vocabulary, 6)
+    rows[1]["topk_ids"][2][5] = 10**6
+    write_records(tmp_path / "c.jsonl", rows)
+    result = CliRunner().invoke(app, [str(one) for one in (
+        "import", tmp_path / "c.jsonl", "--from", "plain", "--teacher", folder, "--run-dir", tmp_path / "run",
+        "--set", "corpus.heldout_fraction=0",
+    )])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "1 listed ids are none of the tokenizer's" in result.output

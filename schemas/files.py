@@ -28,7 +28,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from bytecache.schemas.errors import StorageError
+from bytecache.schemas.errors import ConfigError, StorageError
 
 _KINDS = (
     (stat.S_ISREG, "a file"), (stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a link"), (stat.S_ISFIFO, "a named pipe"),
@@ -149,17 +149,31 @@ def make_folder(folder: Path) -> None:
         raise StorageError(f"{folder}: cannot be made: {why}; free space, fix permissions or name another") from error
 
 
+def local_path(place: str | os.PathLike[str]) -> Path:
+    """A path of this machine, with a `~` in front spelled out. Raises ConfigError where that is nobody's home."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{os.fspath(place)}: nobody's home folder is known by that name; write the path out"
+        ) from error
+
+
 _PREFIX = ".scratch-"
 
 
 def cache_folder() -> Path:
     """Where copies of what can be had again are kept: models, static states, shards, remote runs.
 
-    $BYTECACHE_CACHE, else `bytecache` in $XDG_CACHE_HOME or ~/.cache.
+    $BYTECACHE_CACHE, else `bytecache` in $XDG_CACHE_HOME or ~/.cache; for a user without a home, in the folder for
+    temporary files.
     """
     if folder := os.environ.get("BYTECACHE_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytecache"
+        return local_path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytecache"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"bytecache-{os.getuid()}"
 
 
 @contextmanager

@@ -219,11 +219,11 @@ class Student(Section):
     """A tokenizer folder or hub id; `bpe:N`, a byte-level BPE trained on the corpus; `bytes`, every byte a token.
     Empty = the model's own, or bpe:2048. Another one than the model's: its embeddings are carried over. The default is
     the default model's; one that `student.model` names keeps its own."""
-    hidden_size: int = Field(128, ge=8)
+    hidden_size: int = Field(128, ge=8, le=1 << 16)
     """Width of a new student."""
-    layers: int = Field(4, ge=1)
+    layers: int = Field(4, ge=1, le=1 << 10)
     """Layers of a new student."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1, le=1 << 12)
     """Attention heads of a new student; must divide hidden_size."""
 
 
@@ -232,9 +232,9 @@ class Train(Section):
 
     steps: int = Field(400, ge=1)
     """Optimiser steps. More of them go on from a finished run where `schedule` and `kl_schedule` are `constant`."""
-    batch: int = Field(4, ge=1)
+    batch: int = Field(4, ge=1, le=1 << 16)
     """Windows per step."""
-    window_bytes: int = Field(1024, ge=32)
+    window_bytes: int = Field(1024, ge=32, le=1 << 26)
     """Bytes of text in one training window."""
     context_bytes: int = Field(0, ge=0)
     """Bytes of the document before a window that the student reads and is not trained on: long documents."""
@@ -252,7 +252,7 @@ class Train(Section):
     """Compile the student's layers with torch.compile; where that fails the run goes on without and says so."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole copy of the student on every process, or its weights and moments divided among them."""
-    lora_rank: int = Field(0, ge=0)
+    lora_rank: int = Field(0, ge=0, le=1 << 16)
     """Rank of low-rank adapters on a frozen student, merged at export; 0 = train every weight."""
     lora_alpha: int = Field(32, ge=1)
     """Adapters are scaled by lora_alpha / lora_rank."""

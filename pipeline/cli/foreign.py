@@ -7,6 +7,7 @@ import typer
 
 from bytecache.pipeline.cli.options import Given, refusals, run_stage, takes_settings
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.files import local_path
 
 if TYPE_CHECKING:
     from bytecache.pipeline.context import Context
@@ -50,7 +51,7 @@ def import_(
         columns = None
         if any(named) and usual is not None:
             columns = Columns(*(given_name or name for given_name, name in zip(named, usual, strict=True)))
-        source = Source(place.expanduser(), layout, columns, alignment, renormalised)
+        source = Source(local_path(place), layout, columns, alignment, renormalised)
         corpus = str(Path(given.settings().run.dir) / CORPUS)
 
     def command(context: "Context") -> None:

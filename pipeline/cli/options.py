@@ -19,7 +19,7 @@ import typer
 from bytecache.pipeline.cli.terminal import PIPE_CLOSED, say, say_error, show_warnings
 from bytecache.pipeline.config import MAX_FILE, RESOLVED_FILE, load_run_settings, load_settings
 from bytecache.schemas.errors import BytecacheError, ConfigError, missing_package
-from bytecache.schemas.files import read_regular
+from bytecache.schemas.files import local_path, read_regular
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _saved_configuration(settings: Settings, *, remote: bool) -> tuple[str, byte
     if "://" in place:
         return (name, store.read_bytes(RESOLVED_FILE)) if store.exists(RESOLVED_FILE) else None
     try:
-        return name, read_regular(Path(place).expanduser() / RESOLVED_FILE, MAX_FILE)
+        return name, read_regular(local_path(place) / RESOLVED_FILE, MAX_FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

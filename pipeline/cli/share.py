@@ -8,6 +8,7 @@ import typer
 from bytecache.pipeline.cli.options import Given, refusals, takes_settings
 from bytecache.pipeline.cli.terminal import say
 from bytecache.pipeline.units.progress import human_bytes
+from bytecache.schemas.files import local_path
 
 app = typer.Typer()
 
@@ -56,5 +57,5 @@ def pull(
     with refusals():
         from bytecache.pipeline.commands import share
 
-        fetched, present = share.pull(place, folder.expanduser(), say)
+        fetched, present = share.pull(place, local_path(folder), say)
         say(f"pull: {folder}: whole; {fetched} shards fetched, {present} were there")

@@ -6,6 +6,7 @@ printed. A fault of ours becomes one line, with the traceback in a log file: `cr
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -43,11 +44,21 @@ class _Lines(logging.Handler):
 
 
 _LINES = _Lines()
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+
+class _ShownRecord(logging.LogRecord):
+    """What a library logs: it repeats what strangers wrote, the name of a weight or of a token for one."""
+
+    def getMessage(self) -> str:  # noqa: N802 - the name in `logging`
+        """The message as a terminal may have it, without the library's own colours."""
+        return shown(_COLOURS.sub("", super().getMessage()))
 
 
 def show_warnings() -> None:
-    """Let the logger `bytecache` speak on stderr; asking again changes nothing."""
+    """Let the logger `bytecache` speak on stderr, and every other as text alone; asking again changes nothing."""
     logging.getLogger("bytecache").addHandler(_LINES)
+    logging.setLogRecordFactory(_ShownRecord)
 
 
 def open_standard_streams() -> None:

@@ -11,7 +11,7 @@ from bytecache.pipeline.cli.options import Given, JsonOption, refusals, run_stag
 from bytecache.pipeline.cli.terminal import say
 from bytecache.pipeline.config_text import render_template
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.schemas.files import refuse_to_write, write_text
+from bytecache.schemas.files import local_path, refuse_to_write, write_text
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _repair(given: Given, place: str, source: str, deep: bool, *, quiet: bool) -
     """Repair a run folder, or a data set on its own from its source; returns what was done."""
     from bytecache.pipeline.commands.verify import is_dataset
 
-    local = Path(place).expanduser()
+    local = local_path(place)
     if source or is_dataset(local):
         from bytecache.pipeline.commands.repair_dataset import repair_dataset
 
@@ -200,7 +200,7 @@ def fidelity(
     from bytecache.pipeline.commands import fidelity as module
 
     def command(context: "Context") -> None:
-        place = folder or Path(context.settings.run.dir).expanduser()
+        place = folder or local_path(context.settings.run.dir)
         wanted = module.Sample(sample, tokens, seed)
         module.fidelity(context, place, given.chosen["teacher.model"], wanted, out, any_teacher=any_teacher)
 

@@ -21,7 +21,7 @@ from bytecache.schemas.dataset.card import FILE as CARD
 from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, Dataset, read_dataset
 from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256, make_folder, replace_file
+from bytecache.schemas.files import file_sha256, local_path, make_folder, replace_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -301,7 +301,7 @@ def _git_hash(data: bytes) -> str:
 
 def data_set_folder(place: str, run_dir: str) -> Path:
     """The folder of a data set: the one named, a run's `targets`, or the configured run's. Raises InputError."""
-    folder = Path(place or run_dir).expanduser()
+    folder = local_path(place or run_dir)
     for candidate in (folder, folder / "targets"):
         if (candidate / DATASET).is_file():
             return candidate

@@ -1,11 +1,9 @@
 """Where bytes live: the only package that knows. `Store` is the interface, `open_store` picks the backend by URL."""
 
-from pathlib import Path
-
 from bytecache.pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped
 from bytecache.pipeline.stores.local import LocalStore
 from bytecache.schemas.errors import ConfigError, install
-from bytecache.schemas.files import cache_folder
+from bytecache.schemas.files import cache_folder, local_path
 
 __all__ = [
     "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped",
@@ -21,8 +19,8 @@ def open_store(place: str, scratch: str = "") -> Store:
     """
     scheme, separator, _ = place.partition("://")
     if not separator:
-        return LocalStore(Path(place).expanduser())
-    folder = Path(scratch).expanduser() if scratch else cache_folder() / "runs"
+        return LocalStore(local_path(place))
+    folder = local_path(scratch) if scratch else cache_folder() / "runs"
     if scheme in READABLE:
         from bytecache.pipeline.stores.readonly import ReadOnlyStore
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bytecache.schemas.errors import ConfigError, InputError
-from bytecache.schemas.files import kind_of
+from bytecache.schemas.files import kind_of, local_path
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import hub
 from bytecache.stages.corpus.containers import COMPRESSED, TABLES
@@ -43,7 +43,7 @@ def corpus_files(corpus: Corpus) -> tuple[list[File], list[str]]:
     if source.startswith(hub.PREFIX):
         split = hub.pinned(source)
         return [File(split.url, split.name)], []
-    root = Path(source).expanduser()
+    root = local_path(source)
     if not root.exists():
         raise InputError(
             f"corpus.source = {source!r} does not exist; name a file, a folder, {hub.PREFIX}OWNER/NAME or {BUILTIN}"

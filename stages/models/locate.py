@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.files import cache_folder, file_sha256
+from bytecache.schemas.files import cache_folder, file_sha256, local_path
 from bytecache.stages.models.soundness import refuse_unsound
 
 
@@ -36,7 +36,7 @@ def locate(
         from bytecache.stages.models.builtin import materialise_builtin
 
         return materialise_builtin(model.removeprefix("builtin:"), cache_folder() / "models")
-    folder = Path(model).expanduser()
+    folder = local_path(model)
     if folder.is_dir():
         refuse_unsound(folder, f"{setting} = {model!r}")
         return folder
@@ -65,7 +65,7 @@ def model_name(settings: st.Teacher) -> str:
 
 def public_name(model: str) -> str:
     """A hub id or builtin name as it is, the last part of a folder's path; nothing of nothing."""
-    folder = Path(model).expanduser()
+    folder = local_path(model)
     if model and folder.is_dir():
         return folder.resolve().name
     # A folder of another machine is named alike here, where it is not.

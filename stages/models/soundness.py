@@ -7,6 +7,7 @@ the whole must fit the weights that lie beside it, whose safetensors headers say
 Price: the header of each weight file, a few ms.
 """
 
+import json
 import math
 import struct
 from collections.abc import Callable, Iterator
@@ -83,6 +84,13 @@ def _check(config: dict[str, Any], where: str) -> None:
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if type(heads) is type(width) is int and not config.get("head_dim") and width % heads:
         raise InputError(f"{where}: hidden_size = {width} is no multiple of num_attention_heads = {heads}")
+    for key, value in config.items():
+        # transformers fetches and runs compiled code of the repository that such a name is.
+        if key.strip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in json.dumps(value):
+            raise InputError(
+                f"{where}: {key} = {json.dumps(value)[:80]} names code of somebody's repository, which is not run; "
+                "take it out"
+            )
     for key in ("text_config", "vision_config", "audio_config"):
         if isinstance(config.get(key), dict):
             _check(config[key], f"{where}: {key}")

@@ -14,6 +14,8 @@ from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
 LEAST_TOKENS = 258
 """Of `bpe:N`: every byte, a start and an end token."""
+MOST_TOKENS = 1 << 22
+"""The largest vocabularies that are published have 2 ** 18."""
 
 
 def is_new_tokenizer(name: str) -> bool:
@@ -24,8 +26,13 @@ def is_new_tokenizer(name: str) -> bool:
 def check_student(student: Student, train: Train, *, chat: bool = False) -> None:
     """Raise ConfigError or InputError for a student that could not be made, trained, saved or, of `chat`, prompted."""
     name, model = student.tokenizer, student.model
-    if name.startswith("bpe:") and not (name[4:].isdigit() and int(name[4:]) >= LEAST_TOKENS):
-        raise ConfigError(f"student.tokenizer = {name!r}: write bpe:N with N a number of at least {LEAST_TOKENS}")
+    if name.startswith("bpe:"):
+        size = name[4:]
+        # Nine digits: int() takes other scripts' as well, and thousands of them not at all.
+        if not (size.isascii() and size.isdigit() and len(size) < 10 and LEAST_TOKENS <= int(size) <= MOST_TOKENS):
+            raise ConfigError(
+                f"student.tokenizer = {name[:40]!r}: write bpe:N with N a number from {LEAST_TOKENS} to {MOST_TOKENS}"
+            )
     if not model and student.hidden_size % (2 * student.heads):
         raise ConfigError(
             f"student.heads = {student.heads}: hidden_size {student.hidden_size} must be an even multiple of it"

@@ -3,9 +3,12 @@
 `tokenizer.json` and its company are copied and never saved anew. AutoTokenizer of transformers 5 rebuilds a
 tokenizer.json from the defaults of the class that a configuration names (a byte-level one under `LlamaTokenizerFast`
 becomes one that drops spaces), so a copy's tokenizer_config.json names `PreTrainedTokenizerFast`, which transformers 4
-and 5 both take as it stands; nothing else in it changes. Where there is no tokenizer.json, what transformers makes of
-the other files is taken only if it cuts `AWKWARD` as the library that those files were made for.
-Price: two openings of the tokenizer, 1 s at 50k tokens.
+and 5 both take as it stands; nothing else in it changes. Beside some architectures (Qwen2) version 5 takes a class of
+its own whatever is named, unless an `auto_map` names code of the checkpoint, which nobody lets run: such a folder
+gets one. Where there is no tokenizer.json, what transformers makes of the other files is taken only if it cuts
+`AWKWARD` as the library that those files were made for. What transformers makes of a stranger's folder, and all
+cutting, is `stages.tokens.library`'s: in a child where it might not end.
+Price: two openings of the tokenizer, 1 s at 50k tokens, and 3 s for a child.
 """
 
 import json
@@ -14,15 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
-from bytecache.stages.tokens.guard import is_panic
+from bytecache.stages.tokens.cutters import blows_up
+from bytecache.stages.tokens.guard import UnopenedError, is_panic
+from bytecache.stages.tokens.library import opened
 from bytecache.stages.tokens.token_files import open_tokenizer
 
 CLASS = "PreTrainedTokenizerFast"
 """The class that opens a tokenizer.json as it stands."""
+AS_IT_STANDS = {"AutoTokenizer": [CLASS, CLASS]}
+"""An `auto_map` that names code which is not there: transformers 5 then takes the named class, as version 4 does."""
 COMPANY = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
     "merges.txt", "tokenizer.model", "tekken.json",
@@ -46,20 +53,23 @@ def keep(source: Path, out: Path, where: str) -> None:
         where: names the source in messages, as `student.tokenizer = ...`.
 
     Raises:
-        InputError: no tokenizer.json, and nothing that transformers turns into an equal one.
+        InputError: no tokenizer.json, and nothing that transformers turns into an equal one; a normaliser that makes
+            more of a text than anybody can hold.
     """
+    config = _read(source / "tokenizer_config.json")
     if (source / "tokenizer.json").is_file():
+        if blows_up(_read(source / "tokenizer.json")):
+            raise InputError(f"{where}: its normaliser makes a long text of every letter; choose another tokenizer")
         shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
         for name in COMPANY:
             if (source / name).is_file():
                 shutil.copyfile(source / name, out / name)
         if (source / "additional_chat_templates").is_dir():
             shutil.copytree(source / "additional_chat_templates", out / "additional_chat_templates")
-        config = _read(source / "tokenizer_config.json")
     else:
-        tokenizer = _converted(source, where)
-        tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
-        config = _read(source / "tokenizer_config.json") | _named(tokenizer)
+        spec, names = _converted(source, where)
+        (out / "tokenizer.json").write_text(spec, encoding="utf-8")
+        config |= names
     write_config(out, config)
     if not {"bos_token", "eos_token"} <= config.keys() and (named := _named_by_class(source, out)):
         write_config(out, config | named)
@@ -79,8 +89,11 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     if isinstance(config.get("extra_special_tokens"), list):
         config.setdefault("additional_special_tokens", config["extra_special_tokens"])
         del config["extra_special_tokens"]
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(_spelled(config), encoding="utf-8")
+
+
+def _spelled(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def open_kept(folder: Path) -> PreTrainedTokenizerFast:
@@ -95,102 +108,88 @@ def open_kept(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def differences(tokenizer: Any, file: Path) -> str:
-    """How a tokenizer of transformers cuts and joins `AWKWARD` otherwise than its tokenizer.json; "" if it does not."""
-    original = tokenizers.Tokenizer.from_file(str(file))
-    original.no_truncation()
-    original.no_padding()
-    wrong = []
-    for text in AWKWARD:
-        ids = original.encode(text, add_special_tokens=False).ids
-        joined = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
-            wrong.append(f"cuts {text[:24]!r} otherwise")
-        elif joined != original.decode(ids, skip_special_tokens=False):
-            wrong.append(f"joins the tokens of {text[:24]!r} otherwise")
-    return f"{wrong[0]}, and {len(wrong) - 1} more of {len(AWKWARD)}" if wrong else ""
-
-
 def check_kept(folder: Path, where: str) -> list[str]:
-    """Compare what transformers opens in a folder with the tokenizer.json there.
+    """Compare what transformers opens in a folder with the tokenizer.json there; see to it that they agree.
 
     Returns:
-        Notes for whoever uses the folder, one sentence each: AutoTokenizer forces a class on some architectures; a
-        start token that is asked for and not in tokenizer.json.
+        Notes for whoever uses the folder, one sentence each: a start token that is asked for and not in tokenizer.json.
 
     Raises:
         InputError: the tokenizer cannot be had as its tokenizer.json says.
     """
-    file = folder / "tokenizer.json"
-    tokenizer = open_kept(folder)
-    if wrong := differences(tokenizer, file):
-        raise InputError(f"{where}: transformers {wrong}; choose another tokenizer")
-    notes = []
     try:
-        wrong = differences(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False), file)
-    except Exception as error:  # whatever its classes raise
-        wrong = f"cannot open it ({' '.join(str(error).split())[:120]})"
-    if wrong:
-        notes.append(
-            f"{where}: for this architecture AutoTokenizer builds a tokenizer of its own, which {wrong}; open it with "
-            f"{CLASS}.from_pretrained"
-        )
-    start = tokenizer.bos_token_id
-    asked = _read(folder / "tokenizer_config.json").get("add_bos_token")
-    if asked and start is not None and start not in tokenizer("a")["input_ids"]:
-        notes.append(
-            f"{where}: add_bos_token is set and its tokenizer.json adds none; "
-            f"put {tokenizer.bos_token!r} in front of texts"
-        )
-    return notes
+        with opened(folder, where) as tokenizer:
+            if wrong := tokenizer.differences(AWKWARD, auto=False):
+                raise InputError(f"{where}: transformers {wrong}; choose another tokenizer")
+            begins = tokenizer.ids(["a"], auto=False, special=True)[0]
+    except UnopenedError as error:
+        raise InputError(f"{where}: transformers cannot open its tokenizer ({error.reason}); choose another") from error
+    config = _read(folder / "tokenizer_config.json")
+    if _of_auto(folder, where):
+        (folder / "tokenizer_config.json").write_text(_spelled(config | {"auto_map": AS_IT_STANDS}), encoding="utf-8")
+        if wrong := _of_auto(folder, where):
+            raise InputError(
+                f"{where}: beside this architecture AutoTokenizer builds a tokenizer of its own, which {wrong}; so "
+                "whoever opens the student would cut text otherwise than it was trained: choose another student.model, "
+                "or its own tokenizer"
+            )
+    kept = open_kept(folder)
+    if config.get("add_bos_token") and kept.bos_token_id is not None and kept.bos_token_id not in begins:
+        return [
+            f"{where}: add_bos_token is set and its tokenizer.json adds none; put {kept.bos_token!r} in front of texts"
+        ]
+    return []
 
 
-def _converted(source: Path, where: str) -> Any:
-    """What transformers makes of a folder without tokenizer.json, if it cuts as the files' own library does."""
+def _of_auto(folder: Path, where: str) -> str:
+    """How AutoTokenizer cuts otherwise than the folder's tokenizer.json, or that it cannot open it; "" if as it."""
+    try:
+        with opened(folder, where) as tokenizer:
+            return tokenizer.differences(AWKWARD, auto=True)
+    except UnopenedError as error:
+        return f"cannot be opened ({error.reason[:120]})"
+
+
+def _converted(source: Path, where: str) -> tuple[str, dict[str, str]]:
+    """What transformers makes of a folder without tokenizer.json, if it cuts as the files' own library does.
+
+    Returns the tokenizer.json, and its start and end tokens by name.
+    """
     files = open_tokenizer(source)
     expected = files.make_encoder(list(files.table.token_bytes)).canonical(AWKWARD)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{where}: no tokenizer.json, and transformers cannot make one ({reason}); add one") from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        with opened(source, where) as tokenizer:
+            facts = tokenizer.facts()
+            made = tokenizer.ids(AWKWARD, auto=True)
+    except UnopenedError as error:
+        raise InputError(
+            f"{where}: no tokenizer.json, and transformers cannot make one ({error.reason}); add one"
+        ) from error
+    if facts.spec is None:
         raise InputError(f"{where}: no tokenizer.json, and transformers has no fast form of it; add one")
-    wrong = [
-        text
-        for text, ids in zip(AWKWARD, expected, strict=True)
-        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids
-    ]
+    wrong = [text for text, ids, cut in zip(AWKWARD, expected, made, strict=True) if cut != ids]
     if wrong:
         raise InputError(
             f"{where}: no tokenizer.json, and what transformers makes of its other files cuts {len(wrong)} of "
             f"{len(AWKWARD)} texts otherwise than they do, {wrong[0][:24]!r} first; add the model's own tokenizer.json"
         )
-    return tokenizer
+    return facts.spec, {key: facts.names[key] for key in ("bos_token", "eos_token") if key in facts.names}
 
 
 def _named_by_class(source: Path, out: Path) -> dict[str, str]:
     """Start and end tokens that only the class of the original names, and that its tokenizer.json calls special."""
     try:
-        original = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
+        with opened(source, "the original") as tokenizer:
+            names = tokenizer.facts().names
+    except UnopenedError:
         return {}  # a class of remote code, or of another version: what its files say has to do
-    tokenizer = open_kept(out)
-    special = {
-        token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if token.special
-    }
+    kept = open_kept(out)
+    special = {token.content for token in kept.backend_tokenizer.get_added_tokens_decoder().values() if token.special}
     return {
         key: text
         for key in ("bos_token", "eos_token")
-        if getattr(tokenizer, key) is None and (text := str(getattr(original, key, None))) in special
+        if getattr(kept, key) is None and (text := str(names.get(key))) in special
     }
-
-
-def _named(tokenizer: Any) -> dict[str, str]:
-    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    return {key: text for key, text in names.items() if text is not None}
 
 
 def _read(file: Path) -> dict[str, Any]:

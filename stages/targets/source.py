@@ -35,6 +35,7 @@ from bytecache.schemas.files import (
     NotAFileError,
     cache_folder,
     file_sha256,
+    local_path,
     put_in_place,
     refuse_to_write,
     scratch_folder,
@@ -227,9 +228,9 @@ def open_dataset(
     if os.fspath(place).startswith(("file://", "local://")):
         place = str(fsspec.core.url_to_fs(os.fspath(place))[1])
     if not is_url(place):
-        return open_edition(Path(place).expanduser(), edition) if edition else read_dataset(Path(place).expanduser())
+        return open_edition(local_path(place), edition) if edition else read_dataset(local_path(place))
     url = os.fspath(place).rstrip("/")
-    cache = FileCache(Path(cache_dir or cache_folder() / "shards").expanduser(), cache_bytes)
+    cache = FileCache(local_path(cache_dir or cache_folder() / "shards"), cache_bytes)
     access = Access(private_redirects)
     index = _fetch_index(url, "", cache.folder, access)
     if edition and edition_of(index.info) != edition:

@@ -31,7 +31,8 @@ import numpy as np
 
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.stages.tokens.cutters import HfCutter
-from bytecache.stages.tokens.guard import MIB, Failure, Guard, Limits, is_panic
+from bytecache.stages.tokens.guard import MIB, Failure, Guard, Limits, UnopenedError
+from bytecache.stages.tokens.library import Facts, opened
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
 
 LEAD = 16
@@ -71,15 +72,15 @@ class Template:
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(f"{where}: chat data needs a tokenizer.json; choose another model, or corpus.kind")
-        tokenizer = _open_tokenizer(folder, where)
-        if not tokenizer.chat_template:
+        facts = _facts(folder, where)
+        if facts.template is None:
             raise ConfigError(
                 f"{where} has no chat template; choose a chat model, save one with the tokenizer, "
                 'or set corpus.kind = "completion"'
             )
         spec = json.loads(file.read_text(encoding="utf-8"))
         cutter = HfCutter(spec | {"truncation": None, "padding": None}, f"the tokenizer of {where}", seal=False)
-        renderer = _renderer(where, str(tokenizer.get_chat_template()), _names(tokenizer))
+        renderer = _renderer(where, facts.template, json.dumps(facts.names, sort_keys=True))
         template = cls(where, renderer, cutter, vocabulary.control_names, None)
         sample = [{"role": "user", "content": "Hello"}]
         try:
@@ -151,21 +152,12 @@ def _refuse_lost(messages: list[dict[str, Any]], prompt: str) -> None:
             raise Misfit("template: it leaves out a message of a role it does not know")
 
 
-def _open_tokenizer(folder: Path | str, where: str) -> Any:
-    from transformers import AutoTokenizer
-
+def _facts(folder: Path | str, where: str) -> Facts:
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{where}: its tokenizer cannot be opened ({reason}); fetch it again") from error
-
-
-def _names(tokenizer: Any) -> str:
-    """The special tokens by the names that templates know them by, as JSON."""
-    return json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
+        with opened(Path(folder), f"the tokenizer of {where}") as tokenizer:
+            return tokenizer.facts()
+    except UnopenedError as error:
+        raise InputError(f"{where}: its tokenizer cannot be opened ({error.reason}); fetch it again") from error
 
 
 @lru_cache(maxsize=4)
@@ -177,8 +169,8 @@ def _renderer(where: str, template: str, names: str) -> Guard:
 
 def template_sha256(folder: Path | str) -> str:
     """Hash of a checkpoint's chat template: part of what its words depend on."""
-    tokenizer = _open_tokenizer(folder, f"teacher.model = {str(folder)!r}")
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+    facts = _facts(folder, f"teacher.model = {str(folder)!r}")
+    return hashlib.sha256(facts.templates.encode()).hexdigest()
 
 
 def encode_answer(vocabulary: Vocabulary, template: Template, context: str, answer: str) -> Encoded | Misfit:

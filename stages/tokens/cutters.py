@@ -56,6 +56,7 @@ MOST_PARTS = 64
 """Steps of a normaliser or pre-tokeniser that a tame tokenizer has, at most."""
 MOST_GROWTH = 8.0
 """Characters that a tame normaliser makes of one, at most."""
+MOST_BLOWN = 1000.0
 LONGEST_PIECE = 512
 """Characters of a Unigram piece: from every position of a text the library looks for pieces of all lengths."""
 
@@ -74,6 +75,14 @@ def is_tame(spec: Json) -> bool:
         return False
     patterns = (step["pattern"] for step in steps if isinstance(step.get("pattern"), dict))
     return all(str(pattern["Regex"]) in TAME for pattern in patterns if "Regex" in pattern)
+
+
+def blows_up(spec: Json) -> bool:
+    """Whether a normaliser makes more than `MOST_BLOWN` characters of one: no text could be learned through it."""
+    try:
+        return math.prod(map(_growth, parts(spec.get("normalizer"), "normalizers"))) > MOST_BLOWN
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False  # no tokenizer at all, which its library says better
 
 
 def _growth(step: Json) -> float:

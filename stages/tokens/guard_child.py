@@ -2,9 +2,9 @@
 
 First message: what to open. `{"kind": "tokenizer", "spec": tokenizer.json as text}`; `{"kind": "ranks", "ranks":
 [[bytes in hex, rank], ...], "pattern": ...}`; `{"kind": "sentencepiece", "model": ModelProto in hex, "prefix": whether
-it may put a space in front of a text}`; `{"kind": "template", "template": Jinja, "names": special tokens}`. Each
-message after it is a piece of work; its answer is JSON and, for tokens, their ids as int32. Nothing is written, nothing
-is read but the pipe.
+it may put a space in front of a text}`; `{"kind": "template", "template": Jinja, "names": special tokens}`;
+`{"kind": "library", "folder": a folder that transformers opens}`, the only one that reads more than the pipe. Each
+message after it is a piece of work; its answer is JSON and, for tokens, their ids as int32. Nothing is written.
 """
 
 import json
@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bytecache.stages.tokens.guard import Limits, bound_this_process, receive, send
+from bytecache.stages.tokens.guard import Limits, UnopenedError, bound_this_process, receive, send
 
 Work = Callable[[dict[str, Any]], tuple[Any, bytes]]
 
@@ -44,6 +45,8 @@ def main() -> None:
                 answer, raw = work(arguments)
         except MemoryError:
             answer, raw = {"failure": "out of memory"}, b""
+        except UnopenedError as error:
+            answer, raw = {"failure": error.reason}, b""
         except BaseException as error:  # a panic of a Rust library is no Exception
             answer, raw = {"failure": f"{' '.join(str(error).split())[:80] or type(error).__name__}"}, b""
         send(answers, json.dumps(answer).encode())
@@ -53,6 +56,7 @@ def main() -> None:
 def _open(setup: dict[str, Any]) -> Work:
     openers: dict[str, Callable[[dict[str, Any]], Work]] = {
         "tokenizer": _tokenizer, "ranks": _ranks, "sentencepiece": _sentencepiece, "template": _template,
+        "library": _library,
     }  # fmt: skip
     return openers[setup["kind"]](setup)
 
@@ -110,6 +114,22 @@ def _sentencepiece(setup: dict[str, Any]) -> Work:
 def _ids(lists: list[list[int]]) -> tuple[Any, bytes]:
     flat = np.array([i for ids in lists for i in ids], "<i4")
     return [len(ids) for ids in lists], flat.tobytes()
+
+
+def _library(setup: dict[str, Any]) -> Work:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # some classes ask the hub what a folder may be
+    from bytecache.stages.tokens.library import Here
+
+    folder = Here(Path(setup["folder"]), setup["folder"])
+
+    def work(arguments: dict[str, Any]) -> tuple[Any, bytes]:
+        asks: dict[str, Callable[..., Any]] = {
+            "facts": folder.facts, "ids": folder.ids, "differences": folder.differences,
+        }  # fmt: skip
+        ask = asks[arguments.pop("work")]
+        return ask(**arguments), b""
+
+    return work
 
 
 def _template(setup: dict[str, Any]) -> Work:

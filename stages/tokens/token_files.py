@@ -22,7 +22,8 @@ from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.byte_trie import build_trie, sort_tokens
 from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder, SentencePieceEncoder
-from bytecache.stages.tokens.guard import is_panic
+from bytecache.stages.tokens.guard import UnopenedError, is_panic
+from bytecache.stages.tokens.library import opened
 from bytecache.stages.tokens.rank_files import RANK_FILES
 from bytecache.stages.tokens.token_bytes import (
     Json,
@@ -362,17 +363,30 @@ def _read_rwkv(file: Path, where: str, tokenizer_config: Json) -> TokenizerFiles
 
 
 def _convert_slow(folder: Path, where: str, trust_remote_code: bool) -> Tokenizer:
+    if trust_remote_code:
+        return _convert_by_its_code(folder, where)
+    try:
+        with opened(folder, f"the tokenizer of {where}") as tokenizer:
+            facts = tokenizer.facts()
+    except UnopenedError as error:
+        raise InputError(f"no tokenizer found in {where} ({error.reason}); add its tokenizer.json") from error
+    if facts.spec is None:
+        raise InputError(f"the tokenizer of {where} ({facts.class_name}) has no fast form; add a tokenizer.json")
+    return Tokenizer.from_str(facts.spec)
+
+
+def _convert_by_its_code(folder: Path, where: str) -> Tokenizer:
+    """The same where the user lets code of the checkpoint run, which then runs here."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"no tokenizer found in {where} ({reason}); add its tokenizer.json") from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError(
             f"the tokenizer of {where} ({type(tokenizer).__name__}) has no fast form; add a tokenizer.json"
         )
-    converted: Tokenizer = backend
-    return converted
+    return backend

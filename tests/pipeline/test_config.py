@@ -169,3 +169,10 @@ def test_a_key_of_many_parts_is_refused_before_it_costs_memory(tmp_path: Path, k
 def test_a_number_of_thousands_of_digits_is_refused(tmp_path: Path, toml: str) -> None:
     assert "is not TOML" in refusal(tmp_path, toml)
     assert "train.steps" in refusal(tmp_path, "", "train.steps=" + "1" * 5000)
+
+
+@pytest.mark.parametrize("key", ["student.hidden_size", "student.layers", "student.heads", "train.batch",
+                                 "train.window_bytes", "train.lora_rank"])  # fmt: skip
+def test_sizes_that_nobody_means_are_refused(tmp_path: Path, key: str) -> None:
+    """A run folder's configuration may be a stranger's: a billion layers would take all memory."""
+    assert "<=" in refusal(tmp_path, "", f"{key}=1000000000")

@@ -1,5 +1,6 @@
 """The process as its user meets it: closed pipes and streams, a Ctrl-C at any moment, strange names, faults of ours."""
 
+import logging
 import os
 import re
 import signal
@@ -204,3 +205,20 @@ def test_every_way_to_end(
     monkeypatch.setenv("BYTECACHE_CACHE", str(tmp_path))
     assert crash(error) == code
     assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_what_a_library_logs_has_no_control_either(capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers repeats the names of a stranger's weights."""
+    factory = logging.getLogRecordFactory()
+    other = logging.getLogger("somebody.else")
+    handler = logging.StreamHandler()
+    other.addHandler(handler)
+    try:
+        terminal.show_warnings()
+        other.warning("\x1b[1mREPORT\x1b[0m of %s, https://me:hunter22@host/x", "\x1b]0;evil\x07\u202e")
+    finally:
+        other.removeHandler(handler)
+        logging.setLogRecordFactory(factory)
+    said = capfd.readouterr().err
+    assert "\x1b" not in said and "\u202e" not in said and "hunter22" not in said
+    assert "REPORT of \\x1b]0;evil\\x07" in said

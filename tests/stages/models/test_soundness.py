@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from bytecache.schemas.errors import InputError
 from bytecache.stages.models.locate import locate
 from bytecache.stages.models.soundness import MAX_IDS, refuse_unsound
+from bytecache.stages.student import student
 from tests.support.tiny_models import make_checkpoint
 
 
@@ -92,3 +94,23 @@ def test_what_is_no_file_is_not_opened(name: str, sound: Path, tmp_path: Path) -
     os.mkfifo(folder / name)
     with pytest.raises(InputError, match="is a named pipe, not a regular file"):
         locate(str(folder), "teacher.model")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+                                 "experts_implementation", "_experts_implementation"])  # fmt: skip
+@pytest.mark.parametrize("value", ["somebody/kernels", "somebody/kernels@main:function", {"": "sdpa", "text": "a/b"}])
+def test_code_of_a_repository_is_not_named(key: str, value: Any, sound: Path, tmp_path: Path) -> None:
+    """transformers would fetch compiled code from there and run it, whatever trust_remote_code says."""
+    for changes in ({key: value}, {"text_config": {key: value}}):
+        with pytest.raises(InputError, match=f"{key} = .* names code of somebody's repository"):
+            refuse_unsound(altered(tmp_path, sound, **changes), "x")
+    refuse_unsound(altered(tmp_path, sound, **{key: "sdpa"}), "x")
+
+
+@pytest.mark.parametrize("changes", [{"rope_parameters": 5}, {"rope_scaling": [1]}, {"layer_types": {"a": 1}}])
+def test_what_a_library_makes_of_a_strange_configuration_is_a_refusal(
+    changes: dict[str, Any], sound: Path, tmp_path: Path
+) -> None:
+    folder = altered(tmp_path, sound, **changes)
+    with pytest.raises(InputError, match=r"config\.json|cannot open"):
+        student._open(AutoConfig, str(folder))

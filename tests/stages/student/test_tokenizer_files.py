@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.settings import Student, Train
 from bytecache.stages import export
 from bytecache.stages.models.ordinary import with_older_names
-from bytecache.stages.student import student
-from bytecache.stages.student.tokenizer_files import AWKWARD, differences, open_kept
+from bytecache.stages.student import student, tokenizer_files
+from bytecache.stages.student.tokenizer_files import AWKWARD
+from bytecache.stages.tokens import library
+from bytecache.stages.tokens.guard import Guard, Limits, UnopenedError
+from bytecache.stages.tokens.library import differences
 from bytecache.stages.train.train import train
 from tests.support.places import FIXTURES
 from tests.support.student_data import make_dataset
@@ -126,16 +129,30 @@ def test_an_export_is_what_was_trained_to_the_byte(tmp_path: Path, targets: Path
     GenerationConfig.from_pretrained(tmp_path / "plain")
 
 
-def test_an_architecture_whose_tokenizer_is_forced_is_said(tmp_path: Path, targets: Path) -> None:
-    """transformers 5 opens any tokenizer beside a Qwen2 model as Qwen2's; that cannot be mended from a file."""
+def test_an_architecture_whose_tokenizer_is_forced_gets_its_own(tmp_path: Path, targets: Path) -> None:
+    """transformers 5 opens any tokenizer beside a Qwen2 model as Qwen2's; a student keeps what it was trained with."""
     from transformers import Qwen2Config
 
     source = checkpoint(tmp_path / "source", digit_splitting(), {}, Qwen2Config)
+    original = source / "tokenizer.json"
+    assert differences(AutoTokenizer.from_pretrained(source), original, AWKWARD)
     info = student.prepare(Student(model=str(source)), targets, tmp_path / "student", seed=0)
-    assert len(info["notes"]) == 1 and "PreTrainedTokenizerFast.from_pretrained" in info["notes"][0]
-    assert differences(AutoTokenizer.from_pretrained(tmp_path / "student"), tmp_path / "student" / "tokenizer.json")
-    assert_same(tmp_path / "student", source / "tokenizer.json", PreTrainedTokenizerFast)
-    assert open_kept(tmp_path / "student").backend_tokenizer.pre_tokenizer is not None
+    assert info["notes"] == []
+    assert_same(tmp_path / "student", original)
+    assert_same(tmp_path / "student", original, PreTrainedTokenizerFast)
+    assert student.load(tmp_path / "student").vocabulary.encode("a1b22").ids.size
+
+
+def test_a_tokenizer_that_nobody_would_open_as_it_stands_is_refused(
+    tmp_path: Path, targets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Qwen2Config
+
+    monkeypatch.setattr(tokenizer_files, "AS_IT_STANDS", {})  # as if transformers no longer looked at it
+    source = checkpoint(tmp_path / "source", digit_splitting(), {}, Qwen2Config)
+    with pytest.raises(InputError, match="AutoTokenizer builds a tokenizer of its own, which cuts"):
+        student.prepare(Student(model=str(source)), targets, tmp_path / "student", seed=0)
+    assert not (tmp_path / "student").exists()
 
 
 def test_without_a_tokenizer_json_a_conversion_must_cut_alike(tmp_path: Path, targets: Path) -> None:
@@ -226,3 +243,48 @@ def test_real_tokenizers_where_fixtures_lie_beside_the_checkout(name: str, tmp_p
     settings = Student(tokenizer=str(source), hidden_size=8, layers=1, heads=2)
     student.prepare(settings, targets, tmp_path / "student", seed=0)
     assert_same(tmp_path / "student", folder / "tokenizer.json")
+
+
+def test_a_normaliser_that_blows_text_up_is_refused_before_anything_is_cut(tmp_path: Path, targets: Path) -> None:
+    tokenizer = byte_level_tokenizer(320)
+    tokenizer.normalizer = normalizers.Replace("e", "e" * 100_000)
+    source = checkpoint(tmp_path / "source", tokenizer, {})
+    with pytest.raises(InputError, match="long text of every letter"):
+        student.prepare(Student(model=str(source)), targets, tmp_path / "student", seed=0)
+
+
+def test_what_a_class_makes_of_a_folder_is_bounded(
+    tmp_path: Path, targets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A regular expression that nobody knows is compared in a child, whose end is a reason and not ours."""
+    tokenizer = byte_level_tokenizer(320)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("(?:(?:a|b|[a-z ])*)*z|x"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    source = checkpoint(tmp_path / "source", tokenizer, {})
+    assert not library.is_contained(source)
+    monkeypatch.setattr(library, "Here", None)  # not in this process
+    asked = []
+    call = Guard.call
+    monkeypatch.setattr(Guard, "call", lambda *given: (asked.append(given[1]["work"]), call(*given))[1])
+    with library.opened(source, "x") as opened:
+        assert opened.differences(["a", "12"], auto=False) == ""
+        assert opened.facts().names["bos_token"] == "<|begin|>"
+    assert asked == ["differences", "facts"]
+    monkeypatch.setattr(library, "OPENING", Limits(0.0, 1 << 30))
+    with pytest.raises(UnopenedError, match="too slow"), library.opened(source, "x") as opened:
+        opened.differences(["a" * 30 + " b" * 30 + "!"] * 50, auto=False)
+
+
+def test_a_folder_with_other_vocabularies_is_not_opened_here(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", byte_level_tokenizer(320), {})
+    assert library.is_contained(source)
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", "x.tiktoken", "tekken.json", "code.py"):
+        (source / name).write_text("{}")
+        assert not library.is_contained(source), name
+        (source / name).unlink()
+    (source / "tokenizer.json").unlink()
+    assert not library.is_contained(source)

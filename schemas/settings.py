@@ -286,7 +286,7 @@ class Train(Section):
     """How that weight moves over the run: not at all, down to 0 at the last step, or up from 0, linearly."""
     divergence: Literal["forward", "reverse", "js"] = "forward"
     """KL(teacher || student), KL(student || teacher) or Jensen-Shannon, unlisted symbols as one bucket."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
     """Temperature of both sides of the divergence, which is multiplied by its square."""
     max_tail: float = Field(1.0, ge=0, le=1)
     """Positions with more unlisted teacher mass than this give no divergence; 1 = all count."""

@@ -119,7 +119,7 @@ def _permanent(url: str, error: Exception) -> BytecacheError | None:
         return error if place in str(error) else type(error)(f"{place}: {error}")
     if isinstance(error, ImportError):
         return ConfigError(f"{place}: {error}; {install('remote')}, or the package it names")
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or "credentials" in type(error).__name__.lower():
         return StorageError(f"{place}: access refused ({masked(str(error))}); check your credentials for it")
     # Some file systems call a dead line a missing file too, and name the cause.
     if isinstance(error, FileNotFoundError) and _is_absence(error.__cause__):

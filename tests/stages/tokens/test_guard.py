@@ -214,7 +214,7 @@ def test_a_rendering_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
         )
         for prompt in (True, False)
     ]
-    child = chat._renderer("x", plain.get_chat_template(), chat._names(plain))
+    child = chat._renderer("x", str(plain.get_chat_template()), json.dumps(chat._facts(folder, "x").names))
     answer = child.call(
         {"renderings": [(messages, True), (messages, False)], "longest": 10_000}, Limits(20.0, 512 * MIB)
     )

@@ -108,7 +108,6 @@ def write_part(path: Path, windows: list[Window]) -> Path:
     return path
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("texts", [[""], ["", "the notes", ""]])
 def test_empty_documents_have_an_end_to_measure(tmp_path, teacher, texts):
     """The unit's own reference window, and one stretch from every position of the shard."""

@@ -28,6 +28,8 @@ every_document = pytest.mark.parametrize("document", documents(), ids=lambda doc
 GROUP = typer.main.get_command(app)
 TOP_FOLDERS = ("benchmarks", "bytecache", "docs", "lock", "pipeline", "schemas", "stages", "tests")
 OTHERS_OPTIONS = {
+    "--data-parallel-size",
+    "--steps",
     "--max-logprobs",
     "--served-model-name",
     "--no-deps",

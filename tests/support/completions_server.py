@@ -59,12 +59,10 @@ class CompletionsServer(Loopback):
                     server.seen[fault or "none"] += 1
                     server._now += 1
                     server.most = max(server.most, server._now)
-                try:
-                    time.sleep(server.slow)
-                    return self.completion(body, fault)
-                finally:
-                    with server.lock:
-                        server._now -= 1
+                time.sleep(server.slow)
+                with server.lock:  # before the answer: who has it may ask again at once
+                    server._now -= 1
+                return self.completion(body, fault)
 
             def completion(self, body: dict[str, Any], fault: str) -> None:
                 if fault in ("429", "500"):

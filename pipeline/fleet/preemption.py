@@ -33,10 +33,12 @@ from pathlib import Path
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.secrets import SecretAddress
 from bytecache.schemas.settings import Fleet
+from bytecache.schemas.web import staying_opener
 
 MARGIN_S = 2.0
 """Kept for giving back the claim before the kill, where the notice is long enough."""
 _TIMEOUT_S = 2.0
+_OPENER = staying_opener()
 
 
 class Drain:
@@ -92,10 +94,10 @@ class Drain:
                     method="PUT",
                     headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"},
                 )
-                with urllib.request.urlopen(ask, timeout=_TIMEOUT_S) as answer:
+                with _OPENER.open(ask, timeout=_TIMEOUT_S) as answer:
                     headers["X-aws-ec2-metadata-token"] = answer.read(4096).decode("ascii", "replace")
             ask = urllib.request.Request(self.settings.notice_url.reveal(), headers=headers)
-            with urllib.request.urlopen(ask, timeout=_TIMEOUT_S) as answer:
+            with _OPENER.open(ask, timeout=_TIMEOUT_S) as answer:
                 body = answer.read(65536).decode("utf-8", "replace")
         except (OSError, urllib.error.URLError, ValueError):
             return False  # no notice (404), or no metadata service: not our machine's way

@@ -32,6 +32,7 @@ from bytecache.stages.engines.server_client import (
     Listed,
     Spoken,
     TruncatedError,
+    as_completion,
     in_order,
     listed_entries,
 )
@@ -134,6 +135,10 @@ class ServerEngine(Engine):
                 f"{self.client.address} answers as {str(answer.get('model'))[:80]!r}, asked was "
                 f"{self.client.served.model!r}: another model is served there now"
             )
+        with as_completion(self.client.address):
+            return self._read(answer, tokens, first, k, whole=whole)
+
+    def _read(self, answer: dict[str, Any], tokens: np.ndarray, first: int, k: int, *, whole: bool) -> list[Listed]:
         choices = answer.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
         sampled = ((choice.get("logprobs") or {}).get("top_logprobs") or [])[-1:]
@@ -195,7 +200,8 @@ class ServerEngine(Engine):
             "temperature": 0.0, "logprobs": 1, "prompt_logprobs": 1, "echo": True, "add_special_tokens": False,
         }  # fmt: skip
         answer = self.client.post("completions", body)
-        said = str(((answer.get("choices") or [{}])[0]).get("text", ""))
+        with as_completion(self.client.address):
+            said = str(((answer.get("choices") or [{}])[0]).get("text", ""))
         pieces = [self.vocabulary.token_bytes[int(token)] or b"" for token in tokens]
         ours = b"".join(pieces).decode("utf-8", "replace").strip()
         same = sum(a == b for a, b in zip(said.strip(), ours, strict=False))

@@ -23,6 +23,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -32,6 +33,7 @@ from bytecache.schemas.errors import ConfigError, EngineError
 from bytecache.schemas.messages import masked
 from bytecache.schemas.patience import Patience
 from bytecache.schemas.settings import Teacher
+from bytecache.schemas.web import staying_opener
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -165,7 +167,7 @@ class Client:
             headers["Authorization"] = f"Bearer {key}"
         try:
             request = urllib.request.Request(url, data=data, headers=headers)
-            with urllib.request.urlopen(request, timeout=SILENCE) as answer:
+            with _OPENER.open(request, timeout=SILENCE) as answer:
                 raw = answer.read(MAX_ANSWER + 1)
         except urllib.error.HTTPError as error:
             with error:
@@ -175,6 +177,9 @@ class Client:
         if len(raw) > MAX_ANSWER:
             raise EngineError(f"{url}: an answer of more than {MAX_ANSWER} bytes; lower teacher.context")
         return bytes(raw)
+
+
+_OPENER = staying_opener()
 
 
 class _PassingError(OSError):
@@ -191,6 +196,9 @@ def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
     if error.code in _PASSING or error.code >= 500:
         wait = error.headers.get("Retry-After") or ""
         return _PassingError(f"HTTP {error.code}: {words}", min(float(wait), 60.0) if wait.isdecimal() else 0.0)
+    if 300 <= error.code < 400:
+        there = masked(str(error.headers.get("Location") or "nowhere"))[:200]
+        return ConfigError(f"{url}: leads to {there}, where no key and no text is sent; name that address yourself")
     if error.code in (401, 403):
         return ConfigError(f"{url}: access refused (HTTP {error.code}); put the server's key into ${KEY}")
     if error.code == 409:
@@ -228,9 +236,36 @@ def listed_entries(position: dict[str, Any] | None, true: int, k: int) -> Listed
     """
     if not position or str(true) not in position:
         raise TruncatedError(f"no log-probability of token {true}, which the prompt has there")
-    entries = [(int(token), float(entry["logprob"]), int(entry.get("rank") or 0)) for token, entry in position.items()]
+    entries = [
+        (_id(token), _chance(entry["logprob"]), int(entry.get("rank") or 0)) for token, entry in position.items()
+    ]
     # The true token is listed whatever its rank: beyond the k-th it would tell the label.
     return _listed([(token, logp) for token, logp, rank in entries if rank <= k or len(entries) <= k])
+
+
+def _id(text: str) -> int:
+    """The id that a server writes as text. Raises ValueError: int() takes signs and other scripts' digits as well."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ValueError(f"{text[:40]!r} is no token id")
+    return int(text)
+
+
+def _chance(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{str(value)[:40]!r} is no log-probability")
+    return float(value)
+
+
+@contextmanager
+def as_completion(address: str) -> Iterator[None]:
+    """What is read inside is a server's answer; raises EngineError where it is not made like one."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise EngineError(
+            f"{address}: answers what is no completion ({type(error).__name__}: {str(error)[:120]}); nothing of it is "
+            "used, see that it is a completions server"
+        ) from error
 
 
 def _listed(entries: list[tuple[int, float]]) -> Listed:
@@ -261,11 +296,11 @@ class Spoken:
             raise TruncatedError("a position without top_logprobs")
         found = []
         for text, logp in entries.items():
-            token = int(text[len(_BY_ID) :]) if text.startswith(_BY_ID) else self._by_text.get(text)
+            token = _id(text[len(_BY_ID) :]) if text.startswith(_BY_ID) else self._by_text.get(text)
             if token is None:
                 self.unknown += 1
             else:
-                found.append((token, float(logp)))
+                found.append((token, _chance(logp)))
         if len(found) > k and true >= 0:
             least = min(found, key=lambda each: each[1])
             found = [each for each in found if each != least or each[0] != true]

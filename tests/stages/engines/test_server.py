@@ -10,11 +10,12 @@ import pytest
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError
 from bytecache.stages.engines.server import ServerEngine
-from bytecache.stages.engines.server_client import Client, Spoken, listed_entries
+from bytecache.stages.engines.server_client import Client, Spoken, as_completion, listed_entries
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.identity import teacher_identity
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from tests.support.completions_server import CompletionsServer
+from tests.support.loopback import Loopback, Quiet
 from tests.support.tiny_models import PROSE, make_checkpoint
 
 TEXT = PROSE[:150]
@@ -202,3 +203,57 @@ def test_a_server_that_is_not_there(folder: Path) -> None:
     client.address, client.patience = "http://127.0.0.1:9/v1", 0.2
     with pytest.raises(EngineError, match=r"no answer for 0 s .*see that the server runs"):
         client.get("models")
+
+
+@pytest.mark.parametrize("entry", ["-5", "x", "\u0663", "1e3", "9" * 12])
+def test_an_id_is_a_plain_number(entry: str) -> None:
+    """-5 would count from the end of the vocabulary."""
+    for ask in (
+        lambda: listed_entries({"7": {"logprob": -0.1}, entry: {"logprob": -9.0}}, 7, 4),
+        lambda: Spoken([b"a"]).listed({f"token_id:{entry}": -9.0}, -1, 4),
+    ):
+        with pytest.raises(EngineError, match=r"no completion.*no token id"), as_completion("x"):
+            ask()
+
+
+@pytest.mark.parametrize("value", ["-1", True, None, [1], {}])
+def test_a_log_probability_is_a_number(value: object) -> None:
+    with pytest.raises(EngineError, match="no completion"), as_completion("x"):
+        listed_entries({"7": {"logprob": value}}, 7, 4)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_no_key_goes_where_a_server_sends_it(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library would follow, the key in a header."""
+    monkeypatch.setenv("BYTECACHE_SERVER_KEY", "sesame-open")
+    came: list[str] = []
+
+    class Elsewhere(Quiet):
+        def do_GET(self) -> None:  # noqa: N802
+            came.append(str(self.headers.get("Authorization")))
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_POST = do_GET  # noqa: N815
+
+    with Loopback(Elsewhere) as elsewhere:
+
+        class Sends(Quiet):
+            def do_GET(self) -> None:  # noqa: N802
+                self.send_response(code)
+                self.send_header("Location", f"{elsewhere.url}/v1/models")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_POST = do_GET  # noqa: N815
+
+        with Loopback(Sends) as there:
+            client = Client.__new__(Client)
+            client.address, client.patience = f"{there.url}/v1", 0.2
+            with pytest.raises(ConfigError, match=r"leads to .* where no key and no text is sent"):
+                client.get("models")
+            with pytest.raises(ConfigError, match="leads to"):
+                client.post("completions", {"prompt": [1]})
+    assert came == []

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -73,8 +74,8 @@ def examined(folder: Path, only: str, damages: tuple[str, ...], *, every: bool) 
     return verdicts
 
 
-def report(verdicts: list[Verdict]) -> dict[str, object]:
-    """The figures by kind of file, how each damage ended, and what was not good, case by case."""
+def report(verdicts: list[Verdict]) -> dict[str, Any]:
+    """The figures by kind of file and by damage, how each damage ended, and what was not good, case by case."""
     kinds = sorted({kind(verdict.key) for verdict in verdicts})
     groups = {name: [verdict for verdict in verdicts if kind(verdict.key) == name] for name in kinds}
     return {
@@ -83,7 +84,11 @@ def report(verdicts: list[Verdict]) -> dict[str, object]:
         "commands": {
             damage: Counter(v.ends for v in verdicts if v.damage == damage) for damage in (*DAMAGES, *STRANGERS)
         },
-        "kinds": {name: figures(group) for name, group in groups.items()},
+        "kinds": {
+            name: figures(group)
+            | {"damages": {d: figures([v for v in group if v.damage == d]) for d in sorted({v.damage for v in group})}}
+            for name, group in groups.items()
+        },
         "bad": [vars(verdict) for verdict in verdicts if not verdict.good],
     }
 

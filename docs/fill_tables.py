@@ -275,22 +275,24 @@ DAMAGED = {
 
 
 def damage() -> str:
-    """What became of every damaged file, by part of the run."""
+    """What became of every damaged file, by part of the run and by damage: found / named / whole again, of how many."""
     measured = result("damage.json")
-    rows, left = [], dict(measured["kinds"])
+    left, rows = dict(measured["kinds"]), []
+    damages = list(dict.fromkeys(damage for kind in left.values() for damage in kind["damages"]))
     for part, pattern in DAMAGED.items():
         kinds = [left.pop(name) for name in list(left) if re.match(pattern, name)]
-        f = {name: sum(figures[name] for figures in kinds) for name in kinds[0]}
-        named = f"{f['named']} of {f['read_by_a_stage']}" if f["read_by_a_stage"] else "read by none"
-        word = f"{f['whole_by_the_readers_word']} of {f['read_by_a_stage']}" if f["read_by_a_stage"] else "-"
-        whole = f"{f['whole_again']} of {f['followed']}"
-        rows.append([part, str(f["cases"]), str(f["found"]), named, whole, str(f["by_one_command"]), word])
+        cells = [_fate([kind["damages"][damage] for kind in kinds if damage in kind["damages"]]) for damage in damages]
+        rows.append([part, str(sum(kind["cases"] for kind in kinds)), *cells])
     assert not left, left
-    return table(
-        "files of | >cases | >found by `verify` | >named by the stage that reads them | >whole again | "
-        ">of these by `verify --repair` alone | >whole again by the stage's own word",
-        rows,
-    )
+    return table(" | ".join(["files of", ">cases", *(f">{damage}" for damage in damages)]), rows)
+
+
+def _fate(groups: list[dict[str, int]]) -> str:
+    """Found / named / whole again of n; nobody names what no stage reads."""
+    f = {name: sum(group[name] for group in groups) for name in ("cases", "found", "named", "read_by_a_stage")}
+    whole, followed = (sum(group[name] for group in groups) for name in ("whole_again", "followed"))
+    named = f"{f['named']} of {f['read_by_a_stage']}" if f["read_by_a_stage"] else "-"
+    return f"{f['found']} of {f['cases']} / {named} / {whole} of {followed}"
 
 
 def dump_sizes() -> str:

@@ -37,6 +37,8 @@ class TeacherIdentity(BaseModel):
     """Precision of the trunk."""
     device: str = ""
     """`cpu`, or the GPU's name."""
+    effort: int = 1
+    """Version of the rule by which histories are evaluated at equal settings."""
     static_contexts: tuple[str, ...] = ()
     """Contexts in which static rows were evaluated."""
     windows: tuple[int, int] = (0, -1)

@@ -63,7 +63,7 @@ class Corpus(Section):
 
 PRESETS: dict[str, dict[str, float]] = {
     "fast": {"tau": 0.3, "depth": 2, "static": 0.002},
-    "balanced": {"tau": 0.02, "depth": 1, "static": 0.0003},
+    "balanced": {"tau": 0.04, "depth": 1, "static": 0.0003},
     "exact": {"tau": 0.003, "depth": 2, "static": 0.0002},
 }
 """What `teacher.preset` stands for; measured by `benchmarks/exactness.py`."""
@@ -108,10 +108,10 @@ class Teacher(Section):
     """Effort: rows per canonical token about 1.1 with `fast`, 1.6 with `balanced`, 2.5 with `exact`."""
     tau: float = Field(-1.0, ge=-1.0, le=1.0)
     """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, wherever it
-    ends, or (with static rows) further on; 0 = all, -1 = preset."""
+    ends, or (with static rows) further on; lighter ones where the text after them surprises. 0 = all, -1 = preset."""
     depth: int = Field(-1, ge=-1, le=200)
-    """Tokens off the canonical ones as far as which tau decides; every token beyond asks for three times the share.
-    0 = evaluate no deviation at all, -1 = preset."""
+    """Tokens off the canonical ones as far as which tau decides; every token beyond asks for three times the share,
+    up to a fifth. 0 = evaluate no deviation at all, -1 = preset."""
     static: float = Field(-1.0, ge=-1.0, le=1.0)
     """Below tau, histories with more than this share go on as their last token would alone; 0 = off, -1 = preset."""
     keep: Literal["dump", "targets"] = "dump"

@@ -82,7 +82,7 @@ def coarsen(window: Window, effort: Effort) -> tuple[Window, int]:
     canonical = np.flatnonzero(window.row_depth == 0)
     kept = _Kept(canonical, window.row_parent[canonical], window.row_depth[canonical])
     lattice = Lattice(current := kept.of(window))
-    for _ in range(deepest(effort.tau, effort.depth)):
+    for _ in range(deepest(effort.depth)):
         found = lattice.deviations(tau=effort.tau, depth=effort.depth)
         rows = [evaluated.get((int(kept.row[r]), int(t)), -1) for r, t in zip(found.row, found.token, strict=True)]
         if max(rows, default=-1) < 0:

@@ -1,11 +1,12 @@
 """The lattice of a window: next-byte distributions from its rows, and which rows it lacks.
 
 The sums are stages/lattice/forward.py's; here are their results, and the choice of what a teacher should evaluate next:
-every history that carries more of its prefix than stages/lattice/effort.py says, wherever it ends. Where the canonical
-tokens break is no exception. A cut can say what follows: with a pre-tokeniser that takes a run of white space whole,
-two line breaks are one token only before more white space, so a history that ends at the same byte by another cut goes
-on otherwise. (Such histories used to join the canonical row unasked. On Python source that cost 0.01 to 0.02 nats per
-byte at `exact`, nearly all of it at a few positions after blank lines, in indentation and at quotes.)
+every history that carries more of its prefix than stages/lattice/effort.py says, wherever it ends, and lighter ones
+where the text goes on as the known ones did not foresee. Where the canonical tokens break is no exception. A cut can
+say what follows: with a pre-tokeniser that takes a run of white space whole, two line breaks are one token only before
+more white space, so a history that ends at the same byte by another cut goes on otherwise. (Such histories used to join
+the canonical row unasked. On Python source that cost 0.01 to 0.02 nats per byte at `exact`, nearly all of it at a few
+positions after blank lines, in indentation and at quotes.)
 """
 
 from functools import cached_property
@@ -17,7 +18,7 @@ from numba import njit
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.window import NEVER, Window
-from bytecache.stages.lattice.effort import least_share
+from bytecache.stages.lattice.effort import AHEAD, least_share, worth
 from bytecache.stages.lattice.forward import Sums, forward
 from bytecache.stages.lattice.tables import Masses, Tables, tables
 
@@ -174,16 +175,13 @@ class Lattice:
         return Handed(joined, static, nowhere, sums.evaluated)
 
     def deviations(self, *, tau: float, depth: int) -> Deviations:
-        """Stops with no row of their own that carry more than `least_share`, wherever they end.
+        """Stops with no row of their own that are `worth` one, wherever they end.
 
         Those that extend a static row wait for that row to be evaluated (`outgrown`).
         """
-        w = self.window
         row, _ = self._stops
-        least = least_share(tau, depth, w.row_depth[row].astype(np.int64) + 1)
-        return self._pick(
-            np.flatnonzero((self._lies.child < 0) & (self._sums.share > least) & (w.row_static[row] == 0))
-        )
+        asks = self._worth(tau, depth) & (self._lies.child < 0) & (self.window.row_static[row] == 0)
+        return self._pick(np.flatnonzero(asks))
 
     def homeless(self, *, share: float) -> Deviations:
         """Where no row ends but a history of more than `share` does: the heaviest such history, by token.
@@ -199,7 +197,7 @@ class Lattice:
         return self._pick(homeless[np.lexsort((position[homeless], self.window.stop_token[homeless]))])
 
     def outgrown(self, *, tau: float, depth: int) -> np.ndarray:
-        """Static rows, int64 ascending, that somewhere along the text carry more than `least_share`.
+        """Static rows, int64 ascending, that were `worth` a row, or somewhere carry more than `least_share`.
 
         A history that was light where it ended grows heavy where the text goes on as it said and others did not. With a
         row comes every static row that it extends.
@@ -209,6 +207,8 @@ class Lattice:
         peak = self.peaks()
         np.maximum.at(peak, row, self._sums.share)
         heavy = peak > least_share(tau, depth, w.row_depth.astype(np.int64))
+        child = self._lies.child
+        heavy[child[(child >= 0) & self._worth(tau, depth)]] = True
         grown = np.flatnonzero((w.row_static == 1) & heavy)
         wanted = np.zeros(len(w.row_start), bool)
         while len(grown):
@@ -216,6 +216,22 @@ class Lattice:
             parent = w.row_parent[grown]
             grown = np.unique(parent[w.row_static[parent] == 1])
         return np.flatnonzero(wanted)
+
+    def _worth(self, tau: float, depth: int) -> np.ndarray:
+        """Which stops are worth a row, whether they have one or not, bool [S]."""
+        row, position = self._stops
+        least = least_share(tau, depth, self.window.row_depth[row].astype(np.int64) + 1)
+        return worth(self._sums.share, least, self._ahead[position], tau)
+
+    @cached_property
+    def _ahead(self) -> np.ndarray:
+        """What is known of each byte's next `AHEAD` canonical tokens, their probability, float64 [n + 1]."""
+        ratio, n = self._sums.ratio, len(self.window.text)
+        known = np.cumsum(np.log(ratio, out=np.full(n + 1, NEVER), where=ratio > 0.0))
+        breaks = np.flatnonzero(self._lies.canonical[: n + 1] >= 0)
+        after = np.searchsorted(breaks, np.arange(n + 1), side="right") + AHEAD - 1
+        ahead: np.ndarray = np.exp(known[breaks[np.minimum(after, len(breaks) - 1)]] - known)
+        return ahead
 
     def peaks(self) -> np.ndarray:
         """The largest share of P(text so far) that each row holds along the text, float64 [R]."""

@@ -11,7 +11,7 @@ from bytecache.schemas.identity import TeacherIdentity
 from bytecache.stages.engines.served import Opened
 from bytecache.stages.engines.server_client import Client, Served
 from bytecache.stages.engines.static import CONTEXTS
-from bytecache.stages.lattice.effort import REFERENCE, reach
+from bytecache.stages.lattice.effort import REFERENCE, RULE, reach
 from bytecache.stages.models.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
 from bytecache.stages.models.locate import model_name, public_name, resolve_model, tokenizer_identity, weights_identity
 from bytecache.stages.teacher.windows import LEAD
@@ -126,6 +126,7 @@ def identity_of(
         settings=settings.model_dump(include=_DECIDE),
         dtype=own_dtype(folder) if dtype == "auto" else dtype,
         device=device,
+        effort=RULE,
         static_contexts=CONTEXTS,
         windows=windows,
         head_dtype="quantised" if head_is_quantised(folder) else "float32",
@@ -154,6 +155,7 @@ def _identity_of_served(
         settings=settings.model_dump(
             include={"backend", "context", "overlap", "top_k", "tau", "depth", "static", "sample_tokens"}
         ),
+        effort=RULE,
         windows=windows,
         versions={"server": served.version} if served.version else {},
         served=served.model,

@@ -69,7 +69,7 @@ class Group:
     def branch(self, tau: float, depth: int) -> None:
         """Branches in passes, each one token longer, until the lattice asks for none (see `least_share`)."""
         growing = list(range(len(self.windows)))
-        for _ in range(deepest(tau, depth)):
+        for _ in range(deepest(depth)):
             growing = self._branch_once(growing, tau, depth)
             if not growing:
                 break

@@ -111,7 +111,7 @@ def test_shards_are_those_of_a_capture_at_that_effort(vocabulary, tmp_path, effo
     for name in ("teacher_nll", "canonical_nll", "unaccounted_mean"):
         assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5)
     whole, full, _ = convert(fine)
-    assert whole["unaccounted_mean"] < found["unaccounted_mean"]
+    assert whole["unaccounted_mean"] <= found["unaccounted_mean"]
     assert np.abs(full["dense"] - mine["dense"]).max() > 1e-3
 
 

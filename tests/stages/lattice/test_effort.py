@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from bytecache.schemas.settings import PRESETS
-from bytecache.stages.lattice.effort import DEEPEST, FOLLOWED, MOST_TIMES, REFERENCE, deepest, least_share, reach
+from bytecache.stages.lattice.effort import (
+    DEEPEST,
+    ENOUGH,
+    FOLLOWED,
+    MOST_TIMES,
+    REFERENCE,
+    deepest,
+    least_share,
+    lightest,
+    reach,
+)
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.tokens.vocab import load_vocabulary
 from tests.support.writing_model import WritingEngine, write_tokenizer, writing_teacher
@@ -14,14 +24,16 @@ from tests.support.writing_model import WritingEngine, write_tokenizer, writing_
 def test_tau_decides_to_the_depth_and_what_is_heavy_is_always_enough(effort):
     tau, depth = effort["tau"], int(effort["depth"])
     least = least_share(tau, depth, np.arange(1, DEEPEST + 1))
-    assert (least[:depth] == tau).all() and (np.diff(least[: deepest(tau, depth)]) >= 0).all()
-    assert (least[: depth + FOLLOWED] <= MOST_TIMES * tau).all() and np.isinf(least[depth + FOLLOWED :]).all()
+    assert (least[:depth] == tau).all() and (np.diff(least) >= 0).all()
+    enough = max(tau, ENOUGH)
+    assert (least[: depth + FOLLOWED] <= min(MOST_TIMES * tau, enough)).all()
+    assert (least[depth + FOLLOWED :] == enough).all() and 0 < lightest(tau) <= tau
     assert depth <= reach(tau, depth) < 16  # a window keeps as many positions free
 
 
 def test_nothing_is_asked_for_at_depth_0_and_everything_at_tau_0():
     off = np.array([1, 3, DEEPEST, DEEPEST + 1])
-    assert np.isinf(least_share(0.01, 0, off)).all() and deepest(0.01, 0) == reach(0.01, 0) == 0
+    assert np.isinf(least_share(0.01, 0, off)).all() and deepest(0) == reach(0.01, 0) == 0
     assert least_share(0.0, 64, off).tolist() == [0.0, 0.0, 0.0, np.inf]
 
 

@@ -19,6 +19,12 @@ def vocabulary(tiny_checkpoint) -> Vocabulary:
     return load_vocabulary(tiny_checkpoint("bytelevel"))
 
 
+@pytest.fixture(autouse=True)
+def by_share_alone(monkeypatch) -> None:
+    """This teacher finds all text absurd, so that the text would bear out nearly everything (test_borne_out.py)."""
+    monkeypatch.setattr("bytecache.stages.lattice.effort.BORNE_OUT", np.inf)
+
+
 def window_of(teacher: Teacher) -> Window:
     ((window,),) = teacher.windows([("d", 0, teacher.vocabulary.encode(TEXT))])
     return window

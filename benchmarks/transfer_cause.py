@@ -11,11 +11,13 @@ measured on the training text of the `--ahead` steps after the last of them, whi
                  the teacher leaves open there: under 0.1 nats of entropy a target is *settled*, above 1 *free*. What is
                  settled the text says as well as the teacher: cross-entropy is divergence there. Only in the rest is
                  the text a noisy witness. Choices left to the text have no divergence.
-    gradients    of the tokens' cross-entropy and of the objective without it, a step each: `signal`, the squared norm
-                 of their mean, unbiased, from products of different steps; `noise`, the mean squared distance of a step
-                 from that mean; the cosine of the two signals. For adapters and embeddings, before clipping.
+    gradients    of the tokens' cross-entropy (`ce`), of the objective without it (`cache`), and of what the teacher
+                 decides in that alone (`teacher`): `signal`, the squared norm of a step's mean gradient, unbiased, from
+                 products of different steps; `noise`, the mean squared distance of a step from that mean; the cosine of
+                 the first two signals. For adapters and embeddings, before clipping.
 
-A teacher in the place of text helps as far as its gradient has less noise at equal signal. Results are appended.
+A teacher in the place of text helps as far as its gradient has less noise at equal signal: with a part f of the noise
+a step is worth 1 / f steps of text. Noise that is left is of the text that happens to be read. Results are appended.
 """
 
 import argparse
@@ -45,6 +47,10 @@ from bytecache.stages.train.train import CLIP
 
 GROUPS = {"settled": (0.0, 0.1), "middling": (0.1, 1.0), "free": (1.0, math.inf)}
 """Entropy of a choice's target, nats: from, below."""
+
+
+LOSSES = ("ce", "cache", "teacher")
+"""Whose gradients are measured."""
 
 
 def entropy(targets: SlotTargets) -> Tensor:
@@ -77,23 +83,23 @@ def divergences(run: Run, steps: Sequence[Step]) -> dict[str, dict[str, float]]:
 
 
 def step_gradients(run: Run, step: Step, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
-    """Gradients of a step's cross-entropy and of the objective without it, per token: two lists like `parameters`."""
-    sums = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
+    """Gradients of a step, per token, of the losses that `LOSSES` names: for each a list like `parameters`."""
+    sums = [[torch.zeros_like(p) for p in parameters] for _ in LOSSES]
     for micro in step.micro:
         parts = micro_loss(run, micro)
-        losses = parts.token / step.n_tokens, (parts.kl + parts.open) / step.n_byte_tokens
+        losses = [parts.token / step.n_tokens, *(x / step.n_byte_tokens for x in (parts.kl + parts.open, parts.kl))]
         for total, loss in zip(sums, losses, strict=True):
-            grads = torch.autograd.grad(loss, parameters, retain_graph=loss is losses[0])
+            grads = torch.autograd.grad(loss, parameters, retain_graph=loss is not losses[-1])
             for into, grad in zip(total, grads, strict=True):
                 into += grad
     return sums
 
 
 def signal_and_noise(each: list[list[Tensor]]) -> tuple[list[dict[str, float]], float]:
-    """For both losses signal and noise (module docstring), and the cosine of their signals.
+    """For every loss signal and noise (module docstring), and the cosine of the first two signals.
 
     Args:
-        each: flat gradients [losses][steps], two losses, two steps at least.
+        each: flat gradients [losses][steps], two of either at least.
     """
     n = len(each[0])
 
@@ -105,23 +111,23 @@ def signal_and_noise(each: list[list[Tensor]]) -> tuple[list[dict[str, float]], 
 
     signals = [across(side, side) for side in each]
     sizes = [sum(float(x @ x) for x in side) / n for side in each]
-    cosine = across(*each) / math.sqrt(signals[0] * signals[1]) if min(signals) > 0 else math.nan
+    cosine = across(*each[:2]) / math.sqrt(signals[0] * signals[1]) if min(signals[:2]) > 0 else math.nan
     return [{"signal": s, "noise": size - s} for s, size in zip(signals, sizes, strict=True)], cosine
 
 
 def gradients(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
-    """Signal and noise of the two losses, for the adapters and for the embeddings."""
+    """Signal and noise of the losses, for the adapters and for the embeddings."""
     embeddings = run.student.model.get_input_embeddings().weight
     adapters = [p for _, p in run.parameters() if p.requires_grad and p is not embeddings]
-    parts: dict[str, list[list[Tensor]]] = {"adapters": [[], []], "embeddings": [[], []]}
+    parts: dict[str, list[list[Tensor]]] = {name: [[] for _ in LOSSES] for name in ("adapters", "embeddings")}
     for step in steps:
         for number, grads in enumerate(step_gradients(run, step, [*adapters, embeddings])):
             parts["adapters"][number].append(torch.cat([g.flatten() for g in grads[:-1]]))
             parts["embeddings"][number].append(grads[-1].flatten())
     found = {}
     for name, each in parts.items():
-        (ce, cache), cosine = signal_and_noise(each)
-        found[name] = {"ce": ce, "cache": cache, "cosine": cosine}
+        measured, cosine = signal_and_noise(each)
+        found[name] = {**dict(zip(LOSSES, measured, strict=True)), "cosine": cosine}
     return found
 
 
@@ -165,21 +171,23 @@ def walk(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def report(runs: list[dict[str, Any]]) -> str:
-    """One row a point: divergence by group, and noise over signal of both losses."""
-    groups = list(GROUPS)
+    """One row a point: what the text and the teacher say of the student, and the noise of the adapters' gradients."""
     lines = [
-        "| trained by | after steps | " + " | ".join(f"KL, {name}" for name in groups)
-        + " | left to the text, CE | adapters: noise/signal, CE | cache | noise of cache / of CE | cosine |",
-        "|---|---:|" + "---:|" * (len(groups) + 5),
+        "| trained by | after steps | bits/byte | KL | " + " | ".join(f"KL, {name}" for name in GROUPS)
+        + " | noise of cache / of CE | cosine |",
+        "|---|---:|" + "---:|" * (len(GROUPS) + 4),
     ]  # fmt: skip
-    for run in runs:
-        for point in run["points"]:
-            apart, grad = point["divergence"], point["gradients"]["adapters"]
-            cells = [run["arm"] if point["step"] else "", str(point["step"])]
-            cells += [f"{apart[name]['kl']:.3f}" for name in groups] + [f"{apart['left to the text']['ce']:.3f}"]
-            cells += [f"{grad[key]['noise'] / grad[key]['signal']:.1f}" for key in ("ce", "cache")]
-            cells += [f"{grad['cache']['noise'] / grad['ce']['noise']:.2f}", f"{grad['cosine']:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+    points = [(point["step"], run["arm"] != "ce", run["arm"], point) for run in runs for point in run["points"]]
+    for step, _, arm, point in sorted(points, key=lambda p: p[:3]):
+        apart, grad = point["divergence"], point["gradients"]["adapters"]
+        sums = [sum(group[key] for group in apart.values()) for key in ("ce", "kl")]
+        cells = [
+            arm if step else "",
+            str(step),
+            *(f"{x:.3f}" for x in (*sums, *(apart[name]["kl"] for name in GROUPS))),
+        ]
+        cells += [f"{grad['cache']['noise'] / grad['ce']['noise']:.2f}", f"{grad['cosine']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -125,6 +125,11 @@ def transfer() -> str:
     return text.partition(", test\n\n")[2].partition("\n\n")[0].strip()
 
 
+def transfer_cause() -> str:
+    """What is left to learn of the teacher, and how noisy both gradients are, as the benchmark writes it."""
+    return (RESULTS / "transfer_cause.md").read_text(encoding="utf-8").strip()
+
+
 def transfer_short() -> str:
     """Bits per byte of the test text, by kind, before training, with each arm of every seed, and of the original."""
     found = result("transfer_gain.json")
@@ -323,6 +328,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "teacher-presets": teacher_presets,
     "transfer": transfer,
     "transfer-short": transfer_short,
+    "transfer-cause": transfer_cause,
     "foreign-lists": foreign_lists,
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,

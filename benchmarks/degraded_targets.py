@@ -23,7 +23,7 @@ from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.shard.reader import ShardBuilder
-from bytecache.stages.teacher.teacher import resolve_model
+from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.tokens.vocab import load_vocabulary
 
 KINDS = ("fast", "topk")

@@ -55,19 +55,23 @@ LOSSES = ("ce", "cache", "teacher")
 
 def entropy(targets: SlotTargets) -> Tensor:
     """Nats of each slot's target [S], its bucket as one outcome."""
-    shares = torch.special.entr(targets.prob)
-    return torch.special.entr(targets.tail).index_add(0, targets.slot, shares)
+    listed: Tensor = torch.special.entr(targets.prob)
+    bucket: Tensor = torch.special.entr(targets.tail)
+    return bucket.index_add(0, targets.slot, listed)
 
 
 @torch.no_grad()
-def divergences(run: Run, steps: Sequence[Step]) -> dict[str, dict[str, float]]:
-    """Choices, their cross-entropy, divergence and the target's entropy, per byte of text, bits; by group."""
+def divergences(run: Run, steps: Sequence[Step], dtype: torch.dtype = torch.float32) -> dict[str, dict[str, float]]:
+    """Choices, their cross-entropy, divergence and the target's entropy, per byte of text, bits; by group.
+
+    dtype: `train.dtype`.
+    """
     term = run.objective.term
     assert isinstance(term, MarginalTerm)
     found = {name: dict.fromkeys(("choices", "ce", "kl", "entropy"), 0.0) for name in (*GROUPS, "left to the text")}
     n_bytes = sum(step.n_bytes for step in steps)
     for micro in (micro for step in steps for micro in step.micro):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.scored._dtype is torch.bfloat16):  # type: ignore[union-attr]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             logits = run.student.forward(micro.input_ids)[0]
         choices = term.marginal.choices(micro, "sum")
         assert choices.targets is not None and choices.open is not None
@@ -164,7 +168,8 @@ def walk(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ahead = steps[max(args.at) :]
     for number in range(max(args.at) + 1):
         if number in args.at:
-            yield {"step": number, "divergence": divergences(run, ahead), "gradients": gradients(run, ahead)}
+            apart = divergences(run, ahead, getattr(torch, args.dtype))
+            yield {"step": number, "divergence": apart, "gradients": gradients(run, ahead)}
         if number < max(args.at):
             run.seed_step(args.seed, number)
             learn(run, steps[number], settings, args.arm)

@@ -140,6 +140,10 @@ def _remedy(settings: st.Teacher, error: BaseException, *, on_cpu: bool) -> str:
     words = str(error)
     if importlib.util.find_spec("torchvision") is None and ("inspected" in words or "torchvision" in words):
         return "this architecture needs torchvision: install the build that matches your torch (see lock/gpu.txt)"
+    if "is not supported for quantization method" in words:  # float32, which `auto` is on a CPU
+        return 'set teacher.dtype = "bfloat16", which these weights are computed in'
+    if "quant" in words.lower() or "kernel" in words.lower():
+        return "this machine has no kernel for weights of this kind; take another machine, or the model's own weights"
     if on_cpu:
         return "lower teacher.context, or set teacher.kv_cache_gib to what this machine's memory allows"
     return (

@@ -13,6 +13,7 @@ from bytecache.stages.engines.server_client import Client, Served
 from bytecache.stages.engines.static import CONTEXTS
 from bytecache.stages.lattice.effort import REFERENCE, RULE, reach
 from bytecache.stages.models.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
+from bytecache.stages.models.fitness import quantisation
 from bytecache.stages.models.locate import model_name, public_name, resolve_model, tokenizer_identity, weights_identity
 from bytecache.stages.teacher.windows import LEAD
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
@@ -132,13 +133,13 @@ def identity_of(
         head_dtype="quantised" if head_is_quantised(folder) else "float32",
         versions={"torch": _version("torch"), "transformers": _version("transformers"), **engine},
     )  # fmt: skip
-    return identity.as_json() | _beyond_weights(settings)
+    return identity.as_json() | _beyond_weights(settings, folder)
 
 
-def _beyond_weights(settings: st.Teacher) -> dict[str, Any]:
-    """The adapter that is merged into the weights, and what the noise is measured against; nothing where neither is."""
-    chosen = {"adapter": settings.adapter, "noise": settings.noise}
-    return {name: public_name(value) for name, value in chosen.items() if value}
+def _beyond_weights(settings: st.Teacher, folder: Path) -> dict[str, Any]:
+    """The merged adapter, how weights are quantised, what the noise is measured against: each only where it is."""
+    chosen = {"adapter": public_name(settings.adapter), "noise": public_name(settings.noise)}
+    return {name: value for name, value in {**chosen, "quantization": quantisation(folder)}.items() if value}
 
 
 def _identity_of_served(

@@ -1,0 +1,53 @@
+"""Quantised checkpoints under vLLM on a CPU: which compute what their integers stand for, and which are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from bytecache.schemas import settings as st
+from bytecache.schemas.errors import BytecacheError
+from bytecache.stages.fidelity.noise import Noise
+from bytecache.stages.teacher.teacher import open_teacher
+from tests.support.quantised_models import quantise
+from tests.support.tiny_models import PROSE, make_checkpoint
+
+pytestmark = pytest.mark.slow
+BASE = {"context": 64, "overlap": 16, "tau": 0.01, "depth": 1, "static": 0.0, "sample_tokens": 0, "floor": 1e-7}
+
+
+def windows(folder: Path, **more: Any) -> tuple[list[Any], dict[str, Any]]:
+    teacher = open_teacher(st.Teacher.model_validate({**BASE, "model": str(folder), **more}))
+    try:
+        encoded = teacher.vocabulary.encode(PROSE[:120])
+        return [window for group in teacher.windows([("d", 0, encoded)]) for window in group], teacher.identity()
+    finally:
+        teacher.close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("whole") / "whole")
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_integers_compute_what_they_stand_for(whole: Path, tmp_path: Path, kind: str) -> None:
+    quantised, meant = quantise(whole, kind, tmp_path)
+    found, identity = windows(quantised, backend="vllm", dtype="float16")
+    wanted, _ = windows(meant, backend="hf")
+    original, _ = windows(whole, backend="hf")
+    rounding, arithmetic = Noise(), Noise()
+    for one, other, exact in zip(found, wanted, original, strict=True):
+        arithmetic.add(other, one)
+        rounding.add(exact, one)
+    arithmetic.against = rounding.against = {"model": "whole"}
+    told = [noise.summary() for noise in (arithmetic, rounding)]
+    assert told[0] and told[1] and told[0]["kl"]["mean"] < 0.2 * told[1]["kl"]["mean"]
+    assert identity["quantization"] == kind.split()[0] and identity["head_dtype"] == "float32"
+
+
+def test_a_precision_that_the_kernels_do_not_take_is_refused_with_one_that_they_do(whole: Path, tmp_path: Path) -> None:
+    quantised, _ = quantise(whole, "gptq", tmp_path)
+    with pytest.raises(BytecacheError, match=r'torch\.float32 is not supported.*set teacher\.dtype = "bfloat16"'):
+        windows(quantised, backend="vllm")

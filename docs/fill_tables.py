@@ -27,7 +27,8 @@ KINDS = {
 }  # fmt: skip
 """Kinds of text as benchmarks/exactness.py calls them, and as documents do."""
 
-
+TEACHERS = ("smollm2", "gemma")
+"""Of benchmarks/two_teachers.py."""
 ARMS = ("ce", "marginal", "marginal-only")
 """Of the study of transfer, as README.md shows them."""
 
@@ -190,6 +191,17 @@ def foreign_lists() -> str:
     return table("text | list | >mass listed | >KL | >JSD | >leak, bits | >tail | >leak, taken at its word", rows)
 
 
+def two_teachers() -> str:
+    """Bits per byte of two teachers, of their mixtures, and of the better teacher of every passage."""
+    kinds = result("two_teachers.json")["kinds"]
+    rows = [[f"{name}, alone", *(f"{one['teachers'][name]:.4f}" for one in kinds.values())] for name in TEACHERS]
+    for name in next(iter(kinds.values()))["mixtures"]:
+        rows.append([name, *(f"{one['mixtures'][name]['bits_per_byte_mixed']:.4f}" for one in kinds.values())])
+    rows.append(["the better teacher of each passage", *(f"{one['oracle']:.4f}" for one in kinds.values())])
+    rows.append(["how far they differ, JSD in nats", *(f"{one['jsd']:.4f}" for one in kinds.values())])
+    return table(" | ".join(["", *(f">{kind}, {one['bytes']} B" for kind, one in kinds.items())]), rows)
+
+
 def _foreign(one: dict[str, float]) -> list[str]:
     return [f"{one['kl']:.4f}", f"{one['jsd']:.4f}", f"{one['leak_bits']:+.4f}", f"{one['tail']:.4f}"]
 
@@ -330,6 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfer-short": transfer_short,
     "transfer-cause": transfer_cause,
     "foreign-lists": foreign_lists,
+    "two-teachers": two_teachers,
     "objective-cost": objective_cost,
     "oracle-excess": oracle_excess,
     "damage": damage,

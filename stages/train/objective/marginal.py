@@ -169,20 +169,23 @@ class Marginal(nn.Module):
         ids = micro.input_ids.flatten()
         length = self.tables.length_of(ids)
         walk = torch.where(length > 0, self.tables.node_of(ids, length), -1)
-        doubt = torch.zeros(walk.numel(), device=walk.device)
-        row, passed = micro.slot_token, torch.full_like(micro.slot_token, -1)
-        doubted = torch.zeros(row.numel(), device=row.device)
+        row, symbol = micro.slot_token, micro.slot_symbol
+        passed, child = torch.full_like(row, -1), torch.full_like(row, -1)
         # Most of the numbers that a token may have bytes for have none in any of them.
         counts = [count for count in micro.slot_counts if count]
-        for slots in torch.split(torch.arange(row.numel(), device=row.device), counts):
-            mine = row[slots]
-            at = walk[mine]
-            passed[slots], doubted[slots] = at, doubt[mine]
-            node = at.clamp_min(0)
-            child = torch.where(at >= 0, self.tables.child_of(node, micro.slot_symbol[slots]), -1)
-            leaving = self.segmentation.doubt(node, micro.slot_symbol[slots], torch.where(at >= 0, length[mine], 0))
-            doubt[mine] = torch.where((at >= 0) & (child < 0), leaving, doubt[mine])
-            walk[mine] = child
+        numbered = torch.split(torch.arange(row.numel(), device=row.device), counts)
+        for slots in numbered:
+            at = walk[row[slots]]
+            passed[slots] = at
+            child[slots] = torch.where(at >= 0, self.tables.child_of(at.clamp_min(0), symbol[slots]), -1)
+            walk[row[slots]] = child[slots]
+        leaves = (passed >= 0) & (child < 0)
+        leaving = self.segmentation.doubt(passed.clamp_min(0), symbol, torch.where(passed >= 0, length[row], 0))
+        doubt, doubted = torch.zeros(walk.numel(), device=walk.device), torch.zeros(row.numel(), device=row.device)
+        for slots in numbered:
+            before = doubt[row[slots]]
+            doubted[slots] = before
+            doubt[row[slots]] = torch.where(leaves[slots], leaving[slots], before)
         return _Walk(passed, doubted), _Walk(walk, doubt)
 
     def _ends(self, micro: MicroBatch) -> _Ends:

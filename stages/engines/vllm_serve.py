@@ -154,6 +154,51 @@ def _static_jobs(arrays: dict[str, np.ndarray]) -> list[StaticJob]:
     return [StaticJob(f"job {number}", *part) for number, part in enumerate(parts)]
 
 
+_KINDS = {"text": "uint8", "tokens": "int32", "chain": "int32", "token": "int32"}
+"""What arrays of a request are; int64 where nothing is said."""
+
+
+def check_rows(arrays: dict[str, np.ndarray], size: int) -> None:
+    """Raise ValueError for a request of /rows whose numbers point anywhere but into its text and `size` tokens.
+
+    Compiled loops and the engine's step take them as they come: there one that is wrong would end all requests.
+    """
+    _check_kinds(arrays)
+    _within(arrays, "tokens", 0, size - 1)
+    _within(arrays, "following", -1, size - 1)
+    _within(arrays, "starts", 0, len(arrays["text"]))
+    if "anchor" in arrays:
+        _within(arrays, "anchor", 0, len(arrays["tokens"]) - 1)
+        _within(arrays, "length", 0, len(arrays["chain"]))
+        _within(arrays, "chain", 0, size - 1)
+        if len(arrays["length"]) != len(arrays["anchor"]) or int(arrays["length"].sum()) != len(arrays["chain"]):
+            raise ValueError("chain, length and anchor of branches do not go together")
+
+
+def check_static(arrays: dict[str, np.ndarray], size: int) -> None:
+    """The same of /static."""
+    _check_kinds(arrays)
+    _within(arrays, "token", 0, size - 1)
+    _within(arrays, "size", 0, len(arrays["text"]))
+    _within(arrays, "count", 0, len(arrays["token"]))
+    sums = int(arrays["size"].sum()), int(arrays["count"].sum()), len(arrays["start"])
+    if len(arrays["size"]) != len(arrays["count"]) or sums != (len(arrays["text"]), *[len(arrays["token"])] * 2):
+        raise ValueError("sizes and counts of static jobs do not go together")
+    _within(arrays, "start", 0, np.repeat(arrays["size"], arrays["count"]))
+
+
+def _check_kinds(arrays: dict[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        if array.ndim != 1 or array.dtype.name != _KINDS.get(name, "int64"):
+            raise ValueError(f"{name} is {array.dtype.name} of {array.ndim} dimensions")
+
+
+def _within(arrays: dict[str, np.ndarray], name: str, low: int, high: int | np.ndarray) -> None:
+    values = arrays[name]
+    if len(values) and ((values < low).any() or (values > high).any()):
+        raise ValueError(f"{name} points outside of what it is about")
+
+
 # ---- the routes, in the process of the HTTP server
 
 
@@ -281,7 +326,7 @@ def _identity(call: _Call, weights: dict[str, str]) -> dict[str, Any]:
 async def _rows(call: _Call, body: bytes) -> bytes:
     name = uuid.uuid4().hex
     header, arrays = unpack(body)
-    await _opened(call, header)
+    check_rows(arrays, (await _opened(call, header))["size"])
     prompts, firsts = _prompts(arrays)
     rows = sum(len(prompt) - first for prompt, first in zip(prompts, firsts, strict=True))
     if not rows or min(firsts) < 0 or len(arrays["starts"]) != rows or len(arrays["following"]) != rows:
@@ -299,8 +344,10 @@ async def _rows(call: _Call, body: bytes) -> bytes:
 
 
 async def _static(call: _Call, body: bytes) -> bytes:
-    header, _ = unpack(body)
-    contexts = (await _opened(call, header))["contexts"]
+    header, arrays = unpack(body)
+    opened = await _opened(call, header)
+    check_static(arrays, opened["size"])
+    contexts = opened["contexts"]
     async with call.held("bytecache_static", asyncio.Lock):  # another's question may drop states to make room
         (missing, *_) = await call.workers("served_static_missing", body)
         for number, context in enumerate(contexts if missing else []):

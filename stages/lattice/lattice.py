@@ -18,7 +18,7 @@ from numba import njit
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.window import NEVER, Window
-from bytecache.stages.lattice.effort import AHEAD, least_share, worth
+from bytecache.stages.lattice.effort import AHEAD, LIGHT_PER_TOKEN, borne_out, least_share
 from bytecache.stages.lattice.forward import Sums, forward
 from bytecache.stages.lattice.tables import Masses, Tables, tables
 
@@ -175,13 +175,11 @@ class Lattice:
         return Handed(joined, static, nowhere, sums.evaluated)
 
     def deviations(self, *, tau: float, depth: int) -> Deviations:
-        """Stops with no row of their own that are `worth` one, wherever they end.
+        """Stops with no row of their own that are worth one, wherever they end.
 
         Those that extend a static row wait for that row to be evaluated (`outgrown`).
         """
-        row, _ = self._stops
-        asks = self._worth(tau, depth) & (self._lies.child < 0) & (self.window.row_static[row] == 0)
-        return self._pick(np.flatnonzero(asks))
+        return self._pick(np.flatnonzero(self._worth(tau, depth) & (self._lies.child < 0)))
 
     def homeless(self, *, share: float) -> Deviations:
         """Where no row ends but a history of more than `share` does: the heaviest such history, by token.
@@ -197,7 +195,7 @@ class Lattice:
         return self._pick(homeless[np.lexsort((position[homeless], self.window.stop_token[homeless]))])
 
     def outgrown(self, *, tau: float, depth: int) -> np.ndarray:
-        """Static rows, int64 ascending, that were `worth` a row, or somewhere carry more than `least_share`.
+        """Static rows, int64 ascending, that were worth a row, or somewhere carry more than `least_share`.
 
         A history that was light where it ended grows heavy where the text goes on as it said and others did not. With a
         row comes every static row that it extends.
@@ -218,17 +216,36 @@ class Lattice:
         return np.flatnonzero(wanted)
 
     def _worth(self, tau: float, depth: int) -> np.ndarray:
-        """Which stops are worth a row, whether they have one or not, bool [S]."""
+        """Which stops are worth a row that they do not have, bool [S]: heavy ones, and light ones to be borne out."""
+        w, share, child = self.window, self._sums.share, self._lies.child
         row, position = self._stops
-        least = least_share(tau, depth, self.window.row_depth[row].astype(np.int64) + 1)
-        return worth(self._sums.share, least, self._ahead[position], tau)
+        least = least_share(tau, depth, w.row_depth[row].astype(np.int64) + 1)
+        evaluated = (child >= 0) & (w.row_static[child] == 0)
+        open_ = ~evaluated & (w.row_static[row] == 0) & np.isfinite(least)
+        heavy: np.ndarray = open_ & (share > least)
+        light = np.flatnonzero(open_ & ~heavy & borne_out(share, self._ahead[position], tau))
+        # Of every canonical token so many: those that it has already count.
+        token = np.searchsorted(self._breaks, position)
+        spent = np.bincount(
+            token[evaluated & (w.row_depth[child] > 0) & (share <= least)], minlength=len(self._breaks) + 1
+        )
+        light = light[np.lexsort((-share[light], token[light]))]
+        first = np.searchsorted(token[light], token[light])
+        heavy[light[np.arange(len(light)) - first + spent[token[light]] < LIGHT_PER_TOKEN]] = True
+        return heavy
+
+    @cached_property
+    def _breaks(self) -> np.ndarray:
+        """Bytes where canonical tokens begin or the last one ends, ascending."""
+        breaks: np.ndarray = np.flatnonzero(self._lies.canonical[: len(self.window.text) + 1] >= 0)
+        return breaks
 
     @cached_property
     def _ahead(self) -> np.ndarray:
         """What is known of each byte's next `AHEAD` canonical tokens, their probability, float64 [n + 1]."""
         ratio, n = self._sums.ratio, len(self.window.text)
         known = np.cumsum(np.log(ratio, out=np.full(n + 1, NEVER), where=ratio > 0.0))
-        breaks = np.flatnonzero(self._lies.canonical[: n + 1] >= 0)
+        breaks = self._breaks
         after = np.searchsorted(breaks, np.arange(n + 1), side="right") + AHEAD - 1
         ahead: np.ndarray = np.exp(known[breaks[np.minimum(after, len(breaks) - 1)]] - known)
         return ahead

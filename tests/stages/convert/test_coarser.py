@@ -26,6 +26,12 @@ TEXTS = ["The quick brown f\u00e9", "  def f(x):\n", ""]
 FINE = {"tau": 0.002, "depth": 3}
 
 
+@pytest.fixture(autouse=True)
+def by_share_alone(monkeypatch) -> None:
+    """These teachers find all text absurd: the text would bear out nearly everything, and not the same at every tau."""
+    monkeypatch.setattr("bytecache.stages.lattice.effort.BORNE_OUT", np.inf)
+
+
 @pytest.fixture(scope="module", params=["gpt2", "llama2"])
 def vocabulary(request, tmp_path_factory) -> Vocabulary:
     folder = tmp_path_factory.mktemp("coarser") / request.param
@@ -87,7 +93,7 @@ def assert_lacking_for_a_reason(fine: Window, asked: Window) -> None:
         assert lattice._sums.share[stop] <= least[0]
 
 
-@pytest.mark.parametrize("effort", [(0.1, 3), (0.05, 0), (1.0, 0)])
+@pytest.mark.parametrize("effort", [(0.02, 3), (0.05, 0), (1.0, 0)])
 def test_shards_are_those_of_a_capture_at_that_effort(vocabulary, tmp_path, effort):
     """Through the file as well: branches, static rows off, the certificate's own windows.
 
@@ -111,7 +117,7 @@ def test_shards_are_those_of_a_capture_at_that_effort(vocabulary, tmp_path, effo
     for name in ("teacher_nll", "canonical_nll", "unaccounted_mean"):
         assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5)
     whole, full, _ = convert(fine)
-    assert whole["unaccounted_mean"] <= found["unaccounted_mean"]
+    assert whole["unaccounted_mean"] < found["unaccounted_mean"]
     assert np.abs(full["dense"] - mine["dense"]).max() > 1e-3
 
 
@@ -120,7 +126,7 @@ def test_with_static_rows_it_is_at_least_as_exact(tmp_path_factory):
     folder = tmp_path_factory.mktemp("static") / "gpt2"
     FAMILIES["gpt2"].write(folder)
     vocabulary = load_vocabulary(folder)
-    coarse = {"tau": 0.3, "depth": 1, "static": 0.02}
+    coarse = {"tau": 0.1, "depth": 1, "static": 0.02}
     exact = [Lattice(w, drop=1.0).targets() for w in windows_of(vocabulary, tau=1e-4, depth=6, spread=2.0)]
     errors: dict[str, list[np.ndarray]] = {"captured": [], "converted": []}
     total = 0

@@ -90,7 +90,18 @@ def crash_line(error: BaseException) -> str:
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     place = _write_log(error)
     where = f"the traceback is in {place}" if place else "its traceback could not be written anywhere"
+    if library := _missing_gpu_library(error):
+        return (
+            f"{library} is not on this machine, which an installed package was built for: a CUDA build of torch, most "
+            f"likely. On a machine without a GPU install the CPU build of torch (README, Two commands); {where}"
+        )
     return f"{one_line(what, 300)} (a fault of bytecache: {where}; please report it with that file, {_bugs()})"
+
+
+def _missing_gpu_library(error: BaseException) -> str:
+    """Name of the library of CUDA for want of which a package could not be imported, or nothing."""
+    found = re.match(r"(lib(?:cu|nv|nccl)[\w.-]*): cannot open shared object file", str(error))
+    return found[1] if isinstance(error, ImportError) and found else ""
 
 
 def _write_log(error: BaseException) -> Path | None:

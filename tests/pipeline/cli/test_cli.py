@@ -13,7 +13,7 @@ from tests.support.places import ROOT
 
 COMMANDS = [
     "plan", "teacher", "convert", "train", "evaluate", "export",
-    "run", "status", "verify", "inspect", "fidelity", "probe", "check", "config", "retry", "merge", "mix",
+    "run", "status", "verify", "inspect", "fidelity", "probe", "check", "config", "retry", "merge", "mix", "prune",
     "push", "pull", "import",
     "jobs local", "jobs ray", "jobs slurm", "jobs skypilot", "jobs kubernetes", "estimate",
 ]  # fmt: skip

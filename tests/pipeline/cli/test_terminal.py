@@ -174,6 +174,18 @@ def test_a_fault_is_one_line_with_a_log(
     assert "hunter22" not in text + said
 
 
+def test_a_build_for_another_machine_is_no_fault_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BYTECACHE_CACHE", str(tmp_path))
+    missing = "cannot open shared object file: No such file or directory"
+    assert crash(ImportError(f"libcudnn.so.9: {missing}")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: libcudnn.so.9 is not on this machine") and "CPU build of torch" in said
+    crash(ImportError(f"libmine.so: {missing}"))
+    assert "a fault of bytecache" in capsys.readouterr().err
+
+
 def test_a_log_that_cannot_be_written_costs_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,8 @@ def _time(run: Run, micros: list[MicroBatch], *, use_head: bool) -> float:
 
 PATIENCE_S = 5.0
 """For the clock's further pairs of steps: one pair of a large student takes as long."""
+LEAST_PAIRS = 3
+"""From fewer the clock says nothing: the difference of two steps is within what one differs from the next."""
 
 
 def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str, float | None]:
@@ -139,7 +141,7 @@ def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str,
         # Pairs run back to back and their median is taken: other work on the machine slows both halves of a pair.
         while len(ratios) < repeats and (not ratios or time.monotonic() - began < PATIENCE_S):
             ratios.append(_time(run, micros, use_head=False) / _time(run, micros, use_head=True))
-        share = max(0.0, 1 - float(np.median(ratios)))
+        share = max(0.0, 1 - float(np.median(ratios))) if len(ratios) >= LEAST_PAIRS else None
     return {
         "head_parameters": run.objective.n_parameters,
         "model_parameters": sum(p.numel() for p in run.student.model.parameters()),

@@ -33,7 +33,7 @@ class Facts:
     title: str
     table: list[tuple[str, str]]
     arms: list[dict[str, Any]]
-    """name, bits, kl, retention (None: not defined), in `ORDER`"""
+    """name, bits, retention (None: not defined), in `ORDER`"""
     teacher_bits: float | None = None
     curves: dict[str, list[Point]] = field(default_factory=dict)
     stages: list[tuple[str, float, int]] = field(default_factory=list)
@@ -72,7 +72,7 @@ def arms_of(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "name": result["name"], "bits": float(result["token_bits_per_byte"]),
-            "kl": float(result["kl_nats_per_byte"]), "retention": kept.get(result["name"]),
+            "retention": kept.get(result["name"]),
         }
         for result in in_order(results)
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from bytecache.pipeline.commands.report.facts import Facts, arms_of, curve_of, r
 from bytecache.pipeline.commands.report.page import heat, report_page
 from bytecache.pipeline.commands.report.table import summary_rows
 from bytecache.pipeline.stores import LocalStore
-from bytecache.pipeline.units.receipts import Receipt
+from bytecache.pipeline.units.receipts import FileRecord, Receipt
 
 HOSTILE = (
     "</pre><script>alert(1)</script><img src=x onerror=\"fetch('http://evil.example/')\">"
@@ -153,7 +153,7 @@ def test_a_curve_is_read_from_a_log_that_was_cut_off(tmp_path: Path) -> None:
         stage="train",
         key="0" * 64,
         name="control",
-        files=(),
+        files=(FileRecord(path="train/r/step-2.safetensors", size=1, sha256="0" * 64),),
         inputs={},
         counts={"checkpoint": "train/r/step-2.safetensors"},
     )

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from bytecache.schemas.arrays import END
 from bytecache.schemas.shard.reader import TAIL_MASS, Triples
 from bytecache.stages.tokens.vocab import Vocabulary
 from bytecache.stages.train.batches.token_shard import TokenShard, tokenise
@@ -36,6 +37,11 @@ class ExactShard:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    def symbols(self, lo: int, hi: int) -> np.ndarray:
+        symbols = self.text.astype(np.int64)
+        symbols[DOCUMENT :: DOCUMENT + 1] = END
+        return symbols[lo:hi]
 
     def tails(self, lo: int, hi: int) -> np.ndarray:
         return np.zeros(hi - lo, np.float32)

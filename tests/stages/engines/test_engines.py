@@ -31,12 +31,19 @@ def vllm_teacher(tiny_checkpoint):
     teacher.close()
 
 
+@pytest.fixture
+def by_share_alone(monkeypatch) -> None:
+    """This teacher finds all text absurd: the text would bear out nearly everything, and leave no static rows."""
+    monkeypatch.setattr("bytecache.stages.lattice.effort.BORNE_OUT", np.inf)
+
+
 def encoded(teacher: Teacher):
     return [(f"d{i}", i, e) for i, e in enumerate(teacher.vocabulary.encode_batch(TEXTS))]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("by_share_alone")
 def test_vllm_gives_the_reference_rows(vllm_teacher, tiny_checkpoint):
     reference = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", **BASE))
     (ours,), (theirs,) = vllm_teacher.windows(encoded(vllm_teacher)), reference.windows(encoded(reference))
@@ -107,6 +114,7 @@ def test_branches_as_requests_read_their_prefix_from_the_cache(vllm_teacher, mon
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("by_share_alone")
 @pytest.mark.parametrize("pass_tokens", [512, 7])
 def test_branches_over_blocks_are_those_of_requests(vllm_teacher, monkeypatch, pass_tokens):
     """The same rows at a token or two each, without a request; and no block is left over."""

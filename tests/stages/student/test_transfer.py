@@ -170,7 +170,9 @@ def test_recipes_run(tmp_path, monkeypatch, recipe):
     if recipe == "cross_model":
         override |= {"student.tokenizer": "bpe:300", "student.hidden_size": 32, "student.layers": 1, "student.heads": 2}
     elif recipe == "chat":
-        override |= {"corpus.kind": "chat", "student.model": model}
+        # A recipe for a new student, whose sizes a model beside them must not have.
+        sizes = {f"student.{key}": getattr(Student(), key) for key in ("hidden_size", "layers", "heads")}
+        override |= {"corpus.kind": "chat", "student.model": model, **sizes}
     else:
         override |= {"student.model": model}
     if recipe == "tokenizer_transfer":  # and with a control

@@ -65,27 +65,24 @@ def changed_presets() -> str:
 
 
 def presets() -> str:
-    """Every preset on every kind of text, of every teacher."""
+    """Every preset on every kind of text."""
     rows = []
     for preset in PRESETS:
-        for number, (teacher, kind, measured) in enumerate(kinds()):
+        for number, (kind, measured) in enumerate(kinds()):
             f = measured["presets"][preset]
-            figures = [f"{f['rows_per_token']:.2f}", f"{f['kl']:.5f}", f"{f['kl_p99']:.3f}", f"{f['jsd']:.5f}"]
-            figures += [f"{f['leak_bits']:+.4f}", f"{f['bound_jsd']:.3f}"]
-            rows.append(
-                ["" if number else f"`{preset}`", teacher, f"{KINDS[kind]}, {measured['positions']} B", *figures]
-            )
+            figures = [f"{f['rows_per_token']:.2f}", f"{f['kl']:.5f} ± {f['kl_stderr']:.5f}", f"{f['kl_p99']:.3f}"]
+            figures += [f"{f['jsd']:.5f} ± {f['jsd_stderr']:.5f}", f"{f['leak_bits']:+.4f} ± {f['leak_stderr']:.4f}"]
+            text = f"{KINDS[kind]}, {measured['positions']} B"
+            rows.append(["" if number else f"`{preset}`", text, *figures, f"{f['bound_jsd']:.3f}"])
     return (
-        table(
-            "`teacher.preset` | teacher | text | >rows per token | >KL | >p99 | >JSD | >leak, bits | >JSD bound", rows
-        )
+        table("`teacher.preset` | text | >rows per token | >KL | >p99 | >JSD | >leak, bits | >JSD bound", rows)
         + changed_presets()
     )
 
 
 def presets_short() -> str:
-    """JSD and rows of every preset on every kind of text of the first teacher, a line each."""
-    of_one = [(kind, measured) for teacher, kind, measured in kinds() if teacher == "SmolLM2-135M"]
+    """JSD and rows of every preset on every kind of text, a line each."""
+    of_one = kinds()
     rows = []
     for preset in PRESETS:
         cells = [measured["presets"][preset] for _, measured in of_one]
@@ -93,13 +90,9 @@ def presets_short() -> str:
     return table("`teacher.preset` | " + " | ".join(f">{KINDS[kind]}" for kind, _ in of_one), rows) + changed_presets()
 
 
-def kinds() -> list[tuple[str, str, dict[str, Any]]]:
-    """(teacher, kind of text, what was measured) of the study of presets."""
-    return [
-        (teacher, kind, measured)
-        for teacher, name in (("SmolLM2-135M", "exactness.json"), ("Gemma-3-270m", "exactness_gemma.json"))
-        for kind, measured in result(name)["kinds"].items()
-    ]
+def kinds() -> list[tuple[str, dict[str, Any]]]:
+    """(kind of text, what was measured) of the study of presets."""
+    return list(result("exactness.json")["kinds"].items())
 
 
 def genlm() -> str:

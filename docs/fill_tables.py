@@ -46,7 +46,7 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join("|" + "|".join(f" {cell} " if line is not rule else cell for cell in line) + "|" for line in lines)
 
 
-def changed_presets() -> str:
+def changed_presets(name: str = "exactness.json") -> str:
     """A note where presets are no longer what they were when they were measured; nothing where they are."""
     tree = ast.parse((ROOT / "schemas" / "settings.py").read_text(encoding="utf-8"))
     value = next(
@@ -55,7 +55,7 @@ def changed_presets() -> str:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS" and node.value
     )
     today = ast.literal_eval(value)
-    measured = result("exactness.json")["presets"]
+    measured = result(name)["presets"]
     if measured == {name: today[name] for name in measured}:
         return ""
     spelled = "; ".join(
@@ -64,20 +64,19 @@ def changed_presets() -> str:
     return f"\n\nMeasured with other values than the presets have today: {spelled}."
 
 
-def presets() -> str:
-    """Every preset on every kind of text."""
+def presets(name: str = "exactness.json") -> str:
+    """Every preset on every kind of text, of one teacher."""
     rows = []
     for preset in PRESETS:
-        for number, (kind, measured) in enumerate(kinds()):
+        for number, (kind, measured) in enumerate(kinds(name)):
             f = measured["presets"][preset]
             figures = [f"{f['rows_per_token']:.2f}", f"{f['kl']:.5f} ± {f['kl_stderr']:.5f}", f"{f['kl_p99']:.3f}"]
             figures += [f"{f['jsd']:.5f} ± {f['jsd_stderr']:.5f}", f"{f['leak_bits']:+.4f} ± {f['leak_stderr']:.4f}"]
             text = f"{KINDS[kind]}, {measured['positions']} B"
             rows.append(["" if number else f"`{preset}`", text, *figures, f"{f['bound_jsd']:.3f}"])
-    return (
-        table("`teacher.preset` | text | >rows per token | >KL | >p99 | >JSD | >leak, bits | >JSD bound", rows)
-        + changed_presets()
-    )
+    return table(
+        "`teacher.preset` | text | >rows per token | >KL | >p99 | >JSD | >leak, bits | >JSD bound", rows
+    ) + changed_presets(name)
 
 
 def presets_short() -> str:
@@ -90,9 +89,14 @@ def presets_short() -> str:
     return table("`teacher.preset` | " + " | ".join(f">{KINDS[kind]}" for kind, _ in of_one), rows) + changed_presets()
 
 
-def kinds() -> list[tuple[str, dict[str, Any]]]:
+def presets_of_gemma() -> str:
+    """The same of the other teacher."""
+    return presets("exactness_gemma.json")
+
+
+def kinds(name: str = "exactness.json") -> list[tuple[str, dict[str, Any]]]:
     """(kind of text, what was measured) of the study of presets."""
-    return list(result("exactness.json")["kinds"].items())
+    return list(result(name)["kinds"].items())
 
 
 def genlm() -> str:
@@ -327,6 +331,7 @@ def dump_sizes() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
+    "presets-gemma": presets_of_gemma,
     "presets-short": presets_short,
     "dump-sizes": dump_sizes,
     "genlm": genlm,

@@ -18,9 +18,8 @@ from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.files import scratch_folder
 from bytecache.stages.evaluate.evaluate import load_trained
-from bytecache.stages.models.ordinary import make_ordinary
 from bytecache.stages.student import student
-from bytecache.stages.student.tokenizer_files import check_kept, keep
+from bytecache.stages.student.tokenizer_files import check_kept
 from bytecache.stages.train import checkpoint
 
 TOLERANCE = 1e-6
@@ -53,9 +52,7 @@ def export(student_dir: Path, checkpoint_path: Path, out_dir: Path) -> dict[str,
     opened = load_trained(student_dir, checkpoint_path).student
     merged = _merge(opened)
     with scratch_folder(out_dir.parent) as scratch:
-        opened.model.save_pretrained(scratch)
-        keep(student_dir, scratch, str(student_dir))
-        make_ordinary(scratch)
+        student.save_plain(opened.model, student_dir, scratch)
         difference = compare(opened, scratch)
         if not difference <= TOLERANCE:
             raise IntegrityError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from bytecache.pipeline.commands.dataset import TARGETS, read_index
-from bytecache.pipeline.commands.inventory import take_inventory
+from bytecache.pipeline.commands.inventory import Inventory, take_inventory
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.report import fleet_status
 from bytecache.pipeline.plan.editions import edition_key, known_plans
@@ -104,9 +104,9 @@ def _leftover(store: Store, keep: int) -> Leftover:
     numbers = {plan.edition for plan in stay}
     gone = [plan for plan in plans if plan.edition not in numbers]
     listed = {entry.file for dataset in [*_whole(store, numbers), published] if dataset for entry in dataset.entries}
-    units = tuple(_unnamed(store, stay, listed, is_published=shown == current.edition))
-    mine = {(unit.stage, unit.key) for unit in units}
     inventory = take_inventory(store)
+    units = tuple(_unnamed(inventory, stay, listed, is_published=shown == current.edition))
+    mine = {(unit.stage, unit.key) for unit in units}
     kept = {file.path for r in inventory.whole if (r.stage, r.key) not in mine for file in (*r.files, *r.beside)}
     kept |= {PLAN_KEY, *(edition_key(number) for number in numbers)}
     files = [file for unit in units for file in (*unit.files, *unit.beside) if not unit.deleted]
@@ -129,14 +129,13 @@ def _whole(store: Store, numbers: set[int]) -> Iterator[Dataset]:
             yield read_dataset(store.get_path(f"{folder}/{DATASET}").parent)
 
 
-def _unnamed(store: Store, stay: list[Plan], listed: set[str], *, is_published: bool) -> Iterator[Receipt]:
+def _unnamed(inventory: Inventory, stay: list[Plan], listed: set[str], *, is_published: bool) -> Iterator[Receipt]:
     """Receipts of units that no edition of `stay` names. `listed`: shards of those editions' indices.
 
     `is_published`: whether the newest edition has an index; else a shard of its text alone is one that it will list.
     """
     slices = {unit.sha256 for plan in stay for unit in plan.units}
     planned = set(chain.from_iterable((plan.hash, *plan.index.pages) for plan in stay))
-    inventory = take_inventory(store)
     parts = set()
     for receipt in inventory.of("teacher"):
         if receipt.inputs.get("slice") in slices:

@@ -17,8 +17,7 @@ from bytecache.schemas.errors import BytecacheError
 from bytecache.schemas.files import scratch_folder
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.evaluate.evaluate import load_trained
-from bytecache.stages.models.ordinary import make_ordinary
-from bytecache.stages.student.tokenizer_files import keep
+from bytecache.stages.student.student import save_plain
 from bytecache.stages.targets.source import load_shard
 from bytecache.stages.teacher.probe import probe_with
 from bytecache.stages.teacher.teacher import open_teacher
@@ -85,9 +84,7 @@ def _of_student(folder: Path, checkpoint: Path, text: str, place: Path) -> npt.N
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     with scratch_folder(place) as scratch:
-        model.save_pretrained(scratch)
-        keep(folder, scratch, str(folder))
-        make_ordinary(scratch)
+        save_plain(model, folder, scratch)
         del model
         effort = Teacher(model=str(scratch), backend="hf", preset="fast", dtype="float32", top_k=0, sample_tokens=0)
         engine = open_teacher(effort)

@@ -222,8 +222,8 @@ class Lattice:
         least = least_share(tau, depth, w.row_depth[row].astype(np.int64) + 1)
         evaluated = (child >= 0) & (w.row_static[child] == 0)
         open_ = ~evaluated & (w.row_static[row] == 0) & np.isfinite(least)
-        heavy: np.ndarray = open_ & (share > least)
-        light = np.flatnonzero(open_ & ~heavy & borne_out(share, self._ahead[position], tau))
+        wanted: np.ndarray = open_ & (share > least)
+        light = np.flatnonzero(open_ & ~wanted & borne_out(share, self._ahead[position], tau))
         # Of every canonical token so many: those that it has already count.
         token = np.searchsorted(self._breaks, position)
         spent = np.bincount(
@@ -231,8 +231,8 @@ class Lattice:
         )
         light = light[np.lexsort((-share[light], token[light]))]
         first = np.searchsorted(token[light], token[light])
-        heavy[light[np.arange(len(light)) - first + spent[token[light]] < LIGHT_PER_TOKEN]] = True
-        return heavy
+        wanted[light[np.arange(len(light)) - first + spent[token[light]] < LIGHT_PER_TOKEN]] = True
+        return wanted
 
     @cached_property
     def _breaks(self) -> np.ndarray:

@@ -282,6 +282,13 @@ def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Pat
     return info
 
 
+def save_plain(model: Any, student_dir: Path, out: Path) -> None:
+    """Write a model with the tokenizer files of its student folder, to the byte, as a checkpoint that anybody opens."""
+    model.save_pretrained(out)
+    keep(student_dir, out, str(student_dir))
+    make_ordinary(out)
+
+
 def load(folder: Path) -> Student:
     """Open a prepared (or exported) student folder in float32, on the CPU, in evaluation mode.
 

@@ -118,22 +118,25 @@ def identity_of(
     device = device_kind()
     dtype = trunk_dtype(settings, on_cpu=device == "cpu")
     identity = TeacherIdentity(
-        format=(token_dump.FORMAT, token_dump.VERSION),
-        model=model_name(settings),
+        **_common(settings, vocabulary, windows),
         revision=settings.revision,
         weights=weights_identity(folder),
-        vocabulary=vocabulary.fingerprint,
-        start=vocabulary.start_name,
         settings=settings.model_dump(include=_DECIDE),
         dtype=own_dtype(folder) if dtype == "auto" else dtype,
         device=device,
-        effort=RULE,
         static_contexts=CONTEXTS,
-        windows=windows,
         head_dtype="quantised" if head_is_quantised(folder) else "float32",
         versions={"torch": _version("torch"), "transformers": _version("transformers"), **engine},
     )  # fmt: skip
     return identity.as_json() | _beyond_weights(settings, folder)
+
+
+def _common(settings: st.Teacher, vocabulary: Vocabulary, windows: tuple[int, int]) -> dict[str, Any]:
+    """What is of this process wherever the model runs: how text is cut and which histories are asked for."""
+    return {
+        "format": (token_dump.FORMAT, token_dump.VERSION), "model": model_name(settings),
+        "vocabulary": vocabulary.fingerprint, "start": vocabulary.start_name, "windows": windows, "effort": RULE,
+    }  # fmt: skip
 
 
 def _beyond_weights(settings: st.Teacher, folder: Path) -> dict[str, Any]:
@@ -147,17 +150,12 @@ def _identity_of_served(
 ) -> dict[str, Any]:
     """What is known of a model behind HTTP: what it is called there, its tokenizer, and how it was asked."""
     identity = TeacherIdentity(
-        format=(token_dump.FORMAT, token_dump.VERSION),
-        model=model_name(settings),
+        **_common(settings, vocabulary, windows),
         revision=settings.revision,
         weights=tokenizer_identity(folder),
-        vocabulary=vocabulary.fingerprint,
-        start=vocabulary.start_name,
         settings=settings.model_dump(
             include={"backend", "context", "overlap", "top_k", "tau", "depth", "static", "sample_tokens"}
         ),
-        effort=RULE,
-        windows=windows,
         versions={"server": served.version} if served.version else {},
         served=served.model,
     )
@@ -169,17 +167,13 @@ def _identity_of_extension(
 ) -> dict[str, Any]:
     """As of a teacher of this process, but that precision, weights and versions are the server's."""
     identity = TeacherIdentity(
-        format=(token_dump.FORMAT, token_dump.VERSION),
-        model=model_name(settings),
+        **_common(settings, vocabulary, windows),
         revision=told["revision"],
         weights=told["weights"],
-        vocabulary=vocabulary.fingerprint,
-        start=vocabulary.start_name,
         settings=settings.model_dump(include=_DECIDE - {"dtype"}),
         dtype=told["dtype"],
         device=told["device"],
         static_contexts=told["static_contexts"],
-        windows=windows,
         head_dtype=told["head_dtype"],
         versions=told["versions"],
         served=served.model,

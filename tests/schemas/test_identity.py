@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 from pydantic import ValidationError
 
@@ -32,6 +32,7 @@ others = some.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(some.sets(some.sampled_from(sorted(WHOLE))), others)
 def test_a_document_is_given_back_to_the_letter(fields: set[str], more: dict[str, Any]) -> None:
     """It is in the key of every unit: a field that is added or lost would make all of them other units."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.engines.answers import Bound
 from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_branches
 from bytecache.stages.engines.paths import RowMasses
 from bytecache.stages.engines.server_client import Client, in_order
@@ -41,19 +42,20 @@ class Opened:
         self.client = client
         self.asked = settings.model_dump(include={"start", "end", "top_k", "floor"})
         try:
-            self.told = client.post("bytecache/open", {"asked": self.asked})
+            self.told = client.post("bytecache/open", {"asked": self.asked}, Bound())
         except EngineError as error:
             if "HTTP 404" in str(error) or "HTTP 405" in str(error):
                 raise ConfigError(f"{client.address} answers no path masses: {HOW}") from None
             raise
-        for name in ("vocabulary", "weights", "versions", "sha256", "max_tokens"):
-            if name not in self.told:
+        kinds = {"vocabulary": str, "weights": dict, "versions": dict, "sha256": str, "max_tokens": int}
+        for name, kind in kinds.items():
+            if type(self.told.get(name)) is not kind:
                 raise EngineError(f"{client.address} does not say its {name}; serve with this version of bytecache")
 
-    def ask(self, path: str, **arrays: np.ndarray) -> list[RowMasses]:
-        """Rows. Raises ConfigError where another teacher is served by now, EngineError."""
+    def ask(self, path: str, count: int, **arrays: np.ndarray) -> list[RowMasses]:
+        """`count` rows. Raises ConfigError where another teacher is served by now, EngineError."""
         body = pack({"asked": self.asked, "teacher": self.told["sha256"]}, **arrays)
-        raw = self.client.post_bytes(f"bytecache/{path}", body)
+        raw = self.client.post_bytes(f"bytecache/{path}", body, Bound.of_rows(count))
         try:
             return unpack_rows(raw)
         except ValueError as error:
@@ -112,13 +114,14 @@ class ServedEngine(Engine):
     def _rows(
         self, prompt: Prompt, starts: np.ndarray, following: np.ndarray, which: dict[str, np.ndarray], count: int
     ) -> RowMasses:
-        (rows,) = self.opened.ask(
-            "rows", tokens=prompt.tokens.astype(np.int32), text=prompt.text, starts=starts.astype(np.int64),
+        jobs = self.opened.ask(
+            "rows", count, tokens=prompt.tokens.astype(np.int32), text=prompt.text, starts=starts.astype(np.int64),
             following=following, **which,
         )  # fmt: skip
-        if len(rows.log_norm) != count:
-            raise EngineError(f"{prompt.name}: {len(rows.log_norm)} rows came for {count}; see the server's log")
-        return rows
+        if [len(rows.log_norm) for rows in jobs] != [count]:
+            came = sum(len(rows.log_norm) for rows in jobs)
+            raise EngineError(f"{prompt.name}: {came} rows came for {count}; see the server's log")
+        return jobs[0]
 
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
         for some in together(jobs):
@@ -129,7 +132,7 @@ class ServedEngine(Engine):
                 "start": np.concatenate([job.start for job in some]).astype(np.int64),
                 "count": np.array([len(job.token) for job in some], np.int64),
             }  # fmt: skip
-            rows = self.opened.ask("static", **arrays)
+            rows = self.opened.ask("static", len(arrays["token"]), **arrays)
             if [len(each.log_norm) for each in rows] != [len(job.token) for job in some]:
                 raise EngineError(f"{some[0].name}: static rows came for other histories; see the server's log")
             yield from rows
@@ -165,10 +168,10 @@ class ServedEngine(Engine):
             "model": self.opened.client.served.model, "prompt": tokens.tolist(), "max_tokens": 1, "temperature": 0.0,
             "prompt_logprobs": 1, "add_special_tokens": False,
         }  # fmt: skip
-        answer = self.opened.client.post("completions", body)
+        answer = self.opened.client.post("completions", body, Bound.of_listing(len(tokens), 1))
         try:
             listed = answer["choices"][0]["prompt_logprobs"]
             return [float(listed[at][str(int(token))]["logprob"]) for at, token in enumerate(tokens) if at]
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
             told = json.dumps(answer)[:200]
             raise EngineError(f"{self.opened.client.address}: no log-probabilities of a prompt ({told})") from None

@@ -22,6 +22,7 @@ import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.engines.answers import Bound, TruncatedError
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
 from bytecache.stages.engines.listing import Listing, ListingReducer
 from bytecache.stages.engines.paths import RowMasses
@@ -31,7 +32,6 @@ from bytecache.stages.engines.server_client import (
     Item,
     Listed,
     Spoken,
-    TruncatedError,
     as_completion,
     in_order,
     listed_entries,
@@ -129,7 +129,7 @@ class ServerEngine(Engine):
         }  # fmt: skip
         if whole:
             body |= {"prompt_logprobs": k} if self.protocol == "prompt_logprobs" else {"echo": True}
-        answer = self.client.post("completions", body)
+        answer = self.client.post("completions", body, Bound.of_listing(len(tokens) if whole else 1, k))
         if answer.get("model", self.client.served.model) != self.client.served.model:
             raise EngineError(
                 f"{self.client.address} answers as {str(answer.get('model'))[:80]!r}, asked was "
@@ -199,7 +199,7 @@ class ServerEngine(Engine):
             "model": self.client.served.model, "prompt": [int(token) for token in tokens], "max_tokens": 1,
             "temperature": 0.0, "logprobs": 1, "prompt_logprobs": 1, "echo": True, "add_special_tokens": False,
         }  # fmt: skip
-        answer = self.client.post("completions", body)
+        answer = self.client.post("completions", body, Bound.of_listing(len(tokens), 2))
         with as_completion(self.client.address):
             said = str(((answer.get("choices") or [{}])[0]).get("text", ""))
         pieces = [self.vocabulary.token_bytes[int(token)] or b"" for token in tokens]

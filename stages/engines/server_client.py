@@ -7,9 +7,10 @@ Two ways to ask for log-probabilities of a prompt are known:
                       "token_id:N" where the server knows `return_tokens_as_token_ids`
 
 A request that may yet succeed (no connection, a cut answer, 408, 425, 429, 5xx) is repeated by the policy of everything
-that is read elsewhere (`schemas.patience`); one that the server refuses is not. Every answer is checked: the model that
-was asked for, one entry for every token of the prompt, the token itself among them, finite numbers that are no more
-than probabilities. One that lacks any of this is no answer; nothing is made of it.
+that is read elsewhere (`schemas.patience`); one that the server refuses is not. Every answer is checked: no longer than
+what was asked for (`answers`), the model that was asked for, one entry for every token of the prompt, the token itself
+among them, finite numbers that are no more than probabilities. One that lacks any of this is no answer; nothing is made
+of it.
 
 A key for the server is read from the environment ($BYTECACHE_SERVER_KEY) and written nowhere.
 """
@@ -34,6 +35,7 @@ from bytecache.schemas.messages import masked
 from bytecache.schemas.patience import Patience
 from bytecache.schemas.settings import Teacher
 from bytecache.schemas.web import staying_opener
+from bytecache.stages.engines.answers import Bound, Raw, TruncatedError, as_object, read_bounded
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -42,7 +44,6 @@ PATIENCE = 120.0
 """Seconds that a request is repeated without success: a server that restarts takes as long."""
 SILENCE = 600.0
 """Seconds without a byte of an answer: a request may wait behind others."""
-MAX_ANSWER = 1 << 30
 _PASSING = (408, 425, 429)
 _BY_ID = "token_id:"
 MOST_OVER = 1e-3
@@ -66,10 +67,6 @@ class Served(NamedTuple):
     """Of a request; 0: the server does not say."""
     version: str
     """Of the server's software; empty where it does not say."""
-
-
-class TruncatedError(Exception):
-    """An answer that breaks off or does not cover the prompt."""
 
 
 class Client:
@@ -114,12 +111,12 @@ class Client:
                 f"teacher.server_model = {name!r} is not served by {self.address}, which has: {', '.join(known)}"
             )
         limit = known[name].get("max_model_len")
-        return Served(name, limit if isinstance(limit, int) else 0, self._version())
+        return Served(name, limit if type(limit) is int and limit > 0 else 0, self._version())
 
     def _version(self) -> str:
         root = f"{urlsplit(self.address).scheme}://{urlsplit(self.address).netloc}"
         try:
-            return str(self._once(f"{root}/version", None).get("version", ""))[:40]
+            return str(self._once(f"{root}/version", None, Bound()).get("version", ""))[:40]
         except (OSError, http.client.HTTPException, EngineError, ConfigError, TruncatedError):
             return ""  # not every server has it
 
@@ -127,16 +124,16 @@ class Client:
         """The answer to a GET. Raises EngineError, ConfigError."""
         return self._ask(path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a POST of JSON. Raises EngineError, ConfigError."""
-        return self._ask(path, body)
+    def post(self, path: str, body: dict[str, Any], bound: Bound) -> dict[str, Any]:
+        """The answer to a POST of JSON, no more than `bound`. Raises EngineError, ConfigError."""
+        return self._ask(path, body, bound)
 
-    def post_bytes(self, path: str, body: bytes) -> bytes:
-        """The answer to a POST of bytes, as it came. Raises EngineError, ConfigError."""
-        return self._patiently(path, lambda url: self._raw(url, body))
+    def post_bytes(self, path: str, body: bytes, bound: Bound) -> bytes:
+        """The answer to a POST of bytes, as it came, no more than `bound`. Raises EngineError, ConfigError."""
+        return self._patiently(path, lambda url: self._raw(url, body, bound)).content
 
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        return self._patiently(path, lambda url: self._once(url, body))
+    def _ask(self, path: str, body: dict[str, Any] | None, bound: Bound = Bound()) -> dict[str, Any]:  # noqa: B008
+        return self._patiently(path, lambda url: self._once(url, body, bound))
 
     def _patiently(self, path: str, once: Callable[[str], Answer]) -> Answer:
         url, patience = f"{self.address}/{path}", Patience(self.patience)
@@ -151,32 +148,22 @@ class Client:
                         "same command: units that are whole are kept"
                     ) from error
 
-    def _once(self, url: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        raw = self._raw(url, None if body is None else json.dumps(body).encode())
-        try:
-            found = json.loads(raw)
-        except ValueError:
-            raise TruncatedError(f"{len(raw)} bytes that are no whole JSON") from None
-        if not isinstance(found, dict):
-            raise EngineError(f"{url}: answers a {type(found).__name__}, not an object; is it a completions server?")
-        return found
+    def _once(self, url: str, body: dict[str, Any] | None, bound: Bound) -> dict[str, Any]:
+        return as_object(url, self._raw(url, None if body is None else json.dumps(body).encode(), bound), bound)
 
-    def _raw(self, url: str, data: bytes | None) -> bytes:
+    def _raw(self, url: str, data: bytes | None, bound: Bound) -> Raw:
         headers = {"User-Agent": "bytecache", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         if key := os.environ.get(KEY, ""):
             headers["Authorization"] = f"Bearer {key}"
         try:
             request = urllib.request.Request(url, data=data, headers=headers)
             with _OPENER.open(request, timeout=SILENCE) as answer:
-                raw = answer.read(MAX_ANSWER + 1)
+                return read_bounded(url, answer, bound)
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(url, error) from None
         except urllib.error.URLError as error:
             raise ConnectionError(str(error.reason)) from None
-        if len(raw) > MAX_ANSWER:
-            raise EngineError(f"{url}: an answer of more than {MAX_ANSWER} bytes; lower teacher.context")
-        return bytes(raw)
 
 
 _OPENER = staying_opener()

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from bytecache.schemas import strict_json
 from bytecache.stages.engines.paths import COLUMNS, RowMasses
 
 KINDS = frozenset({"uint8", "uint16", "int32", "int64", "float32"})
 LONGEST_HEADER = 1 << 16
 MAX_BYTES = 1 << 30
+MOST_DIMENSIONS = 2
 
 
 def pack(header: dict[str, Any], **arrays: np.ndarray) -> bytes:
@@ -28,7 +30,7 @@ def pack(header: dict[str, Any], **arrays: np.ndarray) -> bytes:
 def unpack(raw: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What `pack` was given. Raises ValueError for anything else."""
     end = raw.find(b"\n", 0, LONGEST_HEADER)
-    told = json.loads(raw[:end]) if end > 0 else None
+    told = strict_json.loads(raw[:end]) if end > 0 else None
     if (
         not isinstance(told, dict)
         or not isinstance(told.get("header"), dict)
@@ -36,13 +38,17 @@ def unpack(raw: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     ):
         raise ValueError("no header")
     arrays, at = {}, end + 1
-    for name, kind, shape in told["arrays"]:
-        if kind not in KINDS or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"array {name!r} of {kind} {shape}")
+    for each in told["arrays"]:
+        if not isinstance(each, list) or len(each) != 3:
+            raise ValueError(f"an array that is {str(each)[:80]}")
+        name, kind, shape = each
+        is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        if not isinstance(kind, str) or kind not in KINDS or not is_shape or len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"array {str(name)[:80]!r} of {str(kind)[:80]} {str(shape)[:80]}")
         count = math.prod(shape)
         size = count * np.dtype(kind).itemsize
         if size > len(raw) - at:
-            raise ValueError(f"array {name!r} breaks off")
+            raise ValueError(f"array {str(name)[:80]!r} breaks off")
         arrays[str(name)] = np.frombuffer(raw, kind, count, at).reshape(shape).copy()
         at += size
     if at != len(raw):
@@ -56,10 +62,45 @@ def pack_rows(jobs: list[RowMasses]) -> bytes:
     return pack({"jobs": len(jobs)}, **fields)
 
 
+_COUNTS = {"n_levels": "int32", "fanout": "uint16", "n_stops": "int32"}
+_BYTES = {"entry_byte": "uint8", "stop_depth": "uint16", "stop_token": "int32", "topk_id": "int32"}
+_KINDS = dict.fromkeys(COLUMNS, "float32") | _COUNTS | _BYTES
+"""What each column is; compiled loops take them as they come."""
+
+
 def unpack_rows(raw: bytes) -> list[RowMasses]:
-    """What `pack_rows` was given. Raises ValueError for anything else."""
+    """What `pack_rows` was given. Raises ValueError for anything else, and for columns that do not go together."""
     header, arrays = unpack(raw)
+    jobs = header.get("jobs")
+    if type(jobs) is not int or not 0 <= jobs * len(COLUMNS) <= len(arrays):
+        raise ValueError("rows without all of their columns")
     try:
-        return [RowMasses(**{name: arrays[f"{n} {name}"] for name in COLUMNS}) for n in range(header["jobs"])]
-    except (KeyError, TypeError):
+        found = [RowMasses(**{name: arrays[f"{n} {name}"] for name in COLUMNS}) for n in range(jobs)]
+    except KeyError:
         raise ValueError("rows without all of their columns") from None
+    for rows in found:
+        _refuse_unsound(rows)
+    return found
+
+
+def _refuse_unsound(rows: RowMasses) -> None:
+    """Raise ValueError unless every column is of its kind and as long as the counts say."""
+    for name, kind in _KINDS.items():
+        array = getattr(rows, name)
+        if array.dtype.name != kind or array.ndim != 1 + (name.startswith("topk") and array.ndim == 2):
+            raise ValueError(f"{name} is {array.dtype.name} of {array.ndim} dimensions")
+    count = len(rows.log_norm)
+    lengths = dict.fromkeys(("end", "control", "n_levels", "n_stops", "next_logp"), count)
+    for name in ("n_levels", "n_stops"):
+        if (getattr(rows, name) < 0).any():
+            raise ValueError(f"{name} below 0")
+    lengths["fanout"] = int(rows.n_levels.sum(dtype=np.int64))
+    lengths |= dict.fromkeys(("entry_byte", "entry_mass"), int(rows.fanout.sum(dtype=np.int64)))
+    stops = int(rows.n_stops.sum(dtype=np.int64))
+    lengths |= dict.fromkeys(("stop_depth", "stop_token", "stop_mass"), stops)
+    for name, length in lengths.items():
+        if len(getattr(rows, name)) != length:
+            raise ValueError(f"{len(getattr(rows, name))} of {name}, {length} are said")
+    top = rows.topk_id.shape
+    if top != rows.topk_logp.shape or (rows.topk_id.size and (count == 0 or rows.topk_id.size % count)):
+        raise ValueError(f"topk of {top} for {count} rows")

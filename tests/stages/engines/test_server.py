@@ -1,5 +1,6 @@
 """A teacher behind HTTP: with every token listed the rows of the model itself, with a few an honest part of them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError
+from bytecache.stages.engines.answers import CHUNK, Bound
 from bytecache.stages.engines.server import ServerEngine
 from bytecache.stages.engines.server_client import Client, Spoken, as_completion, listed_entries
 from bytecache.stages.lattice.lattice import Lattice
@@ -255,5 +257,106 @@ def test_no_key_goes_where_a_server_sends_it(code: int, monkeypatch: pytest.Monk
             with pytest.raises(ConfigError, match=r"leads to .* where no key and no text is sent"):
                 client.get("models")
             with pytest.raises(ConfigError, match="leads to"):
-                client.post("completions", {"prompt": [1]})
+                client.post("completions", {"prompt": [1]}, Bound())
     assert came == []
+
+
+class Answers(Quiet):
+    """Sends `pieces` to whoever asks, `headers` before them."""
+
+    protocol_version = "HTTP/1.1"
+    headers_sent: dict[str, str]
+    pieces: list[bytes]
+    asked = sent = 0
+
+    def do_GET(self) -> None:  # noqa: N802
+        kind = type(self)
+        kind.asked += 1
+        self.send_response(200)
+        for each in self.headers_sent.items():
+            self.send_header(*each)
+        self.end_headers()
+        self.close_connection = True
+        for piece in self.pieces:
+            try:
+                self.wfile.write(piece)
+            except OSError:
+                return
+            kind.sent += len(piece)
+
+
+def answering(pieces: list[bytes], **headers: str) -> type[Answers]:
+    return type("Answering", (Answers,), {"pieces": pieces, "headers_sent": headers})
+
+
+def asking(kind: type[Answers], bound: Bound = Bound(), patience: float = 0.3) -> Any:  # noqa: B008
+    with Loopback(kind) as there:
+        client = Client.__new__(Client)
+        client.address, client.patience = f"{there.url}/v1", patience
+        return client._ask("models", None, bound)
+
+
+SMALL = Bound(3 * CHUNK, 1000)
+
+
+@pytest.mark.parametrize("announced", ["", "chunked", str(1 << 40)])
+def test_an_answer_is_no_longer_than_what_was_asked(announced: str) -> None:
+    """One that never ends, and one that says how long it is: refused when that is known, not asked for again."""
+    piece = b" " * CHUNK
+    framed = f"{CHUNK:x}\r\n".encode() + piece + b"\r\n"
+    headers = {"Transfer-Encoding": "chunked"} if announced == "chunked" else {"Content-Length": announced}
+    kind = answering([framed if announced == "chunked" else piece] * 300, **(headers if announced else {}))
+    with pytest.raises(EngineError, match=rf"longer than {SMALL.size} bytes, more than was asked for"):
+        asking(kind, SMALL)
+    # What is under way when the connection closes is in buffers of the system.
+    assert kind.asked == 1 and kind.sent < 100 * CHUNK
+    raw = b'{"data": []}' + piece * 2
+    assert asking(answering([raw], **{"Content-Length": str(len(raw))}), SMALL) == {"data": []}
+
+
+@pytest.mark.parametrize("content", [b"[" * 2000, b"{}" + b",{}" * 2000, b'{"a":[' + b"1," * 2000])
+def test_an_answer_has_no_more_values_than_what_was_asked(content: bytes) -> None:
+    """Three bytes of JSON may be a list of their own."""
+    with pytest.raises(EngineError, match="more than 1000 values"):
+        asking(answering([content], **{"Content-Length": str(len(content))}), SMALL)
+
+
+@pytest.mark.parametrize(("content", "headers", "said"), [
+    (b"<html><title>Log in</title></html>", {"Content-Type": "text/html; charset=utf-8"}, "text/html .'Log in'"),
+    (b"<html>x", {"Content-Type": "text/html", "Content-Length": "7"}, "text/html .'<html>x'"),
+    (b"upstream \x1b[2J", {"Content-Type": "text/plain", "Content-Length": "13"}, r"text/plain .'upstream \\\\x1b"),
+    (b"", {"Content-Length": "0"}, "answers nothing, not JSON"),
+    (b"\x00\xff", {"Content-Length": "2"}, "bytes of no type"),
+    (b"[" * 100_000, {"Content-Length": "100000"}, "not JSON"),
+    (b"2\r\n{,\r\n0\r\n\r\n", {"Transfer-Encoding": "chunked"}, "not JSON"),
+])  # fmt: skip
+def test_what_is_whole_and_no_json_is_refused_at_once(content: bytes, headers: dict[str, str], said: str) -> None:
+    kind = answering([content], **headers)
+    with pytest.raises(EngineError, match=rf"{said}.*is it the address of a completions API"):
+        asking(kind, patience=60.0)
+    assert kind.asked == 1
+
+
+@pytest.mark.parametrize(("content", "headers"), [
+    (b'{"data": [', {}), (b'{"data": [', {"Content-Length": "100"}), (b"", {}),
+    (b'9\r\n{"data": ', {"Transfer-Encoding": "chunked"}),
+])  # fmt: skip
+def test_what_broke_off_is_asked_for_again(content: bytes, headers: dict[str, str]) -> None:
+    class Recovers(answering([content], **headers)):  # type: ignore[misc]
+        def do_GET(self) -> None:  # noqa: N802
+            if type(self).asked:
+                type(self).pieces, type(self).headers_sent = [b'{"data": []}'], {"Content-Length": "12"}
+            super().do_GET()
+
+    assert asking(Recovers, patience=60.0) == {"data": []}
+    assert Recovers.asked == 2
+
+
+def test_room_for_what_was_asked(folder: Path, server: CompletionsServer) -> None:
+    """The longest honest answer: every character escaped, every field there."""
+    entry = {"logprob": -12.345678901234567, "rank": 151_936, "decoded_token": "\U0001f600" * 2}
+    one = len(json.dumps({"151935": entry})) + 1
+    bound = Bound.of_listing(1000, 20)
+    assert bound.size > 1000 * 21 * one and bound.values > 1000 * 21 * 5
+    listed = json.dumps({"151935": entry})
+    assert listed.count(",") + listed.count("{") < 5

@@ -12,13 +12,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.whole import Whole
 
 
 class TeacherIdentity(BaseModel):
     """What makes two dumps comparable. Frozen and hashable; equal if every field is."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-    format: tuple[str, int] = ("", 0)
+    format: tuple[str, Whole] = ("", 0)
     """Format and version of the dump."""
     kind: str = "teacher"
     """`foreign`: no teacher of ours, but a cache of token probabilities."""
@@ -37,11 +38,11 @@ class TeacherIdentity(BaseModel):
     """Precision of the trunk."""
     device: str = ""
     """`cpu`, or the GPU's name."""
-    effort: int = 1
+    effort: Whole = 1
     """Version of the rule by which histories are evaluated at equal settings."""
     static_contexts: tuple[str, ...] = ()
     """Contexts in which static rows were evaluated."""
-    windows: tuple[int, int] = (0, -1)
+    windows: tuple[Whole, Whole] = (0, -1)
     """Tokens of a window, and of its overlap with the one before."""
     head_dtype: str = ""
     versions: dict[str, str] = {}

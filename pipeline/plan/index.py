@@ -14,14 +14,13 @@ Price, at a million units (10 TB of text in units of 10 MB; `benchmarks/queue_si
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, Self, overload
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bytecache.pipeline.config import changed_keys
 from bytecache.pipeline.stores import Store
@@ -30,6 +29,7 @@ from bytecache.schemas import strict_json
 from bytecache.schemas.arrays import U64
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.settings import Settings
+from bytecache.schemas.whole import Count, Whole, is_whole, same
 
 PLAN_VERSION = 5
 PLAN_KEY = "plan/plan.json"
@@ -50,12 +50,12 @@ class Unit(BaseModel):
     """One slice: `slice` is its store key, `sha256` that of the slice file, `n_bytes` of UTF-8 text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    index: int
+    index: Count
     split: Split
     slice: str
     sha256: str
-    n_docs: int
-    n_bytes: int
+    n_docs: Count
+    n_bytes: Count
 
 
 class Index(BaseModel):
@@ -68,18 +68,31 @@ class Index(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    version: int
+    version: Whole
     corpus: dict[str, Any]
     settings: dict[str, Any]
-    sizes: tuple[int, ...]
-    heldout: tuple[int, ...]
-    page: int
+    sizes: tuple[Count, ...]
+    heldout: tuple[Count, ...]
+    page: Annotated[Count, Field(ge=1)]
     pages: tuple[str, ...]
-    edition: int = 1
+    edition: Annotated[Count, Field(ge=1)] = 1
     parent: str = ""
-    threshold: str
+    threshold: Annotated[str, Field(pattern="^[0-9a-f]{1,17}$")]
     marks: str
     hash: str
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        count = len(self.sizes)
+        if not isinstance(self.corpus.get("sha256"), str) or not all(
+            is_whole(self.corpus.get(name), 0) for name in ("n_documents", "n_bytes")
+        ):
+            raise ValueError("corpus has no sha256, n_documents or n_bytes")
+        if len(self.pages) != -(-count // self.page) or len(self.marks) != MARK * count:
+            raise ValueError(f"{len(self.pages)} pages and {len(self.marks)} digits of marks for {count} units")
+        if max(self.heldout, default=-1) >= count:
+            raise ValueError(f"unit {max(self.heldout)} is held out, of {count}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -179,6 +192,12 @@ class Units(Sequence[Unit]):
         units = self._pages.get(number)
         if units is None:
             units = read_page(self._plan.store, number, self._plan.index.pages[number])
+            first = number * self._plan.index.page
+            if [unit.n_bytes for unit in units] != list(self._plan.sizes[first : first + self._plan.index.page]):
+                raise IntegrityError(
+                    f"{self._plan.store.name}: page {number} of the plan has other units than the plan; run `bytecache "
+                    "verify --repair` to plan again"
+                )
             while len(self._pages) >= KEPT:
                 del self._pages[next(iter(self._pages))]
             self._pages[number] = units
@@ -201,7 +220,11 @@ def read_page(store: Store, number: int, sha256: str) -> tuple[Unit, ...]:
     raw = store.read_bytes(key) if store.exists(key) else b""
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise IntegrityError(f"{store.name}: {key} is missing or altered; run `bytecache plan` to repair it")
-    return tuple(Unit.model_validate(unit) for unit in json.loads(raw))
+    try:
+        return tuple(Unit.model_validate(unit) for unit in strict_json.parse(raw))
+    except (ValueError, TypeError) as error:  # pydantic's refusals are ValueErrors
+        reason = str(error).splitlines()[0]
+        raise IntegrityError(f"{store.name}: {key} is damaged ({reason}); run `bytecache plan` to repair it") from None
 
 
 @dataclass(frozen=True)
@@ -243,12 +266,12 @@ def read_plan(store: Store, key: str = PLAN_KEY) -> Plan | None:
     try:
         values = strict_json.loads(raw)
         version = values.get("version")
-        if version == PLAN_VERSION:
+        if same(version, PLAN_VERSION):
             index = Index.model_validate(values)
     except (ValueError, ValidationError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{path} is damaged ({reason}); run `bytecache verify --repair` to plan again") from None
-    if version != PLAN_VERSION:
+    if not same(version, PLAN_VERSION):
         raise IntegrityError(
             f"{path} has version {version}, this software reads {PLAN_VERSION}; finish the run with the version "
             "that planned it, or plan again in a new run.dir"

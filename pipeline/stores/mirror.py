@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bytecache.schemas.files import make_folder, put_in_place
+from bytecache.schemas.whole import Count, Whole
 
 
 class Note(BaseModel):
@@ -19,8 +20,8 @@ class Note(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     version: str
-    size: int
-    mtime_ns: int
+    size: Count
+    mtime_ns: Whole
 
 
 class Mirror:

@@ -16,13 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
 
 from bytecache.pipeline.stores import Store, json_bytes
 from bytecache.pipeline.stores.base import is_key
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256
+from bytecache.schemas.whole import Count, Number, Whole, is_whole
 
 RECEIPT_VERSION = 2
 FOLDER = "receipts"
@@ -54,7 +55,7 @@ class FileRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: str
-    size: int
+    size: Count
     sha256: str
 
     @field_validator("path")
@@ -75,7 +76,7 @@ class Receipt(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    version: int = RECEIPT_VERSION
+    version: Whole = RECEIPT_VERSION
     stage: str
     key: str
     name: str
@@ -83,16 +84,17 @@ class Receipt(BaseModel):
     beside: tuple[FileRecord, ...] = ()
     inputs: dict[str, Any] = {}
     counts: dict[str, Any] = {}
-    timings: dict[str, float] = {}
+    timings: dict[str, Number] = {}
     versions: dict[str, str] = {}
-    deleted: bool = False
+    deleted: StrictBool = False
 
     @field_validator("counts")
     @classmethod
     def _readable(cls, counts: dict[str, Any]) -> dict[str, Any]:
         for part in (counts, counts.get("teacher") or {}):
             for name, value in part.items() if isinstance(part, dict) else ():
-                if not isinstance(value, _COUNTS.get(name, (int, float, str, list, dict, type(None)))):
+                kinds = _COUNTS.get(name, (int, float, bool, str, list, dict, type(None)))
+                if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                     raise ValueError(f"{name} is a {type(value).__name__}")
                 if isinstance(value, dict) and name in _COUNTED and {type(n) for n in value.values()} - {int}:
                     raise ValueError(f"{name} holds what is no number")
@@ -194,7 +196,7 @@ def _parse(raw: bytes, path: str) -> tuple[Receipt, bool]:
         if seal and seal != _seal(document):
             raise ValueError("it does not match its own sha256: damaged or edited")
         version = document.get("version")
-        if not isinstance(version, int):
+        if not is_whole(version):
             raise ValueError(f"its version is {str(version)[:20]}")
         if version != RECEIPT_VERSION and {"stage", "key", "files"} <= document.keys():
             raise OtherVersion(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bytecache.schemas.files import read_regular
+from bytecache.schemas.whole import is_number
 
 FILE = "README.md"
 MARK = "<!-- made by bytecache from dataset.json; delete this line and the last to keep your own text -->"
@@ -174,7 +175,7 @@ def _worth(info: dict[str, Any]) -> list[str]:
         parts = [
             f"{_markdown(_line(_teacher(source)) or 'a teacher')} {bit:.3f}"
             for source, bit in zip(sources, bits, strict=False)
-            if isinstance(source, dict) and isinstance(bit, int | float)
+            if isinstance(source, dict) and is_number(bit)
         ]
         lines += [f"A mixture: it gives the text {whole:.3f} bits a byte; its teachers alone: {', '.join(parts)}.", ""]
     return lines
@@ -211,7 +212,7 @@ def _number(value: Any, *path: str) -> float | None:
     """A number inside a certificate that anybody may have written; None where it is none."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return float(value) if is_number(value) else None
 
 
 def _teacher(info: dict[str, Any]) -> Any:

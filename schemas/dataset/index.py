@@ -31,6 +31,7 @@ from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.files import NotAFileError, file_sha256, read_regular, replace_file
 from bytecache.schemas.parquet_pages import pages_of
 from bytecache.schemas.shard.limits import excess
+from bytecache.schemas.whole import Count, is_whole, same
 
 FORMAT = "bytecache.dataset"
 VERSION = 1
@@ -42,8 +43,7 @@ MAX_SHARDS, ROW_BYTES, TABLE_BYTES = 1 << 20, 32, 2048
 and the bytes that each may decompress to."""
 
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
-Mass = Annotated[float, Field(ge=0.0, le=1.0)]
+Mass = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
 
 
 class ShardEntry(BaseModel):
@@ -281,7 +281,7 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
         raise IntegrityError(f"{path}: is not JSON ({error}); fetch or make the index again") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise IntegrityError(f"{path}: is not a {FORMAT!r} index; point at the folder that holds the shards")
-    if document.get("version") != VERSION:
+    if not same(document.get("version"), VERSION):
         version = str(document.get("version"))[:40]
         raise IntegrityError(f"{path}: version {version}, this reader knows {VERSION}; use the matching release")
     try:
@@ -311,7 +311,7 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
     if distinct != len(entries) or entries != _in_order(entries):
         raise IntegrityError(f"{table_path}: shards must be sorted and listed once; make the index again")
     content_sha256 = _content_sha256(entries)
-    if manifest.get("content_sha256") != content_sha256 or document.get("splits") != _totals(entries):
+    if manifest.get("content_sha256") != content_sha256 or not same(document.get("splits"), _totals(entries)):
         raise IntegrityError(f"{path}: content hash or totals do not match {MANIFEST}; make the index again")
     info = dict.fromkeys(_FREE_TEXT, "") | {name: {} for name in _OBJECTS} | info
     why = _misshapen(info) or ("fidelity, beside it, is nested too deep" if _depth(fidelity) > MAX_DEPTH else "")
@@ -331,13 +331,13 @@ def _misshapen(info: dict[str, Any]) -> str:
         if value is not None and type(value) is not wanted:
             return f"{outer}.{inner} is {_kind(value)}, must be {_KINDS[wanted]}"
     edition = info.get("edition", {"number": 1, "parent": ""})
-    if not isinstance(edition, dict) or type(edition.get("number")) is not int or not 0 < edition["number"] < 10**5:
+    if not isinstance(edition, dict) or not is_whole(edition.get("number"), 1) or edition["number"] >= 10**5:
         return "edition.number is no number from 1 to 99999"
     if not isinstance(edition.get("parent"), str):
         return f"edition.parent is {_kind(edition.get('parent'))}, must be {_KINDS[str]}"
     for unit in info["creation"].get("missing") or []:
         fits = isinstance(unit, dict) and all(
-            type(unit.get(name)) is int for name in ("unit", "n_documents", "n_bytes")
+            is_whole(unit.get(name), 0) for name in ("unit", "n_documents", "n_bytes")
         )
         if not fits or not isinstance(unit.get("reason"), str):
             return "creation.missing holds what is no unit: unit, n_documents, n_bytes and reason"

@@ -34,6 +34,7 @@ from bytecache.schemas.dump.window import Window, is_consistent
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.files import arrow_path
 from bytecache.schemas.parquet_pages import refuse_blown_up
+from bytecache.schemas.whole import is_whole
 
 FORMAT = "bytecache.token-dump"
 VERSION = 3
@@ -164,7 +165,7 @@ def open_part(path: Path) -> tuple[pq.ParquetFile, dict[str, Any]]:
     if meta.get("format") != FORMAT:
         raise IntegrityError(f"{path}: not a bytecache token dump (format {meta.get('format')!r}, expected {FORMAT!r})")
     version = meta.get("version")
-    known = {VERSION: SCHEMA, 2: version2.SCHEMA}.get(version) if isinstance(version, int) else None
+    known = {VERSION: SCHEMA, 2: version2.SCHEMA}.get(version) if is_whole(version) else None
     if known is None:
         raise IntegrityError(
             f"{path}: token dump version {version}, this software reads 2 and {VERSION}; "

@@ -31,6 +31,7 @@ from bytecache.schemas.shard.expansion import INDEX_STRIDE, SPARE, Contexts, Row
 from bytecache.schemas.shard.limits import excess
 from bytecache.schemas.shard.prior import Prior
 from bytecache.schemas.shard.zarr_zip import read_zarr_zip
+from bytecache.schemas.whole import is_number, is_whole, same
 
 __all__ = [
     "FORMAT",
@@ -207,13 +208,13 @@ def _member_first(error: ValueError) -> tuple[str, str]:
 
 def _check_attributes(attributes: dict[str, Any], refuse: _Refuse) -> None:
     """Refuse a file of another format, and one that does not say what its codes are multiples of."""
-    if attributes.get("format") != FORMAT or attributes.get("version") != VERSION:
+    if attributes.get("format") != FORMAT or not same(attributes.get("version"), VERSION):
         other = f"{attributes.get('format')!r} version {attributes.get('version')!r}"
         raise refuse("zarr.json", f"is {other[:120]}, this reader knows {FORMAT!r} version {VERSION}")
     if any(not isinstance(attributes.get(key), dict) for key in ("attrs", "statistics", "precision")):
         raise refuse("zarr.json", "lacks attrs, statistics or precision")
     step = attributes["precision"].get("value_step")
-    if type(step) is not int or step not in STEPS:
+    if not is_whole(step) or step not in STEPS:
         raise refuse("zarr.json", f"precision.value_step is {str(step)[:40]}, must be one of {STEPS}")
 
 
@@ -261,11 +262,11 @@ def _check_statistics(statistics: dict[str, Any], columns: _Columns, n_documents
     # The first golden shard does not say how many are supervised.
     counts |= {"n_supervised": int(columns["mask"].sum(dtype=np.int64))} if "n_supervised" in statistics else {}
     for key, value in counts.items():
-        if statistics.get(key) != value:
+        if not same(statistics.get(key), value):
             raise refuse("zarr.json", f"{key} is {str(statistics.get(key))[:40]}, the columns hold {value}")
     for key in FIGURES:
         value = statistics.get(key, 0.0)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             raise refuse("zarr.json", f"{key} is {str(value)[:40]}, must be a finite number")
 
 

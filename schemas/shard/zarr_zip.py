@@ -29,6 +29,7 @@ from zarr.storage import MemoryStore
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.files import NotAFileError, open_regular, refuse_to_write
+from bytecache.schemas.whole import is_whole, same
 
 CHUNK = 1 << 20
 """Elements per chunk a writer uses (shorter columns have one chunk of their own length)."""
@@ -159,7 +160,7 @@ class _Checked:
             value = strict_json.parse(self.archive.read(info))
         except ValueError as error:
             raise self.refuse(name, f"is not JSON ({error})") from error
-        if not isinstance(value, dict) or value.get("zarr_format") != 3:
+        if not isinstance(value, dict) or not same(value.get("zarr_format"), 3):
             raise self.refuse(name, "is not Zarr v3 metadata")
         return value
 
@@ -173,7 +174,7 @@ class _Checked:
             chunk = grid["configuration"].get("chunk_shape")
         sizes = []
         for what, value, low, high in (("shape", shape, 0, MAX_ELEMENTS), ("chunk shape", chunk, 1, MAX_CHUNK)):
-            if not (isinstance(value, list) and len(value) == 1 and type(value[0]) is int and low <= value[0] <= high):
+            if not (isinstance(value, list) and len(value) == 1 and is_whole(value[0]) and low <= value[0] <= high):
                 raise self.refuse(member, f"{what} is {str(value)[:80]}, expected one number in {low}..{high}")
             sizes.append(value[0])
         allowed: dict[str, Sequence[Any]] = {
@@ -190,11 +191,11 @@ class _Checked:
             "dimension_names": (None,),
         }
         codecs = meta.pop("codecs", None)
-        known = isinstance(codecs, list) and len(codecs) == 2 and codecs[0] == {"name": "bytes", **_ENDIAN[dtype]}
+        known = isinstance(codecs, list) and len(codecs) == 2 and same(codecs[0], {"name": "bytes", **_ENDIAN[dtype]})
         if not known or not isinstance(codecs[1], dict) or codecs[1].get("name") != "zstd":
             raise self.refuse(member, f"codecs are {str(codecs)[:120]}, expected bytes, zstd")
         for key in {*meta, *allowed}:
-            if key not in allowed or meta.get(key) not in allowed[key]:
+            if key not in allowed or not any(same(meta.get(key), value) for value in allowed[key]):
                 raise self.refuse(member, f"{key} is {str(meta.get(key))[:80]}, not what this format writes")
         return sizes[0], sizes[1]
 

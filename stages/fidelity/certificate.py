@@ -32,6 +32,7 @@ from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.reader import ByteShard
+from bytecache.schemas.whole import is_number, same
 from bytecache.stages.fidelity.divergence import divergence, kl_spread
 from bytecache.stages.fidelity.measure import Measure, rounded
 from bytecache.stages.lattice.effort import DROPPED
@@ -144,7 +145,7 @@ class Fidelity:
 
     def merge(self, state: dict[str, Any]) -> None:
         """Add what another accumulator measured. Raises ValueError for a state of another version."""
-        if state.get("version") != VERSION:
+        if not same(state.get("version"), VERSION):
             raise ValueError(f"fidelity state of version {state.get('version')}, this software merges {VERSION}")
         for name in COUNTS:
             self.counts[name] += state["counts"][name]
@@ -189,7 +190,7 @@ def figure(certificate: dict[str, Any], name: str, which: str = "mean") -> float
     """One number of a certificate that somebody else may have written; NaN where it has none."""
     entry = certificate.get(name)
     value = entry.get(which) if isinstance(entry, dict) else None
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if is_number(value) else math.nan
 
 
 def summary_line(certificate: dict[str, Any] | None) -> str:

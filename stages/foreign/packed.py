@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.whole import Whole
 
 CONFIG = "compression_config.yaml"
 _NUMBERS = Literal["float16", "bfloat16", "float32", "float64"]
@@ -23,19 +24,19 @@ _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 class _Bin(BaseModel):
     model_config = ConfigDict(extra="forbid")
     scale_dtype: _NUMBERS
-    element_bits: int = Field(gt=0, le=32)
-    num_elements: int = Field(gt=0, le=1 << 20)
+    element_bits: Whole = Field(gt=0, le=32)
+    num_elements: Whole = Field(gt=0, le=1 << 20)
 
 
 class Packing(BaseModel):
     """The settings of DistillKit's `DistributionQuantizationConfig`."""
 
     model_config = ConfigDict(extra="forbid")
-    d: int = Field(gt=1, le=1 << 32)
-    k: int = Field(gt=0, le=1 << 20)
-    exact_k: int = Field(ge=0)
+    d: Whole = Field(gt=1, le=1 << 32)
+    k: Whole = Field(gt=0, le=1 << 20)
+    exact_k: Whole = Field(ge=0)
     exact_dtype: _NUMBERS = "float32"
-    polynomial_terms: list[Literal["sqrt", "exp"] | int] | None = None
+    polynomial_terms: list[Literal["sqrt", "exp"] | Whole] | None = None
     term_dtype: _NUMBERS = "float32"
     residual_bins: list[_Bin] = Field(default_factory=list)
     delta_encoding: bool = True

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError, StorageError, install
 from bytecache.schemas.files import file_sha256, flush_to_disk
+from bytecache.schemas.whole import same
 
 MARKER = "bytecache-builtin.json"
 RECIPE_VERSION = 1
@@ -209,7 +210,7 @@ def _is_whole(folder: Path, source_sha256: str) -> bool:
     """True where the marker names this source and recipe and every file still has its recorded size."""
     try:
         marker = strict_json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        if marker["recipe_version"] != RECIPE_VERSION or marker["source_sha256"] != source_sha256:
+        if not same(marker["recipe_version"], RECIPE_VERSION) or marker["source_sha256"] != source_sha256:
             return False
         return all((folder / name).stat().st_size == entry["size"] for name, entry in marker["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

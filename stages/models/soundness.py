@@ -18,6 +18,7 @@ from typing import Any
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.files import kind_of, open_regular
+from bytecache.schemas.whole import is_whole
 
 MAX_CONFIG = 1 << 24
 """Bytes of a config.json, at most."""
@@ -98,7 +99,7 @@ def _check(config: dict[str, Any], where: str) -> None:
 
 def _within(least: int, most: int, value: Any) -> bool:
     """Whether a value is a whole number in these limits; a truth value is none."""
-    return type(value) is int and least <= value <= most
+    return is_whole(value, least) and value <= most
 
 
 def _rules() -> Iterator[tuple[str, str, Callable[[Any], bool]]]:
@@ -138,6 +139,13 @@ def _number(config: dict[str, Any], *names: str) -> int:
     return next((value for name in names if type(value := config.get(name)) is int), 0)
 
 
+def _length(value: Any) -> int:
+    """A length that a header states. Raises ValueError for what is no whole number from 0 on."""
+    if not is_whole(value, 0):
+        raise ValueError(f"{str(value)[:40]} is no length")
+    return int(value)
+
+
 def _elements(file: Path, where: str) -> int:
     """How many numbers a safetensors file holds, by its header, whose tensors must lie inside the file."""
     refusal = f"{where}: {file.name} is no safetensors file"
@@ -149,8 +157,8 @@ def _elements(file: Path, where: str) -> int:
                 raise InputError(f"{refusal} (a header of {length} bytes in {size}); fetch it again")
             header = strict_json.loads(stream.read(length))
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
-            elements = sum(math.prod(int(n) for n in entry["shape"]) for entry in tensors)
+            end = max((_length(entry["data_offsets"][1]) for entry in tensors), default=0)
+            elements = sum(math.prod(map(_length, entry["shape"])) for entry in tensors)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{refusal} ({type(error).__name__} in its header); fetch it again") from error
     if 8 + length + end > size:

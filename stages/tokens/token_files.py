@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import InputError
+from bytecache.schemas.whole import is_whole, same
 from bytecache.stages.tokens.byte_trie import build_trie, sort_tokens
 from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, RankEncoder, SentencePieceEncoder
 from bytecache.stages.tokens.guard import UnopenedError, is_panic
@@ -110,9 +111,8 @@ def _text_settings(config: Json) -> Json:
 
 def as_ids(value: Any) -> list[int]:
     """An id, a list of ids or nothing, as configurations have it."""
-    if isinstance(value, bool) or value is None:
-        return []
-    return [int(i) for i in value] if isinstance(value, list) else [int(value)]
+    every = value if isinstance(value, list) else [value]
+    return [int(i) for i in every if i is not None and not isinstance(i, bool)]
 
 
 def _with_config(files: TokenizerFiles, config: Json, generation: Json) -> TokenizerFiles:
@@ -174,11 +174,11 @@ def _refuse_other_ids(file: Path, backend: Tokenizer, where: str) -> None:
         refuse_twins(backend.get_vocab(False), where)
     added = _read_json(file).get("added_tokens") or []
     stated = {str(entry.get("content")): entry.get("id") for entry in added if isinstance(entry, dict)}
-    room_for([i for i in stated.values() if isinstance(i, int)], where)
+    room_for([i for i in stated.values() if is_whole(i)], where)
     for content, i in stated.items():
         used = backend.token_to_id(content)
-        if i != used:
-            taken = backend.id_to_token(i) if isinstance(i, int) else None
+        if not same(i, used):
+            taken = backend.id_to_token(i) if is_whole(i, 0) else None
             why = f"is {taken!r}" if taken is not None else "leaves a gap"
             raise InputError(
                 f"{file}: the added token {content!r} has id {i}, which {why}; the tokenizers library uses {used}: "
@@ -207,12 +207,11 @@ def _text_of(entry: Any) -> str:
 
 def _id_of(value: Any, name: str, where: str) -> int:
     """An id, which a configuration may spell as text. Raises InputError for what is none; `name`: of its file."""
-    try:
-        i = int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name} of {where}: {str(value)[:40]!r} is no token id; fetch it again") from None
-    room_for([i], where)
-    return i
+    spelled = isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value)
+    if not spelled and not is_whole(value):
+        raise InputError(f"{name} of {where}: {str(value)[:40]!r} is no token id; fetch it again")
+    room_for([int(value)], where)
+    return int(value)
 
 
 def _declared(tokenizer_config: Json, where: str) -> Iterator[tuple[int, str, bool]]:

@@ -12,6 +12,7 @@ An engine exception is fatal by design: after one, vLLM's next call may never re
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,17 +110,25 @@ class VllmEngine(Engine):
         """Why branches over blocks do not give the rows of the same histories in their window; empty if they do."""
         prompt = _trial_prompt(reducer, min(block_size + block_size // 2, self._longest - 1))
         ends = range(len(prompt.tokens) - 2)
-        branches = [Branch(j, tuple(prompt.tokens[j + 1 : j + 3].tolist()), int(prompt.starts[j + 2])) for j in ends]
+        chains = [tuple(prompt.tokens[j + 1 : j + 3].tolist()) for j in ends]
+        shorter = [Branch(j, chain[:1], int(prompt.starts[j + 1])) for j, chain in zip(ends, chains, strict=True)]
+        branches = [Branch(j, chain, int(prompt.starts[j + 2])) for j, chain in zip(ends, chains, strict=True)]
+        # Another history leaves each shorter one: from half of them first, so that both ways to go on are tried.
+        forks = [branch._replace(chain=branch.chain[:1] * 2, start=len(prompt.text)) for branch in branches]
+        half = len(branches) // 2
         if not branches:
             return f"its histories are of {self._longest} tokens at most"
         try:
             (rows,) = self.score([prompt])
             if self._blocks and not self._blocks.holds(prompt):
                 return "the cache has no room to keep windows in"
-            (again,) = self.score_branches([(prompt, branches)])
+            list(self.score_branches([(prompt, shorter)]))
+            asked = [*branches[:half], *forks, *branches[half:]]
+            (again,) = self.score_branches([(prompt, asked)])
         except EngineError as error:
             return str(error)
-        worst = float(np.abs(rows.log_norm[2:] - again.log_norm).max())
+        found = np.delete(again.log_norm, np.s_[half : half + len(forks)])
+        worst = float(np.abs(rows.log_norm[2:] - found).max())
         # Half precision rounds a batch of another shape otherwise; another history is another matter.
         return "" if worst < 0.1 else f"rows differ by {worst:.2g} nats"
 
@@ -153,26 +162,37 @@ class VllmEngine(Engine):
         blocks = self._blocks
         if blocks is None or not jobs:
             return
-        arrays = [job_of(blocks.table(prompt), branches) for prompt, branches in jobs]
+        resumed = [blocks.tails.resume(prompt, branches) for prompt, branches in jobs]
+        arrays = [
+            job_of(blocks.table(prompt), branches, ones, blocks.block_size)
+            for (prompt, branches), ones in zip(jobs, resumed, strict=True)
+        ]
         yet = announced = 0
-        for parts in cut(arrays, blocks.block_size, self._pass_tokens, min(blocks.free, blocks.room)):
+        for parts in cut(arrays, self._pass_tokens, blocks.room // 2):
             more = range(announced, parts[-1].job + 1)
             wants = {f"branches {number}": _want_of_branches(*jobs[number]) for number in more}
             self._call("announcing branches", "bytecache_want", wants)
             announced = parts[-1].job + 1
-            borrowed = blocks.borrow(borrowed_blocks(arrays, parts, blocks.block_size))
+            borrowed = blocks.borrow(borrowed_blocks(arrays, parts))
             ids = np.array([block.block_id for block in borrowed], np.int32)
             step = make_pass(arrays, parts, ids, blocks.block_size)
             named = [(f"branches {part.job}", part.lo, part.hi) for part in parts]
             self._call("scoring branches", "bytecache_branches", step, named)
-            blocks.give_back(borrowed)
+            rest = iter(borrowed)
+            for part in parts:
+                (prompt, branches), job = jobs[part.job], arrays[part.job]
+                for at in range(part.lo, part.hi):
+                    taken = list(islice(rest, int(job.borrowed[at])))
+                    blocks.tails.keep(prompt, branches[at], resumed[part.job][at], taken)
+            blocks.tails.trim()
             self.branches += len(step.seq_lens)
             self.branch_tokens += len(step.tokens)
             self._prefix_tokens += int(step.seq_lens.sum())
             last = parts[-1]
-            while yet < last.job or (yet == last.job and last.hi == len(arrays[yet].anchor)):
+            while yet < last.job or (yet == last.job and last.hi == len(arrays[yet].length)):
                 yield self._collect(f"branches {yet}", f"{jobs[yet][0].name}, branches")
                 yet += 1
+        blocks.tails.settle()
 
     def _ask_branches(self, prompt: Prompt, branches: Sequence[Branch]) -> Ask:
         prompts = [np.append(prompt.tokens[: b.anchor + 1], np.array(b.chain, np.int32)) for b in branches]

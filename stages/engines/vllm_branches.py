@@ -9,6 +9,9 @@ each a sequence of its chain's tokens alone:
     first borrowed  a copy of the block that holds the anchor, so that the chain can be written behind it
     slots           of the chain's tokens, in the borrowed blocks
 
+What they borrowed is kept while there is room, and a branch that extends another computes its last token alone
+(stages.engines.vllm_tails).
+
 All of a pass is computed here at once, in arrays; stages.engines.vllm_pass runs it in the workers. Blocks are taken
 from, and given back to, vLLM's own pool, whose counts of references keep requests away from them. Windows for which
 there is no room are not kept; their branches go as requests.
@@ -22,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bytecache.stages.engines.engine import Branch, Prompt
+from bytecache.stages.engines.vllm_tails import Resumed, Tails
 
 ROOM = 4
 """One part in so many of the cache stays free of windows, for requests and borrowed blocks."""
@@ -54,17 +58,27 @@ class Part(NamedTuple):
     hi: int
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """Branches of one window in arrays; B of them."""
 
     blocks: np.ndarray
     """int32; of the window."""
-    anchor: np.ndarray
-    """int64 [B]"""
+    own: np.ndarray
+    """int64 [B]; number of the first block in each history that is no block of the window."""
+    cached: np.ndarray
+    """int64 [B]; tokens of each history that are in the cache."""
     length: np.ndarray
-    """int64 [B]; tokens of each chain."""
+    """int64 [B]; those that are not."""
     chain: np.ndarray
-    """int32; the chains, one after the other."""
+    """int32; the tokens that are not, one branch after the other."""
+    in_place: np.ndarray
+    """bool [B]; they are written behind the cached ones, in the same block."""
+    borrowed: np.ndarray
+    """int64 [B]; blocks that each takes for them."""
+    tail_count: np.ndarray
+    """int64 [B]; blocks of the tail that each goes on from."""
+    tail: np.ndarray
+    """int32; those blocks, one branch after the other."""
 
 
 class WindowBlocks:
@@ -76,6 +90,7 @@ class WindowBlocks:
         self._pool = self._manager.block_pool
         self.block_size = int(scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self.room = max(int(self._pool.num_gpu_blocks) // ROOM, 2 * -(-longest // self.block_size))
+        self.tails = Tails(self._pool, self.block_size, self.room // 2)
         self._expected: dict[str, Prompt] = {}
         self._windows: dict[int, tuple[Prompt, list[Any]]] = {}
         release = scheduler._free_blocks  # of requests that have finished; preempted ones go another way
@@ -108,13 +123,9 @@ class WindowBlocks:
         return np.array([block.block_id for block in self._windows[id(prompt)][1]], np.int32)
 
     def borrow(self, count: int) -> list[Any]:
-        """Blocks of nobody; `give_back` returns them."""
+        """Blocks of nobody, which become those of tails; `room // 2` at least can be had."""
         blocks: list[Any] = self._pool.get_new_blocks(count)
         return blocks
-
-    def give_back(self, blocks: list[Any]) -> None:
-        """Return borrowed blocks."""
-        self._pool.free_blocks(blocks)
 
     @property
     def free(self) -> int:
@@ -122,7 +133,8 @@ class WindowBlocks:
         return int(self._pool.get_num_free_blocks())
 
     def forget(self) -> None:
-        """Let the windows go."""
+        """Let the windows go, and the tails of their branches."""
+        self.tails.forget()
         for _, blocks in self._windows.values():
             self._pool.free_blocks(reversed(blocks))
         self._windows = {}
@@ -140,24 +152,36 @@ def window_blocks(engine: Any, longest: int) -> WindowBlocks | None:
     return WindowBlocks(scheduler, longest)
 
 
-def job_of(blocks: np.ndarray, branches: Sequence[Branch]) -> _Job:
-    """Branches of a window whose block ids are `blocks`."""
-    return _Job(
+def job_of(blocks: np.ndarray, branches: Sequence[Branch], resumed: Sequence[Resumed], block_size: int) -> Job:
+    """Branches of a window whose block ids are `blocks`, and how much of each is in the cache already."""
+    anchor = np.array([branch.anchor for branch in branches], np.int64)
+    known = np.array([one.known for one in resumed], np.int64)
+    length = np.array([len(branch.chain) for branch in branches], np.int64) - known
+    in_place = np.array([one.in_place for one in resumed], bool)
+    cached = anchor + 1 + known
+    chains = [branch.chain[one.known :] for branch, one in zip(branches, resumed, strict=True)]
+    tails = [one.tail.blocks if one.tail else [] for one in resumed]
+    return Job(
         blocks,
-        np.array([branch.anchor for branch in branches], np.int64),
-        np.array([len(branch.chain) for branch in branches], np.int64),
-        np.array([token for branch in branches for token in branch.chain], np.int32),
+        (anchor + 1) // block_size,
+        cached,
+        length,
+        np.array([token for chain in chains for token in chain], np.int32),
+        in_place,
+        (cached + length - 1) // block_size - cached // block_size + 1 - in_place,
+        np.array([len(tail) for tail in tails], np.int64),
+        np.array([block.block_id for tail in tails for block in tail], np.int32),
     )
 
 
-def cut(jobs: Sequence[_Job], block_size: int, tokens: int, blocks: int) -> Iterator[list[Part]]:
+def cut(jobs: Sequence[Job], tokens: int, blocks: int) -> Iterator[list[Part]]:
     """Passes of at most `tokens` tokens and `blocks` borrowed blocks, one sequence at least; jobs in order."""
     parts: list[Part] = []
     token_room, block_room = tokens, blocks
     for number, job in enumerate(jobs):
-        lo, count = 0, len(job.anchor)
+        lo, count = 0, len(job.length)
         token_end = np.cumsum(job.length)
-        block_end = np.cumsum(_borrowed(job.anchor, job.length, block_size))
+        block_end = np.cumsum(job.borrowed)
         while lo < count:
             token_at, block_at = (int(token_end[lo - 1]), int(block_end[lo - 1])) if lo else (0, 0)
             hi = int(
@@ -180,47 +204,54 @@ def cut(jobs: Sequence[_Job], block_size: int, tokens: int, blocks: int) -> Iter
         yield parts
 
 
-def borrowed_blocks(jobs: Sequence[_Job], parts: list[Part], block_size: int) -> int:
+def borrowed_blocks(jobs: Sequence[Job], parts: list[Part]) -> int:
     """Blocks that a pass borrows."""
-    return sum(
-        int(_borrowed(jobs[p.job].anchor[p.lo : p.hi], jobs[p.job].length[p.lo : p.hi], block_size).sum())
-        for p in parts
-    )
+    return sum(int(jobs[p.job].borrowed[p.lo : p.hi].sum()) for p in parts)
 
 
-def _borrowed(anchor: np.ndarray, length: np.ndarray, block_size: int) -> np.ndarray:
-    """Blocks from the one that the first token of a chain is in to that of its last, int64."""
-    blocks: np.ndarray = (anchor + length) // block_size - (anchor + 1) // block_size + 1
-    return blocks
-
-
-def make_pass(jobs: Sequence[_Job], parts: list[Part], borrowed: np.ndarray, block_size: int) -> BranchPass:
+def make_pass(jobs: Sequence[Job], parts: list[Part], borrowed: np.ndarray, block_size: int) -> BranchPass:
     """The arrays of one pass; `borrowed` int32: ids of as many blocks as `borrowed_blocks` says."""
-    anchor = np.concatenate([jobs[p.job].anchor[p.lo : p.hi] for p in parts])
-    length = np.concatenate([jobs[p.job].length[p.lo : p.hi] for p in parts])
-    count = len(anchor)
-    table = np.zeros((count, int(((anchor + length) // block_size).max()) + 1), np.int32)
-    chains = []
+    own, cached, length, in_place, mine = (
+        np.concatenate([getattr(jobs[p.job], name)[p.lo : p.hi] for p in parts])
+        for name in ("own", "cached", "length", "in_place", "borrowed")
+    )
+    count = len(cached)
+    table = _known_blocks(jobs, parts, own, int(((cached + length - 1) // block_size).max()) + 1)
+    first = cached // block_size
+    begin = np.cumsum(mine) - mine
+    copied = np.flatnonzero((cached % block_size > 0) & ~in_place)
+    copies = np.stack([table[copied, first[copied]], borrowed[begin[copied]]], axis=1).astype(np.int64)
+    first_mine = first + in_place
+    table[np.arange(table.shape[1]) >= (first_mine + mine)[:, None]] = 0
+    table[np.repeat(np.arange(count), mine), np.repeat(first_mine - begin, mine) + np.arange(len(borrowed))] = borrowed
+    query_start = np.append(0, np.cumsum(length))
+    sequence = np.repeat(np.arange(count), length)
+    positions = cached[sequence] + np.arange(len(sequence)) - query_start[sequence]
+    slots = table[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    chains = [_rows_of(jobs[p.job].chain, jobs[p.job].length, p) for p in parts]
+    return BranchPass(
+        np.concatenate(chains), positions, query_start.astype(np.int32), (cached + length).astype(np.int32), table,
+        slots, copies,
+    )  # fmt: skip
+
+
+def _known_blocks(jobs: Sequence[Job], parts: list[Part], own: np.ndarray, width: int) -> np.ndarray:
+    """Blocks of each history before anything is borrowed, int32 [S, width]: its window's, then its tail's."""
+    table = np.zeros((len(own), width), np.int32)
     row = 0
     for p in parts:
         job = jobs[p.job]
-        width = min(len(job.blocks), table.shape[1])
-        table[row : row + p.hi - p.lo, :width] = job.blocks[:width]
+        wide = min(len(job.blocks), width)
+        table[row : row + p.hi - p.lo, :wide] = job.blocks[:wide]
         row += p.hi - p.lo
-        ends = np.cumsum(job.length)
-        chains.append(job.chain[ends[p.lo] - job.length[p.lo] : ends[p.hi - 1]])
-    first = (anchor + 1) // block_size
-    mine = _borrowed(anchor, length, block_size)
-    begin = np.cumsum(mine) - mine
-    copied = np.flatnonzero((anchor + 1) % block_size)
-    copies = np.stack([table[copied, first[copied]], borrowed[begin[copied]]], axis=1).astype(np.int64)
-    table[np.arange(table.shape[1]) >= (first + mine)[:, None]] = 0
-    table[np.repeat(np.arange(count), mine), np.repeat(first - begin, mine) + np.arange(len(borrowed))] = borrowed
-    query_start = np.append(0, np.cumsum(length))
-    sequence = np.repeat(np.arange(count), length)
-    positions = anchor[sequence] + 1 + np.arange(len(sequence)) - query_start[sequence]
-    slots = table[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    return BranchPass(
-        np.concatenate(chains), positions, query_start.astype(np.int32), (anchor + 1 + length).astype(np.int32), table,
-        slots, copies,
-    )  # fmt: skip
+    count = np.concatenate([jobs[p.job].tail_count[p.lo : p.hi] for p in parts])
+    tails = np.concatenate([_rows_of(jobs[p.job].tail, jobs[p.job].tail_count, p) for p in parts])
+    begin = np.cumsum(count) - count
+    table[np.repeat(np.arange(len(own)), count), np.repeat(own - begin, count) + np.arange(len(tails))] = tails
+    return table
+
+
+def _rows_of(values: np.ndarray, count: np.ndarray, part: Part) -> np.ndarray:
+    """Those of rows [lo, hi) of values that lie one row after the other."""
+    ends = np.cumsum(count)
+    return values[ends[part.lo] - count[part.lo] : ends[part.hi - 1]]

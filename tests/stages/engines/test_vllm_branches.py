@@ -7,61 +7,150 @@ import pytest
 
 from bytecache.stages.engines.engine import Branch, Prompt
 from bytecache.stages.engines.vllm_branches import WindowBlocks, borrowed_blocks, cut, job_of, make_pass, window_blocks
+from bytecache.stages.engines.vllm_tails import Resumed
 
 BLOCK = 4
 
 
-def world(seed: int):
-    """Windows of random lengths in blocks of a cache, branches of each, and the cache: token by slot."""
-    rng = np.random.default_rng(seed)
-    ids = rng.permutation(np.arange(1, 200)).tolist()
-    cache = np.full(200 * BLOCK, -1)
-    windows, jobs = [], []
-    for _ in range(5):
-        tokens = rng.integers(0, 1000, rng.integers(1, 30))
-        blocks = np.array([ids.pop() for _ in range(-(-len(tokens) // BLOCK))], np.int32)
-        at = np.arange(len(tokens))
-        cache[blocks[at // BLOCK] * BLOCK + at % BLOCK] = tokens
-        branches = [
-            Branch(int(rng.integers(0, len(tokens))), tuple(rng.integers(0, 1000, rng.integers(1, 7)).tolist()), 0)
-            for _ in range(rng.integers(1, 40))
+def plain(branches):
+    """None of them goes on from another."""
+    return [Resumed(None, 0, in_place=False)] * len(branches)
+
+
+class World:
+    """Windows of random lengths in blocks of a cache, held; and the cache: token by slot."""
+
+    def __init__(self, seed: int, blocks: int = 400):
+        self.rng = np.random.default_rng(seed)
+        self.scheduler = Scheduler(blocks)
+        self.blocks = WindowBlocks(self.scheduler, longest=40)
+        self.cache = np.full(blocks * BLOCK, -1)
+        self.prompts = [prompt_of(int(self.rng.integers(2, 30))) for _ in range(5)]
+        for number, prompt in enumerate(self.prompts):
+            tokens = prompt.tokens[:] = self.rng.integers(0, 1000, len(prompt.tokens))
+            self.blocks.expect(str(number), prompt)
+            self.scheduler.run(str(number), len(tokens))
+            at = np.arange(len(tokens))
+            self.cache[self.blocks.table(prompt)[at // BLOCK] * BLOCK + at % BLOCK] = tokens
+
+    def run(self, jobs, tokens: int, room: int) -> list[int]:
+        """Passes over the blocks as the engine makes them; every history must be read; tokens of each pass."""
+        resumed = [self.blocks.tails.resume(*job) for job in jobs]
+        arrays = [
+            job_of(self.blocks.table(job[0]), job[1], ones, BLOCK) for job, ones in zip(jobs, resumed, strict=True)
         ]
-        windows.append((tokens, branches))
-        jobs.append(job_of(blocks, branches))
-    return windows, jobs, cache, ids
+        seen, computed = [], []
+        for parts in cut(arrays, tokens, room):
+            borrowed = self.blocks.borrow(borrowed_blocks(arrays, parts))
+            step = make_pass(arrays, parts, np.array([block.block_id for block in borrowed], np.int32), BLOCK)
+            assert len(step.seq_lens) == 1 or (len(step.tokens) <= tokens and len(borrowed) <= room)
+            before = self.cache.copy()
+            blocks = self.cache.reshape(-1, BLOCK)
+            blocks[step.copies[:, 1]] = blocks[step.copies[:, 0]]
+            self.cache[step.slots] = step.tokens
+            asked = [(part.job, number) for part in parts for number in range(part.lo, part.hi)]
+            self.check(step, [(jobs[job][0], jobs[job][1][number]) for job, number in asked])
+            self.check_untouched(before, borrowed, step)
+            rest = iter(borrowed)
+            for job, number in asked:
+                taken = [next(rest) for _ in range(int(arrays[job].borrowed[number]))]
+                self.blocks.tails.keep(jobs[job][0], jobs[job][1][number], resumed[job][number], taken)
+            assert next(rest, None) is None
+            self.blocks.tails.trim()
+            assert self.blocks.free >= self.blocks.room // 2
+            seen += asked
+            computed.append(len(step.tokens))
+        self.blocks.tails.settle()
+        assert seen == [(job, number) for job, (_, branches) in enumerate(jobs) for number in range(len(branches))]
+        return computed
+
+    def check(self, step, asked):
+        for sequence, (prompt, branch) in enumerate(asked):
+            history = [*prompt.tokens[: branch.anchor + 1].tolist(), *branch.chain]
+            at = np.arange(step.seq_lens[sequence])
+            read = self.cache[step.table[sequence][at // BLOCK] * BLOCK + at % BLOCK]
+            assert read.tolist() == history
+            new = slice(step.query_start[sequence], step.query_start[sequence + 1])
+            assert step.positions[new].tolist() == list(range(len(history)))[-(new.stop - new.start) :]
+            assert step.tokens[new].tolist() == history[-(new.stop - new.start) :]
+
+    def check_untouched(self, before, borrowed, step):
+        """Windows' own blocks are not written, nor anything but borrowed blocks and the ends of tails."""
+        written = np.flatnonzero(self.cache != before)
+        mine = {block.block_id for block in borrowed}
+        outside = [slot for slot in written.tolist() if slot // BLOCK not in mine]
+        assert set(outside) <= set(step.slots.tolist())
+        windows = np.concatenate([self.blocks.table(prompt) for prompt in self.prompts])
+        assert not np.isin(written // BLOCK, windows).any()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_pass_reads_every_history(seed):
-    windows, jobs, cache, ids = world(seed)
-    before, seen = cache.copy(), []
-    for parts in cut(jobs, BLOCK, tokens=24, blocks=12):
-        count = borrowed_blocks(jobs, parts, BLOCK)
-        borrowed = np.array(ids[:count], np.int32)
-        step = make_pass(jobs, parts, borrowed, BLOCK)
-        assert len(step.tokens) <= 24 and count <= 12
-        blocks = cache.reshape(-1, BLOCK)
-        blocks[step.copies[:, 1]] = blocks[step.copies[:, 0]]
-        cache[step.slots] = step.tokens
-        branches = [(part.job, number) for part in parts for number in range(part.lo, part.hi)]
-        for sequence, (job, number) in enumerate(branches):
-            tokens, branch = windows[job][0], windows[job][1][number]
-            history = [*tokens[: branch.anchor + 1].tolist(), *branch.chain]
-            at = np.arange(step.seq_lens[sequence])
-            read = cache[step.table[sequence][at // BLOCK] * BLOCK + at % BLOCK]
-            assert read.tolist() == history
-            span = slice(step.query_start[sequence], step.query_start[sequence + 1])
-            assert step.positions[span].tolist() == list(range(branch.anchor + 1, len(history)))
-        # What is no one's is not written: other windows' blocks, and this window's own.
-        touched = np.isin(np.arange(len(cache)) // BLOCK, ids)
-        np.testing.assert_array_equal(cache[~touched], before[~touched])
-        seen += branches
-    assert seen == [(job, number) for job, (_, branches) in enumerate(windows) for number in range(len(branches))]
+    world = World(seed)
+    jobs = []
+    for prompt in world.prompts:
+        branches = [
+            Branch(
+                int(world.rng.integers(0, len(prompt.tokens))),
+                tuple(world.rng.integers(0, 1000, world.rng.integers(1, 7)).tolist()),
+                0,
+            )
+            for _ in range(world.rng.integers(1, 40))
+        ]
+        jobs.append((prompt, branches))
+    world.run(jobs, tokens=24, room=12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_longer_branch_costs_its_last_token_whatever_else_leaves_from_the_shorter_one(seed):
+    world = World(seed)
+    grown: list[tuple[int, Branch]] = [
+        (number, Branch(int(world.rng.integers(0, len(prompt.tokens))), (int(world.rng.integers(0, 1000)),), 0))
+        for number, prompt in enumerate(world.prompts)
+        for _ in range(3)
+    ]
+    for _ in range(9):
+        jobs = []
+        for number, prompt in enumerate(world.prompts):
+            jobs.append((prompt, [branch for at, branch in grown if at == number]))
+        computed = world.run([job for job in jobs if job[1]], tokens=24, room=12)
+        assert sum(computed) == len(grown)
+        children = [
+            (number, branch._replace(chain=(*branch.chain, int(token))))
+            for number, branch in grown
+            for token in world.rng.integers(0, 1000, world.rng.choice([0, 1, 1, 1, 2]))
+        ]
+        grown = list(dict.fromkeys(children))
+    world.blocks.forget()
+    assert world.blocks.free == len(world.scheduler.blocks) - 1
+
+
+def test_the_oldest_tails_make_room_and_what_extends_them_is_computed_again():
+    world = World(3, blocks=61)
+    prompt = world.prompts[0]
+    chains = [(token,) for token in range(40)]
+    computed = []
+    for _ in range(3):
+        computed.append(sum(world.run([(prompt, [Branch(0, chain, 0) for chain in chains])], tokens=100, room=8)))
+        chains = [(*chain, 7) for chain in chains]
+    assert computed[0] == 40 and 40 < computed[1] <= 80 and computed[2] > 40
+    world.blocks.forget()
+    assert world.blocks.free == 60
+
+
+def test_a_branch_that_is_asked_for_twice_keeps_one_tail():
+    world = World(1)
+    prompt = world.prompts[0]
+    for chain in ((5,), (5, 6), (5, 6)):
+        world.run([(prompt, [Branch(1, chain, 0)] * 2)], tokens=9, room=9)
+    world.blocks.forget()
+    assert world.blocks.free == len(world.scheduler.blocks) - 1
 
 
 def test_a_branch_larger_than_a_pass_goes_alone():
-    jobs = [job_of(np.array([1, 2], np.int32), [Branch(3, (7,) * 9, 0), Branch(0, (7,), 0)])]
-    passes = list(cut(jobs, BLOCK, tokens=2, blocks=1))
+    branches = [Branch(3, (7,) * 9, 0), Branch(0, (7,), 0)]
+    jobs = [job_of(np.array([1, 2], np.int32), branches, plain(branches), BLOCK)]
+    passes = list(cut(jobs, tokens=2, blocks=1))
     assert [(part.lo, part.hi) for parts in passes for part in parts] == [(0, 1), (1, 2)]
 
 
@@ -128,7 +217,7 @@ def test_blocks_of_finished_windows_are_kept_from_others_until_they_are_let_go()
     assert len(mine) == 3 + 1 and blocks.free == 40 - len(mine)
     borrowed = blocks.borrow(blocks.free)
     assert not mine & {block.block_id for block in borrowed}
-    blocks.give_back(borrowed)
+    scheduler.give(borrowed)
     blocks.forget()
     assert blocks.free == 40 and not blocks.holds(first)
 

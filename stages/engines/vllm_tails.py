@@ -1,0 +1,100 @@
+"""What branches left in the cache, kept for longer branches: each then costs its last token alone.
+
+Passes of branches go one token deeper each, and where two cuts of a text go on side by side a chain grows to dozens of
+tokens. The blocks that a branch borrowed are its *tail*. A branch that extends another reads that one's tail and writes
+
+    in place    behind it, in the same block, if nobody wrote there yet
+    or apart    behind a copy of its last block
+
+so a chain that nothing else leaves from takes a block for each `block_size` tokens. Tails share blocks, which vLLM's
+pool counts. The oldest go when the cache gets short; what extends them is computed from the longest that is left.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from bytecache.stages.engines.engine import Branch, Prompt
+
+Place = tuple[int, int, tuple[int, ...]]
+"""A history: identity of its window's prompt, anchor, chain."""
+
+
+class Tail(NamedTuple):
+    """Blocks of a branch, from the one that the token after its anchor is in."""
+
+    blocks: list[Any]
+    end: int
+    """Tokens of the history."""
+
+
+class Resumed(NamedTuple):
+    """How much of a branch is in the cache already."""
+
+    tail: Tail | None
+    """None: only its window's own tokens are."""
+    known: int
+    """Tokens of the chain that the tail holds."""
+    in_place: bool
+    """The chain goes on in the tail's last block."""
+
+
+class Tails:
+    """Tails of branches of windows that are held; see the module."""
+
+    def __init__(self, pool: Any, block_size: int, least_free: int) -> None:
+        """`least_free`: blocks of the pool that no tail may take."""
+        self._pool, self._block_size, self._least_free = pool, block_size, least_free
+        self._kept: dict[Place, Tail] = {}
+        self._written: dict[int, int] = {}  # of the last block of each tail, the end of what is in it
+        self._pinned: list[Any] = []
+
+    def resume(self, prompt: Prompt, branches: Sequence[Branch]) -> list[Resumed]:
+        """Where each branch goes on; the tails stay until `settle`."""
+        return [self._resumed(id(prompt), branch) for branch in branches]
+
+    def _resumed(self, window: int, branch: Branch) -> Resumed:
+        for known in range(len(branch.chain) - 1, 0, -1):
+            tail = self._kept.get((window, branch.anchor, branch.chain[:known]))
+            if tail is None:
+                continue
+            last = tail.blocks[-1].block_id
+            in_place = tail.end % self._block_size > 0 and self._written[last] == tail.end
+            if in_place:
+                self._written[last] = branch.anchor + 1 + len(branch.chain)
+            self._pool.touch(tail.blocks)
+            self._pinned += tail.blocks
+            return Resumed(tail, known, in_place)
+        return Resumed(None, 0, in_place=False)
+
+    def keep(self, prompt: Prompt, branch: Branch, resumed: Resumed, borrowed: list[Any]) -> None:
+        """Take the blocks that a branch borrowed; `trim` may let them go."""
+        place = (id(prompt), branch.anchor, branch.chain)
+        if place in self._kept:  # asked for again
+            self._pool.free_blocks(borrowed)
+            return
+        shared: list[Any] = []
+        if resumed.tail:
+            is_read = resumed.in_place or not resumed.tail.end % self._block_size  # and not copied
+            shared = resumed.tail.blocks if is_read else resumed.tail.blocks[:-1]
+        self._pool.touch(shared)
+        tail = self._kept[place] = Tail([*shared, *borrowed], branch.anchor + 1 + len(branch.chain))
+        self._written[tail.blocks[-1].block_id] = tail.end
+
+    def trim(self) -> None:
+        """Let the oldest tails go until enough blocks are free."""
+        while self._kept and self._pool.get_num_free_blocks() < self._least_free:
+            self._drop(next(iter(self._kept)))
+
+    def settle(self) -> None:
+        """The branches that were resumed have been computed."""
+        self._pool.free_blocks(self._pinned)
+        self._pinned = []
+
+    def forget(self, windows: set[int] | None = None) -> None:
+        """Let all tails go, or those of some windows."""
+        self.settle()
+        for place in [place for place in self._kept if windows is None or place[0] in windows]:
+            self._drop(place)
+
+    def _drop(self, place: Place) -> None:
+        self._pool.free_blocks(reversed(self._kept.pop(place).blocks))

@@ -19,69 +19,35 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.spans import DEVICE_PARTS, Spans, attach
 from bytecache.schemas import settings as st
 from bytecache.stages.corpus.reader import CorpusReader
-from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.teacher.windows import WindowPlan, plan_windows
 
-Clock = Callable[[], float]
-
-
-class Meter:
-    """CPU seconds and calls of some functions, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
-
-    def wrap(self, owner: Any, attribute: str, name: str) -> None:
-        """Count what `owner.attribute` takes from now on."""
-        original = getattr(owner, attribute)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.thread_time() - began
-                self.calls[name] = self.calls.get(name, 0) + 1
-
-        setattr(owner, attribute, counted)
-
-    def forget(self) -> None:
-        """Begin at zero."""
-        self.seconds, self.calls = {}, {}
-
 
 @contextmanager
-def measured(meter: Meter) -> Iterator[dict[str, Any]]:
+def measured(spans: Spans) -> Iterator[dict[str, Any]]:
     """CPU seconds of a block, and how they divide."""
-    meter.forget()
+    spans.forget()
     found: dict[str, Any] = {}
-    began, engine_began = time.process_time(), time.thread_time()
+    wall_began, began, engine_began = time.perf_counter(), time.process_time(), time.thread_time()
     yield found
+    found["wall"] = time.perf_counter() - wall_began
     found["seconds"] = time.process_time() - began
     found["engine_thread"] = time.thread_time() - engine_began
-    found |= {name: meter.seconds.get(name, 0.0) for name in ("layers", "head", "sums")}
-    found["head_products"] = meter.calls.get("head", 0)
-    found["host"] = found["engine_thread"] - sum(found[name] for name in ("layers", "head", "sums"))
-
-
-def attach(teacher: Teacher, meter: Meter) -> None:
-    """Count the layers, the head and the sums of an engine that runs in this process."""
-    engine: Any = teacher.engine
-    worker = engine._engine.engine_core.engine_core.model_executor.driver_worker.worker
-    runner = worker.model_runner
-    meter.wrap(runner, "_model_forward", "layers")
-    meter.wrap(runner.model, "compute_logits", "head")
-    meter.wrap(PathReducer, "_sums_on_cpu", "sums")
+    parts = {name: spans.seconds.get(name, 0.0) for name in DEVICE_PARTS}
+    found |= parts
+    found["head_products"] = spans.calls.get("head", 0)
+    found["host"] = found["engine_thread"] - sum(parts.values())
+    beside = {name: seconds for name, seconds in sorted(spans.seconds.items()) if name not in DEVICE_PARTS}
+    found["host_parts"] = beside | {"else": found["host"] - sum(beside.values())}
 
 
 def prefill(teacher: Teacher, plans: list[WindowPlan], *, all_rows: bool) -> None:
@@ -96,7 +62,7 @@ def prefill(teacher: Teacher, plans: list[WindowPlan], *, all_rows: bool) -> Non
 def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, float]:
     """The windows as the stage makes them; returns what was evaluated."""
     engine: Any = teacher.engine
-    branched, computed = engine.branches, engine.branch_tokens
+    branched, computed = _branch_counts(engine)
     effort = dict.fromkeys(("tau", "depth", "static"), -1)
     settings = teacher.settings.model_copy(update={"preset": preset, **effort})
     teacher.settings = settings.resolved()
@@ -105,10 +71,16 @@ def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, f
     static = sum(int(window.row_static.sum()) for window in windows)
     canonical = sum(int((window.row_depth == 0).sum()) for window in windows)
     rows = sum(len(window.row_depth) for window in windows)
-    each = (engine.branch_tokens - computed) / max(1, engine.branches - branched)
+    branches, tokens = _branch_counts(engine)
+    each = (tokens - computed) / max(1, branches - branched)
     return {
         "rows": canonical, "branches": rows - canonical - static, "static_rows": static, "tokens_per_branch": each,
     }  # fmt: skip
+
+
+def _branch_counts(engine: Any) -> tuple[int, int]:
+    """Branches and the tokens computed for them since the engine started; transformers' does not count them."""
+    return getattr(engine, "branches", 0), getattr(engine, "branch_tokens", 0)
 
 
 @contextmanager
@@ -131,12 +103,21 @@ def some_text(most: int) -> list[str]:
     return texts
 
 
+def _median(found: list[Any]) -> Any:
+    """Of numbers, or of each part of some dictionaries."""
+    if not isinstance(found[0], dict):
+        return statistics.median(found)
+    parts = {part for one in found for part in one}
+    return {part: statistics.median(one.get(part, 0.0) for one in found) for part in sorted(parts)}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
+    parser.add_argument("--backend", choices=["vllm", "hf"], default="vllm")
     parser.add_argument(
         "--requests", choices=list(st.PRESETS), help="measure a preset with a request for each branch too"
     )
@@ -147,10 +128,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="for lattices, beside the engine's")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    teacher = open_teacher(st.Teacher(model=args.model, preset="exact"))
+    teacher = open_teacher(st.Teacher(model=args.model, preset="exact", backend=args.backend))
     teacher.pool = ThreadPoolExecutor(args.threads) if args.threads else None
-    meter = Meter()
-    attach(teacher, meter)
+    spans = Spans()
+    attach(teacher, spans)
     settings = teacher.settings
     texts = some_text(args.bytes)
     plans = [
@@ -171,16 +152,16 @@ def main() -> None:
     passes: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
         for name in ("prefill", "all_rows"):
-            with measured(meter) as found:
+            with measured(spans) as found:
                 prefill(teacher, plans, all_rows=name == "all_rows")
             passes.setdefault(name, []).append(found)
         for preset in presets:
-            with measured(meter) as found:
+            with measured(spans) as found:
                 counts = whole(teacher, plans, preset)
             passes.setdefault(preset, []).append(found | counts)
         if args.requests:
             teacher.engine.forget()
-            with branches_as_requests(teacher), measured(meter) as found:
+            with branches_as_requests(teacher), measured(spans) as found:
                 counts = whole(teacher, plans, args.requests)
             passes.setdefault(f"{args.requests}, branches as requests", []).append(found | counts)
     result: dict[str, Any] = {
@@ -189,7 +170,7 @@ def main() -> None:
         "threads_beside": args.threads,
     }  # fmt: skip
     for name, rounds in passes.items():
-        result[name] = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+        result[name] = {key: _median([found[key] for found in rounds]) for key in rounds[0]}
     speed, with_rows = (tokens / result[name]["seconds"] for name in ("prefill", "all_rows"))
     for name in passes:
         one = result[name]
@@ -200,6 +181,8 @@ def main() -> None:
         one["of_all_rows_per_row"] = rows / one["seconds"] / with_rows
         one["text_bytes_per_s"] = text_bytes / one["seconds"]
         one["host_us_per_row"] = one["host"] / rows * 1e6
+        parts = one.pop("host_parts")
+        one["host_parts_us_per_row"] = {part: round(seconds / rows * 1e6, 2) for part, seconds in parts.items()}
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

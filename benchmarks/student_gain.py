@@ -151,7 +151,10 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
         window_bytes=args.window, warmup=min(30, args.steps // 8), tensorboard=False, dtype=args.dtype,
         **{"lora_rank": args.lora, "lora_embeddings": args.embeddings, **changes},
     )  # fmt: skip
-    dump = TokenDump(args.run / "teacher", lambda: vocabulary_of(teacher, resolve_model(teacher)))
+    dump = TokenDump(
+        args.run / "teacher",
+        lambda start: vocabulary_of(teacher.model_copy(update={"start": start}), resolve_model(teacher)),
+    )
     began = time.process_time()
     name = f"{args.pair.replace(' ', '-')}-{arm}-{seed}"
     result = train(settings, folder, targets, args.work / name, name=name, seed=seed, device="cpu", dump=dump)

@@ -166,7 +166,10 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, rate: float) -> dict[
         warmup=args.warmup, tensorboard=False,
         **{"lora_rank": args.lora, "lora_embeddings": True, **changes},
     )  # fmt: skip
-    dump = TokenDump(args.run / "teacher", lambda: vocabulary_of(teacher, resolve_model(teacher)))
+    dump = TokenDump(
+        args.run / "teacher",
+        lambda start: vocabulary_of(teacher.model_copy(update={"start": start}), resolve_model(teacher)),
+    )
     out = args.work / f"{args.curve}-{folder.name}-{arm}-{seed}-{rate:g}"
     result = train(
         settings, folder, targets_of(args, kind), out, name=arm, seed=seed, device="cpu", dump=dump,

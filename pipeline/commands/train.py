@@ -32,6 +32,7 @@ from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
+    from bytecache.stages.tokens.vocab import Vocabulary
     from bytecache.stages.train.batches.teacher_tokens import TokenDump
     from bytecache.stages.train.parallel import World
 
@@ -244,7 +245,14 @@ def _token_dump(context: Context) -> "TokenDump | None":
     folder = context.store.folder("teacher")
     if settings.train.head == "uld":
         return TokenDump(folder)
-    return TokenDump(folder, lambda: vocabulary_of(settings.teacher, resolve_model(settings.teacher)))
+
+    def teacher(start: str) -> "Vocabulary":
+        """The vocabulary; where no start is set, with the one that was measured."""
+        asked = settings.teacher
+        asked = asked.model_copy(update={"start": start}) if asked.start == "auto" else asked
+        return vocabulary_of(asked, resolve_model(asked))
+
+    return TokenDump(folder, teacher)
 
 
 def run_receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:

@@ -40,11 +40,11 @@ class TokenDump:
     """Dump parts of a run, read beside its shards.
 
     Args:
-        folder: where the parts are. teacher: opens the teacher's vocabulary, if tokens are to be compared by bytes;
-            without it every id is ABSENT.
+        folder: where the parts are. teacher: opens the teacher's vocabulary, given the start token that the dump
+            names, if tokens are to be compared by bytes; without it every id is ABSENT.
     """
 
-    def __init__(self, folder: Path, teacher: Callable[[], Vocabulary] | None = None) -> None:
+    def __init__(self, folder: Path, teacher: Callable[[str], Vocabulary] | None = None) -> None:
         self.folder, self._open = folder, teacher
         self._shared: npt.NDArray[np.int32] | None = None
 
@@ -111,11 +111,12 @@ class TokenDump:
         if self._shared is not None:
             return self._shared
         assert self._open is not None
-        teacher = self._open()
-        vocabulary = TeacherIdentity.of(read_meta(part)["teacher"], part).vocabulary
-        if vocabulary != teacher.fingerprint:
+        identity = TeacherIdentity.of(read_meta(part)["teacher"], part)
+        teacher = self._open(identity.start)
+        if identity.vocabulary != teacher.fingerprint:
             raise IntegrityError(
-                f"{part}: made with vocabulary {vocabulary[:12]}, teacher.model has {teacher.fingerprint[:12]}; "
+                f"{part}: made with vocabulary {identity.vocabulary[:12]}, teacher.model has "
+                f"{teacher.fingerprint[:12]}; "
                 "name the teacher that made it"
             )
         spelled: dict[bytes, int] = {}

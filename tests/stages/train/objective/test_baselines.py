@@ -13,7 +13,7 @@ from bytecache.pipeline.commands.convert import convert
 from bytecache.pipeline.commands.plan import plan
 from bytecache.pipeline.commands.report.table import summary_table
 from bytecache.pipeline.commands.teacher import teacher
-from bytecache.pipeline.commands.train import open_targets
+from bytecache.pipeline.commands.train import _token_dump, open_targets
 from bytecache.pipeline.commands.train import train as train_command
 from bytecache.pipeline.context import Context, open_context
 from bytecache.schemas.dataset.index import read_dataset
@@ -128,7 +128,7 @@ def first_steps(run, opened: student.Student, dump: TokenDump, number: int = 1) 
 
 def dump_of(run: tuple[Settings, Context]) -> TokenDump:
     teacher = run[0].teacher
-    return TokenDump(run[1].store.folder("teacher"), lambda: vocabulary_of(teacher, Path(teacher.model)))
+    return TokenDump(run[1].store.folder("teacher"), lambda _: vocabulary_of(teacher, Path(teacher.model)))
 
 
 def test_a_student_that_is_the_teacher_is_at_no_distance(run, tmp_path):
@@ -218,6 +218,29 @@ def test_a_baseline_trains_resumes_and_is_measured_by_its_bytes(run, tmp_path):
     assert "| not measured |" in summary_table(1, [], [], [], [result])  # what `run` ends with
 
 
+def test_a_start_that_was_measured_is_the_dumps(tmp_path):
+    """A teacher whose documents start with another token than its checkpoint names is still the teacher of the dump."""
+    settings = small_settings(tmp_path, documents=24)
+    context = open_context(with_teacher(settings, start="<|end|>"), lambda line: None)
+    for stage in (plan, teacher, convert):
+        stage(context)
+    dataset = open_targets(context)
+    shard = load_shard(dataset, dataset.split("train")[0])
+    vocabulary = vocabulary_of(settings.teacher, Path(settings.teacher.model))
+    end = int(vocabulary.end_ids[0])
+    asked = settings.model_copy(update={"train": settings.train.model_copy(update={"head": "strict_topk"})})
+    dump = _token_dump(open_context(asked, lambda line: None))
+    assert dump is not None and (dump.of(shard, vocabulary, end).ids >= 0).any()
+    # A start that is set is meant.
+    other = _token_dump(open_context(with_teacher(asked, start="<|begin|>"), lambda line: None))
+    with pytest.raises(IntegrityError, match="name the teacher that made it"):
+        other.of(shard, vocabulary, end)
+
+
+def with_teacher(settings: Settings, **changes: str) -> Settings:
+    return settings.model_copy(update={"teacher": settings.teacher.model_copy(update=changes)})
+
+
 def test_what_the_dump_must_be(run, tmp_path):
     settings, context = run
     dataset = read_dataset(context.store.folder("targets"))
@@ -229,7 +252,7 @@ def test_what_the_dump_must_be(run, tmp_path):
     with pytest.raises(IntegrityError, match="is not that of"):
         TokenDump(context.store.folder("teacher")).of(replace(shard, text=shard.text[::-1]), vocabulary, end)
     other = settings.teacher.model_copy(update={"end": "<|begin|>"})
-    wrong = TokenDump(context.store.folder("teacher"), lambda: vocabulary_of(other, Path(settings.teacher.model)))
+    wrong = TokenDump(context.store.folder("teacher"), lambda _: vocabulary_of(other, Path(settings.teacher.model)))
     with pytest.raises(IntegrityError, match="name the teacher that made it"):
         wrong.of(shard, vocabulary, end)
     shape = Train(head="uld", steps=1)

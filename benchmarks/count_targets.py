@@ -79,10 +79,17 @@ def write_counts(targets: Path, out: Path) -> None:
 
 def write_silent(targets: Path, more: dict[str, bytes], out: Path) -> None:
     """The data set `out`: the same held-out documents, and for training `more` as well; nobody says anything."""
-    texts = {
-        "train": {**dict(documents_of(targets, "train")), **more},
-        "heldout": dict(documents_of(targets, "heldout")),
-    }
+    write_texts(
+        {
+            "train": {**dict(documents_of(targets, "train")), **more},
+            "heldout": dict(documents_of(targets, "heldout")),
+        },
+        out,
+    )
+
+
+def write_texts(texts: dict[str, dict[str, bytes]], out: Path) -> None:
+    """The data set `out`: documents by split and id, of which nobody says anything."""
     rows = {
         split: {name: np.zeros((len(text) + 1, SYMBOLS), np.float32) for name, text in found.items()}
         for split, found in texts.items()

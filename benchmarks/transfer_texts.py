@@ -11,7 +11,9 @@ OUT/raw.jsonl further training text of the same sources that no teacher reads.
 
 A run's split is decided by a hash of the text (`Rule`), so of each kind passages are taken whose hash agrees: with
 `run.seed = 0` and `corpus.heldout_fraction = 0.5`, `train` is the training split and the other two are held out.
-OUT/corpus.json says sizes, sources and the share of held-out windows of 50 bytes that occur in the training text.
+OUT/read.jsonl has of the held-out passages only the first `--read` of each kind and use: bits per byte need no teacher,
+who is slow. OUT/corpus.json says sizes, sources and the share of held-out windows of 50 bytes that occur in the
+training text.
 """
 
 import argparse
@@ -129,9 +131,10 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=6)
     parser.add_argument("--test", type=int, default=12)
     parser.add_argument("--raw", type=int, default=48)
+    parser.add_argument("--read", type=int, default=2, help="held-out passages of a kind and use in read.jsonl")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    lines: dict[str, list[str]] = {"corpus": [], "raw": []}
+    lines: dict[str, list[str]] = {"corpus": [], "read": [], "raw": []}
     summary = {}
     for source in (prose, encyclopedia, code):
         by_use: dict[str, list[Passage]] = {use: [] for use in USES}
@@ -147,12 +150,16 @@ def main() -> None:
                 **({} if use == "train" else {"repeated_windows": repeated(texts[use], texts["train"])}),
             }  # fmt: skip
             for number, (kind, name, text) in enumerate(picked):
-                lines["corpus"].append(json.dumps({"id": f"{kind} {use} {number} {name}", "text": text}))
+                line = json.dumps({"id": f"{kind} {use} {number} {name}", "text": text})
+                lines["corpus"].append(line)
+                if use == "train" or number < args.read:
+                    lines["read"].append(line)
         # What the run holds out by its hash is free for training without a teacher.
         for number, (kind, name, text) in enumerate(chosen(by_use["train"], args.raw, held_out)):
             lines["raw"].append(json.dumps({"id": f"{kind} raw {number} {name}", "text": text}))
     # Kinds take turns, so that every unit of the run has all three.
-    lines["corpus"].sort(key=lambda line: hashlib.sha256(line.encode()).digest())
+    for name in ("corpus", "read"):
+        lines[name].sort(key=lambda line: hashlib.sha256(line.encode()).digest())
     for name, found in lines.items():
         (args.out / f"{name}.jsonl").write_text("\n".join(found) + "\n", encoding="utf-8")
     (args.out / "corpus.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,0 +1,407 @@
+"""Tokenizer transfer on equal terms: each arm at rates of its own, paired seeds, n-grams, baselines, equal seconds.
+
+    python -m benchmarks.transfer_texts CORPORA TEXTS --train 14
+    bytecache plan|teacher|convert --set corpus.source=TEXTS/read.jsonl --set corpus.heldout_fraction=0.5
+        --set corpus.max_bytes=0 --set teacher.backend=hf --set teacher.top_k=64 --set convert.precision=precise
+    python -m benchmarks.transfer_study RUN --texts TEXTS --work WORK --out benchmarks/results/transfer_study.json
+        --table costs|sweep|test [--arms ce ours ...] [--seeds 0 1 2 3 4] [--seconds 600]
+
+The teacher reads the training text once, for every arm. Each command goes on where it stopped and stops between two
+runs once `--seconds` are over; `transfer_tables` makes the tables.
+
+    costs   processor seconds of a step: arms take turns on the same steps of text, in one process
+    sweep   rates and weights, measured on `validation` passages with a seed of its own (`choices_left`)
+    test    what the sweep chose, measured on `test` passages; seeds are paired: equal text in equal order
+
+The rule, written before any test passage was looked at: of an arm that setting is taken whose bits/byte of the
+validation passages are lowest, of those that a search tries. For cross-entropy: the embeddings at the adapters' rate of
+1e-3 and at 0.15 of it; at the better of these the adapters' rate in powers of two, upwards first, until the next is
+worse. For ours: the weight of the divergence at the rates of cross-entropy; then twice these rates and half. Other arms
+take the setting of ours, or with `ce-...` that of cross-entropy.
+
+Arms read the same windows of training text. `ours-seconds` takes fewer steps, as many as fit into the processor time of
+cross-entropy. `ce-raw` reads further text of the same sources, which needs no teacher, for the time of ours and of the
+teacher's reading; `ce-double` reads twice the text in each step: what half of the noise of the text would be worth.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.count_targets import documents_of, write_counts, write_texts
+from benchmarks.student_gain import ARMS as OBJECTIVES
+from benchmarks.student_gain import MARGINAL
+from benchmarks.transfer_gain import documents as measured_with_teacher
+from benchmarks.transfer_gain import refuse_mixed, wanted
+from bytecache.schemas import settings as st
+from bytecache.schemas.dataset.index import read_dataset
+from bytecache.schemas.dump.parquet import read_meta
+from bytecache.stages.models.locate import resolve_model
+from bytecache.stages.student import student
+from bytecache.stages.targets.order import Order
+from bytecache.stages.teacher.identity import vocabulary_of
+from bytecache.stages.train.batches import stream
+from bytecache.stages.train.batches.teacher_tokens import TokenDump
+from bytecache.stages.train.batches.types import Step
+from bytecache.stages.train.run import Run, backward_step, learning_rate, start_run
+from bytecache.stages.train.train import CLIP
+
+Found = dict[str, Any]
+ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ce": ("exact", "cross-entropy", OBJECTIVES["ce"][2]),
+    "ours": ("exact", "ours", MARGINAL),
+    "ngram": ("counts", "ours, taught by a byte 6-gram of the training text", MARGINAL),
+    "strict": ("exact", "strict one-to-one, top 16", OBJECTIVES["strict_topk"][2]),
+    "alm": ("exact", "ALM", OBJECTIVES["alm"][2]),
+    "bld": ("exact", "BLD as published", OBJECTIVES["bld"][2]),
+    "uld": ("exact", "ULD, weight 0.1", OBJECTIVES["uld-0.1"][2]),
+    "ours-alone": ("exact", "ours without the tokens' cross-entropy", {**MARGINAL, "lambda_token": 0.0}),
+    "ours-seconds": ("exact", "ours in the seconds of cross-entropy", MARGINAL),
+    "ce-raw": ("exact", "cross-entropy in the seconds of ours and of the teacher", OBJECTIVES["ce"][2]),
+    "ce-double": ("exact", "cross-entropy, twice the text a step", OBJECTIVES["ce"][2]),
+}
+"""Targets, title and settings of training."""
+START = 1e-3
+"""Rate at which the search begins: the default's."""
+SHARES = (1.0, 0.15)
+"""Of the adapters' rate, for the embeddings."""
+WEIGHTS = (1.0, 2.0, 0.5)
+"""Of the divergence, that the sweep tries."""
+SWEEP_SEED = 100
+DEVICE = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm, its seed, the rate of the adapters, the embeddings' share of it, the divergence's weight."""
+
+    arm: str
+    seed: int
+    rate: float = START
+    share: float = 1.0
+    weight: float = 1.0
+    steps: int = 40
+
+    def key(self) -> Found:
+        """What a line of results says of its job."""
+        return {name: getattr(self, name) for name in ("arm", "seed", "rate", "share", "weight", "steps")}
+
+
+@dataclass
+class Study:
+    """What every run shares: texts, targets, the student before training."""
+
+    args: argparse.Namespace
+    before: student.Student
+    dump: TokenDump
+    readers: dict[str, stream.ShardReader] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, args: argparse.Namespace) -> "Study":
+        """The run's parts; what is made of them goes to `--work`."""
+        exact = args.run / "targets"
+        refuse_mixed(exact)
+        teacher = st.Teacher(model=read_meta(next((args.run / "teacher").glob("*.parquet")))["teacher"]["model"])
+        dump = TokenDump(
+            args.run / "teacher",
+            lambda start: vocabulary_of(teacher.model_copy(update={"start": start}), resolve_model(teacher)),
+        )
+        args.work.mkdir(parents=True, exist_ok=True)
+        if not (args.work / "counts").exists():
+            write_counts(exact, args.work / "counts")
+        if not (args.work / "plain").exists():
+            held_out, raw = (
+                {line["id"]: line["text"].encode() for line in map(json.loads, path.read_text().splitlines())}
+                for path in (args.texts / "corpus.jsonl", args.texts / "raw.jsonl")
+            )
+            held_out = {name: text for name, text in held_out.items() if name.split(" ", 3)[1] != "train"}
+            write_texts({"train": raw, "heldout": held_out}, args.work / "plain")
+        return cls(args, student.load(prepared(args, args.tokenizer)), dump)
+
+    def fresh(self) -> student.Student:
+        """The student before training, to be changed."""
+        return replace(self.before, model=copy.deepcopy(self.before.model))
+
+    def reader(self, source: str, split: str, opened: student.Student, *, tokens: bool = False) -> stream.ShardReader:
+        """A split of the targets `source`; `tokens`: with the teacher's own."""
+        folder = self.args.run / "targets" if source == "exact" else self.args.work / source
+        name = f"{source} {split} {tokens} {opened.identity}"
+        if name not in self.readers:
+            dump = self.dump if tokens else None
+            self.readers[name] = stream.ShardReader(
+                folder, read_dataset(folder), split, opened.vocabulary, opened.end_id, dump=dump
+            )
+        return self.readers[name]
+
+
+def prepared(args: argparse.Namespace, tokenizer: str) -> Path:
+    """The model under a tokenizer ('': its own), before training."""
+    folder: Path = args.work / f"student-{Path(tokenizer).name.replace(':', '-') or 'original'}"
+    if not folder.exists():
+        student.prepare(st.Student(model=args.student, tokenizer=tokenizer), args.run / "targets", folder, seed=0)
+    return folder
+
+
+def settings_of(args: argparse.Namespace, job: Job) -> st.Train:
+    """The `[train]` section of a job; the weight multiplies that of the arm's divergence."""
+    changes = ARMS[job.arm][2]
+    weight = changes.get("lambda_kl", 1.0) * job.weight
+    given = {"lora_rank": args.lora, "lora_embeddings": True, **changes, "lambda_kl": weight}
+    return st.Train(
+        steps=job.steps, learning_rate=job.rate, batch=args.batch * (1 + (job.arm == "ce-double")),
+        window_bytes=args.window, warmup=args.warmup, dtype=args.dtype, tensorboard=False, **given,
+    )  # fmt: skip
+
+
+def begin(study: Study, job: Job) -> tuple[Run, st.Train, Iterator[Step]]:
+    """A run at its first step and the text of its steps; beyond one reading of the targets' text, raw text follows."""
+    settings = settings_of(study.args, job)
+    opened = study.fresh()
+    source = ARMS[job.arm][0]
+    tokens = settings.head in st.BASELINES and settings.lambda_kl > 0
+    reader = study.reader(source, "train", opened, tokens=tokens)
+    run = start_run(opened, settings, job.seed, DEVICE, reader=reader)
+    embeddings = opened.model.get_input_embeddings().weight
+    first = run.optimizer.param_groups[0]
+    if settings.lora_embeddings and embeddings.requires_grad:
+        first["params"] = [p for p in first["params"] if p is not embeddings]
+        run.optimizer.add_param_group({"params": [embeddings], "weight_decay": settings.weight_decay})
+        run.optimizer.param_groups[-1]["share"] = job.share
+    batching = stream.Batching(
+        settings.batch, opened.max_tokens, with_targets=run.objective.needs_targets,
+        byte_reduction=settings.byte_reduction, limit=run.objective.term.slots,
+    )  # fmt: skip
+    # Order hangs on the data set's hash: counts of the same text are read as the exact targets are.
+    content = read_dataset(study.args.run / "targets").content_sha256
+    if reader.positions != study.reader("exact", "train", opened).positions:
+        raise SystemExit(f"{source}: other shards than the targets have, so arms would read other text; use one shard")
+    order = Order(content, reader.positions, settings.window_bytes, job.seed)
+    once = order.epoch_length(0) // settings.batch
+    raw = study.reader("plain", "train", opened)
+    further = Order(content, raw.positions, settings.window_bytes, job.seed)
+    texts = chain(islice(stream.steps(order, reader, batching), once), stream.steps(further, raw, batching))
+    return run, settings, islice(texts, job.steps)
+
+
+def learn(run: Run, step: Step, number: int, settings: st.Train, seed: int) -> Found:
+    """One step of the optimiser, as `train` takes it but for the embeddings' rate; its loss and processor seconds."""
+    tick = time.process_time()
+    run.seed_step(seed, number)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(number, settings) * group.get("share", 1.0)
+    run.optimizer.zero_grad(set_to_none=True)
+    step = run.objective.prepare(step)
+    terms = backward_step(run, step, step.n_tokens, step.n_byte_tokens, len(step.micro))
+    nn.utils.clip_grad_norm_([p for _, p in run.parameters() if p.grad is not None], CLIP)
+    run.optimizer.step()
+    bits = terms["token_nll"] * step.n_tokens / max(step.n_bytes, 1) / math.log(2)
+    return {"bits": bits, "bytes": step.n_bytes, "seconds": time.process_time() - tick}
+
+
+@torch.inference_mode()
+def bits_of(opened: student.Student, reader: stream.ShardReader, use: str, each: int) -> dict[str, dict[str, float]]:
+    """Bytes and bits of the `wanted` passages of a use; a passage's end, which is arbitrary, left out."""
+    opened.model.eval()
+    found = {}
+    for number in range(len(reader.positions)):
+        source = reader[number]
+        names = {}
+        for row, name in enumerate(source.shard.doc_id):
+            if wanted(name, [use], each):
+                first, last = (int(x) for x in source.row.searchsorted([row, row + 1]))
+                names[first] = (name, stream.Row(source, first, last - 1))
+        for members in stream.group([row for _, row in names.values()]):
+            micro = stream.collate(members, with_targets=False, byte_reduction="sum")
+            logits = opened.forward(micro.input_ids)[0]
+            nats = functional.cross_entropy(logits.float().transpose(1, 2), micro.labels, reduction="none").sum(1)
+            for member, value in zip(members, nats.tolist(), strict=True):
+                size = int(source.end[member.last - 1]) - int(source.start[member.first])
+                found[names[member.first][0]] = {"bytes": size, "bits": round(value / math.log(2), 3)}
+    return found
+
+
+def run_job(study: Study, job: Job, use: str) -> Found:
+    """Train, and measure on the passages of a use: bits of all, divergence of those that the teacher has read."""
+    run, settings, steps = begin(study, job)
+    curve = [learn(run, step, number, settings, job.seed) for number, step in enumerate(steps)]
+    opened = run.student
+    documents = bits_of(opened, study.reader("plain", "heldout", opened), use, study.args.passages)
+    record: Found = {
+        **job.key(), "use": use, "text_bytes": sum(x["bytes"] for x in curve),
+        "seconds": round(sum(x["seconds"] for x in curve), 2), "documents": documents,
+        "curve_bits": [round(x["bits"], 4) for x in curve], "curve_bytes": [x["bytes"] for x in curve],
+        "curve_seconds": [round(x["seconds"], 3) for x in curve],
+    }  # fmt: skip
+    if use == "test":
+        read = measured_with_teacher(opened, study.args.run / "targets", [use], 0)
+        record["kl"] = {name: each["kl"] for name, each in read.items()}
+    return record
+
+
+def validation(record: Found) -> float:
+    """Bits/byte of a run's passages."""
+    each = record["documents"].values()
+    return float(sum(d["bits"] for d in each) / sum(d["bytes"] for d in each))
+
+
+def best(found: Found, arm: str) -> Job:
+    """The job of the sweep with the lowest bits/byte; of an arm without any, that of ours."""
+    runs = [r for r in found["runs"] if r["use"] == "validation" and r["arm"] == arm]
+    if not runs:
+        chosen = best(found, "ce" if arm.startswith("ce-") else "ours")
+        return replace(chosen, arm=arm, weight=chosen.weight if arm.startswith(("ours", "ngram")) else 1.0)
+    lowest = min(runs, key=validation)
+    return Job(*(lowest[name] for name in ("arm", "seed", "rate", "share", "weight", "steps")))
+
+
+def choices_left(found: Found, steps: int) -> Iterator[Job]:
+    """The next run that the rule of the sweep asks for, while there is one; the caller adds each to `found`."""
+
+    def levels(key: str, **fixed: Any) -> dict[float, float]:
+        runs = [r for r in found["runs"] if r["use"] == "validation" and fixed.items() <= r.items()]
+        return {r[key]: validation(r) for r in runs}
+
+    first = Job("ce", SWEEP_SEED, steps=steps)
+    for share in SHARES:
+        if share not in levels("share", arm="ce", rate=START):
+            yield replace(first, share=share)
+    by_share = levels("share", arm="ce", rate=START)
+    share = min(by_share, key=by_share.__getitem__)
+    while (rate := next_rate(levels("rate", arm="ce", share=share))) is not None:
+        yield replace(first, share=share, rate=rate)
+    rates = {"rate": best(found, "ce").rate, "share": share}
+    for weight in WEIGHTS:
+        if weight not in levels("weight", arm="ours", **rates):
+            yield replace(first, arm="ours", weight=weight, **rates)
+    by_weight = levels("weight", arm="ours", **rates)
+    weight = min(by_weight, key=by_weight.__getitem__)
+    for rate in (2 * rates["rate"], rates["rate"] / 2):
+        if rate not in levels("rate", arm="ours", weight=weight, share=share):
+            yield replace(first, arm="ours", weight=weight, share=share, rate=rate)
+
+
+def next_rate(levels: dict[float, float]) -> float | None:
+    """The rate to try, given bits/byte by rate: from `START` in powers of two, first upwards, until one is worse."""
+    for step in (2.0, 0.5):
+        rate = START
+        while rate in levels and (rate == START or levels[rate] <= levels[rate / step]):
+            rate *= step
+        if rate not in levels:
+            return rate
+        if rate > 2 * START:
+            return None  # twice the first rate was better than it, so half of it is not asked for
+    return None
+
+
+def measure_costs(study: Study, found: Found, arms: list[str], rounds: int) -> None:
+    """Seconds of a step of every arm, in turns, on the same text; the first round warms up and is not kept."""
+    begun = {arm: begin(study, Job(arm, 0)) for arm in arms}
+    costs: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(rounds + 1):
+        for arm, (run, settings, steps) in begun.items():
+            tick = time.process_time()
+            learn(run, next(steps), number, settings, 0)
+            if number:
+                costs[arm].append(round(time.process_time() - tick, 3))
+    found["costs"] = {**found.get("costs", {}), study.args.dtype: costs}
+
+
+def timed(found: Found, arm: str, job: Job, dtype: str) -> Job:
+    """`ours-seconds` and `ce-raw` take as many steps as fit into their time."""
+    if arm not in ("ours-seconds", "ce-raw"):
+        return job
+    ours, ce = (float(np.median(found["costs"][dtype][name])) for name in ("ours", "ce"))
+    steps = job.steps * ce / ours if arm == "ours-seconds" else (job.steps * ours + found["teacher_seconds"]) / ce
+    return replace(job, steps=round(steps))
+
+
+def results(out: Path) -> Found:
+    """The file of results so far."""
+    empty: Found = {"machine": "2 cores, x86-64, one thread", "runs": []}
+    return json.loads(out.read_text()) if out.is_file() else empty
+
+
+def save(out: Path, found: Found) -> None:
+    """Replace the file."""
+    whole = out.with_suffix(".tmp")
+    whole.write_text(json.dumps(found) + "\n")
+    whole.replace(out)
+
+
+def add_ends(study: Study, found: Found) -> None:
+    """Bits of the student before training and of the original, each of its own tokens."""
+    if "before" in found or study.args.table != "test":
+        return
+    for name, opened in (("before", study.before), ("original", student.load(prepared(study.args, "")))):
+        reader = study.reader("plain", "heldout", opened)
+        found[name] = bits_of(opened, reader, "test", study.args.passages)
+    found["training_bytes"] = sum(len(text) for _, text in documents_of(study.args.run / "targets", "train"))
+    found["settings"] = {k: getattr(study.args, k) for k in ("student", "dtype", "batch", "window", "warmup", "lora")}
+    found["settings"]["tokenizer"] = Path(study.args.tokenizer).name
+    found["teacher_seconds"] = study.args.teacher_seconds
+
+
+def jobs(found: Found, args: argparse.Namespace) -> Iterator[tuple[Job, str]]:
+    """What the asked table lacks."""
+    if args.table == "sweep":
+        yield from ((job, "validation") for job in choices_left(found, args.steps))
+    for seed in args.seeds if args.table == "test" else []:
+        for arm in args.arms:
+            chosen = replace(best(found, arm), seed=seed, steps=args.steps)
+            job = timed(found, arm, chosen, args.dtype)
+            if not any(r["use"] == "test" and job.key().items() <= r.items() for r in found["runs"]):
+                yield job, "test"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder with teacher/ and targets/")
+    parser.add_argument("--texts", type=Path, required=True, help="folder of `transfer_texts`")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder for students and other targets")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", choices=("costs", "sweep", "test"), required=True)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ce", "ours", "ngram"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--passages", type=int, default=0, help="that are measured of each kind; 0 = all")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further run begins")
+    parser.add_argument("--teacher-seconds", type=float, default=0.0, help="that the teacher read the training text")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4, help="steps of each arm that are timed")
+    parser.add_argument("--batch", type=int, default=2, help="windows a step")
+    parser.add_argument("--window", type=int, default=512, help="bytes a window")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--student", default="builtin:smollm2-135m-instruct")
+    parser.add_argument("--tokenizer", default="bpe:2048", help="see student.tokenizer")
+    parser.add_argument("--lora", type=int, default=16)
+    args = parser.parse_args()
+    until = time.monotonic() + args.seconds
+    study, found = Study.open(args), results(args.out)
+    add_ends(study, found)
+    if args.table == "costs":
+        measure_costs(study, found, args.arms, args.rounds)
+    save(args.out, found)
+    for job, use in jobs(found, args):
+        if time.monotonic() > until:
+            print("stopped by --seconds; the same command goes on", flush=True)
+            return
+        record = run_job(study, job, use)
+        found["runs"].append(record)
+        save(args.out, found)
+        print(json.dumps({**job.key(), "seconds": record["seconds"], "bits": round(validation(record), 4)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

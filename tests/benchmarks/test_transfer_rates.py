@@ -1,0 +1,117 @@
+"""The study of transfer with rates of each arm's own: its search, and what its arms have in common."""
+
+import argparse
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import transfer_study
+from benchmarks.count_targets import write_counts, write_texts
+from benchmarks.transfer_study import Job
+from bytecache.stages.student import student
+from bytecache.stages.train.batches.teacher_tokens import TokenDump
+from tests.support.student_data import document, make_dataset
+
+
+@pytest.mark.parametrize(
+    ("best", "asked"),
+    [
+        (1e-3, [1e-3, 2e-3, 5e-4]),
+        (4e-3, [1e-3, 2e-3, 4e-3, 8e-3]),
+        (2.5e-4, [1e-3, 2e-3, 5e-4, 2.5e-4, 1.25e-4]),
+    ],
+)
+def test_a_rate_is_searched_until_its_neighbours_are_worse(best, asked):
+    levels = {}
+    while (rate := transfer_study.next_rate(levels)) is not None:
+        levels[rate] = abs(torch.tensor(rate / best).log2().item())
+    assert list(levels) == pytest.approx(asked)
+    assert min(levels, key=levels.__getitem__) == pytest.approx(best)
+
+
+def test_the_sweep_finds_each_arms_own_setting():
+    """Bits that are a sum of what each choice costs: the rule's answer is the one that costs nothing."""
+    wanted = {"ce": (2e-3, 0.15, 1.0), "ours": (1e-3, 0.15, 2.0)}
+    found = {"runs": []}
+    for job in transfer_study.choices_left(found, 20):
+        assert len(found["runs"]) < 20
+        bits = 100 + sum(
+            abs(torch.tensor(a / b).log2().item())
+            for a, b in zip((job.rate, job.share, job.weight), wanted[job.arm], strict=True)
+        )
+        found["runs"].append({**job.key(), "use": "validation", "documents": {"x": {"bytes": 100, "bits": bits}}})
+    for arm, setting in wanted.items():
+        chosen = transfer_study.best(found, arm)
+        assert (chosen.rate, chosen.share, chosen.weight) == pytest.approx(setting)
+    ours = transfer_study.best(found, "ours")
+    assert transfer_study.best(found, "alm") == replace(ours, arm="alm", weight=1.0)
+    assert transfer_study.best(found, "ngram") == replace(ours, arm="ngram")
+    assert transfer_study.best(found, "ce-double").rate == wanted["ce"][0]
+    assert not list(transfer_study.choices_left(found, 20))
+
+
+def test_equal_seconds_are_fewer_steps_of_ours_and_more_of_cross_entropy():
+    found = {"costs": {"float32": {"ours": [3.0, 3.0], "ce": [2.0, 2.0]}}, "teacher_seconds": 100.0}
+    steps = {arm: transfer_study.timed(found, arm, Job(arm, 0), "float32").steps for arm in transfer_study.ARMS}
+    assert steps["ours"] == steps["ce"] == 40
+    assert (steps["ours-seconds"], steps["ce-raw"]) == (27, 110)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A tiny student, an invented teacher, and passages of two kinds."""
+    exact = make_dataset(tmp_path / "run" / "targets", sentences=8, per_shard=99)
+    write_counts(exact, tmp_path / "work" / "counts")
+    texts = {
+        "train": {f"prose raw {i} x": document(500 + i, 8).encode() for i in range(6)},
+        "heldout": {f"{kind} test {i} x": document(900 + i, 4).encode() for kind in ("prose", "code") for i in (0, 1)},
+    }
+    write_texts(texts, tmp_path / "work" / "plain")
+    args = argparse.Namespace(
+        run=tmp_path / "run", work=tmp_path / "work", student="", tokenizer="bpe:300", lora=2, batch=2, window=128,
+        warmup=1, dtype="float32", passages=0,
+    )  # fmt: skip
+    return transfer_study.Study(
+        args, student.load(transfer_study.prepared(args, args.tokenizer)), TokenDump(tmp_path / "run" / "teacher")
+    )
+
+
+def test_arms_read_the_same_text_and_start_from_the_same_student(study):
+    texts = {}
+    for arm in ("ce", "ours", "ngram"):
+        run, _, steps = transfer_study.begin(study, Job(arm, 3, steps=40))
+        texts[arm] = [torch.cat([m.labels.flatten() for m in step.micro]).tolist() for step in steps]
+        assert len(texts[arm]) == 40  # more than the targets' text has: raw text follows
+        start = torch.cat([p.detach().flatten() for p in run.student.model.parameters()])
+        assert torch.equal(start, texts.setdefault("start", start))
+    assert texts["ce"] == texts["ours"] == texts["ngram"]
+
+
+def test_the_embeddings_have_a_rate_of_their_own(study):
+    """Without one the run is the trainer's; at share 0 embeddings stay where they were."""
+    moved = {}
+    for share in (1.0, 0.0):
+        run, settings, steps = transfer_study.begin(study, Job("ours", 0, share=share, steps=2))
+        weight = run.student.model.get_input_embeddings().weight
+        before = weight.detach().clone()
+        for number, step in enumerate(steps):
+            assert transfer_study.learn(run, step, number, settings, 0)["bits"] > 0
+        moved[share] = float((weight.detach() - before).abs().max())
+    assert moved[0.0] == 0 < moved[1.0]
+    assert torch.equal(study.before.model.get_input_embeddings().weight, before)  # a run changes a copy
+
+
+def test_bits_are_those_of_the_passages_one_by_one(study):
+    opened = study.fresh()
+    found = transfer_study.bits_of(opened, study.reader("plain", "heldout", opened), "test", 0)
+    assert len(found) == 4
+    for name, measured in found.items():
+        number = int(name.split()[2])
+        text = document(900 + number, 4)
+        assert measured["bytes"] == len(text.encode())
+        ids = torch.tensor([[opened.vocabulary.start_id, *opened.vocabulary.encode_batch([text])[0].ids.tolist()]])
+        with torch.no_grad():
+            logp = opened.forward(ids)[0][0, :-1].log_softmax(-1)
+        bits = -float(logp.gather(1, ids[0, 1:, None]).sum()) / torch.tensor(2.0).log().item()
+        assert measured["bits"] == pytest.approx(bits, rel=1e-3)

@@ -11,6 +11,9 @@ from bytecache.schemas.errors import ConfigError
 from bytecache.stages.engines.paths import RowMasses
 from bytecache.stages.engines.static import StaticJob
 
+GROUP_TOKENS = 16_384
+"""Tokens of windows evaluated together, then their branches; an engine that holds twice as many takes two groups."""
+
 
 class Prompt(NamedTuple):
     """A run of tokens to evaluate: rows for the histories tokens[: j + 1], j >= first_row."""
@@ -48,13 +51,16 @@ def refuse_long_branches(name: str, branches: Sequence[Branch], longest: int) ->
 class Engine(ABC):
     """Evaluates histories and reduces their logits beside the model. All calls keep order."""
 
+    in_flight = 1
+    """Calls of `score` whose prompts may be branched from in turns; with one, each call forgets those before."""
+
     @abstractmethod
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
         """Rows of each prompt from its `first_row` on."""
 
     @abstractmethod
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
-        """One row per branch, grouped by job; every prompt has been scored before."""
+        """One row per branch, grouped by job; every prompt has been scored before, and not released."""
 
     @abstractmethod
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
@@ -67,6 +73,9 @@ class Engine(ABC):
     @abstractmethod
     def save_static(self, folder: Path) -> None:
         """Keep new static states for later runs of the same teacher, if they are worth a file."""
+
+    def release(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - most engines remember nothing
+        """There will be no more branches of these."""
 
     def forget(self) -> None:  # noqa: B027 - most engines remember nothing
         """Drop what was cached: the bytes of a unit must not depend on the units before it."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import BytecacheError, EngineError
-from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_branches
+from bytecache.stages.engines.engine import GROUP_TOKENS, Branch, Engine, Prompt, refuse_long_branches
 from bytecache.stages.engines.paths import PathReducer, RowMasses
 from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
 from bytecache.stages.engines.vllm_branches import (
@@ -79,6 +79,8 @@ class VllmEngine(Engine):
             if self._blocks and (why := self._branches_differ(reducer, self._blocks.block_size)):
                 self._blocks.forget()
                 self._blocks = None
+            if self._blocks and self._blocks.windows_tokens >= 2 * GROUP_TOKENS:
+                self.in_flight = 2
             if not self._blocks:
                 _LOG.warning("branches of this teacher go as requests, which costs more (%s)", why)
 
@@ -133,16 +135,15 @@ class VllmEngine(Engine):
         return "" if worst < 0.1 else f"rows differ by {worst:.2g} nats"
 
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
+        asks = [self._ask(prompt) for prompt in prompts]
         if self._blocks:
-            self._blocks.forget()
-        return self._run([self._ask(prompt) for prompt in prompts], reuse_prefix=False)
+            named = (name for ask in asks for name in ask.want.requests)
+            self._blocks.expect(dict(zip(named, prompts, strict=True)), self.in_flight)
+        return self._run(asks, reuse_prefix=False)
 
     def _ask(self, prompt: Prompt) -> Ask:
         following = np.append(prompt.tokens[prompt.first_row + 1 :], -1).astype(np.int64)
-        name = self._name()
-        if self._blocks:
-            self._blocks.expect(name, prompt)
-        requests = {name: Request(prompt.first_row, len(prompt.tokens))}
+        requests = {self._name(): Request(prompt.first_row, len(prompt.tokens))}
         return Ask(Want(prompt.name, prompt.text, prompt.starts, following, requests), [prompt.tokens])
 
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
@@ -338,6 +339,10 @@ class VllmEngine(Engine):
             raise EngineError(
                 f"vLLM failed while {doing} ({type(error).__name__}: {reason(error)}); rerun the same command to go on"
             ) from error
+
+    def release(self, prompts: Sequence[Prompt]) -> None:
+        if self._blocks:
+            self._blocks.release(prompts)
 
     def forget(self) -> None:
         if self._blocks:

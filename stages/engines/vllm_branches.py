@@ -93,6 +93,7 @@ class WindowBlocks:
         self.tails = Tails(self._pool, self.block_size, self.room // 2)
         self._expected: dict[str, Prompt] = {}
         self._windows: dict[int, tuple[Prompt, list[Any]]] = {}
+        self._calls: list[set[int]] = []  # windows of each call of `score` that are not released
         release = scheduler._free_blocks  # of requests that have finished; preempted ones go another way
 
         def keep_and_release(request: Any) -> None:
@@ -101,9 +102,15 @@ class WindowBlocks:
 
         scheduler._free_blocks = keep_and_release
 
-    def expect(self, name: str, prompt: Prompt) -> None:
-        """Keep the blocks of request `name`, which computes `prompt`, when it has finished."""
-        self._expected[name] = prompt
+    def expect(self, prompts: dict[str, Prompt], in_flight: int) -> None:
+        """Keep the blocks of requests, by name, when they have finished.
+
+        Of calls before, windows of the last `in_flight` - 1 stay that have some that are not released.
+        """
+        while len(self._calls) >= in_flight:
+            self._release(self._calls.pop(0))
+        self._calls.append({id(prompt) for prompt in prompts.values()})
+        self._expected |= prompts
 
     def _keep(self, request: Any) -> None:
         prompt = self._expected.pop(request.request_id.rsplit("-", 1)[0], None)
@@ -128,17 +135,32 @@ class WindowBlocks:
         return blocks
 
     @property
+    def windows_tokens(self) -> int:
+        """Tokens of windows that there is room for."""
+        return (int(self._pool.num_gpu_blocks) - self.room) * self.block_size
+
+    @property
     def free(self) -> int:
         """Blocks that can be borrowed now."""
         return int(self._pool.get_num_free_blocks())
 
     def forget(self) -> None:
         """Let the windows go, and the tails of their branches."""
-        self.tails.forget()
-        for _, blocks in self._windows.values():
+        self.tails.settle()
+        self._release(set(self._windows))
+        self._calls, self._expected = [], {}
+
+    def release(self, prompts: Sequence[Prompt]) -> None:
+        """Let the windows of these prompts go, and the tails of their branches."""
+        released = {id(prompt) for prompt in prompts}
+        self._release(released)
+        self._calls = [left for call in self._calls if (left := call - released)]
+
+    def _release(self, windows: set[int]) -> None:
+        self.tails.forget(windows)
+        for window in [number for number in self._windows if number in windows]:
+            _, blocks = self._windows.pop(window)
             self._pool.free_blocks(reversed(blocks))
-        self._windows = {}
-        self._expected = {}
 
 
 def window_blocks(engine: Any, longest: int) -> WindowBlocks | None:

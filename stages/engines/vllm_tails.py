@@ -90,10 +90,9 @@ class Tails:
         self._pool.free_blocks(self._pinned)
         self._pinned = []
 
-    def forget(self, windows: set[int] | None = None) -> None:
-        """Let all tails go, or those of some windows."""
-        self.settle()
-        for place in [place for place in self._kept if windows is None or place[0] in windows]:
+    def forget(self, windows: set[int]) -> None:
+        """Let the tails of some windows go."""
+        for place in [place for place in self._kept if place[0] in windows]:
             self._drop(place)
 
     def _drop(self, place: Place) -> None:

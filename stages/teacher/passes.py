@@ -9,8 +9,9 @@ at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced
 at `exact` with Gemma-3-270m.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from bytecache.stages.teacher.windows import WindowPlan, chain_of, extend, new_w
 
 OUTGROWN_PASSES = 2
 """How often static rows that carry more than tau are replaced: the second finds a tenth of the first, a third none."""
+_DONE = object()
 MAX_BRANCHES = 200_000
 """Branches of one window in one pass: tau = 0 asks for every way to cut the text, exponential in its length."""
 
@@ -46,12 +48,20 @@ class Group:
 
     def evaluate(self, settings: st.Teacher) -> None:
         """All passes."""
+        for _ in self.steps(settings):
+            pass
+
+    def steps(self, settings: st.Teacher) -> Iterator[None]:
+        """All passes, with a break wherever the next one waits for lattices: the engine may do something else there."""
         self.canonical()
+        yield
         for _ in range(OUTGROWN_PASSES):
-            self._fill(settings)
+            yield from self._fill(settings)
             if not self._replace_outgrown(settings):
-                return
-        self._fill(settings)
+                break
+            yield
+        else:
+            yield from self._fill(settings)
 
     def canonical(self) -> None:
         """The rows of the windows' own tokens."""
@@ -59,20 +69,26 @@ class Group:
             self.windows.append(new_window(plan, rows))
             self._is_done(len(self.windows) - 1)
 
-    def _fill(self, settings: st.Teacher) -> None:
+    def _fill(self, settings: st.Teacher) -> Iterator[None]:
         """Branches above `tau`, and static rows where even so none ends."""
-        self.branch(settings.tau, settings.depth)
+        yield from self._branch_steps(settings.tau, settings.depth)
         for _ in range(STATIC_PASSES if settings.static > 0 else 0):
             if not self.add_static(settings.static):
                 break
+            yield
 
     def branch(self, tau: float, depth: int) -> None:
         """Branches in passes, each one token longer, until the lattice asks for none (see `least_share`)."""
+        for _ in self._branch_steps(tau, depth):
+            pass
+
+    def _branch_steps(self, tau: float, depth: int) -> Iterator[None]:
         growing = list(range(len(self.windows)))
         for _ in range(deepest(depth)):
             growing = self._branch_once(growing, tau, depth)
             if not growing:
                 break
+            yield
 
     def _branch_once(self, growing: list[int], tau: float, depth: int) -> list[int]:
         """One pass of branch evaluation of the windows `growing`; returns which of them asked for anything."""
@@ -119,6 +135,29 @@ class Group:
         self._lattices.ahead(number)
         if self.stop():
             raise Interrupted("stopped inside a unit of teacher work; rerun the same command to continue")
+
+
+def in_turns(groups: Iterable[Group], settings: st.Teacher, most: int) -> Iterator[Group]:
+    """Evaluate groups, `most` of them a pass each in turn; they come out whole and in order.
+
+    While the engine is busy with one, threads walk the lattices of the others. The passes of a group are the same
+    whatever else is in flight.
+    """
+    waiting = iter(groups)
+    running: list[tuple[Group, Iterator[None]]] = []
+    done: set[Group] = set()
+    while True:
+        running += [(group, group.steps(settings)) for group in islice(waiting, most - len(running))]
+        if not running:
+            return
+        for group, steps in running:
+            if group not in done and next(steps, _DONE) is _DONE:
+                done.add(group)
+        while running and running[0][0] in done:
+            group, _ = running.pop(0)
+            done.remove(group)
+            group.engine.release([plan.prompt for plan in group.plans])
+            yield group
 
 
 def _branch(plan: WindowPlan, window: Window, row: int, token: int, position: int) -> Branch:

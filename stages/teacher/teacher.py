@@ -3,8 +3,8 @@
 How a long document is cut into windows: stages.teacher.windows; how the rows of a group of windows are chosen:
 stages.teacher.passes.
 
-Memory is bounded by one group of windows (`GROUP_TOKENS`), whatever the corpus or the length of a document (whose
-tokens alone are held whole).
+Memory is bounded by the groups of windows (`GROUP_TOKENS`) in flight, two at most, whatever the corpus or the length of
+a document (whose tokens alone are held whole).
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import DumpWriter
 from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.schemas.files import cache_folder
-from bytecache.stages.engines.engine import Engine
+from bytecache.stages.engines.engine import GROUP_TOKENS, Engine
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.fidelity.noise import Noise, described, exact_settings, refuse_other_vocabulary
 from bytecache.stages.lattice.effort import REFERENCE
@@ -34,7 +34,7 @@ from bytecache.stages.teacher.identity import (
     vocabulary_of,
 )
 from bytecache.stages.teacher.inputs import Inputs, read_inputs
-from bytecache.stages.teacher.passes import Group, static_job
+from bytecache.stages.teacher.passes import Group, in_turns, static_job
 from bytecache.stages.teacher.sinks import Part, Sink
 from bytecache.stages.teacher.windows import (
     LEAD,
@@ -46,9 +46,6 @@ from bytecache.stages.teacher.windows import (
     plan_windows,
 )
 from bytecache.stages.tokens.vocab import Encoded, Misfit, Vocabulary
-
-GROUP_TOKENS = 16_384
-"""Tokens of windows evaluated together, then their branches: the prefix cache should hold as many."""
 
 
 class Teacher:
@@ -85,8 +82,9 @@ class Teacher:
                 doc_id, index, encoded, start_id=self.vocabulary.start_id, context=s.context, overlap=s.overlap
             )
         )
-        for group in _groups(plans):
-            yield self.evaluate(group, stop)
+        groups = (self._group(some, [], stop) for some in _groups(plans))
+        for group in in_turns(groups, s, self.engine.in_flight):
+            yield group.windows
 
     def evaluate(self, plans: list[WindowPlan], stop: Callable[[], bool] = lambda: False) -> list[Window]:
         """The windows of a group of plans: canonical rows, branches in passes, static rows for what is left."""

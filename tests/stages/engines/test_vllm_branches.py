@@ -26,9 +26,9 @@ class World:
         self.blocks = WindowBlocks(self.scheduler, longest=40)
         self.cache = np.full(blocks * BLOCK, -1)
         self.prompts = [prompt_of(int(self.rng.integers(2, 30))) for _ in range(5)]
+        self.blocks.expect({str(number): prompt for number, prompt in enumerate(self.prompts)}, 1)
         for number, prompt in enumerate(self.prompts):
             tokens = prompt.tokens[:] = self.rng.integers(0, 1000, len(prompt.tokens))
-            self.blocks.expect(str(number), prompt)
             self.scheduler.run(str(number), len(tokens))
             at = np.arange(len(tokens))
             self.cache[self.blocks.table(prompt)[at // BLOCK] * BLOCK + at % BLOCK] = tokens
@@ -205,8 +205,7 @@ def test_blocks_of_finished_windows_are_kept_from_others_until_they_are_let_go()
     scheduler = Scheduler(41)
     blocks = WindowBlocks(scheduler, longest=9)
     first, second, aborted, stranger = (prompt_of(count) for count in (10, 4, 10, 5))
-    for name, prompt in (("a", first), ("b", second), ("c", aborted)):
-        blocks.expect(name, prompt)
+    blocks.expect({"a": first, "b": second, "c": aborted}, 1)
     scheduler.run("a", 10)
     scheduler.run("b", 4)
     scheduler.run("c", 10, computed=6)
@@ -222,12 +221,31 @@ def test_blocks_of_finished_windows_are_kept_from_others_until_they_are_let_go()
     assert blocks.free == 40 and not blocks.holds(first)
 
 
+def test_windows_of_two_calls_are_kept_until_they_are_released_or_a_third_comes():
+    scheduler = Scheduler(41)
+    blocks = WindowBlocks(scheduler, longest=9)
+    prompts = [prompt_of(6) for _ in range(6)]
+    for call in range(3):
+        blocks.expect({str(number): prompts[number] for number in (2 * call, 2 * call + 1)}, 2)
+        for number in (2 * call, 2 * call + 1):
+            scheduler.run(str(number), 6)
+        if call == 1:
+            blocks.release(prompts[2:3])
+    assert [blocks.holds(prompt) for prompt in prompts] == [False, False, False, True, True, True]
+    blocks.release(prompts[3:4])
+    blocks.expect({"more": prompts[0]}, 2)
+    scheduler.run("more", 6)
+    assert [blocks.holds(prompt) for prompt in prompts] == [True, False, False, False, True, True]
+    blocks.forget()
+    assert blocks.free == 40
+
+
 def test_a_full_cache_keeps_no_more_windows():
     scheduler = Scheduler(41)
     blocks = WindowBlocks(scheduler, longest=9)
     prompts = [prompt_of(12) for _ in range(20)]
-    for number, prompt in enumerate(prompts):
-        blocks.expect(str(number), prompt)
+    blocks.expect({str(number): prompt for number, prompt in enumerate(prompts)}, 1)
+    for number in range(len(prompts)):
         scheduler.run(str(number), 12)
     held = [blocks.holds(prompt) for prompt in prompts]
     assert held == sorted(held, reverse=True) and 5 < sum(held) < 13

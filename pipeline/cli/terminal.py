@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -47,18 +49,41 @@ _LINES = _Lines()
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
+_MARGIN = "  | "
+"""Before every line but the first of what a library says: a line of a stranger's cannot pass for one of ours."""
+
+
+def _shown_lines(text: str) -> str:
+    """What a library says, as a terminal may have it: no colours, no control, every further line behind a margin."""
+    return shown(_COLOURS.sub("", text)).replace("\n", f"\n{_MARGIN}")
+
+
 class _ShownRecord(logging.LogRecord):
     """What a library logs: it repeats what strangers wrote, the name of a weight or of a token for one."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.exc_info and self.exc_info[0] is not None:
+            # A formatter takes this text where there is one, instead of making it.
+            self.exc_text = _MARGIN + _shown_lines("".join(traceback.format_exception(*self.exc_info)).rstrip())
+
     def getMessage(self) -> str:  # noqa: N802 - the name in `logging`
-        """The message as a terminal may have it, without the library's own colours."""
-        return shown(_COLOURS.sub("", super().getMessage()))
+        """The message as a terminal may have it."""
+        return _shown_lines(super().getMessage())
+
+
+def _warning_lines(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What `warnings` prints, of whichever library: where, and the message."""
+    return _shown_lines(f"{category.__name__}: {message} ({filename}:{lineno})") + "\n"
 
 
 def show_warnings() -> None:
     """Let the logger `bytecache` speak on stderr, and every other as text alone; asking again changes nothing."""
     logging.getLogger("bytecache").addHandler(_LINES)
     logging.setLogRecordFactory(_ShownRecord)
+    warnings.formatwarning = _warning_lines
 
 
 def open_standard_streams() -> None:

@@ -15,6 +15,7 @@ from bytecache.pipeline.units.aside import set_damaged_folder_aside, set_folder_
 from bytecache.pipeline.units.receipts import Receipt, record_file, unit_key
 from bytecache.pipeline.units.runner import Task, commit_receipt, finished
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.messages import one_line
 
 if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
@@ -72,4 +73,4 @@ def make_student(context: Context, targets: "Dataset") -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)

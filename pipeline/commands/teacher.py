@@ -22,6 +22,7 @@ from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outc
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.identity import TeacherIdentity
+from bytecache.schemas.messages import one_line
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.locate import model_name, public_name, resolve_model
@@ -252,7 +253,7 @@ def dump_groups(store: Store) -> tuple[dict[str, dict[str, Receipt]], list[str]]
         elif receipt:
             damaged.append(receipt)
     for line in damaged:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(f"warning: {one_line(line)}", file=sys.stderr, flush=True)
     return groups, damaged
 
 

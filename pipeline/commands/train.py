@@ -28,6 +28,7 @@ from bytecache.pipeline.units.runner import Task, commit_receipt, finished
 from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from bytecache.schemas.files import put_in_place, scratch_folder
+from bytecache.schemas.messages import one_line
 from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def run_files(store: Store, run: Receipt) -> tuple[Path, Path]:

@@ -28,9 +28,10 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 
 from bytecache.pipeline.stores.base import TEMP_FOLDER, json_bytes
+from bytecache.pipeline.stores.credentials import is_about_credentials, remedy
 from bytecache.pipeline.stores.retry import Damaged, Result, patiently
 from bytecache.schemas import strict_json
-from bytecache.schemas.errors import StorageError
+from bytecache.schemas.errors import ConfigError, StorageError
 from bytecache.schemas.files import file_sha256
 
 SINGLE_PUT = 32 * 1024 * 1024
@@ -70,7 +71,7 @@ class Bucket:
     def __init__(self, name: str, clients: tuple[Any, Any], patience: float) -> None:
         self.name = name
         self.backend, self.writer = clients
-        self._patience = patience
+        self._patience, self._answered = patience, False
         self.single_put, self.copy_limit, self.largest = SINGLE_PUT, COPY_LIMIT, LARGEST
 
     # Writing
@@ -279,7 +280,21 @@ class Bucket:
         return self._try("listing temporary files", find)
 
     def _try(self, doing: str, request: Callable[[], Result], progress: Callable[[], int] = lambda: 0) -> Result:
-        return patiently(f"{self.name}, {doing}", request, self._patience, progress)
+        def asked() -> Result:
+            try:
+                result = request()
+            except (FileNotFoundError, NotImplementedError, AlreadyExistsError):
+                self._answered = True
+                raise
+            except Exception as error:
+                # Later it is the machine's metadata service that does not answer now.
+                if not self._answered and is_about_credentials(str(error)):
+                    raise ConfigError(f"no credentials for {self.name}: {remedy(self.name)}") from error
+                raise
+            self._answered = True
+            return result
+
+        return patiently(f"{self.name}, {doing}", asked, self._patience, progress)
 
     def _absent(self, key: str) -> StorageError:
         return StorageError(f"{self.name}/{key} does not exist; rerun the stage that makes it, or check run.dir")

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from bytecache.pipeline.stores.base import check_key, disk_errors, json_bytes
 from bytecache.pipeline.stores.bucket import Bucket
+from bytecache.pipeline.stores.credentials import refuse_without_credentials
 from bytecache.pipeline.stores.local import STALE_SECONDS, LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
 from bytecache.pipeline.stores.services import open_clients
@@ -40,10 +41,15 @@ class ObjectStore:
         self.root = scratch / f"{_plain(self._url)}-{hashlib.sha256(self._url.encode()).hexdigest()[:12]}"
         self._files = LocalStore(self.root)
         self._mirror = Mirror(self.root)
+        if backend is None:
+            refuse_without_credentials(self._url)
         try:
             clients = (backend, backend) if backend else open_clients(self._url, timeout)
         except Exception as error:  # the library's own classes, and ValueError
-            raise ConfigError(f"run.dir = {url}: {str(error).splitlines()[0][:300]}") from error
+            why = str(error).splitlines()[0][:300]
+            if "Account must be" in why:
+                why += " (AZURE_STORAGE_ACCOUNT_NAME)"
+            raise ConfigError(f"run.dir = {url}: {why}") from error
         self._bucket = Bucket(self._url, clients, patience)
 
     @property

@@ -24,6 +24,8 @@ MAX_CONFIG = 1 << 24
 """Bytes of a config.json, at most."""
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
+MAX_NAME = 1000
+"""Characters of a weight's name."""
 MAX_IDS = 1 << 22
 """Ids of a vocabulary; the largest that are published have 2 ** 18."""
 FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "*.py")
@@ -156,6 +158,11 @@ def _elements(file: Path, where: str) -> int:
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise InputError(f"{refusal} (a header of {length} bytes in {size}); fetch it again")
             header = strict_json.loads(stream.read(length))
+            if strange := [name for name in header if len(name) > MAX_NAME or not name.isprintable()]:
+                raise InputError(
+                    f"{where}: {file.name} names a weight {strange[0][:80]!r}, which is none: control characters, or "
+                    f"more than {MAX_NAME} characters; do not use it"
+                )
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             end = max((_length(entry["data_offsets"][1]) for entry in tensors), default=0)
             elements = sum(math.prod(map(_length, entry["shape"])) for entry in tensors)

@@ -4,6 +4,7 @@ A shard's text is shown in heat colours of the teacher's entropy (`paint`); `ins
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def inspect_file(path: Path, document: str = "", start: int = 0, limit: int = 40
     `document`: an id, or empty for the first one; `top`: alternatives listed per position. Raises InputError for
     a file of another kind or an unknown document, IntegrityError for a damaged one.
     """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        raise InputError(f"{path} is elsewhere: `bytecache inspect` reads files of this machine; fetch it first")
     if not path.is_file():
         fault = f"is {kind_of(path.stat().st_mode)}" if path.exists() else "does not exist"
         raise InputError(f"{path} {fault}; name a .parquet of teacher/ or a .zarr.zip of targets/")

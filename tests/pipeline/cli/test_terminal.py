@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -221,16 +222,29 @@ def test_every_way_to_end(
 
 def test_what_a_library_logs_has_no_control_either(capfd: pytest.CaptureFixture[str]) -> None:
     """transformers repeats the names of a stranger's weights."""
-    factory = logging.getLogRecordFactory()
+    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
     other = logging.getLogger("somebody.else")
     handler = logging.StreamHandler()
     other.addHandler(handler)
     try:
         terminal.show_warnings()
         other.warning("\x1b[1mREPORT\x1b[0m of %s, https://me:hunter22@host/x", "\x1b]0;evil\x07\u202e")
+        other.warning("MISSING | %s | %r", "a.weight\nerror: run this\r\nerror: or this\x0berror: or that", "b\n")
+        said_of_a_token = "\x1b[2Jof\nerror: a token\u2028error: of it"
+        sys.stderr.write(warnings.formatwarning(said_of_a_token, UserWarning, "file.py", 7))
+        try:
+            raise ValueError("\x1b[2J\nerror: what a library says")
+        except ValueError:
+            other.exception("failed")
     finally:
         other.removeHandler(handler)
         logging.setLogRecordFactory(factory)
+        warnings.formatwarning = form
     said = capfd.readouterr().err
     assert "\x1b" not in said and "\u202e" not in said and "hunter22" not in said
     assert "REPORT of \\x1b]0;evil\\x07" in said
+    # Lines as any reader of a log has them, also those that take more than \n for an end.
+    lines = said.splitlines()
+    assert not [line for line in lines if line.startswith(("error", "warning: "))]
+    assert sum(line.startswith("  | error: ") for line in lines) == 4
+    assert "UserWarning: \\x1b[2Jof" in said and "ValueError: \\x1b[2J" in said

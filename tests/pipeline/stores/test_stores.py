@@ -344,10 +344,11 @@ def test_old_staging_objects_are_swept(proxied: Proxied, monkeypatch: pytest.Mon
     assert store.sweep() == 1
 
 
-def test_urls_are_told_apart(tmp_path: Path) -> None:
+def test_urls_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_store(str(tmp_path)), LocalStore)
     with pytest.raises(ConfigError, match="no store for ftp://"):
         open_store("ftp://host/x")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     with pytest.raises(ConfigError, match=r"run\.dir = s3://"):
         open_store("s3://", str(tmp_path))
 

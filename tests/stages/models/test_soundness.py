@@ -114,3 +114,21 @@ def test_what_a_library_makes_of_a_strange_configuration_is_a_refusal(
     folder = altered(tmp_path, sound, **changes)
     with pytest.raises(InputError, match=r"config\.json|cannot open"):
         student._open(AutoConfig, str(folder))
+
+
+@pytest.mark.parametrize("name", [
+    "a\nerror: run this", "a\rb", "\x1b[2J", "\u202eb", "a\u2028b", "\ud800", "x" * 1001, "a\x00",
+])  # fmt: skip
+def test_a_weights_name_is_one(name: str, sound: Path, tmp_path: Path) -> None:
+    """What transformers prints of a name it does not know would be lines of a stranger's."""
+    folder = altered(tmp_path, sound)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+    header[name] = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]}
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :] + bytes(4))
+    with pytest.raises(InputError, match=r"model\.safetensors names a weight .* which is none"):
+        refuse_unsound(folder, "x")

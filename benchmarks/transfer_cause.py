@@ -42,7 +42,8 @@ from bytecache.stages.train.batches.types import MicroBatch, SlotTargets, Step
 from bytecache.stages.train.objective.loss import byte_terms
 from bytecache.stages.train.objective.marginal import MarginalTerm
 from bytecache.stages.train.objective.node_sums import node_logits
-from bytecache.stages.train.run import Run, learning_rate, micro_loss, start_run
+from bytecache.stages.train.objective.term import ByteTerm
+from bytecache.stages.train.run import Run, learning_rate, micro_loss, set_rate, start_run
 from bytecache.stages.train.train import CLIP
 
 GROUPS = {"settled": (0.0, 0.1), "middling": (0.1, 1.0), "free": (1.0, math.inf)}
@@ -61,18 +62,19 @@ def entropy(targets: SlotTargets) -> Tensor:
 
 
 @torch.no_grad()
-def divergences(run: Run, steps: Sequence[Step], dtype: torch.dtype = torch.float32) -> dict[str, dict[str, float]]:
+def divergences(
+    opened: student.Student, term: ByteTerm, steps: Sequence[Step], dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, float]]:
     """Choices, their cross-entropy, divergence and the target's entropy, per byte of text, bits; by group.
 
-    dtype: `train.dtype`.
+    term: a `MarginalTerm` that has counted the tokenizer's cuts. dtype: `train.dtype`.
     """
-    term = run.objective.term
     assert isinstance(term, MarginalTerm)
     found = {name: dict.fromkeys(("choices", "ce", "kl", "entropy"), 0.0) for name in (*GROUPS, "left to the text")}
     n_bytes = sum(step.n_bytes for step in steps)
     for micro in (micro for step in steps for micro in step.micro):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            logits = run.student.forward(micro.input_ids)[0]
+            logits = opened.forward(micro.input_ids)[0]
         choices = term.marginal.choices(micro, "sum")
         assert choices.targets is not None and choices.open is not None
         scores = node_logits(logits.flatten(0, 1).float(), choices.row, choices.node, term.tables)
@@ -137,8 +139,7 @@ def gradients(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
 
 def learn(run: Run, step: Step, settings: st.Train, arm: str) -> None:
     """One step of the optimiser, as `train` takes it."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step.number, settings)
+    set_rate(run, learning_rate(step.number, settings))
     run.optimizer.zero_grad(set_to_none=True)
     for micro in step.micro:
         parts = micro_loss(run, micro if arm == "cache" else _alone(micro))
@@ -168,7 +169,7 @@ def walk(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ahead = steps[max(args.at) :]
     for number in range(max(args.at) + 1):
         if number in args.at:
-            apart = divergences(run, ahead, getattr(torch, args.dtype))
+            apart = divergences(run.student, run.objective.term, ahead, getattr(torch, args.dtype))
             yield {"step": number, "divergence": apart, "gradients": gradients(run, ahead)}
         if number < max(args.at):
             run.seed_step(args.seed, number)

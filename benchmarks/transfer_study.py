@@ -16,8 +16,9 @@ runs once `--seconds` are over; `transfer_tables` makes the tables.
 The rule, written before any test passage was looked at: of an arm that setting is taken whose bits/byte of the
 validation passages are lowest, of those that a search tries. For cross-entropy: the embeddings at the adapters' rate of
 1e-3 and at 0.15 of it; at the better of these the adapters' rate in powers of two, upwards first, until the next is
-worse. For ours: the weight of the divergence at the rates of cross-entropy; then twice these rates and half. Other arms
-take the setting of ours, or with `ce-...` that of cross-entropy.
+worse. Ours takes the rates of cross-entropy, which may not be its own best, and the best of three weights of the
+divergence. Last, the other share of the embeddings at the best rate of cross-entropy. Other arms take the setting of ours,
+or with `ce-...` that of cross-entropy.
 
 Arms read the same windows of training text. `ours-seconds` takes fewer steps, as many as fit into the processor time of
 cross-entropy. `ce-raw` reads further text of the same sources, which needs no teacher, for the time of ours and of the
@@ -43,7 +44,7 @@ from torch.nn import functional
 from benchmarks.count_targets import documents_of, write_counts, write_texts
 from benchmarks.student_gain import ARMS as OBJECTIVES
 from benchmarks.student_gain import MARGINAL
-from benchmarks.transfer_gain import documents as measured_with_teacher
+from benchmarks.transfer_cause import divergences
 from benchmarks.transfer_gain import refuse_mixed, wanted
 from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
@@ -55,7 +56,8 @@ from bytecache.stages.teacher.identity import vocabulary_of
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.types import Step
-from bytecache.stages.train.run import Run, backward_step, learning_rate, start_run
+from bytecache.stages.train.objective.objective import Objective
+from bytecache.stages.train.run import Run, backward_step, learning_rate, set_rate, start_run
 from bytecache.stages.train.train import CLIP
 
 Found = dict[str, Any]
@@ -160,8 +162,9 @@ def settings_of(args: argparse.Namespace, job: Job) -> st.Train:
     weight = changes.get("lambda_kl", 1.0) * job.weight
     given = {"lora_rank": args.lora, "lora_embeddings": True, **changes, "lambda_kl": weight}
     return st.Train(
-        steps=job.steps, learning_rate=job.rate, batch=args.batch * (1 + (job.arm == "ce-double")),
-        window_bytes=args.window, warmup=args.warmup, dtype=args.dtype, tensorboard=False, **given,
+        steps=job.steps, learning_rate=job.rate, embedding_rate=job.share, window_bytes=args.window,
+        batch=args.batch * (2 if job.arm == "ce-double" else 1), warmup=args.warmup, dtype=args.dtype,
+        tensorboard=False, **given,
     )  # fmt: skip
 
 
@@ -173,12 +176,6 @@ def begin(study: Study, job: Job) -> tuple[Run, st.Train, Iterator[Step]]:
     tokens = settings.head in st.BASELINES and settings.lambda_kl > 0
     reader = study.reader(source, "train", opened, tokens=tokens)
     run = start_run(opened, settings, job.seed, DEVICE, reader=reader)
-    embeddings = opened.model.get_input_embeddings().weight
-    first = run.optimizer.param_groups[0]
-    if settings.lora_embeddings and embeddings.requires_grad:
-        first["params"] = [p for p in first["params"] if p is not embeddings]
-        run.optimizer.add_param_group({"params": [embeddings], "weight_decay": settings.weight_decay})
-        run.optimizer.param_groups[-1]["share"] = job.share
     batching = stream.Batching(
         settings.batch, opened.max_tokens, with_targets=run.objective.needs_targets,
         byte_reduction=settings.byte_reduction, limit=run.objective.term.slots,
@@ -196,11 +193,10 @@ def begin(study: Study, job: Job) -> tuple[Run, st.Train, Iterator[Step]]:
 
 
 def learn(run: Run, step: Step, number: int, settings: st.Train, seed: int) -> Found:
-    """One step of the optimiser, as `train` takes it but for the embeddings' rate; its loss and processor seconds."""
+    """One step of the optimiser, as `train` takes it; its loss and processor seconds."""
     tick = time.process_time()
     run.seed_step(seed, number)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(number, settings) * group.get("share", 1.0)
+    set_rate(run, learning_rate(number, settings))
     run.optimizer.zero_grad(set_to_none=True)
     step = run.objective.prepare(step)
     terms = backward_step(run, step, step.n_tokens, step.n_byte_tokens, len(step.micro))
@@ -233,7 +229,7 @@ def bits_of(opened: student.Student, reader: stream.ShardReader, use: str, each:
 
 
 def run_job(study: Study, job: Job, use: str) -> Found:
-    """Train, and measure on the passages of a use: bits of all, divergence of those that the teacher has read."""
+    """Train, and measure on the passages of a use; of one seed also by choices, where the teacher has read them."""
     run, settings, steps = begin(study, job)
     curve = [learn(run, step, number, settings, job.seed) for number, step in enumerate(steps)]
     opened = run.student
@@ -244,10 +240,28 @@ def run_job(study: Study, job: Job, use: str) -> Found:
         "curve_bits": [round(x["bits"], 4) for x in curve], "curve_bytes": [x["bytes"] for x in curve],
         "curve_seconds": [round(x["seconds"], 3) for x in curve],
     }  # fmt: skip
-    if use == "test":
-        read = measured_with_teacher(opened, study.args.run / "targets", [use], 0)
-        record["kl"] = {name: each["kl"] for name, each in read.items()}
+    if use == "test" and job.seed == study.args.seeds[0]:
+        record["choices"] = choices_of(study, opened)
     return record
+
+
+def choices_of(study: Study, opened: student.Student) -> dict[str, dict[str, float]]:
+    """What `transfer_cause.divergences` says of the test passages that the teacher has read."""
+    judge = Objective(st.Train(head="marginal"), opened, 0)
+    judge.observe(study.reader("exact", "train", opened))
+    reader = study.reader("exact", "heldout", opened)
+    rows = []
+    for number in range(len(reader.positions)):
+        source = reader[number]
+        for row, name in enumerate(source.shard.doc_id):
+            if wanted(name, ["test"], 0):
+                first, last = (int(x) for x in source.row.searchsorted([row, row + 1]))
+                rows.append(stream.Row(source, first, last - 1))
+    micro = [
+        stream.collate(members, with_targets=True, byte_reduction="sum", limit=judge.term.slots)
+        for members in stream.group(rows)
+    ]
+    return divergences(opened, judge.term, [Step(0, micro, {})])
 
 
 def validation(record: Found) -> float:
@@ -285,11 +299,8 @@ def choices_left(found: Found, steps: int) -> Iterator[Job]:
     for weight in WEIGHTS:
         if weight not in levels("weight", arm="ours", **rates):
             yield replace(first, arm="ours", weight=weight, **rates)
-    by_weight = levels("weight", arm="ours", **rates)
-    weight = min(by_weight, key=by_weight.__getitem__)
-    for rate in (2 * rates["rate"], rates["rate"] / 2):
-        if rate not in levels("rate", arm="ours", weight=weight, share=share):
-            yield replace(first, arm="ours", weight=weight, share=share, rate=rate)
+    for other in set(SHARES) - set(levels("share", arm="ce", rate=rates["rate"])):
+        yield replace(first, share=other, rate=rates["rate"])
 
 
 def next_rate(levels: dict[float, float]) -> float | None:

@@ -128,6 +128,16 @@ def transfer_cause() -> str:
     return (RESULTS / "transfer_cause.md").read_text(encoding="utf-8").strip()
 
 
+def study(name: str) -> Callable[[], str]:
+    """A table of the study with rates of each arm's own, as its benchmark writes it."""
+
+    def section() -> str:
+        text = (RESULTS / "transfer_study.md").read_text(encoding="utf-8")
+        return text.partition(f"## {name}\n\n")[2].partition("\n\n")[0].strip()
+
+    return section
+
+
 def transfer_short() -> str:
     """Bits per byte of the test text, by kind, before training, with each arm of every seed, and of the original."""
     found = result("transfer_gain.json")
@@ -339,6 +349,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfer": transfer,
     "transfer-short": transfer_short,
     "transfer-cause": transfer_cause,
+    "study-costs": study("costs"),
+    "study-sweep": study("sweep"),
+    "study-test": study("test-20"),
+    "study-curves": study("curves-20"),
+    "study-longer": study("test-40"),
     "foreign-lists": foreign_lists,
     "two-teachers": two_teachers,
     "objective-cost": objective_cost,

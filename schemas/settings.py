@@ -269,6 +269,8 @@ class Train(Section):
     """Train the token embeddings beside the adapters; wanted where the student has a new vocabulary."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak of the schedule."""
+    embedding_rate: float = Field(1.0, gt=0)
+    """Rate of the token embeddings, as a share of `learning_rate`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate falls after the warm-up, to `final_rate` of the peak at the last step."""
     final_rate: float = Field(0.1, ge=0.0, le=1.0)

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,23 +178,32 @@ def start_run(
     if settings.compile and world.strategy == "ddp":
         compile_trunk(opened)
     scored = world.wrap(Scored(opened, objective, settings.dtype))
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups = _groups(opened, objective, settings)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=True)
+    return Run(opened, objective, optimizer, scored, world)
+
+
+def _groups(opened: Student, objective: Objective, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Trained parameters by their weight decay and `share`, the part of the rate at hand that they learn at."""
+    embeddings = opened.model.get_input_embeddings().weight
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for parameter in opened.model.parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1].append(parameter)
+            share = settings.embedding_rate if parameter is embeddings else 1.0
+            groups.setdefault((parameter.ndim > 1, share), []).append(parameter)
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and objective.decays(name)].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": settings.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=BETAS,
-        fused=True,
-    )
-    return Run(opened, objective, optimizer, scored, world)
+            groups[parameter.ndim > 1 and objective.decays(name), 1.0].append(parameter)
+    return [
+        {"params": members, "weight_decay": settings.weight_decay if decays else 0.0, "share": share}
+        for (decays, share), members in groups.items()
+    ]
+
+
+def set_rate(run: Run, rate: float) -> None:
+    """Let the optimiser take its next step at this rate, the embeddings at their share of it."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["share"]
 
 
 def micro_loss(run: Run, micro: MicroBatch, *, measure: bool = False) -> LossParts:

@@ -38,7 +38,7 @@ from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.types import Step
 from bytecache.stages.train.metrics import Metrics
 from bytecache.stages.train.parallel import World, joined, whole
-from bytecache.stages.train.run import Run, backward_step, can_be_extended, kl_share, learning_rate, start_run
+from bytecache.stages.train.run import Run, backward_step, can_be_extended, kl_share, learning_rate, set_rate, start_run
 
 CLIP = 1.0
 
@@ -259,8 +259,7 @@ class _Training:
         tick = time.perf_counter()
         run.seed_step(self.request.seed, step.number)
         rate = learning_rate(step.number, settings)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(run, rate)
         run.objective.kl_share = kl_share(step.number, settings)
         run.optimizer.zero_grad(set_to_none=True)
         counts, done = _counts(step, self.world), step.number + 1

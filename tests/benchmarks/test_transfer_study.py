@@ -158,7 +158,7 @@ def test_choices_divide_the_loss_of_the_tokens_among_them(tmp_path):
     order = Order(dataset.content_sha256, reader.positions, 256, 0)
     batching = stream.Batching(2, opened.max_tokens, byte_reduction="sum", limit=64)
     steps = list(islice(stream.steps(order, reader, batching), 2))
-    found = transfer_cause.divergences(run, steps)
+    found = transfer_cause.divergences(run.student, run.objective.term, steps)
     with torch.no_grad():
         nats = sum(float(micro_loss(run, micro).token) for step in steps for micro in step.micro)
     n_bytes = sum(step.n_bytes for step in steps)

@@ -22,7 +22,7 @@ from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
 from bytecache.stages.train import compiled
 from bytecache.stages.train.batches import packing, stream
-from bytecache.stages.train.run import Run, backward_step, learning_rate, start_run
+from bytecache.stages.train.run import Run, backward_step, learning_rate, set_rate, start_run
 from bytecache.stages.train.train import train
 from tests.support.student_data import make_dataset
 
@@ -236,6 +236,28 @@ def test_lora_trains_adapters_alone_and_resumes(world, tmp_path, embeddings):
     bad = lora.model_copy(update={"lora_targets": "no_such_projection"})
     with pytest.raises(errors.ConfigError, match="lora_targets"):
         train(bad, folder, targets, tmp_path / "c", name="lora", device="cpu")
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_embeddings_have_a_rate_of_their_own(world, rank):
+    """After one step at a share of 1/4 they have moved a quarter as far, and all else as far as without it."""
+    targets, folder, _ = world
+    moved = {}
+    for share in (1.0, 0.25):
+        settings = SETTINGS.model_copy(
+            update={"lora_rank": rank, "lora_embeddings": True, "embedding_rate": share, "weight_decay": 0.0}
+        )
+        opened = student.load(folder)
+        run = start_run(opened, settings, 0, CPU)
+        before = {name: p.detach().clone() for name, p in run.parameters()}
+        gradients(run, steps_of(targets, opened)[0])
+        set_rate(run, 1e-2)
+        run.optimizer.step()
+        moved[share] = {name: p.detach() - before[name] for name, p in run.parameters()}
+    for name, step in moved[1.0].items():
+        share = 0.25 if "embed_tokens" in name else 1.0
+        torch.testing.assert_close(moved[0.25][name], step * share, rtol=1e-3, atol=1e-6)
+    assert sum("embed_tokens" in name for name in moved[1.0]) == 1
 
 
 def test_logs(world, tmp_path):

@@ -1,0 +1,164 @@
+"""Tables of `transfer_study`, from its results alone.
+
+    python -m benchmarks.transfer_tables benchmarks/results/transfer_study.json
+
+Each table is a part of the Markdown file beside the results, under its own name; `docs/fill_tables.py` takes it from
+there. Leads are mean differences to cross-entropy over paired seeds: ± Student's t interval over seeds, in brackets a
+bootstrap over passages of the mean over seeds, both 95 %. Retention is (arm - before) / (original - before).
+"""
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.transfer_gain import interval, paired
+from benchmarks.transfer_study import ARMS, validation
+
+Found = dict[str, Any]
+
+
+def costs(found: Found) -> str:
+    """Processor seconds of a step, by arm, of arms that took turns on the same text."""
+    lines = ["| arm | steps | seconds a step | to cross-entropy, each step |", "|---|---:|---:|---:|"]
+    for by_arm in found.get("costs", {}).values():
+        for arm, seconds in by_arm.items():
+            ratios = [f"{mine / ce - 1:+.0%}" for mine, ce in zip(seconds, by_arm["ce"], strict=False)]
+            to_ce = "" if arm == "ce" else ", ".join(ratios)
+            lines.append(f"| {ARMS[arm][1]} | {len(seconds)} | {np.mean(seconds):.2f} | {to_ce} |")
+    return "\n".join(lines)
+
+
+def sweep(found: Found) -> str:
+    """Bits/byte of the validation passages, by setting."""
+    lines = [
+        "| arm | steps | adapters' rate | embeddings' rate | weight | bits/byte |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    runs = [r for r in found["runs"] if r["use"] == "validation"]
+    lowest = {arm: min(validation(r) for r in runs if r["arm"] == arm) for arm in {r["arm"] for r in runs}}
+    for r in sorted(runs, key=lambda r: (list(ARMS).index(r["arm"]), r["weight"], -r["share"], r["rate"])):
+        bits = f"{validation(r):.4f}"
+        lines.append(
+            f"| {ARMS[r['arm']][1]} | {r['steps']} | {r['rate']:g} | {r['rate'] * r['share']:g} | "
+            f"{'' if r['arm'] == 'ce' else format(r['weight'], 'g')} | "
+            f"{'**' + bits + '**' if validation(r) == lowest[r['arm']] else bits} |"
+        )
+    return "\n".join(lines)
+
+
+def settings_of(run: Found) -> tuple[Any, ...]:
+    """Whose runs belong into one row beside the arm."""
+    return run["rate"], run["share"], run["weight"]
+
+
+def tests(found: Found, steps: int) -> str:
+    """Bits/byte of the test passages, of the runs that pair with cross-entropy of so many steps."""
+    kinds = sorted({name.split()[0] for name in found["original"]})
+    start, goal = (level(found[name]) for name in ("before", "original"))
+    runs = [r for r in found["runs"] if r["use"] == "test"]
+    control = [r for r in runs if r["arm"] == "ce" and r["steps"] == steps]
+    lines = [
+        "| arm | steps | seeds | bits/byte | to cross-entropy | " + " | ".join(kinds) + " | retention | processor s |",
+        "|---|---:|---:|---:|---:|" + "---:|" * (len(kinds) + 2),
+        f"| before training | | | {start:.4f} | |" + " |" * len(kinds) + " 0 | |",
+    ]
+    for arm in ARMS:
+        near = {steps} if arm not in ("ours-seconds", "ce-raw") else {r["steps"] for r in runs if r["arm"] == arm}
+        mine = [r for r in runs if r["arm"] == arm and r["steps"] in near]
+        for setting in dict.fromkeys(map(settings_of, mine)):
+            lines += row(arm, [r for r in mine if settings_of(r) == setting], control, (start, goal), kinds)
+    return "\n".join([*lines, f"| the original | | | {goal:.4f} | |" + " |" * len(kinds) + " 1 | |"])
+
+
+def row(arm: str, mine: list[Found], control: list[Found], ends: tuple[float, float], kinds: list[str]) -> list[str]:
+    """The line of one arm and setting."""
+    start, goal = ends
+    bits = float(np.mean([level(r["documents"]) for r in mine]))
+    gaps = [""] * (len(kinds) + 1)
+    if arm != "ce" and {r["seed"] for r in mine} & {r["seed"] for r in control}:
+        gaps = [interval(*paired(mine, control, "test", kind)) for kind in ["", *kinds]]
+    cells = [
+        ARMS[arm][1], "/".join(sorted({str(r["steps"]) for r in mine})), str(len(mine)), f"{bits:.4f}", *gaps,
+        f"{(bits - start) / (goal - start):.2f}", f"{np.mean([r['seconds'] for r in mine]):.0f}",
+    ]  # fmt: skip
+    return ["| " + " | ".join(cells) + " |"]
+
+
+def level(documents: Found) -> float:
+    """Bits/byte of passages."""
+    return float(sum(d["bits"] for d in documents.values()) / sum(d["bytes"] for d in documents.values()))
+
+
+def choices(found: Found, steps: int) -> str:
+    """Of the runs that were measured by choices: bits/byte and divergence by what the teacher leaves open."""
+    runs = [r for r in found["runs"] if "choices" in r and r["steps"] == steps]
+    names = list(runs[0]["choices"]) if runs else []
+    lines = [
+        "| arm | bits/byte | "
+        + " | ".join(names)
+        + " | KL | "
+        + " | ".join(f"KL, {name}" for name in names[:-1])
+        + " |",
+        "|---|---:|" + "---:|" * (2 * len(names)),
+    ]
+    for r in runs:
+        groups = [r["choices"][name] for name in names]
+        bits = [sum(g["ce"] for g in groups), *(g["ce"] for g in groups)]
+        apart = [sum(g["kl"] for g in groups), *(g["kl"] for g in groups[:-1])]
+        lines.append(f"| {ARMS[r['arm']][1]} | " + " | ".join(f"{x:.3f}" for x in (*bits, *apart)) + " |")
+    return "\n".join(lines)
+
+
+def curves(found: Found, steps: int, parts: int = 4) -> str:
+    """Bits/byte of training text before it is learned, a part of the run at a time; leads over paired seeds."""
+    runs = [r for r in found["runs"] if r["use"] == "test" and r["steps"] == steps]
+    edges = [steps * part // parts for part in range(parts + 1)]
+    lines = [
+        "| arm | seeds | " + " | ".join(f"steps {lo + 1} to {hi}" for lo, hi in pairwise(edges)) + " |",
+        "|---|---:|" + "---:|" * parts,
+    ]
+    control = {r["seed"]: r for r in runs if r["arm"] == "ce"}
+    for arm in ARMS:
+        mine = {r["seed"]: r for r in runs if r["arm"] == arm and r["seed"] in control}
+        if not mine:
+            continue
+        cells = []
+        for lo, hi in pairwise(edges):
+            each = [part_of(r, lo, hi) - (arm != "ce") * part_of(control[seed], lo, hi) for seed, r in mine.items()]
+            cells.append(f"{np.mean(each):.4f}" if arm == "ce" else f"{np.mean(each):+.4f}")
+        lines.append(f"| {ARMS[arm][1]} | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def part_of(run: Found, lo: int, hi: int) -> float:
+    """Bits/byte of steps [lo, hi) of a run's curve."""
+    bits, size = np.array(run["curve_bits"][lo:hi]), np.array(run["curve_bytes"][lo:hi])
+    return float((bits * size).sum() / size.sum())
+
+
+def tables(found: Found) -> dict[str, str]:
+    """Every table that the results have runs for, by its name."""
+    made = {"costs": costs(found), "sweep": sweep(found)}
+    for steps in sorted({r["steps"] for r in found["runs"] if r["use"] == "test" and r["arm"] == "ce"}):
+        made[f"test-{steps}"] = tests(found, steps)
+        made[f"curves-{steps}"] = curves(found, steps)
+        made[f"choices-{steps}"] = choices(found, steps)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    args = parser.parse_args()
+    made = tables(json.loads(args.results.read_text()))
+    text = "\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()) + "\n"
+    args.results.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

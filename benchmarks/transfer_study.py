@@ -17,8 +17,8 @@ The rule, written before any test passage was looked at: of an arm that setting 
 validation passages are lowest, of those that a search tries. For cross-entropy: the embeddings at the adapters' rate of
 1e-3 and at 0.15 of it; at the better of these the adapters' rate in powers of two, upwards first, until the next is
 worse. Ours takes the rates of cross-entropy, which may not be its own best, and the best of three weights of the
-divergence. Last, the other share of the embeddings at the best rate of cross-entropy. Other arms take the setting of ours,
-or with `ce-...` that of cross-entropy.
+divergence. Last, the other share of the embeddings at the best rate of cross-entropy. Other arms take the setting of
+ours, or with `ce-...` that of cross-entropy.
 
 Arms read the same windows of training text. `ours-seconds` takes fewer steps, as many as fit into the processor time of
 cross-entropy. `ce-raw` reads further text of the same sources, which needs no teacher, for the time of ours and of the

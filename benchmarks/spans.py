@@ -68,7 +68,7 @@ def attach(teacher: Teacher, spans: Spans) -> None:
         (passes, ("new_window", "extend", "replace_static"), "windows"),
         (passes, ("_branches", "_branch", "static_job"), "histories named"),
         (Lattice, ("deviations", "homeless", "outgrown"), "histories chosen"),
-        (Lattices, ("of", "ahead"), "lattices"),
+        (Lattices, ("of", "change", "settle"), "lattices"),
     ):
         for name in names:
             spans.wrap(owner, name, part)
@@ -92,7 +92,7 @@ def _attach_vllm(engine: Any, spans: Spans) -> None:
         (vllm, ("job_of", "make_pass", "borrowed_blocks"), "branch passes"),
         (vllm, ("_want_of_branches",), "histories named"),
         (vllm_worker, ("run_pass",), "branch passes"),
-        (vllm_worker, ("plan_paths", "take_plan", "join_plans"), "plans"),
+        (vllm_worker, ("plan_paths", "plan_between", "join_plans"), "plans"),
         (vllm_worker, ("take", "concatenate"), "rows gathered"),
         (vllm_worker.PathExtension, ("_capture", "_reduce", "bytecache_want", "bytecache_collect"), "hook"),
     ):

@@ -8,6 +8,7 @@ of compute however far it is off the canonical ones.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError, InputError
 from bytecache.stages.engines import packed
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
-from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
+from bytecache.stages.engines.paths import LateRows, PathReducer, RowMasses, concatenate, plan_paths
 from bytecache.stages.engines.static import (
     StaticJob,
     StaticStates,
@@ -80,7 +81,7 @@ class HfEngine(Engine):
             for prompt, prompt_logits in zip(prompts[some], logits, strict=True):
                 plan = plan_paths(self.reducer.vocabulary, prompt.text, prompt.starts)
                 following = np.append(prompt.tokens[prompt.first_row + 1 :], -1).astype(np.int64)
-                yield self.reducer.reduce(prompt_logits, plan, following, where=prompt.name)
+                yield LateRows(self.reducer.begin(prompt_logits, plan, following, where=prompt.name))
 
     @torch.inference_mode()
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
@@ -99,15 +100,15 @@ class HfEngine(Engine):
             logits = self._evaluate([branches for _, _, branches in pieces[some]], windows)
             for (number, prompt, branches), branch_logits in zip(pieces[some], logits, strict=True):
                 if number != yet:
-                    yield concatenate(parts)
+                    yield LateRows(partial(concatenate, parts))
                     parts, yet = [], number
                 plan = plan_paths(
                     self.reducer.vocabulary, prompt.text, np.array([branch.start for branch in branches], np.int64)
                 )
                 none = np.full(len(branches), -1, np.int64)
-                parts.append(self.reducer.reduce(branch_logits, plan, none, where=f"{prompt.name}, branches"))
+                parts.append(LateRows(self.reducer.begin(branch_logits, plan, none, where=f"{prompt.name}, branches")))
         if parts:
-            yield concatenate(parts)
+            yield LateRows(partial(concatenate, parts))
 
     def _whole(self, prompts: Sequence[Prompt]) -> tuple[list[torch.Tensor], list[packed.KeptWindow]]:
         """Logits of all wanted rows of some windows, in one pass; their keys are remembered while there is room."""

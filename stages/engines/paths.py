@@ -17,9 +17,11 @@ text's own next byte is always listed, with its exact mass. Price on one core: o
 `benchmarks/teacher_throughput.py` measures it beside the forward pass.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,14 +57,73 @@ class RowMasses(Rows):
 COLUMNS = tuple(field.name for field in fields(RowMasses))
 
 
+class LateRows(RowMasses):
+    """Rows whose columns are made when the first of them is read, by the thread that reads it."""
+
+    def __init__(self, make: Callable[[], RowMasses]) -> None:
+        self._make: Callable[[], RowMasses] | None = make
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in COLUMNS or self._make is None:
+            raise AttributeError(name)
+        rows, self._make = self._make(), None
+        self.__dict__ |= {column: getattr(rows, column) for column in COLUMNS}
+        return self.__dict__[name]
+
+
+class Once:
+    """Rows that several threads may ask for; the first of them makes them."""
+
+    def __init__(self, make: Callable[[], RowMasses]) -> None:
+        self._make: Callable[[], RowMasses] | None = make
+        self._lock = threading.Lock()
+        self._rows: RowMasses | None = None
+
+    def __call__(self) -> RowMasses:
+        """The rows."""
+        with self._lock:
+            if self._rows is None and self._make is not None:
+                self._rows, self._make = self._make(), None
+            assert self._rows is not None
+            return self._rows
+
+
+def made(rows: RowMasses) -> RowMasses:
+    """The rows with all of their columns there."""
+    return RowMasses(**{name: getattr(rows, name) for name in COLUMNS})
+
+
 def concatenate(parts: Sequence[RowMasses]) -> RowMasses:
     """Rows of several reductions, in order."""
+    if len(parts) == 1:
+        return parts[0]
     return RowMasses(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS})
 
 
 def take(rows: RowMasses, index: np.ndarray) -> RowMasses:
-    """The rows `index` int [N], in that order."""
+    """The rows `index` int [N], in that order; views where they lie one after the other."""
+    if len(index) and index[-1] - index[0] + 1 == len(index) and (np.diff(index) == 1).all():
+        return _between(rows, int(index[0]), int(index[-1]) + 1)
     return RowMasses(**columns_of(rows, index), next_logp=rows.next_logp[index])
+
+
+def _between(rows: RowMasses, lo: int, hi: int) -> RowMasses:
+    """The rows [lo, hi) as views."""
+    if lo == 0 and hi == len(rows.n_levels):
+        return rows
+    row = slice(lo, hi)
+    level = _span(rows.n_levels, row)
+    entry, stop = _span(rows.fanout, level), _span(rows.n_stops, row)
+    places = dict.fromkeys(COLUMNS, row) | {"fanout": level}
+    places |= dict.fromkeys(("entry_byte", "entry_mass"), entry)
+    places |= dict.fromkeys(("stop_depth", "stop_token", "stop_mass"), stop)
+    return RowMasses(**{name: getattr(rows, name)[place] for name, place in places.items()})
+
+
+def _span(count: np.ndarray, groups: slice) -> slice:
+    """Where the items of some groups lie, of groups of `count` items one after the other."""
+    begin = int(count[: groups.start].sum(dtype=np.int64))
+    return slice(begin, begin + int(count[groups].sum(dtype=np.int64)))
 
 
 @njit(cache=True)
@@ -96,9 +157,17 @@ def _walk(
 
 def join_plans(plans: list[PathPlan]) -> PathPlan:
     """The rows of several plans, in order."""
+    if len(plans) == 1:
+        return plans[0]
     ends = np.cumsum([0, *(plan.level_offset[-1] for plan in plans)])
     offsets = [plan.level_offset[:-1] + begin for plan, begin in zip(plans, ends[:-1], strict=True)]
     return PathPlan(np.concatenate([*offsets, ends[-1:]]), np.concatenate([plan.node for plan in plans]))
+
+
+def plan_between(plan: PathPlan, lo: int, hi: int) -> PathPlan:
+    """The rows [lo, hi) of a plan."""
+    offset = plan.level_offset[lo : hi + 1]
+    return PathPlan(offset - offset[0], plan.node[offset[0] : offset[-1]])
 
 
 def take_plan(plan: PathPlan, index: np.ndarray) -> PathPlan:
@@ -229,7 +298,11 @@ class PathReducer:
         where: Where,
         row: np.ndarray | None = None,
     ) -> Callable[[], RowMasses]:
-        """`reduce` in two halves: what is returned waits for a device, and raises; on a CPU all is done at once."""
+        """`reduce` in two halves: sums, and what is listed of them, which any thread may do once.
+
+        What is returned waits for a device, and raises; on a CPU the sums are there, and what is wrong with them is
+        raised at once.
+        """
         rows = np.arange(len(next_token)) if row is None else row
         if logits.device.type != "cpu":
             return self._begin_on_device(logits, plan, next_token, where, rows)
@@ -239,8 +312,9 @@ class PathReducer:
             part = PathPlan(plan.level_offset[a : b + 1], plan.node)
             first, last = rows[a], rows[b - 1] + 1
             sums = self._sums_on_cpu(logits[first:last], part, next_token[a:b], rows[a:b] - first)
-            parts.append(self._assemble(sums, part, next_token[a:b], rows[a:b] - first, where, a))
-        return lambda: concatenate(parts)
+            _refuse_nan(sums, rows[a:b] - first, where, a)
+            parts.append(partial(self._assemble, sums, part, next_token[a:b], rows[a:b] - first))
+        return lambda: concatenate([part() for part in parts])
 
     def _sums_on_cpu(self, logits: torch.Tensor, plan: PathPlan, next_token: np.ndarray, row: np.ndarray) -> Sums:
         """Each mass a sum in float64 over its tokens."""
@@ -280,19 +354,16 @@ class PathReducer:
         ranges, children = self._ranges(plan, row)
         tables, token = self._tables[device, width], np.maximum(next_token, 0)
         wait = sum_on_device(logits, tables, ranges, children, row, token, top_k)
-        return lambda: self._assemble(wait(), plan, next_token, row, where, 0)
 
-    def _assemble(
-        self, sums: Sums, plan: PathPlan, next_token: np.ndarray, row: np.ndarray, where: Where, first: int
-    ) -> RowMasses:
-        """List what reaches the floor. `first`: number of the first row among all that were asked for, for errors."""
-        if not np.isfinite(sums.log_norm).all():
-            bad = first + int(np.flatnonzero(~np.isfinite(sums.log_norm[row]))[0])
-            name = where if isinstance(where, str) else where(bad)
-            raise EngineError(
-                f"the teacher returned NaN or Inf logits ({name}, row {bad}); "
-                'try teacher.dtype = "float32" or another checkpoint'
-            )
+        def listed() -> RowMasses:
+            sums = wait()
+            _refuse_nan(sums, row, where, 0)
+            return self._assemble(sums, plan, next_token, row)
+
+        return listed
+
+    def _assemble(self, sums: Sums, plan: PathPlan, next_token: np.ndarray, row: np.ndarray) -> RowMasses:
+        """List what reaches the floor."""
         trie = self.vocabulary.trie
         n_levels = np.diff(plan.level_offset)
         span = plan.node[plan.level_offset[0] : plan.level_offset[-1]]
@@ -322,3 +393,15 @@ class PathReducer:
             topk_logp=(sums.topk_logit - sums.log_norm[:, None]).astype(np.float32)[row],
             next_logp=np.where(next_token >= 0, sums.next_logit - log_norm, np.nan).astype(np.float32),
         )
+
+
+def _refuse_nan(sums: Sums, row: np.ndarray, where: Where, first: int) -> None:
+    """Raise EngineError for logits that are no numbers. `first`: number of the first row among all asked for."""
+    if np.isfinite(sums.log_norm).all():
+        return
+    bad = first + int(np.flatnonzero(~np.isfinite(sums.log_norm[row]))[0])
+    name = where if isinstance(where, str) else where(bad)
+    raise EngineError(
+        f"the teacher returned NaN or Inf logits ({name}, row {bad}); "
+        'try teacher.dtype = "float32" or another checkpoint'
+    )

@@ -19,6 +19,8 @@ on two English texts): no context 0.053, 0.029; line break 0.044, 0.024; " in" 0
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,17 @@ from safetensors.torch import save_file
 
 from bytecache.schemas.errors import StorageError
 from bytecache.schemas.files import make_folder, scratch_folder
-from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
+from bytecache.stages.engines.paths import (
+    LateRows,
+    Once,
+    PathReducer,
+    RowMasses,
+    concatenate,
+    join_plans,
+    plan_paths,
+    take,
+    take_plan,
+)
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 
 CONTEXTS = ("\n", " in")
@@ -171,11 +183,9 @@ class StaticStates:
             parts.append(self.reducer.begin(logits, take_plan(plan, rows), none, where=where, row=which))
         if not parts:
             return None
-        found = concatenate([part() for part in parts])
-        # A token list "whatever came before" is nobody's business; zeros cost nothing in the dump.
-        found.topk_id, found.topk_logp = np.zeros_like(found.topk_id), np.zeros_like(found.topk_logp)
+        found = Once(lambda: _without_top(concatenate([part() for part in parts])))
         place = np.split(np.argsort(order), np.cumsum([len(job.token) for job in jobs])[:-1])
-        return [take(found, index) for index in place]
+        return [LateRows(partial(_taken, found, index)) for index in place]
 
     def _logits(
         self, tokens: np.ndarray, logits_of: Callable[[torch.Tensor], torch.Tensor | None]
@@ -189,7 +199,7 @@ class StaticStates:
             if logits is None:
                 return None
             total = logits.float() if total is None else total + logits.float()
-        return None if total is None else total / states.shape[1]
+        return total if total is None or states.shape[1] == 1 else total / states.shape[1]
 
     def load(self, folder: Path) -> None:
         """Take the states of earlier runs, as many as there is room for; damaged files are passed over with a line."""
@@ -243,6 +253,15 @@ class StaticStates:
     @property
     def _per_token(self) -> int:
         return 1 if self.linear else self.contexts
+
+
+def _taken(found: Once, index: np.ndarray) -> RowMasses:
+    return take(found(), index)
+
+
+def _without_top(rows: RowMasses) -> RowMasses:
+    """A token list "whatever came before" is nobody's business; zeros cost nothing in the dump."""
+    return replace(rows, topk_id=np.zeros_like(rows.topk_id), topk_logp=np.zeros_like(rows.topk_logp))
 
 
 def _digest(tokens: torch.Tensor, states: torch.Tensor) -> str:

@@ -11,6 +11,7 @@ An engine exception is fatal by design: after one, vLLM's next call may never re
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -66,7 +67,7 @@ class VllmEngine(Engine):
         self._contexts = context_tokens(reducer.vocabulary)
         self._size = reducer.vocabulary.size
         rows = logit_rows(reducer, on_cpu=on_cpu)
-        kinds = self._call("installing its hook", "bytecache_install", reducer, len(self._contexts), rows)
+        kinds = self._call("installing its hook", "bytecache_install", reducer, len(self._contexts), rows, os.getpid())
         if not all(kinds):
             raise EngineError(
                 "this vLLM's model runner has no hook for path masses; install the version in the lock file"
@@ -190,9 +191,9 @@ class VllmEngine(Engine):
             self.branch_tokens += len(step.tokens)
             self._prefix_tokens += int(step.seq_lens.sum())
             last = parts[-1]
-            while yet < last.job or (yet == last.job and last.hi == len(arrays[yet].length)):
-                yield self._collect(f"branches {yet}", f"{jobs[yet][0].name}, branches")
-                yet += 1
+            whole = last.job + (last.hi == len(arrays[last.job].length))
+            yield from self._collect({f"branches {n}": f"{jobs[n][0].name}, branches" for n in range(yet, whole)})
+            yet = whole
         blocks.tails.settle()
 
     def _ask_branches(self, prompt: Prompt, branches: Sequence[Branch]) -> Ask:
@@ -240,18 +241,22 @@ class VllmEngine(Engine):
                             self._count(output)
             if reuse_prefix:
                 self._judge()
-            yield self._collect(str(number), asks[number].want.label)
+            yield from self._collect({str(number): asks[number].want.label})
 
     def _expected(self, prompt: np.ndarray, *, reuse_prefix: bool) -> int:
         """Tokens of a prompt that are to be computed."""
         return min(len(prompt), CPU_BLOCK) if reuse_prefix else len(prompt)
 
-    def _collect(self, name: str, label: str) -> RowMasses:
-        answers = self._call("collecting rows", "bytecache_collect", [name])
-        rows: RowMasses | None = next((answer.get(name) for answer in answers if answer is not None), None)
-        if rows is None:
-            raise EngineError(f"vLLM finished {label} without all of its rows; rerun the command")
-        return rows
+    def _collect(self, labels: dict[str, str]) -> Iterator[RowMasses]:
+        """The rows of wants, named by what messages call them."""
+        if not labels:
+            return
+        answers = self._call("collecting rows", "bytecache_collect", list(labels))
+        answer: dict[str, RowMasses] = next((answer for answer in answers if answer is not None), {})
+        for name, label in labels.items():
+            if name not in answer:
+                raise EngineError(f"vLLM finished {label} without all of its rows; rerun the command")
+            yield answer[name]
 
     def _count(self, output: Any) -> None:
         """Add what a branch cost."""

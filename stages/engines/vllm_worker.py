@@ -19,14 +19,25 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, join_plans, plan_paths, take, take_plan
+from bytecache.stages.engines.paths import (
+    LateRows,
+    Once,
+    PathReducer,
+    RowMasses,
+    concatenate,
+    join_plans,
+    made,
+    plan_between,
+    plan_paths,
+    take,
+)
 from bytecache.stages.engines.static import StaticJob, StaticStates, linear_logits
 from bytecache.stages.engines.vllm_branches import BranchPass
 from bytecache.stages.engines.vllm_pass import run_pass
@@ -139,15 +150,19 @@ class PathExtension:
 
     model_runner: Any
 
-    def bytecache_install(self, reducer: PathReducer, contexts: int, logit_rows: int) -> str:
-        """Wrap the runner; returns which kind it is, empty if unknown. `contexts`: of static rows."""
+    def bytecache_install(self, reducer: PathReducer, contexts: int, logit_rows: int, process: int = 0) -> str:
+        """Wrap the runner; returns which kind it is, empty if unknown.
+
+        `contexts`: of static rows. `process`: the one that collects; in the same, its threads list what rows hold.
+        """
         runner = self.model_runner
+        self._late = process == os.getpid()
         self._reducer, self._logit_rows = reducer, logit_rows
         self._answers = getattr(self, "rank", 0) == 0
         self._asked: dict[str, _Asked] = {}
         self._wanted: dict[str, _Wanted] = {}
         self._wanted_states: dict[str, WantState] = {}
-        self._chunks: dict[int, Callable[[], RowMasses] | RowMasses] = {}
+        self._chunks: dict[int, Once] = {}
         self._uncollected: dict[int, int] = {}
         self._serial = 0
         config = runner.model_config.hf_text_config
@@ -218,18 +233,15 @@ class PathExtension:
         parts = []
         for a, b in zip([0, *cuts], [*cuts, len(wanted.chunk)], strict=True):
             number = int(wanted.chunk[a])
-            parts.append(take(self._chunk(number), wanted.place[a:b]))
+            parts.append((self._chunks[number], wanted.place[a:b]))
             self._uncollected[number] -= b - a
             if not self._uncollected[number]:
                 del self._chunks[number], self._uncollected[number]
-        return parts[0] if len(parts) == 1 else concatenate(parts)
 
-    def _chunk(self, number: int) -> RowMasses:
-        """A chunk, waited for where it is still on its way from a device."""
-        chunk = self._chunks[number]
-        if not isinstance(chunk, RowMasses):
-            chunk = self._chunks[number] = chunk()
-        return chunk
+        def gathered() -> RowMasses:
+            return concatenate([take(chunk(), place) for chunk, place in parts])
+
+        return LateRows(gathered) if self._late else gathered()
 
     def bytecache_static_missing(self, tokens: np.ndarray) -> list[int]:
         """Tokens whose static states must be asked for."""
@@ -242,7 +254,8 @@ class PathExtension:
     @torch.no_grad()
     def bytecache_static_rows(self, jobs: list[StaticJob]) -> list[RowMasses] | None:
         """Static rows of some windows; None on ranks that do not answer."""
-        return self._static.rows(jobs, self._logits, answer=self._answers)
+        rows = self._static.rows(jobs, self._logits, answer=self._answers)
+        return rows if rows is None or self._late else [made(one) for one in rows]
 
     def bytecache_load_static(self, folder: Path) -> None:
         """Take the static states of earlier runs."""
@@ -295,7 +308,7 @@ class PathExtension:
         logits = self._logits(wanted_states)
         if logits is None or not self._answers:
             return
-        plan = join_plans([take_plan(p.wanted.plan, np.arange(p.lo, p.hi)) for p in pieces])
+        plan = join_plans([plan_between(p.wanted.plan, p.lo, p.hi) for p in pieces])
         following = np.concatenate([p.wanted.following[p.lo : p.hi] for p in pieces])
         ends = np.cumsum([p.hi - p.lo for p in pieces])
 
@@ -305,7 +318,7 @@ class PathExtension:
 
         number = self._serial
         self._serial += 1
-        self._chunks[number] = self._reducer.begin(logits, plan, following, where=where)
+        self._chunks[number] = Once(self._reducer.begin(logits, plan, following, where=where))
         self._uncollected[number] = int(ends[-1])
         for piece, end in zip(pieces, ends.tolist(), strict=True):
             piece.wanted.chunk[piece.lo : piece.hi] = number

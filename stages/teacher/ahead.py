@@ -5,10 +5,9 @@ before says what that one lacks. With a single processor nothing is gained, and 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from bytecache.schemas.dump.window import Window
 from bytecache.stages.lattice.lattice import Lattice
@@ -17,38 +16,65 @@ MOST_THREADS = 4
 """Threads for lattices at most: between their compiled loops all of them share one interpreter with the engine."""
 
 
+Choice = TypeVar("Choice")
+
+
 def spare_threads() -> int:
     """Processors beside the engine's own, MOST_THREADS at most."""
     return min(MOST_THREADS, len(os.sched_getaffinity(0)) - 1)
 
 
-class Lattices:
+class Lattices(Generic[Choice]):
     """The lattices of a group of windows as they stand, without targets; each computed once until its window changes.
 
-    A window changes by being replaced in the group's list, or by having more rows.
+    A change is made where the lattice is walked, and so is what is chosen of it: beside the engine, where there is a
+    thread. Until it is asked for (`of`, `settle`), `windows` has a window as it was. A window that somebody else
+    changes, by replacing it in the list or by giving it more rows, is walked again.
     """
 
-    def __init__(self, windows: Sequence[Window], pool: ThreadPoolExecutor | None) -> None:
-        self._windows, self._pool = windows, pool
-        self._known: dict[int, tuple[Window, int, Future[Lattice] | Lattice]] = {}
+    def __init__(
+        self, windows: list[Window], pool: ThreadPoolExecutor | None,
+        choose: Callable[[int, Window, Lattice], Choice] | None = None,
+    ) -> None:  # fmt: skip
+        """`choose`: what is wanted of every lattice, made with it."""
+        self._windows, self._pool, self._choose = windows, pool, choose
+        self._known: dict[int, tuple[Window, int, Lattice, Choice | None]] = {}
+        self._begun: dict[int, Future[tuple[Window, int, Lattice, Choice | None]]] = {}
 
-    def ahead(self, number: int) -> None:
-        """Begin with that of window `number` where there is a thread for it."""
-        window = self._windows[number]
+    def change(self, number: int, make: Callable[[], Window]) -> None:
+        """Window `number` becomes what `make` gives; it may be the next one that the list has not yet."""
         if self._pool:
-            begun = self._pool.submit(partial(Lattice, targets=False), window)
-            self._known[number] = window, len(window.row_start), begun
+            self._begun[number] = self._pool.submit(self._walk, number, make)
+        else:
+            self._put(number, make())
 
-    def of(self, number: int) -> Lattice:
-        """That of window `number`."""
+    def _walk(self, number: int, make: Callable[[], Window]) -> tuple[Window, int, Lattice, Choice | None]:
+        window = make()
+        lattice = Lattice(window, targets=False)
+        choice = None if self._choose is None else self._choose(number, window, lattice)
+        return window, len(window.row_start), lattice, choice
+
+    def _put(self, number: int, window: Window) -> None:
+        self._windows[number : number + 1] = [window]
+
+    def settle(self) -> None:
+        """All changes are in the list."""
+        for number in list(self._begun):
+            self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        if begun := self._begun.pop(number, None):
+            self._known[number] = begun.result()
+            self._put(number, self._known[number][0])
+
+    def of(self, number: int) -> tuple[Lattice, Choice | None]:
+        """That of window `number`, and what was chosen of it."""
+        self._settle(number)
         window = self._windows[number]
-        known, rows, lattice = self._known.get(number, (None, 0, None))
-        if known is not window or rows != len(window.row_start) or lattice is None:
-            lattice = Lattice(window, targets=False)
-        elif isinstance(lattice, Future):
-            lattice = lattice.result()
-        self._known[number] = window, len(window.row_start), lattice
-        return lattice
+        known = self._known.get(number)
+        if known is None or known[0] is not window or known[1] != len(window.row_start):
+            known = self._known[number] = self._walk(number, lambda: window)
+        return known[2], known[3]
 
 
 class Writer(Protocol):

@@ -11,17 +11,18 @@ at `exact` with Gemma-3-270m.)
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
-
-import numpy as np
+from typing import NamedTuple
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, Interrupted
 from bytecache.stages.engines.engine import Branch, Engine
+from bytecache.stages.engines.paths import RowMasses
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.lattice.effort import deepest
-from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations
+from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 from bytecache.stages.teacher.ahead import Lattices
 from bytecache.stages.teacher.windows import WindowPlan, chain_of, extend, new_window, replace_static
 
@@ -30,6 +31,18 @@ OUTGROWN_PASSES = 2
 _DONE = object()
 MAX_BRANCHES = 200_000
 """Branches of one window in one pass: tau = 0 asks for every way to cut the text, exponential in its length."""
+
+
+class Choice(NamedTuple):
+    """What a window lacks by its lattice: the first of the three that is not empty, and those before it."""
+
+    effort: tuple[float, int, float]
+    """tau, depth, and the share of static rows."""
+    deviations: Deviations
+    branches: list[Branch]
+    """Those of the deviations."""
+    homeless: Deviations | None
+    """None: not looked for."""
 
 
 class Group:
@@ -44,7 +57,8 @@ class Group:
         pool: ThreadPoolExecutor | None = None,
     ) -> None:  # fmt: skip
         self.engine, self.plans, self.windows, self.stop = engine, plans, windows, stop
-        self._lattices = Lattices(windows, pool)
+        self._effort = (1.0, 0, 0.0)
+        self._lattices = Lattices(windows, pool, self._choose)
 
     def evaluate(self, settings: st.Teacher) -> None:
         """All passes."""
@@ -53,8 +67,10 @@ class Group:
 
     def steps(self, settings: st.Teacher) -> Iterator[None]:
         """All passes, with a break wherever the next one waits for lattices: the engine may do something else there."""
+        self._effort = settings.tau, settings.depth, settings.static
         self.canonical()
         yield
+        self._lattices.settle()
         for _ in range(OUTGROWN_PASSES):
             yield from self._fill(settings)
             if not self._replace_outgrown(settings):
@@ -62,25 +78,28 @@ class Group:
             yield
         else:
             yield from self._fill(settings)
+        self._lattices.settle()
 
     def canonical(self) -> None:
         """The rows of the windows' own tokens."""
-        for plan, rows in zip(self.plans, self.engine.score([plan.prompt for plan in self.plans]), strict=True):
-            self.windows.append(new_window(plan, rows))
-            self._is_done(len(self.windows) - 1)
+        scored = zip(self.plans, self.engine.score([plan.prompt for plan in self.plans]), strict=True)
+        for number, (plan, rows) in enumerate(scored):
+            self._change(number, partial(new_window, plan, rows))
 
     def _fill(self, settings: st.Teacher) -> Iterator[None]:
         """Branches above `tau`, and static rows where even so none ends."""
         yield from self._branch_steps(settings.tau, settings.depth)
         for _ in range(STATIC_PASSES if settings.static > 0 else 0):
-            if not self.add_static(settings.static):
+            if not self._add_static(settings.static):
                 break
             yield
 
     def branch(self, tau: float, depth: int) -> None:
         """Branches in passes, each one token longer, until the lattice asks for none (see `least_share`)."""
+        self._effort = tau, depth, 0.0
         for _ in self._branch_steps(tau, depth):
             pass
+        self._lattices.settle()
 
     def _branch_steps(self, tau: float, depth: int) -> Iterator[None]:
         growing = list(range(len(self.windows)))
@@ -92,31 +111,52 @@ class Group:
 
     def _branch_once(self, growing: list[int], tau: float, depth: int) -> list[int]:
         """One pass of branch evaluation of the windows `growing`; returns which of them asked for anything."""
-        asked = {number: self._lattices.of(number).deviations(tau=tau, depth=depth) for number in growing}
-        asked = {number: deviations for number, deviations in asked.items() if len(deviations.row)}
-        jobs = [
-            (self.plans[number].prompt, _branches(self.plans[number], self.windows[number], deviations, tau))
-            for number, deviations in asked.items()
-        ]
-        for (number, deviations), rows in zip(asked.items(), self.engine.score_branches(jobs), strict=True):
-            extend(self.windows[number], deviations, rows)
-            self._is_done(number)
+        asked = {number: self._chosen(number, tau, depth) for number in growing}
+        asked = {number: choice for number, choice in asked.items() if choice.branches}
+        jobs = [(self.plans[number].prompt, choice.branches) for number, choice in asked.items()]
+        for (number, choice), rows in zip(asked.items(), self.engine.score_branches(jobs), strict=True):
+            self._extend(number, choice.deviations, rows)
         return list(asked)
+
+    def _chosen(self, number: int, tau: float, depth: int) -> Choice:
+        lattice, choice = self._lattices.of(number)
+        if choice is None or choice.effort[:2] != (tau, depth):
+            self._effort = tau, depth, self._effort[2]
+            choice = self._choose(number, self.windows[number], lattice)
+        return choice
+
+    def _choose(self, number: int, window: Window, lattice: Lattice) -> Choice:
+        """What a window lacks, in whichever thread walked its lattice."""
+        tau, depth, share = effort = self._effort
+        deviations = lattice.deviations(tau=tau, depth=depth)
+        branches = _branches(self.plans[number], window, deviations, tau) if len(deviations.row) else []
+        look_further = share > 0.0 and not branches
+        return Choice(effort, deviations, branches, lattice.homeless(share=share) if look_further else None)
 
     def add_static(self, share: float) -> int:
         """Give static rows to positions where histories of more than `share` end and no row does; returns how many."""
-        asked = {number: self._lattices.of(number).homeless(share=share) for number in range(len(self.windows))}
+        added = self._add_static(share)
+        self._lattices.settle()
+        return added
+
+    def _add_static(self, share: float) -> int:
+        asked = {number: self._homeless(number, share) for number in range(len(self.windows))}
         asked = {number: homeless for number, homeless in asked.items() if len(homeless.row)}
         jobs = [static_job(self.windows[number], homeless) for number, homeless in asked.items()]
         for (number, homeless), rows in zip(asked.items(), self.engine.score_static(jobs), strict=True):
-            extend(self.windows[number], homeless, rows, static=True)
-            self._is_done(number)
+            self._extend(number, homeless, rows, static=True)
         return sum(len(homeless.row) for homeless in asked.values())
+
+    def _homeless(self, number: int, share: float) -> Deviations:
+        lattice, choice = self._lattices.of(number)
+        if choice is None or choice.homeless is None or choice.effort[2] != share:
+            return lattice.homeless(share=share)
+        return choice.homeless
 
     def _replace_outgrown(self, settings: st.Teacher) -> int:
         """Replace static rows that came to carry more than `tau` by the rows of their histories; returns how many."""
         outgrown = {
-            number: self._lattices.of(number).outgrown(tau=settings.tau, depth=settings.depth)
+            number: self._lattices.of(number)[0].outgrown(tau=settings.tau, depth=settings.depth)
             for number in range(len(self.windows))
         }
         outgrown = {number: row for number, row in outgrown.items() if len(row)}
@@ -126,13 +166,21 @@ class Group:
             ends = zip(window.row_parent[row], window.row_token[row], window.row_start[row], strict=True)
             jobs.append((plan.prompt, [_branch(plan, window, *end) for end in ends]))
         for (number, row), rows in zip(outgrown.items(), self.engine.score_branches(jobs), strict=True):
-            self.windows[number] = replace_static(self.windows[number], row, rows)
-            self._is_done(number)
+            self._change(number, partial(replace_static, self.windows[number], row, rows))
         return sum(map(len, outgrown.values()))
 
-    def _is_done(self, number: int) -> None:
-        """A window has what the pass gives it: its lattice can be walked while the engine goes on."""
-        self._lattices.ahead(number)
+    def _extend(self, number: int, deviations: Deviations, rows: RowMasses, *, static: bool = False) -> None:
+        window = self.windows[number]
+
+        def extended() -> Window:
+            extend(window, deviations, rows, static=static)
+            return window
+
+        self._change(number, extended)
+
+    def _change(self, number: int, make: Callable[[], Window]) -> None:
+        """A window gets what the pass gives it, and its lattice is walked, while the engine goes on."""
+        self._lattices.change(number, make)
         if self.stop():
             raise Interrupted("stopped inside a unit of teacher work; rerun the same command to continue")
 
@@ -179,4 +227,4 @@ def _branches(plan: WindowPlan, window: Window, deviations: Deviations, tau: flo
 
 def static_job(window: Window, homeless: Deviations) -> StaticJob:
     """The static rows of some histories of a window."""
-    return StaticJob(f"document {window.doc_id!r}", window.text, homeless.token, homeless.position.astype(np.int64))
+    return StaticJob(f"document {window.doc_id!r}", window.text, homeless.token, homeless.position.astype("int64"))

@@ -42,7 +42,7 @@ def compare(extra: int) -> dict[str, float]:
     expected = reducer.reduce(logits.double().float(), plan, following, where="x")
     tables = paths_device.make_tables(vocabulary.order, vocabulary.end_ids, logits.shape[1], logits.device)
     rows = np.arange(len(starts))
-    found = reducer._assemble(_sums(reducer, logits, tables, plan, following), plan, following, rows, "x", 0)
+    found = reducer._assemble(_sums(reducer, logits, tables, plan, following), plan, following, rows)
     return _differences(found, expected)
 
 

@@ -141,6 +141,26 @@ def test_branches_over_blocks_are_those_of_requests(vllm_teacher, monkeypatch, p
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_two_groups_in_flight_are_those_of_one_after_the_other(vllm_teacher, monkeypatch):
+    """The same bytes, whatever took turns; and no block is left over."""
+    monkeypatch.setattr("bytecache.stages.teacher.teacher.GROUP_TOKENS", 120)
+    engine = vllm_teacher.engine
+    found = []
+    for in_flight in (1, 2, 3):
+        monkeypatch.setattr(engine, "in_flight", in_flight)
+        engine.forget()
+        found.append([window for group in vllm_teacher.windows(encoded(vllm_teacher)) for window in group])
+        assert not engine._blocks._windows and not engine._blocks.tails._kept
+    one, *others = found
+    for other in others:
+        assert len(one) == len(other) > 4
+        for a, b in zip(one, other, strict=True):
+            for field in fields(a):
+                np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_branches_may_pass_the_end_of_their_window(vllm_teacher, tiny_checkpoint):
     """A full window whose last token a branch cuts into single bytes: the rows of the other engine."""
     reference = open_teacher(st.Teacher(model=str(tiny_checkpoint("bytelevel")), backend="hf", **BASE))
@@ -222,26 +242,6 @@ def test_windows_leave_room_for_branches_within_the_models_positions(tiny_checkp
     assert window == min(context or 256, 256 - reach)
     longest = longest_history(settings.model_copy(update={"context": window}), folder)
     assert longest == window - 1 + reach < 256
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_two_groups_in_flight_are_those_of_one_after_the_other(vllm_teacher, monkeypatch):
-    """The same bytes, whatever took turns; and no block is left over."""
-    monkeypatch.setattr("bytecache.stages.teacher.teacher.GROUP_TOKENS", 120)
-    engine = vllm_teacher.engine
-    found = []
-    for in_flight in (1, 2, 3):
-        monkeypatch.setattr(engine, "in_flight", in_flight)
-        engine.forget()
-        found.append([window for group in vllm_teacher.windows(encoded(vllm_teacher)) for window in group])
-        assert not engine._blocks._windows and not engine._blocks.tails._kept
-    one, *others = found
-    for other in others:
-        assert len(one) == len(other) > 4
-        for a, b in zip(one, other, strict=True):
-            for field in fields(a):
-                np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
 
 
 @pytest.mark.slow

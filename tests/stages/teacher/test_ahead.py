@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bytecache.schemas.dump.window import keep_rows
+from bytecache.schemas.errors import EngineError
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.ahead import Lattices, WriterBeside
 from bytecache.stages.tokens.vocab import load_vocabulary
@@ -40,17 +41,38 @@ def test_threads_change_nothing(vocabulary):
 def test_a_lattice_is_of_the_window_as_it_stands(vocabulary, threads):
     windows = windows_of(vocabulary, 0)[:2]
     pool = ThreadPoolExecutor(threads) if threads else None
-    lattices = Lattices(windows, pool)
-    lattices.ahead(0)
-    first = lattices.of(0)
-    assert lattices.of(0) is first
+    lattices = Lattices(windows, pool, lambda number, window, _: (number, len(window.row_start)))
+    lattices.change(0, lambda: keep_rows(windows[0], windows[0].row_depth >= 0))
+    first, _ = lattices.of(0)
+    assert lattices.of(0) == (first, (0, len(windows[0].row_start)))
     windows[0] = keep_rows(windows[0], windows[0].row_depth == 0)
     for number, window in enumerate(windows):
-        found = lattices.of(number).deviations(tau=1e-4, depth=3)
+        found = lattices.of(number)[0].deviations(tau=1e-4, depth=3)
         expected = Lattice(window).deviations(tau=1e-4, depth=3)
         for mine, theirs in zip(found, expected, strict=True):
             np.testing.assert_array_equal(mine, theirs)
-    assert len(lattices.of(0).deviations(tau=1e-4, depth=3).row)
+    assert len(lattices.of(0)[0].deviations(tau=1e-4, depth=3).row)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_changes_make_the_list_and_fail_where_they_are_asked_for(vocabulary, threads):
+    ready = windows_of(vocabulary, 0)
+    windows: list = []
+    lattices = Lattices(windows, ThreadPoolExecutor(threads) if threads else None)
+    for number, window in enumerate(ready):
+        lattices.change(number, lambda window=window: window)
+    lattices.settle()
+    assert [id(window) for window in windows] == [id(window) for window in ready]
+
+    def fail():
+        raise EngineError("the teacher returned NaN")
+
+    def change_and_ask():
+        lattices.change(1, fail)
+        lattices.of(1)
+
+    with pytest.raises(EngineError, match="NaN"):
+        change_and_ask()
 
 
 class _Shelf:

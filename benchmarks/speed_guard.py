@@ -3,9 +3,10 @@
     git worktree add ../before COMMIT
     python -m benchmarks.speed_guard runs/default --before ../before --out benchmarks/results/speed_guard.json
 
-`convert_throughput`, `loader` and `objective_cost` run in both trees in turns, `--rounds` times each, every program
-with its tree first on the path and with one thread; of each figure the best of its rounds counts, since other work on
-the machine only ever slows. All figures are rates, and the ratio is now / before: above 1 is faster. The run must be
+`convert_throughput`, `loader`, `objective_cost` and, where `--only` names it (it takes minutes, and reads no run),
+`teacher_presets` run in both trees in turns, `--rounds` times each, every program with its tree first on the path and
+with one thread; of each figure the best of its rounds counts, since other work on the machine only ever slows. All
+figures are rates, and the ratio is now / before: above 1 is faster. The run must be
 one that both commits can read. Small sizes, so figures of a few milliseconds are within a tenth of each other at best.
 """
 
@@ -23,11 +24,12 @@ HERE = Path(__file__).resolve().parent.parent
 
 
 def commands(run: Path, work: Path) -> dict[str, list[str]]:
-    """The three programs at small sizes; each takes `--out` besides."""
+    """The programs at small sizes; each takes `--out` besides."""
     return {
         "convert_throughput": [str(run), "--only", "branches", "--parts", "1", "--copies", "2", "--repeat", "2"],
         "loader": [str(run / "targets"), "--mb", "0.5", "--rounds", "3"],
         "objective_cost": [str(run), "--work", str(work), "--sizes", "small", "--bytes", "2048", "--rounds", "3"],
+        "teacher_presets": ["--bytes", "4000", "--rounds", "1", "--presets", "fast,balanced"],
     }
 
 
@@ -42,6 +44,12 @@ def rates(program: str, result: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield "write, MB/s", ours["write_mb_per_s"]
         yield from ((f"{name}", value) for name, value in ours.items() if name.endswith("MB/s"))
         yield from ((f"{name}, MB/s", value) for name, value in result["collate_mb_per_s"].items())
+    elif program == "teacher_presets":
+        yield from (
+            (f"teacher, {name}, bytes of text per CPU second", figures["text_bytes_per_s"])
+            for name, figures in result.items()
+            if isinstance(figures, dict)
+        )
     else:
         for line in result["students"][0]["objectives"]:
             seconds = line["ce_seconds"]
@@ -72,7 +80,7 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {name: {} for name in trees}
     with tempfile.TemporaryDirectory() as folder:
         for program, arguments in commands(args.run.resolve(), Path(folder)).items():
-            if args.only not in (None, program):
+            if program != args.only and (args.only or program == "teacher_presets"):
                 continue
             for _ in range(args.rounds):
                 for name, tree in trees.items():

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,10 +181,9 @@ class VllmEngine(Engine):
             self._call("scoring branches", "bytecache_branches", step, named)
             rest = iter(borrowed)
             for part in parts:
-                (prompt, branches), job = jobs[part.job], arrays[part.job]
-                for at in range(part.lo, part.hi):
-                    taken = list(islice(rest, int(job.borrowed[at])))
-                    blocks.tails.keep(prompt, branches[at], resumed[part.job][at], taken)
+                (prompt, branches), these = jobs[part.job], slice(part.lo, part.hi)
+                counts = arrays[part.job].borrowed[these].tolist()
+                blocks.tails.keep(prompt, branches[these], resumed[part.job][these], counts, rest)
             blocks.tails.trim()
             self.branches += len(step.seq_lens)
             self.branch_tokens += len(step.tokens)

@@ -10,7 +10,8 @@ so a chain that nothing else leaves from takes a block for each `block_size` tok
 pool counts. The oldest go when the cache gets short; what extends them is computed from the longest that is left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from bytecache.stages.engines.engine import Branch, Prompt
@@ -38,6 +39,9 @@ class Resumed(NamedTuple):
     """The chain goes on in the tail's last block."""
 
 
+FRESH = Resumed(None, 0, in_place=False)
+
+
 class Tails:
     """Tails of branches of windows that are held; see the module."""
 
@@ -50,35 +54,45 @@ class Tails:
 
     def resume(self, prompt: Prompt, branches: Sequence[Branch]) -> list[Resumed]:
         """Where each branch goes on; the tails stay until `settle`."""
-        return [self._resumed(id(prompt), branch) for branch in branches]
+        window = id(prompt)
+        return [FRESH if len(branch.chain) < 2 else self._resumed(window, branch) for branch in branches]
 
     def _resumed(self, window: int, branch: Branch) -> Resumed:
-        for known in range(len(branch.chain) - 1, 0, -1):
-            tail = self._kept.get((window, branch.anchor, branch.chain[:known]))
+        anchor, chain, _ = branch
+        length = len(chain)
+        for known in range(length - 1, 0, -1):
+            tail = self._kept.get((window, anchor, chain[:known]))
             if tail is None:
                 continue
             last = tail.blocks[-1].block_id
             in_place = tail.end % self._block_size > 0 and self._written[last] == tail.end
             if in_place:
-                self._written[last] = branch.anchor + 1 + len(branch.chain)
+                self._written[last] = anchor + 1 + length
             self._pool.touch(tail.blocks)
             self._pinned += tail.blocks
             return Resumed(tail, known, in_place)
-        return Resumed(None, 0, in_place=False)
+        return FRESH
 
-    def keep(self, prompt: Prompt, branch: Branch, resumed: Resumed, borrowed: list[Any]) -> None:
-        """Take the blocks that a branch borrowed; `trim` may let them go."""
-        place = (id(prompt), branch.anchor, branch.chain)
-        if place in self._kept:  # asked for again
-            self._pool.free_blocks(borrowed)
-            return
-        shared: list[Any] = []
-        if resumed.tail:
-            is_read = resumed.in_place or not resumed.tail.end % self._block_size  # and not copied
-            shared = resumed.tail.blocks if is_read else resumed.tail.blocks[:-1]
-        self._pool.touch(shared)
-        tail = self._kept[place] = Tail([*shared, *borrowed], branch.anchor + 1 + len(branch.chain))
-        self._written[tail.blocks[-1].block_id] = tail.end
+    def keep(
+        self, prompt: Prompt, branches: Sequence[Branch], resumed: Sequence[Resumed], counts: Sequence[int],
+        borrowed: Iterator[Any],
+    ) -> None:  # fmt: skip
+        """Take the blocks that branches borrowed, `counts` of them each; `trim` may let them go."""
+        window = id(prompt)
+        for branch, (tail, _, in_place), count in zip(branches, resumed, counts, strict=True):
+            blocks = [*islice(borrowed, count)]
+            place = (window, branch.anchor, branch.chain)
+            if place in self._kept:  # asked for again
+                self._pool.free_blocks(blocks)
+                continue
+            if tail:
+                is_read = in_place or not tail.end % self._block_size  # and not copied
+                shared = tail.blocks if is_read else tail.blocks[:-1]
+                self._pool.touch(shared)
+                blocks = shared + blocks
+            end = branch.anchor + 1 + len(branch.chain)
+            self._kept[place] = Tail(blocks, end)
+            self._written[blocks[-1].block_id] = end
 
     def trim(self) -> None:
         """Let the oldest tails go until enough blocks are free."""

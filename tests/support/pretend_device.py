@@ -85,7 +85,7 @@ class PretendDevice(TorchDispatchMode):
         ours = [tensor for tensor in tensors if isinstance(tensor, _DeviceTensor)]
         if name == "copy_.default":
             return self._copy(*args[:2], waits=not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)))
-        if name == "_to_copy.default":
+        if name in ("_to_copy.default", "to.dtype_layout"):  # the latter in inference mode
             return self._move(func, args[0], kwargs)
         made_here = kwargs.get("device") is not None and torch.device(kwargs["device"]) == DEVICE
         if not ours and not made_here:

@@ -5,16 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bytecache.stages.engines.engine import Branch, Prompt
+from bytecache.stages.engines.engine import Branch
 from bytecache.stages.engines.vllm_branches import WindowBlocks, borrowed_blocks, cut, job_of, make_pass, window_blocks
-from bytecache.stages.engines.vllm_tails import Resumed
-
-BLOCK = 4
+from bytecache.stages.engines.vllm_tails import FRESH
+from tests.support.cache_blocks import BLOCK, Scheduler, prompt_of
 
 
 def plain(branches):
     """None of them goes on from another."""
-    return [Resumed(None, 0, in_place=False)] * len(branches)
+    return [FRESH] * len(branches)
 
 
 class World:
@@ -52,9 +51,10 @@ class World:
             self.check(step, [(jobs[job][0], jobs[job][1][number]) for job, number in asked])
             self.check_untouched(before, borrowed, step)
             rest = iter(borrowed)
-            for job, number in asked:
-                taken = [next(rest) for _ in range(int(arrays[job].borrowed[number]))]
-                self.blocks.tails.keep(jobs[job][0], jobs[job][1][number], resumed[job][number], taken)
+            for part in parts:
+                (prompt, branches), these = jobs[part.job], slice(part.lo, part.hi)
+                counts = arrays[part.job].borrowed[these].tolist()
+                self.blocks.tails.keep(prompt, branches[these], resumed[part.job][these], counts, rest)
             assert next(rest, None) is None
             self.blocks.tails.trim()
             assert self.blocks.free >= self.blocks.room // 2
@@ -152,53 +152,6 @@ def test_a_branch_larger_than_a_pass_goes_alone():
     jobs = [job_of(np.array([1, 2], np.int32), branches, plain(branches), BLOCK)]
     passes = list(cut(jobs, tokens=2, blocks=1))
     assert [(part.lo, part.hi) for parts in passes for part in parts] == [(0, 1), (1, 2)]
-
-
-class Scheduler:
-    """As much of vLLM's as is touched: a pool that counts references, and requests that give their blocks back."""
-
-    def __init__(self, blocks: int):
-        self.blocks = [SimpleNamespace(block_id=number, ref_cnt=0, is_null=number == 0) for number in range(blocks)]
-        self.requests: dict[str, list[SimpleNamespace]] = {}
-        pool = SimpleNamespace(
-            num_gpu_blocks=blocks, get_num_free_blocks=lambda: len(self.free()), get_new_blocks=self.take,
-            touch=self.touch, free_blocks=self.give,
-        )  # fmt: skip
-        coordinator = SimpleNamespace(get_blocks=lambda name: (self.requests[name],))
-        self.kv_cache_manager = SimpleNamespace(block_pool=pool, coordinator=coordinator)
-        spec = SimpleNamespace(block_size=BLOCK)
-        self.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
-
-    def free(self):
-        return [block for block in self.blocks if not block.ref_cnt and not block.is_null]
-
-    def take(self, count: int):
-        taken = self.free()[:count]
-        assert len(taken) == count
-        self.touch(taken)
-        return taken
-
-    def touch(self, blocks):
-        for block in blocks:
-            block.ref_cnt += 1
-
-    def give(self, blocks):
-        for block in blocks:
-            block.ref_cnt -= 1
-            assert block.ref_cnt >= 0
-
-    def run(self, name: str, tokens: int, computed: int | None = None):
-        """A request that finishes after `computed` of its tokens."""
-        self.requests[f"{name}-x1"] = self.take(-(-tokens // BLOCK))
-        computed = tokens if computed is None else computed
-        self._free_blocks(SimpleNamespace(request_id=f"{name}-x1", num_computed_tokens=computed))
-
-    def _free_blocks(self, request):
-        self.give(self.requests.pop(request.request_id))
-
-
-def prompt_of(tokens: int) -> Prompt:
-    return Prompt("w", np.arange(tokens, dtype=np.int32), 0, np.zeros(0, np.uint8), np.zeros(tokens, np.int64))
 
 
 def test_blocks_of_finished_windows_are_kept_from_others_until_they_are_let_go():

@@ -1,5 +1,7 @@
 """The worker's half without vLLM: stand-ins for both of its runners, on a CPU and on a pretend GPU."""
 
+import os
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,15 +11,23 @@ import pytest
 import torch
 
 from bytecache.schemas.errors import EngineError
+from bytecache.stages.engines.engine import Branch, Prompt
 from bytecache.stages.engines.paths import PathReducer, RowMasses, plan_paths
 from bytecache.stages.engines.static import StaticJob
+from bytecache.stages.engines.vllm import VllmEngine
+from bytecache.stages.engines.vllm_branches import WindowBlocks
 from bytecache.stages.engines.vllm_worker import PathExtension, Request, Want, WantState
 from bytecache.stages.tokens.vocab import load_vocabulary
+from tests.support.cache_blocks import Scheduler, prompt_of
 from tests.support.pretend_device import DEVICE, PretendDevice
 
 WIDTH = 8
 TEXT = np.frombuffer(b"the cache is a promise kept in advance", np.uint8)
 RUNNERS = ["v1", "v2"]
+OPERATIONS_PER_BRANCH = 14
+"""Calls of functions on the engine's thread for one more branch."""
+OPERATIONS_PER_ROW = 2
+"""The same for one more row of a window."""
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +221,105 @@ def test_static_states_are_taken_from_a_step_and_multiplied_on_the_device(reduce
         replace(rows[0], topk_id=np.zeros(0), topk_logp=np.zeros(0)),
         replace(expected(reducer, hidden[[3, 1]], [4, 8]), topk_id=np.zeros(0), topk_logp=np.zeros(0)),
     )
+
+
+class Operations:
+    """Counts the calls of functions, Python's and compiled ones, that this thread makes: host work without a clock."""
+
+    def __enter__(self) -> "Operations":
+        self.count = 0
+        sys.setprofile(self._note)
+        return self
+
+    def _note(self, frame: Any, event: str, argument: Any) -> None:
+        self.count += event in ("call", "c_call")
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+
+def engine_over(worker: PathExtension, blocks: WindowBlocks) -> VllmEngine:
+    """The engine's half for branches, with `worker` in its own process."""
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._blocks, engine._pass_tokens = blocks, 1 << 20
+    engine.branches = engine.branch_tokens = engine._prefix_tokens = 0
+    engine._engine = SimpleNamespace(collective_rpc=lambda method, args: [getattr(worker, method)(*args)])
+    return engine
+
+
+def held_windows(count: int, tokens: int, blocks: int) -> tuple[WindowBlocks, list[Prompt]]:
+    """Windows of the same text in blocks of a cache."""
+    scheduler = Scheduler(blocks)
+    windows = WindowBlocks(scheduler, longest=64)
+    prompts = [prompt_of(tokens)._replace(text=TEXT) for _ in range(count)]
+    windows.expect({str(number): prompt for number, prompt in enumerate(prompts)}, 1)
+    for number in range(count):
+        scheduler.run(str(number), tokens)
+    return windows, prompts
+
+
+def jobs_of(prompts: list[Prompt], each: int, depth: int) -> list[tuple[Prompt, list[Branch]]]:
+    return [(prompt, [Branch(i % 8, (i, *range(depth - 1)), i % len(TEXT)) for i in range(each)]) for prompt in prompts]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_branch_is_a_few_operations_on_the_engines_thread(reducer, monkeypatch, depth):
+    """Everything from a list of branches to rows that threads list; deep ones go on from those before them."""
+    monkeypatch.setattr("bytecache.stages.engines.vllm_worker.run_pass", lambda _, step: states(1, len(step.seq_lens)))
+    counts = []
+    for each in (64, 64, 320):  # the first compiles loops
+        runner = Runner("v1", head_of(reducer), torch.device("cpu"))
+        worker = PathExtension()
+        worker.model_runner, worker.rank = runner, 0  # type: ignore[attr-defined]
+        worker.bytecache_install(reducer, 1, 512, os.getpid())
+        blocks, prompts = held_windows(4, 10, 20_000)
+        engine = engine_over(worker, blocks)
+        for shorter in range(1, depth):
+            list(engine._over_blocks(jobs_of(prompts, each, shorter)))
+        jobs = jobs_of(prompts, each, depth)
+        tokens = engine.branch_tokens
+        with Operations() as operations:
+            rows = list(engine._over_blocks(jobs))
+        assert engine.branch_tokens - tokens == 4 * each == sum(len(one.log_norm) for one in rows)
+        counts.append(operations.count)
+    assert 0 < (counts[2] - counts[1]) / (4 * (320 - 64)) < OPERATIONS_PER_BRANCH
+
+
+def test_a_row_of_a_window_is_hardly_an_operation_on_the_engines_thread(reducer):
+    counts = []
+    for rows in (64, 64, 640):  # the first compiles loops
+        runner = Runner("v1", head_of(reducer), torch.device("cpu"))
+        worker = PathExtension()
+        worker.model_runner, worker.rank = runner, 0  # type: ignore[attr-defined]
+        worker.bytecache_install(reducer, 1, 512, os.getpid())
+        hidden = states(2, rows)
+        with Operations() as operations:
+            worker.bytecache_want({"w": want_of("window", [i % 30 for i in range(rows)], {"a": Request(0, rows)})})
+            runner.step(hidden, [("a-x", 0, rows)])
+            late = worker.bytecache_collect(["w"])
+        assert late is not None and len(late["w"].log_norm) == rows
+        counts.append(operations.count)
+    assert 0 < (counts[2] - counts[1]) / (640 - 64) < OPERATIONS_PER_ROW
+
+
+def test_a_pass_of_branches_on_a_device_waits_for_nothing_and_costs_the_same_for_many(reducer, monkeypatch):
+    launches = []
+    for each in (8, 120):
+        with PretendDevice() as gpu:
+            monkeypatch.setattr(
+                "bytecache.stages.engines.vllm_worker.run_pass",
+                lambda _, step, gpu=gpu: gpu.put(states(1, len(step.seq_lens))),
+            )
+            worker = extension(Runner("v1", gpu.put(head_of(reducer)), DEVICE), reducer)
+            blocks, prompts = held_windows(2, 10, 4000)
+            engine = engine_over(worker, blocks)
+            list(engine._over_blocks(jobs_of(prompts, 2, 1)))  # the vocabulary's tables go over once
+            jobs = jobs_of(prompts, each, 2)
+            gpu.forget()
+            rows = list(engine._over_blocks(jobs))
+            assert not gpu.synchronisations
+            launches.append(sum(gpu.kernels.values()))
+        hidden = states(1, 2 * each)
+        starts = [branch.start for branch in jobs[0][1]]
+        close(rows[0], expected(reducer, hidden[:each], starts))
+    assert launches[0] == launches[1]

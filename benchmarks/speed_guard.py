@@ -29,7 +29,7 @@ def commands(run: Path, work: Path) -> dict[str, list[str]]:
         "convert_throughput": [str(run), "--only", "branches", "--parts", "1", "--copies", "2", "--repeat", "2"],
         "loader": [str(run / "targets"), "--mb", "0.5", "--rounds", "3"],
         "objective_cost": [str(run), "--work", str(work), "--sizes", "small", "--bytes", "2048", "--rounds", "3"],
-        "teacher_presets": ["--bytes", "16000", "--rounds", "1", "--presets", "balanced"],
+        "teacher_presets": ["--bytes", "4000", "--rounds", "1", "--presets", "fast,balanced"],
     }
 
 

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,9 +26,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from benchmarks.spans import DEVICE_PARTS, Spans, attach
 from bytecache.schemas import settings as st
 from bytecache.stages.corpus.reader import CorpusReader
+from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.teacher.windows import WindowPlan, plan_windows
 
@@ -83,6 +88,31 @@ def _branch_counts(engine: Any) -> tuple[int, int]:
     return getattr(engine, "branches", 0), getattr(engine, "branch_tokens", 0)
 
 
+def deepened(model: str, times: int, work: Path) -> str:
+    """A checkpoint in `work` of the same distributions whose layers are `times` as many.
+
+    What is added computes and adds nothing: its output projections are zero. So a small model's text is measured with
+    a large model's proportion of layers to head.
+    """
+    folder = resolve_model(st.Teacher(model=model))
+    work.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".txt", ".model"):
+            (work / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    count = config["num_hidden_layers"]
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in list(weights.items()):
+        if match := re.match(r"model\.layers\.(\d+)\.(.*)", name):
+            for copy in range(1, times):
+                adds = match[2] in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+                number = int(match[1]) + copy * count
+                weights[f"model.layers.{number}.{match[2]}"] = torch.zeros_like(tensor) if adds else tensor.clone()
+    save_file(weights, work / "model.safetensors", {"format": "pt"})
+    (work / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count * times}))
+    return str(work)
+
+
 @contextmanager
 def branches_as_requests(teacher: Teacher) -> Iterator[None]:
     """As it was before branches ran over the blocks of their windows, and is where a model does not let them."""
@@ -125,10 +155,16 @@ def main() -> None:
     parser.add_argument(
         "--states", choices=["only", "known"], help="only make the static states, or take those of a run before"
     )
+    parser.add_argument(
+        "--deepen", nargs=2, metavar=("TIMES", "FOLDER"), help="so many times the layers, which add nothing"
+    )
     parser.add_argument("--threads", type=int, default=1, help="for lattices, beside the engine's")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    teacher = open_teacher(st.Teacher(model=args.model, preset="exact", backend=args.backend))
+    model = args.model
+    if args.deepen:
+        model = deepened(args.model, int(args.deepen[0]), Path(args.deepen[1]))
+    teacher = open_teacher(st.Teacher(model=model, preset="exact", backend=args.backend))
     teacher.pool = ThreadPoolExecutor(args.threads) if args.threads else None
     spans = Spans()
     attach(teacher, spans)
@@ -167,7 +203,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
         "model": args.model, "windows": len(plans), "tokens": tokens, "text_bytes": text_bytes,
-        "threads_beside": args.threads,
+        "threads_beside": args.threads, "layers_times": int(args.deepen[0]) if args.deepen else 1,
     }  # fmt: skip
     for name, rounds in passes.items():
         result[name] = {key: _median([found[key] for found in rounds]) for key in rounds[0]}

@@ -183,6 +183,28 @@ def teacher_presets() -> str:
     )
 
 
+def teacher_host() -> str:
+    """Where the engine's thread spends the time that no GPU would take, per row."""
+    measured = {
+        name: f["host_parts_us_per_row"] for name, f in result("teacher_presets.json").items() if isinstance(f, dict)
+    }
+    titles = {"prefill": "prefill", "all_rows": "all rows"}
+    parts = sorted({part for of_pass in measured.values() for part in of_pass} - {"else"})
+    rows = [[part, *(f"{of_pass.get(part, 0.0):.1f}" for of_pass in measured.values())] for part in [*parts, "else"]]
+    return table("part, µs per row | " + " | ".join(f">{titles.get(name, f'`{name}`')}" for name in measured), rows)
+
+
+def teacher_before() -> str:
+    """The teacher's speed beside that of a commit before."""
+    found = result("teacher_before.json")["figures"]
+    titles = {"prefill": "prefill, the last row of a window", "all_rows": "prefill, all rows"}
+    rows = []
+    for figure, f in found.items():
+        name = figure.split(", ")[1]
+        rows.append([titles.get(name, f"`{name}`"), f"{f['before']:.0f}", f"{f['now']:.0f}", f"{f['ratio']:.2f}"])
+    return table("pass | >before, bytes/s | >now | >ratio", rows)
+
+
 def foreign_lists() -> str:
     """What a cache of the k likeliest tokens costs, beside path masses."""
     rows = []
@@ -346,6 +368,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "dump-sizes": dump_sizes,
     "genlm": genlm,
     "teacher-presets": teacher_presets,
+    "teacher-host": teacher_host,
+    "teacher-before": teacher_before,
     "transfer": transfer,
     "transfer-short": transfer_short,
     "transfer-cause": transfer_cause,

@@ -14,7 +14,7 @@ presets. What storing adds is not in it (benchmarks/rate_distortion.py).
 
 Texts come from Python itself, and with `--texts` from a folder of .txt files, a kind each. Rows that one effort asked
 for are remembered for the next, so that the presets cost little beside the reference. The JSON is written after every
-stretch; with `--seconds` the study stops in between, and the same command goes on where it stopped.
+few stretches; with `--seconds` the study stops in between, and the same command goes on where it stopped.
 """
 
 import argparse
@@ -57,20 +57,23 @@ class Remembering(Engine):
         self.rows: dict[Any, RowMasses] = {}
 
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
+        new = [prompt for prompt in prompts if (prompt.name, "canonical") not in self.rows]
+        for prompt, rows in zip(new, self.engine.score(new), strict=True):
+            self.rows[prompt.name, "canonical"] = rows
         for prompt in prompts:
-            key = (prompt.name, "canonical")
-            if key not in self.rows:
-                (self.rows[key],) = self.engine.score([prompt])
-            yield self.rows[key]
+            yield self.rows[prompt.name, "canonical"]
 
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
-        for prompt, branches in jobs:
-            keys = [(prompt.name, branch.anchor, branch.chain) for branch in branches]
-            new = [i for i, key in enumerate(keys) if key not in self.rows]
-            if new:
-                (rows,) = self.engine.score_branches([(prompt, [branches[i] for i in new])])
-                self._keep([keys[i] for i in new], rows)
-            yield concatenate([self.rows[key] for key in keys])
+        keys = [[(prompt.name, branch.anchor, branch.chain) for branch in branches] for prompt, branches in jobs]
+        new = [[i for i, key in enumerate(some) if key not in self.rows] for some in keys]
+        asked = [number for number, some in enumerate(new) if some]
+        rows_of = self.engine.score_branches(
+            [(jobs[number][0], [jobs[number][1][i] for i in new[number]]) for number in asked]
+        )
+        for number, rows in zip(asked, rows_of, strict=True):
+            self._keep([keys[number][i] for i in new[number]], rows)
+        for some in keys:
+            yield concatenate([self.rows[key] for key in some])
 
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
         for job in jobs:
@@ -140,11 +143,10 @@ def stretches_of(documents: list[Encoded], tokens: int, share: float, seed: int)
     return found[: max(1, round(share * len(found)))]
 
 
-def window_at(teacher: Teacher, plan: WindowPlan, effort: dict[str, float]) -> Window:
-    """One stretch at an effort: tau, depth, static."""
+def windows_at(teacher: Teacher, plans: list[WindowPlan], effort: dict[str, float]) -> list[Window]:
+    """Stretches at an effort: tau, depth, static."""
     teacher.settings = teacher.settings.model_copy(update=effort)
-    (window,) = teacher.evaluate([plan])
-    return window
+    return teacher.evaluate(plans)
 
 
 class Figures:
@@ -219,27 +221,32 @@ class Study:
         self.missed = Measure()
         self.missed.merge(earlier["missed_state"])
 
-    def step(self) -> None:
-        """Measure the next stretch."""
-        document, position = self.stretches[self.measured]
-        s = self.teacher.settings
-        stretch = plan_stretch(
-            f"d{document}", self.documents[document], position, self.tokens,
-            start_id=self.teacher.vocabulary.start_id, context=s.context, overlap=s.overlap,
-        )  # fmt: skip
+    def step(self, count: int = 1) -> None:
+        """Measure the next stretches, `count` together at most: passes of several cost little more than of one."""
+        drawn = self.stretches[self.measured : self.measured + count]
+        plans = [self._plan(document, position) for document, position in drawn]
         self.teacher.engine.forget()
         effort = {**REFERENCE, "static": 0.0}
-        reference = Lattice(
-            window_at(self.teacher, stretch.plan, effort | ({"tau": self.deeper} if self.deeper else {})), drop=DROPPED
-        )
+        deepest = effort | ({"tau": self.deeper} if self.deeper else {})
+        references = [Lattice(window, drop=DROPPED) for window in windows_at(self.teacher, plans, deepest)]
         for preset, asked in st.PRESETS.items():
-            self.figures[preset].add(window_at(self.teacher, stretch.plan, asked), reference)
+            for window, reference in zip(windows_at(self.teacher, plans, asked), references, strict=True):
+                self.figures[preset].add(window, reference)
         if self.deeper:
-            self.figures["reference"].add(window_at(self.teacher, stretch.plan, effort), reference, drop=DROPPED)
-        scored = reference.window.score_start
-        self.reference_rows += int((reference.window.row_start >= scored).sum())
-        self.missed.add(reference.handed().total[scored:])
-        self.measured += 1
+            for window, reference in zip(windows_at(self.teacher, plans, effort), references, strict=True):
+                self.figures["reference"].add(window, reference, drop=DROPPED)
+        for reference in references:
+            scored = reference.window.score_start
+            self.reference_rows += int((reference.window.row_start >= scored).sum())
+            self.missed.add(reference.handed().total[scored:])
+        self.measured += len(drawn)
+
+    def _plan(self, document: int, position: int) -> WindowPlan:
+        s = self.teacher.settings
+        return plan_stretch(
+            f"d{document}-{position}", self.documents[document], position, self.tokens,
+            start_id=self.teacher.vocabulary.start_id, context=s.context, overlap=s.overlap,
+        ).plan  # fmt: skip
 
     def result(self) -> dict[str, Any]:
         """JSON: the figures, and what a later run goes on from."""
@@ -282,6 +289,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--bytes", type=int, default=10_000, help="of each kind")
     parser.add_argument("--document", type=int, default=2_500, help="bytes of a document")
     parser.add_argument("--stretch", type=int, default=64, help="tokens of a stretch")
+    parser.add_argument("--together", type=int, default=8, help="stretches that are evaluated together")
     parser.add_argument("--share", type=float, default=1.0, help="of all stretches that are measured")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument(
@@ -316,12 +324,12 @@ def main() -> None:
         chat = kind == "chat"
         documents = answers_of(teacher, args.bytes) if chat else documents_of(teacher, texts[kind], args.document)
         studies[kind] = Study(teacher, documents, args, facts["kinds"].get(kind))
-    # A stretch of each kind in turn, so that whatever time there is goes to all of them.
+    # Some stretches of each kind in turn, so that whatever time there is goes to all of them.
     while open_studies := {kind: study for kind, study in studies.items() if study.measured < len(study.stretches)}:
         for kind, study in open_studies.items():
             if time.monotonic() - began >= args.seconds:
                 break
-            study.step()
+            study.step(args.together)
             facts["kinds"][kind] = study.result()
             write_text(args.out, json.dumps(facts, indent=1) + "\n")
         else:

@@ -8,9 +8,10 @@ row; each token has its position in its own window and sees
     its ancestors in its own segment, and itself                         nothing of the others'
 
 so no token is padding, and the layers' matrices are read once for all windows of a pass. Attention is computed over
-the whole row and masked: a pass holds at most `NEW_TOKENS` new and `KEPT_TOKENS` kept ones of several windows, which
-costs a tenth of the pass (SmolLM2-135M; a window that is larger goes alone, without a mask). A pass of 16 tokens costs
-as much as one of 50 here, so short documents gain most.
+the whole row and masked: a pass holds at most `NEW_TOKENS` new and `KEPT_TOKENS` kept ones of several windows, and no
+more than `PAIRS` of a new and a kept one, which costs a tenth of the pass (SmolLM2-135M; a window that is larger goes
+alone, without a mask). A pass of 16 tokens costs as much as one of 50 here, so short documents gain most, and late
+passes, where each window asks for a branch or two.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,10 @@ from bytecache.stages.engines.engine import Branch, Prompt
 
 NEW_TOKENS = 256
 """Tokens that several windows evaluate in one pass at most."""
-KEPT_TOKENS = 512
-"""Tokens of several windows whose keys one pass of branches sees at most."""
+KEPT_TOKENS = 4096
+"""Tokens of several windows whose keys one pass of branches sees at most: they are copied into it."""
+PAIRS = 256 * 512
+"""New tokens times kept ones of one pass at most."""
 
 Keys = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer, [1, heads, tokens, width]."""
@@ -146,10 +149,11 @@ def runs(sizes: Sequence[tuple[int, int]]) -> Iterator[slice]:
     """Runs of windows that share a pass, given the new and the kept tokens of each: in order, one at least."""
     first = new = old = 0
     for index, (more_new, more_old) in enumerate(sizes):
-        if index > first and (new + more_new > NEW_TOKENS or old + more_old > KEPT_TOKENS):
+        with_it = new + more_new, old + more_old
+        if index > first and (with_it[0] > NEW_TOKENS or with_it[1] > KEPT_TOKENS or with_it[0] * with_it[1] > PAIRS):
             yield slice(first, index)
-            first, new, old = index, 0, 0
-        new, old = new + more_new, old + more_old
+            first, with_it = index, (more_new, more_old)
+        new, old = with_it
     if len(sizes):
         yield slice(first, len(sizes))
 

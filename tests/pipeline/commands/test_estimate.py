@@ -192,7 +192,7 @@ def test_a_pilot_beside_the_run_it_foretells(tmp_path: Path) -> None:
     assert found["dollars"]["value"] == pytest.approx(2 * hours)
     everything = bytecache("estimate", "--units", "2", "--max-ratio", "1000", "--max-dollars", "5", "--price", "1")
     assert "within the budget: --set teacher.preset=exact --set convert.precision=precise" in everything
-    assert "tau 0.003, depth 2" in everything
+    assert "tau 0.0015, depth 2" in everything
     assert "top_k 16, as configured" in everything
     assert len(list(store.list("receipts/teacher"))) == 4  # other presets leave nothing
     bytecache("estimate", "--units", "2", "--max-ratio", "0.001", code=2)

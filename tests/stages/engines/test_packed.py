@@ -121,9 +121,10 @@ def test_a_model_that_mixes_windows_is_refused(tiny_checkpoint, monkeypatch):
 
 
 def test_runs_keep_order_and_limits():
-    sizes = [(100, 0), (100, 0), (57, 0), (300, 0), (10, 500), (10, 13), (1, 0)]
+    sizes = [(100, 0), (100, 0), (57, 0), (300, 0), (10, 4000), (10, 97), (1, 0), (200, 540), (1, 1)]
     found = list(packed.runs(sizes))
-    assert [(run.start, run.stop) for run in found] == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 7)]
+    # Too many new tokens, one window that is too long by itself, too many kept, too many pairs of a new and a kept one.
+    assert [(run.start, run.stop) for run in found] == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 7), (7, 9)]
     assert list(packed.runs([])) == []
 
 

@@ -1,7 +1,7 @@
 """What one damaged file of a finished run costs its owner: the table of files x damages.
 
 Every file of a run (a tiny teacher, a student and its control) is flipped, cut short, removed and swapped with its
-neighbour, one at a time (`--strangers`: replaced by a folder and by a pipe as well). `verify` has to find it, the
+neighbour, one at a time (`--strangers`: replaced by a folder and by a pipe instead). `verify` has to find it, the
 command that reads the file to name it, and whoever follows the commands he is told has to end with a whole run of the
 same outputs (`tests/support/damage.py`).
 
@@ -33,13 +33,13 @@ from tests.support.damage import DAMAGES, STRANGERS, Verdict, cases, examine, fi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", action="store_true", help="follow every file to the end, not one of each kind")
-    parser.add_argument("--strangers", action="store_true", help="folders and pipes in a file's place, too")
+    parser.add_argument("--strangers", action="store_true", help="folders and pipes in a file's place instead")
     parser.add_argument("--only", default="", help="keys that match this regular expression")
     parser.add_argument("--folder", type=Path, help="keep the run and the cases here, and go on with what is here")
     chosen = parser.parse_args()
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="damage-"))
     try:
-        damages = (*DAMAGES, *STRANGERS) if chosen.strangers else DAMAGES
+        damages = STRANGERS if chosen.strangers else DAMAGES
         verdicts = examined(folder.absolute(), chosen.only, damages, every=chosen.every)
     finally:
         if not chosen.folder:
@@ -82,7 +82,8 @@ def report(verdicts: list[Verdict]) -> dict[str, Any]:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         **figures(verdicts),
         "commands": {
-            damage: Counter(v.ends for v in verdicts if v.damage == damage) for damage in (*DAMAGES, *STRANGERS)
+            damage: Counter(v.ends for v in verdicts if v.damage == damage)
+            for damage in sorted({v.damage for v in verdicts}, key=(*DAMAGES, *STRANGERS).index)
         },
         "kinds": {
             name: figures(group)

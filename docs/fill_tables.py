@@ -322,8 +322,10 @@ DAMAGED = {
 
 def damage() -> str:
     """What became of every damaged file, by part of the run and by damage: found / named / whole again, of how many."""
-    measured = result("damage.json")
-    left, rows = dict(measured["kinds"]), []
+    left, rows = dict(result("damage.json")["kinds"]), []
+    for name, kind in result("damage_strangers.json")["kinds"].items():
+        known = left.get(name, {"cases": 0, "damages": {}})
+        left[name] = {"cases": known["cases"] + kind["cases"], "damages": known["damages"] | kind["damages"]}
     damages = list(dict.fromkeys(damage for kind in left.values() for damage in kind["damages"]))
     for part, pattern in DAMAGED.items():
         kinds = [left.pop(name) for name in list(left) if re.match(pattern, name)]

@@ -26,7 +26,7 @@ from bytecache.pipeline.commands.straight import find_shards, is_straight
 from bytecache.pipeline.commands.teacher import dump_groups, find_dumps
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan.index import Plan, load_plan
-from bytecache.pipeline.stores import Store
+from bytecache.pipeline.stores import Store, refuse_no_file
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt, unit_key
@@ -137,6 +137,7 @@ def _part_files(store: Store, part: Receipt, shard: str) -> list[Path]:
             f"{shard} needs the dump part {part.name}, which convert.delete_dump removed; run "
             "`bytecache plan` or `bytecache verify --repair`, then `bytecache teacher`"
         )
+    refuse_no_file(store, *(file.path for file in part.files))
     problems = receipts.problems(store, part)
     if problems:
         raise IntegrityError(f"{'; '.join(problems)}; run `bytecache teacher` to make it again")

@@ -10,6 +10,7 @@ from pathlib import Path
 from bytecache.pipeline.units.aside import ASIDE
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
+from bytecache.schemas.dataset.editions import older_editions
 from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.files import make_folder, replace_file, scratch_folder
@@ -25,9 +26,12 @@ def repair_dataset(folder: Path, source: str) -> list[str]:
     from bytecache.stages.targets.source import fetch_file
 
     base = source.rstrip("/")
-    done = _mend_index(folder, base)
-    entries = {entry.file: entry for entry in read_dataset(folder).entries}
+    done = _mend_index(folder, base) + _mend_older(folder, base)
+    older = [read_dataset(place) for _, place in older_editions(folder)]
+    entries = {entry.file: entry for dataset in (*older, read_dataset(folder)) for entry in dataset.entries}
     for problem in verify_dataset(folder):
+        if problem.kind in ("index", "older"):
+            raise IntegrityError(f"{base} has the same fault: {problem.file} {problem.detail}; ask its maker")
         if problem.kind in ("duplicated", "foreign") or problem.file == card.FILE:
             done.append(_settle(folder, problem.file, problem.kind))
             continue
@@ -42,21 +46,44 @@ def _mend_index(folder: Path, base: str) -> list[str]:
 
     Into a scratch folder first: a source that is no data set must not cost the index that is here.
     """
-    from bytecache.stages.targets.source import fetch_bytes
+    from bytecache.schemas.dataset.verification import verify_dataset
 
     try:
         read_dataset(folder)
-        return []
     except IntegrityError as error:
-        with scratch_folder(folder) as scratch:
-            document = fetch_bytes(f"{base}/{DATASET}", MAX_JSON)
-            table = fetch_bytes(f"{base}/{MANIFEST}", MAX_MANIFEST)
-            (scratch / DATASET).write_bytes(document)
-            (scratch / MANIFEST).write_bytes(table)
-            read_dataset(scratch)
-        replace_file(folder / MANIFEST, table)
-        replace_file(folder / DATASET, document)
+        _fetch_index(folder, base)
         return [f"fetched: the index ({error})"]
+    faults = [problem.detail for problem in verify_dataset(folder) if problem.kind == "index"]
+    if not faults:
+        return []
+    _fetch_index(folder, base)
+    return [f"fetched: the index (it {faults[0]})"]
+
+
+def _mend_older(folder: Path, base: str) -> list[str]:
+    """The same for the indices of older editions."""
+    from bytecache.schemas.dataset.verification import verify_dataset
+
+    done = []
+    for problem in verify_dataset(folder):
+        if problem.kind == "older":
+            place = problem.file.rpartition("/")[0]
+            _fetch_index(folder / place, f"{base}/{place}")
+            done.append(f"fetched: the index of {place} ({problem.detail})")
+    return done
+
+
+def _fetch_index(folder: Path, base: str) -> None:
+    from bytecache.stages.targets.source import fetch_bytes
+
+    with scratch_folder(folder) as scratch:
+        document = fetch_bytes(f"{base}/{DATASET}", MAX_JSON)
+        table = fetch_bytes(f"{base}/{MANIFEST}", MAX_MANIFEST)
+        (scratch / DATASET).write_bytes(document)
+        (scratch / MANIFEST).write_bytes(table)
+        read_dataset(scratch)
+    replace_file(folder / MANIFEST, table)
+    replace_file(folder / DATASET, document)
 
 
 def _settle(folder: Path, file: str, kind: str) -> str:

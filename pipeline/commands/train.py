@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bytecache.pipeline.commands.dataset import TARGETS
 from bytecache.pipeline.commands.student import RECORD, make_student, student_task
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.stores import Store, disk_errors
+from bytecache.pipeline.stores import Store, disk_errors, refuse_no_file
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
@@ -56,6 +56,8 @@ def open_targets(context: Context) -> "Dataset":
     from bytecache.stages.targets.source import open_dataset
 
     settings = context.settings.dataset
+    if not settings.source:
+        refuse_no_file(context.store, f"{TARGETS}/dataset.json", f"{TARGETS}/manifest.parquet")
     if not settings.source and not context.store.exists(f"{TARGETS}/dataset.json"):
         raise InputError(
             f"{context.store.name} holds no data set; run `bytecache convert` with this run.dir first "

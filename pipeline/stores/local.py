@@ -25,6 +25,16 @@ STALE_SECONDS = 7 * 24 * 3600
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EXDEV}
 
 
+def refuse_no_file(store: object, *keys: str) -> None:
+    """Raises StorageError, which names the remedy, where a folder, a pipe or the like stands in the place of a key.
+
+    Work that cannot end for want of its file's place is not begun. An object store holds nothing but objects.
+    """
+    for key in keys if isinstance(store, LocalStore) else ():
+        if os.path.lexists(store.root / key):
+            store.get_path(key)
+
+
 class LocalStore:
     """A folder. `root` is made on first write, so that reading commands leave nothing behind."""
 

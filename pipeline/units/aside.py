@@ -17,7 +17,7 @@ from bytecache.schemas.files import kind_of
 
 ASIDE = "set-aside"
 _TARGETS = "targets/"
-_ENDINGS = (".json", ".jsonl", ".toml", ".parquet", ".md", ".zip", ".safetensors")
+_ENDINGS = (".json", ".jsonl", ".toml", ".parquet", ".md", ".html", ".zip", ".safetensors")
 """What only files of a run end with: a folder of such a name stands in a file's place."""
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
 
-from bytecache.pipeline.stores import Store, json_bytes
+from bytecache.pipeline.stores import Store, json_bytes, refuse_no_file
 from bytecache.pipeline.stores.base import is_key
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError, StorageError
@@ -156,12 +156,13 @@ def write_receipt(store: Store, receipt: Receipt) -> bool:
 def read_receipt(store: Store, stage: str, key: str) -> Receipt | None:
     """The receipt of a unit, or None where there is none.
 
-    Raises IntegrityError if it is not as it was written, or is that of another unit. That its inputs hash to its key is
+    Raises IntegrityError if it is not as it was written, or is that of another unit; StorageError if it is no file. That its inputs hash to its key is
     the business of whoever uses them (`key_fault`).
     """
     place = receipt_path(stage, key)
     path, size = f"{store.name}/{place}", store.size(place)
     if size is None:
+        refuse_no_file(store, place)
         return None
     if size > MAX_RECEIPT:
         raise IntegrityError(f"receipt {path} is damaged ({size} bytes, at most {MAX_RECEIPT} are read); {_REMEDY}")

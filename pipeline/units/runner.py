@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bytecache.pipeline.stores import Store, disk_errors, overlapped
+from bytecache.pipeline.stores import Store, disk_errors, overlapped, refuse_no_file
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter, human_bytes
 from bytecache.pipeline.units.receipts import FileRecord, Receipt
@@ -122,7 +122,10 @@ class Outcome:
 
 
 def finished(store: Store, task: Task, warn: Callable[[str], None] | None = None) -> Receipt | None:
-    """The task's receipt if its files match it to the sha256, else None (and `warn` is told what is damaged)."""
+    """The task's receipt if its files match it to the sha256, else None (and `warn` is told what is damaged).
+
+    Raises StorageError where what stands in the place of one is no file: it could not be made again.
+    """
     try:
         receipt = receipts.read_receipt(store, task.stage, task.key)
         faults = receipts.problems(store, receipt) if receipt else []
@@ -132,6 +135,8 @@ def finished(store: Store, task: Task, warn: Callable[[str], None] | None = None
         raise
     except IntegrityError as error:
         receipt, faults = None, [str(error)]
+    if faults:
+        refuse_no_file(store, *(file.path for file in (receipt.files if receipt else ())))
     if faults and warn:
         warn(f"{task.stage} {task.name} will be redone: {'; '.join(faults)}")
     return None if faults else receipt

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -333,8 +334,11 @@ def _misshapen(info: dict[str, Any]) -> str:
     edition = info.get("edition", {"number": 1, "parent": ""})
     if not isinstance(edition, dict) or not is_whole(edition.get("number"), 1) or edition["number"] >= 10**5:
         return "edition.number is no number from 1 to 99999"
-    if not isinstance(edition.get("parent"), str):
-        return f"edition.parent is {_kind(edition.get('parent'))}, must be {_KINDS[str]}"
+    parent = edition.get("parent")
+    if not isinstance(parent, str) or not re.fullmatch(
+        "[0-9a-f]{64}" if edition["number"] > 1 and parent else "", parent
+    ):
+        return "edition.parent is no content hash of an edition before, or edition 1 has one"
     for unit in info["creation"].get("missing") or []:
         fits = isinstance(unit, dict) and all(
             is_whole(unit.get(name), 0) for name in ("unit", "n_documents", "n_bytes")

@@ -12,7 +12,7 @@ import numpy as np
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset import card
-from bytecache.schemas.dataset.editions import older_editions
+from bytecache.schemas.dataset.editions import edition_folder, edition_of, older_editions
 from bytecache.schemas.dataset.index import DATASET, MAX_JSON, SUFFIX, Dataset, ShardEntry, read_dataset
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256, read_regular
@@ -66,17 +66,44 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
 
 
 def _older_entries(dataset: Dataset) -> tuple[list[ShardEntry], list[Problem]]:
-    """Shards that only older editions list, and what is wrong with the indices of those."""
+    """Shards that only older editions list, and what is wrong with the indices of those and with their chain."""
     entries, problems = dict[str, ShardEntry](), list[Problem]()
+    before: Dataset | None = None
     for name, folder in older_editions(dataset.folder):
         try:
-            listed = read_dataset(folder).entries
+            older = read_dataset(folder)
         except (IntegrityError, StorageError) as error:
             problems.append(Problem(f"{name}/{DATASET}", "older", str(error)))
+            before = None  # what follows it cannot be compared with it
             continue
-        entries.update((entry.file, entry) for entry in listed)
+        fault = edition_fault(older, before) or (
+            f"is edition {edition_of(older.info)}" if name != edition_folder(edition_of(older.info)) else ""
+        )
+        problems += [Problem(f"{name}/{DATASET}", "older", fault)] if fault else []
+        entries.update((entry.file, entry) for entry in older.entries)
+        before = older
+    fault = edition_fault(dataset, before)
+    problems += [Problem(DATASET, "index", fault)] if fault else []
     newest = {entry.file for entry in dataset.entries}
     return [entry for file, entry in entries.items() if file not in newest], problems
+
+
+def edition_fault(dataset: Dataset, before: Dataset | None) -> str:
+    """Why an index cannot follow the edition before it, in words; "" where it can, and where there is none before."""
+    if before is None:
+        return ""
+    if edition_of(dataset.info) == edition_of(before.info) and dataset.content_sha256 == before.content_sha256:
+        return ""  # kept already, by a conversion that was ended before it wrote the next
+    info = dataset.info
+    number, parent = edition_of(info), (info.get("edition") or {}).get("parent", "")
+    if number <= edition_of(before.info):
+        return f"is edition {number}, and edition {edition_of(before.info)} is an older one beside it"
+    if parent != before.content_sha256:
+        return (
+            f"names {parent[:12] or 'nothing'} as its parent, and edition {edition_of(before.info)}, before it, is "
+            f"{before.content_sha256[:12]}"
+        )
+    return ""
 
 
 def _check_card(folder: Path) -> list[Problem]:

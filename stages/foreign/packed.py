@@ -14,9 +14,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bytecache.schemas.errors import ConfigError
+from bytecache.schemas.files import read_regular
 from bytecache.schemas.whole import Whole
 
 CONFIG = "compression_config.yaml"
+MAX_CONFIG = 1 << 20
 _NUMBERS = Literal["float16", "bfloat16", "float32", "float64"]
 _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -50,13 +52,13 @@ class Packing(BaseModel):
 
         path = file.parent / CONFIG
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = yaml.safe_load(read_regular(path, MAX_CONFIG)[:MAX_CONFIG])
             return cls.model_validate(settings)
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{path} is missing: packed columns cannot be read without the settings that DistillKit wrote there"
             ) from error
-        except (OSError, ValueError, ValidationError, yaml.YAMLError) as error:
+        except (OSError, ValueError, ValidationError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: not DistillKit's compression settings ({str(error)[:200]})") from error
 
     @property

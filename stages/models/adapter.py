@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, InputError
-from bytecache.schemas.files import cache_folder, file_sha256, make_folder, scratch_folder
+from bytecache.schemas.files import cache_folder, file_sha256, make_folder, read_regular, scratch_folder
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.models.device import trunk_dtype
 from bytecache.stages.models.fitness import quantisation
+from bytecache.stages.models.soundness import MAX_CONFIG
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MARKER = "bytecache-adapter.json"
+_BASE = "base_model_name_or_path"
 DIFFERENCE = 1e-3
 """By how much of the largest a logit may change between the adapter beside its base and the merged checkpoint, in
 float32; sixteen-bit weights are compared with `HALF`."""
@@ -77,7 +80,7 @@ def merged(base: Path, weights: dict[str, str], adapter: Path, settings: Teacher
 
 def _is_whole(folder: Path) -> bool:
     try:
-        record = json.loads((folder / MARKER).read_text())
+        record = strict_json.loads(read_regular(folder / MARKER, MAX_CONFIG))
         return bool(record["files"]) and all(
             file_sha256(folder / name) == sha256 for name, sha256 in record["files"].items()
         )
@@ -143,8 +146,8 @@ def _refuse_unused(model: Any, adapter: Path, name: str) -> None:
 
 def _trained_on(adapter: Path) -> str:
     try:
-        return str(json.loads((adapter / CONFIG).read_text()).get("base_model_name_or_path") or "its maker did not say")
-    except (ValueError, AttributeError):
+        return str(strict_json.loads(read_regular(adapter / CONFIG, MAX_CONFIG)).get(_BASE) or "its maker did not say")
+    except (OSError, ValueError, AttributeError):
         return "its configuration cannot be read"
 
 

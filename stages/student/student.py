@@ -31,7 +31,7 @@ from transformers import (
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.schemas.files import flush_to_disk, scratch_folder
+from bytecache.schemas.files import flush_to_disk, read_regular, scratch_folder
 from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.stages.models.fitness import refuse_unfit_student
 from bytecache.stages.models.locate import locate
@@ -47,6 +47,8 @@ from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
 BPE_BYTES = 64 * 1024 * 1024
 """Text that a `bpe:N` tokenizer is trained on, at most."""
+MAX_RECORD = 1 << 24
+"""Bytes of a student.json, at most."""
 NEW_TOKENIZER = "bpe:2048"
 """Of a new student that names none."""
 CONTEXT = 4096
@@ -226,7 +228,7 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 def _recorded(folder: Path) -> dict[str, Any]:
     """What `student.json` says; nothing where it is missing or no JSON object."""
     try:
-        record = strict_json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        record = strict_json.loads(read_regular(folder / "student.json", MAX_RECORD))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

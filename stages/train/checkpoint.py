@@ -17,8 +17,17 @@ from torch import Tensor
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256, flush_to_disk, scratch_folder
+from bytecache.schemas.files import (
+    NotAFileError,
+    file_sha256,
+    flush_to_disk,
+    put_in_place,
+    read_regular,
+    scratch_folder,
+)
 
+MAX_RECORD = 1 << 16
+"""Bytes of the record beside a checkpoint, at most."""
 KEEP = 2
 """Checkpoints kept; the older one is the fallback for damage of the newer."""
 
@@ -26,8 +35,7 @@ KEEP = 2
 def _publish(scratch: Path, final: Path) -> None:
     scratch.chmod(0o644)  # safetensors leaves files that nobody but their owner can read
     flush_to_disk(scratch)
-    scratch.replace(final)
-    flush_to_disk(final.parent)
+    put_in_place(scratch, final)
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -37,7 +45,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         folder: of one training run. step: optimiser steps done. tensors: any names. state: JSON-able.
 
     Raises:
-        StorageError: the disk refused.
+        StorageError: the disk refused. NotAFileError: something else stands in its place.
     """
     final = folder / f"step-{step:08d}.safetensors"
     try:
@@ -49,8 +57,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
             _publish(body, final)
             _publish(receipt, final.with_suffix(".json"))
         for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
-            old.with_suffix(".json").unlink(missing_ok=True)
-            old.unlink(missing_ok=True)
+            for file in (old.with_suffix(".json"), old):
+                if file.is_file():
+                    file.unlink(missing_ok=True)
+    except NotAFileError:
+        raise  # what stands in its place is for `verify --repair`, as the pipeline says
     except OSError as error:
         raise StorageError(f"{final}: cannot write the checkpoint ({error}); free space and rerun") from error
     return final
@@ -64,7 +75,7 @@ def _record(path: Path, step: int, size: int, sha256: str) -> str:
 def verify(path: Path) -> str:
     """The sha256 of a committed checkpoint; IntegrityError where file and receipt disagree or one is missing."""
     try:
-        text = path.with_suffix(".json").read_text(encoding="utf-8")
+        text = read_regular(path.with_suffix(".json"), MAX_RECORD).decode("utf-8")
         receipt = strict_json.loads(text)
         size, expected = int(receipt["size"]), str(receipt["sha256"])
         as_written = text == _record(path, int(path.stem.removeprefix("step-")), size, expected)

@@ -211,7 +211,11 @@ def _obey(command: str) -> str:
         if not told:
             return f"! {command}: exit {code}, no command: {refusal[:200]}"
         trail.append(told[0])
-        call(told[0])
+        status, said = call(told[0])
+        refusal = next((line for line in said.splitlines() if line.startswith("error: ")), "")
+        if status and (further := commands_in(refusal)):
+            trail.append(further[0])
+            call(further[0])
         for line in text.splitlines():
             if line.startswith("left:"):
                 trail += commands_in(line)

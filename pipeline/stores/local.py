@@ -30,9 +30,10 @@ def refuse_no_file(store: object, *keys: str) -> None:
 
     Work that cannot end for want of its file's place is not begun. An object store holds nothing but objects.
     """
-    for key in keys if isinstance(store, LocalStore) else ():
-        if os.path.lexists(store.root / key):
-            store.get_path(key)
+    if isinstance(store, LocalStore):
+        for key in keys:
+            if os.path.lexists(store.root / key):
+                store.get_path(key)
 
 
 class LocalStore:

@@ -15,7 +15,7 @@ from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.ledger import Layout, read_json
 from bytecache.pipeline.fleet.quarantine import quarantined
 from bytecache.pipeline.plan.index import Plan, Unit, load_plan
-from bytecache.pipeline.stores import Store, overlapped
+from bytecache.pipeline.stores import Store, overlapped, refuse_no_files_in
 from bytecache.pipeline.units import documents, receipts
 from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
@@ -245,6 +245,7 @@ def dump_groups(store: Store) -> tuple[dict[str, dict[str, Receipt]], list[str]]
         except IntegrityError as error:
             return str(error)
 
+    refuse_no_files_in(store, f"{receipts.FOLDER}/teacher")
     groups: dict[str, dict[str, Receipt]] = defaultdict(dict)
     damaged: list[str] = []
     for receipt in overlapped(read, [key for _, key in receipts.list_receipts(store, "teacher")]):

@@ -1,12 +1,13 @@
 """Where bytes live: the only package that knows. `Store` is the interface, `open_store` picks the backend by URL."""
 
 from bytecache.pipeline.stores.base import TEMP_FOLDER, Store, disk_errors, json_bytes, overlapped
-from bytecache.pipeline.stores.local import LocalStore, refuse_no_file
+from bytecache.pipeline.stores.local import LocalStore, refuse_no_file, refuse_no_files_in
 from bytecache.schemas.errors import ConfigError, install
 from bytecache.schemas.files import cache_folder, local_path
 
 __all__ = [
-    "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped", "refuse_no_file",
+    "TEMP_FOLDER", "LocalStore", "Store", "disk_errors", "json_bytes", "open_store", "overlapped",
+    "refuse_no_file", "refuse_no_files_in",
 ]  # fmt: skip
 
 

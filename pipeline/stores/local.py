@@ -36,6 +36,12 @@ def refuse_no_file(store: object, *keys: str) -> None:
                 store.get_path(key)
 
 
+def refuse_no_files_in(store: object, folder: str) -> None:
+    """The same of everything that lies directly in a folder of keys: a listing passes over folders."""
+    if isinstance(store, LocalStore) and (store.root / folder).is_dir():
+        refuse_no_file(store, *(f"{folder}/{path.name}" for path in sorted((store.root / folder).iterdir())))
+
+
 class LocalStore:
     """A folder. `root` is made on first write, so that reading commands leave nothing behind."""
 

@@ -156,13 +156,16 @@ def write_receipt(store: Store, receipt: Receipt) -> bool:
 def read_receipt(store: Store, stage: str, key: str) -> Receipt | None:
     """The receipt of a unit, or None where there is none.
 
-    Raises IntegrityError if it is not as it was written, or is that of another unit; StorageError if it is no file.
-    That its inputs hash to its key is the business of whoever uses them (`key_fault`).
+    Raises IntegrityError if it is not as it was written, or is that of another unit, or no file. That its
+    inputs hash to its key is the business of whoever uses them (`key_fault`).
     """
     place = receipt_path(stage, key)
     path, size = f"{store.name}/{place}", store.size(place)
     if size is None:
-        refuse_no_file(store, place)
+        try:
+            refuse_no_file(store, place)
+        except StorageError as error:
+            raise IntegrityError(f"receipt {error}") from None
         return None
     if size > MAX_RECEIPT:
         raise IntegrityError(f"receipt {path} is damaged ({size} bytes, at most {MAX_RECEIPT} are read); {_REMEDY}")

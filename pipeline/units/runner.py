@@ -136,7 +136,8 @@ def finished(store: Store, task: Task, warn: Callable[[str], None] | None = None
     except IntegrityError as error:
         receipt, faults = None, [str(error)]
     if faults:
-        refuse_no_file(store, *(file.path for file in (receipt.files if receipt else ())))
+        places = [file.path for file in (receipt.files if receipt else ())]
+        refuse_no_file(store, receipts.receipt_path(task.stage, task.key), *places)
     if faults and warn:
         warn(f"{task.stage} {task.name} will be redone: {'; '.join(faults)}")
     return None if faults else receipt

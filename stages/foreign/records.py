@@ -20,14 +20,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.files import arrow_path
 from bytecache.schemas.parquet_pages import refuse_blown_up
+from bytecache.schemas.whole import is_number
 from bytecache.stages.foreign.packed import Packing
 
 LAYOUTS = ("plain", "distillkit", "axolotl", "trl")
 MAX_LINE = 1 << 28
 """Bytes of one line of JSON."""
+MAX_VALUES = 1 << 24
+"""Numbers and lists of one record: 64 entries at each of 128 thousand positions. A file of some kB may hold many more,
+and each takes tens of bytes of memory once it is read."""
 
 
 class Record(NamedTuple):
@@ -141,7 +146,12 @@ def _whole(values: list[Any]) -> np.ndarray:
 
 def _named(entry: dict[str, Any]) -> tuple[int, float]:
     """(id, logprob) of {"token": "token_id:123", "logprob": -0.1}."""
-    return int(str(entry["token"]).rpartition(":")[2]), float(entry["logprob"])
+    token, logprob = str(entry["token"]).rpartition(":")[2], entry["logprob"]
+    if not (token.isascii() and token.isdigit()):
+        raise ValueError(f"{token[:40]!r} is no id")
+    if not is_number(logprob):
+        raise ValueError("log-probabilities that are no numbers")
+    return int(token), float(logprob)
 
 
 def _checked(record: Record) -> Record:
@@ -176,6 +186,11 @@ class _Parquet:
             self._file = pq.ParquetFile(arrow_path(path))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{path}: not a whole Parquet file ({error}); fetch it again") from error
+        names = self.names()
+        if len(set(names)) != len(names):
+            raise InputError(
+                f"{path}: two columns of one name ({', '.join(sorted(names)[:8])}); write it with one of each"
+            )
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._begin = np.cumsum([0, *sizes]).tolist()
         self._group, self._table = -1, None
@@ -195,8 +210,28 @@ class _Parquet:
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise InputError(f"{self.path}: row group {group} cannot be read ({error}); fetch it again") from error
         inside = number - self._begin[group]
-        rows: list[dict[str, Any]] = self._table.slice(inside, 1).to_pylist()  # type: ignore[attr-defined]
+        record: pa.Table = self._table.slice(inside, 1)  # type: ignore[attr-defined]
+        count = sum(_values(chunk) for column in record.columns for chunk in column.chunks)
+        if count > MAX_VALUES:
+            raise _too_many(self.path, number, count)
+        rows: list[dict[str, Any]] = record.to_pylist()
         return rows[0]
+
+
+def _values(array: pa.Array) -> int:
+    """How many numbers, lists and objects an array holds, at all depths."""
+    kind = array.type
+    if pa.types.is_struct(kind):
+        return len(array) + sum(_values(child) for child in array.flatten())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return len(array) + _values(array.flatten())
+    return len(array)
+
+
+def _too_many(path: Path, number: int, count: int) -> InputError:
+    return InputError(
+        f"{path}, record {number}: {count} values, at most {MAX_VALUES} are read of one record; write shorter records"
+    )
 
 
 class _Lines:
@@ -222,8 +257,11 @@ class _Lines:
 
     def row(self, number: int) -> dict[str, Any]:
         self._file.seek(self._place[number])
+        line = self._file.readline()
+        if (count := sum(map(line.count, (b",", b"[", b"{")))) > MAX_VALUES:
+            raise _too_many(self.path, number, count)
         try:
-            row = json.loads(self._file.readline(), parse_constant=_infinite)
+            row = json.loads(line, parse_constant=_infinite, object_pairs_hook=strict_json.distinct)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}, record {number}: not JSON ({error})") from error
         if not isinstance(row, dict):

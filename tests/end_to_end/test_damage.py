@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.damage import DAMAGES, LOGS, call, examine, files, inflict, kind, make_finished_run
+from tests.support.damage import DAMAGES, LOGS, STRANGERS, call, examine, files, inflict, kind, make_finished_run
 
 KINDS = (
     "config.toml", "plan/plan.json", "plan/slices/UNIT.parquet", "plan/units/PAGE.json", "teacher/UNIT.parquet",
@@ -45,8 +45,8 @@ def one_of(finished: Path, name: str) -> str:
     return next(key for key in files(finished) if kind(key) == name)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("damage", [*DAMAGES, *STRANGERS])
+@pytest.mark.parametrize("name", [*KINDS, "report/report.html"])
 def test_one_damaged_file(finished: Path, place: Path, name: str, damage: str) -> None:
     verdict = examine(finished, place / "run", one_of(finished, name), damage)
     if verdict is None:
@@ -54,7 +54,7 @@ def test_one_damaged_file(finished: Path, place: Path, name: str, damage: str) -
     assert verdict.good, verdict
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [*DAMAGES, *STRANGERS])
 def test_every_file_is_looked_after(finished: Path, place: Path, damage: str) -> None:
     """No file of a run is without somebody who vouches for it."""
     unseen = []

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -17,6 +19,7 @@ from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.engines.listing import ListingReducer
+from bytecache.stages.foreign import records
 from bytecache.stages.foreign.cache import Aside, ForeignTeacher, Reading, read_off
 from bytecache.stages.foreign.packed import Packing
 from bytecache.stages.foreign.records import Cache, Columns
@@ -327,3 +330,43 @@ def test_listed_ids_of_no_token_are_counted_and_said(vocabulary: Vocabulary, fol
     )])  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "1 listed ids are none of the tokenizer's" in result.output
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+@pytest.mark.parametrize("column", ["input_ids", "topk_ids", "topk_logprobs"])
+def test_a_record_has_a_size(column: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of some kB became gigabytes of Python numbers: 2^27 equal ids take 3 kB of Parquet."""
+    monkeypatch.setattr(records, "MAX_VALUES", 1000)
+    row: dict[str, Any] = {"input_ids": [5] * 9, "topk_ids": [[5, 6]] * 9, "topk_logprobs": [[-0.1, -4.0]] * 9}
+    path = write_records(tmp_path / f"x.{ending}", [row, row | {column: row[column] * 200}])
+    cache = Cache(path, "plain")
+    assert len(cache[0].tokens) == 9
+    with pytest.raises(InputError, match=r"record 1: \d+ values, at most 1000 are read of one record"):
+        cache[1]
+
+
+def test_values_are_counted_at_all_depths() -> None:
+    table = pa.table({"a": [[{"x": [1, 2], "y": 3}, {"x": [], "y": 4}]], "b": [[[1], [2, 3]]]})
+    assert [records._values(column.chunk(0)) for column in table.columns] == [1 + 2 + (2 + 2) + 2, 1 + 2 + 3]
+    assert records._values(table.slice(1, 0).column("a").combine_chunks()) == 0
+
+
+def test_two_columns_or_keys_of_one_name(tmp_path: Path) -> None:
+    ids = pa.array([[5]])
+    pq.write_table(pa.Table.from_arrays([ids, ids], names=["input_ids", "input_ids"]), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="two columns of one name"):
+        Cache(tmp_path / "x.parquet", "plain")
+    (tmp_path / "x.jsonl").write_text('{"input_ids": [5], "input_ids": [6]}\n')
+    with pytest.raises(InputError, match="'input_ids' appears twice"):
+        Cache(tmp_path / "x.jsonl", "plain")[0]
+
+
+@pytest.mark.parametrize("entry", [
+    {"token": "token_id:5", "logprob": "-0.1"}, {"token": "token_id:5", "logprob": True},
+    {"token": "1_0", "logprob": -1}, {"token": "\u0665", "logprob": -1}, {"token": " 5", "logprob": -1}, {"token": 5.5, "logprob": -1},
+    {"token": True, "logprob": -1}, {"token": "-5", "logprob": -1},
+])  # fmt: skip
+def test_named_entries_are_numbers_too(entry: dict[str, Any], tmp_path: Path) -> None:
+    path = write_records(tmp_path / "x.jsonl", [{"input_ids": [5], "logprobs": [[entry]]}])
+    with pytest.raises(InputError, match="not of layout axolotl"):
+        Cache(path, "axolotl")[0]

@@ -87,7 +87,8 @@ def take_inventory(store: Store) -> Inventory:
         if receipt is not None:
             inventory.whole.append(receipt)
         elif fault:
-            small = (store.size(place) or 0) <= receipts.MAX_RECEIPT
+            size = store.size(place)  # none of what is no file
+            small = size is not None and size <= receipts.MAX_RECEIPT
             elsewhere = receipts.parse_receipt(store.read_bytes(place), place) if small else None
             if elsewhere is not None:
                 inventory.misplaced[place] = elsewhere

@@ -27,7 +27,7 @@ from typing import Any
 import obstore
 from obstore.exceptions import AlreadyExistsError
 
-from bytecache.pipeline.stores.base import TEMP_FOLDER, json_bytes
+from bytecache.pipeline.stores.base import MAX_SMALL, TEMP_FOLDER, json_bytes
 from bytecache.pipeline.stores.credentials import is_about_credentials, remedy
 from bytecache.pipeline.stores.retry import Damaged, Result, patiently
 from bytecache.schemas import strict_json
@@ -48,6 +48,8 @@ IN_FLIGHT = 192 * 1024 * 1024
 """Bytes of parts in memory during an upload (one part, where that is more)."""
 CHUNK = 4 * 1024 * 1024
 HASHES = ".sha256"
+MAX_KEYS = 1 << 24
+"""Objects of a listing: some for each of a million units."""
 
 
 class Stored:
@@ -219,7 +221,16 @@ class Bucket:
 
         def get() -> bytes:
             result = obstore.get(self.backend, key)
-            stored, raw = Stored(result), bytes(result.bytes())
+            stored, found = Stored(result), bytearray()
+            if stored.size > MAX_SMALL:
+                raise StorageError(
+                    f"{self.name}/{key}: {stored.size} bytes, at most {MAX_SMALL} are read; it is no file of ours"
+                )
+            for chunk in result.stream(min_chunk_size=CHUNK):
+                found += chunk
+                if len(found) > stored.size:
+                    break
+            raw = bytes(found)
             if len(raw) != stored.size or (stored.sha256 and hashlib.sha256(raw).hexdigest() != stored.sha256):
                 raise Damaged(f"the {len(raw)} bytes that arrive are not the {stored.size} that were stored")
             return raw
@@ -264,10 +275,22 @@ class Bucket:
     def keys(self, prefix: str) -> list[str]:
         """Keys below a prefix, sorted; "" = all. What uploads and records leave is not listed."""
 
-        def find() -> list[str]:
-            return [str(item["path"]) for page in obstore.list(self.backend, prefix or None) for item in page]
+        place = f"listing {prefix or 'everything'}"
 
-        keys = self._try(f"listing {prefix or 'everything'}", find)
+        def find() -> set[str]:
+            found: set[str] = set()
+            for page in obstore.list(self.backend, prefix or None):
+                before = len(found)
+                found.update(str(item["path"]) for item in page)
+                # A page of a listing that goes on has something new, or it goes round in a circle.
+                if len(found) > MAX_KEYS or (page and len(found) == before):
+                    raise StorageError(
+                        f"{self.name}, {place}: the service's listing does not end ({len(found)} keys so far, at most "
+                        f"{MAX_KEYS}); see that it is the service you mean"
+                    )
+            return found
+
+        keys = self._try(place, find)
         return sorted(key for key in keys if key.split("/")[0] not in (TEMP_FOLDER, HASHES))
 
     def staged_before(self, moment: datetime) -> list[str]:

@@ -363,7 +363,8 @@ def test_two_columns_or_keys_of_one_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("entry", [
     {"token": "token_id:5", "logprob": "-0.1"}, {"token": "token_id:5", "logprob": True},
-    {"token": "1_0", "logprob": -1}, {"token": "\u0665", "logprob": -1}, {"token": " 5", "logprob": -1}, {"token": 5.5, "logprob": -1},
+    {"token": "1_0", "logprob": -1}, {"token": "\u0665", "logprob": -1},
+    {"token": " 5", "logprob": -1}, {"token": 5.5, "logprob": -1},
     {"token": True, "logprob": -1}, {"token": "-5", "logprob": -1},
 ])  # fmt: skip
 def test_named_entries_are_numbers_too(entry: dict[str, Any], tmp_path: Path) -> None:

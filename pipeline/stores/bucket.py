@@ -274,7 +274,6 @@ class Bucket:
 
     def keys(self, prefix: str) -> list[str]:
         """Keys below a prefix, sorted; "" = all. What uploads and records leave is not listed."""
-
         place = f"listing {prefix or 'everything'}"
 
         def find() -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import obstore
 import pytest
 
-from bytecache.pipeline.stores import Store
+from bytecache.pipeline.stores import Store, bucket
 from bytecache.pipeline.stores.objects import ObjectStore
 from bytecache.schemas.errors import StorageError
 from tests.support.faulty_proxy import FaultyProxy, once, sometimes
@@ -123,3 +123,33 @@ def test_an_address_may_be_a_url(service: Service, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{os.environ['STORAGE_EMULATOR_HOST']}/")
     store = service.store()
     assert store.put_json_if_absent("a", {}) and store.read_bytes("a") == b"{}\n"
+
+
+def test_a_listing_that_goes_round_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that answers every page with the same names and "go on" would be listened to for ever."""
+    store = service.store()
+    for number in range(3):
+        store.put_json_if_absent(f"a/{number}", {})
+    page = service.server.page
+    again = b"<NextContinuationToken>x</NextContinuationToken></ListBucketResult>"
+
+    def round_and_round(query: dict[str, str]) -> bytes:
+        query.pop("continuation-token", None)
+        return page(query).replace(b"</ListBucketResult>", again)
+
+    monkeypatch.setattr(service.server, "page", round_and_round)
+    with pytest.raises(StorageError, match=r"listing a: the service's listing does not end \(3 keys so far"):
+        list(store.list("a"))
+
+
+def test_a_listing_and_a_small_object_have_a_size(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = service.store()
+    for number in range(PAGE + 1):
+        store.put_json_if_absent(f"a/{number}", {"text": "x" * 100})
+    assert len(list(store.list("a"))) == PAGE + 1
+    monkeypatch.setattr(bucket, "MAX_SMALL", 50)
+    with pytest.raises(StorageError, match=r"a/0: \d+ bytes, at most 50 are read"):
+        store.read_bytes("a/0")
+    monkeypatch.setattr(bucket, "MAX_KEYS", PAGE)
+    with pytest.raises(StorageError, match=rf"does not end \({PAGE + 1} keys so far, at most {PAGE}\)"):
+        list(store.list("a"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bytecache.pipeline.commands.inventory import take_inventory
 from bytecache.pipeline.stores import LocalStore, disk_errors, refuse_no_file, refuse_no_files_in
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, read_receipt, receipt_path, unit_key, write_receipt
 from bytecache.pipeline.units.runner import Task, finished
@@ -42,6 +43,8 @@ def test_a_receipt(kind: str, tmp_path: Path) -> None:
         finished(store, Task("fake", "x", "fake/x", {}, 1))
     with pytest.raises(StorageError, match=REMEDY):
         refuse_no_files_in(store, "receipts/fake")
+    inventory = take_inventory(store)  # a listing passes over folders
+    assert kind == "folder" or place in inventory.damaged
     assert not stat.S_ISREG((tmp_path / place).lstat().st_mode)
 
 

@@ -326,7 +326,8 @@ def damage() -> str:
     for name, kind in result("damage_strangers.json")["kinds"].items():
         known = left.get(name, {"cases": 0, "damages": {}})
         left[name] = {"cases": known["cases"] + kind["cases"], "damages": known["damages"] | kind["damages"]}
-    damages = list(dict.fromkeys(damage for kind in left.values() for damage in kind["damages"]))
+    named = dict.fromkeys(damage for kind in left.values() for damage in kind["damages"])
+    damages = sorted(named, key=lambda damage: damage in ("folder", "pipe"))
     for part, pattern in DAMAGED.items():
         kinds = [left.pop(name) for name in list(left) if re.match(pattern, name)]
         cells = [_fate([kind["damages"][damage] for kind in kinds if damage in kind["damages"]]) for damage in damages]

@@ -50,6 +50,7 @@ class Leftover:
                     size[receipt.stage] += file.size
         numbers = ", ".join(map(str, self.editions)) or "none that is there still"
         parts = [f"{count[stage]} {what} ({human_bytes(size[stage])})" for stage, what in _WHAT.items()]
+        parts.append(f"{len(self.indices)} files of indices and {len(self.units)} receipts")
         yield f"prune: of older editions ({numbers}) alone: {', '.join(parts)}; {human_bytes(size.total())} in all"
 
 
@@ -67,6 +68,7 @@ def prune(context: Context, keep: int = 1, *, remove: bool = False) -> Leftover:
         context.say("prune: nothing was removed; add --remove to remove it")
         return found
     _refuse_living_workers(context)
+    removed = {*found.indices, *found.sizes, *(receipts.receipt_path(unit.stage, unit.key) for unit in found.units)}
     for key in found.indices:
         store.delete(key)
     for receipt in found.units:
@@ -74,7 +76,7 @@ def prune(context: Context, keep: int = 1, *, remove: bool = False) -> Leftover:
             if file.path in found.sizes:
                 store.delete(file.path)
         store.delete(receipts.receipt_path(receipt.stage, receipt.key))
-    context.say(f"prune: removed {len(found.sizes)} files")
+    context.say(f"prune: removed {len(removed)} files")
     return found
 
 

@@ -1,6 +1,7 @@
 """A corpus that changed: a new edition of the plan and of the data set, made from what is unchanged and what is not."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -293,7 +294,9 @@ def test_prune_lists_and_removes_what_older_editions_alone_name(run: Path, world
     assert "older editions (none" in said("prune", "--keep", "2", "--remove")
     assert {path for path in run.rglob("*") if path.is_file()} == before
 
-    said("prune", "--remove")
+    before = sum(path.is_file() for path in run.rglob("*"))
+    removed = re.search(r"prune: removed (\d+) files", said("prune", "--remove"))
+    assert removed and before - sum(path.is_file() for path in run.rglob("*")) == int(removed[1]) > 0
     assert alone and not any((run / place).exists() for place in alone)
     assert contents(run) == newest and not list((run / "targets" / "editions").rglob("*.json"))
     on_disk = {path.name for path in (run / "targets").glob("*.zarr.zip")}

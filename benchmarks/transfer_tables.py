@@ -67,10 +67,15 @@ def tests(found: Found, steps: int) -> str:
         f"| before training | | | {start:.4f} | |" + " |" * len(kinds) + " 0 | |",
     ]
     for arm in ARMS:
-        near = {steps} if arm not in ("ours-seconds", "ce-raw") else {r["steps"] for r in runs if r["arm"] == arm}
-        mine = [r for r in runs if r["arm"] == arm and r["steps"] in near]
+        free = arm in ("ce-seconds", "ce-raw")
+        mine = [r for r in runs if r["arm"] == arm and (free or r["steps"] == steps)]
         for setting in dict.fromkeys(map(settings_of, mine)):
             lines += row(arm, [r for r in mine if settings_of(r) == setting], control, (start, goal), kinds)
+    longer, ours = ([r for r in runs if r["arm"] == arm] for arm in ("ce-seconds", "ours"))
+    ours = [r for r in ours if r["steps"] == steps]
+    if {r["seed"] for r in longer} & {r["seed"] for r in ours}:
+        gaps = [interval(*paired(ours, longer, "test", kind)) for kind in ["", *kinds]]
+        lines.append(f"| ours, to {ARMS['ce-seconds'][1]} | | | | " + " | ".join(gaps) + " | | |")
     return "\n".join([*lines, f"| the original | | | {goal:.4f} | |" + " |" * len(kinds) + " 1 | |"])
 
 

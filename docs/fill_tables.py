@@ -380,7 +380,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study-sweep": study("sweep"),
     "study-test": study("test-20"),
     "study-curves": study("curves-20"),
-    "study-longer": study("test-40"),
+    "study-choices": study("choices-20"),
     "foreign-lists": foreign_lists,
     "two-teachers": two_teachers,
     "objective-cost": objective_cost,

@@ -34,7 +34,7 @@ def test_the_sweep_finds_each_arms_own_setting():
     """Bits that are a sum of what each choice costs: the rule's answer is the one that costs nothing."""
     wanted = {"ce": (2e-3, 0.15, 1.0), "ours": (2e-3, 0.15, 2.0)}
     found = {"runs": []}
-    for job in transfer_study.choices_left(found, 20):
+    for job in transfer_study.choices_left(found):
         assert len(found["runs"]) < 20
         bits = 100 + sum(
             abs(torch.tensor(a / b).log2().item())
@@ -48,14 +48,14 @@ def test_the_sweep_finds_each_arms_own_setting():
     assert transfer_study.best(found, "alm") == replace(ours, arm="alm", weight=1.0)
     assert transfer_study.best(found, "ngram") == replace(ours, arm="ngram")
     assert transfer_study.best(found, "ce-double").rate == wanted["ce"][0]
-    assert not list(transfer_study.choices_left(found, 20))
+    assert not list(transfer_study.choices_left(found))
 
 
-def test_equal_seconds_are_fewer_steps_of_ours_and_more_of_cross_entropy():
+def test_equal_seconds_are_more_steps_of_cross_entropy():
     found = {"costs": {"float32": {"ours": [3.0, 3.0], "ce": [2.0, 2.0]}}, "teacher_seconds": 100.0}
     steps = {arm: transfer_study.timed(found, arm, Job(arm, 0), "float32").steps for arm in transfer_study.ARMS}
     assert steps["ours"] == steps["ce"] == 40
-    assert (steps["ours-seconds"], steps["ce-raw"]) == (27, 110)
+    assert (steps["ce-seconds"], steps["ce-raw"]) == (42, 110)
 
 
 @pytest.fixture

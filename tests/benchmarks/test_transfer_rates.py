@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import transfer_study
+from benchmarks import transfer_study, transfer_tables
 from benchmarks.count_targets import write_counts, write_texts
 from benchmarks.transfer_study import Job
 from bytecache.stages.student import student
@@ -119,3 +119,30 @@ def test_bits_are_those_of_the_passages_one_by_one(study):
             logp = opened.forward(ids)[0][0, :-1].log_softmax(-1)
         bits = -float(logp.gather(1, ids[0, 1:, None]).sum()) / torch.tensor(2.0).log().item()
         assert measured["bits"] == pytest.approx(bits, rel=1e-3)
+
+
+def test_tables_pair_seeds_and_measure_from_before_to_the_original():
+    def documents(bits):
+        return {f"prose test {d} x": {"bytes": 100, "bits": bits + d} for d in range(2)}
+
+    def run(arm, seed, bits, steps=4):
+        return {
+            **Job(arm, seed, steps=steps).key(), "use": "test", "documents": documents(bits), "seconds": 8.0,
+            "curve_bits": [2.0, 2.0, 1.0, bits / 100], "curve_bytes": [100, 300, 100, 100],
+        }  # fmt: skip
+
+    found = {
+        "before": documents(200), "original": documents(100),
+        "costs": {"float32": {"ce": [2.0, 4.0], "ours": [3.0, 4.0]}},
+        "runs": [run("ce", 0, 160), run("ce", 1, 170), run("ours", 0, 150), run("ours", 1, 158), run("ours", 7, 90),
+                 run("ce-seconds", 0, 155, steps=5)],
+    }  # fmt: skip
+    lines = {line.split(" | ")[0].strip("| "): line for line in transfer_tables.tests(found, 4).splitlines()}
+    half = 12.71 * 0.02 / 2  # of two gaps, 0.10 and 0.12
+    assert f"-0.1100 ± {half:.4f} [-0.1100, -0.1100]" in lines["ours"]
+    assert "| 0.67 | 8 |" in lines["ours"]  # the mean of all three is 132.7 of the way from 200 to 100
+    assert "| 5 | 1 |" in lines["cross-entropy, a twentieth more steps"]
+    assert "-0.0500 [" in lines["ours, to cross-entropy, a twentieth more steps"]
+    assert "+50%, +0%" in transfer_tables.costs(found)
+    curves = transfer_tables.curves(found, 4, parts=2).splitlines()
+    assert curves[-1].startswith("| ours | 2 | +0.0000 | -0.0550 |")

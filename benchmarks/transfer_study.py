@@ -1,8 +1,9 @@
 """Tokenizer transfer on equal terms: each arm at rates of its own, paired seeds, n-grams, baselines, equal seconds.
 
     python -m benchmarks.transfer_texts CORPORA TEXTS --train 14
-    bytecache plan|teacher|convert --set corpus.source=TEXTS/read.jsonl --set corpus.heldout_fraction=0.5
+    bytecache plan --run-dir RUN --set corpus.source=TEXTS/read.jsonl --set corpus.heldout_fraction=0.5
         --set corpus.max_bytes=0 --set teacher.backend=hf --set teacher.top_k=64 --set convert.precision=precise
+    bytecache teacher --run-dir RUN; bytecache convert --run-dir RUN
     python -m benchmarks.transfer_study RUN --texts TEXTS --work WORK --out benchmarks/results/transfer_study.json
         --table costs|sweep|defaults|test [--arms ce ours ...] [--seeds 0 1 2 3 4] [--seconds 600]
 

@@ -117,8 +117,8 @@ class Teacher(Section):
     """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, wherever it
     ends, or (with static rows) further on; lighter ones where the text after them surprises. 0 = all, -1 = preset."""
     depth: int = Field(-1, ge=-1, le=200)
-    """Tokens off the canonical ones as far as which tau decides; every token beyond asks for three times the share,
-    up to a fifth. 0 = evaluate no deviation at all, -1 = preset."""
+    """Tokens off the canonical ones, or off a history that carries a fifth of the mass, as far as which tau decides;
+    every token beyond asks for three times the share, up to a fifth. 0 = evaluate no deviation at all, -1 = preset."""
     static: float = Field(-1.0, ge=-1.0, le=1.0)
     """Below tau, histories with more than this share go on as their last token would alone; 0 = off, -1 = preset."""
     keep: Literal["dump", "targets"] = "dump"

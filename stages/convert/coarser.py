@@ -9,8 +9,8 @@ The dump has a static row only where the capture needed one. Where its own branc
 for the static row (counted as `stand_ins`): such positions come out closer to the truth than a capture at the new tau
 would have made them. With teacher.static = 0 there are none, and the targets are those of that capture, but for
 histories whose share is within the dump's rounding (2^-14) of tau, for those that carry enough only because others
-joined them in the coarser lattice, and for light ones that the text bears out only there, where less of it is foreseen
-(`stages.lattice.effort`): these the dump may lack.
+joined them in the coarser lattice, or leave one that carries a fifth only there, and for light ones that the text bears
+out only there, where less of it is foreseen (`stages.lattice.effort`): these the dump may lack.
 
 A greater effort than the capture's cannot be had from its dump and is refused.
 Price: depth + 3 lattices per window instead of one.

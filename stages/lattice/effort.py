@@ -12,10 +12,12 @@ import math
 from typing import Any
 
 import numpy as np
+from numba import njit
 
 RULE = 3
 """Version of what this file says, part of a teacher's identity: by another, equal settings ask for other rows. 1 asked
-for no history because of the text after it, 2 for 25 times tau of those far off the canonical tokens."""
+for no history because of the text after it; 2 for 25 times tau of those far off the canonical tokens, whatever carried
+the mass there."""
 GROWTH = 3.0
 """How much more a history must carry for every token beyond the depth: what two cuts predict grows alike as they lie
 further back."""
@@ -25,10 +27,11 @@ side by side for good, in a list of constants for one. With 25 in its place a cu
 positions of source code were a quarter of a nat wrong at `exact`, which is most of what such text had of error."""
 ENOUGH = 0.2
 """The share that is always enough: with 0.5 in its place a cut of an indented comment, about as likely as the canonical
-one, was given up for fifteen tokens."""
+one, was given up for fifteen tokens. A history that carries as much is as good as the canonical one: tokens off are
+counted from it on (`tokens_off`)."""
 FOLLOWED = 40
-"""For how many tokens beyond the depth less than `ENOUGH` may be enough. Not more: where the canonical cut is the odd
-one, it is the other that carries nearly all, for good."""
+"""For how many tokens beyond the depth less than `ENOUGH` may be enough. Not more: two cuts go on side by side for
+good, and the lighter of them costs a row a token."""
 DEEPEST = 200
 """Tokens off the canonical ones at most; a dump counts them in a byte."""
 
@@ -48,8 +51,27 @@ DROPPED = MOST_TIMES * REFERENCE["tau"]
 canonical tokens for `FOLLOWED` tokens; dropping it, whose share may be all but the whole, would be no reference."""
 
 
+@njit(cache=True)
+def tokens_off(depth: np.ndarray, parent: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """How many tokens each row is off one that counts as canonical, int64 [R].
+
+    Such are the canonical rows, and all that carried more than `ENOUGH` of the mass where they ended: where the
+    canonical cut is the odd one, the other carries nearly all of it, and what leaves that is a deviation of one token,
+    not of fifty.
+
+    Args:
+        depth: [R], tokens off the canonical ones; 0: a canonical row. parent: [R], always an earlier row.
+        share: float64 [R], of each row where it ended.
+    """
+    off = np.zeros(len(depth), np.int64)
+    for r in range(len(depth)):
+        if depth[r] > 0 and share[r] <= ENOUGH:
+            off[r] = off[parent[r]] + 1
+    return off
+
+
 def least_share(tau: float, depth: int, off: np.ndarray) -> np.ndarray:
-    """What a history `off` tokens off the canonical ones (int [K]) must carry to be evaluated, float64 [K].
+    """What a history `off` tokens off (`tokens_off`, int [K]) must carry to be evaluated, float64 [K].
 
     `tau` as far as `depth` tokens; for every token beyond `GROWTH` times more, up to `MOST_TIMES` tau or `ENOUGH`.
     Nothing is evaluated at depth 0.

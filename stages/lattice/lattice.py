@@ -18,7 +18,7 @@ from numba import njit
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.window import NEVER, Window
-from bytecache.stages.lattice.effort import AHEAD, LIGHT_PER_TOKEN, borne_out, least_share
+from bytecache.stages.lattice.effort import AHEAD, LIGHT_PER_TOKEN, borne_out, deepest, least_share, tokens_off
 from bytecache.stages.lattice.forward import Sums, forward
 from bytecache.stages.lattice.tables import Masses, Tables, tables
 
@@ -204,7 +204,7 @@ class Lattice:
         row, _ = self._stops
         peak = self.peaks()
         np.maximum.at(peak, row, self._sums.share)
-        heavy = peak > least_share(tau, depth, w.row_depth.astype(np.int64))
+        heavy = (peak > least_share(tau, depth, self._off)) & (w.row_depth <= deepest(depth))
         child = self._lies.child
         heavy[child[(child >= 0) & self._worth(tau, depth)]] = True
         grown = np.flatnonzero((w.row_static == 1) & heavy)
@@ -219,9 +219,9 @@ class Lattice:
         """Which stops are worth a row that they do not have, bool [S]: heavy ones, and light ones to be borne out."""
         w, share, child = self.window, self._sums.share, self._lies.child
         row, position = self._stops
-        least = least_share(tau, depth, w.row_depth[row].astype(np.int64) + 1)
+        least = least_share(tau, depth, self._off[row] + 1)
         evaluated = (child >= 0) & (w.row_static[child] == 0)
-        open_ = ~evaluated & (w.row_static[row] == 0) & np.isfinite(least)
+        open_ = ~evaluated & (w.row_static[row] == 0) & (w.row_depth[row] < deepest(depth))
         wanted: np.ndarray = open_ & (share > least)
         light = np.flatnonzero(open_ & ~wanted & borne_out(share, self._ahead[position], tau))
         # Of every canonical token so many: those that it has already count.
@@ -233,6 +233,14 @@ class Lattice:
         first = np.searchsorted(token[light], token[light])
         wanted[light[np.arange(len(light)) - first + spent[token[light]] < LIGHT_PER_TOKEN]] = True
         return wanted
+
+    @cached_property
+    def _off(self) -> np.ndarray:
+        """Tokens that each row is off one that counts as canonical, int64 [R]."""
+        child, ended = self._lies.child, np.zeros(len(self.window.row_start))
+        ended[child[child >= 0]] = self._sums.share[child >= 0]
+        off: np.ndarray = tokens_off(self.window.row_depth, self.window.row_parent, ended)
+        return off
 
     @cached_property
     def _breaks(self) -> np.ndarray:

@@ -28,8 +28,10 @@ FINE = {"tau": 0.002, "depth": 3}
 
 @pytest.fixture(autouse=True)
 def by_share_alone(monkeypatch) -> None:
-    """These teachers find all text absurd: the text would bear out nearly everything, and not the same at every tau."""
+    """These teachers find all text absurd: the text would bear out nearly everything, and which history carries a fifth
+    of it depends on those that joined it, so neither would be the same at every tau."""
     monkeypatch.setattr("bytecache.stages.lattice.effort.BORNE_OUT", np.inf)
+    monkeypatch.setattr("bytecache.stages.lattice.lattice.tokens_off", lambda depth, *_: depth.astype(np.int64))
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama2"])

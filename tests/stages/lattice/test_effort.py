@@ -14,6 +14,7 @@ from bytecache.stages.lattice.effort import (
     least_share,
     lightest,
     reach,
+    tokens_off,
 )
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.tokens.vocab import load_vocabulary
@@ -29,6 +30,12 @@ def test_tau_decides_to_the_depth_and_what_is_heavy_is_always_enough(effort):
     assert (least[: depth + FOLLOWED] <= min(MOST_TIMES * tau, enough)).all()
     assert (least[depth + FOLLOWED :] == enough).all() and 0 < lightest(tau) <= tau
     assert depth <= reach(tau, depth) < 16  # a window keeps as many positions free
+
+
+def test_tokens_off_are_counted_from_the_last_history_that_carried_enough():
+    depth, parent = np.array([0, 0, 1, 2, 3, 4, 1], np.uint8), np.array([-1, 0, 0, 2, 3, 4, 1], np.int32)
+    share = np.array([1.0, 0.1, 0.1, ENOUGH + 0.01, 0.1, 0.1, ENOUGH])
+    assert tokens_off(depth, parent, share).tolist() == [0, 0, 1, 0, 1, 2, 1]
 
 
 def test_nothing_is_asked_for_at_depth_0_and_everything_at_tau_0():
@@ -55,8 +62,14 @@ def test_no_history_that_carries_enough_is_left(tmp_path, cut, static):
         for row in np.flatnonzero((window.row_depth > 0) & (window.row_static == 0)):
             at_breaks += int(window.row_start[row]) in breaks
             elsewhere += int(window.row_start[row]) not in breaks
-        least = least_share(0.01, 2, window.row_depth.astype(np.int64) + 1)
         row, position = lattice._stops
+        # Counted from the last history that carried enough, one row after the other.
+        child, off = lattice._lies.child, np.zeros(len(window.row_start), np.int64)
+        for r in range(1, len(off)):
+            (stop,) = np.flatnonzero(child == r) if window.row_depth[r] else (0,)
+            if window.row_depth[r] and lattice._sums.share[stop] <= ENOUGH:
+                off[r] = off[window.row_parent[r]] + 1
+        least = least_share(0.01, 2, off + 1)
         unasked = (lattice._lies.child < 0) & (window.row_static[row] == 0) & (position < len(window.text))
         assert (lattice._sums.share[unasked] <= least[row[unasked]]).all()
     assert at_breaks > 5 and elsewhere > 5

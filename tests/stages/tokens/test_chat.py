@@ -374,8 +374,8 @@ def test_a_student_learns_the_answers_and_nothing_else(tmp_path, kind, own):
     rows = [r for lo in range(0, len(source.symbol), 40) for r in stream.cut(source, lo, lo + 40, opened.max_tokens)]
     assert [i for r in rows for i in range(r.first, r.last)] == list(range(len(source.ids)))
     assert all(r.first == 0 or source.row[r.first - 1] != source.row[r.first] for r in rows)
-    # Every step sees all windows: the order follows from the targets' hash, which another CPU changes, and a step on the
-    # refused conversation alone would have nothing to learn from.
+    # Every step sees all windows: the order follows from the targets' hash, which another CPU changes, and a step on
+    # the refused conversation alone would have nothing to learn from.
     train_settings = TrainSettings(steps=3, batch=8, window_bytes=200, warmup=1, lambda_kl=0.5, tensorboard=False)
     result = train(train_settings, tmp_path / "student", targets, tmp_path / "out", name="chat", device="cpu")
     assert result["terms"]["byte_kl"] > 0 and result["skipped_documents"].get("template: no system role here", 0) <= 1

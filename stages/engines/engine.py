@@ -51,6 +51,9 @@ def refuse_long_branches(name: str, branches: Sequence[Branch], longest: int) ->
 class Engine(ABC):
     """Evaluates histories and reduces their logits beside the model. All calls keep order."""
 
+    longest = 1 << 30
+    """Tokens of the longest history that it evaluates; who asks leaves out what is longer."""
+
     in_flight = 1
     """Calls of `score` whose prompts may be branched from in turns; with one, each call forgets those before."""
 

@@ -77,8 +77,8 @@ class ServedEngine(Engine):
                 f"{address} serves a model with another tokenizer, start or end tokens than teacher.model = "
                 f"{settings.model!r}; name the folder or hub id of the model that is served"
             )
-        self._longest = min(longest, int(told["max_tokens"]) - 1)
-        if settings.context > self._longest + 1:
+        self.longest = min(longest, int(told["max_tokens"]) - 1)
+        if settings.context > self.longest + 1:
             raise ConfigError(
                 f"teacher.context = {settings.context} exceeds the {told['max_tokens']} tokens of {address}, one of "
                 "which is sampled; lower it, or serve with a larger --max-model-len"
@@ -97,7 +97,7 @@ class ServedEngine(Engine):
 
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
         for prompt, branches in jobs:
-            refuse_long_branches(prompt.name, branches, self._longest)
+            refuse_long_branches(prompt.name, branches, self.longest)
         most = 2 * self.settings.server_requests
         yield from (rows for _, rows in in_order(self._pool, most, self._branches, jobs))
 

@@ -58,7 +58,7 @@ class VllmEngine(Engine):
 
     def __init__(self, folder: Path, reducer: PathReducer, settings: st.Teacher, *, longest: int) -> None:
         self._serial = 0
-        self._model, self._longest = settings.model, longest
+        self._model, self.longest = settings.model, longest
         self.branches = self.branch_tokens = self._prefix_tokens = 0
         self._blocks: WindowBlocks | None = None
         self._said = False
@@ -110,7 +110,7 @@ class VllmEngine(Engine):
 
     def _branches_differ(self, reducer: PathReducer, block_size: int) -> str:
         """Why branches over blocks do not give the rows of the same histories in their window; empty if they do."""
-        prompt = _trial_prompt(reducer, min(block_size + block_size // 2, self._longest - 1))
+        prompt = _trial_prompt(reducer, min(block_size + block_size // 2, self.longest - 1))
         ends = range(len(prompt.tokens) - 2)
         chains = [tuple(prompt.tokens[j + 1 : j + 3].tolist()) for j in ends]
         shorter = [Branch(j, chain[:1], int(prompt.starts[j + 1])) for j, chain in zip(ends, chains, strict=True)]
@@ -119,7 +119,7 @@ class VllmEngine(Engine):
         forks = [branch._replace(chain=branch.chain[:1] * 2, start=len(prompt.text)) for branch in branches]
         half = len(branches) // 2
         if not branches:
-            return f"its histories are of {self._longest} tokens at most"
+            return f"its histories are of {self.longest} tokens at most"
         try:
             (rows,) = self.score([prompt])
             if self._blocks and not self._blocks.holds(prompt):
@@ -148,7 +148,7 @@ class VllmEngine(Engine):
 
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
         for prompt, branches in jobs:
-            refuse_long_branches(prompt.name, branches, self._longest)
+            refuse_long_branches(prompt.name, branches, self.longest)
         held = [self._blocks is not None and self._blocks.holds(prompt) for prompt, _ in jobs]
         over_blocks = self._over_blocks([job for job, here in zip(jobs, held, strict=True) if here])
         if not all(held):  # requests in flight would hold blocks that a pass counts on

@@ -15,6 +15,8 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
+
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, Interrupted
@@ -130,8 +132,20 @@ class Group:
         tau, depth, share = effort = self._effort
         deviations = lattice.deviations(tau=tau, depth=depth)
         branches = _branches(self.plans[number], window, deviations, tau) if len(deviations.row) else []
+        fits = self._fits(branches)
+        if not all(fits):
+            deviations = Deviations(*(column[fits] for column in deviations))
+            branches = [branch for branch, does in zip(branches, fits, strict=True) if does]
         look_further = share > 0.0 and not branches
         return Choice(effort, deviations, branches, lattice.homeless(share=share) if look_further else None)
+
+    def _fits(self, branches: Sequence[Branch]) -> list[bool]:
+        """Which histories the engine has room for.
+
+        Others, cuts that stay finer than the canonical one to the end of a full window, join rows as light ones do, and
+        the bound counts them with those.
+        """
+        return [branch.anchor + 1 + len(branch.chain) <= self.engine.longest for branch in branches]
 
     def add_static(self, share: float) -> int:
         """Give static rows to positions where histories of more than `share` end and no row does; returns how many."""
@@ -159,15 +173,19 @@ class Group:
             number: self._lattices.of(number)[0].outgrown(tau=settings.tau, depth=settings.depth)
             for number in range(len(self.windows))
         }
-        outgrown = {number: row for number, row in outgrown.items() if len(row)}
+        replaced: dict[int, np.ndarray] = {}
         jobs = []
         for number, row in outgrown.items():
             plan, window = self.plans[number], self.windows[number]
             ends = zip(window.row_parent[row], window.row_token[row], window.row_start[row], strict=True)
-            jobs.append((plan.prompt, [_branch(plan, window, *end) for end in ends]))
-        for (number, row), rows in zip(outgrown.items(), self.engine.score_branches(jobs), strict=True):
+            branches = [_branch(plan, window, *end) for end in ends]
+            fits = self._fits(branches)
+            if any(fits):
+                replaced[number] = row[fits]
+                jobs.append((plan.prompt, [branch for branch, does in zip(branches, fits, strict=True) if does]))
+        for (number, row), rows in zip(replaced.items(), self.engine.score_branches(jobs), strict=True):
             self._change(number, partial(replace_static, self.windows[number], row, rows))
-        return sum(map(len, outgrown.values()))
+        return sum(map(len, replaced.values()))
 
     def _extend(self, number: int, deviations: Deviations, rows: RowMasses, *, static: bool = False) -> None:
         window = self.windows[number]

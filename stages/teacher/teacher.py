@@ -314,4 +314,5 @@ def open_teacher(settings: st.Teacher, *, automatic_context: int = AUTO_CONTEXT)
         from bytecache.stages.engines.hf import HfEngine
 
         engine = HfEngine(folder, reducer, settings)
+        engine.longest = longest_history(settings, folder)  # as vLLM's: both make the same rows
     return Teacher(engine, vocabulary, settings, identity)

@@ -103,3 +103,26 @@ def test_the_certificate_knows_what_production_knows(vocabulary):
     found, production = Lattice(asked).targets(), Lattice(produced[0]).targets()
     for mine, theirs in zip(found, production, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-7)
+
+
+def length_of(window: Window, row: int, first_row: int) -> int:
+    """Tokens of a row's history."""
+    anchor, chain = row, 0
+    while window.row_depth[anchor]:
+        anchor, chain = int(window.row_parent[anchor]), chain + 1
+    return first_row + anchor + 1 + chain
+
+
+def test_what_an_engine_has_no_room_for_joins_and_is_counted(vocabulary):
+    """Branches and outgrown static rows beyond the longest history are left out; nothing is raised."""
+    teacher = function_teacher(vocabulary, **EFFORT)
+    free = window_of(teacher)
+    canonical = int((free.row_depth == 0).sum())
+    evaluated = np.flatnonzero((free.row_static == 0) & (free.row_depth > 0))
+    lengths = [length_of(free, int(row), 0) for row in evaluated]
+    teacher.engine.longest = canonical - 3
+    assert max(lengths) > canonical - 3
+    bound = window_of(teacher)
+    rows = np.flatnonzero((bound.row_static == 0) & (bound.row_depth > 0))
+    assert len(rows) and max(length_of(bound, int(row), 0) for row in rows) <= canonical - 3
+    assert Lattice(bound).handed().total.sum() > Lattice(free).handed().total.sum()

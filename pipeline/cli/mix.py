@@ -49,9 +49,10 @@ def mix(
         pool = "log" if log_pool else "posterior" if posterior else "linear"
         equal = tuple(1 / len(places) for _ in places)
         routes = tuple(_route(text) for text in route or ())
-        mixing = Mixing(pool, _weights(weights) if weights else equal, routes)
-        if len(mixing.weights) != len(places):
-            raise ConfigError(f"--weights {weights}: {len(mixing.weights)} weights for {len(places)} data sets")
+        common_weights = _weights(weights) if weights else equal
+        if len(common_weights) != len(places):
+            raise ConfigError(f"--weights {weights}: {len(common_weights)} weights for {len(places)} data sets")
+        mixing = Mixing(pool, common_weights, routes)
 
     def command(context: "Context") -> None:
         from bytecache.pipeline.commands.mix import mix as mix_sets

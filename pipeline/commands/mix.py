@@ -7,8 +7,9 @@ and the certificate of each; there is no certificate of the mixture, since there
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def mix(context: Context, places: Sequence[str], mixing: Mixing, *, partial: boo
         for place in places
     ]  # fmt: skip
     common, lines = common_to(sets, partial=partial)
+    _refuse_idle_routes(mixing, common)
     for line in lines:
         context.say(f"mix: {line}; left out")
     info = _info(context, sets, mixing, lines)
@@ -74,6 +76,20 @@ def mix(context: Context, places: Sequence[str], mixing: Mixing, *, partial: boo
     for line in _summary(info["mix"], [one.dataset for one in sets]):
         context.say(f"mix: {line}")
     return outcome
+
+
+def _refuse_idle_routes(mixing: Mixing, common: Iterable[Name]) -> None:
+    """A route that weighs no document is a misspelt one. Raises ConfigError."""
+    names = {doc_id for _, doc_id, _ in common}
+    taken = {
+        next((i for i, (pattern, _) in enumerate(mixing.routes) if fnmatchcase(name, pattern)), -1) for name in names
+    }
+    for number, (pattern, _) in enumerate(mixing.routes):
+        if number not in taken:
+            raise ConfigError(
+                f"--route {pattern}: weighs no document that is mixed, or an earlier route takes all of its own; names "
+                f"are like {min(names)!r}"
+            )
 
 
 def _job(context: Context, sets: Sequence[Documents], mixing: Mixing, common: dict[Name, int]) -> Job:

@@ -11,12 +11,13 @@ Price: one listing of the repository, and the bytes that are missing at the othe
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bytecache.pipeline.commands import publication
+from bytecache.pipeline.commands.hub_session import asking, hub_session
 from bytecache.schemas.dataset.card import FILE as CARD
 from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, Dataset, read_dataset
 from bytecache.schemas.dataset.verification import verify_dataset
@@ -35,6 +36,8 @@ COMMIT_BYTES = 4 << 30
 """Shards of one commit: what a broken push has to say again is the commit, not the bytes."""
 COMMIT_FILES = 100
 MAX_CARD = 1 << 20
+MAX_LISTED, LISTING_S = 1 << 20, 600.0
+"""Files of a repository, and seconds that listing them may take: a hub of junk has always one page more."""
 
 
 class HubPlace(NamedTuple):
@@ -84,14 +87,15 @@ class _Held(NamedTuple):
     sha256: str
     git: str
 
-    def equals(self, content: Path | bytes) -> bool:
-        """Whether this is the content."""
+    def equals(self, content: Path | bytes, known: str = "") -> bool:
+        """Whether this is the content. `known`: its sha256, where somebody has just taken it."""
         if self.size != _length(content):
             return False
         if not self.sha256:
             return self.git == _git_hash(content if isinstance(content, bytes) else content.read_bytes())
-        sha256 = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
-        return self.sha256 == sha256
+        if isinstance(content, bytes):
+            return self.sha256 == hashlib.sha256(content).hexdigest()
+        return self.sha256 == (known or file_sha256(content))
 
 
 def _length(content: Path | bytes) -> int:
@@ -121,21 +125,26 @@ def push(
             "lists them, nothing was sent"
         )
     dataset = read_dataset(folder)
-    with _hub(url) as api:
+    with hub_session() as api:
         extras = publication.extras(folder, dataset, url.rstrip("/"), *place.addresses(str(api.endpoint)))
-        api.create_repo(place.repository, repo_type="dataset", private=private, exist_ok=True)
-        held = _listing(api, place)
+        with asking(url):
+            api.create_repo(place.repository, repo_type="dataset", private=private, exist_ok=True)
+        held = _listing(api, place, url)
         obsolete = _obsolete(api, place, held, dataset, url, replace)
         shards: Files = {entry.file: folder / entry.file for entry in dataset.entries}
+        known = {entry.file: entry.sha256 for entry in dataset.entries}
         index: Files = {name: folder / name for name in INDEX if (folder / name).is_file()}
         index |= extras
-        missing = _not_held(shards, held)
+        missing = _not_held(shards, held, known)
         for number, batch in enumerate(_batches(missing)):
-            _commit(api, place, batch, [], f"{dataset_name(dataset)}: shards, part {number + 1}")
+            _commit(api, place, url, batch, [], f"{dataset_name(dataset)}: shards, part {number + 1}")
             say(f"push: {len(batch)} shards, {sum(map(_length, batch.values())) / 2**20:.1f} MiB")
-        changed = _not_held(index, held)
+        if missing:
+            _refuse_lost(_not_held(shards, _listing(api, place, url), known), url)
+        changed = _not_held(index, held, known)
         if changed or obsolete:
-            _commit(api, place, changed, obsolete, f"{dataset_name(dataset)}: {len(shards)} shards")
+            _commit(api, place, url, changed, obsolete, f"{dataset_name(dataset)}: {len(shards)} shards")
+            _refuse_lost(_not_held(shards | index, _listing(api, place, url), known), url)
     sent = missing | changed
     return Pushed(
         sent=len(sent),
@@ -146,8 +155,23 @@ def push(
     )
 
 
-def _not_held(files: Files, held: dict[str, _Held]) -> Files:
-    return {name: content for name, content in files.items() if name not in held or not held[name].equals(content)}
+def _not_held(files: Files, held: dict[str, _Held], known: dict[str, str]) -> Files:
+    """Files that the repository lacks, or has otherwise. `known`: name to sha256, of those that were just hashed."""
+    return {
+        name: content
+        for name, content in files.items()
+        if name not in held or not held[name].equals(content, known.get(name, ""))
+    }
+
+
+def _refuse_lost(lost: Files, url: str) -> None:
+    """A commit that was accepted is not yet a commit of what was sent. Raises StorageError."""
+    if lost:
+        raise StorageError(
+            f"{url}: the hub accepted the commit, and lists {len(lost)} of its files otherwise or not at all "
+            f"({', '.join(sorted(lost)[:3])}); see that no .gitattributes or .gitignore there names them, then run the "
+            "same again"
+        )
 
 
 def dataset_name(dataset: Dataset) -> str:
@@ -200,47 +224,39 @@ def _refuse_other(folder: Path, dataset: Dataset) -> None:
         raise ConfigError(f"{folder} holds another data set ({dataset_name(other)}); choose a new folder")
 
 
-@contextmanager
-def _hub(url: str) -> "Iterator[HfApi]":
-    """The hub's client; what it raises becomes a refusal with its remedy."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    # The library under the client changes its name between releases; the client derives its own errors of that one's.
-    connection_errors = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
-    try:
-        yield HfApi()
-    except LocalTokenNotFoundError as error:
-        raise ConfigError(f"{url}: no token for the hub; set HF_TOKEN, or log in with `hf auth login`") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        if status in (401, 403):
-            raise StorageError(
-                f"{url}: the hub refuses ({status}); set HF_TOKEN to a token that may write to this repository"
-            ) from error
-        raise StorageError(f"{url}: the hub answers {status}: {str(error).splitlines()[0]}; run it again") from error
-    except connection_errors as error:
-        raise StorageError(f"{url}: the hub cannot be reached ({type(error).__name__}); run the same again") from error
-
-
-def _listing(api: "HfApi", place: HubPlace) -> dict[str, _Held]:
-    """Files of the place by their path in it."""
+def _listing(api: "HfApi", place: HubPlace, url: str) -> dict[str, _Held]:
+    """Files of the place by their path in it. Raises StorageError, also where the listing does not end."""
     from huggingface_hub.errors import EntryNotFoundError
+
+    held: dict[str, _Held] = {}
+    end = time.monotonic() + LISTING_S
+    with asking(url):
+        try:
+            tree = api.list_repo_tree(
+                place.repository, place.folder or None, recursive=True, repo_type="dataset", revision=place.revision
+            )
+            for number, item in enumerate(tree):
+                if number >= MAX_LISTED or time.monotonic() > end:
+                    raise StorageError(
+                        f"{url}: the hub's listing does not end ({number} entries, at most {MAX_LISTED} in "
+                        f"{LISTING_S:.0f} s); choose another repository"
+                    )
+                name, file = _listed(item, place)
+                if file is not None and held.setdefault(name, file) != file:
+                    raise StorageError(f"{url}: the hub lists {name[:200]!r} twice, with other content; run it again")
+        except EntryNotFoundError:
+            return {}
+    return held
+
+
+def _listed(item: Any, place: HubPlace) -> tuple[str, _Held | None]:
+    """An entry of a listing: its path in the place, and what it is where it is a file."""
     from huggingface_hub.hf_api import RepoFile
 
-    held = {}
-    try:
-        tree = api.list_repo_tree(
-            place.repository, place.folder or None, recursive=True, repo_type="dataset", revision=place.revision
-        )
-        for item in tree:
-            if isinstance(item, RepoFile):
-                sha256 = item.lfs.sha256 if item.lfs else ""
-                name = item.path.removeprefix(f"{place.folder}/") if place.folder else item.path
-                held[name] = _Held(item.size, sha256, item.blob_id)
-    except EntryNotFoundError:
-        return {}
-    return held
+    name = item.path.removeprefix(f"{place.folder}/") if place.folder else item.path
+    if not isinstance(item, RepoFile):
+        return name, None
+    return name, _Held(item.size, item.lfs.sha256 if item.lfs else "", item.blob_id)
 
 
 def _obsolete(
@@ -284,14 +300,15 @@ def _batches(files: Files) -> Iterator[Files]:
         yield batch
 
 
-def _commit(api: "HfApi", place: HubPlace, files: Files, removed: list[str], message: str) -> None:
+def _commit(api: "HfApi", place: HubPlace, url: str, files: Files, removed: list[str], message: str) -> None:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     operations: list[Any] = [CommitOperationAdd(place.path(name), content) for name, content in files.items()]
     operations += [CommitOperationDelete(place.path(name)) for name in removed]
-    api.create_commit(
-        place.repository, operations, commit_message=message, repo_type="dataset", revision=place.revision
-    )
+    with asking(url):
+        api.create_commit(
+            place.repository, operations, commit_message=message, repo_type="dataset", revision=place.revision
+        )
 
 
 def _git_hash(data: bytes) -> str:

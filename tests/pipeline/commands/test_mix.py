@@ -230,6 +230,10 @@ def test_arguments_that_say_nothing_are_refused(pair: tuple[Path, Path]) -> None
     assert "choose one" in run_mix(*pair, "--log-pool", "--posterior", code=2)
     assert "sum to 1" in run_mix(*pair, "--weights", "0.7,0.7", code=2)
     assert "1 weights for 2 data sets" in run_mix(*pair, "--weights", "1", code=2)
+    for weights in ("1,0,0", "nan,1,0"):
+        assert "3 weights for 2 data sets" in run_mix(*pair, "--weights", weights, code=2)
+    assert "--route nosuch/*: weighs no document" in run_mix(*pair, "--route", "nosuch/*=1,0", code=2)
+    assert "--route doc*: weighs no document" in run_mix(*pair, "--route", "*=1,0", "--route", "doc*=0,1", code=2)
     assert "no numbers" in run_mix(*pair, "--weights", "a,b", code=2)
     assert "pattern" in run_mix(*pair, "--route", "0.5,0.5", code=2)
     run_mix(*pair)

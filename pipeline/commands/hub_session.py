@@ -1,0 +1,122 @@
+"""The hub's client, held to bounds: what it answers has a size and a time, and whatever else it says is a refusal.
+
+The client believes its server. It reads an answer of any length, unpacks what is packed, follows a listing for as long
+as that goes on, and raises whatever its own code raises on an answer that is made otherwise than it expects.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from bytecache.schemas.errors import BytecacheError, ConfigError, StorageError
+from bytecache.schemas.messages import one_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MAX_ANSWER = 1 << 26
+"""Bytes of one answer: a page of a listing has a thousand files in half a megabyte."""
+ANSWER_S = 300.0
+"""Seconds without a byte of an answer, and seconds that an answer may take once it has begun."""
+
+
+class _UnboundedError(Exception):
+    """An answer that is more than was asked for."""
+
+
+@contextmanager
+def hub_session() -> "Iterator[HfApi]":
+    """The client, whose answers are bounded for as long as this lasts."""
+    from huggingface_hub import HfApi, get_session
+
+    session: Any = get_session()
+    hooks, timeout = session.event_hooks, session.timeout
+    session.event_hooks = {
+        "request": [*hooks["request"], _ask_plainly],
+        "response": [*hooks["response"], _bound],
+    }
+    session.timeout = ANSWER_S
+    try:
+        yield HfApi()
+    finally:
+        session.event_hooks, session.timeout = hooks, timeout
+
+
+def _ask_plainly(request: Any) -> None:
+    # A packed answer has no size that could be known before it is unpacked.
+    request.headers["Accept-Encoding"] = "identity"
+
+
+def _bound(response: Any) -> None:
+    """Let an answer be read as far as `MAX_ANSWER` and `ANSWER_S` go. Raises _UnboundedError."""
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise _UnboundedError("is packed, which was not asked for")
+    read = response.iter_raw
+
+    def pieces(*arguments: Any, **options: Any) -> Iterator[bytes]:
+        size, end = 0, time.monotonic() + ANSWER_S
+        for piece in read(*arguments, **options):
+            size += len(piece)
+            if size > MAX_ANSWER:
+                raise _UnboundedError(f"is longer than {MAX_ANSWER >> 20} MiB")
+            if time.monotonic() > end:
+                raise _UnboundedError(f"has not ended after {ANSWER_S:.0f} s")
+            yield piece
+
+    response.iter_raw = pieces
+
+
+@contextmanager
+def asking(url: str) -> Iterator[None]:
+    """Around requests: what the client raises becomes a refusal with its remedy.
+
+    Raises ConfigError where there is no token, StorageError for all else that is the hub's. A fault of this machine's
+    files (OSError with a name) and what is no failure of an answer pass through.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    # The library under the client changes its name between releases; the client derives its own errors of that one's.
+    connection_errors = tuple(
+        base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception) and base is not OSError
+    )
+    try:
+        yield
+    except (BytecacheError, MemoryError):
+        raise
+    except LocalTokenNotFoundError as error:
+        raise ConfigError(f"{url}: no token for the hub; set HF_TOKEN, or log in with `hf auth login`") from error
+    except Exception as error:  # the client's own code fails in as many ways as an answer can be wrong
+        for cause in _causes(error):
+            if isinstance(cause, HfHubHTTPError):
+                raise _refusal(url, cause) from error
+            if isinstance(cause, _UnboundedError):
+                raise StorageError(f"{url}: an answer of the hub {cause}; nothing of it is used") from error
+            if isinstance(cause, (*connection_errors, ConnectionError, TimeoutError)):
+                raise StorageError(
+                    f"{url}: the hub cannot be reached ({type(cause).__name__}); run the same again"
+                ) from error
+            if isinstance(cause, OSError) and cause.filename is not None:
+                raise
+        raise StorageError(
+            f"{url}: the hub answers what is no answer to this request "
+            f"({type(error).__name__}: {one_line(str(error), 120)}); see that HF_ENDPOINT is a hub, then run the same "
+            "again"
+        ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those of which it was made."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+
+
+def _refusal(url: str, error: Any) -> StorageError:
+    status = error.response.status_code if error.response is not None else 0
+    if status in (401, 403):
+        return StorageError(
+            f"{url}: the hub refuses ({status}); set HF_TOKEN to a token that may write to this repository"
+        )
+    return StorageError(f"{url}: the hub answers {status}: {one_line(str(error).splitlines()[0], 300)}; run it again")

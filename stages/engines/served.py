@@ -52,10 +52,10 @@ class Opened:
             if type(self.told.get(name)) is not kind:
                 raise EngineError(f"{client.address} does not say its {name}; serve with this version of bytecache")
 
-    def ask(self, path: str, count: int, **arrays: np.ndarray) -> list[RowMasses]:
-        """`count` rows. Raises ConfigError where another teacher is served by now, EngineError."""
+    def ask(self, path: str, n_rows: int, arrays: dict[str, np.ndarray]) -> list[RowMasses]:
+        """`n_rows` rows. Raises ConfigError where another teacher is served by now, EngineError."""
         body = pack({"asked": self.asked, "teacher": self.told["sha256"]}, **arrays)
-        raw = self.client.post_bytes(f"bytecache/{path}", body, Bound.of_rows(count))
+        raw = self.client.post_bytes(f"bytecache/{path}", body, Bound.of_rows(n_rows))
         try:
             return unpack_rows(raw)
         except ValueError as error:
@@ -114,10 +114,11 @@ class ServedEngine(Engine):
     def _rows(
         self, prompt: Prompt, starts: np.ndarray, following: np.ndarray, which: dict[str, np.ndarray], count: int
     ) -> RowMasses:
-        jobs = self.opened.ask(
-            "rows", count, tokens=prompt.tokens.astype(np.int32), text=prompt.text, starts=starts.astype(np.int64),
-            following=following, **which,
-        )  # fmt: skip
+        arrays = {
+            "tokens": prompt.tokens.astype(np.int32), "text": prompt.text, "starts": starts.astype(np.int64),
+            "following": following, **which,
+        }  # fmt: skip
+        jobs = self.opened.ask("rows", count, arrays)
         if [len(rows.log_norm) for rows in jobs] != [count]:
             came = sum(len(rows.log_norm) for rows in jobs)
             raise EngineError(f"{prompt.name}: {came} rows came for {count}; see the server's log")
@@ -132,7 +133,7 @@ class ServedEngine(Engine):
                 "start": np.concatenate([job.start for job in some]).astype(np.int64),
                 "count": np.array([len(job.token) for job in some], np.int64),
             }  # fmt: skip
-            rows = self.opened.ask("static", len(arrays["token"]), **arrays)
+            rows = self.opened.ask("static", len(arrays["token"]), arrays)
             if [len(each.log_norm) for each in rows] != [len(job.token) for job in some]:
                 raise EngineError(f"{some[0].name}: static rows came for other histories; see the server's log")
             yield from rows

@@ -100,7 +100,7 @@ def test_a_run_against_a_server_that_is_killed(
     kills = 1 if backend == "vllm-server" else 0  # a start is dear, so only the run that must open again meets one
     send, one_kills = Client._raw, threading.Lock()
 
-    def dying(self: Client, url: str, data: bytes | None) -> bytes:
+    def dying(self: Client, url: str, *asked: Any) -> Any:
         nonlocal kills
         self.patience = 400.0
         with one_kills:
@@ -109,7 +109,7 @@ def test_a_run_against_a_server_that_is_killed(
                 before.update({path: path.read_bytes() for path in (tmp_path / "run" / "teacher").rglob("*.parquet")})
                 server.kill()
                 server.start()
-        return send(self, url, data)
+        return send(self, url, *asked)
 
     monkeypatch.setattr(Client, "_raw", dying)
     outcome = teacher(context)

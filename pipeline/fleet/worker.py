@@ -123,7 +123,8 @@ class Heartbeat:
         with contextlib.suppress(StorageError):
             perform(self.store, give_back())
             perform(self.store, self._leave())
-        say({"worker": self.worker, "left": "the unit in flight was given back at the deadline; rerun the same command to continue"})
+        left = "the unit in flight was given back at the deadline; rerun the same command to continue"
+        say({"worker": self.worker, "left": left})
         os._exit(Interrupted.exit_code)
 
 

@@ -46,14 +46,14 @@ def _mend_index(folder: Path, base: str) -> list[str]:
 
     Into a scratch folder first: a source that is no data set must not cost the index that is here.
     """
-    from bytecache.schemas.dataset.verification import verify_dataset
+    from bytecache.schemas.dataset.verification import check_editions
 
     try:
-        read_dataset(folder)
+        dataset = read_dataset(folder)
     except IntegrityError as error:
         _fetch_index(folder, base)
         return [f"fetched: the index ({error})"]
-    faults = [problem.detail for problem in verify_dataset(folder) if problem.kind == "index"]
+    faults = [problem.detail for problem in check_editions(dataset)[1] if problem.kind == "index"]
     if not faults:
         return []
     _fetch_index(folder, base)
@@ -62,10 +62,10 @@ def _mend_index(folder: Path, base: str) -> list[str]:
 
 def _mend_older(folder: Path, base: str) -> list[str]:
     """The same for the indices of older editions."""
-    from bytecache.schemas.dataset.verification import verify_dataset
+    from bytecache.schemas.dataset.verification import check_editions
 
     done = []
-    for problem in verify_dataset(folder):
+    for problem in check_editions(read_dataset(folder))[1]:
         if problem.kind == "older":
             place = problem.file.rpartition("/")[0]
             _fetch_index(folder / place, f"{base}/{place}")

@@ -45,7 +45,7 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
         dataset = read_dataset(folder)
     except (IntegrityError, StorageError) as error:
         return [Problem(DATASET, "index", str(error))]
-    older, problems = _older_entries(dataset)
+    older, problems = check_editions(dataset)
     by_hash: dict[str, str] = {}
     for entry in (*dataset.entries, *older):
         if entry.sha256 in by_hash:
@@ -65,8 +65,11 @@ def verify_dataset(folder: str | os.PathLike[str], *, deep: bool = False) -> lis
     return problems + _check_card(dataset.folder)
 
 
-def _older_entries(dataset: Dataset) -> tuple[list[ShardEntry], list[Problem]]:
-    """Shards that only older editions list, and what is wrong with the indices of those and with their chain."""
+def check_editions(dataset: Dataset) -> tuple[list[ShardEntry], list[Problem]]:
+    """Shards that only older editions list, and what is wrong with the indices of those and with their chain.
+
+    Reads indices alone, no shard.
+    """
     entries, problems = dict[str, ShardEntry](), list[Problem]()
     before: Dataset | None = None
     for name, folder in older_editions(dataset.folder):

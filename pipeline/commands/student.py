@@ -4,7 +4,6 @@ Distilled and control students begin from the same folder, `train/student-<key12
 after it; `evaluate` and `export` read it. The same recipe makes the same bytes.
 """
 
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,8 @@ from bytecache.pipeline.stores import disk_errors
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.aside import set_damaged_folder_aside, set_folder_aside
 from bytecache.pipeline.units.receipts import Receipt, record_file, unit_key
-from bytecache.pipeline.units.runner import Task, commit_receipt, finished
+from bytecache.pipeline.units.runner import Task, commit_receipt, finished, warn_user
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.messages import one_line
 
 if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
@@ -37,7 +35,7 @@ def make_student(context: Context, targets: "Dataset") -> None:
 
     store, settings = context.store, context.settings
     task = student_task(context, targets.content_sha256)
-    if finished(store, task, _warn) is not None:
+    if finished(store, task, warn_user) is not None:
         return
     if store.exists(f"{task.out}/{RECORD}"):
         context.say(f"train: {task.out} is there without a sound receipt; it is checked, or made again")
@@ -70,7 +68,3 @@ def make_student(context: Context, targets: "Dataset") -> None:
         versions=receipts.software_versions(),
     )
     commit_receipt(store, receipt)
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """`teacher`: one token dump for each slice. A dump part's key holds its slice and the teacher's full identity."""
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from bytecache.pipeline.plan.index import Plan, Unit, load_plan
 from bytecache.pipeline.stores import Store, overlapped, refuse_no_files_in
 from bytecache.pipeline.units import documents, receipts
 from bytecache.pipeline.units.receipts import Receipt, unit_key
-from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
+from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job, warn_user
 from bytecache.schemas.errors import ConfigError, EngineError, InputError, IntegrityError
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.schemas.messages import one_line
 from bytecache.schemas.settings import Teacher
 from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.locate import model_name, public_name, resolve_model
@@ -254,7 +252,7 @@ def dump_groups(store: Store) -> tuple[dict[str, dict[str, Receipt]], list[str]]
         elif receipt:
             damaged.append(receipt)
     for line in damaged:
-        print(f"warning: {one_line(line)}", file=sys.stderr, flush=True)
+        warn_user(line)
     return groups, damaged
 
 

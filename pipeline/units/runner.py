@@ -164,7 +164,7 @@ def run_units(
     every case units already committed stay.
     """
     store.sweep()
-    found = overlapped(lambda task: finished(store, task, _warn), tasks)
+    found = overlapped(lambda task: finished(store, task, warn_user), tasks)
     known = {task.key: receipt for task, receipt in zip(tasks, found, strict=True)}
     pending = list({task.key: task for task in tasks if known[task.key] is None}.values())
     if not pending:
@@ -276,7 +276,8 @@ def _interrupted(stage: str, done: int, total: int) -> Interrupted:
     return Interrupted(f"{stage} stopped by a signal with {done} of {total} units whole; rerun the same command")
 
 
-def _warn(message: str) -> None:
+def warn_user(message: str) -> None:
+    """One line of warning, whatever strangers wrote into it."""
     _LOGGER.warning("%s", one_line(message))
 
 

@@ -36,11 +36,10 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
 from bytecache.stages.evaluate import evaluate
-from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import load_shard
-from bytecache.stages.teacher.identity import vocabulary_of
+from bytecache.stages.teacher.identity import vocabulary_from
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.objective.objective import Objective
@@ -151,10 +150,7 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
         window_bytes=args.window, warmup=min(30, args.steps // 8), tensorboard=False, dtype=args.dtype,
         **{"lora_rank": args.lora, "lora_embeddings": args.embeddings, **changes},
     )  # fmt: skip
-    dump = TokenDump(
-        args.run / "teacher",
-        lambda start: vocabulary_of(teacher.model_copy(update={"start": start}), resolve_model(teacher)),
-    )
+    dump = TokenDump(args.run / "teacher", vocabulary_from(teacher))
     began = time.process_time()
     name = f"{args.pair.replace(' ', '-')}-{arm}-{seed}"
     result = train(settings, folder, targets, args.work / name, name=name, seed=seed, device="cpu", dump=dump)

@@ -41,10 +41,9 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
 from bytecache.schemas.errors import Interrupted
 from bytecache.stages.evaluate import evaluate
-from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.student import student
 from bytecache.stages.targets.source import load_shard
-from bytecache.stages.teacher.identity import vocabulary_of
+from bytecache.stages.teacher.identity import vocabulary_from
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.objective.objective import Objective
@@ -166,10 +165,7 @@ def run_arm(args: argparse.Namespace, arm: str, seed: int, rate: float) -> dict[
         warmup=args.warmup, tensorboard=False,
         **{"lora_rank": args.lora, "lora_embeddings": True, **changes},
     )  # fmt: skip
-    dump = TokenDump(
-        args.run / "teacher",
-        lambda start: vocabulary_of(teacher.model_copy(update={"start": start}), resolve_model(teacher)),
-    )
+    dump = TokenDump(args.run / "teacher", vocabulary_from(teacher))
     out = args.work / f"{args.curve}-{folder.name}-{arm}-{seed}-{rate:g}"
     result = train(
         settings, folder, targets_of(args, kind), out, name=arm, seed=seed, device="cpu", dump=dump,

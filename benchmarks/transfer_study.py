@@ -52,10 +52,10 @@ from benchmarks.transfer_gain import refuse_mixed, wanted
 from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
-from bytecache.stages.models.locate import resolve_model
+from bytecache.schemas.files import write_text
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
-from bytecache.stages.teacher.identity import vocabulary_of
+from bytecache.stages.teacher.identity import vocabulary_from
 from bytecache.stages.train.batches import stream
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.types import Step
@@ -120,10 +120,7 @@ class Study:
         exact = args.run / "targets"
         refuse_mixed(exact)
         teacher = st.Teacher(model=read_meta(next((args.run / "teacher").glob("*.parquet")))["teacher"]["model"])
-        dump = TokenDump(
-            args.run / "teacher",
-            lambda start: vocabulary_of(teacher.model_copy(update={"start": start}), resolve_model(teacher)),
-        )
+        dump = TokenDump(args.run / "teacher", vocabulary_from(teacher))
         args.work.mkdir(parents=True, exist_ok=True)
         if not (args.work / "counts").exists():
             write_counts(exact, args.work / "counts")
@@ -356,9 +353,7 @@ def results(out: Path) -> Found:
 
 def save(out: Path, found: Found) -> None:
     """Replace the file."""
-    whole = out.with_suffix(".tmp")
-    whole.write_text(json.dumps(found) + "\n")
-    whole.replace(out)
+    write_text(out, json.dumps(found) + "\n")
 
 
 def add_ends(study: Study, found: Found) -> None:

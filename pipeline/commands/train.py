@@ -10,7 +10,6 @@ import io
 import os
 import re
 import shutil
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -24,16 +23,14 @@ from bytecache.pipeline.stores import Store, disk_errors, refuse_no_file
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
-from bytecache.pipeline.units.runner import Task, commit_receipt, finished
+from bytecache.pipeline.units.runner import Task, commit_receipt, finished, warn_user
 from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from bytecache.schemas.files import put_in_place, scratch_folder
-from bytecache.schemas.messages import one_line
 from bytecache.schemas.settings import BASELINES, NEUTRAL, Train
 
 if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
-    from bytecache.stages.tokens.vocab import Vocabulary
     from bytecache.stages.train.batches.teacher_tokens import TokenDump
     from bytecache.stages.train.parallel import World
 
@@ -101,7 +98,7 @@ def train(context: Context, only: str = "") -> int:
     targets = open_targets(context)
     store, dataset = context.store, targets.content_sha256
     tasks = [train_task(context, name, dataset) for name in run_names(context.settings.train, only)]
-    pending = [task for task in tasks if finished(store, task, _warn) is None]
+    pending = [task for task in tasks if finished(store, task, warn_user) is None]
     for task in tasks:
         if task not in pending:
             context.say(f"train {task.name}: nothing to do, {task.measure} steps are done ({task.out})")
@@ -238,8 +235,7 @@ def _is_record(key: str) -> bool:
 
 def _token_dump(context: Context) -> "TokenDump | None":
     """The teacher's tokens, where `train.head` is a baseline that asks for them."""
-    from bytecache.stages.models.locate import resolve_model
-    from bytecache.stages.teacher.identity import vocabulary_of
+    from bytecache.stages.teacher.identity import vocabulary_from
     from bytecache.stages.train.batches.teacher_tokens import TokenDump
 
     settings = context.settings
@@ -248,14 +244,7 @@ def _token_dump(context: Context) -> "TokenDump | None":
     folder = context.store.folder("teacher")
     if settings.train.head == "uld":
         return TokenDump(folder)
-
-    def teacher(start: str) -> "Vocabulary":
-        """The vocabulary; where no start is set, with the one that was measured."""
-        asked = settings.teacher
-        asked = asked.model_copy(update={"start": start}) if asked.start == "auto" else asked
-        return vocabulary_of(asked, resolve_model(asked))
-
-    return TokenDump(folder, teacher)
+    return TokenDump(folder, vocabulary_from(settings.teacher))
 
 
 def run_receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:
@@ -291,10 +280,6 @@ def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt
     if not runs:
         raise InputError(f"{context.store.name} holds no run trained with these settings; run `bytecache train` first")
     return runs
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def run_files(store: Store, run: Receipt) -> tuple[Path, Path]:

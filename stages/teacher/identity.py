@@ -1,6 +1,7 @@
 """Which teacher: its checkpoint folder, its context, and the identity that makes two dumps comparable."""
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _DECIDE = {
 }  # fmt: skip
 """Settings that decide the numbers."""
 RESERVED = 16
-"""Positions kept free for branches where the model has no more: deeper ones that do pass its end are refused then."""
+"""Positions kept free for branches where the model has no more: deeper ones that do pass its end are left out then."""
 AUTO_CONTEXT = 1024
 """teacher.context = 0, where the model holds as many."""
 
@@ -33,6 +34,16 @@ AUTO_CONTEXT = 1024
 def vocabulary_of(settings: st.Teacher, folder: Path) -> Vocabulary:
     """The vocabulary of the checkpoint in `folder`, start and end tokens as the settings say. Raises InputError."""
     return load_vocabulary(folder, start=settings.start, end=settings.end, trust_remote_code=settings.trust_remote_code)
+
+
+def vocabulary_from(settings: st.Teacher) -> Callable[[str], Vocabulary]:
+    """Opens the teacher's vocabulary, given the start token of a dump: it counts where the settings leave it open."""
+
+    def opened(start: str) -> Vocabulary:
+        asked = settings.model_copy(update={"start": start}) if settings.start == "auto" else settings
+        return vocabulary_of(asked, resolve_model(asked))
+
+    return opened
 
 
 def _text_config(settings: st.Teacher, folder: Path) -> Any:

@@ -39,6 +39,14 @@ def loads(data: str | bytes) -> Any:
         raise ValueError("nested too deep") from error
 
 
+def most_values(data: bytes) -> int:
+    """How many values a JSON document can have at most inside the outermost: what it costs, known before it is parsed.
+
+    Each of them follows a comma or the bracket of its list or object; such characters in texts count as well.
+    """
+    return sum(map(data.count, (b",", b"[", b"{")))
+
+
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object from its pairs, as `object_pairs_hook`. Raises ValueError for a repeated key."""
     out = dict(pairs)

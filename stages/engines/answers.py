@@ -82,7 +82,7 @@ def as_object(url: str, raw: Raw, bound: Bound) -> dict[str, Any]:
     Raises EngineError for whatever else arrives whole, TruncatedError for what may have been cut.
     """
     content = raw.content
-    if sum(map(content.count, (b",", b"[", b"{"))) > bound.values:
+    if strict_json.most_values(content) > bound.values:
         raise EngineError(
             f"{url}: the answer has more than {bound.values} values, more than was asked for; nothing of it is used, "
             "see that it is the server you mean"

@@ -35,6 +35,7 @@ from bytecache.schemas.messages import masked
 from bytecache.schemas.patience import Patience
 from bytecache.schemas.settings import Teacher
 from bytecache.schemas.web import staying_opener
+from bytecache.schemas.whole import is_number, is_whole
 from bytecache.stages.engines.answers import Bound, Raw, TruncatedError, as_object, read_bounded
 
 Item = TypeVar("Item")
@@ -111,7 +112,7 @@ class Client:
                 f"teacher.server_model = {name!r} is not served by {self.address}, which has: {', '.join(known)}"
             )
         limit = known[name].get("max_model_len")
-        return Served(name, limit if type(limit) is int and limit > 0 else 0, self._version())
+        return Served(name, limit if is_whole(limit, 1) else 0, self._version())
 
     def _version(self) -> str:
         root = f"{urlsplit(self.address).scheme}://{urlsplit(self.address).netloc}"
@@ -238,7 +239,7 @@ def _id(text: str) -> int:
 
 
 def _chance(value: Any) -> float:
-    if type(value) not in (int, float):
+    if not is_number(value):
         raise ValueError(f"{str(value)[:40]!r} is no log-probability")
     return float(value)
 

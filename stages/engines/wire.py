@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bytecache.schemas import strict_json
+from bytecache.schemas.whole import is_whole
 from bytecache.stages.engines.paths import COLUMNS, RowMasses
 
 KINDS = frozenset({"uint8", "uint16", "int32", "int64", "float32"})
@@ -42,7 +43,7 @@ def unpack(raw: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if not isinstance(each, list) or len(each) != 3:
             raise ValueError(f"an array that is {str(each)[:80]}")
         name, kind, shape = each
-        is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        is_shape = isinstance(shape, list) and all(is_whole(n, 0) for n in shape)
         if not isinstance(kind, str) or kind not in KINDS or not is_shape or len(shape) > MOST_DIMENSIONS:
             raise ValueError(f"array {str(name)[:80]!r} of {str(kind)[:80]} {str(shape)[:80]}")
         count = math.prod(shape)
@@ -72,7 +73,7 @@ def unpack_rows(raw: bytes) -> list[RowMasses]:
     """What `pack_rows` was given. Raises ValueError for anything else, and for columns that do not go together."""
     header, arrays = unpack(raw)
     jobs = header.get("jobs")
-    if type(jobs) is not int or not 0 <= jobs * len(COLUMNS) <= len(arrays):
+    if not is_whole(jobs, 0) or jobs * len(COLUMNS) > len(arrays):
         raise ValueError("rows without all of their columns")
     try:
         found = [RowMasses(**{name: arrays[f"{n} {name}"] for name in COLUMNS}) for n in range(jobs)]

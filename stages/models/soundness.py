@@ -138,7 +138,7 @@ def _refuse_beyond_weights(folder: Path, config: dict[str, Any], where: str) -> 
 
 
 def _number(config: dict[str, Any], *names: str) -> int:
-    return next((value for name in names if type(value := config.get(name)) is int), 0)
+    return next((value for name in names if is_whole(value := config.get(name))), 0)
 
 
 def _length(value: Any) -> int:

@@ -37,10 +37,15 @@ class Branch(NamedTuple):
     start: int
     """Byte of the prompt's text where the history ends."""
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the history."""
+        return self.anchor + 1 + len(self.chain)
+
 
 def refuse_long_branches(name: str, branches: Sequence[Branch], longest: int) -> None:
     """Raises ConfigError for a branch of more than `longest` tokens; `name` of its window."""
-    most = max((branch.anchor + 1 + len(branch.chain) for branch in branches), default=0)
+    most = max((branch.n_tokens for branch in branches), default=0)
     if most > longest:
         raise ConfigError(
             f"{name}: a branch of {most} tokens exceeds the {longest} that the teacher holds; "

@@ -12,7 +12,7 @@ at `exact` with Gemma-3-270m.)
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ MAX_BRANCHES = 200_000
 
 
 class Choice(NamedTuple):
-    """What a window lacks by its lattice: the first of the three that is not empty, and those before it."""
+    """What a window lacks by its lattice: branches, or where there are none static rows."""
 
     effort: tuple[float, int, float]
     """tau, depth, and the share of static rows."""
@@ -134,8 +134,7 @@ class Group:
         branches = _branches(self.plans[number], window, deviations, tau) if len(deviations.row) else []
         fits = self._fits(branches)
         if not all(fits):
-            deviations = Deviations(*(column[fits] for column in deviations))
-            branches = [branch for branch, does in zip(branches, fits, strict=True) if does]
+            deviations, branches = Deviations(*(column[fits] for column in deviations)), [*compress(branches, fits)]
         look_further = share > 0.0 and not branches
         return Choice(effort, deviations, branches, lattice.homeless(share=share) if look_further else None)
 
@@ -145,7 +144,7 @@ class Group:
         Others, cuts that stay finer than the canonical one to the end of a full window, join rows as light ones do, and
         the bound counts them with those.
         """
-        return [branch.anchor + 1 + len(branch.chain) <= self.engine.longest for branch in branches]
+        return [branch.n_tokens <= self.engine.longest for branch in branches]
 
     def add_static(self, share: float) -> int:
         """Give static rows to positions where histories of more than `share` end and no row does; returns how many."""
@@ -182,7 +181,7 @@ class Group:
             fits = self._fits(branches)
             if any(fits):
                 replaced[number] = row[fits]
-                jobs.append((plan.prompt, [branch for branch, does in zip(branches, fits, strict=True) if does]))
+                jobs.append((plan.prompt, [*compress(branches, fits)]))
         for (number, row), rows in zip(replaced.items(), self.engine.score_branches(jobs), strict=True):
             self._change(number, partial(replace_static, self.windows[number], row, rows))
         return sum(map(len, replaced.values()))

@@ -75,10 +75,12 @@ class Runner:
         return self._get_prompt_logprobs_dict(hidden, dict(zip(ids, counts, strict=True)))
 
 
-def extension(runner: Runner, reducer: PathReducer, logit_rows: int = 512, rank: int = 0) -> PathExtension:
+def extension(
+    runner: Runner, reducer: PathReducer, logit_rows: int = 512, rank: int = 0, process: int = 0
+) -> PathExtension:
     worker = PathExtension()
     worker.model_runner, worker.rank = runner, rank  # type: ignore[attr-defined]
-    assert worker.bytecache_install(reducer, 1, logit_rows) in RUNNERS
+    assert worker.bytecache_install(reducer, 1, logit_rows, process) in RUNNERS
     return worker
 
 
@@ -268,10 +270,7 @@ def test_a_branch_is_a_few_operations_on_the_engines_thread(reducer, monkeypatch
     monkeypatch.setattr("bytecache.stages.engines.vllm_worker.run_pass", lambda _, step: states(1, len(step.seq_lens)))
     counts = []
     for each in (64, 64, 320):  # the first compiles loops
-        runner = Runner("v1", head_of(reducer), torch.device("cpu"))
-        worker = PathExtension()
-        worker.model_runner, worker.rank = runner, 0  # type: ignore[attr-defined]
-        worker.bytecache_install(reducer, 1, 512, os.getpid())
+        worker = extension(Runner("v1", head_of(reducer), torch.device("cpu")), reducer, process=os.getpid())
         blocks, prompts = held_windows(4, 10, 20_000)
         engine = engine_over(worker, blocks)
         for shorter in range(1, depth):
@@ -289,9 +288,7 @@ def test_a_row_of_a_window_is_hardly_an_operation_on_the_engines_thread(reducer)
     counts = []
     for rows in (64, 64, 640):  # the first compiles loops
         runner = Runner("v1", head_of(reducer), torch.device("cpu"))
-        worker = PathExtension()
-        worker.model_runner, worker.rank = runner, 0  # type: ignore[attr-defined]
-        worker.bytecache_install(reducer, 1, 512, os.getpid())
+        worker = extension(runner, reducer, process=os.getpid())
         hidden = states(2, rows)
         with Operations() as operations:
             worker.bytecache_want({"w": want_of("window", [i % 30 for i in range(rows)], {"a": Request(0, rows)})})

@@ -34,7 +34,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.files import write_text
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
-from bytecache.stages.engines.paths import RowMasses, concatenate, take
+from bytecache.stages.engines.rows import RowMasses, concatenate, take
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import true_symbols

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.exactness import Remembering, documents_of, kinds_of, windows_at
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.window import Window
-from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
 from bytecache.stages.foreign.cache import Document, ForeignTeacher, Reading

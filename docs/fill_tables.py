@@ -85,7 +85,7 @@ def presets_short() -> str:
     rows = []
     for preset in PRESETS:
         cells = [measured["presets"][preset] for _, measured in of_one]
-        rows.append([f"`{preset}`", *(f"{c['kl']:.4f} / {c['jsd']:.4f} ({c['rows_per_token']:.2f})" for c in cells)])
+        rows.append([f"`{preset}`", *(f"{c['kl']:.5f} / {c['jsd']:.5f} ({c['rows_per_token']:.2f})" for c in cells)])
     return table("`teacher.preset` | " + " | ".join(f">{KINDS[kind]}" for kind, _ in of_one), rows) + changed_presets()
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bytecache.schemas.errors import ConfigError
-from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.engines.static import StaticJob
 
 GROUP_TOKENS = 16_384

@@ -20,7 +20,8 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError, InputError
 from bytecache.stages.engines import packed
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
-from bytecache.stages.engines.paths import LateRows, PathReducer, RowMasses, concatenate, plan_paths
+from bytecache.stages.engines.paths import PathReducer, plan_paths
+from bytecache.stages.engines.rows import LateRows, RowMasses, concatenate
 from bytecache.stages.engines.static import (
     StaticJob,
     StaticStates,

@@ -19,7 +19,8 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.loops import inner_loop, row_loop
-from bytecache.stages.engines.paths import PathPlan, RowMasses, plan_paths
+from bytecache.stages.engines.paths import PathPlan, plan_paths
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.tokens.byte_trie import Trie, find_child
 from bytecache.stages.tokens.vocab import Vocabulary
 

@@ -21,7 +21,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError
 from bytecache.stages.engines.answers import Bound
 from bytecache.stages.engines.engine import Branch, Engine, Prompt, refuse_long_branches
-from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.engines.server_client import Client, in_order
 from bytecache.stages.engines.static import StaticJob, together, tokens_of
 from bytecache.stages.engines.wire import pack, unpack_rows

@@ -25,7 +25,7 @@ from bytecache.schemas.errors import ConfigError, EngineError
 from bytecache.stages.engines.answers import Bound, TruncatedError
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
 from bytecache.stages.engines.listing import Listing, ListingReducer
-from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.engines.server_client import (
     Answer,
     Client,

@@ -31,17 +31,8 @@ from safetensors.torch import save_file
 
 from bytecache.schemas.errors import StorageError
 from bytecache.schemas.files import make_folder, scratch_folder
-from bytecache.stages.engines.paths import (
-    LateRows,
-    Once,
-    PathReducer,
-    RowMasses,
-    concatenate,
-    join_plans,
-    plan_paths,
-    take,
-    take_plan,
-)
+from bytecache.stages.engines.paths import PathReducer, join_plans, plan_paths, take_plan
+from bytecache.stages.engines.rows import LateRows, Once, RowMasses, concatenate, take
 from bytecache.stages.tokens.vocab import Misfit, Vocabulary
 
 CONTEXTS = ("\n", " in")

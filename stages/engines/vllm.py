@@ -21,7 +21,8 @@ import numpy as np
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import BytecacheError, EngineError
 from bytecache.stages.engines.engine import GROUP_TOKENS, Branch, Engine, Prompt, refuse_long_branches
-from bytecache.stages.engines.paths import PathReducer, RowMasses
+from bytecache.stages.engines.paths import PathReducer
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.engines.static import StaticJob, batches, context_tokens, together, tokens_of
 from bytecache.stages.engines.vllm_branches import (
     WindowBlocks,

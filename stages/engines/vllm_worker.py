@@ -26,18 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bytecache.stages.engines.paths import (
-    LateRows,
-    Once,
-    PathReducer,
-    RowMasses,
-    concatenate,
-    join_plans,
-    made,
-    plan_between,
-    plan_paths,
-    take,
-)
+from bytecache.stages.engines.paths import PathReducer, join_plans, plan_between, plan_paths
+from bytecache.stages.engines.rows import LateRows, Once, RowMasses, concatenate, made, take
 from bytecache.stages.engines.static import StaticJob, StaticStates, linear_logits
 from bytecache.stages.engines.vllm_branches import BranchPass
 from bytecache.stages.engines.vllm_pass import run_pass

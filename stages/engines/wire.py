@@ -13,7 +13,7 @@ import numpy as np
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.whole import is_whole
-from bytecache.stages.engines.paths import COLUMNS, RowMasses
+from bytecache.stages.engines.rows import COLUMNS, RowMasses
 
 KINDS = frozenset({"uint8", "uint16", "int32", "int64", "float32"})
 LONGEST_HEADER = 1 << 16

@@ -21,7 +21,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, Interrupted
 from bytecache.stages.engines.engine import Branch, Engine
-from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.lattice.effort import deepest
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice

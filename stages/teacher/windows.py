@@ -12,7 +12,7 @@ import numpy as np
 from bytecache.schemas.dump.rows import Rows
 from bytecache.schemas.dump.window import Window, take_rows
 from bytecache.stages.engines.engine import Prompt
-from bytecache.stages.engines.paths import RowMasses
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.lattice.lattice import Deviations
 from bytecache.stages.tokens.vocab import Encoded
 

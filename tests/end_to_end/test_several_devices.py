@@ -87,30 +87,32 @@ def until(what: str, true: object, seconds: float = 240.0) -> None:
         time.sleep(0.1)
 
 
-def in_flight(run: LocalStore) -> bool:
-    """Whether a worker has claimed a unit and its engine has begun to write the dump."""
-    return any((run.root / TEMP_FOLDER).glob("*.parquet"))
+def dumps_begun(run: LocalStore) -> set[Path]:
+    """Dumps that are being written, or were when their worker was killed."""
+    return set((run.root / TEMP_FOLDER).glob("*.parquet"))
+
+
+def begin_a_unit(run: LocalStore, process: subprocess.Popen[bytes], log: Path, before: set[Path]) -> None:
+    """Wait until the worker has claimed a unit and its engine writes a dump that was not there before."""
+    until("a unit is in flight", lambda: dumps_begun(run) - before or process.poll() is not None)
+    assert len(members(process.pid)) >= 3, log.read_text()
 
 
 def test_a_signal_to_the_group_ends_in_75_and_a_kill_leaves_nobody(planned: list[str], tmp_path: Path) -> None:
     run = LocalStore(Path(planned[1].partition("=")[2]))
     for number in (signal.SIGTERM, signal.SIGINT):
-        log = tmp_path / f"{number}.log"
+        log, before = tmp_path / f"{number}.log", dumps_begun(run)
         with worker(planned, log) as process:
-            until(
-                f"a unit is in flight: {log.read_text()[-2000:]}", lambda: in_flight(run) or process.poll() is not None
-            )
-            assert len(members(process.pid)) >= 3
+            begin_a_unit(run, process, log, before)
             os.killpg(process.pid, number)
             assert process.wait(60) == 75, log.read_text()
             until("no worker outlives its parent", lambda pid=process.pid: not members(pid), 5)
         said = log.read_text()
         assert "Traceback" not in said and "rerun the same command" in said
         assert marks(run, FAILED) == [] == marks(run, LOST)
-    log = tmp_path / "kill.log"
+    log, before = tmp_path / "kill.log", dumps_begun(run)
     with worker(planned, log) as process:
-        until("a unit is in flight", lambda: in_flight(run) or process.poll() is not None)
-        assert len(members(process.pid)) >= 3, log.read_text()
+        begin_a_unit(run, process, log, before)
         process.kill()
         until("no worker outlives its parent", lambda: not members(process.pid), 10)
 

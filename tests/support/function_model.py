@@ -9,7 +9,8 @@ import torch
 
 from bytecache.schemas import settings as st
 from bytecache.stages.engines.engine import Branch, Engine, Prompt
-from bytecache.stages.engines.paths import PathReducer, RowMasses, concatenate, plan_paths
+from bytecache.stages.engines.paths import PathReducer, plan_paths
+from bytecache.stages.engines.rows import RowMasses, concatenate
 from bytecache.stages.engines.static import StaticJob, context_tokens
 from bytecache.stages.teacher.teacher import Teacher
 from bytecache.stages.tokens.vocab import Vocabulary

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from bytecache.stages.engines import path_kernels, paths_device
-from bytecache.stages.engines.paths import PathReducer, RowMasses, plan_paths
+from bytecache.stages.engines.paths import PathReducer, plan_paths
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.tokens.vocab import Vocabulary
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from bytecache.stages.engines.listing import END_TOKEN, Listing, ListingReducer
-from bytecache.stages.engines.paths import PathReducer, RowMasses, plan_paths
+from bytecache.stages.engines.paths import PathReducer, plan_paths
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
 
 TEXTS = ["The cache: naïve 日本語,\n\n  indented 12345 isn't.", "a", "    four\n\n\nlines  "]

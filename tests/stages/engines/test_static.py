@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bytecache.stages.engines.paths import COLUMNS, PathReducer, RowMasses
+from bytecache.stages.engines.paths import PathReducer
+from bytecache.stages.engines.rows import COLUMNS, RowMasses
 from bytecache.stages.engines.static import StaticJob, StaticStates
 from bytecache.stages.tokens.vocab import load_vocabulary
 from tests.support.pretend_device import DEVICE, PretendDevice

@@ -12,7 +12,8 @@ import torch
 
 from bytecache.schemas.errors import EngineError
 from bytecache.stages.engines.engine import Branch, Prompt
-from bytecache.stages.engines.paths import PathReducer, RowMasses, plan_paths
+from bytecache.stages.engines.paths import PathReducer, plan_paths
+from bytecache.stages.engines.rows import RowMasses
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.engines.vllm import VllmEngine
 from bytecache.stages.engines.vllm_branches import WindowBlocks

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bytecache.stages.engines.paths import COLUMNS, RowMasses
+from bytecache.stages.engines.rows import COLUMNS, RowMasses
 from bytecache.stages.engines.wire import pack, pack_rows, unpack, unpack_rows
 
 

@@ -132,7 +132,8 @@ class Teacher(Section):
     """Tokens of every unit that are evaluated to near exactness as well, for the fidelity certificate; 0 = none."""
     noise: str = ""
     """Compare that sample with a float32 model too, and certify how far a half-precision or quantised teacher is from
-    it: `self` (the same weights) or the model that it was quantised from; empty = not."""
+    it: `self` (the same weights) or the model that it was quantised from (an `adapter` is merged into either); empty =
+    not."""
     start: str = "auto"
     """First token of every document: `auto` (measured: the model's BOS, else its EOS, unless another token of the kind
     predicts text better) or a token's text. In conversations the chat template decides."""

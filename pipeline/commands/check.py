@@ -1,7 +1,7 @@
 """`check`: whether a run could be made at all, before any work: corpus, teacher, student, each with its refusal.
 
-Nothing is written but caches, no engine starts and no weight is read. `run` does the same first; `train`, `teacher` and
-`plan` check what they are about to use.
+Nothing is written but caches, no engine starts and no weight is read but to merge a `teacher.adapter`. `run` looks at
+teacher and student first; `train`, `teacher` and `plan` check what they are about to use.
 """
 
 from collections import Counter
@@ -50,20 +50,14 @@ def _check_corpus(context: Context) -> str:
 
 
 def _check_teacher(context: Context) -> str:
-    from bytecache.stages.models.fitness import refuse_quantised_teacher
-    from bytecache.stages.models.locate import resolve_model
+    from bytecache.stages.teacher.check import check_teacher
     from bytecache.stages.teacher.identity import fit_context, vocabulary_of
     from bytecache.stages.tokens.chat import Template
 
     settings = context.settings.teacher.resolved()
     if context.settings.dataset.source:
         return "not used"
-    folder = resolve_model(settings)
-    refuse_quantised_teacher(folder, settings.model, settings.backend)
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"{folder}: no *.safetensors weights; save the model with save_pretrained(safe_serialization=True)"
-        )
+    folder = check_teacher(settings)
     window, _ = fit_context(settings, folder)
     vocabulary = vocabulary_of(settings, folder)
     if context.settings.corpus.kind == "chat":

@@ -189,6 +189,8 @@ def fidelity(
     for line in table(measured, claimed):
         context.say(line)
     context.say(f"{out}: {measured['sample']['positions']} positions in {measured['sample']['windows']} stretches")
+    if claimed and claimed.get("noise"):
+        context.say("the certificate's line of the teacher's own noise is not measured again")
     if claimed is None:
         context.say("the data set has no certificate to compare with: its dump held no reference windows")
     elif limit is not None and figure(measured, "kl") > limit:

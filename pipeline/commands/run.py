@@ -33,9 +33,12 @@ def run(context: Context) -> bool:
         )
     refuse_readers_of_dumps(context.settings)
     if not context.store.exists(f"{TARGETS}/dataset.json"):
-        # What would stop the training is better known before the teacher has been paid for.
+        # What would stop the training is better known before the teacher has been paid for, and the teacher before the
+        # corpus has been read.
         from bytecache.stages.student.check import check_student
+        from bytecache.stages.teacher.check import check_teacher
 
+        check_teacher(context.settings.teacher)
         check_student(context.settings.student, context.settings.train, chat=context.settings.corpus.kind == "chat")
     planned, new = plan(context)
     dumped = teach(context)

@@ -22,7 +22,6 @@ from bytecache.schemas.errors import ConfigError, EngineError, InputError, Integ
 from bytecache.schemas.files import file_sha256
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Teacher
-from bytecache.stages.models.fitness import refuse_quantised_teacher
 from bytecache.stages.models.locate import model_name, public_name, resolve_model
 from bytecache.stages.models.remembered import remembered
 
@@ -100,9 +99,10 @@ def settle_start(context: Context, kind: str) -> Teacher:
         return settings
     asked, key = _start_record(settings)
     if not store.exists(key):
+        from bytecache.stages.teacher.check import check_teacher
         from bytecache.stages.teacher.start import measured_start
 
-        refuse_quantised_teacher(resolve_model(settings), settings.model, settings.backend)
+        check_teacher(settings)
         if documents.was_written(store, key):
             context.say(f"teacher: {key} was missing, the start token is measured again")
         measured = measured_start(settings)
@@ -153,11 +153,12 @@ def start_line(record: dict[str, Any]) -> str:
 def find_identity(settings: Teacher, kind: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The teacher's identity, and what units of this `corpus.kind` depend on besides; loads a checkpoint only once."""
     folder = resolve_model(settings)
-    refuse_quantised_teacher(folder, settings.model, settings.backend)
 
     def identity() -> dict[str, Any]:
+        from bytecache.stages.teacher.check import check_teacher
         from bytecache.stages.teacher.identity import teacher_identity
 
+        check_teacher(settings)
         return teacher_identity(settings)
 
     def template() -> str:

@@ -12,6 +12,7 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, EngineError, install
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.models.device import batched_tokens, head_is_quantised, trunk_dtype
+from bytecache.stages.models.kernels import refuse_without_kernels
 
 CPU_BLOCK = 32
 """Tokens per cache block on a CPU, the fewest it takes: a branch recomputes at most one block of its prefix."""
@@ -69,6 +70,8 @@ def start_engine(folder: Path, settings: st.Teacher, longest: int) -> tuple[Any,
     except ImportError as error:
         raise ConfigError(f'teacher.backend = "vllm" but vLLM is not installed: {install("cpu", "gpu")}') from error
     on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        refuse_without_kernels(folder, settings)
     arguments = engine_arguments(folder, settings, longest, on_cpu=on_cpu)
     try:
         return LLMEngine.from_engine_args(EngineArgs(**arguments)), on_cpu

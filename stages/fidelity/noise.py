@@ -3,6 +3,7 @@
 The certificate says what conversion loses of what the teacher said. What the teacher lost before is another figure: KL
 from the same stretch of text as the float32 model sees it, at the effort of a reference, so that neither presets nor
 storing are in it. The float32 model runs on transformers. For quantised weights name the ones that they were made of.
+A `teacher.adapter` is merged into either model, so the weights to name are those without it.
 
 Price: a second model in memory, in float32, and the reference's stretch of every unit once more.
 """
@@ -19,6 +20,7 @@ from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.fidelity.measure import Measure
 from bytecache.stages.lattice.effort import DROPPED, REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
+from bytecache.stages.tokens.vocab import Vocabulary
 
 SAME = "self"
 """Of `teacher.noise`: the same weights, in float32."""
@@ -31,13 +33,20 @@ def exact_settings(settings: st.Teacher) -> st.Teacher:
     return settings.model_copy(update={**exact, **other, **REFERENCE})
 
 
-def refuse_other_vocabulary(teacher: str, exact: str, settings: st.Teacher) -> None:
-    """Raise InputError unless the two fingerprints are one: the noise is one model's at two precisions."""
-    if teacher != exact:
+def refuse_other_vocabulary(teacher: Vocabulary, exact: Vocabulary, settings: st.Teacher) -> None:
+    """Raise InputError unless the two vocabularies are one: the noise is one model's at two precisions."""
+    if teacher.fingerprint == exact.fingerprint:
+        return
+    named = f"teacher.noise = {settings.noise!r}"
+    if teacher.token_bytes == exact.token_bytes:
         raise InputError(
-            f"teacher.noise = {settings.noise!r} has another vocabulary than teacher.model = {settings.model!r}; name "
-            "the weights that it was made of"
+            f"{named} has another start or end token than teacher.model = {settings.model!r} (start "
+            f"{exact.start_name!r} and {teacher.start_name!r}, {len(exact.end_ids)} and {len(teacher.end_ids)} end "
+            "tokens); set teacher.start and teacher.end, which count for both"
         )
+    raise InputError(
+        f"{named} has another vocabulary than teacher.model = {settings.model!r}; name the weights that it was made of"
+    )
 
 
 class Noise:
@@ -89,4 +98,5 @@ class Noise:
 def described(identity: dict[str, Any]) -> dict[str, Any]:
     """What a certificate says of the float32 model."""
     exact = TeacherIdentity.of(identity, "teacher.noise")
-    return {"model": exact.model, "dtype": exact.dtype, "teacher_sha256": exact.sha256}
+    merged = {"adapter": identity["adapter"]} if identity.get("adapter") else {}
+    return {"model": exact.model, **merged, "dtype": exact.dtype, "teacher_sha256": exact.sha256}

@@ -26,6 +26,12 @@ def quantisation(folder: Path) -> str:
     return ""
 
 
+def quantisation_section(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says of its quantisation; empty where it says nothing that can be read."""
+    section = _read(folder / "config.json").get("quantization_config")
+    return section if isinstance(section, dict) else {}
+
+
 def refuse_quantised_teacher(folder: Path, model: str, backend: str) -> None:
     """Raise ConfigError for quantised weights under `hf`, which computes every weight in float32 or half precision."""
     method = quantisation(folder) if backend == "hf" else ""

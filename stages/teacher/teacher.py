@@ -149,7 +149,7 @@ class Teacher:
             return {}
         if self._exact is None:
             self._exact = open_teacher(exact_settings(s))
-            refuse_other_vocabulary(self.vocabulary.fingerprint, self._exact.vocabulary.fingerprint, s)
+            refuse_other_vocabulary(self.vocabulary, self._exact.vocabulary, s)
         plan, _ = self._reference_plan(documents, key)
         windows = [new_window(plan, rows) for rows in self.engine.score([plan.prompt])]
         self.branch([plan], windows, stop, **REFERENCE)

@@ -2,7 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+from typer.testing import CliRunner
+
+from bytecache.pipeline.cli import app
+from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.settings import Settings
 from tests.support.tiny_models import make_checkpoint
 
@@ -25,3 +30,26 @@ def small_settings(folder: Path, *, documents: int = 160) -> Settings:
             "steps": 12, "batch": 2, "window_bytes": 128, "warmup": 2, "checkpoint_every": 2, "control": False,
         },
     })  # fmt: skip
+
+
+def certified(folder: Path, *more: str, code: int = 0) -> dict[str, Any]:
+    """The certificate of a small run, planned, taught and converted in `folder`; `refused` where that ends with `code`.
+
+    more: further settings, as `--set` takes them.
+    """
+    settings = small_settings(folder, documents=12)
+    teacher, corpus = settings.teacher, settings.corpus
+    arguments = [
+        f"run.dir={folder / 'run'}", f"corpus.source={corpus.source}", "corpus.unit_bytes=1000",
+        f"teacher.model={teacher.model}", "teacher.backend=hf", "teacher.context=128", "teacher.overlap=32",
+        "teacher.sample_tokens=24", "teacher.start=<|begin|>", *more,
+    ]  # fmt: skip
+    for command in ("plan", "teacher", "convert"):
+        done = CliRunner().invoke(app, [command, *(part for each in arguments for part in ("--set", each))])
+        if done.exit_code != 0:
+            assert done.exit_code == code, done.output
+            return {"refused": done.stderr}
+    assert code == 0
+    fidelity = read_dataset(folder / "run" / "targets").fidelity
+    assert fidelity is not None
+    return fidelity

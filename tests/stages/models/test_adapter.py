@@ -15,6 +15,7 @@ from bytecache.pipeline.commands.teacher import identity_changes
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.identity import TeacherIdentity
+from bytecache.stages.fidelity.noise import described, exact_settings
 from bytecache.stages.models import adapter as adapters
 from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.identity import teacher_identity
@@ -67,6 +68,19 @@ def test_the_merged_checkpoint_is_the_adapter_beside_its_base(places: tuple[Path
     stamp = (folder / adapters.MARKER).stat().st_mtime_ns
     assert resolve_model(settings(base, adapter)) == folder
     assert (folder / adapters.MARKER).stat().st_mtime_ns == stamp, "made once"
+
+
+@pytest.mark.parametrize("noise", ["self", "base"])
+def test_the_noise_of_an_adapted_teacher_is_against_the_adapter_in_float32(
+    places: tuple[Path, Path], noise: str
+) -> None:
+    base, adapter = places
+    asked = settings(base, adapter, dtype="bfloat16", noise=noise if noise == "self" else str(base))
+    assert resolve_model(exact_settings(asked)) != resolve_model(asked), "the teacher itself is in half precision"
+    torch.testing.assert_close(
+        logits(resolve_model(exact_settings(asked))), logits(base, adapter), atol=1e-4, rtol=1e-4
+    )
+    assert described(teacher_identity(exact_settings(asked)))["adapter"] == "lora"
 
 
 def test_a_damaged_merge_is_made_again(places: tuple[Path, Path]) -> None:

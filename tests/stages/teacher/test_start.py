@@ -63,8 +63,7 @@ def test_a_run_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
     settings = st.Settings(teacher=st.Teacher(model="somebody/model", backend="hf"))
     context = Context(settings, LocalStore(tmp_path), say=said.append)
     assert command.settle_start(context, "chat").start == "auto" and command.known_start(context, "text") is None
-    monkeypatch.setattr(command, "resolve_model", lambda settings: tmp_path)
-    monkeypatch.setattr(command, "refuse_quantised_teacher", lambda folder, model, backend: None)
+    monkeypatch.setattr("bytecache.stages.teacher.check.check_teacher", lambda settings: tmp_path)
     record = {"start": "<bos>", "bits_per_byte": {"<s>": 1.66, "<bos>": 0.92, "": 1.7}}
     monkeypatch.setattr("bytecache.stages.teacher.start.measured_start", lambda settings: record)
     assert command.settle_start(context, "text").start == "<bos>"

@@ -39,7 +39,11 @@ class Context:
 
 def open_context(settings: Settings, say: Callable[[str], None] = print) -> Context:
     """A context on the run folder of the settings."""
-    return Context(settings, open_store(settings.run.dir, settings.run.scratch), say=say)
+    return Context(
+        settings,
+        open_store(settings.run.dir, settings.run.scratch, private_redirects=settings.dataset.private_redirects),
+        say=say,
+    )
 
 
 def own_configuration(store: Store) -> Path | None:

@@ -32,8 +32,10 @@ def push(
     with refusals():
         from bytecache.pipeline.commands import share
 
-        source = share.data_set_folder(folder, given.settings(of_run=False).run.dir)
-        pushed = share.push(source, place, private=private, replace=replace, say=say)
+        settings = given.settings(of_run=False)
+        source = share.data_set_folder(folder, settings.run.dir)
+        redirects = settings.dataset.private_redirects
+        pushed = share.push(source, place, private=private, replace=replace, private_redirects=redirects, say=say)
         removed = f", {pushed.removed} of the data set before it removed" if pushed.removed else ""
         say(
             f"push: {place}: {pushed.sent} files sent ({human_bytes(pushed.n_bytes)}), {pushed.present} were "
@@ -44,18 +46,22 @@ def push(
 
 
 @app.command()
+@takes_settings(run_dir=False)
 def pull(
+    given: Given,
     place: Annotated[str, typer.Argument(help="A folder or URL with dataset.json (hf://, s3://, https://, ...).")],
     folder: Annotated[Path, typer.Argument(help="Where the copy goes.")],
 ) -> None:
     """Make a whole local copy of a data set, every shard checked by its hash.
 
-    Reads: the data set. Writes: the folder, its index last; a pull that broke off goes on where it was.
+    Reads: the data set. Writes: the folder, its index last; a pull that broke off goes on where it was. A redirect to
+    an address of a private network is followed with --set dataset.private_redirects=true alone.
 
     Example: bytecache pull hf://datasets/me/books-bytes books-bytes
     """
     with refusals():
         from bytecache.pipeline.commands import share
 
-        fetched, present = share.pull(place, local_path(folder), say)
+        redirects = given.settings(of_run=False).dataset.private_redirects
+        fetched, present = share.pull(place, local_path(folder), say, private_redirects=redirects)
         say(f"pull: {folder}: whole; {fetched} shards fetched, {present} were there")

@@ -68,12 +68,13 @@ def verify(
     with refusals():
         from bytecache.pipeline.commands import verify as module
 
-        run = given.settings(of_run=False).run
+        settings = given.settings(of_run=False)
+        run, redirects = settings.run, settings.dataset.private_redirects
         place = str(folder) if folder else run.dir
         done = _repair(given, place, source, deep, quiet=as_json) if repair else []
         if source and not repair:
             raise ConfigError(f"--from {source}: only --repair fetches; add it")
-        problems, checked = module.verify_place(place, run.scratch, deep=deep)
+        problems, checked = module.verify_place(place, run.scratch, deep=deep, private_redirects=redirects)
         left = sum(line.startswith("left: ") for line in done)
         if as_json:
             report = {"folder": place, "files": checked, "problems": problems}
@@ -96,12 +97,13 @@ def _repair(given: Given, place: str, source: str, deep: bool, *, quiet: bool) -
     local = local_path(place)
     if source or is_dataset(local):
         from bytecache.pipeline.commands.repair_dataset import repair_dataset
+        from bytecache.stages.targets.source import Access
 
         if not source:
             raise ConfigError(f"{place} is a data set on its own; name where it came from: --from PLACE")
         if not local.is_dir():
             raise InputError(f"{place} is not a folder; --from repairs a local copy of a data set")
-        return repair_dataset(local, source)
+        return repair_dataset(local, source, Access(given.settings(of_run=False).dataset.private_redirects))
     from bytecache.pipeline.commands.repair import repair_run
     from bytecache.pipeline.context import open_context, own_configuration
     from bytecache.pipeline.stores import open_store

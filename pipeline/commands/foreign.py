@@ -64,7 +64,11 @@ def import_cache(context: Context, source: Source) -> Outcome:
     )
     if teacher.cache.passed_over:
         context.say(f"import: {teacher.cache.passed_over} files of other kinds are no part of the cache, passed over")
-    aside, strays = _write_corpus(teacher, store.root / CORPUS)
+    aside, strays, unlisted = _write_corpus(teacher, store.root / CORPUS)
+    if unlisted:
+        context.say(
+            f"import: {unlisted} documents have nothing listed about them: they are read, and nothing is learned"
+        )
     if strays:
         context.say(
             f"import: {strays} listed ids are none of the tokenizer's {teacher.vocabulary.size}; their mass counts as "
@@ -89,13 +93,21 @@ def _open(context: Context, source: Source) -> ForeignTeacher:
     return ForeignTeacher(cache, vocabulary, read_off(cache, source.alignment, source.renormalised))
 
 
-def _write_corpus(teacher: ForeignTeacher, path: Path) -> tuple[Counter[str], int]:
-    """The documents' text as a corpus of the run; returns why documents were set aside, counted, and ids of no token.
+class Written(NamedTuple):
+    """What became of a cache's records beside the documents of the corpus."""
 
-    Of the lists, that is: a text with such an id is set aside.
-    """
+    aside: Counter[str]
+    """Why documents were set aside, and how many."""
+    strays: int
+    """Ids of no token in the lists; a text with such an id is set aside."""
+    unlisted: int
+    """Documents of the corpus about which nothing is listed."""
+
+
+def _write_corpus(teacher: ForeignTeacher, path: Path) -> Written:
+    """The documents' text as a corpus of the run."""
     aside: Counter[str] = Counter()
-    strays = 0
+    strays = unlisted = 0
     schema = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -112,12 +124,14 @@ def _write_corpus(teacher: ForeignTeacher, path: Path) -> tuple[Counter[str], in
                     rows.append({"id": f"{number}.{index}", "text": teacher.text(document).decode("utf-8")})
                 except UnicodeDecodeError:
                     aside["text is no UTF-8"] += 1
+                else:
+                    unlisted += not (document.rows >= 0).any()
             if len(rows) >= _ROWS:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     temporary.replace(path)
-    return aside, strays
+    return Written(aside, strays, unlisted)
 
 
 def identity_of(teacher: ForeignTeacher, source: Source, settings: Settings) -> dict[str, Any]:

@@ -14,19 +14,19 @@ from bytecache.schemas.dataset.editions import older_editions
 from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, read_dataset
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.files import make_folder, replace_file, scratch_folder
+from bytecache.stages.targets.source import DIRECT, Access, fetch_bytes, fetch_file
 
 
-def repair_dataset(folder: Path, source: str) -> list[str]:
+def repair_dataset(folder: Path, source: str, access: Access = DIRECT) -> list[str]:
     """Fetch again what is bad in a data set that came from `source` (a folder or URL); returns what was done.
 
     Raises IntegrityError when the source does not hold the bytes that the manifest states, StorageError when it
     cannot be read.
     """
     from bytecache.schemas.dataset.verification import verify_dataset
-    from bytecache.stages.targets.source import fetch_file
 
     base = source.rstrip("/")
-    done = _mend_index(folder, base) + _mend_older(folder, base)
+    done = _mend_index(folder, base, access) + _mend_older(folder, base, access)
     older = [read_dataset(place) for _, place in older_editions(folder)]
     entries = {entry.file: entry for dataset in (*older, read_dataset(folder)) for entry in dataset.entries}
     for problem in verify_dataset(folder):
@@ -36,12 +36,12 @@ def repair_dataset(folder: Path, source: str) -> list[str]:
             done.append(_settle(folder, problem.file, problem.kind))
             continue
         entry = entries[problem.file]
-        fetch_file(f"{base}/{entry.file}", folder / entry.file, entry.size, entry.sha256)
+        fetch_file(f"{base}/{entry.file}", folder / entry.file, entry.size, entry.sha256, access)
         done.append(f"fetched: {entry.file} ({problem.kind}: {problem.detail})")
     return done
 
 
-def _mend_index(folder: Path, base: str) -> list[str]:
+def _mend_index(folder: Path, base: str, access: Access) -> list[str]:
     """Fetch the index if the one here is damaged.
 
     Into a scratch folder first: a source that is no data set must not cost the index that is here.
@@ -51,16 +51,16 @@ def _mend_index(folder: Path, base: str) -> list[str]:
     try:
         dataset = read_dataset(folder)
     except IntegrityError as error:
-        _fetch_index(folder, base)
+        _fetch_index(folder, base, access)
         return [f"fetched: the index ({error})"]
     faults = [problem.detail for problem in check_editions(dataset)[1] if problem.kind == "index"]
     if not faults:
         return []
-    _fetch_index(folder, base)
+    _fetch_index(folder, base, access)
     return [f"fetched: the index (it {faults[0]})"]
 
 
-def _mend_older(folder: Path, base: str) -> list[str]:
+def _mend_older(folder: Path, base: str, access: Access) -> list[str]:
     """The same for the indices of older editions."""
     from bytecache.schemas.dataset.verification import check_editions
 
@@ -68,17 +68,15 @@ def _mend_older(folder: Path, base: str) -> list[str]:
     for problem in check_editions(read_dataset(folder))[1]:
         if problem.kind == "older":
             place = problem.file.rpartition("/")[0]
-            _fetch_index(folder / place, f"{base}/{place}")
+            _fetch_index(folder / place, f"{base}/{place}", access)
             done.append(f"fetched: the index of {place} ({problem.detail})")
     return done
 
 
-def _fetch_index(folder: Path, base: str) -> None:
-    from bytecache.stages.targets.source import fetch_bytes
-
+def _fetch_index(folder: Path, base: str, access: Access) -> None:
     with scratch_folder(folder) as scratch:
-        document = fetch_bytes(f"{base}/{DATASET}", MAX_JSON)
-        table = fetch_bytes(f"{base}/{MANIFEST}", MAX_MANIFEST)
+        document = fetch_bytes(f"{base}/{DATASET}", MAX_JSON, access)
+        table = fetch_bytes(f"{base}/{MANIFEST}", MAX_MANIFEST, access)
         (scratch / DATASET).write_bytes(document)
         (scratch / MANIFEST).write_bytes(table)
         read_dataset(scratch)

@@ -17,12 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bytecache.pipeline.commands import publication
-from bytecache.pipeline.commands.hub_session import asking, hub_session
+from bytecache.pipeline.stores.hub_session import asking, hub_session
+from bytecache.schemas import strict_json
 from bytecache.schemas.dataset.card import FILE as CARD
-from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, Dataset, read_dataset
+from bytecache.schemas.dataset.card import render as render_card
+from bytecache.schemas.dataset.index import (
+    DATASET,
+    MANIFEST,
+    MAX_JSON,
+    MAX_MANIFEST,
+    Dataset,
+    parse_index,
+    read_dataset,
+)
 from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256, local_path, make_folder, replace_file
+from bytecache.stages.targets.source import Access, fetch_bytes, fetch_file, open_dataset
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -103,13 +114,15 @@ def _length(content: Path | bytes) -> int:
 
 
 def push(
-    folder: Path, url: str, *, private: bool = False, replace: bool = False, say: Callable[[str], None] = lambda _: None
-) -> Pushed:
+    folder: Path, url: str, *, private: bool = False, replace: bool = False, private_redirects: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Pushed:  # fmt: skip
     """Send the data set in `folder` to the hub.
 
     Args:
         private: whether a repository that does not exist yet becomes private.
         replace: put it in the place of another data set there; shards that only the other one lists are removed.
+        private_redirects: go to private addresses, too, where the hub sends the request (`schemas.web`).
         say: told every commit.
 
     Raises:
@@ -125,12 +138,12 @@ def push(
             "lists them, nothing was sent"
         )
     dataset = read_dataset(folder)
-    with hub_session() as api:
+    with hub_session(private_redirects=private_redirects) as api:
         extras = publication.extras(folder, dataset, url.rstrip("/"), *place.addresses(str(api.endpoint)))
         with asking(url):
             api.create_repo(place.repository, repo_type="dataset", private=private, exist_ok=True)
         held = _listing(api, place, url)
-        obsolete = _obsolete(api, place, held, dataset, url, replace)
+        obsolete = _obsolete(_there(held, url, place, Access(private_redirects)), held, dataset, url, replace)
         shards: Files = {entry.file: folder / entry.file for entry in dataset.entries}
         known = {entry.file: entry.sha256 for entry in dataset.entries}
         index: Files = {name: folder / name for name in INDEX if (folder / name).is_file()}
@@ -179,15 +192,19 @@ def dataset_name(dataset: Dataset) -> str:
     return str(dataset.info.get("name") or "byte targets")
 
 
-def pull(place: str, folder: Path, say: Callable[[str], None] = lambda _: None) -> tuple[int, int]:
+def pull(
+    place: str, folder: Path, say: Callable[[str], None] = lambda _: None, *, private_redirects: bool = False
+) -> tuple[int, int]:
     """Make `folder` a whole copy of the data set at `place`, a folder or any URL that can be read.
+
+    `private_redirects`: follow a redirect to a private address, too. Of no file more is taken than the index says that
+    it has, of the files of the index no more than a fixed bound each.
 
     Returns (shards fetched, shards that were there). Raises ConfigError where `folder` holds another data set,
     IntegrityError or StorageError when something cannot be had whole; a second call goes on from there.
     """
-    from bytecache.stages.targets.source import fetch_bytes, fetch_file, open_dataset
-
-    dataset = open_dataset(place)
+    access = Access(private_redirects)
+    dataset = open_dataset(place, private_redirects=private_redirects)
     where = place.rstrip("/")
     _refuse_other(folder, dataset)
     make_folder(folder)
@@ -197,16 +214,19 @@ def pull(place: str, folder: Path, say: Callable[[str], None] = lambda _: None) 
         if path.is_file() and path.stat().st_size == entry.size and file_sha256(path) == entry.sha256:
             present += 1
             continue
-        fetch_file(f"{where}/{entry.file}", path, entry.size, entry.sha256)
+        fetch_file(f"{where}/{entry.file}", path, entry.size, entry.sha256, access)
         fetched += 1
         say(f"pull: {entry.file}, {entry.size / 2**20:.1f} MiB")
     # The index comes last: a folder with dataset.json is a data set.
-    replace_file(folder / MANIFEST, fetch_bytes(f"{where}/{MANIFEST}", MAX_MANIFEST))
+    replace_file(folder / MANIFEST, fetch_bytes(f"{where}/{MANIFEST}", MAX_MANIFEST, access))
+    document = fetch_bytes(f"{where}/{DATASET}", MAX_JSON, access)
     try:
-        replace_file(folder / CARD, fetch_bytes(f"{where}/{CARD}", MAX_CARD))
-    except IntegrityError:
-        say(f"pull: {where} has no card ({CARD}); the data set is whole without it")
-    replace_file(folder / DATASET, fetch_bytes(f"{where}/{DATASET}", MAX_JSON))
+        card = fetch_bytes(f"{where}/{CARD}", MAX_CARD, access)
+    except IntegrityError as error:
+        say(f"pull: no card can be had ({error}); one is made of the index")
+        card = render_card(strict_json.parse(document))
+    replace_file(folder / CARD, card)
+    replace_file(folder / DATASET, document)
     faults = verify_dataset(folder)
     if faults:
         raise IntegrityError(f"{folder}: {faults[0].file}: {faults[0].detail}; run the same command again")
@@ -259,23 +279,23 @@ def _listed(item: Any, place: HubPlace) -> tuple[str, _Held | None]:
     return name, _Held(item.size, item.lfs.sha256 if item.lfs else "", item.blob_id)
 
 
-def _obsolete(
-    api: "HfApi", place: HubPlace, held: dict[str, _Held], dataset: Dataset, url: str, replace: bool
-) -> list[str]:
-    """Shards there that only another data set lists. Raises ConfigError where one lies there and may not go."""
+def _there(held: dict[str, _Held], url: str, place: HubPlace, access: Access) -> Dataset | None:
+    """The data set that lies there, if one does that can be read."""
     if DATASET not in held:
-        return []
-    from bytecache.schemas.dataset.index import parse_index
-    from bytecache.stages.targets.source import fetch_bytes
-
+        return None
+    where = url.rstrip("/")
     try:
-        document = fetch_bytes(f"{url.rstrip('/')}/{DATASET}", MAX_JSON)
-        there = parse_index(
-            Path(place.folder), url, document, lambda: fetch_bytes(f"{url.rstrip('/')}/{MANIFEST}", MAX_MANIFEST)
+        document = fetch_bytes(f"{where}/{DATASET}", MAX_JSON, access)
+        return parse_index(
+            Path(place.folder), url, document, lambda: fetch_bytes(f"{where}/{MANIFEST}", MAX_MANIFEST, access)
         )
     except IntegrityError:
-        return []  # nobody can read it
-    if there.entries == dataset.entries:
+        return None
+
+
+def _obsolete(there: Dataset | None, held: dict[str, _Held], dataset: Dataset, url: str, replace: bool) -> list[str]:
+    """Shards there that only another data set lists. Raises ConfigError where one lies there and may not go."""
+    if there is None or there.entries == dataset.entries:
         return []
     if not replace:
         raise ConfigError(

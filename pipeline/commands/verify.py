@@ -6,6 +6,8 @@ core); `deep` decodes every shard too (40-75 MB of text/s per core).
 """
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from bytecache.pipeline.commands.dataset import TARGETS, certificate, contradictions, read_index
@@ -16,10 +18,12 @@ from bytecache.pipeline.plan.make import slice_is_whole
 from bytecache.pipeline.stores import LocalStore, Store, open_store
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
-from bytecache.schemas.dataset.index import Dataset
-from bytecache.schemas.errors import InputError, IntegrityError
+from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, Dataset, parse_index
+from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 
-_INDEX = ("dataset.json", "manifest.parquet")
+_INDEX = (DATASET, MANIFEST)
+MAX_UNDECLARED = 1 << 24
+"""Bytes of a file elsewhere that its data set does not list: a card, previews."""
 
 
 def verify(store: Store, *, deep: bool = False) -> tuple[list[str], int]:
@@ -49,15 +53,48 @@ def verify(store: Store, *, deep: bool = False) -> tuple[list[str], int]:
     return problems, len(checked)
 
 
-def verify_place(place: str, scratch: str = "", *, deep: bool = False) -> tuple[list[str], int]:
+def verify_place(
+    place: str, scratch: str = "", *, deep: bool = False, private_redirects: bool = False
+) -> tuple[list[str], int]:
     """`verify` for a run folder, or for a data set on its own (a folder with dataset.json); a path or a URL."""
-    store = open_store(place, scratch)
+    store = open_store(place, scratch, private_redirects=private_redirects)
     if isinstance(store, LocalStore) and not store.root.is_dir():
         raise InputError(f"{place} is not a folder; name a run folder or a folder with dataset.json")
     if any(store.exists(name) for name in _INDEX):
+        if not isinstance(store, LocalStore):
+            _refuse_more_than_declared(store)
         shards = sum(key.endswith(".zarr.zip") for key in store.list(""))
         return target_problems(store.folder(""), deep=deep), shards + len(_INDEX)
     return verify(store, deep=deep)
+
+
+def _refuse_more_than_declared(store: Store) -> None:
+    """Before a data set is fetched to be verified: no file of it may be larger than its index says, no other large.
+
+    Raises IntegrityError.
+    """
+    keys = list(store.list(""))
+    own = {DATASET: MAX_JSON, MANIFEST: MAX_MANIFEST}
+    limits = {key: own[name] for key in keys if (name := key.rpartition("/")[2]) in own}
+
+    def refuse(key: str) -> None:
+        size, limit = store.size(key) or 0, limits.get(key, MAX_UNDECLARED)
+        if size > limit:
+            raise IntegrityError(
+                f"{store.name}/{key}: {size} bytes are listed, at most {limit} belong to this data set; nothing was "
+                "fetched: ask its maker"
+            )
+
+    for key in list(limits):
+        refuse(key)
+        edition, _, name = key.rpartition("/")
+        if name == DATASET:  # of an older edition, too
+            table = f"{edition}/{MANIFEST}".lstrip("/")
+            with suppress(IntegrityError, StorageError):  # what is wrong with an index is said of its copy
+                index = parse_index(Path(), store.name, store.read_bytes(key), partial(store.read_bytes, table))
+                limits |= {entry.file: entry.size for entry in index.entries}
+    for key in keys:
+        refuse(key)
 
 
 def is_dataset(folder: Path) -> bool:

@@ -11,12 +11,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def open_store(place: str, scratch: str = "") -> Store:
+def open_store(place: str, scratch: str = "", *, private_redirects: bool = False) -> Store:
     """The store of a run: a path, or a URL (s3://bucket/prefix, gs://..., az://account/container/..., hf://datasets/...).
 
     `scratch`: local folder for copies and temporary files of remote runs; empty = `runs` in the cache
-    (`schemas.files.cache_folder`). Raises ConfigError for a scheme that has no store here or whose library is not
-    installed.
+    (`schemas.files.cache_folder`). `private_redirects`: follow the hub to private addresses, too. Raises ConfigError
+    for a scheme that has no store here or whose library is not installed.
     """
     scheme, separator, _ = place.partition("://")
     if not separator:
@@ -25,7 +25,7 @@ def open_store(place: str, scratch: str = "") -> Store:
     if scheme in READABLE:
         from bytecache.pipeline.stores.readonly import ReadOnlyStore
 
-        return ReadOnlyStore(place, folder)
+        return ReadOnlyStore(place, folder, private_redirects)
     if scheme not in WRITABLE:
         known = ", ".join(f"{name}://" for name in (*WRITABLE, *READABLE))
         raise ConfigError(f"run.dir = {place}: no store for {scheme}://; use a folder or one of {known}")

@@ -6,23 +6,26 @@ refused: publish a finished run with the service's own tools.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from bytecache.pipeline.stores.base import check_key, disk_errors, read_small
+from bytecache.pipeline.stores.hub_session import asking, hub_session
 from bytecache.pipeline.stores.local import LocalStore
 from bytecache.pipeline.stores.mirror import Mirror
 from bytecache.schemas.errors import ConfigError, StorageError
 from bytecache.schemas.files import file_sha256
+from bytecache.stages.targets.source import Access, fetch_sized
 
 
 class ReadOnlyStore:
-    """Any fsspec URL. Raises ConfigError where its file system cannot be made; see `Store` for the methods."""
+    """An address of the hub. Raises ConfigError where its file system cannot be made; see `Store` for the methods."""
 
-    def __init__(self, url: str, scratch: Path) -> None:
+    def __init__(self, url: str, scratch: Path, private_redirects: bool = False) -> None:
         import fsspec
 
-        self._url = url.rstrip("/")
+        self._url, self._private_redirects = url.rstrip("/"), private_redirects
         try:
             self._files, self._base = fsspec.core.url_to_fs(self._url)
         except (ImportError, ValueError) as error:
@@ -36,14 +39,18 @@ class ReadOnlyStore:
     def name(self) -> str:
         return self._url
 
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        with hub_session(private_redirects=self._private_redirects), asking(self.name):
+            yield
+
     def _find(self, key: str) -> dict[str, Any] | None:
         check_key(key, self.name)
-        try:
-            info: dict[str, Any] = self._files.info(f"{self._base}/{key}")
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # each file system has its own classes
-            raise StorageError(f"{self.name}: looking for {key}: {str(error).splitlines()[0][:300]}") from error
+        with self._asking():
+            try:
+                info: dict[str, Any] = self._files.info(f"{self._base}/{key}")
+            except FileNotFoundError:
+                return None
         return info if info.get("type") == "file" else None
 
     def get_path(self, key: str) -> Path:
@@ -57,11 +64,7 @@ class ReadOnlyStore:
         temporary = self._temporary.temp_path(key)
         with disk_errors(f"writing {temporary}"):
             try:
-                self._files.get_file(f"{self._base}/{key}", str(temporary))
-                if temporary.stat().st_size != info["size"]:
-                    raise StorageError(
-                        f"{self.name}/{key}: {temporary.stat().st_size} bytes of {info['size']} arrived; rerun"
-                    )
+                fetch_sized(f"{self.name}/{key}", temporary, info["size"], Access(self._private_redirects))
                 return self._mirror.adopt(key, temporary, version)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -86,10 +89,11 @@ class ReadOnlyStore:
         if prefix:
             check_key(prefix, self.name)
         top = f"{self._base}/{prefix}".strip("/")
-        try:
-            paths = self._files.find(top) if self._files.isdir(top) else []
-        except FileNotFoundError:
-            paths = []
+        with self._asking():
+            try:
+                paths = self._files.find(top) if self._files.isdir(top) else []
+            except FileNotFoundError:
+                paths = []
         keys = [str(path).strip("/").removeprefix(self._base).strip("/") for path in paths]
         # A listing is a stranger's text: what would leave the folder is not a key.
         yield from sorted(key for key in keys if key and ".." not in key.split("/") and not key.startswith("."))

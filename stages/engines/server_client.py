@@ -44,7 +44,7 @@ KEY = "BYTECACHE_SERVER_KEY"
 PATIENCE = 120.0
 """Seconds that a request is repeated without success: a server that restarts takes as long."""
 SILENCE = 600.0
-"""Seconds without a byte of an answer: a request may wait behind others."""
+"""Seconds without a byte of an answer: a request may wait behind others. What has begun is paced (`schemas.web`)."""
 _PASSING = (408, 425, 429)
 _BY_ID = "token_id:"
 MOST_OVER = 1e-3

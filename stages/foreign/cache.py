@@ -11,8 +11,9 @@ Three things these files do not say are read off their content, or asked for:
   are refused unless the user takes them as they are.
 
 A record is cut into documents at END tokens; control tokens at its ends are dropped; one inside sets the document
-aside, and so does text that is no UTF-8. The leading tokens of a document about which nothing is listed (a prompt, or
-the first token without a start token) are its context: read, not learned.
+aside, and so does text that is no UTF-8; a record without any text counts as one that is set aside. The leading tokens
+of a document about which nothing is listed (a prompt, or the first token without a start token) are its context: read,
+not learned.
 """
 
 from collections import Counter
@@ -182,7 +183,7 @@ class ForeignTeacher:
         for entry in range(len(record.counts)):
             if entry + offset <= len(record.tokens) and record.counts[entry]:
                 about[entry + offset] = entry
-        begin = 0
+        begin, n_documents = 0, 0
         for stop in [*np.flatnonzero(kinds == END_TOKEN).tolist(), len(record.tokens)]:
             lo, hi = begin, stop
             while lo < hi and kinds[lo] == CONTROL:
@@ -192,10 +193,13 @@ class ForeignTeacher:
             begin = stop + 1
             if lo == hi:
                 continue
+            n_documents += 1
             if (kinds[lo:hi] == CONTROL).any():
                 yield Aside("control token inside")
                 continue
             yield Document(record.tokens[lo:hi], about[lo : hi + 1])
+        if not n_documents:
+            yield Aside("control tokens alone" if len(record.tokens) else "empty record")
 
     def text(self, document: Document) -> bytes:
         """A document's bytes."""

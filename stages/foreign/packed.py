@@ -18,7 +18,8 @@ from bytecache.schemas.files import read_regular
 from bytecache.schemas.whole import Whole
 
 CONFIG = "compression_config.yaml"
-MAX_CONFIG = 1 << 20
+MAX_CONFIG = 1 << 16
+"""Bytes of it, at most: DistillKit's own have some hundred."""
 _NUMBERS = Literal["float16", "bfloat16", "float32", "float64"]
 _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -52,8 +53,7 @@ class Packing(BaseModel):
 
         path = file.parent / CONFIG
         try:
-            settings = yaml.safe_load(read_regular(path, MAX_CONFIG)[:MAX_CONFIG])
-            return cls.model_validate(settings)
+            return cls.model_validate(_plain_yaml(read_regular(path, MAX_CONFIG)))
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{path} is missing: packed columns cannot be read without the settings that DistillKit wrote there"
@@ -98,6 +98,24 @@ class Packing(BaseModel):
         every = np.cumsum(every, axis=1) if self.delta_encoding else every
         log_probs: np.ndarray = np.minimum(every, 0.0)  # a fit may pass above certainty by its error
         return log_probs
+
+
+def _plain_yaml(data: bytes) -> Any:
+    """The value of a small YAML document without references.
+
+    A few lines of aliases to aliases stand for more values than any memory holds. Raises ValueError, YAMLError.
+    """
+    import yaml
+
+    if len(data) > MAX_CONFIG:
+        raise ValueError(f"more than {MAX_CONFIG} bytes")
+    for event in yaml.parse(data, yaml.SafeLoader):
+        if getattr(event, "anchor", None) is not None:
+            raise ValueError(
+                f"line {event.start_mark.line + 1} has the anchor or alias {event.anchor[:40]!r}, which these settings "
+                "never have; spell the values out"
+            )
+    return yaml.safe_load(data)
 
 
 def _take_numbers(packed: np.ndarray, count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -45,6 +45,7 @@ from bytecache.schemas.patience import Patience
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.targets import http
 from bytecache.stages.targets.cache import FileCache, receive
+from bytecache.stages.targets.hub_files import hub_file, is_hub
 
 CACHE_BYTES = 50 << 30
 PATIENCE = 30.0
@@ -71,6 +72,10 @@ DIRECT = Access()
 
 def _from(url: str, start: int, access: Access) -> Iterator[bytes]:
     """The object's bytes from `start` on, over one connection. Raises what the file system raises."""
+    if is_hub(url):
+        file = hub_file(url)
+        yield from http.pieces(file.address, start, private_redirects=access.private_redirects, login=file.login)
+        return
     if http.is_http(url):
         yield from http.pieces(url, start, private_redirects=access.private_redirects)
         return
@@ -119,6 +124,11 @@ def _permanent(url: str, error: Exception) -> BytecacheError | None:
         return error if place in str(error) else type(error)(f"{place}: {error}")
     if isinstance(error, ImportError):
         return ConfigError(f"{place}: {error}; {install('remote')}, or the package it names")
+    if isinstance(error, PermissionError) and is_hub(url):
+        return StorageError(
+            f"{place}: the hub refuses ({masked(str(error))}): there is no such place, or not for everybody; check the "
+            "name, and set HF_TOKEN to a token that may read it"
+        )
     if isinstance(error, PermissionError) or "credentials" in type(error).__name__.lower():
         return StorageError(f"{place}: access refused ({masked(str(error))}); check your credentials for it")
     # Some file systems call a dead line a missing file too, and name the cause.
@@ -209,6 +219,18 @@ class RemoteDataset(Dataset):
         finally:
             if held is not None:
                 held.__exit__(None, None, None)
+
+
+def fetch_sized(url: str, path: Path, size: int, access: Access = DIRECT) -> None:
+    """Write the object at `url` to the new file `path`. Raises StorageError unless it is `size` bytes; ConfigError."""
+    came = 0
+    with path.open("wb") as out:
+        for piece in _transfer(url, size, access):
+            came += len(piece)
+            out.write(piece)
+    if came != size:
+        more = f"more than {size}" if came > size else f"{came}"
+        raise StorageError(f"{masked(url)}: {more} bytes came, the listing says {size}; run the same again")
 
 
 def open_dataset(

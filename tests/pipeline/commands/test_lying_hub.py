@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from bytecache.pipeline.commands import hub_session, share
-from bytecache.pipeline.commands.hub_session import asking
-from bytecache.pipeline.commands.hub_session import hub_session as session
+from bytecache.pipeline.commands import share
+from bytecache.pipeline.stores import hub_session
+from bytecache.pipeline.stores.hub_session import asking
+from bytecache.pipeline.stores.hub_session import hub_session as session
 from bytecache.schemas.errors import StorageError
 from tests.support.hub_server import hub_environment, serving
 from tests.support.loopback import Loopback

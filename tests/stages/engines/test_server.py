@@ -1,7 +1,9 @@
 """A teacher behind HTTP: with every token listed the rows of the model itself, with a few an honest part of them."""
 
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from bytecache.schemas import settings as st
+from bytecache.schemas import web
 from bytecache.schemas.errors import ConfigError, EngineError
 from bytecache.stages.engines.answers import CHUNK, Bound
 from bytecache.stages.engines.server import ServerEngine
@@ -294,6 +297,28 @@ def asking(kind: type[Answers], bound: Bound = Bound(), patience: float = 0.3) -
         client = Client.__new__(Client)
         client.address, client.patience = f"{there.url}/v1", patience
         return client._ask("models", None, bound)
+
+
+@pytest.mark.parametrize("begin", [
+    b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: ", b"",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;", b"HTTP/1.1 400 No\r\n\r\n",
+])  # fmt: skip
+def test_an_answer_that_drips_is_given_up(begin: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is no silence, and would never end."""
+    monkeypatch.setattr(web, "TRICKLE_S", 0.2)
+    stop = threading.Event()
+
+    class Drips(Quiet):
+        def do_GET(self) -> None:  # noqa: N802
+            with suppress(OSError):
+                self.wfile.write(begin)
+                while not stop.wait(0.02):
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
+
+    with pytest.raises(EngineError, match=r"no answer for 0 s .*bytes in \d s, at least 16384 must come.* rerun"):
+        asking(Drips, patience=0.0)  # type: ignore[arg-type]
+    stop.set()
 
 
 SMALL = Bound(3 * CHUNK, 1000)

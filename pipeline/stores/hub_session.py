@@ -1,7 +1,11 @@
 """The hub's client, held to bounds: what it answers has a size and a time, and whatever else it says is a refusal.
 
 The client believes its server. It reads an answer of any length, unpacks what is packed, follows a listing for as long
-as that goes on, and raises whatever its own code raises on an answer that is made otherwise than it expects.
+as that goes on, sends what it has to wherever a redirect or an address in an answer leads, and raises whatever its own
+code raises on an answer that is made otherwise than it expects. Here it goes to the hub that the user named, and
+elsewhere only to public addresses, unless the user allowed others (`schemas.web`).
+
+Files are uploaded to a hub of one's own without Xet: that library asks addresses of the hub's answers by itself.
 """
 
 import time
@@ -11,6 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from bytecache.schemas.errors import BytecacheError, ConfigError, StorageError
 from bytecache.schemas.messages import one_line
+from bytecache.schemas.web import (
+    PrivateAddressError,
+    is_private,
+    is_proxied,
+    not_followed,
+    origin,
+    refuse_downgrade,
+    refuse_private,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -20,27 +33,62 @@ MAX_ANSWER = 1 << 26
 ANSWER_S = 300.0
 """Seconds without a byte of an answer, and seconds that an answer may take once it has begun."""
 
+XET_HUBS = ("huggingface.co", "hf.co")
+"""Hosts whose answers may name where Xet uploads to."""
+
 
 class _UnboundedError(Exception):
     """An answer that is more than was asked for."""
 
 
 @contextmanager
-def hub_session() -> "Iterator[HfApi]":
-    """The client, whose answers are bounded for as long as this lasts."""
-    from huggingface_hub import HfApi, get_session
+def hub_session(*, private_redirects: bool = False) -> "Iterator[HfApi]":
+    """The client, whose answers are bounded for as long as this lasts.
+
+    `private_redirects`: go to private addresses, too, where the hub sends it.
+    """
+    from huggingface_hub import HfApi, constants, get_session
 
     session: Any = get_session()
-    hooks, timeout = session.event_hooks, session.timeout
+    api = HfApi()
+    hooks, timeout, without_xet = session.event_hooks, session.timeout, constants.HF_HUB_DISABLE_XET
+
+    def judge(request: Any) -> None:
+        _judge(request, str(api.endpoint), private_redirects)
+
     session.event_hooks = {
-        "request": [*hooks["request"], _ask_plainly],
+        "request": [*hooks["request"], _ask_plainly, judge],
         "response": [*hooks["response"], _bound],
     }
     session.timeout = ANSWER_S
+    constants.HF_HUB_DISABLE_XET = without_xet or origin(str(api.endpoint))[0] not in XET_HUBS
     try:
-        yield HfApi()
+        yield api
     finally:
-        session.event_hooks, session.timeout = hooks, timeout
+        session.event_hooks, session.timeout, constants.HF_HUB_DISABLE_XET = hooks, timeout, without_xet
+
+
+def _judge(request: Any, hub: str, private_redirects: bool) -> None:
+    """Let a request go to the hub and, if it is not of the hub, to public addresses. Raises StorageError."""
+    there = str(request.url)
+    refuse_downgrade(hub, hub, there)
+    if private_redirects or origin(there) == origin(hub):
+        return
+
+    def look(event: str, told: Any) -> None:
+        if event == "connection.connect_tcp.complete":
+            stream = told["return_value"]
+            peer = stream.get_extra_info("server_addr")
+            if peer and is_private(peer[0]):
+                stream.close()
+                raise not_followed(hub, there, f"{peer[0]}, a private address")
+
+    try:
+        refuse_private(request.url.host)
+    except PrivateAddressError as error:
+        raise not_followed(hub, there, f"{error}, a private address") from None
+    if not is_proxied(there):
+        request.extensions = {**request.extensions, "trace": look}
 
 
 def _ask_plainly(request: Any) -> None:
@@ -90,6 +138,8 @@ def asking(url: str) -> Iterator[None]:
         for cause in _causes(error):
             if isinstance(cause, HfHubHTTPError):
                 raise _refusal(url, cause) from error
+            if isinstance(cause, BytecacheError):
+                raise cause from None
             if isinstance(cause, _UnboundedError):
                 raise StorageError(f"{url}: an answer of the hub {cause}; nothing of it is used") from error
             if isinstance(cause, (*connection_errors, ConnectionError, TimeoutError)):

@@ -21,20 +21,24 @@ class Context:
     stop: StopFlag = field(default_factory=StopFlag)
     say: Callable[[str], None] = print
 
-    def save_config(self, key: str, *, changed: bool = True, published: bool = False) -> None:
+    def save_config(self, key: str, *, changed: bool = True, published: bool = False, of: str = "") -> None:
         """Keep the resolved configuration at `key`, beside the output it made; if nothing was made, only mend it.
 
-        `published`: what lies there is for strangers, who get the settings that decided it and no path.
+        `published`: what lies there is for strangers, who get the settings that decided it and no path. `of`: names
+        what it made. Where `key` is of something else, a command that made this was killed before it came here.
         """
+        before = documents.work_of(self.store, key)
+        changed = changed or bool(of and before is not None and of != before)
         resolved = render_template(self.settings, whole=True)
-        for place, text in (
-            (key, render_published(self.settings) if published else resolved),
-            (RESOLVED_FILE, resolved),
+        # The one that says what it is of comes last: once it is there, so is the other.
+        for place, text, work in (
+            (RESOLVED_FILE, resolved, ""),
+            (key, render_published(self.settings) if published else resolved, of),
         ):
             if changed or not documents.is_whole(self.store, place):
                 if not changed and documents.was_written(self.store, place):
                     self.say(f"{place} was missing or altered and is written again, from the settings in use")
-                documents.write_document(self.store, place, text)
+                documents.write_document(self.store, place, text, work)
 
 
 def open_context(settings: Settings, say: Callable[[str], None] = print) -> Context:

@@ -77,7 +77,7 @@ def evaluate(context: Context, only: str = "") -> Measured:
 
         write_document(store, _REPORT[1], report_table(results))
         write_document(store, _REPORT[0], report.decode("utf-8"))
-    context.save_config("report/config.toml", changed=outcome.made > 0)
+    context.save_config("report/config.toml", changed=outcome.made > 0, of=outcome.content)
     total = len(outcome.receipts)
     done = f"{outcome.made} of {total} units made" if outcome.made else f"nothing to do, {total} units are whole"
     context.say(f"evaluate: {done} ({', '.join(_REPORT)})")

@@ -79,7 +79,7 @@ def import_cache(context: Context, source: Source) -> Outcome:
         context.say(f"import: documents set aside ({reasons})")
     planned, _ = make_plan(store, context.settings, context.stop)
     outcome = run_job(store, _job(context, planned, teacher, source), context.stop)
-    context.save_config("teacher/config.toml", changed=outcome.made > 0)
+    context.save_config("teacher/config.toml", changed=outcome.made > 0, of=outcome.content)
     context.say(outcome_line("import", outcome))
     return outcome
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from bytecache.pipeline.plan.editions import edition_key, known_plans
 from bytecache.pipeline.plan.index import PLAN_KEY
 from bytecache.pipeline.stores import Store, overlapped
-from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units import documents, receipts
 from bytecache.pipeline.units.receipts import FileRecord, OtherVersion, Receipt
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError
@@ -81,6 +81,8 @@ def take_inventory(store: Store) -> Inventory:
             raise
         except IntegrityError as error:
             receipt, fault = None, str(error)
+        if receipt is not None and receipt.stage == documents.STAGE:
+            receipt = documents.settled(store, receipt)
         return name, None if fault else receipt, fault
 
     for place, receipt, fault in overlapped(read, receipts.list_receipts(store)):

@@ -71,7 +71,8 @@ def mix(context: Context, places: Sequence[str], mixing: Mixing, *, partial: boo
     outcome = Outcome([_with_divergence(context.store, receipt) for receipt in outcome.receipts], outcome.made)
     info["mix"] |= _measured(outcome.receipts)
     published = _publish(context, outcome.receipts, info)
-    context.save_config(f"{TARGETS}/config.toml", changed=outcome.made > 0 or published, published=True)
+    changed, index = outcome.made > 0 or published, context.store.sha256(f"{TARGETS}/{DATASET}")
+    context.save_config(f"{TARGETS}/config.toml", changed=changed, published=True, of=index)
     context.say(outcome_line(STAGE, outcome))
     for line in _summary(info["mix"], [one.dataset for one in sets]):
         context.say(f"mix: {line}")

@@ -31,7 +31,7 @@ def plan(context: Context, *, grow: bool = True) -> tuple[Plan, bool]:
     context.store.sweep()
     before = _whole_plan(context)
     planned, new = planning.make_plan(context.store, context.settings, context.stop, grow=grow)
-    context.save_config("plan/config.toml", changed=new)
+    context.save_config("plan/config.toml", changed=new, of=planned.hash)
     corpus = planned.corpus
     skipped = f", {corpus['n_empty_skipped']} empty ones skipped" if corpus["n_empty_skipped"] else ""
     context.say(

@@ -13,7 +13,7 @@ from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.report import fleet_status, fleet_table
 from bytecache.pipeline.plan.index import Plan, read_plan
 from bytecache.pipeline.stores import Store, overlapped
-from bytecache.pipeline.units import receipts
+from bytecache.pipeline.units import documents, receipts
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.dataset.editions import edition_of
@@ -53,6 +53,8 @@ def _look(store: Store, stage: str, key: str) -> Receipt | str | None:
         receipt = receipts.read_receipt(store, stage, key)
     except IntegrityError as error:
         return str(error)
+    if receipt is not None and stage == documents.STAGE:
+        receipt = documents.settled(store, receipt)
     present = () if receipt is None or receipt.deleted else receipt.files
     wrong = [file.path for file in present if store.size(file.path) != file.size]
     return f"{stage} {receipt.name}: {', '.join(wrong)} missing or of another size" if receipt and wrong else receipt

@@ -61,7 +61,7 @@ def teach(context: Context) -> Outcome:
         return teacher(context)
     job = straight_job(context, load_plan(context.store, context.settings))
     outcome = run_job(context.store, job, context.stop)
-    context.save_config(f"{TARGETS}/{RESOLVED_FILE}", changed=outcome.made > 0, published=True)
+    context.save_config(f"{TARGETS}/{RESOLVED_FILE}", changed=outcome.made > 0, published=True, of=outcome.content)
     context.say(outcome_line("teacher, straight to targets", outcome))
     say_set_aside(context, outcome.receipts)
     return outcome

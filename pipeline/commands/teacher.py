@@ -178,7 +178,7 @@ def teacher(context: Context) -> Outcome:
     """Dump every unit that has no dump yet; the engine starts only if there is one."""
     job = teacher_job(context, load_plan(context.store, context.settings))
     outcome = run_job(context.store, job, context.stop)
-    context.save_config("teacher/config.toml", changed=outcome.made > 0)
+    context.save_config("teacher/config.toml", changed=outcome.made > 0, of=outcome.content)
     context.say(outcome_line("teacher", outcome))
     say_set_aside(context, outcome.receipts)
     return outcome

@@ -83,12 +83,17 @@ def newest_plan(store: Store) -> Plan | None:
     return current
 
 
+def keep(plan: Plan) -> str:
+    """Copy the index of a plan to the number of its edition, if it is not there; returns where that is."""
+    key = edition_key(plan.edition)
+    plan.store.put_if_absent(key, plan.store.write_temp(key, index_bytes(plan.index)))
+    return key
+
+
 def succeed(older: Plan, index: Index) -> Plan:
-    """Make `index` the edition after `older`; returns the one that it became, another planner's if that was faster."""
+    """Make `index` the edition after `older`, which is kept; returns the one that it became, of two planners' one."""
     store = older.store
-    for number, each in ((older.edition, older.index), (index.edition, index)):
-        key = edition_key(number)
-        store.put_if_absent(key, store.write_temp(key, index_bytes(each)))
+    keep(Plan(index, store))
     newer = read_plan(store, edition_key(index.edition))
     if newer is None or newer.index.parent != older.hash:
         raise IntegrityError(

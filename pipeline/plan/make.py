@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from bytecache.pipeline.plan.editions import edition_key, known_plans, newest_plan, succeed
+from bytecache.pipeline.plan.editions import edition_key, keep, known_plans, newest_plan, succeed
 from bytecache.pipeline.plan.index import (
     PAGE,
     PLAN_KEY,
@@ -109,6 +109,10 @@ def _commit(old: Plan | None, plan: Plan) -> Plan:
         first = store.put_if_absent(PLAN_KEY, store.write_temp(PLAN_KEY, index_bytes(plan.index)))
         return plan if first else read_plan(store) or plan
     if plan.edition > old.edition:
+        # The receipt of the older one names plan.json, which becomes another's.
+        kept = keep(old)
+        with suppress(IntegrityError, StorageError):  # what of it is damaged is for `verify` to say
+            _write_receipts_of(old, (kept,))
         return succeed(old, plan.index)
     if old.hash != plan.hash:
         raise IntegrityError(f"{store.name}: damaged slices cannot be rewritten alike; plan again in a new run.dir")

@@ -10,6 +10,7 @@ A first SIGTERM or SIGINT raises a flag that the work polls; the unit in flight 
 process exits with code 75. A second one exits at once, which is as safe as kill -9.
 """
 
+import hashlib
 import logging
 import os
 import signal
@@ -119,6 +120,14 @@ class Outcome:
 
     receipts: list[Receipt]
     made: int
+
+    @property
+    def content(self) -> str:
+        """Hex sha256 of the keys of all units: what was made, whoever made it, and when."""
+        digest = hashlib.sha256()
+        for receipt in self.receipts:
+            digest.update(receipt.key.encode())
+        return digest.hexdigest()
 
 
 def finished(store: Store, task: Task, warn: Callable[[str], None] | None = None) -> Receipt | None:

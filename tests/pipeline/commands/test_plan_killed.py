@@ -1,0 +1,104 @@
+"""`plan` stopped after each of its writes in turn: the same command again heals it without a word."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bytecache.pipeline.stores import LocalStore
+from tests.support.command_line import bytecache
+
+WRITES = ("put_if_absent", "put_json_if_absent", "replace", "replace_text", "delete", "move")
+DAMAGE = re.compile(r"damage|altered|missing|repair|not as it was|is not whole", re.IGNORECASE)
+
+
+class Killed(BaseException):
+    """What nothing handles."""
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
+    """Stop the process, as it were, once so many writes to the run are done; returns what was written."""
+    done: list[str] = []
+
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def write(self: LocalStore, key: str, *rest: Any) -> Any:
+            outermost, watched.depth = watched.depth == 0, watched.depth + 1  # type: ignore[attr-defined]
+            try:
+                result = method(self, key, *rest)
+            finally:
+                watched.depth -= 1  # type: ignore[attr-defined]
+            if outermost:
+                done.append(key)
+                if len(done) == after:
+                    raise Killed(key)
+            return result
+
+        return write
+
+    watched.depth = 0  # type: ignore[attr-defined]
+    for name in WRITES:
+        monkeypatch.setattr(LocalStore, name, watched(getattr(LocalStore, name)))
+    return done
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+
+
+def corpus(path: Path, first: int, last: int) -> Path:
+    texts = [f"document {number} says something, " * (1 + number % 9) for number in range(first, last)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("state", ["empty", "same", "other settings", "edition"])
+def test_plan_stopped_after_any_write(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = corpus(tmp_path / "one.jsonl", 0, 30), corpus(tmp_path / "two.jsonl", 0, 45)
+    run = tmp_path / "run"
+
+    def plan(source: Path, *more: str) -> Any:
+        return bytecache("plan", "--source", source, "--run-dir", run, "--set", "corpus.unit_bytes=2000", *more)
+
+    if state != "empty":
+        assert plan(one).exit_code == 0
+    begin = tmp_path / "begin"
+    shutil.copytree(run, begin) if run.exists() else begin.mkdir()
+    more = ["--set", "train.batch=3"] if state == "other settings" else []
+    source = two if state == "edition" else one
+
+    def again() -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(begin, run)
+
+    again()
+    with monkeypatch.context() as patched:
+        writes = stopping(patched, -1)
+        whole = plan(source, *more)
+    assert whole.exit_code == 0, whole.output
+    expected = files(run)
+    assert (str(source) in expected["config.toml"].decode()) and len(writes) >= (
+        5 if state in ("empty", "edition") else 0
+    )
+    for number in range(1, len(writes) + 1):
+        again()
+        with monkeypatch.context() as patched:
+            stopping(patched, number)
+            with pytest.raises(Killed):
+                plan(source, *more)
+        status = bytecache("status", "--run-dir", run)
+        assert status.exit_code == 0 and "damaged" not in status.output, (number, writes[number - 1], status.output)
+        done = plan(source, *more)
+        assert done.exit_code == 0, (number, writes[number - 1], done.output)
+        assert not DAMAGE.search(done.output.replace(str(tmp_path), "")), (number, writes[number - 1], done.output)
+        assert files(run) == expected, (number, writes[number - 1])
+        verified = bytecache("verify", run)
+        assert verified.exit_code == 0, (number, writes[number - 1], verified.output)

@@ -89,15 +89,24 @@ def take_inventory(store: Store) -> Inventory:
         if receipt is not None:
             inventory.whole.append(receipt)
         elif fault:
-            size = store.size(place)  # none of what is no file
-            small = size is not None and size <= receipts.MAX_RECEIPT
-            elsewhere = receipts.parse_receipt(store.read_bytes(place), place) if small else None
+            elsewhere = _of_another(store, place)
             if elsewhere is not None:
                 inventory.misplaced[place] = elsewhere
             else:
                 inventory.damaged[place] = fault
     inventory.orphans = list(_orphans(store, inventory))
     return inventory
+
+
+def _of_another(store: Store, place: str) -> Receipt | None:
+    """The receipt that lies in the place of another; None where what lies there is none that checks."""
+    size = store.size(place)  # none of what is no file
+    if size is None or size > receipts.MAX_RECEIPT:
+        return None
+    try:
+        return receipts.parse_receipt(store.read_bytes(place), place)
+    except IntegrityError:
+        return None
 
 
 def _orphans(store: Store, inventory: Inventory) -> Iterator[str]:

@@ -38,7 +38,7 @@ def verify(store: Store, *, deep: bool = False) -> tuple[list[str], int]:
     checked = set(inventory.records)
     problems += _plan_problems(store, inventory)
     if has_targets(store):
-        problems += target_problems(store.folder(TARGETS), pending(store), deep=deep)
+        problems += _targets_of(store, TARGETS, pending(store), deep=deep)
         problems += _index_problems(store, inventory)
         checked |= {f"{TARGETS}/{name}" for name in _INDEX}
     for folder, records, ended in unfinished_runs(store, inventory):
@@ -64,7 +64,7 @@ def verify_place(
         if not isinstance(store, LocalStore):
             _refuse_more_than_declared(store)
         shards = sum(key.endswith(".zarr.zip") for key in store.list(""))
-        return target_problems(store.folder(""), deep=deep), shards + len(_INDEX)
+        return _targets_of(store, "", deep=deep), shards + len(_INDEX)
     return verify(store, deep=deep)
 
 
@@ -105,6 +105,24 @@ def is_dataset(folder: Path) -> bool:
 def has_targets(store: Store) -> bool:
     """Whether a run holds a published data set, or what is left of one."""
     return any(store.exists(f"{TARGETS}/{name}") for name in _INDEX)
+
+
+def _targets_of(store: Store, prefix: str, awaited: Collection[str] = (), *, deep: bool = False) -> list[str]:
+    """`target_problems` of a folder of a store, wherever that is."""
+    try:
+        folder = store.folder(prefix)
+    except IntegrityError:
+        return [f"targets {line}" for line in _unreadable(store, prefix)]
+    return target_problems(folder, awaited, deep=deep)
+
+
+def _unreadable(store: Store, prefix: str) -> Iterator[str]:
+    """A line for each object whose bytes are not those that were stored."""
+    for key in store.list(prefix):
+        try:
+            store.get_path(key)
+        except IntegrityError as error:
+            yield str(error)
 
 
 def target_problems(folder: Path, awaited: Collection[str] = (), *, deep: bool = False) -> list[str]:

@@ -29,7 +29,7 @@ from obstore.exceptions import AlreadyExistsError
 
 from bytecache.pipeline.stores.base import MAX_SMALL, TEMP_FOLDER, json_bytes
 from bytecache.pipeline.stores.credentials import is_about_credentials, remedy
-from bytecache.pipeline.stores.retry import Damaged, Result, patiently
+from bytecache.pipeline.stores.retry import MOST_ALTERED, Damaged, Result, patiently
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError, StorageError
 from bytecache.schemas.files import file_sha256
@@ -207,8 +207,8 @@ class Bucket:
                     digest.update(chunk)
                     size += stream.write(chunk)
             if size != stored.size or (stored.sha256 and digest.hexdigest() != stored.sha256):
-                came, digest, size = size, hashlib.sha256(), 0
-                raise Damaged(f"the {came} bytes that arrive are not the {stored.size} that were stored")
+                came, sha256, digest, size = size, digest.hexdigest(), hashlib.sha256(), 0
+                raise Damaged(f"the {came} bytes that arrive are not the {stored.size} that were stored", sha256)
             return stored
 
         try:
@@ -231,8 +231,9 @@ class Bucket:
                 if len(found) > stored.size:
                     break
             raw = bytes(found)
-            if len(raw) != stored.size or (stored.sha256 and hashlib.sha256(raw).hexdigest() != stored.sha256):
-                raise Damaged(f"the {len(raw)} bytes that arrive are not the {stored.size} that were stored")
+            sha256 = hashlib.sha256(raw).hexdigest()
+            if len(raw) != stored.size or (stored.sha256 and sha256 != stored.sha256):
+                raise Damaged(f"the {len(raw)} bytes that arrive are not the {stored.size} that were stored", sha256)
             return raw
 
         try:
@@ -248,12 +249,10 @@ class Bucket:
             return recorded
         # Read from the service, not from a copy: the question is what it holds. A hash that disagrees with the record
         # is believed when a second read gives it again; a single one may be the network's fault.
-        digest = self._hash(key)
-        while recorded and digest != recorded:
-            digest, before = self._hash(key), digest
-            if digest == before:
-                break
-        return digest
+        digests = [self._hash(key)]
+        while recorded and digests[-1] not in (recorded, *digests[:-1]) and len(digests) <= MOST_ALTERED:
+            digests.append(self._hash(key))
+        return digests[-1]
 
     def _hash(self, key: str) -> str:
         def read() -> str:

@@ -1,7 +1,8 @@
 """Retries of an object store's requests, by the policy of `schemas.patience`.
 
 What may pass is repeated: 5xx, throttling, time-outs, torn connections, a body that arrives short or altered. What will
-not is refused at once with its remedy: credentials, permissions, a missing bucket. Every request here may be repeated:
+not is refused at once with its remedy: credentials, permissions, a missing bucket, and bytes that are wrong in the same
+way when they are read again. Every request here may be repeated:
 a conditional write that in truth succeeded is recognised as ours by the tag it carries (`Bucket.create`).
 """
 
@@ -24,8 +25,16 @@ _FATAL_WORDS = (
 )
 
 
+MOST_ALTERED = 8
+"""Times that bytes may arrive otherwise each time."""
+
+
 class Damaged(Exception):  # noqa: N818 - a reason to fetch again, not yet an error
-    """A download whose bytes are not those that were stored."""
+    """A download whose bytes are not those that were stored. `sha256`: theirs."""
+
+    def __init__(self, message: str, sha256: str) -> None:
+        super().__init__(message)
+        self.sha256 = sha256
 
 
 def patiently(
@@ -38,7 +47,7 @@ def patiently(
     """
     from obstore.exceptions import AlreadyExistsError, BaseError
 
-    patience, before = Patience(seconds), progress()
+    patience, before, arrived = Patience(seconds), progress(), list[str]()
     while True:
         try:
             return request()
@@ -53,14 +62,23 @@ def patiently(
                 raise StorageError(
                     f"{doing}: the service refuses ({reason}); check the credentials, the bucket and its permissions"
                 ) from error
+            if isinstance(error, Damaged):
+                # What a network alters it alters otherwise the next time; a disk does not.
+                if error.sha256 in arrived or len(arrived) == MOST_ALTERED:
+                    raise _damaged(doing, reason) from error
+                arrived.append(error.sha256)
             if progress() > before:
                 patience.renew()
             before = progress()
             if patience.pause():
                 continue
             if isinstance(error, Damaged):
-                raise IntegrityError(f"{doing}: {reason}; delete the object and rerun the stage") from error
+                raise _damaged(doing, reason) from error
             raise StorageError(
                 f"{doing}: still failing after {seconds:.0f} s ({reason}); rerun the same command when the service is "
                 "well again"
             ) from error
+
+
+def _damaged(doing: str, reason: str) -> IntegrityError:
+    return IntegrityError(f"{doing}: {reason}; delete the object and rerun the stage")

@@ -24,6 +24,7 @@ from bytecache.schemas.errors import InputError
 from bytecache.stages.tokens.cutters import blows_up
 from bytecache.stages.tokens.guard import UnopenedError, is_panic
 from bytecache.stages.tokens.library import opened
+from bytecache.stages.tokens.template_files import refuse_unusable
 from bytecache.stages.tokens.token_files import open_tokenizer
 
 CLASS = "PreTrainedTokenizerFast"
@@ -98,6 +99,7 @@ def _spelled(config: dict[str, Any]) -> str:
 
 def open_kept(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, as its tokenizer.json stands. Raises InputError."""
+    refuse_unusable(folder, f"the tokenizer in {folder}")
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except BaseException as error:  # the library raises plain Exception, or panics, for files it cannot parse

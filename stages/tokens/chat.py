@@ -73,6 +73,12 @@ class Template:
         if not file.is_file():
             raise ConfigError(f"{where}: chat data needs a tokenizer.json; choose another model, or corpus.kind")
         facts = _facts(folder, where)
+        if facts.choices:
+            names = ", ".join(repr(name[:40]) for name in facts.choices[:8])
+            raise ConfigError(
+                f"{where} has chat templates called {names}, and none called 'default', which is taken; "
+                "save the one you mean as chat_template.jinja in that folder, or choose another model"
+            )
         if facts.template is None:
             raise ConfigError(
                 f"{where} has no chat template; choose a chat model, save one with the tokenizer, "

@@ -18,6 +18,7 @@ from bytecache.schemas import strict_json
 from bytecache.schemas.files import read_regular
 from bytecache.stages.tokens.cutters import is_tame
 from bytecache.stages.tokens.guard import MIB, Failure, Guard, Limits, UnopenedError, is_panic
+from bytecache.stages.tokens.template_files import refuse_unusable
 
 MAX_FILE = 1 << 28
 """Bytes of a tokenizer's file, at most."""
@@ -38,6 +39,8 @@ class Facts(NamedTuple):
     templates: str
     """all that there are, as text: their identity"""
     spec: str | None
+    choices: tuple[str, ...] = ()
+    """names of the chat templates, where there are several and none is taken"""
 
 
 class Opened(Protocol):
@@ -58,7 +61,11 @@ class Opened(Protocol):
 
 @contextmanager
 def opened(folder: Path, what: str) -> Iterator[Opened]:
-    """A folder, for the length of a block. Raises UnopenedError, then or at the first question, saying why."""
+    """A folder, for the length of a block.
+
+    Raises InputError where its chat templates cannot be used, UnopenedError, then or at the first question, saying why.
+    """
+    refuse_unusable(folder, what)
     if is_contained(folder):
         yield Here(folder, what)
         return
@@ -109,11 +116,12 @@ class Here:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         names = json.loads(json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True))
         templates = tokenizer.chat_template
-        try:
-            template = str(tokenizer.get_chat_template()) if templates else None
-        except ValueError as error:  # several, and none for all
-            raise UnopenedError(self.what, " ".join(str(error).split())[:200]) from error
-        return Facts(type(tokenizer).__name__, names, template, str(templates), backend.to_str() if backend else None)
+        template, choices = templates, list[str]()
+        if isinstance(templates, dict):
+            template, choices = templates.get("default"), sorted(map(str, templates))
+        spec = backend.to_str() if backend else None
+        shown = str(template) if template else None
+        return Facts(type(tokenizer).__name__, names, shown, str(templates), spec, () if shown else tuple(choices))
 
     def ids(self, texts: Sequence[str], *, auto: bool, special: bool = False) -> list[list[int]]:
         """See `Opened`."""

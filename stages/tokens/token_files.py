@@ -26,6 +26,7 @@ from bytecache.stages.tokens.encoders import Encoder, GreedyEncoder, HfEncoder, 
 from bytecache.stages.tokens.guard import UnopenedError, is_panic
 from bytecache.stages.tokens.library import opened
 from bytecache.stages.tokens.rank_files import RANK_FILES
+from bytecache.stages.tokens.template_files import refuse_unusable
 from bytecache.stages.tokens.token_bytes import (
     Json,
     TokenTable,
@@ -64,6 +65,7 @@ def open_tokenizer(model: str | Path, *, revision: str = "", trust_remote_code: 
     path = _resolve(model, revision)
     folder, only = (path, None) if path.is_dir() else (path.parent, path)
     where = str(model)
+    refuse_unusable(folder, f"the tokenizer of {where}")
     generation = _read_json(folder / "generation_config.json")
     try:
         config = _text_settings(_read_json(folder / "config.json"))

@@ -148,6 +148,23 @@ def measure(context: Context, dataset: Dataset, settings: Teacher, sample: Sampl
     return certificate
 
 
+def claimed_by(dataset: Dataset) -> dict[str, Any] | None:
+    """The data set's certificate, None where nothing was compared: a bound and the teacher's noise claim no mean KL.
+
+    Raises IntegrityError for one whose mean KL is no number.
+    """
+    from bytecache.stages.fidelity.certificate import figure
+
+    claimed = dataset.fidelity
+    if claimed is None or "kl" not in claimed:
+        return None
+    if not math.isfinite(figure(claimed, "kl")):
+        raise IntegrityError(
+            f"{dataset.folder / DATASET}: its certificate has no mean KL; fetch or make the index again"
+        )
+    return claimed
+
+
 def limit_of(claimed: dict[str, Any], measured: dict[str, Any]) -> float:
     """Largest mean KL, nats, that a measurement of this size may show of a data set that is as good as it claims."""
     from bytecache.stages.fidelity.certificate import figure
@@ -168,18 +185,19 @@ def fidelity(
     with disk_errors(f"writing {out}"):
         refuse_to_write(out)
     dataset = find_dataset(folder)
+    claimed = claimed_by(dataset)
+    if dataset.info.get("mix") and not any_teacher:
+        raise InputError(
+            f"{dataset.folder} is a mixture of several teachers' targets, and no one teacher is behind it; measure the "
+            "data sets that it was made of, or say --any-teacher to see how far it is from one"
+        )
     settings = teacher_settings(dataset, context.settings.teacher, model)
     measured = measure(context, dataset, settings, sample, any_teacher)
-    claimed = dataset.fidelity
     limit = None if claimed is None else limit_of(claimed, measured)
-    if limit is not None and not math.isfinite(limit):
-        raise IntegrityError(
-            f"{dataset.folder / DATASET}: its certificate has no mean KL; fetch or make the index again"
-        )
     report = {
         "content_sha256": dataset.content_sha256,
         "measured": measured,
-        "claimed": claimed,
+        "claimed": dataset.fidelity,
         "kl_limit": limit,
         "software": software_versions(),
     }
@@ -192,7 +210,7 @@ def fidelity(
     if claimed and claimed.get("noise"):
         context.say("the certificate's line of the teacher's own noise is not measured again")
     if claimed is None:
-        context.say("the data set has no certificate to compare with: its dump held no reference windows")
+        context.say("the data set has no certificate to compare with: nothing was measured when it was made")
     elif limit is not None and figure(measured, "kl") > limit:
         raise IntegrityError(
             f"{dataset.folder}: mean KL is {measured['kl']['mean']:.4g} nats/byte, its certificate says "

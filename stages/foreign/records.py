@@ -95,7 +95,15 @@ class Cache:
         try:
             return self._record(row)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise InputError(f"{file.path}, record {inside}: not of layout {self.layout} ({_why(error)})") from error
+            why = self._lacking(error, row) if isinstance(error, KeyError) else str(error)
+            raise InputError(f"{file.path}, record {inside}: not of layout {self.layout} ({why})") from error
+
+    def _lacking(self, error: KeyError, row: dict[str, Any]) -> str:
+        there = ", ".join(sorted(map(str, row))[:8]) or "nothing"
+        return (
+            f"column {error} is missing, it has {there}; take another --from, or plain, whose columns can be named by "
+            "--tokens-column, --ids-column and --logprobs-column"
+        )
 
     def _is_packed(self) -> bool:
         if self.layout != "distillkit":
@@ -132,7 +140,7 @@ class Cache:
         return _checked(Record(tokens, counts, ids, np.array(chances, np.float64)))
 
     def _tokens(self, row: dict[str, Any]) -> np.ndarray:
-        if self.columns.tokens in row:
+        if self.columns.tokens in row or "prompt_ids" not in row:
             return _whole(row[self.columns.tokens])
         return _whole([*row["prompt_ids"], *row["completion_ids"]])
 
@@ -171,10 +179,6 @@ def _checked(record: Record) -> Record:
     if len(np.unique(np.stack([position, record.ids]), axis=1)[0]) < len(record.ids):
         raise ValueError("a position lists the same id twice")
     return record
-
-
-def _why(error: Exception) -> str:
-    return f"column {error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 class _Parquet:

@@ -153,6 +153,13 @@ def test_the_result_is_an_ordinary_data_set(pair: tuple[Path, Path]) -> None:
     assert "data set published" in bytecache("status", "--run-dir", "mixed").output
 
 
+def test_a_mixture_has_no_teacher_to_be_measured_against(pair: tuple[Path, Path]) -> None:
+    run_mix(*pair)
+    for more in ([], ["--teacher", "anything"]):
+        done = bytecache("fidelity", "mixed", *more)
+        assert done.exit_code == 3 and "measure the data sets that it was made of" in done.stderr
+
+
 def test_divergences_lie_beside_the_shards(pair: tuple[Path, Path]) -> None:
     run_mix(*pair)
     sources = [documents(folder) for folder in pair]

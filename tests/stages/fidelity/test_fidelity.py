@@ -367,6 +367,17 @@ def test_the_command_measures_what_convert_stored(published, tiny_checkpoint):
         assert "no mean KL" in refusal(run_fidelity(published, place, *teacher), 4)
 
 
+def test_a_bound_alone_is_no_certificate_to_compare_with(published, tiny_checkpoint):
+    """As imported caches and runs without a sample have it."""
+    place = published / "run" / "targets"
+    dataset = read_dataset(place)
+    write_dataset(place, dataset.entries, dataset.info, {"bound": {"positions": 3}})
+    result = run_fidelity(published, place, "--teacher", tiny_checkpoint("bytelevel"))
+    assert result.exit_code == 0 and "no certificate to compare with" in result.stdout, result.output
+    report = json.loads((published / "f.json").read_text())
+    assert report["claimed"] == {"bound": {"positions": 3}} and report["kl_limit"] is None
+
+
 def test_targets_that_do_not_fit_the_teacher_are_found(published, tiny_checkpoint):
     other = tiny_checkpoint("bytelevel", seed=9)
     place = published / "run" / "targets"

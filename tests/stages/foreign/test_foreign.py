@@ -220,6 +220,11 @@ def test_refusals_name_what_is_wrong(vocabulary: Vocabulary, tmp_path: Path) -> 
         Cache(tmp_path / "empty", "plain")
     with pytest.raises(InputError, match=r"record 0: not of layout axolotl \(column 'logprobs' is missing"):
         _ = cache("b", "axolotl")[0]
+    with pytest.raises(InputError, match=r"column 'teacher_topk_ids' is missing, it has .*topk_ids.*--from, or plain"):
+        _ = cache("t", "trl", teacher_topk_logprobs=rows[0]["topk_logprobs"])[0]
+    for layout in ("axolotl", "trl", "distillkit"):
+        with pytest.raises(InputError, match=r"column 'input_ids' is missing, it has ids, tokens; take another --from"):
+            _ = Cache(write_records(tmp_path / f"{layout}.jsonl", [{"tokens": [1], "ids": [[2]]}]), layout)[0]
     with pytest.raises(InputError, match="above 0"):
         _ = cache("c", topk_logprobs=[[0.5] * 6] * places)[0]
     with pytest.raises(InputError, match="same id twice"):
@@ -280,6 +285,9 @@ def test_from_a_cache_to_targets_on_the_command_line(vocabulary: Vocabulary, fol
     source = ["--set", f"corpus.source={run}/import/corpus.parquet", "--set", "corpus.max_bytes=0"]
     converted = bytecache("convert", "--set", f"teacher.model={folder}", *source, *common)
     assert converted.returncode == 0, converted.stderr
+    measured = bytecache("fidelity", str(run), "--teacher", str(folder), "--sample", "2", "--tokens", "8", "--out",
+                         str(tmp_path / "fidelity.json"))  # fmt: skip
+    assert measured.returncode == 0 and "no certificate to compare with" in measured.stdout, measured.stderr
     dataset = read_dataset(run / "targets")
     assert json.dumps(dataset.info["teacher"]).count("foreign") == 1
     texts = {}

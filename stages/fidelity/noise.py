@@ -80,7 +80,10 @@ class Noise:
     def merge(self, state: dict[str, Any]) -> None:
         """Add what another one measured. Raises ConfigError where that was against another model."""
         if self.against and state["against"] != self.against:
-            raise ConfigError("the teacher's noise was measured against different models; dump again with one of them")
+            raise ConfigError(
+                "the teacher's noise was measured against different models of one name (teacher.noise); give the "
+                "folder of the right one another name and run `bytecache teacher` again"
+            )
         self.kl.merge(state["kl"])
         self.positions += state["positions"]
         self.windows += state["windows"]

@@ -221,14 +221,26 @@ def foreign_lists() -> str:
 
 
 def two_teachers() -> str:
-    """Bits per byte of two teachers, of their mixtures, and of the better teacher of every passage."""
-    kinds = result("two_teachers.json")["kinds"]
-    rows = [[f"{name}, alone", *(f"{one['teachers'][name]:.4f}" for one in kinds.values())] for name in TEACHERS]
-    for name in next(iter(kinds.values()))["mixtures"]:
-        rows.append([name, *(f"{one['mixtures'][name]['bits_per_byte_mixed']:.4f}" for one in kinds.values())])
-    rows.append(["the better teacher of each passage", *(f"{one['oracle']:.4f}" for one in kinds.values())])
-    rows.append(["how far they differ, JSD in nats", *(f"{one['jsd']:.4f}" for one in kinds.values())])
-    return table(" | ".join(["", *(f">{kind}, {one['bytes']} B" for kind, one in kinds.items())]), rows)
+    """Bits per byte of two teachers, of their mixtures to the better one, and of the controls."""
+    report = result("two_teachers.json")
+    kinds = list(report["kinds"].values())
+    every = [report["all"], *kinds]
+    rows = [[f"{name}, alone", *(f"{one['teachers'][name]:.4f}" for one in every)] for name in TEACHERS]
+    for name in report["all"]["mixtures"]:
+        mixtures = [one["mixtures"][name] for one in every]
+        rows.append([name, *(f"{one['bits_per_byte']:.4f}" for one in mixtures)])
+        cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(one["to_the_better"], *one["interval"]) for one in mixtures]
+        rows.append(["– to the better teacher", *cells])
+    tempered = [min(one["tempered"].values(), key=lambda each: float(each["bits_per_byte"])) for one in kinds]
+    cells = [f"{one['bits_per_byte']:.4f} ({one['temperature']:g})" for one in tempered]
+    rows.append(["the better teacher at its best temperature", "", *cells])
+    rows.append(["the better teacher of each passage", *(f"{one['oracle']:.4f}" for one in every)])
+    for name in TEACHERS:
+        rows.append([f"{name} in its own tokens", "", *(f"{one['own'][name]['canonical']:.4f}" for one in kinds)])
+    rows.append(["how far they differ, JSD in nats", "", *(f"{one['jsd']:.4f}" for one in kinds)])
+    titles = [f">{name}: {one['passages']} passages, {one['bytes']:,} B" for name, one in
+              zip(["all", *report["kinds"]], every, strict=True)]  # fmt: skip
+    return table(" | ".join(["", *titles]), rows)
 
 
 def _foreign(one: dict[str, float]) -> list[str]:

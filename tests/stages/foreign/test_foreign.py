@@ -148,7 +148,7 @@ def in_every_layout(rows: list[dict[str, Any]], folder: Path) -> dict[str, Cache
     """The same records as each layout keeps them."""
     write_records(folder / "packed" / "data_0.parquet", packed_rows(rows))
     (folder / "packed" / "compression_config.yaml").write_text(yaml.safe_dump(PACKED))
-    axolotl, trl, raw, renamed = [], [], [], []
+    axolotl, numbers, trl, raw, renamed = [], [], [], [], []
     for row in rows:
         tokens, ids, logps = row["input_ids"], row["topk_ids"], row["topk_logprobs"]
         entries = [
@@ -156,6 +156,7 @@ def in_every_layout(rows: list[dict[str, Any]], folder: Path) -> dict[str, Cache
             for position in zip(ids, logps, strict=True)
         ]
         axolotl.append({"input_ids": tokens, "logprobs": entries})
+        numbers.append({"input_ids": tokens, "target_token_ids": ids, "logprobs": logps})
         halves = {"prompt_ids": tokens[:3], "completion_ids": tokens[3:]}
         trl.append({**halves, "teacher_topk_ids": ids, "teacher_topk_logprobs": logps})
         raw.append({"input_ids": tokens, "token_ids": ids, "top_values": logps})
@@ -163,6 +164,7 @@ def in_every_layout(rows: list[dict[str, Any]], folder: Path) -> dict[str, Cache
     return {
         "plain": Cache(write_records(folder / "plain.parquet", rows), "plain"),
         "axolotl": Cache(write_records(folder / "axolotl.jsonl", axolotl), "axolotl"),
+        "axolotl, numbers": Cache(write_records(folder / "numbers.parquet", numbers), "axolotl"),
         "trl": Cache(write_records(folder / "trl.parquet", trl), "trl"),
         "distillkit": Cache(folder / "packed", "distillkit"),
         "raw": Cache(write_records(folder / "raw.parquet", raw), "distillkit"),

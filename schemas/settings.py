@@ -204,7 +204,7 @@ class Dataset(Section):
     `hf://datasets/owner/name`, `s3://bucket/path`, `https://...`. A password or token in it is written nowhere: other
     machines take it from $BYTECACHE_DATASET_SOURCE."""
     private_redirects: bool = False
-    """Follow a redirect of an http(s) source to an address of a private network or of this machine."""
+    """Follow a redirect of an http(s) source, or of the hub, to an address of a private network or of this machine."""
     cache_dir: str = ""
     """Where shards read from a URL are kept; empty = `shards` in the cache folder ($BYTECACHE_CACHE, else bytecache in
     $XDG_CACHE_HOME or ~/.cache)."""

@@ -225,6 +225,7 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
             f"the teacher could read no training document because {words(aside)}; {remedy(aside, 'teacher')}"
         )
     measured = certificate(shards, info["teacher"])
+    documents = index_documents(entries, info, measured)
     try:
         published = read_index(store)
         if (
@@ -235,8 +236,10 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
         ):
             return mend_card(context)
     except IntegrityError as error:
-        moved = [set_aside_file(store, key) for name in (DATASET, MANIFEST) if store.exists(key := f"{TARGETS}/{name}")]
-        context.say(f"convert: the published index is damaged ({error}); it is set aside as {', '.join(moved)}")
+        if not _was_cut_off(store, documents[MANIFEST]):
+            keys = [key for name in (DATASET, MANIFEST) if store.exists(key := f"{TARGETS}/{name}")]
+            moved = ", ".join(set_aside_file(store, key) for key in keys)
+            context.say(f"convert: the published index is damaged ({error}); it is set aside as {moved}")
     archive_edition(store, _published(store), info["edition"]["number"])
     disputed = contradictions(store, shards, measured)
     if disputed:
@@ -247,7 +250,7 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
     older = [entry for dataset in older_datasets(store) for entry in dataset.entries]
     listed = [*entries, *older]
     _clear_unlisted(context, {entry.file for entry in listed}, {entry.key for entry in listed})
-    for name, raw in index_documents(entries, info, measured).items():
+    for name, raw in documents.items():
         key = f"{TARGETS}/{name}"
         if name == card.FILE and store.exists(key):
             if card.fault(store.read_bytes(key), raw):
@@ -256,6 +259,23 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
                 continue  # somebody wrote their own
         store.replace(key, store.write_temp(name, raw))
     return True
+
+
+def _was_cut_off(store: Store, manifest: bytes) -> bool:
+    """Whether a kill between the two files of an index left the new manifest beside a dataset.json of the one before.
+
+    `manifest`: what is to be published.
+    """
+    from bytecache.schemas import strict_json
+    from bytecache.schemas.dataset.index import DATASET, MANIFEST, seal
+
+    raw = {name: store.read_bytes(key) for name in (DATASET, MANIFEST) if store.exists(key := f"{TARGETS}/{name}")}
+    if raw.get(MANIFEST) != manifest or DATASET not in raw:
+        return False
+    try:
+        return seal(strict_json.parse(raw[DATASET])) == raw[DATASET]
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def contradictions(store: Store, shards: Sequence[Receipt], measured: dict[str, Any] | None) -> list[str]:

@@ -207,6 +207,7 @@ def pull(
     dataset = open_dataset(place, private_redirects=private_redirects)
     where = place.rstrip("/")
     _refuse_other(folder, dataset)
+    _refuse_colliding(dataset)
     make_folder(folder)
     fetched = present = 0
     for entry in dataset.entries:
@@ -231,6 +232,18 @@ def pull(
     if faults:
         raise IntegrityError(f"{folder}: {faults[0].file}: {faults[0].detail}; run the same command again")
     return fetched, present
+
+
+def _refuse_colliding(dataset: Dataset) -> None:
+    """Raises IntegrityError for names that are one file where a file system knows no case."""
+    seen: dict[str, str] = {}
+    for entry in dataset.entries:
+        other = seen.setdefault(entry.file.casefold(), entry.file)
+        if other != entry.file:
+            raise IntegrityError(
+                f"{dataset.where}: lists {other} and {entry.file}, which differ in case alone and are one file on some "
+                "systems; nothing was fetched: ask its maker"
+            )
 
 
 def _refuse_other(folder: Path, dataset: Dataset) -> None:

@@ -36,6 +36,7 @@ from bytecache.schemas.files import (
     cache_folder,
     file_sha256,
     local_path,
+    open_regular,
     put_in_place,
     refuse_to_write,
     scratch_folder,
@@ -53,6 +54,7 @@ PATIENCE = 30.0
 PROGRESS = 64 * 1024
 """Bytes that a connection must bring before it breaks, to count as something."""
 PIECE = 1 << 22
+_LOCAL = ("file://", "local://")
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
@@ -73,18 +75,23 @@ DIRECT = Access()
 def _from(url: str, start: int, access: Access) -> Iterator[bytes]:
     """The object's bytes from `start` on, over one connection. Raises what the file system raises."""
     if is_hub(url):
-        file = hub_file(url)
-        yield from http.pieces(file.address, start, private_redirects=access.private_redirects, login=file.login)
+        there = hub_file(url)
+        yield from http.pieces(there.address, start, private_redirects=access.private_redirects, login=there.login)
         return
     if http.is_http(url):
         yield from http.pieces(url, start, private_redirects=access.private_redirects)
         return
     fs, path = fsspec.core.url_to_fs(url)
-    with fs.open(path, "rb") as file:
+    # A folder from a stranger may hold a pipe in a file's place, whose opening would wait for ever.
+    with open_regular(path) if _is_local(url) else fs.open(path, "rb") as file:
         if start:
             file.seek(start)
         while piece := file.read(PIECE):
             yield piece
+
+
+def _is_local(url: str) -> bool:
+    return not is_url(url) or url.startswith(_LOCAL)
 
 
 def _transfer(url: str, limit: int, access: Access) -> Iterator[bytes]:
@@ -122,6 +129,8 @@ def _permanent(url: str, error: Exception) -> BytecacheError | None:
     place = masked(url)
     if isinstance(error, BytecacheError):
         return error if place in str(error) else type(error)(f"{place}: {error}")
+    if isinstance(error, NotAFileError):
+        return IntegrityError(f"{place} {error.strerror}; fetch or make it again")
     if isinstance(error, ImportError):
         return ConfigError(f"{place}: {error}; {install('remote')}, or the package it names")
     if isinstance(error, PermissionError) and is_hub(url):
@@ -247,7 +256,7 @@ def open_dataset(
     """
     if isinstance(place, Dataset):
         return place
-    if os.fspath(place).startswith(("file://", "local://")):
+    if os.fspath(place).startswith(_LOCAL):
         place = str(fsspec.core.url_to_fs(os.fspath(place))[1])
     if not is_url(place):
         return open_edition(local_path(place), edition) if edition else read_dataset(local_path(place))

@@ -1,56 +1,14 @@
 """`plan` stopped after each of its writes in turn: the same command again heals it without a word."""
 
 import json
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bytecache.pipeline.stores import LocalStore
 from tests.support.command_line import bytecache
-
-WRITES = ("put_if_absent", "put_json_if_absent", "replace", "replace_text", "delete", "move")
-DAMAGE = re.compile(r"damage|altered|missing|repair|not as it was|is not whole", re.IGNORECASE)
-
-
-class Killed(BaseException):
-    """What nothing handles."""
-
-
-def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
-    """Stop the process, as it were, once so many writes to the run are done; returns what was written."""
-    done: list[str] = []
-
-    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
-        def write(self: LocalStore, key: str, *rest: Any) -> Any:
-            outermost, watched.depth = watched.depth == 0, watched.depth + 1  # type: ignore[attr-defined]
-            try:
-                result = method(self, key, *rest)
-            finally:
-                watched.depth -= 1  # type: ignore[attr-defined]
-            if outermost:
-                done.append(key)
-                if len(done) == after:
-                    raise Killed(key)
-            return result
-
-        return write
-
-    watched.depth = 0  # type: ignore[attr-defined]
-    for name in WRITES:
-        monkeypatch.setattr(LocalStore, name, watched(getattr(LocalStore, name)))
-    return done
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
+from tests.support.stopped_writes import DAMAGE, Killed, files, stopping
 
 
 def corpus(path: Path, first: int, last: int) -> Path:

@@ -50,7 +50,7 @@ def test_an_edition_stopped_after_any_write(
         whole = bytecache(stopped, *SMALL)
     assert whole.exit_code == 0 and (stopped == "teacher" or "edition 2" in whole.output), whole.output
     expected = without_times(files(run))
-    assert len(writes) > 10
+    assert len(writes) > 6
     for number, written in enumerate(writes, 1):
         again()
         with monkeypatch.context() as patched:
@@ -65,3 +65,24 @@ def test_an_edition_stopped_after_any_write(
         assert found == expected, (number, written, {k for k in found | expected if found.get(k) != expected.get(k)})
     verified = bytecache("verify")
     assert verified.exit_code == 0, verified.output
+
+
+def test_the_settings_of_finished_work_are_kept_whenever_it_was_killed(
+    world: Path, fake_teacher: type[FakeTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the last unit and before the configuration: the next call has nothing to make, and says so."""
+    for command in ("plan", "teacher"):
+        assert bytecache(command, *SMALL).exit_code == 0
+    config = world / "run" / "config.toml"
+    with monkeypatch.context() as patched:
+        writes = stopping(patched, -1)
+        assert bytecache("teacher", *SMALL, "--set", "teacher.top_k=9").exit_code == 0
+    last = max(number for number, key in enumerate(writes, 1) if key.startswith("receipts/teacher/"))
+    with monkeypatch.context() as patched:
+        stopping(patched, last)
+        with pytest.raises(Killed):
+            bytecache("teacher", *SMALL, "--set", "teacher.top_k=10")
+    assert "top_k = 9" in config.read_text()
+    done = bytecache("teacher", *SMALL, "--set", "teacher.top_k=10")
+    assert done.exit_code == 0 and "nothing to do" in done.output and not DAMAGE.search(done.output), done.output
+    assert "top_k = 10" in config.read_text() and bytecache("verify").exit_code == 0

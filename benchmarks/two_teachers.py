@@ -18,7 +18,7 @@ Controls, each of which may look at the text afterwards, as no pool may:
 An interval is a bootstrap over passages, 95 %: the better teacher is chosen anew in each draw.
 
 Every step is resumed where it was, so the program can be killed and started again; of more kilobytes only what is new
-is read. RESULT is written after each kind, and has every passage's bits.
+is read. RESULT is written at the end, and has every passage's bits.
 """
 
 import argparse
@@ -197,10 +197,10 @@ def main() -> None:
         corpus = arguments.folder / kind / "corpus.jsonl"
         write_texts(arguments.corpora, kind, arguments.kilobytes, corpus)
         kinds[kind] = study(arguments.folder / kind, corpus, arguments.kilobytes)
-        every = {f"{kind} {name}": one for kind, each in kinds.items() for name, one in each["by_passage"].items()}
-        machine = f"{os.cpu_count()} cores, {platform.machine().replace('_', '-')}"
-        report = {"machine": machine, "models": TEACHERS, "all": summary(every), "kinds": kinds}
-        RESULT.write_text(json.dumps(report, indent=1) + "\n")  # each kind stands for itself
+    every = {f"{kind} {name}": one for kind, each in kinds.items() for name, one in each["by_passage"].items()}
+    machine = f"{os.cpu_count()} cores, {platform.machine().replace('_', '-')}"
+    report = {"machine": machine, "models": TEACHERS, "all": summary(every), "kinds": kinds}
+    RESULT.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["all"], indent=1))
 
 

@@ -12,7 +12,7 @@ runs once `--seconds` are over; `transfer_tables` makes the tables.
 
     costs     processor seconds of a step: arms take turns on the same steps of text, in one process
     sweep     rates and weights, measured on `validation` passages with a seed of its own (`choices_left`)
-    defaults  arms at the default rates, measured as the sweep's are
+    defaults  arms at the rate where the search begins, measured as the sweep's are
     test      what the sweep chose, measured on `test` passages; seeds are paired: equal text in equal order
 
 The rule, written before any test passage was looked at: of an arm that setting is taken whose bits/byte of the
@@ -79,7 +79,7 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Targets, title and settings of training."""
 START = 1e-3
-"""Rate at which the search begins: the default's."""
+"""Rate at which the search begins: the default's before the search."""
 SHARES = (1.0, 0.15)
 """Of the adapters' rate, for the embeddings."""
 WEIGHTS = (1.0, 2.0, 0.5)

@@ -403,7 +403,7 @@ TRANSFER_STUDENT: dict[str, Any] = {"model": "builtin:smollm2-135m-instruct", "t
 """The student of a configuration that names none: a pretrained model, and the tokenizer that it is given."""
 TRANSFER: dict[str, Any] = {
     "steps": 40, "batch": 2, "window_bytes": 512, "heldout_bytes": 2048, "lora_rank": 16, "lora_embeddings": True,
-    "learning_rate": 1e-3, "warmup": 5, "checkpoint_every": 10,
+    "embedding_rate": 0.15, "warmup": 5, "checkpoint_every": 10,
 }  # fmt: skip
 """Defaults of `[train]` for a student that is an existing model under another tokenizer."""
 

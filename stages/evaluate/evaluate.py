@@ -209,15 +209,19 @@ class Measured(NamedTuple):
     """one of the split's micro-batches"""
 
 
-def measure(run: Run, settings: TrainSettings, dataset: Dataset, split: str) -> Measured:
-    """Figures of a student on a split. Raises InputError: the split is empty, or no document of it can be aligned."""
-    opened = run.student
-    reader = stream.ShardReader(
+def read_split(opened: student.Student, dataset: Dataset, split: str) -> stream.ShardReader:
+    """A split in a student's tokens, one shard at a time."""
+    return stream.ShardReader(
         dataset.where, dataset, split, opened.vocabulary, opened.end_id, resident=1,
         template=opened.template, max_tokens=opened.max_tokens,
     )  # fmt: skip
+
+
+def measure(run: Run, settings: TrainSettings, dataset: Dataset, split: str) -> Measured:
+    """Figures of a student on a split. Raises InputError: the split is empty, or no document of it can be aligned."""
+    reader = read_split(run.student, dataset, split)
     sums, sample = _Sums(), list[MicroBatch]()
-    for members in _groups(reader, settings, opened.max_tokens):
+    for members in _groups(reader, settings, run.student.max_tokens):
         # "sum" weighs every slot 1, so the parts are plain sums over slots.
         micro = stream.collate(members, with_targets=True, byte_reduction="sum", limit=run.objective.term.slots)
         sums.add_student(run, micro)

@@ -1,9 +1,10 @@
 """What a student's figures are read against where it is an existing model under another tokenizer.
 
 `before`: the student as `prepare` made it, before any training. `original`: the model that it came from, under its own
-tokenizer. Both are measured as students are, on the same text in the same windows. Retention is the part of the way
-from the one to the other that training went, in bits per byte.
-Price: one forward pass over the split each.
+tokenizer. Both are measured as students are, on the same text in the same windows; which of their choices the teacher
+alone decides is counted on the training text, as training counts it. Retention is the part of the way from the one to
+the other that training went, in bits per byte.
+Price: one forward pass over the split each, and the training text cut into tokens.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.settings import Train as TrainSettings
-from bytecache.stages.evaluate.evaluate import measure
+from bytecache.stages.evaluate.evaluate import measure, read_split
 from bytecache.stages.student import student
 from bytecache.stages.targets.source import open_dataset
 from bytecache.stages.train.run import start_run
@@ -30,11 +31,11 @@ def evaluate_untrained(
     Raises:
         InputError: the split is empty, or no document of it can be aligned. IntegrityError: a damaged folder or shard.
     """
-    opened = student.load(folder)
+    opened, dataset = student.load(folder), open_dataset(targets)
     plain = settings.model_copy(update={"lora_rank": 0, "head": "marginal", "dtype": "float32", "chunk": 0})
     with torch.random.fork_rng(devices=[]):
-        run = start_run(opened, plain, 0, torch.device("cpu"))
+        run = start_run(opened, plain, 0, torch.device("cpu"), reader=read_split(opened, dataset, "train"))
     opened.model.eval()
-    figures = measure(run, settings, open_dataset(targets), split).figures
+    figures = measure(run, settings, dataset, split).figures
     parameters = sum(p.numel() for p in opened.model.parameters())
     return {"name": name, "split": split, **figures, "model_parameters": parameters, "head_parameters": 0}

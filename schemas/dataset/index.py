@@ -30,6 +30,7 @@ from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset import card
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.files import NotAFileError, file_sha256, read_regular, replace_file
+from bytecache.schemas.messages import one_line
 from bytecache.schemas.parquet_pages import pages_of
 from bytecache.schemas.shard.limits import excess
 from bytecache.schemas.whole import Count, is_whole, same
@@ -279,7 +280,10 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
     try:
         document = strict_json.parse(document_bytes)
     except ValueError as error:
-        raise IntegrityError(f"{path}: is not JSON ({error}); fetch or make the index again") from error
+        begin = one_line(document_bytes[:60].decode("utf-8", "replace"), 40)
+        raise IntegrityError(
+            f"{path}: is not JSON ({error}; it begins with {begin!r}); fetch or make the index again"
+        ) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise IntegrityError(f"{path}: is not a {FORMAT!r} index; point at the folder that holds the shards")
     if not same(document.get("version"), VERSION):

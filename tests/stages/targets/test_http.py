@@ -250,3 +250,22 @@ def test_a_connection_is_judged_by_the_address_it_has(monkeypatch: pytest.Monkey
     with pytest.raises(StorageError, match=r"is not followed .127\.0\.0\.1, a private address"):
         fetch_bytes(f"{url}/x", len(DATA))
     assert not seen
+
+
+@pytest.mark.parametrize(("page", "said"), [
+    (b"<!DOCTYPE html><title>Log in</title>", "it begins with '<!DOCTYPE html><title>Log in</title>'"),
+    (b"", "it begins with ''"), (b"\x1b[2Jno", r"it begins with '\\\\x1b\[2Jno'"), (b"\x1f\x8b\x08", "is not JSON"),
+])  # fmt: skip
+def test_a_page_in_the_place_of_an_index_is_shown(page: bytes, said: str, tmp_path: Path) -> None:
+    """What portals and servers of single pages answer to everything, with status 200."""
+
+    class Portal(Quiet, BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+
+    with Loopback(Portal) as server, pytest.raises(IntegrityError, match=said):
+        source.open_dataset(server.url, cache_dir=tmp_path)

@@ -70,6 +70,21 @@ class Served(NamedTuple):
     """Of the server's software; empty where it does not say."""
 
 
+def refuse_address(address: str, backend: str = "server") -> None:
+    """Raise ConfigError unless this can be the address of an API, with nothing secret in it. Asks nobody."""
+    if not address:
+        raise ConfigError(
+            f'teacher.backend = "{backend}" needs teacher.server, the address of its API, e.g. http://127.0.0.1:8000/v1'
+        )
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"teacher.server = {masked(address)!r}: give an address like http://127.0.0.1:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise ConfigError(
+            f"teacher.server = {masked(address)!r}: no password or token in the address; put a key into ${KEY}"
+        )
+
+
 class Client:
     """Asks one server. Calls may come from several threads.
 
@@ -79,23 +94,14 @@ class Client:
     """
 
     def __init__(self, address: str, model: str = "", patience: float = PATIENCE) -> None:
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"teacher.server = {masked(address)!r}: give an address like http://127.0.0.1:8000/v1")
-        if parts.username or parts.password or parts.query:
-            raise ConfigError(
-                f"teacher.server = {masked(address)!r}: no password or token in the address; put a key into ${KEY}"
-            )
+        refuse_address(address)
         self.address, self.patience = address.rstrip("/"), patience
         self.served = self._find(model)
 
     @classmethod
     def of(cls, settings: Teacher) -> "Client":
         """The server that the settings name. Raises ConfigError, EngineError."""
-        if not settings.server:
-            raise ConfigError(
-                'teacher.backend = "server" needs teacher.server, the address of its API, e.g. http://127.0.0.1:8000/v1'
-            )
+        refuse_address(settings.server, settings.backend)
         return cls(settings.server, settings.server_model)
 
     def _find(self, model: str) -> Served:

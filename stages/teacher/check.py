@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.stages.engines.server_client import refuse_address
 from bytecache.stages.fidelity.noise import SAME, exact_settings, refuse_other_vocabulary
 from bytecache.stages.models.device import device_kind
 from bytecache.stages.models.fitness import quantisation, refuse_quantised_teacher
@@ -18,6 +19,8 @@ from bytecache.stages.teacher.identity import fit_context, vocabulary_of
 def check_teacher(settings: st.Teacher) -> Path:
     """The teacher's checkpoint folder. Raises ConfigError or InputError for what no engine could make anything of."""
     settings = settings.resolved()
+    if settings.is_remote:
+        refuse_address(settings.server, settings.backend)
     _refuse_idle(settings)
     folder = resolve_model(settings)
     refuse_quantised_teacher(folder, settings.model, settings.backend)

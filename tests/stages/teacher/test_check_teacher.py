@@ -91,6 +91,14 @@ def test_settings_that_a_server_would_leave_out_are_refused(whole: Path) -> None
     refused(settings(whole, noise="self", backend="server", server="http://127.0.0.1:9/v1"), r"leave teacher\.noise")
 
 
+@pytest.mark.parametrize("backend", ["server", "vllm-server"])
+def test_a_server_without_a_usable_address_is_known_before_the_corpus_is_read(whole: Path, backend: str) -> None:
+    refused(settings(whole, backend=backend), rf'teacher\.backend = "{backend}" needs teacher\.server, the address')
+    refused(settings(whole, backend=backend, server="127.0.0.1:8000"), "give an address like http")
+    refused(settings(whole, backend=backend, server="http://me:secret@127.0.0.1/v1"), "put a key into")
+    assert check_teacher(settings(whole, backend=backend, server="http://127.0.0.1:9/v1")) == whole, "nobody is asked"
+
+
 def test_a_tokenizer_alone_is_enough_behind_a_server(whole: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(whole, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     served = {"backend": "vllm-server", "server": "http://127.0.0.1:9/v1"}

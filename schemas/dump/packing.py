@@ -6,7 +6,9 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import F32, F64, I32, I64, SYMBOLS, U8, U16
-from bytecache.schemas.dump.packed import BRANCH, CANONICAL, STATIC, Packed, Weights
+from bytecache.schemas.dump.orders import Orders, context_of, in_sequence, learn, new_orders, own_place
+from bytecache.schemas.dump.packed import BRANCH, CANONICAL, NEW_TOKEN, STATIC, Packed, Weights
+from bytecache.schemas.dump.pooling import Cells, pooled
 from bytecache.schemas.dump.rows import members
 from bytecache.schemas.dump.shares import (
     END_IMPLIED,
@@ -17,8 +19,10 @@ from bytecache.schemas.dump.shares import (
     LISTED,
     Level,
     code_level,
+    scale_of,
     scales,
 )
+from bytecache.schemas.dump.spellings import Spellings, new_spellings, note, slot_of
 from bytecache.schemas.dump.window import Window, take_rows
 
 
@@ -98,6 +102,12 @@ def in_order(window: Window, weights: Weights | None) -> tuple[Window, Weights, 
     return moved, weights, marks[stops]
 
 
+STOPS_LISTED = 0.25
+"""Of the floor: what a token hands on may grow where the text goes on as it said and others did not."""
+POOLED = 1.0 + 1e-4
+"""Times the floor: what is put together must exceed it whatever is rounded on the way."""
+
+
 class _Source(NamedTuple):
     """The members of a window that are coded, by their names there, and the weights of its levels and stops."""
 
@@ -124,19 +134,21 @@ def pack(window: Window, weights: Weights, marks: U8, step: int) -> Packed:
     members_of = {name: getattr(window, name) for name in _Source._fields[:-3]}
     source = _Source(**members_of, level_weight=weights.level, stop_weight=weights.stop, marks=marks)
     floor = LISTED / step**2
+    cells = Cells(**{name: getattr(source, name) for name in Cells._fields})
+    source = source._replace(entry_mass=pooled(cells, floor * POOLED))
     rows, n_levels, n_entries, n_stops = len(scale), len(window.fanout), len(window.entry_byte), len(marks)
     control = np.sqrt(window.control.astype(np.float64)) * (step * 2.0 ** (scale / -2.0))
     out = Packed(
         scale, _levels_listed(source, floor), np.zeros(rows, np.uint16), np.rint(control).astype(np.uint16),
         np.zeros(n_levels, np.uint16), np.zeros(n_levels, np.uint8), np.zeros(n_levels, np.uint16),
-        np.zeros(n_entries, np.uint8), np.zeros(n_entries, np.uint16),
-        np.zeros(n_stops, np.int32), np.zeros(n_stops, np.uint16), np.zeros(n_stops, np.uint8),
+        np.zeros(n_levels, np.uint16), np.zeros(n_entries, np.uint8), np.zeros(n_entries, np.uint16),
+        np.zeros(n_stops, np.uint16), np.zeros(n_stops, np.uint8), np.zeros(n_stops, np.int32),
         np.zeros(n_entries + n_stops + rows, np.uint16),
     )  # fmt: skip
-    counts = _pack(source, step, floor, window.is_last, out)
+    counts = _pack(source, step, floor, window.is_last, new_orders(), new_spellings(n_stops), out)
     if min(counts) < 0:
         raise ValueError("the entries of a level do not ascend")
-    length = dict(zip(("level", "entry", "stop", "rare", "row"), (*counts, rows), strict=True))
+    length = dict(zip(("level", "entry", "stop", "token", "rare", "row"), (*counts, rows), strict=True))
     return Packed(**{name: values[: length[name.partition("_")[0]]] for name, values in out._asdict().items()})
 
 
@@ -159,19 +171,31 @@ def _levels_listed(source: _Source, floor: float) -> U16:
     return out
 
 
+class _Listed(NamedTuple):
+    """Scratch of one level, share by share."""
+
+    item: I64
+    """int64; which stop or entry it is"""
+    place: I64
+    """int64; an entry's place in the sequence"""
+
+
 @njit(cache=True, nogil=True)
-def _pack(source: _Source, step: int, floor: float, ends: bool, out: Packed) -> tuple[int, int, int, int]:
-    """Fill the columns; returns how many levels, entries, stops and rare shares were written.
+def _pack(
+    source: _Source, step: int, floor: float, ends: bool, orders: Orders, spellings: Spellings, out: Packed
+) -> tuple[int, int, int, int, int]:
+    """Fill the columns; returns how many levels, entries, stops, tokens and rare shares were written.
 
     They are -1 where the entries of a level do not ascend.
     """
     room = 1 + SYMBOLS + int(source.n_stops.max())
     level = Level(np.zeros(room), np.zeros(room, np.uint8), np.zeros(room, np.uint16), np.zeros(room, np.uint16))
-    item = np.zeros(room, np.int64)
-    lev = ent = stp = rar = 0
+    listed = _Listed(np.zeros(room, np.int64), np.zeros(room, np.int64))
+    lev = ent = stp = tok = rar = 0
     l_in = e_in = s_in = 0
     for r in range(len(source.row_start)):
-        unit = 2.0 ** np.float64(out.row_scale[r]) / (np.float64(step) * step)
+        scale = scale_of(out.row_scale[r], step)
+        unit = scale.unit
         prefix = 1.0
         s_end = s_in + source.n_stops[r]
         for d in range(source.n_levels[r]):
@@ -181,37 +205,95 @@ def _pack(source: _Source, step: int, floor: float, ends: bool, out: Packed) -> 
                 l_in, e_in = l_in + 1, e_end
                 continue
             weight = source.level_weight[l_in]
-            n = _list_end(source, r, d, i, ends, weight, floor, unit, level)
-            n_end = n
-            s_in, n = _list_stops(source, s_in, s_end, d, prefix, floor, unit, level, item, n)
-            n_stop = n
+            n_end = _list_end(source, r, d, i, ends, weight, floor, unit, level)
+            s_in, n_stop = _list_stops(source, s_in, s_end, d, prefix, floor, unit, level, listed.item, n_end)
             following = i < len(source.text) and d + 1 < out.row_levels[r]
             n, after = _list_entries(
-                source, e_in, e_end, prefix, i if following else -1, floor, weight, unit, level, item, n
+                source, e_in, e_end, prefix, i if following else -1, floor, weight, unit, level, listed.item, n_stop
             )
-            rares, out.level_rest[lev] = code_level(level, n, unit)
+            context = context_of(source.text, i, d)
+            if not _put_in_sequence(source, orders, context, i, n_stop, n, level, listed):
+                return -1, -1, -1, -1, -1
+            rares, out.level_rest[lev] = code_level(level, n, scale)
             if n_end:
                 out.row_end[r] = END_IMPLIED if level.code[0] == IMPLIED else level.code[0]
-            for k in range(n_end, n_stop):
-                out.stop_token[stp], out.stop_code[stp] = source.stop_token[item[k]], level.code[k]
-                out.stop_rows[stp] = source.marks[item[k]]
-                stp += 1
-            before = -1
-            for k in range(n_stop, n):
-                byte = int(source.entry_byte[item[k]])
-                if byte <= before:
-                    return -1, -1, -1, -1
-                out.entry_gap[ent], out.entry_code[ent] = byte - before - 1, level.code[k]
-                before = byte
-                ent += 1
+            tok = _write_stops(source, r, n_end, n_stop, level, listed, spellings, stp, tok, out)
+            out.level_top[lev], ent_end = _write_entries(source, context, n_stop, n, level, listed, orders, ent, out)
+            out.level_entries[lev], out.level_stops[lev] = ent_end - ent, n_stop - n_end
             for k in range(rares):
                 out.rare[rar + k] = level.rare[k]
-            rar += rares
-            out.level_entries[lev], out.level_stops[lev] = n - n_stop, n_stop - n_end
-            lev += 1
+            rar, lev, ent, stp = rar + rares, lev + 1, ent_end, stp + n_stop - n_end
             l_in, e_in, prefix = l_in + 1, e_end, after
         s_in = s_end
-    return lev, ent, stp, rar
+    return lev, ent, stp, tok, rar
+
+
+@njit(cache=True, nogil=True)
+def _put_in_sequence(
+    source: _Source, orders: Orders, context: int, i: int, first: int, end: int, level: Level, listed: _Listed
+) -> bool:
+    """Sort a level's entries, the shares from `first` on, by their places; returns whether their bytes ascended."""
+    own = own_place(orders, context, source.text, i)
+    before = -1
+    for k in range(first, end):
+        item, share, kind = listed.item[k], level.share[k], level.kind[k]
+        byte = int(source.entry_byte[item])
+        if byte <= before:
+            return False
+        before = byte
+        place = in_sequence(orders, context, own, byte)
+        j = k
+        while j > first and listed.place[j - 1] > place:
+            listed.place[j], listed.item[j] = listed.place[j - 1], listed.item[j - 1]
+            level.share[j], level.kind[j] = level.share[j - 1], level.kind[j - 1]
+            j -= 1
+        listed.place[j], listed.item[j], level.share[j], level.kind[j] = place, item, share, kind
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _write_stops(
+    source: _Source, r: int, first: int, end: int, level: Level, listed: _Listed, spellings: Spellings, stp: int,
+    tok: int, out: Packed,
+) -> int:  # fmt: skip
+    """Write a level's stops, the shares from `first` on; returns how many tokens are listed by now."""
+    for k in range(first, end):
+        s = listed.item[k]
+        start, length, token = int(source.row_start[r]), int(source.stop_depth[s]), source.stop_token[s]
+        mark = source.marks[s]
+        slot = slot_of(spellings, source.text, start, length)
+        if spellings.start[slot] < 0 or spellings.token[slot] != token:
+            note(spellings, slot, start, length, token)
+            out.token[tok] = token
+            mark |= np.uint8(NEW_TOKEN)
+            tok += 1
+        out.stop_code[stp], out.stop_rows[stp] = level.code[k], mark
+        stp += 1
+    return tok
+
+
+@njit(cache=True, nogil=True)
+def _write_entries(
+    source: _Source, context: int, first: int, end: int, level: Level, listed: _Listed, orders: Orders, ent: int,
+    out: Packed,
+) -> tuple[int, int]:  # fmt: skip
+    """Write a level's entries, the shares from `first` on; returns the code of the implied one, and the new end."""
+    top = SYMBOLS
+    for k in range(first, end):
+        if level.code[k] == IMPLIED:
+            top = listed.place[k]
+            learn(orders, context, source.entry_byte[listed.item[k]])
+    before = -1
+    for k in range(first, end):
+        place = listed.place[k]
+        if place == top:
+            continue
+        place -= 1 if place > top else 0
+        out.entry_gap[ent], out.entry_code[ent] = place - before - 1, level.code[k]
+        before = place
+        learn(orders, context, source.entry_byte[listed.item[k]])
+        ent += 1
+    return 0 if top == SYMBOLS else top + 1, ent
 
 
 @njit(cache=True, nogil=True)
@@ -236,7 +318,7 @@ def _list_stops(
     """The stops at depth d that are worth listing; returns the first one behind them, and how many shares there are."""
     while s < end and source.stop_depth[s] == d:
         share = np.float64(source.stop_mass[s]) / prefix if prefix > 0.0 else 0.0
-        if source.marks[s] or (source.stop_weight[s] >= floor and share >= LEAST_ROOT**2 * unit):
+        if source.marks[s] or (source.stop_weight[s] >= STOPS_LISTED * floor and share >= LEAST_ROOT**2 * unit):
             level.share[n], level.kind[n], item[n] = min(share, 1.0), HAS_ROW if source.marks[s] else 0, s
             n += 1
         s += 1

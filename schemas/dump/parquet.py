@@ -16,6 +16,7 @@ planes, zstd over all: a blob is read in half of the time that a Parquet list ta
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import pyarrow.parquet as pq
 
 from bytecache.schemas import strict_json
 from bytecache.schemas.dump import version2
-from bytecache.schemas.dump.packed import Packed, Weights, pack_top_k
+from bytecache.schemas.dump.likely import TopK, pack_top_k
+from bytecache.schemas.dump.packed import Packed, Weights
 from bytecache.schemas.dump.packing import in_order, pack
 from bytecache.schemas.dump.planes import from_planes, to_planes
 from bytecache.schemas.dump.shares import REFERENCE_STEP, step_of
@@ -42,13 +44,13 @@ _META = b"bytecache"
 
 BLOBS: dict[str, str] = {
     "row_scale": "uint8", "row_levels": "uint16", "row_end": "uint16", "row_control": "uint16",
-    "level_entries": "uint16", "level_stops": "uint8", "level_rest": "uint16",
+    "level_entries": "uint16", "level_stops": "uint8", "level_rest": "uint16", "level_top": "uint16",
     "entry_gap": "uint8", "entry_code": "uint16",
-    "stop_token": "int32", "stop_code": "uint16", "stop_rows": "uint8", "rare": "uint16",
-    "topk_id": "int32", "topk_code": "uint16", "row_sampled": "uint8",
+    "stop_code": "uint16", "stop_rows": "uint8", "token": "int32", "rare": "uint16",
+    "topk_rank": "uint16", "topk_token": "int32", "topk_code": "uint16", "row_sampled": "uint8",
 }  # fmt: skip
 """Ragged columns, and the type of their items."""
-TOP_K = ("topk_id", "topk_code")
+TOP_K = TopK._fields
 _WINDOW: dict[str, pa.DataType] = {
     "doc_id": pa.string(), "doc_index": pa.int32(), "text": pa.binary(), "context": pa.binary(),
     "score_start": pa.int32(), "is_last": pa.bool_(), "reference": pa.bool_(), "doc_position": pa.int32(),
@@ -65,8 +67,8 @@ SCHEMA = pa.schema(
 )
 _GROUP = 1 << 23
 """Bytes of blobs of a row group, before zstd: what a reader holds, whatever the windows' length."""
-LEVEL = 9
-"""Of zstd: packing costs 0.1 s per MB of text beside a teacher that takes minutes, unpacking the same at any level."""
+LEVEL = 16
+"""Of zstd: a twentieth smaller than at 9, for 11 s per MB of text in place of 2; unpacking costs the same."""
 
 
 def part_writer(place: Any, schema: pa.Schema) -> pq.ParquetWriter:
@@ -91,6 +93,9 @@ class DumpWriter:
         self._pending: list[dict[str, Any]] = []
         self._size = 0
         self._writer = part_writer(place, self._schema)
+        # zstd needs no interpreter: a teacher goes on meanwhile, a group ahead at most.
+        self._packing = ThreadPoolExecutor(1)
+        self._packed: Future[None] | None = None
 
     def append(self, window: Window, weights: Weights | None = None) -> None:
         """Add a window; it is coded here, by what its parts weigh in the text, or as if each were all of it."""
@@ -105,12 +110,20 @@ class DumpWriter:
         if not self._pending:
             return
         arrays = [pa.array([row[field.name] for row in self._pending], field.type) for field in SCHEMA]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        table = pa.Table.from_arrays(arrays, schema=self._schema)
+        self._await()
+        self._packed = self._packing.submit(self._writer.write_table, table)
         self._pending, self._size = [], 0
+
+    def _await(self) -> None:
+        if self._packed is not None:
+            self._packed.result()
 
     def close(self) -> None:
         """Write what waits, and the end of the file."""
         self._flush()
+        self._await()
+        self._packing.shutdown()
         self._writer.close()
 
 
@@ -118,7 +131,7 @@ def as_stored(window: Window, weights: Weights | None, divergence: float) -> Win
     """The window as a reader of a part would find it, without its top k. Raises IntegrityError."""
     window, packed, step = _coded(window, weights, step_of(divergence), "the window")
     plain = {name: getattr(window, name) for name in (*_WINDOW, "row_sampled")}
-    return window_of(plain, int(window.row_token[0]), packed, step, (None, None))
+    return window_of(plain, int(window.row_token[0]), packed, step, None)
 
 
 def _coded(window: Window, weights: Weights | None, step: int, place: Any) -> tuple[Window, Packed, int]:
@@ -136,7 +149,7 @@ def _coded(window: Window, weights: Weights | None, step: int, place: Any) -> tu
 def _columns_of(window: Window, packed: Packed, step: int) -> dict[str, Any]:
     """A window's row of the part."""
     blobs: dict[str, np.ndarray] = packed._asdict()
-    blobs["topk_id"], blobs["topk_code"] = pack_top_k(window)
+    blobs |= pack_top_k(window)._asdict()
     blobs["row_sampled"] = window.row_sampled
     plain = {name: getattr(window, name) for name in _WINDOW}
     plain |= {name: plain[name].tobytes() for name in ("text", "context")}
@@ -249,7 +262,7 @@ def _item(column: Any, i: int) -> Any:
 def _window_of(values: dict[str, Any]) -> Window:
     """The window of one row of a part; a top k that was not read is empty. Raises ValueError."""
     blobs = {name: from_planes(values[name], kind) for name, kind in BLOBS.items() if name in values}
-    top_k = (blobs.get(TOP_K[0]), blobs.get(TOP_K[1]))
+    top_k = TopK(*(blobs[name] for name in TOP_K)) if TOP_K[0] in blobs else None
     packed = Packed(*(blobs[name] for name in Packed._fields))
     plain = {name: values[name] for name in _WINDOW} | {"row_sampled": blobs["row_sampled"]}
     return window_of(plain, values["first_token"], packed, values["step"], top_k)

@@ -7,11 +7,12 @@ the square of that over h q: the same everywhere where the *roots* of h q have o
 
     share = (code - 1)^2 2^scale / step^2        scale of the row: floor(-log2 of the most that a cell of it holds)
 
-The step follows from the divergence that a dump may add (`step_of`), and so does the floor: a share of less than
-`LISTED` / step^2 of P(text so far) costs more bits than it is worth and joins what is unlisted. The largest share of a
-level is *implied*, 1 less all others, so that a near certain byte needs no finer code. Two kinds of share are worth
-more than their own position, because all that follows is a part of them: the text's own next byte where it is
-improbable, and tokens that another row goes on from. They get a code in the domain of logarithms instead (`RARE`).
+The step follows from the divergence that a dump may add (`step_of`), and so does the floor: a byte to which all cells
+together give less than `LISTED` / step^2 of P(text so far) costs more bits than it is worth and joins what is unlisted
+(`pooling`). The largest share of a level is *implied*, 1 less all others, so that a near certain byte needs no finer
+code. Two kinds of share are worth more than their own position, because all that follows is a part of them: the text's
+own next byte where it is improbable, and tokens that another row goes on from. They get a code in the domain of
+logarithms instead (`RARE`).
 
 Price: `benchmarks/dump_rate_distortion.py`.
 """
@@ -30,18 +31,17 @@ RARE = 1
 """Code of a share that stands in the window's list of rare ones."""
 END_IMPLIED = 65535
 """Code of END where its share is the implied one; 0 is a share of 0 there."""
-STEPS_PER_NAT = 1024
-"""Of a rare share: share = exp(-code / 1024); `NO_SHARE` is 0."""
+MOST_PER_NAT = 1024
+"""Codes of a rare share, exp(-code / per nat), per nat: half a step, at most so many; `NO_SHARE` is a share of 0."""
 NO_SHARE = 65535
 LEAST_STEP, MOST_STEP = 16, 32_768
-LISTED = 1.2
-"""Least share of P(text so far) that is listed, over 1 / step^2. Of 0.25 (all that rounds to a code), 0.7, 1.2 and 2.5,
-with steps to match, none is better at equal size: fewer, finer shares and more, coarser ones cost alike."""
+LISTED = 2.25
+"""Least share of P(text so far) that is listed, over 1 / step^2."""
 LEAST_ROOT = 0.5
 """Root of a share, in steps, that rounds to 1."""
 FINE = 32
 """Roots below this many steps are too coarse for the text's own next byte."""
-LEAST_IMPLIED = 0.25
+LEAST_IMPLIED = 0.03
 """A smaller share is never implied: the errors of the others would be too large beside it."""
 REFERENCE_STEP = 8192
 """Of reference windows, which are what others are measured by."""
@@ -54,9 +54,18 @@ def step_of(divergence: float) -> int:
     return int(min(max(round(wanted), LEAST_STEP), MOST_STEP))
 
 
-DIVERGENCE_STEPS = 4.5
-"""Divergence times step^2, nats: what a shard's KL grew by for SmolLM2 on prose and code was 3.8 to 5.7 at
-`convert.precision` = "default" and 6 to 8 at "precise", steps of 200 to 600 (`benchmarks/dump_rate_distortion.py`)."""
+DIVERGENCE_STEPS = 2.25
+"""Divergence times step^2, nats: what a shard's KL grows by at `convert.precision` = "default", for SmolLM2 on prose;
+at "precise" it is four times as much (`benchmarks/dump_rate_distortion.py`)."""
+
+
+class Scale(NamedTuple):
+    """What codes of a row mean."""
+
+    unit: float
+    """the share of code 2"""
+    per_nat: float
+    """codes of a rare share per nat"""
 
 
 class Level(NamedTuple):
@@ -85,25 +94,48 @@ def scales(peak: F64, step: int) -> U8:
     return scaled
 
 
+@njit(cache=True, nogil=True, inline="always")
+def scale_of(code: int, step: int) -> Scale:
+    """What codes of a row with the scale `code` mean."""
+    root = np.float64(step)
+    return Scale(2.0 ** np.float64(code) / (root * root), min(np.floor(root / 2), np.float64(MOST_PER_NAT)))
+
+
 @njit(cache=True, nogil=True)
-def rare_code(share: float) -> int:
+def rare_code(share: float, per_nat: float) -> int:
     """The code of a rare share."""
     if share <= 0.0:
         return NO_SHARE
-    return min(max(int(np.rint(-math.log(share) * STEPS_PER_NAT)), 0), NO_SHARE - 1)
+    return min(max(int(np.rint(-math.log(share) * per_nat)), 0), NO_SHARE - 1)
 
 
 @njit(cache=True, nogil=True)
-def rare_share(code: int) -> float:
+def rare_share(code: int, per_nat: float) -> float:
     """The share of a rare code."""
-    return 0.0 if code == NO_SHARE else math.exp(-np.float64(code) / STEPS_PER_NAT)
+    return 0.0 if code == NO_SHARE else math.exp(-np.float64(code) / per_nat)
 
 
 @njit(cache=True, nogil=True)
-def code_level(level: Level, n: int, unit: float) -> tuple[int, int]:
+def rest_code(share: float, unit: float) -> int:
+    """The code of what is unlisted beside an implied share; never that of nothing.
+
+    A writer that lists down to a floor cannot know that nothing else is possible, and a tail of zero is infinitely far
+    from the least one.
+    """
+    return min(max(1, int(np.rint(2.0 * math.sqrt(max(0.0, share) / unit)))), 65535)
+
+
+@njit(cache=True, nogil=True)
+def rest_share(code: int, unit: float) -> float:
+    """The share of a code of what is unlisted."""
+    return np.float64(code) * np.float64(code) * unit / 4.0
+
+
+@njit(cache=True, nogil=True)
+def code_level(level: Level, n: int, scale: Scale) -> tuple[int, int]:
     """Codes of the n listed shares of a level; returns how many are rare, and the code of what is unlisted.
 
-    `unit`: the share of code 2. The largest is implied if the others leave it about its own share.
+    The largest share is implied if the others leave it about as much.
     """
     top = -1
     listed = 0.0
@@ -111,29 +143,30 @@ def code_level(level: Level, n: int, unit: float) -> tuple[int, int]:
         listed += level.share[k]
         if top < 0 or level.share[k] > level.share[top]:
             top = k
-    rest = int(np.rint(math.sqrt(max(0.0, 1.0 - listed) / unit)))
+    rest = rest_code(1.0 - listed, scale.unit)
     if top >= 0 and level.share[top] >= LEAST_IMPLIED:
-        rares, total = _code_all(level, n, unit, top)
-        left = 1.0 - total - rest * rest * unit
+        rares, total = _code_all(level, n, scale, top)
+        left = 1.0 - total - rest_share(rest, scale.unit)
         if abs(left - level.share[top]) < 0.5 * level.share[top]:
             return rares, rest
-    rares, _ = _code_all(level, n, unit, -1)
+    rares, _ = _code_all(level, n, scale, -1)
     return rares, 0
 
 
 @njit(cache=True, nogil=True)
-def _code_all(level: Level, n: int, unit: float, top: int) -> tuple[int, float]:
+def _code_all(level: Level, n: int, scale: Scale, top: int) -> tuple[int, float]:
     """Codes of all shares but the implied `top`; returns how many are rare, and the sum of what all decode to."""
     rares = 0
     total = 0.0
+    unit, per_nat = scale
     for k in range(n):
         root = int(math.sqrt(level.share[k] / unit) + 0.5)
         if k == top:
             level.code[k] = IMPLIED
         elif level.kind[k] == HAS_ROW or root < 1 or (level.kind[k] == GOES_ON and root < FINE):
             level.code[k] = RARE
-            level.rare[rares] = rare_code(level.share[k])
-            total += rare_share(level.rare[rares])
+            level.rare[rares] = rare_code(level.share[k], per_nat)
+            total += rare_share(level.rare[rares], per_nat)
             rares += 1
         else:
             level.code[k] = root + 1

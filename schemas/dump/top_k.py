@@ -10,6 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bytecache.schemas.arrays import F32, I32
+from bytecache.schemas.dump.likely import TopK, pack_lists, unpack_top_k
+from bytecache.schemas.dump.packed import CANONICAL
 from bytecache.schemas.dump.parquet import BLOBS, SCHEMA, TOP_K, open_part, part_writer
 from bytecache.schemas.dump.planes import from_planes, to_planes
 from bytecache.schemas.errors import IntegrityError
@@ -28,31 +31,34 @@ def top_k_sizes(path: Path, wanted: Sequence[int]) -> dict[int, int]:
             raise IntegrityError(f"{path}: version {meta['version']} of the format; run `bytecache teacher` again")
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["stop_rows", *TOP_K])
-            rows = [1 + int(np.sum(np.frombuffer(marks, np.uint8) & 1)) for marks in _blobs(table, "stop_rows")]
-            columns = {
-                name: [from_planes(np.frombuffer(blob, np.uint8), BLOBS[name]) for blob in _blobs(table, name)]
-                for name in TOP_K
-            }
-            held = len(columns[TOP_K[0]][0]) // rows[0]
-            if any(len(v) != held * n for values in columns.values() for v, n in zip(values, rows, strict=True)):
+            try:
+                lists = [_lists(window) for window in table.to_pylist()]
+            except ValueError as error:
+                raise IntegrityError(f"{path}: {error}; delete the part and rerun `bytecache teacher`") from error
+            if len({ids.shape[1] for ids, _ in lists}) > 1:
                 raise IntegrityError(
                     f"{path}: windows with different top k; delete the part and rerun `bytecache teacher`"
                 )
             for k in sizes:
-                sizes[k] += _packed_size(columns, schema, held, min(k, held))
+                sizes[k] += _packed_size(lists, schema, k)
     return sizes
 
 
-def _blobs(table: pa.Table, name: str) -> list[bytes]:
-    return [value or b"" for value in table.column(name).to_pylist()]
+def _lists(window: dict[str, bytes]) -> tuple[I32, F32]:
+    """Ids and log-probabilities of a window's canonical rows, [C, k]. Raises ValueError where they are not such."""
+    blobs = {name: from_planes(np.frombuffer(blob, np.uint8), BLOBS[name]) for name, blob in window.items()}
+    rows = np.zeros(1 + int(np.sum(blobs["stop_rows"] & CANONICAL)), np.uint8)
+    ids, logp = unpack_top_k(rows, TopK(*(blobs[name] for name in TOP_K)))
+    return ids.reshape(len(rows), -1), logp.reshape(len(rows), -1)
 
 
-def _packed_size(columns: dict[str, list[np.ndarray]], schema: pa.Schema, held: int, k: int) -> int:
-    """Bytes of the columns with k of the `held` tokens of a row, as a part packs them."""
-    arrays = []
-    for name in schema.names:
-        cut = [values.reshape(-1, held)[:, :k].reshape(-1) if held else values for values in columns[name]]
-        arrays.append(pa.array([to_planes(values).tobytes() for values in cut], pa.binary()))
+def _packed_size(lists: list[tuple[I32, F32]], schema: pa.Schema, k: int) -> int:
+    """Bytes of the columns with the first k tokens of every row, as a part packs them."""
+    cut = [pack_lists(ids[:, :k], logp[:, :k])._asdict() for ids, logp in lists]
+    arrays = [
+        pa.array([to_planes(columns[name].astype(BLOBS[name])).tobytes() for columns in cut], pa.binary())
+        for name in schema.names
+    ]
     sink = pa.BufferOutputStream()
     with part_writer(sink, schema) as writer:
         writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

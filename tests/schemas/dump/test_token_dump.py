@@ -128,7 +128,7 @@ def test_coarser_codes_are_fewer_bytes_and_keep_their_promise(tmp_path, windows)
         sizes.append(path.stat().st_size)
         pairs = [(Lattice(a).targets(), Lattice(b).targets()) for a, b in zip(windows, read_windows(path), strict=True)]
         added.append(float(np.concatenate([listed_kl(a, b) for a, b in pairs]).mean()))
-        assert added[-1] < 4 * divergence  # a teacher that is nearly uniform is the worst there is
+        assert added[-1] < 6 * divergence  # a teacher that is nearly uniform is the worst there is
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] / 2
     assert added == sorted(added, reverse=True)
 
@@ -166,7 +166,7 @@ def test_light_rows_cost_less_than_heavy_ones(windows):
     for factor in (1.0, 0.1, 0.01):
         lighter = Weights(weights.level * factor, weights.stop * factor)
         packed = pack(window, lighter, marks, step)
-        assert len(packed.row_scale) == len(window.row_start) and packed.stop_rows.sum() == marks.sum()
+        assert len(packed.row_scale) == len(window.row_start) and (packed.stop_rows & 7).sum() == marks.sum()
         counts.append((len(packed.entry_gap), int(packed.entry_code.astype(int).sum())))
     assert counts == sorted(counts, reverse=True) and counts[0][0] > 2 * counts[2][0]
 
@@ -248,17 +248,25 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a rare share too few": ("rare", lambda x: x[:-1]),
     "a rare share too many": ("rare", lambda x: np.append(x, x[-1])),
     "a row from nowhere": ("stop_rows", lambda x: np.append(x[:-1], 2) if not x[-1] else np.append(x[:-1], 0)),
-    "a mark of no kind": ("stop_rows", with_item(0, 9)),
+    "a mark of no kind": ("stop_rows", with_item(0, 24)),
     "a chain that breaks": ("stop_rows", lambda x: x * 0),
     "a chain with two ends": ("stop_rows", lambda x: x * 0 + 1),
-    "stops of another number": ("stop_token", lambda x: x[:-1]),
+    "an implied entry that is no byte": ("level_top", with_item(0, 300)),
+    "entries behind the last byte": ("entry_gap", lambda x: x * 0 + 255),
+    "stops of another number": ("stop_code", lambda x: x[:-1]),
+    "a token too few": ("token", lambda x: x[:-1]),
+    "a token too many": ("token", lambda x: np.append(x, x[-1])),
+    "a spelling that was never listed": ("stop_rows", lambda x: x & 7),
     "a step of no codes": ("step", lambda x: 0),
     "a step beyond the limit": ("step", lambda x: 1 << 30),
     "unlisted mass beyond all": ("level_rest", lambda x: x * 0 + 40_000),
     "END beyond all": ("row_end", with_item(0, 60_000)),
     "control beyond all": ("row_control", with_item(0, 60_000)),
     "a text that is shorter": ("text", lambda x: x[:3]),
-    "a top k of another length": ("topk_id", lambda x: x[:-1]),
+    "a top k of another length": ("topk_rank", lambda x: x[:-1]),
+    "a top k that lists too few": ("topk_token", lambda x: x[:-1]),
+    "a top k that lists too many": ("topk_token", lambda x: np.append(x, x[-1])),
+    "a rank that no token has": ("topk_rank", with_item(0, 5)),
     "a window that begins behind its end": ("score_start", lambda x: 1 << 20),
     "a position in an ordinary window": ("doc_position", lambda x: 5),
     "a reference that marks no rows": ("reference", lambda x: True),

@@ -6,15 +6,13 @@ that order with the text's own next byte put first; an entry is a place in it, m
 learn from what they have read and written: nothing of an order is stored.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-from bytecache.schemas.arrays import I64, U8, U16
+from bytecache.schemas.arrays import I64, PLACE, U8, U16, U64
 
-CONTEXTS = 512
-"""By the byte before a level and whether the level is its row's first."""
 MOST_TIMES = 255
 """An order no longer changes for a byte that was listed so often."""
 _NOWHERE = -1
@@ -22,66 +20,120 @@ _NOWHERE = -1
 
 
 class Orders(NamedTuple):
-    """The orders of all contexts, [512, 256]."""
+    """The orders of all contexts, one after the other: items of a context are the 256 from its `context_of` on."""
 
     byte: U8
-    """uint8; by place"""
+    """uint8 [512 contexts of bytes]; by place"""
     place: U8
     """uint8; by byte"""
     times: U8
-    """uint8; how often each byte was listed"""
+    """uint8; by byte, how often each was listed"""
     above: U16
     """uint16; how many bytes were listed more than so many times: where those begin that were not"""
-    listed: I64
-    """int64 [257]; scratch"""
+    first: I64
+    """int64 [256]; by the byte before a level, where its two contexts begin"""
+    listed: U8
+    """uint8 [257]; scratch: the bytes of a level"""
+    bits: U64
+    """uint64 [4]; which they are"""
+    lower: I64
+    """int64 [4]; how many of them are below the first byte of each of the four"""
 
 
-def new_orders() -> Orders:
-    """Bytes in ascending order in every context."""
-    order = np.tile(np.arange(256, dtype=np.uint8), (CONTEXTS, 1))
-    shape = order.shape
-    return Orders(order, order.copy(), np.zeros(shape, np.uint8), np.zeros(shape, np.uint16), np.zeros(257, np.int64))
+def new_orders(text: U8) -> Orders:
+    """Bytes in ascending order in every context of a text."""
+    # Few different bytes occur: what is not set up here need not fit into a processor's cache.
+    first = np.zeros(256, np.int64)
+    first[text] = 1
+    first[0] = 1
+    first = (np.cumsum(first) - 1) * 512
+    order = np.tile(np.arange(256, dtype=np.uint8), int(first[-1]) // 256 + 2)
+    n = len(order)
+    return Orders(
+        order, order.copy(), np.zeros(n, np.uint8), np.zeros(n, np.uint16), first, np.zeros(257, np.uint8),
+        np.zeros(4, np.uint64), np.zeros(4, np.int64),
+    )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, inline="always")
-def context_of(text: U8, i: int, depth: int) -> int:
-    """The context of a level at byte i of the text, `depth` bytes into its row."""
-    before = int(text[i - 1]) if i > 0 else 0
-    return 2 * before + (1 if depth == 0 else 0)
+def context_of(orders: Orders, text: U8, i: int, depth: int) -> int:
+    """Where the order of a level at byte i of the text begins, `depth` bytes into its row."""
+    before = int(text[PLACE(i - 1)]) if i > 0 else 0
+    return int(orders.first[PLACE(before)]) + (256 if depth == 0 else 0)
 
 
 @njit(cache=True, nogil=True, inline="always")
 def own_place(orders: Orders, context: int, text: U8, i: int) -> int:
     """Where the text's own next byte stands in the order, -1 at the text's end."""
-    return int(orders.place[context, text[i]]) if i < len(text) else _NOWHERE
+    return int(orders.place[PLACE(context + int(text[PLACE(i)]))]) if i < len(text) else _NOWHERE
 
 
 @njit(cache=True, nogil=True, inline="always")
 def in_sequence(orders: Orders, context: int, own: int, byte: int) -> int:
     """The place of a byte in the sequence of a level whose own byte stands at `own` in the order."""
-    place = int(orders.place[context, byte])
+    place = int(orders.place[PLACE(context + byte)])
     if place == own:
         return 0
     return place + (1 if place < own else 0)
 
 
 @njit(cache=True, nogil=True, inline="always")
-def byte_at(orders: Orders, context: int, own: int, place: int) -> int:
-    """The byte at a place of the sequence."""
-    if place > own:
-        return int(orders.byte[context, place])
-    return int(orders.byte[context, place - 1 if place > 0 else own])
+def byte_at(order: U8, context: int, own: int, place: int) -> int:
+    """The byte at a place of the sequence; `order`: the member `byte`."""
+    if place <= own:
+        place = place - 1 if place > 0 else own
+    return int(order[PLACE(context + place)])
 
 
 @njit(cache=True, nogil=True, inline="always")
-def learn(orders: Orders, context: int, byte: int) -> None:
-    """The byte was listed once more: it changes places with the first one that was listed as often."""
-    times = orders.times[context, byte]
-    if times == MOST_TIMES:
-        return
-    old, new = orders.place[context, byte], orders.above[context, times]
-    other = orders.byte[context, new]
-    orders.byte[context, new], orders.byte[context, old] = byte, other
-    orders.place[context, byte], orders.place[context, other] = new, old
-    orders.above[context, times] = new + 1
-    orders.times[context, byte] = times + 1
+def learn(orders: Orders, context: int, count: int) -> None:
+    """The first `count` of `listed` were listed once more: each changes places with the first that was as often."""
+    # Arrays by themselves: what takes a tuple of them apart for every byte spends its time on counting references.
+    order, places, often, above, listed = orders.byte, orders.place, orders.times, orders.above, orders.listed
+    for k in range(PLACE(count)):
+        byte = int(listed[k])
+        at = PLACE(context + byte)
+        times = int(often[at])
+        if times == MOST_TIMES:
+            continue
+        end = PLACE(context + times)
+        old, new = places[at], above[end]
+        other = order[PLACE(context + int(new))]
+        order[PLACE(context + int(new))] = byte
+        order[PLACE(context + int(old))] = other
+        places[at] = new
+        places[PLACE(context + int(other))] = old
+        above[end] = new + 1
+        often[at] = times + 1
+
+
+@njit(cache=True, nogil=True, inline="always")
+def sort(orders: Orders, count: int) -> None:
+    """Note where the first `count` of `listed`, which are all different, stand among each other."""
+    listed, bits, lower = orders.listed, orders.bits, orders.lower
+    bits[:] = 0
+    for k in range(PLACE(count)):
+        byte = np.uint64(listed[k])
+        bits[byte >> np.uint64(6)] |= np.uint64(1) << (byte & np.uint64(63))
+    lower[0] = 0
+    for word in range(3):
+        lower[word + 1] = lower[word] + _ones(bits[word])
+
+
+@njit(cache=True, nogil=True, inline="always")
+def rank_of(bits: U64, lower: I64, byte: int) -> int:
+    """How many of the listed bytes are below this one; `bits`, `lower`: the members."""
+    word = PLACE(byte >> 6)
+    below = (np.uint64(1) << np.uint64(byte & 63)) - np.uint64(1)
+    rank: int = int(lower[word]) + _ones(bits[word] & below)
+    return rank
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _ones(word: Any) -> int:
+    """How many bits of a uint64 are set."""
+    pairs = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    fours = (pairs & np.uint64(0x3333333333333333)) + ((pairs >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    eights = (fours + (fours >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    ones: int = int((eights * np.uint64(0x0101010101010101)) >> np.uint64(56))
+    return ones

@@ -22,7 +22,7 @@ from bytecache.schemas.dump.shares import (
     scale_of,
     scales,
 )
-from bytecache.schemas.dump.spellings import Spellings, new_spellings, note, slot_of
+from bytecache.schemas.dump.spellings import Spellings, is_empty, new_spellings, note, slot_of, token_at
 from bytecache.schemas.dump.window import Window, take_rows
 
 
@@ -145,7 +145,7 @@ def pack(window: Window, weights: Weights, marks: U8, step: int) -> Packed:
         np.zeros(n_stops, np.uint16), np.zeros(n_stops, np.uint8), np.zeros(n_stops, np.int32),
         np.zeros(n_entries + n_stops + rows, np.uint16),
     )  # fmt: skip
-    counts = _pack(source, step, floor, window.is_last, new_orders(), new_spellings(n_stops), out)
+    counts = _pack(source, step, floor, window.is_last, new_orders(window.text), new_spellings(n_stops), out)
     if min(counts) < 0:
         raise ValueError("the entries of a level do not ascend")
     length = dict(zip(("level", "entry", "stop", "token", "rare", "row"), (*counts, rows), strict=True))
@@ -211,7 +211,7 @@ def _pack(
             n, after = _list_entries(
                 source, e_in, e_end, prefix, i if following else -1, floor, weight, unit, level, listed.item, n_stop
             )
-            context = context_of(source.text, i, d)
+            context = context_of(orders, source.text, i, d)
             if not _put_in_sequence(source, orders, context, i, n_stop, n, level, listed):
                 return -1, -1, -1, -1, -1
             rares, out.level_rest[lev] = code_level(level, n, scale)
@@ -262,7 +262,7 @@ def _write_stops(
         start, length, token = int(source.row_start[r]), int(source.stop_depth[s]), source.stop_token[s]
         mark = source.marks[s]
         slot = slot_of(spellings, source.text, start, length)
-        if spellings.start[slot] < 0 or spellings.token[slot] != token:
+        if is_empty(spellings, slot) or token_at(spellings, slot) != token:
             note(spellings, slot, start, length, token)
             out.token[tok] = token
             mark |= np.uint8(NEW_TOKEN)
@@ -278,11 +278,11 @@ def _write_entries(
     out: Packed,
 ) -> tuple[int, int]:  # fmt: skip
     """Write a level's entries, the shares from `first` on; returns the code of the implied one, and the new end."""
-    top = SYMBOLS
+    top, count = SYMBOLS, 0
     for k in range(first, end):
         if level.code[k] == IMPLIED:
             top = listed.place[k]
-            learn(orders, context, source.entry_byte[listed.item[k]])
+            orders.listed[0], count = source.entry_byte[listed.item[k]], 1
     before = -1
     for k in range(first, end):
         place = listed.place[k]
@@ -291,8 +291,10 @@ def _write_entries(
         place -= 1 if place > top else 0
         out.entry_gap[ent], out.entry_code[ent] = place - before - 1, level.code[k]
         before = place
-        learn(orders, context, source.entry_byte[listed.item[k]])
+        orders.listed[count] = source.entry_byte[listed.item[k]]
+        count += 1
         ent += 1
+    learn(orders, context, count)
     return 0 if top == SYMBOLS else top + 1, ent
 
 

@@ -7,7 +7,7 @@ from numba import njit
 
 from bytecache.schemas.arrays import F32, I32, PLACE, SYMBOLS, U8, U16
 from bytecache.schemas.dump.likely import TopK, unpack_top_k
-from bytecache.schemas.dump.orders import Orders, byte_at, context_of, learn, new_orders, own_place
+from bytecache.schemas.dump.orders import Orders, byte_at, context_of, learn, new_orders, own_place, rank_of, sort
 from bytecache.schemas.dump.packed import BRANCH, CANONICAL, NEW_TOKEN, STATIC, Packed
 from bytecache.schemas.dump.shares import (
     END_IMPLIED,
@@ -21,7 +21,7 @@ from bytecache.schemas.dump.shares import (
     rest_share,
     scale_of,
 )
-from bytecache.schemas.dump.spellings import Spellings, new_spellings, note, slot_of
+from bytecache.schemas.dump.spellings import Spellings, is_empty, new_spellings, note, slot_of, token_at
 from bytecache.schemas.dump.window import Window
 
 
@@ -65,7 +65,7 @@ def unpack(text: U8, first_token: int, packed: Packed, step: int) -> Rows:
         np.zeros(n_stops, np.uint16), np.zeros(n_stops, np.int32), np.zeros(n_stops, np.float32),
         np.zeros(rows, np.int32), np.zeros(rows, np.int32),
     )  # fmt: skip
-    fault = _unpack(text, packed, step, new_orders(), new_spellings(n_stops), out)
+    fault = _unpack(text, packed, step, new_orders(text), new_spellings(len(packed.token)), out)
     if fault:
         raise ValueError(FAULTS[fault])
     return out
@@ -115,7 +115,7 @@ def _unpack(text: U8, packed: Packed, step: int, orders: Orders, spellings: Spel
             next_row = _mark_rows(packed, r, d, stp, s_end, next_row, canonical, out)
             if tok < 0 or next_row < 0:
                 return 2
-            context = context_of(text, i, d)
+            context = context_of(orders, text, i, d)
             if not _name_entries(packed, text, i, context, lev, ent, e_end, orders):
                 return 3
             places = stp, s_end, ent, e_end, written
@@ -131,7 +131,7 @@ def _unpack(text: U8, packed: Packed, step: int, orders: Orders, spellings: Spel
     return 0 if rar == len(packed.rare) and tok == len(packed.token) and next_row == rows + 1 else 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _name_stops(
     packed: Packed, text: U8, start: int, d: int, first: int, end: int, tok: int, spellings: Spellings, out: Rows
 ) -> int:
@@ -143,9 +143,9 @@ def _name_stops(
                 return -1
             note(spellings, slot, start, d, packed.token[tok])
             tok += 1
-        elif spellings.start[slot] < 0:
+        elif is_empty(spellings, slot):
             return -1
-        out.stop_depth[s], out.stop_token[s] = d, spellings.token[slot]
+        out.stop_depth[s], out.stop_token[s] = d, token_at(spellings, slot)
     return tok
 
 
@@ -153,30 +153,32 @@ def _name_stops(
 def _name_entries(
     packed: Packed, text: U8, i: int, context: int, lev: int, first: int, end: int, orders: Orders
 ) -> bool:
-    """Bytes of a level's entries, in the order of the file and the implied one behind them, into `orders.listed`.
+    """Bytes of a level's entries into `orders.listed`, the implied one first, then in the order of the file.
 
     Returns whether they are bytes.
     """
+    k: Any
     own = own_place(orders, context, text, i)
     top = int(packed.level_top[lev]) - 1
     if top > 255:
         return False
-    if top < 0:
+    order, listed, gaps = orders.byte, orders.listed, packed.entry_gap
+    k = PLACE(0)
+    if top >= 0:
+        listed[k] = byte_at(order, context, own, top)
+        k += PLACE(1)
+    else:
         top = SYMBOLS
-    k, listed = 0, orders.listed
     place = -1
     for e in range(PLACE(first), PLACE(end)):
-        place += 1 + int(packed.entry_gap[e])
+        place += 1 + int(gaps[e])
         at = place + (1 if place >= top else 0)
         if at > 255:
             return False
-        listed[k] = byte_at(orders, context, own, at)
-        k += 1
-    if top < SYMBOLS:
-        listed[k] = byte_at(orders, context, own, top)
-        learn(orders, context, listed[k])
-    for j in range(k):
-        learn(orders, context, listed[j])
+        listed[k] = byte_at(order, context, own, at)
+        k += PLACE(1)
+    learn(orders, context, k)
+    sort(orders, k)
     return True
 
 
@@ -230,21 +232,25 @@ def _decode_level(
         total += share
         if packed.stop_code[s] == IMPLIED:
             n_implied, stop = n_implied + 1, s
-    listed, codes = orders.listed, packed.entry_code
-    count = 0
+    count: Any
+    listed, codes, bytes_, masses, unit = orders.listed, packed.entry_code, out.entry_byte, out.entry_mass, scale.unit
+    bits, lower = orders.bits, orders.lower
+    count = PLACE(1 if has_top else 0)
     for e in range(PLACE(ent), PLACE(e_end)):
         code = int(codes[e])
         root = float(code - 1)
-        share = root * root * scale.unit
+        share = root * root * unit
         if code < 2:
             if code == IMPLIED:
                 return -1, 0.0
             rar, share = _share(code, scale, packed.rare, rar)
-        _insert(out, written, count, listed[count], share * prefix)
+        name = int(listed[count])
+        at = PLACE(written + rank_of(bits, lower, name))
+        bytes_[at], masses[at] = name, share * prefix
         total += share
-        if listed[count] == byte:
+        if name == byte:
             after = share * prefix
-        count += 1
+        count += PLACE(1)
     left = 1.0 - total
     n_implied += end == END_IMPLIED
     if n_implied > 1 or left < (0.0 if n_implied else -0.5) or rar > len(packed.rare):
@@ -254,21 +260,11 @@ def _decode_level(
     if stop >= 0:
         out.stop_mass[stop] = left * prefix
     if has_top:
-        _insert(out, written, count, listed[count], left * prefix)
-        after = left * prefix if listed[count] == byte else after
+        name = int(listed[0])
+        at = PLACE(written + rank_of(bits, lower, name))
+        bytes_[at], masses[at] = name, left * prefix
+        after = left * prefix if name == byte else after
     return rar, after
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _insert(out: Rows, first: int, count: int, byte: int, mass: float) -> None:
-    """An entry more among the `count` of a level, which are in the order of their bytes."""
-    at: Any
-    bytes_, masses = out.entry_byte, out.entry_mass
-    at = PLACE(first + count)
-    while at > PLACE(first) and bytes_[at - PLACE(1)] > byte:
-        bytes_[at], masses[at] = bytes_[at - PLACE(1)], masses[at - PLACE(1)]
-        at -= PLACE(1)
-    bytes_[at], masses[at] = byte, mass
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -5,53 +5,75 @@ import pytest
 
 from bytecache.schemas.dump import likely
 from bytecache.schemas.dump.likely import TopK, pack_lists, unpack_top_k
-from bytecache.schemas.dump.orders import MOST_TIMES, byte_at, context_of, in_sequence, learn, new_orders, own_place
+from bytecache.schemas.dump.orders import (
+    MOST_TIMES,
+    byte_at,
+    context_of,
+    in_sequence,
+    learn,
+    new_orders,
+    own_place,
+    rank_of,
+    sort,
+)
 from bytecache.schemas.dump.pooling import Cells, pooled
 from bytecache.schemas.dump.shares import Level, code_level, rest_share, scale_of
-from bytecache.schemas.dump.spellings import new_spellings, note, slot_of
+from bytecache.schemas.dump.spellings import is_empty, new_spellings, note, slot_of, token_at
 
 TEXT = np.frombuffer(b"abcab", np.uint8)
 
 
 def test_an_order_is_by_how_often_bytes_were_listed():
     """TOKEN_DUMP 4."""
-    orders, draw = new_orders(), np.random.default_rng(0)
+    orders, draw, context = new_orders(TEXT), np.random.default_rng(0), 3 * 256
     for byte in draw.geometric(0.05, 4000) % 256:
-        learn(orders, 3, int(byte))
-    times = orders.times[3][orders.byte[3]].astype(int)
+        orders.listed[0] = byte
+        learn(orders, context, 1)
+    one, next_one = slice(context, context + 256), slice(context + 256, context + 512)
+    times = orders.times[one][orders.byte[one]].astype(int)
     assert (np.diff(times) <= 0).all() and times[0] > times[100] and times.max() <= MOST_TIMES
-    np.testing.assert_array_equal(orders.place[3][orders.byte[3]], np.arange(256))
-    np.testing.assert_array_equal(orders.byte[4], np.arange(256))
+    np.testing.assert_array_equal(orders.place[one][orders.byte[one]], np.arange(256))
+    np.testing.assert_array_equal(orders.byte[next_one], np.arange(256))
 
 
 @pytest.mark.parametrize("i", range(len(TEXT) + 1))
 def test_the_sequence_begins_with_the_texts_own_byte(i):
     """TOKEN_DUMP 4."""
-    orders = new_orders()
-    context = context_of(TEXT, i, 1)
-    for byte in b"xyzzy b":
-        learn(orders, context, byte)
+    orders = new_orders(TEXT)
+    context = context_of(orders, TEXT, i, 1)
+    orders.listed[:7] = list(b"xyzzy b")
+    learn(orders, context, 7)
     own = own_place(orders, context, TEXT, i)
     sequence = [byte_at(orders, context, own, place) for place in range(256)]
-    before = orders.byte[context].tolist()
+    before = orders.byte[context : context + 256].tolist()
     expected = before if i == len(TEXT) else [int(TEXT[i]), *(b for b in before if b != TEXT[i])]
     assert sequence == expected
     assert [in_sequence(orders, context, own, byte) for byte in sequence] == list(range(256))
 
 
+def test_places_among_the_listed_bytes_are_those_of_a_sort():
+    orders, draw = new_orders(TEXT), np.random.default_rng(2)
+    for count in (1, 2, 63, 64, 65, 255, 256):
+        listed = draw.permutation(256)[:count]
+        orders.listed[:count] = listed
+        sort(orders, count)
+        ranks = [rank_of(orders.bits, orders.lower, int(byte)) for byte in listed]
+        assert ranks == np.argsort(np.argsort(listed)).tolist()
+
+
 def test_contexts_are_the_byte_before_and_whether_a_row_begins():
-    contexts = {context_of(TEXT, i, depth) for i in range(6) for depth in (0, 1, 2)}
+    contexts = {context_of(new_orders(TEXT), TEXT, i, depth) for i in range(6) for depth in (0, 1, 2)}
     assert len(contexts) == 2 * 4  # nothing, a, b and c before
 
 
 def test_a_spelling_is_found_where_the_same_bytes_are():
     spellings = new_spellings(3)
     slot = slot_of(spellings, TEXT, 0, 2)
-    assert spellings.start[slot] < 0
+    assert is_empty(spellings, slot)
     note(spellings, slot, 0, 2, 77)
-    assert slot_of(spellings, TEXT, 3, 2) == slot and spellings.token[slot] == 77
+    assert slot_of(spellings, TEXT, 3, 2) == slot and token_at(spellings, slot) == 77
     for start, length in ((0, 1), (0, 3), (1, 2)):
-        assert spellings.start[slot_of(spellings, TEXT, start, length)] < 0
+        assert is_empty(spellings, slot_of(spellings, TEXT, start, length))
 
 
 def lists(rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:

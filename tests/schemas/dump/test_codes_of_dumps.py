@@ -44,7 +44,7 @@ def test_the_sequence_begins_with_the_texts_own_byte(i):
     orders.listed[:7] = list(b"xyzzy b")
     learn(orders, context, 7)
     own = own_place(orders, context, TEXT, i)
-    sequence = [byte_at(orders, context, own, place) for place in range(256)]
+    sequence = [byte_at(orders.byte, context, own, place) for place in range(256)]
     before = orders.byte[context : context + 256].tolist()
     expected = before if i == len(TEXT) else [int(TEXT[i]), *(b for b in before if b != TEXT[i])]
     assert sequence == expected

@@ -18,7 +18,15 @@ from numba import njit
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dump.packed import Weights
 from bytecache.schemas.dump.window import NEVER, Window
-from bytecache.stages.lattice.effort import AHEAD, LIGHT_PER_TOKEN, borne_out, deepest, least_share, tokens_off
+from bytecache.stages.lattice.effort import (
+    AHEAD,
+    AHEAD_BYTES,
+    LIGHT_PER_TOKEN,
+    borne_out,
+    deepest,
+    least_share,
+    tokens_off,
+)
 from bytecache.stages.lattice.forward import Sums, forward
 from bytecache.stages.lattice.tables import Masses, Tables, tables
 
@@ -250,11 +258,16 @@ class Lattice:
 
     @cached_property
     def _ahead(self) -> np.ndarray:
-        """What is known of each byte's next `AHEAD` canonical tokens, their probability, float64 [n + 1]."""
+        """Probability that is known for the text after each byte, float64 [n + 1].
+
+        Of `AHEAD` canonical tokens, and of the first of them that ends `AHEAD_BYTES` away or farther.
+        """
         ratio, n = self._sums.ratio, len(self.window.text)
         known = np.cumsum(np.log(ratio, out=np.full(n + 1, NEVER), where=ratio > 0.0))
-        breaks = self._breaks
-        after = np.searchsorted(breaks, np.arange(n + 1), side="right") + AHEAD - 1
+        breaks, places = self._breaks, np.arange(n + 1)
+        after = np.maximum(
+            np.searchsorted(breaks, places, side="right") + AHEAD - 1, np.searchsorted(breaks, places + AHEAD_BYTES)
+        )
         ahead: np.ndarray = np.exp(known[breaks[np.minimum(after, len(breaks) - 1)]] - known)
         return ahead
 

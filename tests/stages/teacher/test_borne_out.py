@@ -18,6 +18,8 @@ CUTS = {
     "inside a token": (["ab", " the", " don", "."], ["ab", " t", "he", " don", "."]),
 }
 """Canonical tokens and a rival's, by where the light rival is without a row beside it."""
+SHORT = (["ab", "x", "q", "z", "j", " don", "."], ["a", "b", "x", "q", "z", "j", " don", "."])
+"""The same with four tokens of a byte before the word that was foreseen."""
 
 
 class Foreseeing(WritingEngine):
@@ -52,9 +54,9 @@ class Foreseeing(WritingEngine):
         return found
 
 
-def worst_position(vocabulary: Vocabulary, rival: str, preset: str) -> float:
+def worst_position(vocabulary: Vocabulary, cuts: tuple[list[str], list[str]], preset: str) -> float:
     """The greatest KL of a text's positions to brute force, nats, at a preset."""
-    canonical, other = CUTS[rival]
+    canonical, other = cuts
     teacher: Teacher = writing_teacher(vocabulary, **PRESETS[preset])
     teacher.engine = engine = Foreseeing(vocabulary, canonical, other, share=PRESETS[preset]["tau"] / 2)
     encoded = vocabulary.encode("".join(canonical))
@@ -73,11 +75,17 @@ def vocabulary(tmp_path_factory) -> Vocabulary:
 @pytest.mark.parametrize("preset", ["balanced", "exact"])
 @pytest.mark.parametrize("rival", CUTS)
 def test_a_light_history_is_evaluated_where_the_text_goes_on_as_it_alone_foresaw(vocabulary, rival, preset):
-    assert worst_position(vocabulary, rival, preset) < 0.1
+    assert worst_position(vocabulary, CUTS[rival], preset) < 0.1
 
 
 @pytest.mark.parametrize("rival", CUTS)
 def test_it_is_not_by_its_share_alone(vocabulary, rival, monkeypatch):
     """The test above can fail."""
     monkeypatch.setattr("bytecache.stages.lattice.effort.BORNE_OUT", np.inf)
-    assert worst_position(vocabulary, rival, "balanced") > 1.0
+    assert worst_position(vocabulary, CUTS[rival], "balanced") > 1.0
+
+
+def test_two_tokens_of_a_byte_are_too_little_text_to_tell_by(vocabulary, monkeypatch):
+    assert worst_position(vocabulary, SHORT, "balanced") < 0.1
+    monkeypatch.setattr("bytecache.stages.lattice.lattice.AHEAD_BYTES", 0)
+    assert worst_position(vocabulary, SHORT, "balanced") > 1.0

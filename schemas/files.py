@@ -2,7 +2,9 @@
 
 Reading. A folder from a stranger may hold a named pipe, a device or a socket where a file is expected: opening a pipe
 waits for ever, and /dev/zero never ends. `open_regular` opens without waiting and refuses what is not a regular file.
-A link to one is followed: hubs keep their files behind links.
+A link to one is followed where a person named it. A file of a data set may be a link, too, for the hub's cache keeps
+files behind links, but only to what lies within the same folder, or within the same repository of such a cache
+(`refuse_stray`): a stranger's README.md that links to somebody's key is not read, copied or published.
 
 Writing. `new_file` gives a stream to a file without a name of its own yet; when the block ends it is flushed and
 renamed to its path, so a reader sees the old content or the new one. A path that is a link, a device, a pipe or a
@@ -17,6 +19,7 @@ cannot leave them among the outputs.
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -43,6 +46,13 @@ class NotAFileError(OSError):
         super().__init__(errno.EINVAL, f"is {kind}, not a regular file", os.fspath(path))
 
 
+class StrayLinkError(NotAFileError):
+    """A file of a data set is a link to what lies outside its folder."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, "a link that leaves its folder (if you made it, put a copy of the file in its place)")
+
+
 def kind_of(mode: int) -> str:
     """What a mode of `os.stat` is of, in words: "a file", "a named pipe", ..."""
     return next((words for is_kind, words in _KINDS if is_kind(mode)), "no file")
@@ -61,6 +71,29 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         with suppress(OSError):
             os.close(handle)
         raise
+
+
+_HUB_REPOSITORY = re.compile(r"(?:datasets|models|spaces)--.+")
+_EDITIONS = "editions"
+
+
+def refuse_stray(path: str | os.PathLike[str]) -> None:
+    """Raises StrayLinkError where a file of a data set is, through links, a file outside of that data set's folder.
+
+    The folder itself may be reached through links: a person named it. Of an older edition it is the one that holds
+    `editions`. In the hub's cache (`datasets--OWNER--NAME/snapshots/COMMIT/...`, whose files link to `blobs` beside
+    `snapshots`) the bound is the folder of the repository.
+    """
+    place = Path(path)
+    folder = place.parent
+    if folder.parent.name == _EDITIONS:
+        folder = folder.parent.parent
+    bound = Path(os.path.realpath(folder))
+    for snapshots in (each for each in (bound, *bound.parents) if each.name == "snapshots"):
+        if _HUB_REPOSITORY.fullmatch(snapshots.parent.name):
+            bound = snapshots.parent
+    if not Path(os.path.realpath(place)).is_relative_to(bound):
+        raise StrayLinkError(path)
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -46,19 +46,19 @@ _TEXTS = ("license", "corpus_license", "teacher_license", "attribution")
 def mix(context: Context, places: Sequence[str], mixing: Mixing, *, partial: bool = False) -> Outcome:
     """Mix the data sets at `places` (folders or URLs) into the run folder's own, and publish it.
 
-    `partial`: only the documents that all have. Raises InputError where their texts differ, ConfigError where another
-    data set lies in the run folder, IntegrityError for a source that is damaged.
+    `partial`: only the documents that all have. Raises InputError where their texts differ, ConfigError where one of
+    them is there twice or another data set lies in the run folder, IntegrityError for a source that is damaged.
     """
     settings = context.settings.dataset
-    sets = [
-        Documents(
-            open_dataset(
-                place, cache_dir=settings.cache_dir, cache_bytes=int(settings.cache_gib * 2**30),
-                private_redirects=settings.private_redirects,
-            )
+    opened = [
+        open_dataset(
+            place, cache_dir=settings.cache_dir, cache_bytes=int(settings.cache_gib * 2**30),
+            private_redirects=settings.private_redirects,
         )
         for place in places
     ]  # fmt: skip
+    _refuse_twice(opened)
+    sets = [Documents(dataset) for dataset in opened]
     common, lines = common_to(sets, partial=partial)
     _refuse_idle_routes(mixing, common)
     for line in lines:
@@ -77,6 +77,19 @@ def mix(context: Context, places: Sequence[str], mixing: Mixing, *, partial: boo
     for line in _summary(info["mix"], [one.dataset for one in sets]):
         context.say(f"mix: {line}")
     return outcome
+
+
+def _refuse_twice(sets: Sequence[Dataset]) -> None:
+    """One data set has one vote, however often and by whatever name it is given. Raises ConfigError."""
+    seen: dict[str, str] = {}
+    for dataset in sets:
+        if dataset.content_sha256 in seen:
+            raise ConfigError(
+                f"{dataset.where} is the same data set as {seen[dataset.content_sha256]} (content "
+                f"{dataset.content_sha256[:12]}): a mixture with itself is what it was; name each data set once, and "
+                "say with --weights how much it counts"
+            )
+        seen[dataset.content_sha256] = dataset.where
 
 
 def _refuse_idle_routes(mixing: Mixing, common: Iterable[Name]) -> None:

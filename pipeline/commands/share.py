@@ -30,7 +30,7 @@ from bytecache.schemas.dataset.index import (
     parse_index,
     read_dataset,
 )
-from bytecache.schemas.dataset.verification import verify_dataset
+from bytecache.schemas.dataset.verification import check_shard, verify_dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256, local_path, make_folder, replace_file
 from bytecache.stages.targets.source import Access, fetch_bytes, fetch_file, open_dataset
@@ -212,7 +212,7 @@ def pull(
     fetched = present = 0
     for entry in dataset.entries:
         path = folder / entry.file
-        if path.is_file() and path.stat().st_size == entry.size and file_sha256(path) == entry.sha256:
+        if check_shard(path, entry) is None:
             present += 1
             continue
         fetch_file(f"{where}/{entry.file}", path, entry.size, entry.sha256, access)

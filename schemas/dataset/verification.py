@@ -15,7 +15,7 @@ from bytecache.schemas.dataset import card
 from bytecache.schemas.dataset.editions import edition_folder, edition_of, older_editions
 from bytecache.schemas.dataset.index import DATASET, MAX_JSON, SUFFIX, Dataset, ShardEntry, read_dataset
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256, read_regular
+from bytecache.schemas.files import file_sha256, read_regular, refuse_stray
 from bytecache.schemas.shard.codes import TAIL
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 
@@ -111,6 +111,7 @@ def edition_fault(dataset: Dataset, before: Dataset | None) -> str:
 
 def _check_card(folder: Path) -> list[Problem]:
     try:
+        refuse_stray(folder / card.FILE)
         raw = read_regular(folder / card.FILE, card.LONGEST)
     except FileNotFoundError:
         return [Problem(card.FILE, "missing", "the data set has no card for those who download it")]
@@ -132,12 +133,13 @@ def _rendered(folder: Path) -> bytes:
 def check_shard(path: Path, entry: ShardEntry, *, deep: bool = False) -> Problem | None:
     """What is wrong with one listed shard."""
     try:
+        refuse_stray(path)
         size = path.stat().st_size
         sha256 = file_sha256(path) if size == entry.size else ""
     except FileNotFoundError:
         return Problem(entry.file, "missing", f"the manifest lists {entry.size} bytes")
     except OSError as error:
-        return Problem(entry.file, "unreadable", str(error))
+        return Problem(entry.file, "unreadable", error.strerror or str(error))
     if size < entry.size:
         return Problem(entry.file, "truncated", f"{size} bytes, the manifest says {entry.size}")
     if size > entry.size:

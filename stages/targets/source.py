@@ -38,6 +38,7 @@ from bytecache.schemas.files import (
     local_path,
     open_regular,
     put_in_place,
+    refuse_stray,
     refuse_to_write,
     scratch_folder,
 )
@@ -82,7 +83,10 @@ def _from(url: str, start: int, access: Access) -> Iterator[bytes]:
         yield from http.pieces(url, start, private_redirects=access.private_redirects)
         return
     fs, path = fsspec.core.url_to_fs(url)
-    # A folder from a stranger may hold a pipe in a file's place, whose opening would wait for ever.
+    # A folder from a stranger may hold a pipe in a file's place, whose opening would wait for ever, or a link to a file
+    # that is none of its own.
+    if _is_local(url):
+        refuse_stray(path)
     with open_regular(path) if _is_local(url) else fs.open(path, "rb") as file:
         if start:
             file.seek(start)
@@ -283,7 +287,10 @@ def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:
     for attempt in range(2):
         with dataset.held(entry) as path:
             try:
+                refuse_stray(path)
                 sha256 = file_sha256(path) if path.is_file() else ""
+            except NotAFileError as error:
+                raise IntegrityError(f"{path} {error.strerror}; fetch or make it again") from error
             except OSError as error:
                 raise StorageError(f"{path}: cannot be read: {error}; check the path and permissions") from error
             if sha256 == entry.sha256:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -245,6 +246,15 @@ def test_arguments_that_say_nothing_are_refused(pair: tuple[Path, Path]) -> None
     assert "pattern" in run_mix(*pair, "--route", "0.5,0.5", code=2)
     run_mix(*pair)
     assert "holds another data set" in run_mix(*pair, "--log-pool", code=2)
+
+
+@pytest.mark.parametrize("again", ["", "/", "/../a", "copy"])
+def test_a_data_set_is_not_mixed_with_itself(pair: tuple[Path, Path], tmp_path: Path, again: str) -> None:
+    one, other = pair
+    second = str(shutil.copytree(one, tmp_path / "copied")) if again == "copy" else f"{one}{again}"
+    message = refusal(bytecache("mix", one, other, second, "--run-dir", "mixed"), 2)
+    assert "is the same data set as" in message and "--weights" in message
+    assert not Path("mixed").exists()
 
 
 def test_a_damaged_source_is_refused_by_name(pair: tuple[Path, Path]) -> None:

@@ -217,7 +217,7 @@ def _parse_toml(raw: bytes, path: str) -> dict[str, Any]:
         if line.count(b".") > MAX_DOTS:
             raise ConfigError(f"configuration {path}, line {number}: more than {MAX_DOTS} dots; correct that line")
     try:
-        return tomllib.loads(raw.decode("utf-8"))
+        return tomllib.loads(raw.decode("utf-8-sig"))  # editors of Windows begin a file with a mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"configuration {path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of thousands of digits

@@ -121,6 +121,30 @@ def refuse_to_write(path: Path) -> None:
             raise NotAFileError(path, kind_of(mode))
 
 
+_KEPT = (".zarr.zip", ".parquet", ".arrow", ".jsonl", ".gz", ".zst", ".toml", ".safetensors", ".npy", "dataset.json")
+"""Ends of names under which text, settings, weights and data lie: no page, report or script has one."""
+
+
+def refuse_output(path: Path, option: str, *inputs: Path) -> None:
+    """Refuse, before any work, a place for a page, a report or a script where something else would be lost.
+
+    That is one of the `inputs`, a file that by its name is data or settings, or what is no file. Raises ConfigError,
+    naming the `option`.
+    """
+    try:
+        refuse_to_write(path)
+    except NotAFileError as error:
+        raise ConfigError(f"{option} {path} {error.strerror}: name a file or a new name; nothing was written") from None
+    except OSError:
+        return  # whoever writes there says why it cannot be done
+    if not path.exists():
+        return
+    if any(each.exists() and each.samefile(path) for each in inputs):
+        raise ConfigError(f"{option} {path} is what is read here, and would be lost: name another file")
+    if path.name.endswith(_KEPT):
+        raise ConfigError(f"{option} {path} is there already and by its name holds data or settings: name another file")
+
+
 def put_in_place(temporary: Path, path: Path) -> None:
     """Give a finished, flushed file its name, in place of the file that has it. Raises OSError, NotAFileError."""
     refuse_to_write(path)
@@ -158,6 +182,8 @@ def replace_file(path: Path, data: bytes) -> None:
             stream.write(data)
     except NotAFileError as error:
         raise StorageError(f"{path} {error.strerror}: name a file or a new name; nothing was written") from error
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: there is no folder {path.parent}; make it, or name another place") from error
     except OSError as error:
         why = error.strerror or error
         raise StorageError(f"{path}: cannot write: {why}; free space or fix permissions, then rerun") from error

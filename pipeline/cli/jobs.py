@@ -8,7 +8,7 @@ import typer
 
 from bytecache.pipeline.cli.options import Given, injected, refusals, run_stage, takes_settings
 from bytecache.pipeline.cli.terminal import say
-from bytecache.schemas.files import write_text
+from bytecache.schemas.files import refuse_output, write_text
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def _emit(text: str, out: Path | None) -> None:
     if out is None:
         say(text, nl=False)
     else:
+        refuse_output(out, "--out")
         write_text(out, text)
         say(f"{out} written")
 

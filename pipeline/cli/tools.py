@@ -11,7 +11,7 @@ from bytecache.pipeline.cli.options import Given, JsonOption, refusals, run_stag
 from bytecache.pipeline.cli.terminal import say
 from bytecache.pipeline.config_text import render_template
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
-from bytecache.schemas.files import local_path, refuse_to_write, write_text
+from bytecache.schemas.files import local_path, refuse_output, write_text
 from bytecache.schemas.settings import Settings
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def inspect(
         if html is not None:
             from bytecache.pipeline.commands.inspect.page import POSITIONS, shard_page
 
-            refuse_to_write(html)
+            refuse_output(html, "--html", file)
             write_text(html, shard_page(file, document, start, limit or POSITIONS, top or 8))
             say(f"{html}: open it in a browser")
             return

@@ -19,7 +19,7 @@ from bytecache.pipeline.stores import disk_errors
 from bytecache.pipeline.units.receipts import software_versions
 from bytecache.schemas.dataset.index import DATASET, Dataset, read_dataset
 from bytecache.schemas.errors import InputError, IntegrityError
-from bytecache.schemas.files import file_sha256, refuse_to_write, write_text
+from bytecache.schemas.files import file_sha256, refuse_output, write_text
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Teacher
 
@@ -182,8 +182,7 @@ def fidelity(
     """
     from bytecache.stages.fidelity.certificate import figure
 
-    with disk_errors(f"writing {out}"):
-        refuse_to_write(out)
+    refuse_output(out, "--out")
     dataset = find_dataset(folder)
     claimed = claimed_by(dataset)
     if dataset.info.get("mix") and not any_teacher:

@@ -8,7 +8,7 @@ import numpy as np
 from bytecache.pipeline.commands.teacher import start_line
 from bytecache.pipeline.stores import disk_errors
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.files import new_file, refuse_to_write
+from bytecache.schemas.files import new_file, refuse_output
 from bytecache.schemas.settings import Teacher
 
 MOST = 1 << 24
@@ -37,8 +37,7 @@ def probe(settings: Teacher, text_file: Path, out: Path) -> str:
         raise InputError(f"folder {out.parent} of --out does not exist; make it first")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file in it, such as {out / 'probe.npz'}")
-    with disk_errors(f"writing {out}"):
-        refuse_to_write(out)
+    refuse_output(out, "--out", text_file)
     from bytecache.stages.teacher.probe import probe_text
     from bytecache.stages.teacher.start import with_start
 

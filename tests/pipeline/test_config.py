@@ -118,6 +118,12 @@ def test_override_refusals_name_the_option(tmp_path: Path, override: str, expect
     assert expected in refusal(tmp_path, "", override)
 
 
+def test_a_mark_of_byte_order_and_line_ends_of_windows_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.toml"
+    path.write_bytes(b"\xef\xbb\xbf[run]\r\nseed = 3\r\n")
+    assert load_settings(path).run.seed == 3
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_settings(tmp_path / "none.toml")

@@ -353,6 +353,19 @@ def test_urls_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         open_store("s3://", str(tmp_path))
 
 
+@pytest.mark.parametrize("place", ["s3:/bucket/run", "gs:/bucket", "hf:/datasets/a/b", "memory:/x", "file:/tmp/x"])
+def test_an_address_with_one_slash_is_no_folder(place: str) -> None:
+    scheme, _, rest = place.partition(":/")
+    with pytest.raises(ConfigError, match=f"two slashes, {scheme}://{rest}; a folder of that name is ./{place}"):
+        open_store(place)
+    assert isinstance(open_store(f"./{place}"), LocalStore)
+
+
+def test_an_address_without_a_bucket_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="write s3://BUCKET/PREFIX"):
+        ObjectStore("s3://", tmp_path)
+
+
 def test_what_is_only_read(tmp_path: Path) -> None:
     import fsspec
 

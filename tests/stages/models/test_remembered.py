@@ -1,5 +1,7 @@
 """What is remembered of a checkpoint: found again for the same files and question, never for others, never damaged."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,16 @@ def test_a_refusal_is_not_remembered_and_a_cache_out_of_reach_costs_time_only(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BYTECACHE_CACHE", str(tmp_path / "file"))
     assert remembered(folder, {}, lambda: "now") == "now"
+
+
+def test_an_answer_depends_on_the_code_of_all_that_can_be_in_it() -> None:
+    """An identity names the rule of effort, of another stage: after an update an old answer is not the engine's."""
+    program = (
+        "import sys, bytecache.stages.teacher.identity, bytecache.stages.teacher.start\n"
+        "for name, module in sys.modules.items():\n"
+        "    if name.startswith(('bytecache.stages.', 'bytecache.schemas.')): print(module.__file__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    loaded = {"/".join(Path(line).parts[-2:]) for line in done.stdout.splitlines()}
+    known = {"/".join(["", *name.split("/")][-2:]) for name in module._code()}
+    assert "lattice/effort.py" in loaded and loaded <= known

@@ -8,7 +8,7 @@ than a unit is divided into two slices, or, where it is longer than two, first i
 a document longer than a unit is a slice alone.
 
 Source: local maximum chunking (Bjørner, Blass and Gurevich 2010, "Content-dependent chunking for differential
-compression"), with documents in place of bytes. Price: 0.5 us a document; three units of text at a time in memory.
+compression"), with documents in place of bytes. Price: 0.5 us a document; four units of text at a time in memory.
 """
 
 import itertools
@@ -48,6 +48,8 @@ class Slicer:
         self.open: list[Entry] = []
         self.head: list[Entry] | None = [] if begins else None
         self.n_bytes = 0
+        self._cut: list[Entry] = []
+        """Of the slices given so far the last half a unit, by which the documents after them are judged."""
         self._unit_bytes = unit_bytes
         self._enough = unit_bytes
 
@@ -64,6 +66,7 @@ class Slicer:
         if later.head is not None:
             self._extend(later.head)
             yield from self.slices(end=True)
+            self._cut = later._cut
         self._extend(later.open)
         yield from self.slices()
 
@@ -73,35 +76,38 @@ class Slicer:
 
     def slices(self, *, end: bool = False) -> Iterator[list[Entry]]:
         """The slices that are certain; all of them where after the last document a slice ends."""
-        sizes = np.fromiter((len(entry.text) for entry in self.open), np.int64, len(self.open))
-        hashes = np.frombuffer(b"".join(entry.digest[:8] for entry in self.open), "<u8")
-        first = 0
+        entries = [*self._cut, *self.open]
+        sizes = np.fromiter((len(entry.text) for entry in entries), np.int64, len(entries))
+        hashes = np.frombuffer(b"".join(entry.digest[:8] for entry in entries), "<u8")
+        begin = len(self._cut)
         if self.head is None:
-            first = next(iter(certain_ends(sizes, hashes, self._unit_bytes // 2)), 0)
-            if first:
-                self.head = self.open[:first]
-        edges = [first]
+            begin = next(iter(certain_ends(sizes, hashes, self._unit_bytes // 2)), 0)
+            if begin:
+                self.head = self.open[:begin]
+        edges = [begin]
         if self.head is not None:
-            edges += [first + edge for edge in slice_ends(sizes[first:], hashes[first:], self._unit_bytes, whole=end)]
-        pieces = [self.open[low:high] for low, high in itertools.pairwise(edges)]
-        self.n_bytes -= int(sizes[: edges[-1]].sum())
-        del self.open[: edges[-1]]
+            edges += slice_ends(sizes, hashes, self._unit_bytes, begin=begin, whole=end)
+        pieces = [entries[low:high] for low, high in itertools.pairwise(edges)]
+        self.n_bytes -= int(sizes[len(self._cut) : edges[-1]].sum())
+        before = np.cumsum(sizes[: edges[-1]][::-1])
+        near = int(np.searchsorted(before, self._unit_bytes // 2)) + 1
+        self._cut, self.open = entries[max(0, edges[-1] - near) : edges[-1]], entries[edges[-1] :]
         self._enough = self.n_bytes + max(self._unit_bytes // 2, self.n_bytes if self.head is None else 0)
         yield from pieces
 
 
-def slice_ends(sizes: I64, hashes: U64, unit_bytes: int, *, whole: bool) -> list[int]:
-    """How many documents are before each end of a slice, of consecutive ones that begin with a slice.
+def slice_ends(sizes: I64, hashes: U64, unit_bytes: int, *, begin: int = 0, whole: bool) -> list[int]:
+    """How many documents are before each end of a slice, of which the one at `begin` begins a slice.
 
     Args:
-        sizes: bytes of each. hashes: what decides. whole: a slice ends after the last one too; else the ends that
-            do not depend on what comes.
+        sizes: bytes of each. hashes: what decides. begin: how many are in slices already. whole: a slice ends after
+            the last one too; else the ends that do not depend on what comes.
     """
     ends: list[int] = []
-    begin = 0
     for end in certain_ends(sizes, hashes, unit_bytes // 2):
-        ends += [begin + edge for edge in _divide(sizes[begin:end], unit_bytes, whole=True)]
-        begin = end
+        if end > begin:
+            ends += [begin + edge for edge in _divide(sizes[begin:end], unit_bytes, whole=True)]
+            begin = end
     return ends + [begin + edge for edge in _divide(sizes[begin:], unit_bytes, whole=whole)]
 
 

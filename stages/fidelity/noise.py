@@ -8,7 +8,7 @@ A `teacher.adapter` is merged into either model, so the weights to name are thos
 Price: a second model in memory, in float32, and the reference's stretch of every unit once more.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.fidelity.measure import Measure
 from bytecache.stages.lattice.effort import DROPPED, REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
-from bytecache.stages.tokens.vocab import Vocabulary
+
+if TYPE_CHECKING:  # a data set's certificate is looked at without a tokenizer's library
+    from bytecache.stages.tokens.vocab import Vocabulary
 
 SAME = "self"
 """Of `teacher.noise`: the same weights, in float32."""
@@ -33,7 +35,7 @@ def exact_settings(settings: st.Teacher) -> st.Teacher:
     return settings.model_copy(update={**exact, **other, **REFERENCE})
 
 
-def refuse_other_vocabulary(teacher: Vocabulary, exact: Vocabulary, settings: st.Teacher) -> None:
+def refuse_other_vocabulary(teacher: "Vocabulary", exact: "Vocabulary", settings: st.Teacher) -> None:
     """Raise InputError unless the two vocabularies are one: the noise is one model's at two precisions."""
     if teacher.fingerprint == exact.fingerprint:
         return

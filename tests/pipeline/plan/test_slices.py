@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as some
 
 from bytecache.pipeline.plan.slices import Entry, Slicer, certain_ends, slice_ends
@@ -59,6 +59,7 @@ def test_sizes_are_within_their_limits(pairs: list[tuple[int, int]], unit_bytes:
 
 
 @given(documents, some.integers(10, 150), some.lists(some.integers(0, 80), max_size=4))
+@example([(5, 0), (26, 1), (1, 0), (5, 0)], 10, [])  # an end just after a document that is longer than a unit
 def test_parts_find_the_ends_that_one_reader_finds(
     pairs: list[tuple[int, int]], unit_bytes: int, borders: list[int]
 ) -> None:

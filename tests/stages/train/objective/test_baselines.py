@@ -17,7 +17,7 @@ from bytecache.pipeline.commands.train import _token_dump, open_targets
 from bytecache.pipeline.commands.train import train as train_command
 from bytecache.pipeline.context import Context, open_context
 from bytecache.schemas.dataset.index import read_dataset
-from bytecache.schemas.dump.packed import TOP_K_STEPS
+from bytecache.schemas.dump.likely import STEPS_PER_NAT
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.settings import Settings, Train
 from bytecache.stages.evaluate.evaluate import evaluate, report_table
@@ -144,9 +144,9 @@ def test_a_student_that_is_the_teacher_is_at_no_distance(run, tmp_path):
         listed = micro.teacher.ids >= 0
         mine = torch.log_softmax(logits, 1).gather(1, micro.teacher.ids.clamp(min=0).long())
         # A dump keeps log p in steps, so no value is farther off than half of one, nor any distance than one.
-        assert (micro.teacher.prob.log() - mine)[listed].abs().max() < 0.5 / TOP_K_STEPS + 1e-4
-        assert shared_distance(logits, micro.teacher.ids, micro.teacher.prob).abs().max() < 1 / TOP_K_STEPS
-        assert sorted_distance(logits, micro.teacher.prob).abs().max() < 1 / TOP_K_STEPS
+        assert (micro.teacher.prob.log() - mine)[listed].abs().max() < 0.5 / STEPS_PER_NAT + 1e-4
+        assert shared_distance(logits, micro.teacher.ids, micro.teacher.prob).abs().max() < 1 / STEPS_PER_NAT
+        assert sorted_distance(logits, micro.teacher.prob).abs().max() < 1 / STEPS_PER_NAT
         moved = logits.roll(1, 0)
         assert shared_distance(moved, micro.teacher.ids, micro.teacher.prob).mean() > 0.5
 

@@ -40,7 +40,7 @@ from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
 from bytecache.stages.fidelity.measure import Measure
-from bytecache.stages.lattice.effort import DROPPED, REFERENCE
+from bytecache.stages.lattice.effort import DROPPED, REFERENCE, RULE
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
@@ -311,6 +311,7 @@ def main() -> None:
     facts: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine().replace('_', '-')}", "model": args.model,
         "start": teacher.vocabulary.start_id, "reference": REFERENCE, "deeper": args.deeper, "presets": st.PRESETS,
+        "effort": RULE,
         "document": args.document, "stretch": args.stretch, "seed": args.seed, "kinds": {},
     }  # fmt: skip
     if args.out.is_file():

@@ -46,22 +46,33 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join("|" + "|".join(f" {cell} " if line is not rule else cell for cell in line) + "|" for line in lines)
 
 
+def constant(module: str, name: str) -> Any:
+    """The value of a module's constant, without importing what it imports."""
+    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=found)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=found), value=ast.expr() as value)
+            ):
+                if found == name:
+                    return ast.literal_eval(value)
+    raise KeyError(f"{module} has no {name}")
+
+
 def changed_presets(name: str = "exactness.json") -> str:
-    """A note where presets are no longer what they were when they were measured; nothing where they are."""
-    tree = ast.parse((ROOT / "schemas" / "settings.py").read_text(encoding="utf-8"))
-    value = next(
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "PRESETS" and node.value
-    )
-    today = ast.literal_eval(value)
-    measured = result(name)["presets"]
-    if measured == {name: today[name] for name in measured}:
-        return ""
-    spelled = "; ".join(
-        f"`{name}` " + ", ".join(f"{key} {number:g}" for key, number in keys.items()) for name, keys in measured.items()
-    )
-    return f"\n\nMeasured with other values than the presets have today: {spelled}."
+    """A note where presets, or the rule that spends them, are no longer what they were when they were measured."""
+    measured, today = result(name), constant("schemas/settings.py", "PRESETS")
+    presets = measured["presets"]
+    notes = ""
+    if presets != {name: today[name] for name in presets}:
+        spelled = "; ".join(
+            f"`{name}` " + ", ".join(f"{key} {number:g}" for key, number in keys.items())
+            for name, keys in presets.items()
+        )
+        notes += f"\n\nMeasured with other values than the presets have today: {spelled}."
+    if measured.get("effort", 3) != constant("stages/lattice/effort.py", "RULE"):
+        notes += f"\n\nMeasured by version {measured.get('effort', 3)} of the rule of effort, which is not today's."
+    return notes
 
 
 def presets(name: str = "exactness.json") -> str:
@@ -80,13 +91,13 @@ def presets(name: str = "exactness.json") -> str:
 
 
 def presets_short() -> str:
-    """JSD and rows of every preset on every kind of text, a line each."""
-    of_one = kinds()
+    """KL, JSD and rows of every preset on every kind of text, a line each."""
     rows = []
-    for preset in PRESETS:
-        cells = [measured["presets"][preset] for _, measured in of_one]
-        rows.append([f"`{preset}`", *(f"{c['kl']:.5f} / {c['jsd']:.5f} ({c['rows_per_token']:.2f})" for c in cells)])
-    return table("`teacher.preset` | " + " | ".join(f">{KINDS[kind]}" for kind, _ in of_one), rows) + changed_presets()
+    for kind, measured in kinds():
+        cells = [measured["presets"][preset] for preset in PRESETS]
+        figures = [f"{c['kl']:.5f} / {c['jsd']:.5f} ({c['rows_per_token']:.2f})" for c in cells]
+        rows.append([KINDS[kind], *figures])
+    return table("text | " + " | ".join(f">`{preset}`" for preset in PRESETS), rows) + changed_presets()
 
 
 def presets_of_gemma() -> str:

@@ -112,7 +112,7 @@ class Teacher(Section):
     floor: float = Field(1e-5, ge=0.0, le=1e-2)
     """Next bytes rarer than this share of their prefix are summed into the tail instead of being dumped."""
     preset: Literal["fast", "balanced", "exact"] = "balanced"
-    """Effort: rows per canonical token about 1.2 with `fast`, 1.6 with `balanced`, 2.8 with `exact`."""
+    """Effort: rows per canonical token about 1.2 with `fast`, 1.9 with `balanced`, 3.2 with `exact`."""
     tau: float = Field(-1.0, ge=-1.0, le=1.0)
     """Evaluate every deviation from the canonical tokens that carries more than this share of its prefix, wherever it
     ends, or (with static rows) further on; lighter ones where the text after them surprises. 0 = all, -1 = preset."""

@@ -121,5 +121,5 @@ def test_a_run_against_a_server_that_is_killed(
     assert told["served"] == "tiny" and server.api not in json.dumps(dataset.info)
     if backend == "vllm-server":
         assert any(name.endswith(".safetensors") for name in told["weights"]) and told["head_dtype"] == "float32"
-        # An untrained teacher finds all text absurd, so that a light history may turn out to be the one that foresaw it.
+        # An untrained teacher finds all text absurd: a light history may turn out to be the one that foresaw it.
     assert dataset.fidelity is not None and dataset.fidelity["kl"]["mean"] < 0.2

@@ -119,10 +119,10 @@ def _bound(response: Any) -> None:
 def asking(url: str) -> Iterator[None]:
     """Around requests: what the client raises becomes a refusal with its remedy.
 
-    Raises ConfigError where there is no token, StorageError for all else that is the hub's. A fault of this machine's
-    files (OSError with a name) and what is no failure of an answer pass through.
+    Raises ConfigError where there is no token or the hub is switched off, StorageError for all else that is the
+    hub's. A fault of this machine's files (OSError with a name) and what is no failure of an answer pass through.
     """
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     # The library under the client changes its name between releases; the client derives its own errors of that one's.
     connection_errors = tuple(
@@ -140,6 +140,10 @@ def asking(url: str) -> Iterator[None]:
                 raise _refusal(url, cause) from error
             if isinstance(cause, BytecacheError):
                 raise cause from None
+            if isinstance(cause, OfflineModeIsEnabled):
+                raise ConfigError(
+                    f"{url}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or name a local copy"
+                ) from None
             if isinstance(cause, _UnboundedError):
                 raise StorageError(f"{url}: an answer of the hub {cause}; nothing of it is used") from error
             if isinstance(cause, (*connection_errors, ConnectionError, TimeoutError)):

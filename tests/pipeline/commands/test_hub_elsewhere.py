@@ -198,3 +198,13 @@ def test_addresses(hub: Any, url: str, path: str) -> None:
     for bad in ("hf://datasets/me/set", "hf://datasets/me/set/../x", "hf://buckets/me/x/y", "hf://datasets/me@/x"):
         with pytest.raises(ConfigError, match="a place on the hub"):
             hub_file(bad)
+
+
+def test_a_hub_that_is_switched_off_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with (
+        pytest.raises(ConfigError, match=r"HF_HUB_OFFLINE is set.*unset it"),
+        hub_session() as api,
+        asking("hf://datasets/owner/name"),
+    ):
+        api.dataset_info("owner/name")

@@ -122,4 +122,4 @@ def test_a_run_against_a_server_that_is_killed(
     if backend == "vllm-server":
         assert any(name.endswith(".safetensors") for name in told["weights"]) and told["head_dtype"] == "float32"
         # An untrained teacher finds all text absurd: a light history may turn out to be the one that foresaw it.
-    assert dataset.fidelity is not None and dataset.fidelity["kl"]["mean"] < 0.2
+        assert dataset.fidelity is not None and dataset.fidelity["kl"]["mean"] < 0.2

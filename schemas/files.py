@@ -96,6 +96,12 @@ def refuse_stray(path: str | os.PathLike[str]) -> None:
         raise StrayLinkError(path)
 
 
+def read_member(path: str | os.PathLike[str], limit: int) -> bytes:
+    """`read_regular` of a file of a data set. Raises StrayLinkError where a link leads out of it, OSError."""
+    refuse_stray(path)
+    return read_regular(path, limit)
+
+
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     """At most `limit` + 1 bytes of a regular file: whoever gets that many knows that it is too long. Raises OSError."""
     with open_regular(path) as file:

@@ -141,9 +141,14 @@ def refuse_downgrade(url: str, target: str, there: str) -> None:
         raise not_followed(url, there, "it leaves https")
 
 
-def not_followed(url: str, there: str, why: str) -> StorageError:
-    """What is said of an address that a server names and that is not asked."""
+def not_followed(url: str, there: str, why: str, otherwise: str = "") -> StorageError:
+    """What is said of an address that a server names and that is not asked; `otherwise`: another remedy."""
     return StorageError(
         f"{masked(url)}: a redirect to {masked(there)[:200]} is not followed ({why}); name that address yourself"
-        + (", or set dataset.private_redirects = true" if "private" in why else "")
+        + otherwise
     )
+
+
+def leads_to_private(url: str, there: str, address: str) -> StorageError:
+    """What is said where `there` is, or is at, a private address."""
+    return not_followed(url, there, f"{address}, a private address", ", or set dataset.private_redirects = true")

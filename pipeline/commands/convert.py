@@ -16,6 +16,7 @@ from bytecache.pipeline.commands.dataset import (
     certificate,
     dataset_identity,
     dataset_info,
+    keep_settings,
     publish_index,
     refuse_other_dataset,
 )
@@ -31,7 +32,6 @@ from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import human_bytes
 from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
-from bytecache.schemas.dataset.index import DATASET
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Convert
@@ -181,8 +181,7 @@ def _publish(context: Context, outcome: Outcome, info: dict[str, Any]) -> None:
     from bytecache.stages.fidelity.certificate import summary_line
 
     index_is_new = publish_index(context, outcome.receipts, info)
-    changed, index = outcome.made > 0 or index_is_new, context.store.sha256(f"{TARGETS}/{DATASET}")
-    context.save_config(f"{TARGETS}/config.toml", changed=changed, published=True, of=index)
+    keep_settings(context, changed=outcome.made > 0 or index_is_new)
     context.say(outcome_line("convert", outcome))
     edition = info["edition"]
     if edition["number"] > 1:

@@ -262,6 +262,14 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
     return True
 
 
+def keep_settings(context: Context, *, changed: bool) -> None:
+    """Keep the settings that made the published index beside it; if nothing changed, only mend them."""
+    from bytecache.schemas.dataset.index import DATASET
+
+    index = context.store.sha256(f"{TARGETS}/{DATASET}")
+    context.save_config(f"{TARGETS}/config.toml", changed=changed, published=True, of=index)
+
+
 def _was_cut_off(store: Store, manifest: bytes) -> bool:
     """Whether a kill between the two files of an index left the new manifest beside a dataset.json of the one before.
 

@@ -81,7 +81,7 @@ def take_inventory(store: Store) -> Inventory:
             raise
         except IntegrityError as error:
             receipt, fault = None, str(error)
-        if receipt is not None and receipt.stage == documents.STAGE:
+        if receipt is not None:
             receipt = documents.settled(store, receipt)
         return name, None if fault else receipt, fault
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bytecache.pipeline.commands.dataset import TARGETS, read_index, shard_entry
+from bytecache.pipeline.commands.dataset import TARGETS, keep_settings, read_index, shard_entry
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
@@ -71,8 +71,7 @@ def mix(context: Context, places: Sequence[str], mixing: Mixing, *, partial: boo
     outcome = Outcome([_with_divergence(context.store, receipt) for receipt in outcome.receipts], outcome.made)
     info["mix"] |= _measured(outcome.receipts)
     published = _publish(context, outcome.receipts, info)
-    changed, index = outcome.made > 0 or published, context.store.sha256(f"{TARGETS}/{DATASET}")
-    context.save_config(f"{TARGETS}/config.toml", changed=changed, published=True, of=index)
+    keep_settings(context, changed=outcome.made > 0 or published)
     context.say(outcome_line(STAGE, outcome))
     for line in _summary(info["mix"], [one.dataset for one in sets]):
         context.say(f"mix: {line}")

@@ -53,7 +53,7 @@ def _look(store: Store, stage: str, key: str) -> Receipt | str | None:
         receipt = receipts.read_receipt(store, stage, key)
     except IntegrityError as error:
         return str(error)
-    if receipt is not None and stage == documents.STAGE:
+    if receipt is not None:
         receipt = documents.settled(store, receipt)
     present = () if receipt is None or receipt.deleted else receipt.files
     wrong = [file.path for file in present if store.size(file.path) != file.size]

@@ -19,11 +19,12 @@ from bytecache.schemas.web import (
     PrivateAddressError,
     is_private,
     is_proxied,
-    not_followed,
+    leads_to_private,
     origin,
     refuse_downgrade,
     refuse_private,
 )
+from bytecache.stages.targets.hub_files import switched_off
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -81,12 +82,12 @@ def _judge(request: Any, hub: str, private_redirects: bool) -> None:
             peer = stream.get_extra_info("server_addr")
             if peer and is_private(peer[0]):
                 stream.close()
-                raise not_followed(hub, there, f"{peer[0]}, a private address")
+                raise leads_to_private(hub, there, peer[0])
 
     try:
         refuse_private(request.url.host)
     except PrivateAddressError as error:
-        raise not_followed(hub, there, f"{error}, a private address") from None
+        raise leads_to_private(hub, there, str(error)) from None
     if not is_proxied(there):
         request.extensions = {**request.extensions, "trace": look}
 
@@ -141,9 +142,7 @@ def asking(url: str) -> Iterator[None]:
             if isinstance(cause, BytecacheError):
                 raise cause from None
             if isinstance(cause, OfflineModeIsEnabled):
-                raise ConfigError(
-                    f"{url}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or name a local copy"
-                ) from None
+                raise switched_off(url) from None
             if isinstance(cause, _UnboundedError):
                 raise StorageError(f"{url}: an answer of the hub {cause}; nothing of it is used") from error
             if isinstance(cause, (*connection_errors, ConnectionError, TimeoutError)):

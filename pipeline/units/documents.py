@@ -51,7 +51,9 @@ def _receipt_of(record: FileRecord, counts: dict[str, Any]) -> Receipt:
 
 
 def settled(store: Store, receipt: Receipt) -> Receipt:
-    """What a document's receipt vouches for: of one that was being replaced, the text that is there."""
+    """What a receipt vouches for: of a document that was being replaced, the text that is there."""
+    if receipt.stage != STAGE:
+        return receipt
     size, sha256 = receipt.counts.get("before_size"), receipt.counts.get("before_sha256")
     if len(receipt.files) != 1 or not isinstance(size, int) or not isinstance(sha256, str) or size < 0:
         return receipt

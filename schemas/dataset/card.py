@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bytecache.schemas.files import read_regular, refuse_stray
+from bytecache.schemas.files import read_member
 from bytecache.schemas.whole import is_number
 
 FILE = "README.md"
@@ -38,8 +38,7 @@ class Published(NamedTuple):
 def is_ours(path: Path) -> bool:
     """Whether a card may be written there: none yet, or one of ours that nobody took over."""
     try:
-        refuse_stray(path)
-        raw = read_regular(path, LONGEST)
+        raw = read_member(path, LONGEST)
     except FileNotFoundError:
         return True
     except OSError:

@@ -29,7 +29,7 @@ from bytecache.schemas import strict_json
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset import card
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
-from bytecache.schemas.files import NotAFileError, file_sha256, read_regular, refuse_stray, replace_file
+from bytecache.schemas.files import NotAFileError, file_sha256, read_member, replace_file
 from bytecache.schemas.messages import one_line
 from bytecache.schemas.parquet_pages import pages_of
 from bytecache.schemas.shard.limits import excess
@@ -245,8 +245,7 @@ def write_dataset(
 
 def _load(path: Path, limit: int) -> bytes:
     try:
-        refuse_stray(path)
-        data = read_regular(path, limit)
+        data = read_member(path, limit)
         if len(data) > limit:
             size = path.stat().st_size
             raise IntegrityError(f"{path}: {size} bytes, at most {limit} are read; this is not an index of this format")

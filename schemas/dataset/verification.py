@@ -15,7 +15,7 @@ from bytecache.schemas.dataset import card
 from bytecache.schemas.dataset.editions import edition_folder, edition_of, older_editions
 from bytecache.schemas.dataset.index import DATASET, MAX_JSON, SUFFIX, Dataset, ShardEntry, read_dataset
 from bytecache.schemas.errors import IntegrityError, StorageError
-from bytecache.schemas.files import file_sha256, read_regular, refuse_stray
+from bytecache.schemas.files import file_sha256, read_member, refuse_stray
 from bytecache.schemas.shard.codes import TAIL
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 
@@ -111,8 +111,7 @@ def edition_fault(dataset: Dataset, before: Dataset | None) -> str:
 
 def _check_card(folder: Path) -> list[Problem]:
     try:
-        refuse_stray(folder / card.FILE)
-        raw = read_regular(folder / card.FILE, card.LONGEST)
+        raw = read_member(folder / card.FILE, card.LONGEST)
     except FileNotFoundError:
         return [Problem(card.FILE, "missing", "the data set has no card for those who download it")]
     except OSError as error:
@@ -125,7 +124,7 @@ def _check_card(folder: Path) -> list[Problem]:
 def _rendered(folder: Path) -> bytes:
     """The card that the index makes; nothing where it makes none."""
     try:
-        return card.render(strict_json.parse(read_regular(folder / DATASET, MAX_JSON)))
+        return card.render(strict_json.parse(read_member(folder / DATASET, MAX_JSON)))
     except (AttributeError, KeyError, OSError, TypeError, ValueError):
         return b""
 

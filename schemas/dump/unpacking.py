@@ -136,8 +136,10 @@ def _name_stops(
     packed: Packed, text: U8, start: int, d: int, first: int, end: int, tok: int, spellings: Spellings, out: Rows
 ) -> int:
     """Depths and tokens of a level's stops; returns how many tokens were read, -1 where one is of no known spelling."""
+    if first == end:
+        return tok
+    slot = slot_of(spellings, text, start, d)
     for s in range(first, end):
-        slot = slot_of(spellings, text, start, d)
         if packed.stop_rows[s] & NEW_TOKEN:
             if tok == len(packed.token):
                 return -1

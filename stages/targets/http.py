@@ -34,7 +34,7 @@ from bytecache.schemas.web import (
     PrivateAddressError,
     is_private,
     is_proxied,
-    not_followed,
+    leads_to_private,
     origin,
     refuse_downgrade,
     refuse_private,
@@ -121,7 +121,7 @@ def _open(url: str, start: int, private_redirects: bool, login: str) -> http.cli
                 raise error.reason from None  # a time-out, a refused connection, a certificate
             raise ConnectionError(str(error.reason)) from None
         except PrivateAddressError as error:
-            raise not_followed(url, target, f"{error}, a private address") from None
+            raise leads_to_private(url, target, str(error)) from None
     raise StorageError(f"{masked(url)}: more than {MAX_REDIRECTS} redirects; name the address that it ends at")
 
 

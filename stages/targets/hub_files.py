@@ -28,6 +28,11 @@ def is_hub(url: str) -> bool:
     return url.startswith(_PREFIX)
 
 
+def switched_off(url: str) -> ConfigError:
+    """What is said where the environment forbids to ask the hub."""
+    return ConfigError(f"{url}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or name a local copy")
+
+
 def hub_file(url: str) -> HubFile:
     """The web address of `hf://[datasets/]OWNER/NAME[@REVISION]/PATH`.
 
@@ -53,7 +58,7 @@ def hub_file(url: str) -> HubFile:
             f"{url}: a place on the hub is hf://datasets/OWNER/NAME[@REVISION][/FOLDER] (or hf://OWNER/NAME for models)"
         )
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(f"{url}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or name a local copy")
+        raise switched_off(url)
     token = get_token()
     base = f"{constants.ENDPOINT.rstrip('/')}/{kind}{quote(owner)}/{quote(name)}"
     return HubFile(f"{base}/resolve/{quote(revision, safe='')}/{quote(path)}", f"Bearer {token}" if token else "")

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typer.testing import CliRunner
 
+from bytecache.pipeline.cli import app
 from bytecache.stages.tokens.vocab import Vocabulary
 
 
@@ -25,6 +27,14 @@ def top_k(p: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids, log-probabilities) [T, k], most likely first."""
     ids = np.argsort(-p, axis=1, kind="stable")[:, :k]
     return ids, np.log(np.take_along_axis(p, ids, axis=1))
+
+
+def import_plain(cache: Path, teacher: Path, run: Path) -> Any:
+    """`bytecache import` of a cache of layout plain whose documents are all trained on; its result."""
+    return CliRunner().invoke(app, [
+        "import", str(cache), "--from", "plain", "--teacher", str(teacher), "--run-dir", str(run),
+        "--set", "corpus.heldout_fraction=0",
+    ])  # fmt: skip
 
 
 def write_records(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -38,7 +38,7 @@ def renamed(folder: Path, place: str, name: str, which: int = 0) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "../../x.zarr.zip", "/tmp/x.zarr.zip", "a/b.zarr.zip", "..\\x.zarr.zip", "x.zarr.zip\n", "..zarr.zip",
+    "../../x.zarr.zip", "/x.zarr.zip", "a/b.zarr.zip", "..\\x.zarr.zip", "x.zarr.zip\n", "..zarr.zip",
     "http://x/y.zarr.zip", "a\0.zarr.zip", "%2e%2e%2fx.zarr.zip", "x?y=.zarr.zip", ".x.zarr.zip",
 ])  # fmt: skip
 def test_a_name_that_is_no_plain_one_is_refused(folder: Path, memory: str, name: str, tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from bytecache.pipeline.cli import app
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, InputError
@@ -24,7 +22,7 @@ from bytecache.stages.foreign.cache import Aside, ForeignTeacher, Reading, read_
 from bytecache.stages.foreign.packed import Packing
 from bytecache.stages.foreign.records import Cache, Columns
 from bytecache.stages.tokens.vocab import Vocabulary, load_vocabulary
-from tests.support.foreign_caches import distillkit_row, teacher_rows, top_k, write_records
+from tests.support.foreign_caches import distillkit_row, import_plain, teacher_rows, top_k, write_records
 from tests.support.places import ROOT
 
 SAID = (
@@ -334,10 +332,7 @@ def test_listed_ids_of_no_token_are_counted_and_said(vocabulary: Vocabulary, fol
     rows = plain_rows(vocabulary, 6)
     rows[1]["topk_ids"][2][5] = 10**6
     write_records(tmp_path / "c.jsonl", rows)
-    result = CliRunner().invoke(app, [str(one) for one in (
-        "import", tmp_path / "c.jsonl", "--from", "plain", "--teacher", folder, "--run-dir", tmp_path / "run",
-        "--set", "corpus.heldout_fraction=0",
-    )])  # fmt: skip
+    result = import_plain(tmp_path / "c.jsonl", folder, tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "1 listed ids are none of the tokenizer's" in result.output
 

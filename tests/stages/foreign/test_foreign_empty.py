@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from bytecache.pipeline.cli import app
 from bytecache.schemas.errors import ConfigError
 from bytecache.stages.foreign.packed import MAX_CONFIG, Packing
 from bytecache.stages.tokens.vocab import load_vocabulary
-from tests.support.foreign_caches import teacher_rows, top_k, write_records
+from tests.support.foreign_caches import import_plain, teacher_rows, top_k, write_records
 
 PLAIN = {"d": 1000, "k": 24, "exact_k": 24}
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -50,10 +48,7 @@ def test_records_of_nothing_are_counted_and_said(tiny_checkpoint: Any, tmp_path:
     unlisted = {"input_ids": texts[1], "topk_ids": [None] * len(texts[1]), "topk_logprobs": [None] * len(texts[1])}
     rows = [row(texts[0]), nothing, row([vocabulary.start_id, end]), nothing, row([end]), *map(row, texts), unlisted]
     write_records(tmp_path / "c.jsonl", rows)
-    result = CliRunner().invoke(app, [str(one) for one in (
-        "import", tmp_path / "c.jsonl", "--from", "plain", "--teacher", folder, "--run-dir", tmp_path / "run",
-        "--set", "corpus.heldout_fraction=0",
-    )])  # fmt: skip
+    result = import_plain(tmp_path / "c.jsonl", folder, tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "documents set aside (control tokens alone: 2, empty record: 2)" in result.output
     assert "1 documents have nothing listed about them" in result.output

@@ -28,7 +28,7 @@ CONVERTER = tuple(f"bytecache.{module}" for module in (
     "schemas.dump.parquet", "schemas.dump.window",
     "schemas.dump.packed", "schemas.dump.packing", "schemas.dump.unpacking", "schemas.dump.shares",
     "schemas.dump.planes", "schemas.dump.orders", "schemas.dump.pooling", "schemas.dump.spellings",
-    "schemas.dump.likely", "schemas.dump.version2", "schemas.shard.builder",
+    "schemas.dump.likely", "schemas.dump.ranking", "schemas.dump.version2", "schemas.shard.builder",
     "schemas.shard.blocks", "schemas.shard.gather", "schemas.shard.sorting", "schemas.shard.prior",
     "schemas.shard.quantise", "schemas.shard.logarithms", "schemas.shard.codes", "schemas.shard.reader",
     "schemas.shard.expansion", "schemas.shard.zarr_zip", "schemas.shard.worth", "schemas.shard.rounding",

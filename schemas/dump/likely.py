@@ -12,12 +12,16 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import F32, I32, I64, U8, U16
+from bytecache.schemas.dump.ranking import Ranking, listed_again
 from bytecache.schemas.dump.window import Window
+from bytecache.schemas.loops import inner_loop
 
 STEPS_PER_NAT = 16
 """Codes of a log-probability."""
 LAST_PLACE = 65_535
 """Tokens beyond so many are listed by id again."""
+_EVER = -1
+"""Times: however often a token is listed, it counts."""
 
 
 class TopK(NamedTuple):
@@ -31,61 +35,38 @@ class TopK(NamedTuple):
     """uint16 [N]; 16 times what a token's -log p is more than that before it, modulo 2^16 should it be less"""
 
 
-class _Order(NamedTuple):
-    """Tokens in order; a token is a number, in the order in which they were listed by id."""
-
-    number: I64
-    """int64; by place"""
-    place: I64
-    """int64; by number"""
-    times: I64
-    """int64; by number, how often each was listed"""
-    above: I64
-    """int64; how many were listed more than so many times"""
+def _new_ranking(n: int) -> Ranking:
+    """Of n tokens at most; one is a number, in the order in which they were listed by id."""
+    item, place, times = np.zeros((3, n), np.int64)
+    return Ranking(item, place, times, np.zeros(n + 2, np.int64))
 
 
-def _new_order(n: int) -> _Order:
-    return _Order(np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n + 2, np.int64))
-
-
-@njit(cache=True, nogil=True)
-def _learn(order: _Order, number: int) -> None:
-    """It was listed once more: it changes places with the first one that was listed as often."""
-    times = order.times[number]
-    old, new = order.place[number], order.above[times]
-    other = order.number[new]
-    order.number[new], order.number[old] = number, other
-    order.place[number], order.place[other] = new, old
-    order.above[times] = new + 1
-    order.times[number] = times + 1
-
-
-@njit(cache=True, nogil=True)
-def _append(order: _Order, number: int) -> None:
+@inner_loop
+def _append(ranking: Ranking, number: int) -> None:
     """A token that was not listed before, behind all others."""
-    order.number[number] = order.place[number] = number
-    _learn(order, number)
+    ranking.item[number] = ranking.place[number] = number
+    listed_again(ranking, 0, number, _EVER)
 
 
 @njit(cache=True, nogil=True)
-def _ranks(ids: I64, distinct: int, order: _Order, rank: U16, listed: I64) -> int:
+def _ranks(ids: I64, distinct: int, ranking: Ranking, rank: U16, listed: I64) -> int:
     """Fill ranks, and which of `ids` [N], numbers below `distinct`, are listed by id; returns how many."""
     known = np.full(distinct, -1, np.int64)
     count = 0
     for n in range(len(ids)):
         number = known[ids[n]]
-        if number >= 0 and order.place[number] < LAST_PLACE:
-            rank[n] = order.place[number] + 1
-            _learn(order, number)
+        if number >= 0 and ranking.place[number] < LAST_PLACE:
+            rank[n] = ranking.place[number] + 1
+            listed_again(ranking, 0, number, _EVER)
         else:
             known[ids[n]], listed[count] = count, n
-            _append(order, count)
+            _append(ranking, count)
             count += 1
     return count
 
 
 @njit(cache=True, nogil=True)
-def _tokens(rank: U16, listed: I32, order: _Order, out: I32) -> bool:
+def _tokens(rank: U16, listed: I32, ranking: Ranking, out: I32) -> bool:
     """Fill the tokens of all ranks; returns whether there are as many as the ranks say."""
     count = 0
     for n in range(len(rank)):
@@ -93,12 +74,12 @@ def _tokens(rank: U16, listed: I32, order: _Order, out: I32) -> bool:
             return False
         if rank[n] == 0:
             out[n] = listed[count]
-            _append(order, count)
+            _append(ranking, count)
             count += 1
         else:
-            number = order.number[rank[n] - 1]
+            number = ranking.item[rank[n] - 1]
             out[n] = listed[number]
-            _learn(order, number)
+            listed_again(ranking, 0, number, _EVER)
     return count == len(listed)
 
 
@@ -115,7 +96,7 @@ def pack_lists(ids: I32, logp: F32) -> TopK:
     codes = np.rint(np.clip(logp.astype(np.float64) * -STEPS_PER_NAT, 0.0, 65535.0)).astype(np.int64)
     distinct, number = np.unique(ids, return_inverse=True)
     rank, listed = np.zeros(ids.size, np.uint16), np.zeros(ids.size, np.int64)
-    count = _ranks(number.reshape(-1), len(distinct), _new_order(ids.size), rank, listed)
+    count = _ranks(number.reshape(-1), len(distinct), _new_ranking(ids.size), rank, listed)
     code = np.diff(codes, axis=1, prepend=0).astype(np.uint16).reshape(-1)
     return TopK(rank, ids.reshape(-1)[listed[:count]].astype(np.int32), code)
 
@@ -131,7 +112,7 @@ def unpack_top_k(row_depth: U8, columns: TopK) -> tuple[I32, F32]:
     if len(rank) != k * len(canonical) or len(codes) != len(rank):
         raise ValueError("its top k has not as many tokens in every row")
     ids = np.zeros(len(rank), np.int32)
-    if not _tokens(rank, listed, _new_order(len(rank)), ids):
+    if not _tokens(rank, listed, _new_ranking(len(rank)), ids):
         raise ValueError("its top k names tokens that it does not list")
     all_ids, logp = np.zeros((len(row_depth), k), np.int32), np.zeros((len(row_depth), k), np.float32)
     if k:

@@ -9,9 +9,10 @@ learn from what they have read and written: nothing of an order is stored.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from bytecache.schemas.arrays import I64, PLACE, U8, U16, U64
+from bytecache.schemas.arrays import I64, PLACE, U8, U64
+from bytecache.schemas.dump.ranking import Ranking, listed_again
+from bytecache.schemas.loops import inner_loop
 
 MOST_TIMES = 255
 """An order no longer changes for a byte that was listed so often."""
@@ -22,14 +23,8 @@ _NOWHERE = -1
 class Orders(NamedTuple):
     """The orders of all contexts, one after the other: items of a context are the 256 from its `context_of` on."""
 
-    byte: U8
-    """uint8 [512 contexts of bytes]; by place"""
-    place: U8
-    """uint8; by byte"""
-    times: U8
-    """uint8; by byte, how often each was listed"""
-    above: U16
-    """uint16; how many bytes were listed more than so many times: where those begin that were not"""
+    ranking: Ranking
+    """of bytes: uint8, uint8, uint8 and uint16 [512 contexts of bytes]"""
     first: I64
     """int64 [256]; by the byte before a level, where its two contexts begin"""
     listed: U8
@@ -49,65 +44,48 @@ def new_orders(text: U8) -> Orders:
     first = (np.cumsum(first) - 1) * 512
     order = np.tile(np.arange(256, dtype=np.uint8), int(first[-1]) // 256 + 2)
     n = len(order)
-    return Orders(
-        order, order.copy(), np.zeros(n, np.uint8), np.zeros(n, np.uint16), first, np.zeros(257, np.uint8),
-        np.zeros(4, np.uint64), np.zeros(4, np.int64),
-    )  # fmt: skip
+    ranking = Ranking(order, order.copy(), np.zeros(n, np.uint8), np.zeros(n, np.uint16))
+    return Orders(ranking, first, np.zeros(257, np.uint8), np.zeros(4, np.uint64), np.zeros(4, np.int64))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def context_of(orders: Orders, text: U8, i: int, depth: int) -> int:
     """Where the order of a level at byte i of the text begins, `depth` bytes into its row."""
     before = int(text[PLACE(i - 1)]) if i > 0 else 0
     return int(orders.first[PLACE(before)]) + (256 if depth == 0 else 0)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def own_place(orders: Orders, context: int, text: U8, i: int) -> int:
     """Where the text's own next byte stands in the order, -1 at the text's end."""
-    return int(orders.place[PLACE(context + int(text[PLACE(i)]))]) if i < len(text) else _NOWHERE
+    return int(orders.ranking.place[PLACE(context + int(text[PLACE(i)]))]) if i < len(text) else _NOWHERE
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def in_sequence(orders: Orders, context: int, own: int, byte: int) -> int:
     """The place of a byte in the sequence of a level whose own byte stands at `own` in the order."""
-    place = int(orders.place[PLACE(context + byte)])
+    place = int(orders.ranking.place[PLACE(context + byte)])
     if place == own:
         return 0
     return place + (1 if place < own else 0)
 
 
-@njit(cache=True, nogil=True, inline="always")
-def byte_at(order: U8, context: int, own: int, place: int) -> int:
-    """The byte at a place of the sequence; `order`: the member `byte`."""
+@inner_loop
+def byte_at(orders: Orders, context: int, own: int, place: int) -> int:
+    """The byte at a place of the sequence."""
     if place <= own:
         place = place - 1 if place > 0 else own
-    return int(order[PLACE(context + place)])
+    return int(orders.ranking.item[PLACE(context + place)])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def learn(orders: Orders, context: int, count: int) -> None:
-    """The first `count` of `listed` were listed once more: each changes places with the first that was as often."""
-    # Arrays by themselves: what takes a tuple of them apart for every byte spends its time on counting references.
-    order, places, often, above, listed = orders.byte, orders.place, orders.times, orders.above, orders.listed
+    """The first `count` of `listed` were listed once more."""
     for k in range(PLACE(count)):
-        byte = int(listed[k])
-        at = PLACE(context + byte)
-        times = int(often[at])
-        if times == MOST_TIMES:
-            continue
-        end = PLACE(context + times)
-        old, new = places[at], above[end]
-        other = order[PLACE(context + int(new))]
-        order[PLACE(context + int(new))] = byte
-        order[PLACE(context + int(old))] = other
-        places[at] = new
-        places[PLACE(context + int(other))] = old
-        above[end] = new + 1
-        often[at] = times + 1
+        listed_again(orders.ranking, context, int(orders.listed[k]), MOST_TIMES)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def sort(orders: Orders, count: int) -> None:
     """Note where the first `count` of `listed`, which are all different, stand among each other."""
     listed, bits, lower = orders.listed, orders.bits, orders.lower
@@ -120,7 +98,7 @@ def sort(orders: Orders, count: int) -> None:
         lower[word + 1] = lower[word] + _ones(bits[word])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def rank_of(bits: U64, lower: I64, byte: int) -> int:
     """How many of the listed bytes are below this one; `bits`, `lower`: the members."""
     word = PLACE(byte >> 6)
@@ -129,7 +107,7 @@ def rank_of(bits: U64, lower: I64, byte: int) -> int:
     return rank
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def _ones(word: Any) -> int:
     """How many bits of a uint64 are set."""
     pairs = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))

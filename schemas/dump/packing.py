@@ -24,6 +24,7 @@ from bytecache.schemas.dump.shares import (
 )
 from bytecache.schemas.dump.spellings import Spellings, is_empty, new_spellings, note, slot_of, token_at
 from bytecache.schemas.dump.window import Window, take_rows
+from bytecache.schemas.loops import inner_loop, row_loop
 
 
 def breadth_first(window: Window) -> tuple[I64, U8]:
@@ -191,6 +192,17 @@ def _pack(
     room = 1 + SYMBOLS + int(source.n_stops.max())
     level = Level(np.zeros(room), np.zeros(room, np.uint8), np.zeros(room, np.uint16), np.zeros(room, np.uint16))
     listed = _Listed(np.zeros(room, np.int64), np.zeros(room, np.int64))
+    written: tuple[int, int, int, int, int] = _pack_rows(
+        source, step, floor, ends, orders, spellings, level, listed, out
+    )
+    return written
+
+
+@row_loop
+def _pack_rows(
+    source: _Source, step: int, floor: float, ends: bool, orders: Orders, spellings: Spellings, level: Level,
+    listed: _Listed, out: Packed,
+) -> tuple[int, int, int, int, int]:  # fmt: skip
     lev = ent = stp = tok = rar = 0
     l_in = e_in = s_in = 0
     for r in range(len(source.row_start)):
@@ -228,7 +240,7 @@ def _pack(
     return lev, ent, stp, tok, rar
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _put_in_sequence(
     source: _Source, orders: Orders, context: int, i: int, first: int, end: int, level: Level, listed: _Listed
 ) -> bool:
@@ -251,7 +263,7 @@ def _put_in_sequence(
     return True
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _write_stops(
     source: _Source, r: int, first: int, end: int, level: Level, listed: _Listed, spellings: Spellings, stp: int,
     tok: int, out: Packed,
@@ -272,7 +284,7 @@ def _write_stops(
     return tok
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _write_entries(
     source: _Source, context: int, first: int, end: int, level: Level, listed: _Listed, orders: Orders, ent: int,
     out: Packed,
@@ -298,7 +310,7 @@ def _write_entries(
     return 0 if top == SYMBOLS else top + 1, ent
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _list_end(
     source: _Source, r: int, d: int, i: int, ends: bool, weight: float, floor: float, unit: float, level: Level
 ) -> int:
@@ -313,7 +325,7 @@ def _list_end(
     return 1
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _list_stops(
     source: _Source, s: int, end: int, d: int, prefix: float, floor: float, unit: float, level: Level, item: I64, n: int
 ) -> tuple[int, int]:
@@ -327,7 +339,7 @@ def _list_stops(
     return s, n
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _list_entries(
     source: _Source, e: int, end: int, prefix: float, i: int, floor: float, weight: float, unit: float, level: Level,
     item: I64, n: int,

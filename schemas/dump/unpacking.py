@@ -23,6 +23,7 @@ from bytecache.schemas.dump.shares import (
 )
 from bytecache.schemas.dump.spellings import Spellings, is_empty, new_spellings, note, slot_of, token_at
 from bytecache.schemas.dump.window import Window
+from bytecache.schemas.loops import inner_loop, row_loop
 
 
 class Rows(NamedTuple):
@@ -79,7 +80,7 @@ def _control(packed: Packed, step: int) -> F32:
     return root.astype(np.float32)
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _count_rows(marks: U8) -> tuple[int, int]:
     """How many rows go on from stops, and how many of them are canonical."""
     rows = canonical = 0
@@ -93,6 +94,12 @@ def _count_rows(marks: U8) -> tuple[int, int]:
 @njit(cache=True, nogil=True)
 def _unpack(text: U8, packed: Packed, step: int, orders: Orders, spellings: Spellings, out: Rows) -> int:
     """Fill the rows; returns the number of what is wrong, 0 for nothing."""
+    fault: int = _unpack_rows(text, packed, step, orders, spellings, out)
+    return fault
+
+
+@row_loop
+def _unpack_rows(text: U8, packed: Packed, step: int, orders: Orders, spellings: Spellings, out: Rows) -> int:
     rows, canonical = _count_rows(packed.stop_rows)
     if rows + 1 != len(packed.row_scale):
         return 2
@@ -131,7 +138,7 @@ def _unpack(text: U8, packed: Packed, step: int, orders: Orders, spellings: Spel
     return 0 if rar == len(packed.rare) and tok == len(packed.token) and next_row == rows + 1 else 1
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def _name_stops(
     packed: Packed, text: U8, start: int, d: int, first: int, end: int, tok: int, spellings: Spellings, out: Rows
 ) -> int:
@@ -151,7 +158,7 @@ def _name_stops(
     return tok
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def _name_entries(
     packed: Packed, text: U8, i: int, context: int, lev: int, first: int, end: int, orders: Orders
 ) -> bool:
@@ -164,10 +171,10 @@ def _name_entries(
     top = int(packed.level_top[lev]) - 1
     if top > 255:
         return False
-    order, listed, gaps = orders.byte, orders.listed, packed.entry_gap
+    listed, gaps = orders.listed, packed.entry_gap
     k = PLACE(0)
     if top >= 0:
-        listed[k] = byte_at(order, context, own, top)
+        listed[k] = byte_at(orders, context, own, top)
         k += PLACE(1)
     else:
         top = SYMBOLS
@@ -177,14 +184,14 @@ def _name_entries(
         at = place + (1 if place >= top else 0)
         if at > 255:
             return False
-        listed[k] = byte_at(order, context, own, at)
+        listed[k] = byte_at(orders, context, own, at)
         k += PLACE(1)
     learn(orders, context, k)
     sort(orders, k)
     return True
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def _mark_rows(packed: Packed, r: int, d: int, first: int, end: int, next_row: int, canonical: int, out: Rows) -> int:
     """Place the rows that go on from a level's stops; returns the number of the next one, -1 if they cannot be."""
     for s in range(first, end):
@@ -209,7 +216,7 @@ def _mark_rows(packed: Packed, r: int, d: int, first: int, end: int, next_row: i
     return next_row
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def _decode_level(
     packed: Packed, r: int, d: int, lev: int, places: tuple[int, int, int, int, int], scale: Scale, prefix: float,
     byte: int, rar: int, orders: Orders, out: Rows,
@@ -269,7 +276,7 @@ def _decode_level(
     return rar, after
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inner_loop
 def _share(code: int, scale: Scale, rare: U16, at: int) -> tuple[int, float]:
     """The share of a code that is not implied; returns where the next rare share lies, too."""
     if code == RARE:

@@ -17,10 +17,28 @@ from bytecache.schemas.dump.orders import (
     sort,
 )
 from bytecache.schemas.dump.pooling import Cells, pooled
+from bytecache.schemas.dump.ranking import Ranking, listed_again
 from bytecache.schemas.dump.shares import Level, code_level, rest_share, scale_of
 from bytecache.schemas.dump.spellings import is_empty, new_spellings, note, slot_of, token_at
 
 TEXT = np.frombuffer(b"abcab", np.uint8)
+
+
+@pytest.mark.parametrize(("kind", "first", "most"), [(np.uint8, 60, 20), (np.int64, 0, -1)])
+def test_what_is_listed_again_changes_places_with_the_first_that_was_as_often(kind, first, most):
+    """Beside the rule in words, TOKEN_DUMP 4 and 7: with numbers of any width, at any place, up to `most` times."""
+    item = np.tile(np.arange(30), 4).astype(kind)
+    ranking = Ranking(item, item.copy(), np.zeros(120, kind), np.zeros(400, np.uint16))
+    order, times = list(range(30)), [0] * 30
+    for listed in (np.random.default_rng(3).geometric(0.1, 2000) % 30).tolist():
+        listed_again(ranking, first, listed, most)
+        if times[listed] != most:
+            there, ahead = order.index(listed), [times[x] for x in order].index(times[listed])
+            order[there], order[ahead] = order[ahead], listed
+            times[listed] += 1
+    one = slice(first, first + 30)
+    assert ranking.item[one].tolist() == order and ranking.times[one].tolist() == times
+    assert max(times) > 100 or most == max(times)
 
 
 def test_an_order_is_by_how_often_bytes_were_listed():
@@ -30,10 +48,10 @@ def test_an_order_is_by_how_often_bytes_were_listed():
         orders.listed[0] = byte
         learn(orders, context, 1)
     one, next_one = slice(context, context + 256), slice(context + 256, context + 512)
-    times = orders.times[one][orders.byte[one]].astype(int)
+    times = orders.ranking.times[one][orders.ranking.item[one]].astype(int)
     assert (np.diff(times) <= 0).all() and times[0] > times[100] and times.max() <= MOST_TIMES
-    np.testing.assert_array_equal(orders.place[one][orders.byte[one]], np.arange(256))
-    np.testing.assert_array_equal(orders.byte[next_one], np.arange(256))
+    np.testing.assert_array_equal(orders.ranking.place[one][orders.ranking.item[one]], np.arange(256))
+    np.testing.assert_array_equal(orders.ranking.item[next_one], np.arange(256))
 
 
 @pytest.mark.parametrize("i", range(len(TEXT) + 1))
@@ -44,8 +62,8 @@ def test_the_sequence_begins_with_the_texts_own_byte(i):
     orders.listed[:7] = list(b"xyzzy b")
     learn(orders, context, 7)
     own = own_place(orders, context, TEXT, i)
-    sequence = [byte_at(orders.byte, context, own, place) for place in range(256)]
-    before = orders.byte[context : context + 256].tolist()
+    sequence = [byte_at(orders, context, own, place) for place in range(256)]
+    before = orders.ranking.item[context : context + 256].tolist()
     expected = before if i == len(TEXT) else [int(TEXT[i]), *(b for b in before if b != TEXT[i])]
     assert sequence == expected
     assert [in_sequence(orders, context, own, byte) for byte in sequence] == list(range(256))

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from bytecache.pipeline.plan.make import make_plan
-from bytecache.pipeline.plan.parts import Cutter, Rule, cut_corpus
+from bytecache.pipeline.plan.parts import Cutter, cut_corpus
 from bytecache.pipeline.stores import LocalStore
 from bytecache.schemas.settings import Settings
 from bytecache.stages.corpus.files import corpus_files
@@ -87,8 +87,8 @@ def counting_speed(source: Path) -> float:
     """MB a processor second of reading and hashing alone, which is all of a second plan."""
     corpus = settings_of(source, 1).corpus
     began = time.process_time()
-    cut, _ = cut_corpus(Cutter(corpus, Rule(0, "text", 0)), corpus_files(corpus)[0], lambda: False)
-    return cut.n_bytes / 1e6 / (time.process_time() - began)
+    cut, _ = cut_corpus(Cutter(corpus, 0), corpus_files(corpus)[0], lambda: False)
+    return cut.tally.n_bytes / 1e6 / (time.process_time() - began)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from bytecache.pipeline.fleet.ledger import Delete, Get, Layout, List, Put, Reading, Replace, Request, read_block
-from bytecache.pipeline.plan.index import PAGE, PLAN_KEY, Lineage, Unit, index_bytes, make_index, page_bytes
+from bytecache.pipeline.plan.index import PAGE, PLAN_KEY, Unit, index_bytes, make_index, page_bytes
 
 LAYOUT = Layout("teacher")
 UNITS = f"{LAYOUT.root}/units/"
@@ -148,5 +148,5 @@ def plan_sizes(n_units: int) -> dict[bool, int]:
         for at in range(n_units)
     ]  # fmt: skip
     pages = ["0" * 64] * -(-n_units // PAGE)
-    index = make_index({"sha256": "0" * 64, "n_documents": 0, "n_bytes": 0}, {}, units, pages, Lineage())
+    index = make_index({"sha256": "0" * 64, "n_documents": 0, "n_bytes": 0}, {}, units, pages)
     return {True: len(index_bytes(index)), False: len(page_bytes(units[:PAGE]))}

@@ -9,8 +9,8 @@ it is for: `train`, `validation` (settings are chosen on it) or `test` (figures 
 module lends to two of them; articles are divided by a hash of their title. OUT/corpus.jsonl holds all three,
 OUT/raw.jsonl further training text of the same sources that no teacher reads.
 
-A run's split is decided by a hash of the text (`Rule`), so of each kind passages are taken whose hash agrees: with
-`run.seed = 0` and `corpus.heldout_fraction = 0.5`, `train` is the training split and the other two are held out.
+A run's split is decided by a hash of the text (`Cutter.hash`), so of each kind passages are taken whose hash agrees:
+with `run.seed = 0` and `corpus.heldout_fraction = 0.5`, `train` is the training split and the other two are held out.
 OUT/read.jsonl has of the held-out passages only the first `--read` of each kind and use: bits per byte need no teacher,
 who is slow. OUT/corpus.json says sizes, sources and the share of held-out windows of 50 bytes that occur in the
 training text.
@@ -23,15 +23,16 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bytecache.pipeline.plan.parts import Rule
+from bytecache.pipeline.plan.parts import Cutter
 from bytecache.pipeline.plan.writing import digest_of
+from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus.reader import Document
 
 ABOUT = 1000
 """Bytes of a passage."""
 NEAR = 50
 """Bytes of a window that counts as a repetition."""
-RULE = Rule(0, "text", 1 << 63)
+SPLIT = Cutter(Corpus(), seed=0, threshold=1 << 63)
 USES = ("train", "validation", "test")
 BOOKS = {
     "train": ("dickens", "tolstoy", "eliot", "hugo", "darwin"),
@@ -113,7 +114,7 @@ def chosen(found: list[Passage], kilobytes: int, agrees: Callable[[str], bool]) 
 def held_out(text: str) -> bool:
     """Whether a run holds this text out."""
     document = Document("", text)
-    return RULE.hash(document, digest_of(document, text.encode())) < RULE.threshold
+    return SPLIT.hash(document, digest_of(document, text.encode())) < SPLIT.threshold
 
 
 def repeated(texts: list[str], training: list[str]) -> float:

@@ -38,14 +38,14 @@ def check(context: Context) -> None:
 
 
 def _check_corpus(context: Context) -> str:
+    from bytecache.stages.corpus.files import corpus_files
     from bytecache.stages.corpus.reader import CorpusReader
 
     corpus = context.settings.corpus
     if context.settings.dataset.source:
         return f"not used, targets come from {context.settings.dataset.source}"
-    reader = CorpusReader(corpus)
-    first = next(iter(reader))
-    ignored = f", {reader.n_ignored_files} files of other kinds" if reader.n_ignored_files else ""
+    first, n_ignored = next(iter(CorpusReader(corpus))), len(corpus_files(corpus)[1])
+    ignored = f", {n_ignored} files of other kinds" if n_ignored else ""
     return f"{corpus.source} can be read (its first document is {first.doc_id!r}{ignored})"
 
 

@@ -227,24 +227,15 @@ def read_page(store: Store, number: int, sha256: str) -> tuple[Unit, ...]:
         raise IntegrityError(f"{store.name}: {key} is damaged ({reason}); run `bytecache plan` to repair it") from None
 
 
-@dataclass(frozen=True)
-class Lineage:
-    """What a plan has from the one before: its number, the hash of that one, and the rule of what is held out."""
-
-    edition: int = 1
-    parent: str = ""
-    threshold: int = 0
-
-
 def make_index(
-    corpus: dict[str, Any], shape: dict[str, Any], units: Sequence[Unit], pages: Sequence[str], lineage: Lineage,
-    page: int = PAGE,
+    corpus: dict[str, Any], shape: dict[str, Any], units: Sequence[Unit], pages: Sequence[str], *,
+    threshold: int = 0, edition: int = 1, parent: str = "", page: int = PAGE,
 ) -> Index:  # fmt: skip
     """The index of pages that are committed, of `page` units each."""
     index = Index(
         version=PLAN_VERSION, corpus=corpus, settings=shape, sizes=tuple(unit.n_bytes for unit in units),
         heldout=tuple(unit.index for unit in units if unit.split == "heldout"), page=page, pages=tuple(pages),
-        edition=lineage.edition, parent=lineage.parent, threshold=f"{lineage.threshold:017x}",
+        edition=edition, parent=parent, threshold=f"{threshold:017x}",
         marks="".join(unit.sha256[:MARK] for unit in units), hash="",
     )  # fmt: skip
     return index.model_copy(update={"hash": _plan_hash(index)})

@@ -20,8 +20,6 @@ from bytecache.pipeline.plan.editions import edition_key, keep, known_plans, new
 from bytecache.pipeline.plan.index import (
     PAGE,
     PLAN_KEY,
-    Index,
-    Lineage,
     Plan,
     Unit,
     corpus_identity,
@@ -33,16 +31,14 @@ from bytecache.pipeline.plan.index import (
     refuse_changes,
     shape_of,
 )
-from bytecache.pipeline.plan.parts import Cutter, Rule, cut_corpus
-from bytecache.pipeline.plan.writing import Slice
+from bytecache.pipeline.plan.parts import Cutter, cut_corpus
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units.receipts import (
-    OtherVersion,
     Receipt,
-    read_receipt,
     record_file,
     replace_receipt,
     software_versions,
+    sound_receipt,
 )
 from bytecache.pipeline.units.runner import commit_file
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
@@ -66,23 +62,23 @@ def make_plan(
         refuse_changes(old, settings, None)
     files, ignored = corpus_files(corpus)
     stamp = _stamp(files)
-    rule, lineage = Rule(settings.run.seed, corpus.kind, int(corpus.heldout_fraction * 2**64)), Lineage()
+    cutter = Cutter(corpus, settings.run.seed, int(corpus.heldout_fraction * 2**64))
+    edition, parent = 1, ""
     if old is not None:
-        _, text = cut_corpus(Cutter(corpus, rule), files, stop)
+        _, text = cut_corpus(cutter, files, stop)
         if not grow:
             refuse_changes(old, settings, text)
         same = old.corpus["sha256"] == text["sha256"]
         if same and _is_whole(old):
             _write_receipts(old)
             return old, False
-        rule = replace(rule, threshold=int(old.index.threshold, 16) or rule.threshold)
-        lineage = Lineage(old.edition, old.index.parent) if same else Lineage(old.edition + 1, old.hash)
-    cutter = Cutter(corpus, rule, store.name, settings.run.scratch)
+        cutter = replace(cutter, threshold=int(old.index.threshold, 16) or cutter.threshold)
+        edition, parent = (old.edition, old.index.parent) if same else (old.edition + 1, old.hash)
+    cutter = replace(cutter, run_dir=store.name, scratch=settings.run.scratch)
     cut, text = cut_corpus(cutter, files, stop)
-    rule = rule.corrected(cut.lowest, cut.highest)
-    if rule != cutter.rule:
-        unused = {one.key for one in cut.slices}
-        cut, text = cut_corpus(replace(cutter, rule=rule), files, stop)
+    if (corrected := cutter.corrected(cut)) != cutter:
+        unused, cutter = {one.key for one in cut.slices}, corrected
+        cut, text = cut_corpus(cutter, files, stop)
         for key in unused.difference((one.key for one in cut.slices), _slices_of_older(old)):
             store.delete(key)
     if _stamp(files) != stamp:
@@ -92,11 +88,18 @@ def make_plan(
         "n_ids_renamed": sum(one.n_renamed for one in cut.slices),
         "n_files_ignored": len(ignored),
         "passed_over": cut.tally.as_json(),
-        "is_cut": cut.is_cut,
+        "is_cut": cut.tally.is_cut,
         "source": source_name(corpus.source),
     }
-    lineage = replace(lineage, threshold=rule.threshold)
-    plan = _commit(old, Plan(_write_pages(store, settings, text, sorted(cut.slices), lineage), store))
+    units = [
+        Unit(index=at, split=one.split, slice=one.key, sha256=one.sha256, n_docs=one.n_docs, n_bytes=one.n_bytes)
+        for at, one in enumerate(sorted(cut.slices))
+    ]
+    index = make_index(
+        text, shape_of(settings), units, _write_pages(store, units),
+        threshold=cutter.threshold, edition=edition, parent=parent, page=PAGE,
+    )  # fmt: skip
+    plan = _commit(old, Plan(index, store))
     refuse_changes(plan, settings, text)
     _write_receipts(plan)
     return plan, old is None or old.hash != plan.hash
@@ -148,27 +151,17 @@ def _write_receipts(plan: Plan) -> None:
 def _write_receipts_of(plan: Plan, places: Sequence[str]) -> None:
     """`places`: where its index lies."""
     for number, (key, sha256) in enumerate(zip(plan.page_keys, plan.index.pages, strict=True)):
-        if _receipt_of(plan.store, sha256) is None:
+        if sound_receipt(plan.store, "plan", sha256) is None:
             page = plan.units.page(number)
             counts = {"units": len(page), "bytes": sum(unit.n_bytes for unit in page)}
             files = [key, *(unit.slice for unit in page)]
             _write_receipt(plan.store, sha256, f"page {number}", files, {"plan": plan.hash}, counts)
-    receipt = _receipt_of(plan.store, plan.hash)
+    receipt = sound_receipt(plan.store, "plan", plan.hash)
     if receipt is None or {file.path for file in receipt.files} != set(places):
         name = "plan" if plan.edition == 1 else f"plan, edition {plan.edition}"
         inputs = {"corpus": corpus_identity(plan.corpus), "settings": plan.settings}
         counts = {**plan.corpus, "units": len(plan.sizes), "edition": plan.edition}
         _write_receipt(plan.store, plan.hash, name, places, inputs, counts)
-
-
-def _receipt_of(store: Store, key: str) -> Receipt | None:
-    """One that checks; what does not is written anew from files that were just found whole."""
-    try:
-        return read_receipt(store, "plan", key)
-    except OtherVersion:
-        raise
-    except IntegrityError:
-        return None
 
 
 def _write_receipt(
@@ -196,18 +189,12 @@ def _stamp(files: Sequence[File]) -> str:
     return digest.hexdigest()
 
 
-def _write_pages(
-    store: Store, settings: Settings, corpus: dict[str, Any], slices: Sequence[Slice], lineage: Lineage
-) -> Index:
-    """The pages of these slices as units; returns the index, which is not yet written."""
-    units = [
-        Unit(index=at, split=one.split, slice=one.key, sha256=one.sha256, n_docs=one.n_docs, n_bytes=one.n_bytes)
-        for at, one in enumerate(slices)
-    ]
+def _write_pages(store: Store, units: Sequence[Unit]) -> list[str]:
+    """Commit the pages of these units; returns their sha256."""
     pages: list[str] = []
     for first in range(0, len(units), PAGE):
         raw = page_bytes(units[first : first + PAGE])
         pages.append(hashlib.sha256(raw).hexdigest())
         key = page_key(len(pages) - 1, pages[-1])
         commit_file(store, key, store.write_temp(key, raw))
-    return make_index(corpus, shape_of(settings), units, pages, lineage, PAGE)
+    return pages

@@ -10,7 +10,7 @@ ids and digests of a part.
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,27 +37,50 @@ Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Which documents are held out: those whose hash, of (seed, text), is under `threshold`."""
+class Cutter:
+    """How a corpus is cut. A call is the work of a process that knows one part alone.
 
+    `threshold`: documents whose hash, of (seed, text), is under it are held out. `run_dir`: of the store for the
+    slices; empty = documents are counted only.
+    """
+
+    corpus: Corpus
     seed: int
-    kind: str
-    threshold: int
+    threshold: int = 0
+    run_dir: str = ""
+    scratch: str = ""
 
     def hash(self, document: Document, digest: bytes) -> int:
         """A uniform integer below 2^64. Where the text answers something, what it answers decides."""
-        decisive = digest if self.kind == "text" else opening(document.context, self.kind).encode("utf-8")
+        kind = self.corpus.kind
+        decisive = digest if kind == "text" else opening(document.context, kind).encode("utf-8")
         return int.from_bytes(hashlib.sha256(b"%d\0" % self.seed + decisive).digest()[:8], "big")
 
-    def corrected(self, lowest: int, highest: int) -> "Rule":
-        """The rule that leaves neither side empty, given the lowest and the highest hash of all documents.
+    def begin(self, *, known: bool) -> "Cut":
+        """Nothing yet; `known`: a slice begins with the first document."""
+        store = open_store(self.run_dir, self.scratch) if self.run_dir else None
+        slicers = {split: Slicer(self.corpus.unit_bytes, begins=known) for split in SPLITS}
+        return Cut(self, store, slicers)
+
+    def __call__(self, part: Part, stop: Stop) -> "Cut | None":
+        """What of a part can be made without knowing the others; None where for long no end of a slice is certain."""
+        cut = self.begin(known=False)
+        try:
+            cut.read(part, stop)
+        except AllAlikeError:
+            return None
+        cut.finish(end=False)
+        return replace(cut, store=None)
+
+    def corrected(self, cut: "Cut") -> "Cutter":
+        """That which leaves neither side empty, given what this one made of all documents.
 
         Where all hashes are equal nothing is held out: equal texts are on one side.
         """
-        if not self.threshold or lowest == highest >= self.threshold:
+        if not self.threshold or cut.lowest == cut.highest >= self.threshold:
             return self
-        nearest = max(lowest + 1, min(self.threshold, highest))
-        return replace(self, threshold=0 if lowest == highest else nearest)
+        nearest = max(cut.lowest + 1, min(self.threshold, cut.highest))
+        return replace(self, threshold=0 if cut.lowest == cut.highest else nearest)
 
 
 @dataclass
@@ -65,45 +88,35 @@ class Cut:
     """What was made of consecutive documents: slices, documents on their way into others, and counts.
 
     `store`: for the slices; None = documents are counted only. `lowest`, `highest`: of the hashes that decide the
-    split; `identities`: of the documents, for who hashes them all; `is_cut`: there is more behind `corpus.max_bytes`.
+    split; `identities`: of the documents, for who hashes them all.
     """
 
-    corpus: Corpus
-    rule: Rule
+    cutter: Cutter
     store: Store | None
     slicers: dict[Split, Slicer]
     slices: list[Slice] = field(default_factory=list)
-    n_documents: int = 0
-    n_bytes: int = 0
     tally: Tally = field(default_factory=Tally)
     lowest: int = 2**64
     highest: int = -1
     identities: bytearray = field(default_factory=bytearray)
-    is_cut: bool = False
 
     def read(self, part: Part, stop: Stop) -> None:
         """Take in a part. Raises InputError where it cannot be read, Interrupted, StorageError."""
         number, files = part
-        reader = CorpusReader(self.corpus)
-        documents = reader.encoded(files, n_documents=self.n_documents, n_bytes=self.n_bytes)
-        for index, (document, raw) in enumerate(documents):
+        for index, (document, raw) in enumerate(CorpusReader(self.cutter.corpus, self.tally).encoded(files)):
             if stop():
                 raise Interrupted("plan stopped by a signal before it was whole; rerun the same command")
             digest = digest_of(document, raw)
-            value = self.rule.hash(document, digest)
+            value = self.cutter.hash(document, digest)
             self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
             self.identities += identity_bytes(document.doc_id, digest)
             if self.store is not None:
-                split = SPLITS[value < self.rule.threshold]
+                split = SPLITS[value < self.cutter.threshold]
                 entry = Entry(document.doc_id, raw, document.context, digest, (number, index))
                 self._write(split, self.slicers[split].add(entry))
-        self.n_documents, self.n_bytes, self.is_cut = reader.n_documents, reader.n_bytes, reader.is_cut
-        self.tally.add(reader.tally)
 
     def join(self, part: "Cut") -> None:
         """Take in what another process made of the next part."""
-        self.n_documents += part.n_documents
-        self.n_bytes += part.n_bytes
         self.tally.add(part.tally)
         self.lowest, self.highest = min(self.lowest, part.lowest), max(self.highest, part.highest)
         self.identities += part.identities
@@ -116,38 +129,9 @@ class Cut:
         for split, slicer in self.slicers.items():
             self._write(split, slicer.slices(end=end))
 
-    def _write(self, split: Split, pieces: Iterable[Sequence[Entry]]) -> None:
+    def _write(self, split: Split, pieces: Sequence[Sequence[Entry]]) -> None:
         if self.store is not None:
-            self.slices += [write_slice(self.store, split, piece, self.corpus.kind) for piece in pieces]
-
-
-@dataclass(frozen=True)
-class Cutter:
-    """Cuts a corpus by a rule; a call is the work of a process that knows one part alone.
-
-    `run_dir`: of the store for the slices; empty = documents are counted only.
-    """
-
-    corpus: Corpus
-    rule: Rule
-    run_dir: str = ""
-    scratch: str = ""
-
-    def begin(self, *, known: bool) -> Cut:
-        """Nothing yet; `known`: a slice begins with the first document."""
-        store = open_store(self.run_dir, self.scratch) if self.run_dir else None
-        slicers = {split: Slicer(self.corpus.unit_bytes, begins=known) for split in SPLITS}
-        return Cut(self.corpus, self.rule, store, slicers)
-
-    def __call__(self, part: Part, stop: Stop) -> Cut | None:
-        """What of a part can be made without knowing the others; None where for long no end of a slice is certain."""
-        cut = self.begin(known=False)
-        try:
-            cut.read(part, stop)
-        except AllAlikeError:
-            return None
-        cut.finish(end=False)
-        return replace(cut, store=None)
+            self.slices += [write_slice(self.store, split, piece, self.cutter.corpus.kind) for piece in pieces]
 
 
 def cut_corpus(cutter: Cutter, files: Sequence[File], stop: Stop) -> tuple[Cut, dict[str, Any]]:
@@ -155,9 +139,10 @@ def cut_corpus(cutter: Cutter, files: Sequence[File], stop: Stop) -> tuple[Cut, 
 
     Raises InputError for text that cannot be read, Interrupted, StorageError.
     """
+    corpus = cutter.corpus
     cut, identity = cutter.begin(known=True), hashlib.sha256()
-    apart, rest = cut_files(files, cutter.corpus.max_bytes)
-    jobs = min(cutter.corpus.jobs or len(os.sched_getaffinity(0)), len(apart))
+    apart, rest = cut_files(files, corpus.max_bytes)
+    jobs = min(corpus.jobs or len(os.sched_getaffinity(0)), len(apart))
     with closing(in_order(cutter, apart if jobs > 1 else [], jobs, stop)) as others:
         for part, other in itertools.zip_longest([*apart, *rest], others):
             if other is not None:
@@ -167,9 +152,8 @@ def cut_corpus(cutter: Cutter, files: Sequence[File], stop: Stop) -> tuple[Cut, 
             identity.update(cut.identities)
             cut.identities.clear()
     cut.finish(end=True)
-    if not cut.n_documents:
-        raise CorpusReader(cutter.corpus).no_text(cut.tally)
-    return cut, {"sha256": identity.hexdigest(), "n_documents": cut.n_documents, "n_bytes": cut.n_bytes}
+    CorpusReader(corpus, cut.tally).refuse_nothing()
+    return cut, {"sha256": identity.hexdigest(), "n_documents": cut.tally.n_documents, "n_bytes": cut.tally.n_bytes}
 
 
 def cut_files(files: Sequence[File], max_bytes: int) -> tuple[list[Part], list[Part]]:
@@ -179,10 +163,13 @@ def cut_files(files: Sequence[File], max_bytes: int) -> tuple[list[Part], list[P
     shorter than its file where that is not compressed.
     """
     pieces = [piece for file in files for piece in _ranges(file)]
-    ends = itertools.accumulate(size for _, size in pieces)
-    is_within = [not max_bytes or (end < max_bytes and file.name.endswith((".jsonl", ".txt")))
-                 for (file, _), end in zip(pieces, ends, strict=True)]  # fmt: skip
-    n_within = [*is_within, False].index(False)
+    n_within = 0
+    end = 0
+    for file, size in pieces:
+        end += size
+        if max_bytes and not (end < max_bytes and file.name.endswith((".jsonl", ".txt"))):
+            break
+        n_within += 1
     groups: list[list[File]] = []
     room = 0
     for file, size in pieces[:n_within]:

@@ -12,7 +12,6 @@ compression"), with documents in place of bytes. Price: 0.5 us a document; four 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,55 +44,54 @@ class Slicer:
     """
 
     def __init__(self, unit_bytes: int, *, begins: bool) -> None:
-        self.open: list[Entry] = []
         self.head: list[Entry] | None = [] if begins else None
         self.n_bytes = 0
-        self._cut: list[Entry] = []
-        """Of the slices given so far the last half a unit, by which the documents after them are judged."""
+        """Of text that is in no slice yet."""
+        self._entries: list[Entry] = []
+        self._n_cut = 0
+        """How many of the entries are in slices: the last half a unit, by which the documents after it are judged."""
         self._unit_bytes = unit_bytes
         self._enough = unit_bytes
 
-    def add(self, entry: Entry) -> Iterator[list[Entry]]:
+    def add(self, entry: Entry) -> list[list[Entry]]:
         """One more document; the slices that are certain now, looked for whenever a unit or so has come in."""
-        self._extend([entry])
-        if self.n_bytes >= self._enough:
-            yield from self.slices()
-            if self.head is None and self.n_bytes > LONGEST_HEAD:
-                raise AllAlikeError
+        self._entries.append(entry)
+        self.n_bytes += len(entry.text)
+        if self.n_bytes < self._enough:
+            return []
+        pieces = self.slices()
+        if self.head is None and self.n_bytes > LONGEST_HEAD:
+            raise AllAlikeError
+        return pieces
 
-    def join(self, later: "Slicer") -> Iterator[list[Entry]]:
+    def join(self, later: "Slicer") -> list[list[Entry]]:
         """What one that knew nothing of these documents made of those that follow; the slices that are certain now."""
-        if later.head is not None:
-            self._extend(later.head)
-            yield from self.slices(end=True)
-            self._cut = later._cut
-        self._extend(later.open)
-        yield from self.slices()
+        if later.head is None:
+            self._entries += later._entries
+            return self.slices()
+        self._entries += later.head
+        pieces = self.slices(end=True)
+        self._entries, self._n_cut = later._entries, later._n_cut
+        return pieces + self.slices()
 
-    def _extend(self, entries: Sequence[Entry]) -> None:
-        self.open += entries
-        self.n_bytes += sum(len(entry.text) for entry in entries)
-
-    def slices(self, *, end: bool = False) -> Iterator[list[Entry]]:
+    def slices(self, *, end: bool = False) -> list[list[Entry]]:
         """The slices that are certain; all of them where after the last document a slice ends."""
-        entries = [*self._cut, *self.open]
+        entries, begin = self._entries, self._n_cut
         sizes = np.fromiter((len(entry.text) for entry in entries), np.int64, len(entries))
         hashes = np.frombuffer(b"".join(entry.digest[:8] for entry in entries), "<u8")
-        begin = len(self._cut)
         if self.head is None:
             begin = next(iter(certain_ends(sizes, hashes, self._unit_bytes // 2)), 0)
-            if begin:
-                self.head = self.open[:begin]
+            self.head = entries[:begin] or None
         edges = [begin]
         if self.head is not None:
             edges += slice_ends(sizes, hashes, self._unit_bytes, begin=begin, whole=end)
-        pieces = [entries[low:high] for low, high in itertools.pairwise(edges)]
-        self.n_bytes -= int(sizes[len(self._cut) : edges[-1]].sum())
-        before = np.cumsum(sizes[: edges[-1]][::-1])
-        near = int(np.searchsorted(before, self._unit_bytes // 2)) + 1
-        self._cut, self.open = entries[max(0, edges[-1] - near) : edges[-1]], entries[edges[-1] :]
+        last = edges[-1]
+        near = int(np.searchsorted(np.cumsum(sizes[:last][::-1]), self._unit_bytes // 2)) + 1
+        self._n_cut = min(near, last)
+        self._entries = entries[last - self._n_cut :]
+        self.n_bytes = int(sizes[last:].sum())
         self._enough = self.n_bytes + max(self._unit_bytes // 2, self.n_bytes if self.head is None else 0)
-        yield from pieces
+        return [entries[low:high] for low, high in itertools.pairwise(edges)]
 
 
 def slice_ends(sizes: I64, hashes: U64, unit_bytes: int, *, begin: int = 0, whole: bool) -> list[int]:

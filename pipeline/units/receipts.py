@@ -181,6 +181,16 @@ def read_receipt(store: Store, stage: str, key: str) -> Receipt | None:
 _REMEDY = "run `bytecache verify --repair` to set it right"
 
 
+def sound_receipt(store: Store, stage: str, key: str) -> Receipt | None:
+    """The receipt of a unit, or None where there is none that checks. Raises OtherVersion."""
+    try:
+        return read_receipt(store, stage, key)
+    except OtherVersion:
+        raise
+    except IntegrityError:
+        return None
+
+
 def parse_receipt(raw: bytes, path: str) -> Receipt | None:
     """The receipt that these bytes are, wherever they lie (`path`, for messages); None if not as written."""
     try:

@@ -257,12 +257,7 @@ def commit_receipt(store: Store, receipt: Receipt) -> Receipt:
     """Publish a receipt; a sound one that another worker published first wins, a stale one is replaced."""
     if receipts.write_receipt(store, receipt):
         return receipt
-    try:
-        other = receipts.read_receipt(store, receipt.stage, receipt.key)
-    except receipts.OtherVersion:
-        raise
-    except IntegrityError:
-        other = None
+    other = receipts.sound_receipt(store, receipt.stage, receipt.key)
     # One with other files beside its own is replaced too: it would name what this call wrote anew.
     sound = other is not None and other.beside == receipt.beside and not receipts.key_fault(other)
     if other is not None and sound and (other.files == receipt.files or not receipts.problems(store, other)):

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -45,57 +44,42 @@ class Document(NamedTuple):
 
 
 class CorpusReader:
-    """Iterates the documents of `corpus.source`, or of some of its files; the counters are of the latest iteration.
+    """Iterates the documents of `corpus.source`, or of some of its files, and counts them into `tally`.
 
     Iterating raises InputError, naming file, line or row, byte offset and remedy, on: a missing file, no text
     at all, bytes that are not UTF-8, malformed JSON, a missing text field, unpaired surrogates, truncated
     gzip or Parquet, a text file above `MAX_DOCUMENT` that is to be one document.
     """
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, tally: Tally | None = None) -> None:
         self.corpus = corpus
-        self.n_documents = 0
-        self.n_bytes = 0
-        self.is_cut = False
-        self.tally = Tally()
-        self.n_ignored_files = 0
+        self.tally = tally or Tally()
         self._ignored = frozenset(corpus.ignore_fields.split())
 
-    @property
-    def n_empty(self) -> int:
-        """Documents without text."""
-        return self.tally.empty
-
     def __iter__(self) -> Iterator[Document]:
-        files, ignored = corpus_files(self.corpus)
-        self.n_ignored_files = len(ignored)
-        yield from (document for document, _ in self.encoded(files))
-        if not self.n_documents:
-            raise self.no_text(self.tally)
+        yield from (document for document, _ in self.encoded(corpus_files(self.corpus)[0]))
+        self.refuse_nothing()
 
-    def encoded(
-        self, files: Sequence[File], *, n_documents: int = 0, n_bytes: int = 0
-    ) -> Iterator[tuple[Document, bytes]]:
+    def encoded(self, files: Sequence[File]) -> Iterator[tuple[Document, bytes]]:
         """The documents of these files (none: of the built-in corpus), each with its text in UTF-8; up to max_bytes.
 
-        `n_documents`, `n_bytes`: what was read before these. The end is the border nearest `corpus.max_bytes`, after
-        one document at least; `is_cut` says afterwards whether there are more behind it.
+        What `tally` holds already was read before these. The end is the border nearest `corpus.max_bytes`, after one
+        document at least.
         """
-        self.n_documents, self.n_bytes, self.is_cut, self.tally = n_documents, n_bytes, False, Tally()
-        limit = self.corpus.max_bytes
+        limit, tally = self.corpus.max_bytes, self.tally
         documents = self._documents(files)
         for document, raw in documents:
-            if limit and self.n_documents and abs(self.n_bytes + len(raw) - limit) > abs(limit - self.n_bytes):
-                self.is_cut = True
+            if limit and tally.n_documents and abs(tally.n_bytes + len(raw) - limit) > abs(limit - tally.n_bytes):
+                tally.is_cut = True
                 return
-            self.n_documents += 1
-            self.n_bytes += len(raw)
+            tally.n_documents += 1
+            tally.n_bytes += len(raw)
             yield document, raw
-            if limit and self.n_bytes >= limit:
+            if limit and tally.n_bytes >= limit:
                 # Empty documents behind the end are not counted.
-                tally = replace(self.tally, unanswered=Counter(self.tally.unanswered))
-                self.is_cut = _goes_on(documents)
-                self.tally = tally
+                counted = tally.empty, Counter(tally.unanswered)
+                tally.is_cut = _goes_on(documents)
+                tally.empty, tally.unanswered = counted
                 return
 
     def _documents(self, files: Sequence[File]) -> Iterator[tuple[Document, bytes]]:
@@ -112,21 +96,24 @@ class CorpusReader:
                 continue
             yield Document(doc_id, text, context), raw
 
-    def no_text(self, tally: Tally) -> InputError:
-        """What to say of a corpus without a document."""
+    def refuse_nothing(self) -> None:
+        """Raise InputError where all that was read holds no document."""
+        tally = self.tally
+        if tally.n_documents:
+            return
         if tally.unanswered:
-            return InputError(
+            raise InputError(
                 f"corpus {self.corpus.source}: no message of role assistant in {sum(tally.unanswered.values())} "
                 f"records, so there is nothing to learn; roles found: {listed(tally.unanswered)}; name who answers "
                 "`assistant`, and who asks `user`"
             )
         if tally.overlong:
-            return InputError(
+            raise InputError(
                 f"corpus {self.corpus.source} holds no text of at most {MAX_DOCUMENT} bytes: "
                 f"{sum(tally.overlong.values())} longer documents were left out, {tally.empty} are empty: "
                 f"{listed(tally.overlong)}; split them"
             )
-        return InputError(
+        raise InputError(
             f"corpus {self.corpus.source} holds no text ({tally.empty} empty documents); "
             "name a source with text in corpus.source"
         )

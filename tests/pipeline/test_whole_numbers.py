@@ -55,7 +55,6 @@ def test_a_plan(tmp_path: Path) -> None:
         {},
         units,
         [plan.hashlib.sha256(raw).hexdigest()],
-        plan.Lineage(),
     )
     (tmp_path / "plan").mkdir()
     place = tmp_path / PLAN_KEY

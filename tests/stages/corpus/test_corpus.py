@@ -11,6 +11,7 @@ import pytest
 
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.settings import Corpus
+from bytecache.stages.corpus.files import corpus_files
 from bytecache.stages.corpus.line_range import LineRange
 from bytecache.stages.corpus.reader import CorpusReader, Document
 
@@ -59,8 +60,8 @@ def test_texts_survive_to_the_byte_and_empty_ones_are_counted(tmp_path: Path, na
     reader = CorpusReader(Corpus(source=str(path)))
     documents = list(reader)
     assert [document.text for document in documents] == [text for text in TEXTS if text]
-    assert (reader.n_documents, reader.n_empty) == (4, 2)
-    assert reader.n_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert (reader.tally.n_documents, reader.tally.empty) == (4, 2)
+    assert reader.tally.n_bytes == sum(len(text.encode()) for text in TEXTS)
     assert len({document.doc_id for document in documents}) == 4
 
 
@@ -124,7 +125,7 @@ def test_folder_is_read_in_path_order_without_hidden_or_foreign_files(tmp_path: 
         (tmp_path / name).write_text(text)
     reader = CorpusReader(Corpus(source=str(tmp_path)))
     assert list(reader) == [Document("a.txt", "1"), Document("b/a.txt", "2"), Document("z.txt", "3")]
-    assert reader.n_ignored_files == 1
+    assert corpus_files(reader.corpus)[1] == ["a.md"]
 
 
 def test_paragraphs_join_to_the_file(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from bytecache.schemas.errors import Interrupted
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus.conversations import opening
 from bytecache.stages.corpus.files import File
-from bytecache.stages.corpus.reader import CorpusReader, Document
+from bytecache.stages.corpus.reader import MAX_DOCUMENT, CorpusReader, Document
 from bytecache.stages.corpus.tally import Tally
 
 PART_BYTES = 32 * 1024 * 1024
@@ -160,14 +160,15 @@ def cut_files(files: Sequence[File], max_bytes: int) -> tuple[list[Part], list[P
     """A corpus as parts of about `PART_BYTES`: files together, as they lie, and ranges of the lines of long ones.
 
     Returns those that can be read apart, and in a list of one or none the rest, in which `max_bytes` may lie: text is
-    shorter than its file where that is not compressed.
+    shorter than its file where that is not compressed, and the last line of a range ends behind it.
     """
     pieces = [piece for file in files for piece in _ranges(file)]
     n_within = 0
     end = 0
     for file, size in pieces:
         end += size
-        if max_bytes and not (end < max_bytes and file.name.endswith((".jsonl", ".txt"))):
+        reach = end if file.end is None else end + MAX_DOCUMENT
+        if max_bytes and not (reach < max_bytes and file.name.endswith((".jsonl", ".txt"))):
             break
         n_within += 1
     groups: list[list[File]] = []

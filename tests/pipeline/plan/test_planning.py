@@ -109,6 +109,20 @@ def test_parts_cut_apart_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert not make.make_plan(store, settings(source, 4, max_bytes=limit))[1]
 
 
+@pytest.mark.parametrize("limit", [4000, 9000, 12_000, 21_000])
+def test_a_limit_counts_lines_that_reach_beyond_their_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Documents of several ranges each: the last of a range may be the one that the limit leaves out."""
+    documents = [{"text": f"{i} " * (100 + 900 * (i % 3))} for i in range(15)]
+    source = corpus(tmp_path / "corpus", documents, 1)
+    alone = planned(LocalStore(tmp_path / "alone"), settings(source, max_bytes=limit))
+    monkeypatch.setattr(parts, "in_order", in_this_process)
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    monkeypatch.setattr(parts, "MAX_DOCUMENT", 7000)
+    assert planned(LocalStore(tmp_path / "run"), settings(source, 4, max_bytes=limit)) == alone
+
+
 def test_documents_that_are_all_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No hash is lower than another: slices fill up, and who knows a part alone leaves it to who knows all."""
     source = corpus(tmp_path / "corpus", [{"text": "the same " * 10}] * 900, 3)

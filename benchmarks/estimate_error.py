@@ -71,19 +71,19 @@ def draw(report: dict[str, Any], count: int, draws: int) -> dict[str, Any]:
     of_units = {name: np.asarray(values, float) for name, values in report["of_units"].items()}
     sizes, generator = of_units["text_bytes"], np.random.default_rng(0)
     chosen = [generator.choice(len(sizes), count, replace=False) for _ in range(draws)]
-    found = {}
+    estimates = {}
     for name in FIGURES:
         values = of_units[name]
         guesses = [ratio_total(sizes[at], values[at], sizes) for at in chosen]
         right = values.sum()
         errors = [abs(guess.value / right - 1) for guess in guesses]
-        found[name] = {
+        estimates[name] = {
             "mean_error": round(float(np.mean(errors)), 4),
             "p95_error": round(float(np.quantile(errors, 0.95)), 4),
             "interval_holds": round(float(np.mean([guess.low <= right <= guess.high for guess in guesses])), 3),
             "median_width": round(float(np.median([(guess.high - guess.low) / right for guess in guesses])), 3),
         }
-    return found
+    return estimates
 
 
 FIGURES = ("tokens", "rows", "teacher_hours", "convert_hours", "dump_bytes", "shard_bytes")

@@ -82,10 +82,10 @@ class Figures:
     def add(self, window: Window, reference: Lattice) -> None:
         truth, targets = reference.targets(), Lattice(window).targets()
         symbol = true_symbols(reference.window)
-        found = divergence(truth.probs, truth.tail, targets.probs, targets.tail, symbol)
+        distances = divergence(truth.probs, truth.tail, targets.probs, targets.tail, symbol)
         joined = Lattice(reference.window).targets()
         leak = divergence(joined.probs, joined.tail, targets.probs, targets.tail, symbol).leak
-        for name, value in (("kl", found.kl), ("jsd", found.jsd), ("leak_bits", leak), ("tail", targets.tail)):
+        for name, value in (("kl", distances.kl), ("jsd", distances.jsd), ("leak_bits", leak), ("tail", targets.tail)):
             self.values[name].append(np.asarray(value, np.float64))
 
     def summary(self) -> dict[str, float]:
@@ -109,7 +109,7 @@ def measure(teacher: Teacher, text: str, size: int) -> dict[str, Any]:
         for preset, figures in presets.items():
             (own,) = windows_at(teacher, document, f"d{number}", st.PRESETS[preset])
             figures.add(own, deep[-1])
-    found: dict[str, Any] = {preset: figures.summary() for preset, figures in presets.items()}
+    lists: dict[str, Any] = {preset: figures.summary() for preset, figures in presets.items()}
     listed = {k: np.mean([np.exp(rows.topk_logp[:, :k]).sum(1).mean() for rows, _ in canonical]) for k in KS}
     hits = {k: np.mean([(rows.topk_id[:-1, :k] == ids[:, None]).any(1).mean() for rows, ids in canonical]) for k in KS}
     for k in KS:
@@ -127,9 +127,9 @@ def measure(teacher: Teacher, text: str, size: int) -> dict[str, Any]:
                 figures.add(window, reference)
             summaries[name] = figures.summary()
         assert summaries["marked"] == summaries["top"]
-        found[f"k{k}"] = {**summaries, "listed": float(f"{listed[k]:.4g}"), "true_listed": float(f"{hits[k]:.4g}")}
+        lists[f"k{k}"] = {**summaries, "listed": float(f"{listed[k]:.4g}"), "true_listed": float(f"{hits[k]:.4g}")}
     positions = sum(len(true_symbols(reference.window)) for reference in deep)
-    return {"documents": len(documents), "positions": positions, "lists": found}
+    return {"documents": len(documents), "positions": positions, "lists": lists}
 
 
 def markdown(kinds: dict[str, Any]) -> str:

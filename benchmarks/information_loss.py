@@ -121,10 +121,10 @@ def beam(window: Window, width: int) -> tuple[np.ndarray, int]:
 
 def loss(asked: Window, targets: Targets, reference: Targets, symbol: np.ndarray) -> dict[str, float]:
     """Divergence from the reference in nats (leak in bits) per byte, and what was evaluated."""
-    found = divergence(reference.probs, reference.tail, targets.probs, targets.tail, symbol)
+    distances = divergence(reference.probs, reference.tail, targets.probs, targets.tail, symbol)
     return {
         "rows_per_token": int((asked.row_static == 0).sum()) / int((asked.row_depth == 0).sum()),
-        "kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean()),
+        "kl": float(distances.kl.mean()), "jsd": float(distances.jsd.mean()), "leak_bits": float(distances.leak.mean()),
     }  # fmt: skip
 
 
@@ -145,8 +145,12 @@ def study(teacher: Teacher, text: str) -> dict[str, Any]:
     for width in WIDTHS:
         rows, lost = beam(window, width)
         nothing = np.zeros(n)
-        found = divergence(reference.probs[:n], reference.tail[:n], rows, nothing, symbol[:n])
-        figures = {"kl": float(found.kl.mean()), "jsd": float(found.jsd.mean()), "leak_bits": float(found.leak.mean())}
+        distances = divergence(reference.probs[:n], reference.tail[:n], rows, nothing, symbol[:n])
+        figures = {
+            "kl": float(distances.kl.mean()),
+            "jsd": float(distances.jsd.mean()),
+            "leak_bits": float(distances.leak.mean()),
+        }
         out["beam"].append({"width": width, "restarts": lost, **figures})
     for name, effort in EFFORTS.items():
         asked, targets = evaluate(teacher, text, effort)

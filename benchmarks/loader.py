@@ -297,22 +297,25 @@ def main() -> None:
             folder.mkdir()
             took = seconds(lambda w=write, f=folder, r=rows: (shutil.rmtree(f), f.mkdir(), w(f, r)), 1)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            found: dict[str, Any] = {"bytes_per_text_byte": size / len(rows), "write_mb_per_s": len(rows) / took / 1e6}
+            figures: dict[str, Any] = {
+                "bytes_per_text_byte": size / len(rows),
+                "write_mb_per_s": len(rows) / took / 1e6,
+            }
             for label, load in loads.items():
                 try:
                     spent = seconds(lambda work=load, f=folder: work(f), args.rounds)
                 except ImportError as error:
-                    found[label] = f"not measured: {error}"
+                    figures[label] = f"not measured: {error}"
                     continue
-                found[f"{label}, MB/s"] = len(rows) / spent / 1e6
+                figures[f"{label}, MB/s"] = len(rows) / spent / 1e6
             if name == "bytecache shard":
                 result["parts_ns_per_position"] = parts(folder, args.rounds)
                 shard = read_shard(next(folder.glob("*.zarr.zip")))
                 for label, work in (("triples of a resident shard", ours_resident), ("copies of them", copies(shard))):
-                    found[f"{label}, MB/s"] = len(rows) / seconds(lambda w=work, s=shard: w(s), args.rounds) / 1e6
-            result["layouts"][name] = found
+                    figures[f"{label}, MB/s"] = len(rows) / seconds(lambda w=work, s=shard: w(s), args.rounds) / 1e6
+            result["layouts"][name] = figures
             shutil.rmtree(folder)
-            print(name, json.dumps(found), flush=True)
+            print(name, json.dumps(figures), flush=True)
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -116,9 +116,9 @@ def main() -> None:
     args = parser.parse_args()
     targets = args.run / "targets"
     dataset = read_dataset(targets)
-    found: dict[str, Any] = {"machine": "2 cores, x86-64, one thread", "students": []}
+    report: dict[str, Any] = {"machine": "2 cores, x86-64, one thread", "students": []}
     if args.out and args.out.is_file():
-        found = json.loads(args.out.read_text())  # other sizes stay
+        report = json.loads(args.out.read_text())  # other sizes stay
     torch.set_num_threads(1)
     for size in args.sizes:
         folder = args.work / f"student-{size}"
@@ -129,11 +129,11 @@ def main() -> None:
         reader = stream.ShardReader(targets, dataset, "train", opened.vocabulary, opened.end_id)
         parameters = sum(p.numel() for p in opened.model.parameters())
         lines = measure(opened, reader, args.heads, args.rounds, args.bytes)
-        others = [one for one in found["students"] if one["size"] != size]
+        others = [one for one in report["students"] if one["size"] != size]
         mine = {"size": size, "parameters": parameters, "text_bytes": args.bytes, "objectives": lines}
-        found["students"] = sorted([*others, mine], key=lambda one: int(one["parameters"]))
+        report["students"] = sorted([*others, mine], key=lambda one: int(one["parameters"]))
         if args.out:
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
         print(f"\n{size} student, {parameters:,} parameters, {lines[0]['ce_seconds']:.2f} s a step with CE alone\n")
         print(
             "| objective | step over CE | loader's thread | matrix FLOPs | own parameters | peak, CE's peak |\n"

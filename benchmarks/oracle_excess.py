@@ -48,7 +48,7 @@ def measure(name: str, targets: Path, dataset: Dataset) -> dict[str, Any]:
     term = MarginalTerm(vocabulary, vocabulary.size, Divergence())
     train, heldout = (ShardReader(targets, dataset, split, vocabulary, end) for split in ("train", "heldout"))
     term.observe(train)
-    found = oracle_excess(term.marginal, heldout)
+    excess = oracle_excess(term.marginal, heldout)
     choices = open_choices = 0
     for number in range(len(heldout.positions)):
         source = heldout[number]
@@ -61,20 +61,20 @@ def measure(name: str, targets: Path, dataset: Dataset) -> dict[str, Any]:
     average = oracle_excess(term.marginal, heldout)
     open_share = open_choices / max(choices, 1)
     return {
-        "tokenizer": Path(name).name, "vocabulary": vocabulary.size, "excess": found.bits_per_byte,
-        "certain": found.certain_share, "open": open_share, "corrected": 1 - found.certain_share - open_share,
-        "average": average.bits_per_byte, "closure": found.closure_bits_per_byte, "text_bytes": found.text_bytes,
+        "tokenizer": Path(name).name, "vocabulary": vocabulary.size, "excess": excess.bits_per_byte,
+        "certain": excess.certain_share, "open": open_share, "corrected": 1 - excess.certain_share - open_share,
+        "average": average.bits_per_byte, "closure": excess.closure_bits_per_byte, "text_bytes": excess.text_bytes,
         "training_bytes": sum(e.n_bytes for e in dataset.split("train")),
     }  # fmt: skip
 
 
-def report(found: dict[str, Any]) -> str:
+def report(measured: dict[str, Any]) -> str:
     """The table."""
     lines = [
         "| student's tokenizer | excess, bits/byte | certain | corrected | open | by average shares | closure |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for x in found["tokenizers"]:
+    for x in measured["tokenizers"]:
         lines.append(
             f"| {x['tokenizer']} | {x['excess']:+.4f} | {x['certain']:.1%} | {x['corrected']:.1%} | {x['open']:.1%} | "
             f"{x['average']:+.4f} | {x['closure']:+.4f} |"
@@ -89,13 +89,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     targets = args.run / "targets"
-    found: dict[str, Any] = {"machine": "2 cores, x86-64", "tokenizers": []}
+    measured: dict[str, Any] = {"machine": "2 cores, x86-64", "tokenizers": []}
     for name in args.tokenizers:
-        found["tokenizers"].append(measure(name, targets, read_dataset(targets)))
-        print(report({"tokenizers": found["tokenizers"][-1:]}), flush=True)
+        measured["tokenizers"].append(measure(name, targets, read_dataset(targets)))
+        print(report({"tokenizers": measured["tokenizers"][-1:]}), flush=True)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(report(found))
+        args.out.write_text(json.dumps(measured, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(report(measured))
 
 
 if __name__ == "__main__":

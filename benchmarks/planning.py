@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    found: dict[int, list[dict[str, float]]] = {jobs: [] for jobs in arguments.jobs}
+    speeds_of: dict[int, list[dict[str, float]]] = {jobs: [] for jobs in arguments.jobs}
     hashes = set()
     with tempfile.TemporaryDirectory() as place:
         write_corpus(Path(place), arguments.megabytes)
@@ -106,11 +106,11 @@ def main() -> None:
             for jobs in arguments.jobs:
                 plan, speeds = plan_once(Path(place), jobs)
                 hashes.add(plan)
-                found[jobs].append(speeds | ({"machine_gains": gain(jobs)} if jobs > 1 else {}))
+                speeds_of[jobs].append(speeds | ({"machine_gains": gain(jobs)} if jobs > 1 else {}))
         counting = counting_speed(Path(place))
     assert len(hashes) == 1, "plans differ"
     report: dict[str, Any] = {"machine": "2 cores, x86-64", "megabytes": arguments.megabytes, "processes": {}}
-    for jobs, every in found.items():
+    for jobs, every in speeds_of.items():
         medians = {name: round(median(one[name] for one in every), 2) for name in every[0]}
         hours = round(10e6 / medians["mb_per_processor_s"] / 3600, 1)
         report["processes"][str(jobs)] = medians | {"processor_hours_for_10_tb": hours}

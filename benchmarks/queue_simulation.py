@@ -154,15 +154,15 @@ class Simulation:
         yield Replace(LAYOUT.worker(machine.name), {})
         warm = False
         while True:
-            found = yield from claimer.claim()
-            if isinstance(found, Idle):
-                self.idle += found.seconds
-                yield found.seconds
+            claim = yield from claimer.claim()
+            if isinstance(claim, Idle):
+                self.idle += claim.seconds
+                yield claim.seconds
                 continue
-            if not isinstance(found, Claim):
+            if not isinstance(claim, Claim):
                 break
-            machine.unit, machine.epoch, machine.claim = found.unit, found.epoch, found
-            page = found.unit // PAGE
+            machine.unit, machine.epoch, machine.claim = claim.unit, claim.epoch, claim
+            page = claim.unit // PAGE
             if page not in machine.pages:
                 machine.pages = [*machine.pages[-KEPT + 1 :], page]
                 yield Get(f"plan/units/{page:05d}")
@@ -173,15 +173,15 @@ class Simulation:
             machine.duration = self.scenario.unit_s * machine.speed * self.random.lognormvariate(0, SPREAD_UNITS)
             yield machine.duration
             self.useful += machine.duration
-            if self.completions[found.unit]:
+            if self.completions[claim.unit]:
                 self.counts["duplicates"] += 1
                 self.wasted += machine.duration
                 self.useful -= machine.duration
             else:
                 self.n_done += 1
                 self.last_done = self.now
-            self.completions[found.unit] = 1
-            yield from claimer.finish(found, {})
+            self.completions[claim.unit] = 1
+            yield from claimer.finish(claim, {})
             machine.unit, machine.claim = -1, None
             if machine.graceful and self.now >= machine.end:
                 break
@@ -319,29 +319,29 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     settings = Fleet()
-    found: dict[str, Any] = {
+    answers: dict[str, Any] = {
         "machine": "2 cores, x86-64",
         "settings": {"block": BLOCK, "heartbeat_s": settings.heartbeat_s, "lease_s": settings.lease_s},
         "data_requests_per_unit": IO_PER_UNIT,
         "naive_listing_at_10000": naive_listing(Scenario(10000, 100)),
     }
     if args.only and args.out and args.out.is_file():
-        found = json.loads(args.out.read_text()) | found
+        answers = json.loads(args.out.read_text()) | answers
     for question, wanted in scenarios(args.largest).items():
         if args.only in ("", question):
-            found[question] = []
+            answers[question] = []
             for scenario in wanted:
                 result = Simulation(scenario, settings).run()
-                found[question].append(result)
+                answers[question].append(result)
                 print(json.dumps({"question": question, **result}), flush=True)
                 if args.out:
                     args.out.parent.mkdir(parents=True, exist_ok=True)
-                    args.out.write_text(json.dumps(found, indent=1) + "\n")
+                    args.out.write_text(json.dumps(answers, indent=1) + "\n")
     if args.plot:
-        plot(found, args.plot)
+        plot(answers, args.plot)
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
+def plot(answers: dict[str, Any], path: Path) -> None:
     """Throughput per worker and request rates against workers; waste against preemption."""
     import matplotlib
 
@@ -349,19 +349,19 @@ def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
-    workers = [row["scenario"]["workers"] for row in found["scaling"]]
-    left.semilogx(workers, [row["units_per_worker_hour"] for row in found["scaling"]], "o-")
+    workers = [row["scenario"]["workers"] for row in answers["scaling"]]
+    left.semilogx(workers, [row["units_per_worker_hour"] for row in answers["scaling"]], "o-")
     left.set(xlabel="workers", ylabel="units per worker and hour", title="throughput", ylim=(0, None))
-    middle.loglog(workers, [row["mean_ledger_requests_per_s"] for row in found["scaling"]], "o-", label="mean")
-    peaks = [max(row["peak_requests_per_s"].values()) for row in found["scaling"]]
+    middle.loglog(workers, [row["mean_ledger_requests_per_s"] for row in answers["scaling"]], "o-", label="mean")
+    peaks = [max(row["peak_requests_per_s"].values()) for row in answers["scaling"]]
     middle.loglog(workers, peaks, "s--", label="worst second, one area")
-    hottest = [row["hottest_folder"]["requests_in_its_worst_second"] for row in found["scaling"]]
+    hottest = [row["hottest_folder"]["requests_in_its_worst_second"] for row in answers["scaling"]]
     middle.loglog(workers, hottest, "^:", label="worst second, one folder")
     middle.axhline(3500, color="grey", linewidth=0.8)
     middle.set(xlabel="workers", ylabel="requests per second", title="load on the store")
     middle.legend()
-    rates = [row["scenario"]["preemptions"] for row in found["preemption"]]
-    right.plot(rates, [row["wasted_share"] for row in found["preemption"]], "o-")
+    rates = [row["scenario"]["preemptions"] for row in answers["preemption"]]
+    right.plot(rates, [row["wasted_share"] for row in answers["preemption"]], "o-")
     right.set(
         xlabel="preemptions per worker and hour", ylabel="wasted / useful work", title="preemption, units of 3 minutes"
     )

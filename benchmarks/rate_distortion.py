@@ -85,11 +85,13 @@ def capture(model: str, context: int, texts: dict[str, str], folder: Path) -> No
         )
         began = time.process_time()
         probs, tail, data = probe_with(teacher, text)
-        found = Capture(probs, tail, np.append(data, np.uint8(0)), np.array([0, len(data) + 1]))
+        capture = Capture(probs, tail, np.append(data, np.uint8(0)), np.array([0, len(data) + 1]))
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            np.savez_compressed(Path(scratch) / "capture.npz", **found._asdict())
+            np.savez_compressed(Path(scratch) / "capture.npz", **capture._asdict())
             (Path(scratch) / "capture.npz").replace(path)
-        print(f"{path.stem}: {found.n_bytes} bytes, {time.process_time() - began:.0f} s of processor time", flush=True)
+        print(
+            f"{path.stem}: {capture.n_bytes} bytes, {time.process_time() - began:.0f} s of processor time", flush=True
+        )
     if teacher:
         teacher.close()
 

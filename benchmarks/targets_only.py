@@ -102,11 +102,11 @@ def main() -> None:
         "rounds": args.rounds,
         "ways": {},
     }
-    for way, found in spent.items():
-        result["ways"][way] = {what: round(statistics.median(values), 3) for what, values in found.items()}
+    for way, figures in spent.items():
+        result["ways"][way] = {what: round(statistics.median(values), 3) for what, values in figures.items()}
     base = result["ways"]["nothing"]["processor_s"]
-    for found in result["ways"].values():
-        found["engine_speed"] = round(base / found["processor_s"], 4)
+    for figures in result["ways"].values():
+        figures["engine_speed"] = round(base / figures["processor_s"], 4)
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

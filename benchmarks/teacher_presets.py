@@ -41,18 +41,18 @@ from bytecache.stages.teacher.windows import WindowPlan, plan_windows
 def measured(spans: Spans) -> Iterator[dict[str, Any]]:
     """CPU seconds of a block, and how they divide."""
     spans.forget()
-    found: dict[str, Any] = {}
+    spent: dict[str, Any] = {}
     wall_began, began, engine_began = time.perf_counter(), time.process_time(), time.thread_time()
-    yield found
-    found["wall"] = time.perf_counter() - wall_began
-    found["seconds"] = time.process_time() - began
-    found["engine_thread"] = time.thread_time() - engine_began
+    yield spent
+    spent["wall"] = time.perf_counter() - wall_began
+    spent["seconds"] = time.process_time() - began
+    spent["engine_thread"] = time.thread_time() - engine_began
     parts = {name: spans.seconds.get(name, 0.0) for name in DEVICE_PARTS}
-    found |= parts
-    found["head_products"] = spans.calls.get("head", 0)
-    found["host"] = found["engine_thread"] - sum(parts.values())
+    spent |= parts
+    spent["head_products"] = spans.calls.get("head", 0)
+    spent["host"] = spent["engine_thread"] - sum(parts.values())
     beside = {name: seconds for name, seconds in sorted(spans.seconds.items()) if name not in DEVICE_PARTS}
-    found["host_parts"] = beside | {"else": found["host"] - sum(beside.values())}
+    spent["host_parts"] = beside | {"else": spent["host"] - sum(beside.values())}
 
 
 def prefill(teacher: Teacher, plans: list[WindowPlan], *, all_rows: bool) -> None:
@@ -133,12 +133,12 @@ def some_text(most: int) -> list[str]:
     return texts
 
 
-def _median(found: list[Any]) -> Any:
+def _median(rounds: list[Any]) -> Any:
     """Of numbers, or of each part of some dictionaries."""
-    if not isinstance(found[0], dict):
-        return statistics.median(found)
-    parts = {part for one in found for part in one}
-    return {part: statistics.median(one.get(part, 0.0) for one in found) for part in sorted(parts)}
+    if not isinstance(rounds[0], dict):
+        return statistics.median(rounds)
+    parts = {part for one in rounds for part in one}
+    return {part: statistics.median(one.get(part, 0.0) for one in rounds) for part in sorted(parts)}
 
 
 def main() -> None:
@@ -188,25 +188,25 @@ def main() -> None:
     passes: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
         for name in ("prefill", "all_rows"):
-            with measured(spans) as found:
+            with measured(spans) as spent:
                 prefill(teacher, plans, all_rows=name == "all_rows")
-            passes.setdefault(name, []).append(found)
+            passes.setdefault(name, []).append(spent)
         for preset in presets:
-            with measured(spans) as found:
+            with measured(spans) as spent:
                 counts = whole(teacher, plans, preset)
-            passes.setdefault(preset, []).append(found | counts)
+            passes.setdefault(preset, []).append(spent | counts)
         if args.requests:
             teacher.engine.forget()
-            with branches_as_requests(teacher), measured(spans) as found:
+            with branches_as_requests(teacher), measured(spans) as spent:
                 counts = whole(teacher, plans, args.requests)
-            passes.setdefault(f"{args.requests}, branches as requests", []).append(found | counts)
+            passes.setdefault(f"{args.requests}, branches as requests", []).append(spent | counts)
     result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
         "model": args.model, "windows": len(plans), "tokens": tokens, "text_bytes": text_bytes,
         "threads_beside": args.threads, "layers_times": int(args.deepen[0]) if args.deepen else 1,
     }  # fmt: skip
     for name, rounds in passes.items():
-        result[name] = {key: _median([found[key] for found in rounds]) for key in rounds[0]}
+        result[name] = {key: _median([spent[key] for spent in rounds]) for key in rounds[0]}
     speed, with_rows = (tokens / result[name]["seconds"] for name in ("prefill", "all_rows"))
     for name in passes:
         one = result[name]

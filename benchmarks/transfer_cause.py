@@ -70,7 +70,7 @@ def divergences(
     term: a `MarginalTerm` that has counted the tokenizer's cuts. dtype: `train.dtype`.
     """
     assert isinstance(term, MarginalTerm)
-    found = {name: dict.fromkeys(("choices", "ce", "kl", "entropy"), 0.0) for name in (*GROUPS, "left to the text")}
+    losses = {name: dict.fromkeys(("choices", "ce", "kl", "entropy"), 0.0) for name in (*GROUPS, "left to the text")}
     n_bytes = sum(step.n_bytes for step in steps)
     for micro in (micro for step in steps for micro in step.micro):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -83,9 +83,9 @@ def divergences(
         masks = {name: ~choices.open & (doubt >= low) & (doubt < high) for name, (low, high) in GROUPS.items()}
         for name, mask in {**masks, "left to the text": choices.open}.items():
             values = (mask.sum() * math.log(2), ce[mask].sum(), kl[mask].sum(), doubt[mask].sum())
-            for key, value in zip(found[name], values, strict=True):
-                found[name][key] += float(value) / n_bytes / math.log(2)
-    return {name: {key: round(value, 4) for key, value in group.items()} for name, group in found.items()}
+            for key, value in zip(losses[name], values, strict=True):
+                losses[name][key] += float(value) / n_bytes / math.log(2)
+    return {name: {key: round(value, 4) for key, value in group.items()} for name, group in losses.items()}
 
 
 def step_gradients(run: Run, step: Step, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
@@ -130,11 +130,11 @@ def gradients(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
         for number, grads in enumerate(step_gradients(run, step, [*adapters, embeddings])):
             parts["adapters"][number].append(torch.cat([g.flatten() for g in grads[:-1]]))
             parts["embeddings"][number].append(grads[-1].flatten())
-    found = {}
+    losses = {}
     for name, each in parts.items():
         measured, cosine = signal_and_noise(each)
-        found[name] = {**dict(zip(LOSSES, measured, strict=True)), "cosine": cosine}
-    return found
+        losses[name] = {**dict(zip(LOSSES, measured, strict=True)), "cosine": cosine}
+    return losses
 
 
 def learn(run: Run, step: Step, settings: st.Train, arm: str) -> None:

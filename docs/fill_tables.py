@@ -151,8 +151,8 @@ def study(name: str) -> Callable[[], str]:
 
 def transfer_short() -> str:
     """Bits per byte of the test text, by kind, before training, with each arm of every seed, and of the original."""
-    found = result("transfer_gain.json")
-    kinds = sorted({name.split()[0] for name in found["original"]})
+    gain = result("transfer_gain.json")
+    kinds = sorted({name.split()[0] for name in gain["original"]})
 
     def row(title: str, runs: list[dict[str, dict[str, float]]]) -> list[str]:
         cells = []
@@ -162,14 +162,14 @@ def transfer_short() -> str:
             cells.append(f"{sum(run[name]['bits'] for run in runs for name in names) / size:.3f}")
         return [title, *cells]
 
-    rows = [row("before training", list(found["before"].values()))]
+    rows = [row("before training", list(gain["before"].values()))]
     # With cross-entropy beside it where a seed has that, else alone: seeds pair with those of cross-entropy.
-    runs = {name: {r["seed"]: r["documents"] for r in found["runs"] if r["arm"] == name} for name in ARMS}
+    runs = {name: {r["seed"]: r["documents"] for r in gain["runs"] if r["arm"] == name} for name in ARMS}
     control, cache = runs["ce"], {**runs["marginal-only"], **runs["marginal"]}
     seeds = sorted(set(control) & set(cache))
     for title, arm in (("cross-entropy alone", control), ("with the cache", cache)):
         rows.append(row(f"{title}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", [arm[seed] for seed in seeds]))
-    rows.append(row("the original", [found["original"]]))
+    rows.append(row("the original", [gain["original"]]))
     return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), rows)
 
 
@@ -207,10 +207,10 @@ def teacher_host() -> str:
 
 def teacher_before() -> str:
     """The teacher's speed beside that of a commit before."""
-    found = result("teacher_before.json")["figures"]
+    figures = result("teacher_before.json")["figures"]
     titles = {"prefill": "prefill, the last row of a window", "all_rows": "prefill, all rows"}
     rows = []
-    for figure, f in found.items():
+    for figure, f in figures.items():
         name = figure.split(", ")[1]
         rows.append([titles.get(name, f"`{name}`"), f"{f['before']:.0f}", f"{f['now']:.0f}", f"{f['ratio']:.2f}"])
     return table("pass | >before, bytes/s | >now | >ratio", rows)
@@ -265,8 +265,8 @@ def objective_cost() -> str:
     for head in [objective["head"] for objective in students[0]["objectives"]]:
         cells = []
         for student in students:
-            found = [each for each in student["objectives"] if each["head"] == head]
-            cells.append(f"{100 * found[0]['overhead']:+.1f} %" if found else "")
+            steps = [each for each in student["objectives"] if each["head"] == head]
+            cells.append(f"{100 * steps[0]['overhead']:+.1f} %" if steps else "")
         rows.append([f"`{head}`", *cells])
     sizes = [f">{student['parameters'] / 1e6:.1f} M parameters" for student in students]
     return table("objective | " + " | ".join(sizes), rows)
@@ -321,9 +321,9 @@ HELD_OUT = re.compile(r"\| held out, (?:student )?(.+): tokens \| ([\d.]+) bits/
 
 def run_short() -> str:
     """Bits per byte and retention of every student that the run measured, and the teacher's."""
-    found = [match.groups() for line in transcript() if (match := HELD_OUT.fullmatch(line))]
+    held_out = [match.groups() for line in transcript() if (match := HELD_OUT.fullmatch(line))]
     titles = {"control": "control: cross-entropy alone", "distilled": "distilled from the cache"}
-    rows = [[titles.get(name, name), bits, kept or ""] for name, bits, kept in found]
+    rows = [[titles.get(name, name), bits, kept or ""] for name, bits, kept in held_out]
     teacher = next(line for line in transcript() if line.startswith("| held out, teacher |")).split("|")[2]
     rows.append(["the teacher, which reads each document from its start", teacher.strip().partition(" ")[0], ""])
     return table("held out | >bits/byte | >retention", rows)

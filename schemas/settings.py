@@ -410,5 +410,5 @@ TRANSFER: dict[str, Any] = {
 
 def is_transfer(student: Student | dict[str, Any]) -> bool:
     """Whether a student is an existing model under another tokenizer than its own."""
-    given = student if isinstance(student, dict) else student.model_dump()
-    return bool(given.get("model") and given.get("tokenizer"))
+    section = student if isinstance(student, dict) else student.model_dump()
+    return bool(section.get("model") and section.get("tokenizer"))

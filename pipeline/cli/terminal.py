@@ -125,8 +125,8 @@ def crash_line(error: BaseException) -> str:
 
 def _missing_gpu_library(error: BaseException) -> str:
     """Name of the library of CUDA for want of which a package could not be imported, or nothing."""
-    found = re.match(r"(lib(?:cu|nv|nccl)[\w.-]*): cannot open shared object file", str(error))
-    return found[1] if isinstance(error, ImportError) and found else ""
+    library = re.match(r"(lib(?:cu|nv|nccl)[\w.-]*): cannot open shared object file", str(error))
+    return library[1] if isinstance(error, ImportError) and library else ""
 
 
 def _write_log(error: BaseException) -> Path | None:

@@ -27,32 +27,32 @@ def units_aside(context: Context, planned: Plan, has_dump: Callable[[int], bool]
 
     Raises InputError if they do not and there are any.
     """
-    found = [
+    missing = [
         entry for entry in quarantined(context.store, Layout("teacher", planned.edition)) if not has_dump(entry.unit)
     ]
-    if found and not context.settings.convert.allow_quarantined:
-        shown = "; ".join(f"unit {entry.unit} ({_reason(entry)})" for entry in found[:_SHOWN])
+    if missing and not context.settings.convert.allow_quarantined:
+        shown = "; ".join(f"unit {entry.unit} ({_reason(entry)})" for entry in missing[:_SHOWN])
         raise InputError(
-            f"{context.store.name}: {len(found)} units have no dump, since workers set them aside after repeated "
+            f"{context.store.name}: {len(missing)} units have no dump, since workers set them aside after repeated "
             f"failure: {shown}; mend the cause and run `bytecache retry teacher`, then a worker, or convert the rest "
             "with `--set convert.allow_quarantined=true` (the data set then lists what is missing)"
         )
-    return found
+    return missing
 
 
 def describe(context: Context, planned: Plan, aside: list[Entry]) -> list[dict[str, Any]]:
     """For `dataset.json`: each missing unit, its split, documents and bytes, and why it is missing."""
-    found = []
+    entries = []
     for entry in aside:
         unit = planned.units[entry.unit]
         piece = arrow_path(context.store.get_path(unit.slice))
         documents = pq.read_table(piece, columns=["doc_id"]).column("doc_id").to_pylist()
         context.store.release(unit.slice)
-        found.append({
+        entries.append({
             "unit": entry.unit, "split": unit.split, "n_documents": unit.n_docs, "n_bytes": unit.n_bytes,
             "documents": documents, "attempts": entry.attempts, "reason": _reason(entry),
         })  # fmt: skip
-    return found
+    return entries
 
 
 def summary(missing: list[dict[str, Any]]) -> str:

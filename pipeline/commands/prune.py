@@ -61,23 +61,27 @@ def prune(context: Context, keep: int = 1, *, remove: bool = False) -> Leftover:
     damaged: what it names cannot be told then.
     """
     store = context.store
-    found = _leftover(store, keep)
-    for line in found.lines():
+    leftover = _leftover(store, keep)
+    for line in leftover.lines():
         context.say(line)
     if not remove:
         context.say("prune: nothing was removed; add --remove to remove it")
-        return found
+        return leftover
     _refuse_living_workers(context)
-    removed = {*found.indices, *found.sizes, *(receipts.receipt_path(unit.stage, unit.key) for unit in found.units)}
-    for key in found.indices:
+    removed = {
+        *leftover.indices,
+        *leftover.sizes,
+        *(receipts.receipt_path(unit.stage, unit.key) for unit in leftover.units),
+    }
+    for key in leftover.indices:
         store.delete(key)
-    for receipt in found.units:
+    for receipt in leftover.units:
         for file in (*receipt.files, *receipt.beside):
-            if file.path in found.sizes:
+            if file.path in leftover.sizes:
                 store.delete(file.path)
         store.delete(receipts.receipt_path(receipt.stage, receipt.key))
     context.say(f"prune: removed {len(removed)} files")
-    return found
+    return leftover
 
 
 def _refuse_living_workers(context: Context) -> None:

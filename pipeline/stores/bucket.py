@@ -221,16 +221,16 @@ class Bucket:
 
         def get() -> bytes:
             result = obstore.get(self.backend, key)
-            stored, found = Stored(result), bytearray()
+            stored, content = Stored(result), bytearray()
             if stored.size > MAX_SMALL:
                 raise StorageError(
                     f"{self.name}/{key}: {stored.size} bytes, at most {MAX_SMALL} are read; it is no file of ours"
                 )
             for chunk in result.stream(min_chunk_size=CHUNK):
-                found += chunk
-                if len(found) > stored.size:
+                content += chunk
+                if len(content) > stored.size:
                     break
-            raw = bytes(found)
+            raw = bytes(content)
             sha256 = hashlib.sha256(raw).hexdigest()
             if len(raw) != stored.size or (stored.sha256 and sha256 != stored.sha256):
                 raise Damaged(f"the {len(raw)} bytes that arrive are not the {stored.size} that were stored", sha256)
@@ -276,17 +276,17 @@ class Bucket:
         place = f"listing {prefix or 'everything'}"
 
         def find() -> set[str]:
-            found: set[str] = set()
+            keys: set[str] = set()
             for page in obstore.list(self.backend, prefix or None):
-                before = len(found)
-                found.update(str(item["path"]) for item in page)
+                before = len(keys)
+                keys.update(str(item["path"]) for item in page)
                 # A page of a listing that goes on has something new, or it goes round in a circle.
-                if len(found) > MAX_KEYS or (page and len(found) == before):
+                if len(keys) > MAX_KEYS or (page and len(keys) == before):
                     raise StorageError(
-                        f"{self.name}, {place}: the service's listing does not end ({len(found)} keys so far, at most "
+                        f"{self.name}, {place}: the service's listing does not end ({len(keys)} keys so far, at most "
                         f"{MAX_KEYS}); see that it is the service you mean"
                     )
-            return found
+            return keys
 
         keys = self._try(place, find)
         return sorted(key for key in keys if key.split("/")[0] not in (TEMP_FOLDER, HASHES))

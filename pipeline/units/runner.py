@@ -173,8 +173,8 @@ def run_units(
     every case units already committed stay.
     """
     store.sweep()
-    found = overlapped(lambda task: finished(store, task, warn_user), tasks)
-    known = {task.key: receipt for task, receipt in zip(tasks, found, strict=True)}
+    receipts_of_tasks = overlapped(lambda task: finished(store, task, warn_user), tasks)
+    known = {task.key: receipt for task, receipt in zip(tasks, receipts_of_tasks, strict=True)}
     pending = list({task.key: task for task in tasks if known[task.key] is None}.values())
     if not pending:
         return Outcome([receipt for task in tasks if (receipt := known[task.key])], 0)

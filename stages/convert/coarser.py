@@ -40,8 +40,8 @@ def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | N
 
     `captured`: tau, depth and static of the teacher's identity. Raises ConfigError for more effort than the capture's.
     """
-    given = Effort(settings.tau, settings.depth, settings.static)  # -1: the capture's own
-    if max(given) < 0:
+    asked = Effort(settings.tau, settings.depth, settings.static)  # -1: the capture's own
+    if max(asked) < 0:
         return None
     try:
         own = Effort(float(captured["tau"]), int(captured["depth"]), float(captured["static"]))
@@ -51,9 +51,9 @@ def coarser_effort(settings: st.Convert, captured: dict[str, Any]) -> Effort | N
             "not say what that was; leave them at -1, or run `bytecache teacher` again"
         ) from None
     asked = Effort(
-        own.tau if given.tau < 0 else given.tau,
-        own.depth if given.depth < 0 else given.depth,
-        own.static if given.static < 0 else given.static,
+        own.tau if asked.tau < 0 else asked.tau,
+        own.depth if asked.depth < 0 else asked.depth,
+        own.static if asked.static < 0 else asked.static,
     )
     too_much = {
         "tau": asked.tau < own.tau,
@@ -84,11 +84,12 @@ def coarsen(window: Window, effort: Effort) -> tuple[Window, int]:
     kept = _Kept(canonical, window.row_parent[canonical], window.row_depth[canonical])
     lattice = Lattice(current := kept.of(window))
     for _ in range(deepest(effort.depth)):
-        found = lattice.deviations(tau=effort.tau, depth=effort.depth)
-        rows = [evaluated.get((int(kept.row[r]), int(t)), -1) for r, t in zip(found.row, found.token, strict=True)]
+        deviations = lattice.deviations(tau=effort.tau, depth=effort.depth)
+        histories = zip(deviations.row, deviations.token, strict=True)
+        rows = [evaluated.get((int(kept.row[r]), int(token)), -1) for r, token in histories]
         if max(rows, default=-1) < 0:
             break
-        kept = kept.extended(current, found, np.array(rows))
+        kept = kept.extended(current, deviations, np.array(rows))
         lattice = Lattice(current := kept.of(window))
     stand_ins = 0
     if effort.static > 0:
@@ -100,13 +101,13 @@ def coarsen(window: Window, effort: Effort) -> tuple[Window, int]:
             for r in np.flatnonzero((window.row_static == 0) & (window.row_depth > 0))[::-1]
         }
         for _ in range(STATIC_PASSES):
-            found = lattice.homeless(share=effort.static)
-            ends = list(zip(found.position.tolist(), found.token.tolist(), strict=True))
+            homeless = lattice.homeless(share=effort.static)
+            ends = list(zip(homeless.position.tolist(), homeless.token.tolist(), strict=True))
             rows = [static.get(end, branch.get(end, -1)) for end in ends]
             if max(rows, default=-1) < 0:
                 break
             stand_ins += sum(end not in static and end in branch for end in ends)
-            kept = kept.extended(current, found, np.array(rows))
+            kept = kept.extended(current, homeless, np.array(rows))
             lattice = Lattice(current := kept.of(window))
     return current, stand_ins
 
@@ -121,10 +122,10 @@ class _Kept(NamedTuple):
     depth: np.ndarray
     """uint8 [K]"""
 
-    def extended(self, current: Window, found: Deviations, rows: np.ndarray) -> "_Kept":
+    def extended(self, current: Window, deviations: Deviations, rows: np.ndarray) -> "_Kept":
         """With the rows found for deviations of `current`; -1 where the dump has none."""
         has = rows >= 0
-        parent = found.row[has]
+        parent = deviations.row[has]
         return _Kept(
             np.concatenate([self.row, rows[has]]),
             np.concatenate([self.parent, parent]).astype(np.int32),

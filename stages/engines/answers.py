@@ -61,19 +61,19 @@ def read_bounded(url: str, answer: http.client.HTTPResponse, bound: Bound) -> Ra
     """All of an answer. Raises EngineError where it is more than `bound`, as soon as that is known."""
     announced = answer.length
     chunked = bool(answer.chunked)
-    found = bytearray()
+    content = bytearray()
     if (announced or 0) <= bound.size:
-        while piece := answer.read(min(CHUNK, bound.size + 1 - len(found))):
-            found += piece
-            if len(found) > bound.size:
+        while piece := answer.read(min(CHUNK, bound.size + 1 - len(content))):
+            content += piece
+            if len(content) > bound.size:
                 break
-    if len(found) > bound.size or (announced or 0) > bound.size:
+    if len(content) > bound.size or (announced or 0) > bound.size:
         raise EngineError(
             f"{url}: the answer is longer than {bound.size} bytes, more than was asked for; nothing of it is used, see "
             "that it is the server you mean"
         )
-    whole = chunked or (announced is not None and len(found) == announced)
-    return Raw(bytes(found), answer.headers.get_content_type() if "Content-Type" in answer.headers else "", whole)
+    whole = chunked or (announced is not None and len(content) == announced)
+    return Raw(bytes(content), answer.headers.get_content_type() if "Content-Type" in answer.headers else "", whole)
 
 
 def as_object(url: str, raw: Raw, bound: Bound) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def as_object(url: str, raw: Raw, bound: Bound) -> dict[str, Any]:
             "see that it is the server you mean"
         )
     try:
-        found = strict_json.loads(content)
+        document = strict_json.loads(content)
     except ValueError:
         if raw.is_whole or raw.kind in ("text/html", "application/xhtml+xml"):
             raise EngineError(
@@ -96,9 +96,9 @@ def as_object(url: str, raw: Raw, bound: Bound) -> dict[str, Any]:
                 "(http://127.0.0.1:8000/v1)?"
             ) from None
         raise TruncatedError(f"{len(content)} bytes that are no whole JSON") from None
-    if not isinstance(found, dict):
-        raise EngineError(f"{url}: answers a {type(found).__name__}, not an object; is it a completions server?")
-    return found
+    if not isinstance(document, dict):
+        raise EngineError(f"{url}: answers a {type(document).__name__}, not an object; is it a completions server?")
+    return document
 
 
 def _said(raw: Raw) -> str:

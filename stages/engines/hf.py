@@ -174,7 +174,7 @@ class HfEngine(Engine):
     def _states(self, context: np.ndarray, tokens: Sequence[int]) -> torch.Tensor:
         """What the output embedding is given after (context, token), [tokens, width]."""
         seen: list[torch.Tensor] = []
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         prompts = np.stack([np.append(context, token) for token in tokens]).astype(np.int64)
         try:
             logits = self.model(

@@ -152,16 +152,16 @@ class ServerEngine(Engine):
     def _of_prompt(self, choice: dict[str, Any], tokens: np.ndarray, first: int, k: int) -> list[Listed]:
         true = [int(token) for token in tokens]
         if self.protocol == "prompt_logprobs":
-            found = choice.get("prompt_logprobs")
-            if not isinstance(found, list) or len(found) != len(true):
-                size = len(found) if isinstance(found, list) else "no"
+            logprobs = choice.get("prompt_logprobs")
+            if not isinstance(logprobs, list) or len(logprobs) != len(true):
+                size = len(logprobs) if isinstance(logprobs, list) else "no"
                 raise TruncatedError(f"{size} positions of prompt_logprobs for {len(true)} tokens")
-            return [listed_entries(found[at], true[at], k) for at in range(first + 1, len(true))]
-        found = (choice.get("logprobs") or {}).get("top_logprobs")
-        if not isinstance(found, list) or len(found) != len(true) + 1:
-            size = len(found) if isinstance(found, list) else "no"
+            return [listed_entries(logprobs[at], true[at], k) for at in range(first + 1, len(true))]
+        logprobs = (choice.get("logprobs") or {}).get("top_logprobs")
+        if not isinstance(logprobs, list) or len(logprobs) != len(true) + 1:
+            size = len(logprobs) if isinstance(logprobs, list) else "no"
             raise TruncatedError(f"{size} positions of logprobs for {len(true)} tokens and one more")
-        return [self._spoken.listed(found[at], true[at], k) for at in range(first + 1, len(true))]
+        return [self._spoken.listed(logprobs[at], true[at], k) for at in range(first + 1, len(true))]
 
     def _probe(self) -> np.ndarray:
         """float64 [size]: mean of what the server lists about `PROBE`, a little of it spread evenly.

@@ -288,16 +288,16 @@ class Spoken:
         """One position of `top_logprobs`; what cannot be told is left unlisted and counted."""
         if not isinstance(entries, dict):
             raise TruncatedError("a position without top_logprobs")
-        found = []
+        chances = []
         for text, logp in entries.items():
             token = _id(text[len(_BY_ID) :]) if text.startswith(_BY_ID) else self._by_text.get(text)
             if token is None:
                 self.unknown += 1
             else:
-                found.append((token, _chance(logp)))
-        if len(found) > k and true >= 0:
-            least = min(found, key=lambda each: each[1])
-            found = [each for each in found if each != least or each[0] != true]
-        if not found:
+                chances.append((token, _chance(logp)))
+        if len(chances) > k and true >= 0:
+            least = min(chances, key=lambda each: each[1])
+            chances = [each for each in chances if each != least or each[0] != true]
+        if not chances:
             return Listed(np.zeros(0, np.int64), np.zeros(0))
-        return _listed(found)
+        return _listed(chances)

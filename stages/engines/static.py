@@ -68,8 +68,8 @@ def context_tokens(vocabulary: Vocabulary) -> list[np.ndarray]:
     """Start token and context, int32, for every context that the tokenizer can write; at least the start token."""
     encoded = vocabulary.encode_batch(list(CONTEXTS))
     start = np.array([vocabulary.start_id], np.int32)
-    found = [np.append(start, e.ids).astype(np.int32) for e in encoded if not isinstance(e, Misfit)]
-    return found or [start]
+    contexts = [np.append(start, e.ids).astype(np.int32) for e in encoded if not isinstance(e, Misfit)]
+    return contexts or [start]
 
 
 class _Block(NamedTuple):
@@ -174,9 +174,9 @@ class StaticStates:
             parts.append(self.reducer.begin(logits, take_plan(plan, rows), none, where=where, row=which))
         if not parts:
             return None
-        found = Once(lambda: _without_top(concatenate([part() for part in parts])))
+        masses = Once(lambda: _without_top(concatenate([part() for part in parts])))
         place = np.split(np.argsort(order), np.cumsum([len(job.token) for job in jobs])[:-1])
-        return [LateRows(partial(_taken, found, index)) for index in place]
+        return [LateRows(partial(_taken, masses, index)) for index in place]
 
     def _logits(
         self, tokens: np.ndarray, logits_of: Callable[[torch.Tensor], torch.Tensor | None]
@@ -246,8 +246,8 @@ class StaticStates:
         return 1 if self.linear else self.contexts
 
 
-def _taken(found: Once, index: np.ndarray) -> RowMasses:
-    return take(found(), index)
+def _taken(masses: Once, index: np.ndarray) -> RowMasses:
+    return take(masses(), index)
 
 
 def _without_top(rows: RowMasses) -> RowMasses:

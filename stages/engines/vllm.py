@@ -130,8 +130,8 @@ class VllmEngine(Engine):
             (again,) = self.score_branches([(prompt, asked)])
         except EngineError as error:
             return str(error)
-        found = np.delete(again.log_norm, np.s_[half : half + len(forks)])
-        worst = float(np.abs(rows.log_norm[2:] - found).max())
+        log_norm = np.delete(again.log_norm, np.s_[half : half + len(forks)])
+        worst = float(np.abs(rows.log_norm[2:] - log_norm).max())
         # Half precision rounds a batch of another shape otherwise; another history is another matter.
         return "" if worst < 0.1 else f"rows differ by {worst:.2g} nats"
 

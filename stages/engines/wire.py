@@ -76,12 +76,12 @@ def unpack_rows(raw: bytes) -> list[RowMasses]:
     if not is_whole(jobs, 0) or jobs * len(COLUMNS) > len(arrays):
         raise ValueError("rows without all of their columns")
     try:
-        found = [RowMasses(**{name: arrays[f"{n} {name}"] for name in COLUMNS}) for n in range(jobs)]
+        row_masses = [RowMasses(**{name: arrays[f"{n} {name}"] for name in COLUMNS}) for n in range(jobs)]
     except KeyError:
         raise ValueError("rows without all of their columns") from None
-    for rows in found:
+    for rows in row_masses:
         _refuse_unsound(rows)
-    return found
+    return row_masses
 
 
 def _refuse_unsound(rows: RowMasses) -> None:

@@ -94,8 +94,8 @@ def borne_out(share: np.ndarray, ahead: np.ndarray, tau: float) -> np.ndarray:
     `AHEAD_BYTES`. Where that is small the text goes on as the known histories did not foresee, and one that foresaw it
     comes to carry share / ahead of it at most.
     """
-    found: np.ndarray = (share > BORNE_OUT * ahead) & (share > lightest(tau))
-    return found
+    is_borne_out: np.ndarray = (share > BORNE_OUT * ahead) & (share > lightest(tau))
+    return is_borne_out
 
 
 def lightest(tau: float) -> float:

@@ -115,8 +115,8 @@ def _merge(base: Path, adapter: Path, out: Path, dtype: str, name: str) -> None:
     plain.to(stored).save_pretrained(out, safe_serialization=True)
     del model, plain
     with torch.inference_mode():
-        found = load(out)(input_ids=ids).logits
-    difference = float((found - wanted).abs().max() / wanted.abs().max())
+        logits = load(out)(input_ids=ids).logits
+    difference = float((logits - wanted).abs().max() / wanted.abs().max())
     limit = DIFFERENCE if stored == torch.float32 else HALF
     if not difference <= limit:
         raise InputError(

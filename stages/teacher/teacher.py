@@ -118,10 +118,10 @@ class Teacher:
         place = np.where(static, -1, np.cumsum(~static) - 1)
         while (place < 0).any():
             row = np.flatnonzero((place < 0) & (place[known.row_parent] >= 0))
-            found = deviations_of(known, row)._replace(row=place[known.row_parent[row]].astype(np.int32))
+            deviations = deviations_of(known, row)._replace(row=place[known.row_parent[row]].astype(np.int32))
             place[row] = len(window.row_start) + np.arange(len(row))
-            (rows,) = self.engine.score_static([static_job(known, found)])
-            extend(window, found, rows, static=True)
+            (rows,) = self.engine.score_static([static_job(known, deviations)])
+            extend(window, deviations, rows, static=True)
         window.row_sampled = ((np.arange(len(window.row_depth)) < asked) | (window.row_static == 1)).astype(np.uint8)
         window.reference, window.doc_position = True, position
         return window

@@ -95,10 +95,10 @@ class Template:
             raise ConfigError(f"{where}: its chat template cannot be used ({misfit.reason}); choose another") from None
         end = next((i for text, i in template._longest_first() if trail.startswith(text)), None)
         template = cls(where, renderer, cutter, template.control, end)
-        found = encode_answer(vocabulary, template, json.dumps(sample), "World")
-        if isinstance(found, Misfit):
+        encoded = encode_answer(vocabulary, template, json.dumps(sample), "World")
+        if isinstance(encoded, Misfit):
             raise ConfigError(
-                f"{where}: tokens of its chat template do not spell its text ({found.reason}); choose another"
+                f"{where}: tokens of its chat template do not spell its text ({encoded.reason}); choose another"
             )
         return template
 
@@ -117,8 +117,8 @@ class Template:
         prompt, whole, marked = self._render([(messages, True), *((one, False) for one in answers)])
         if not whole.startswith(prompt) or not marked.startswith(prompt):
             raise Misfit("template: an answer does not follow the generation prompt")
-        lead, found, trail = marked[len(prompt) :].partition(MARKER)
-        if not found or MARKER in trail:
+        lead, marker, trail = marked[len(prompt) :].partition(MARKER)
+        if not marker or MARKER in trail:
             raise Misfit("template: an answer is not repeated once as it is")
         rest = whole[len(prompt) :]
         for before in (lead, ""):
@@ -240,17 +240,17 @@ def encode_completion(
     vocabulary: Vocabulary, prompts: Sequence[str], responses: Sequence[str]
 ) -> list[Encoded | Misfit]:
     """Responses after their prompts, joined as text and tokenised as one document."""
-    found: list[Encoded | Misfit] = []
+    answers: list[Encoded | Misfit] = []
     joined = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     for prompt, encoded in zip(prompts, vocabulary.encode_batch(joined), strict=True):
         if isinstance(encoded, Misfit):
-            found.append(encoded)
+            answers.append(encoded)
             continue
         head = encoded.synthetic + len(prompt.encode())
         # The last token that starts at or before the response, and LEAD before it.
         first = max(0, int(np.searchsorted(encoded.starts[:-1], head, side="right")) - 1 - LEAD)
         at = int(encoded.starts[first])
-        found.append(
+        answers.append(
             Encoded(
                 encoded.ids[first:],
                 encoded.starts[first:] - at,
@@ -260,4 +260,4 @@ def encode_completion(
                 prompt.encode(),
             )
         )
-    return found
+    return answers

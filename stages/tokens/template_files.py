@@ -74,7 +74,7 @@ def _named(declared: Any, what: str) -> list[tuple[str, str]]:
     """(name, template) of what a configuration declares. Raises InputError where it is neither text nor a list."""
     if isinstance(declared, str):
         return [("default", declared)]
-    found = []
+    templates = []
     for each in declared if isinstance(declared, list) and len(declared) <= MAX_NAMED else [None]:
         name, template = (each.get("name"), each.get("template")) if isinstance(each, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(template, str):
@@ -82,8 +82,8 @@ def _named(declared: Any, what: str) -> list[tuple[str, str]]:
                 f"{what}: chat_template in {CONFIG} must be a text, or a list of at most {MAX_NAMED} objects with a "
                 "name and a template, both texts; correct it or fetch it again"
             )
-        found.append((name, template))
-    return found
+        templates.append((name, template))
+    return templates
 
 
 def _read(file: Path, what: str, limit: int, kind: str) -> bytes:

@@ -15,8 +15,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets")
     parser.add_argument("--documents", type=int, default=3)
-    given = parser.parse_args()
-    for window in islice(ByteTargets(given.targets, by="documents", epochs=1), given.documents):
+    options = parser.parse_args()
+    for window in islice(ByteTargets(options.targets, by="documents", epochs=1), options.documents):
         # One row a position: -log2 of what the teacher gave to the byte that followed; the tail counts as one symbol.
         hit = window.symbol == window.true[window.row]
         given_to_true = window.tail.astype(np.float64)

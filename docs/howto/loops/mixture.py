@@ -21,18 +21,18 @@ def main() -> None:
     parser.add_argument("--weights", nargs=2, type=float, default=[0.5, 0.5])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--state", default="")
-    given = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(given.model)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     width = model.get_output_embeddings().weight.shape[0]
-    rows = MixedRows([StudentRows(place, tokenizer, width, window=1024) for place in given.targets], given.weights)
-    state = Path(given.state) if given.state else None
+    rows = MixedRows([StudentRows(place, tokenizer, width, window=1024) for place in options.targets], options.weights)
+    state = Path(options.state) if options.state else None
     if state and state.exists():
         rows.load_state_dict(json.loads(state.read_text()))
     loss = ByteLoss(rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     reading = iter(rows)
-    for number in range(given.steps):
+    for number in range(options.steps):
         value = loss.of_model(model, collate_rows(list(islice(reading, 4))))
         value.backward()
         optimizer.step()

@@ -21,16 +21,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="")
-    given = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(given.model)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     width = model.get_output_embeddings().weight.shape[0]
-    rows = StudentRows(given.targets, tokenizer, width, window=1024)
+    rows = StudentRows(options.targets, tokenizer, width, window=1024)
     # With 150,000 tokens and more, `chunk` keeps the logits of so many positions in memory and no more.
     loss = ByteLoss(rows, chunk=512 if width > 100_000 else 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batches = iter(DataLoader(rows, batch_size=4, collate_fn=collate_rows))
-    for number in range(given.steps):
+    for number in range(options.steps):
         step = list(islice(batches, 2))
         counts = step_counts(step)  # of the whole step, so that its batches add up to one mean
         total = 0.0
@@ -42,9 +42,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {number + 1}: loss {total:.4f}", flush=True)
-    if given.out:
-        model.save_pretrained(given.out)
-        tokenizer.save_pretrained(given.out)
+    if options.out:
+        model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,23 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulate", type=int, default=2, help="batches of a process to a step")
-    given = parser.parse_args()
+    options = parser.parse_args()
     # Every process reads all rows and takes its batches, so the rows are rank 0 of 1 and nothing is dispatched.
     accelerator = Accelerator(
-        gradient_accumulation_steps=given.accumulate,
+        gradient_accumulation_steps=options.accumulate,
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
         cpu=not torch.cuda.is_available(),  # else processes without a GPU know nothing of each other
     )
-    model = AutoModelForCausalLM.from_pretrained(given.model)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     width = model.get_output_embeddings().weight.shape[0]
-    rows = StudentRows(given.targets, tokenizer, width, window=1024, rank=0, ranks=1)
+    rows = StudentRows(options.targets, tokenizer, width, window=1024, rank=0, ranks=1)
     loss = ByteLoss(rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loader = DataLoader(rows, batch_size=4, collate_fn=collate_rows)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     batches = iter(loader)
-    for number in range(given.steps):
+    for number in range(options.steps):
         step = list(islice(batches, accelerator.gradient_accumulation_steps))
         mine = step_counts(step).to(accelerator.device)
         counts = accelerator.gather(mine[None]).sum(0)  # of all processes

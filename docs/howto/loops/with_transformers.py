@@ -26,20 +26,21 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=0, help="positions whose logits exist at once; 0 = all")
     parser.add_argument("--out", default="trained")
     parser.add_argument("--packed", action="store_true")
-    given = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(given.model)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     width = model.get_output_embeddings().weight.shape[0]
-    rows = StudentRows(given.targets, tokenizer, width, window=1024)
-    heldout = StudentRows(given.targets, tokenizer, width, window=1024, split="heldout", epochs=1)
+    rows = StudentRows(options.targets, tokenizer, width, window=1024)
+    heldout = StudentRows(options.targets, tokenizer, width, window=1024, split="heldout", epochs=1)
     arguments = TrainingArguments(
-        given.out, max_steps=given.steps, per_device_train_batch_size=4, gradient_accumulation_steps=given.accumulate,
-        learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no",
+        options.out, max_steps=options.steps, per_device_train_batch_size=4,
+        gradient_accumulation_steps=options.accumulate, learning_rate=1e-3, logging_steps=1, report_to=[],
+        save_strategy="no",
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = ByteTrainer(
-        model, arguments, train_dataset=rows, eval_dataset=heldout, byte_loss=ByteLoss(rows, chunk=given.chunk),
-        data_collator=partial(collate_rows, packed=given.packed), processing_class=tokenizer,
+        model, arguments, train_dataset=rows, eval_dataset=heldout, byte_loss=ByteLoss(rows, chunk=options.chunk),
+        data_collator=partial(collate_rows, packed=options.packed), processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
     print(trainer.evaluate(), flush=True)

@@ -22,12 +22,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="trained")
-    given = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(given.model)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    rows = StudentRows(given.targets, tokenizer, model.get_output_embeddings().weight.shape[0], window=1024)
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    rows = StudentRows(options.targets, tokenizer, model.get_output_embeddings().weight.shape[0], window=1024)
     arguments = SFTConfig(
-        given.out, max_steps=given.steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        options.out, max_steps=options.steps, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no", bf16=False,
     )  # fmt: skip
     ByteSFTTrainer(

@@ -110,7 +110,7 @@ def smoothed(points: list[Point], width: int) -> list[Point]:
 
 def stage_rows(stages: dict[str, list[Receipt]]) -> Iterator[tuple[str, float, int]]:
     """Name, seconds and bytes of each stage that made anything."""
-    for name, found in stages.items():
-        if found:
-            seconds = sum(receipt.timings.get("seconds", 0.0) for receipt in found)
-            yield name, seconds, sum(file.size for receipt in found for file in receipt.files)
+    for name, stage_receipts in stages.items():
+        if stage_receipts:
+            seconds = sum(receipt.timings.get("seconds", 0.0) for receipt in stage_receipts)
+            yield name, seconds, sum(file.size for receipt in stage_receipts for file in receipt.files)

@@ -35,6 +35,7 @@ import numpy as np
 from numba import njit
 
 from bytecache.schemas.arrays import END, PLACE
+from bytecache.schemas.loops import inner_loop, row_loop
 from bytecache.stages.lattice.tables import Masses, Tables
 
 _NOTHING = 1e-300
@@ -93,6 +94,8 @@ class _Board(NamedTuple):
     """float64 [264]"""
     words: np.ndarray
     """uint64 [40]; which symbols were touched, eight to a word"""
+    touched: np.ndarray
+    """uint8 [320]; the same, a symbol an item"""
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -101,7 +104,16 @@ def forward(rows: Masses, lies: Tables, first: int, last: int, drop: float, sums
 
     Returns how many of `sums.symbol` were written.
     """
-    cells, board = _empty_cells(lies), _Board(np.zeros(264), np.zeros(40, np.uint64))
+    words = np.zeros(40, np.uint64)
+    board = _Board(np.zeros(264), words, words.view(np.uint8))
+    written: int = _walk(rows, lies, first, last, drop, _empty_cells(lies), board, sums)
+    return written
+
+
+@row_loop
+def _walk(
+    rows: Masses, lies: Tables, first: int, last: int, drop: float, cells: _Cells, board: _Board, sums: Sums
+) -> int:
     count = ended = written = 0
     unknown = 0.0
     cells.weight[lies.by_start[0]] = sums.purity[lies.by_start[0]] = 1.0
@@ -152,7 +164,7 @@ def _empty_cells(lies: Tables) -> _Cells:
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@inner_loop
 def _enter(cells: _Cells, count: int, lies: Tables, sums: Sums, i: int) -> int:
     """Rows that start at byte i become cells; returns how many cells there are."""
     for k in range(lies.at[i], lies.at[i + 1]):
@@ -165,7 +177,7 @@ def _enter(cells: _Cells, count: int, lies: Tables, sums: Sums, i: int) -> int:
     return count
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _restart_if_lost(cells: _Cells, count: int, lies: Tables, sums: Sums, i: int) -> bool:
     """Perhaps the text so far has probability zero; the canonical row asks nothing of what came before."""
     heir = lies.canonical[i]
@@ -178,7 +190,7 @@ def _restart_if_lost(cells: _Cells, count: int, lies: Tables, sums: Sums, i: int
     return True
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _look_in_one(
     rows: Masses, lies: Tables, cells: _Cells, sums: Sums, i: int
 ) -> tuple[bool, float, float, float, float]:
@@ -212,7 +224,7 @@ def _look_in_one(
     return ordered, known, sums.purity[r] * known, listed, w * mass
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _look_in_all(
     rows: Masses, lies: Tables, cells: _Cells, count: int, sums: Sums, i: int, board: _Board
 ) -> tuple[float, float, float, float]:
@@ -222,7 +234,6 @@ def _look_in_all(
     next byte.
     """
     byte = np.int64(rows.text[i]) if i < len(rows.text) else np.int64(-1)
-    touched = board.words.view(np.uint8)
     known = evaluated = listed = 0.0
     for a in range(count):
         r = cells.row[a]
@@ -234,14 +245,14 @@ def _look_in_all(
             m = np.float64(rows.entry_mass[e])
             b = np.uint64(rows.entry_byte[e])
             board.mass[b] += w * m
-            touched[b] = 1
+            board.touched[b] = 1
             here += m
             mass = m if np.int64(b) == byte else mass
         cells.follows[a] = mass
         listed += w * here
         if depth == 0:
             board.mass[END] += w * rows.end[r]
-            touched[END] = 1
+            board.touched[END] = 1
             listed += w * rows.end[r]
             here += rows.end[r] + rows.control[r]
         # Tokens that end here left the cell already; rounding must not make the rest smaller than its parts.
@@ -251,7 +262,7 @@ def _look_in_all(
     return known, evaluated, listed, board.mass[byte] if byte >= 0 else 0.0
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _note_shares(
     rows: Masses, lies: Tables, cells: _Cells, count: int, ended: int, i: int, inverse: float, sums: Sums
 ) -> None:
@@ -263,7 +274,7 @@ def _note_shares(
         sums.held[lies.level_offset[r] + i - rows.start[r]] = cells.weight[r] * inverse * cells.prefix[a]
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _write_one(rows: Masses, lies: Tables, cells: _Cells, i: int, inverse: float, sums: Sums, written: int) -> int:
     """The distribution of a single cell, straight from its entries; returns the new end of what is written."""
     place: Any
@@ -285,7 +296,7 @@ def _write_one(rows: Masses, lies: Tables, cells: _Cells, i: int, inverse: float
     return int(place)
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _write_all(board: _Board, inverse: float, sums: Sums, written: int) -> int:
     """The distribution on the board; returns the new end of what is written."""
     place: Any
@@ -301,7 +312,7 @@ def _write_all(board: _Board, inverse: float, sums: Sums, written: int) -> int:
     return int(place)
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _wipe(board: _Board) -> None:
     b: Any
     for word in range(PLACE(_WORDS)):
@@ -311,7 +322,7 @@ def _wipe(board: _Board) -> None:
                 board.mass[b] = 0.0
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _advance(
     rows: Masses, lies: Tables, cells: _Cells, count: int, inverse: float, least: float, i: int, sums: Sums
 ) -> tuple[int, int, float]:
@@ -351,7 +362,7 @@ def _advance(
     return left, ended, orphan
 
 
-@njit(cache=True, nogil=True)
+@inner_loop
 def _hand_on(lies: Tables, cells: _Cells, i: int, orphan: float, unknown: float) -> float:
     """Orphans join the heaviest row that ends at i, the canonical one first; returns the weight that has none."""
     heir = lies.canonical[i]

@@ -215,6 +215,11 @@ class Study:
         self.tokens, self.deeper = options.stretch, options.deeper
         earlier = earlier or {"measured": 0, "state": {}, "missed_state": Measure().state(), "reference_rows": 0}
         self.measured = int(earlier["measured"])
+        self.everything = options.share == 1
+        if "state" not in earlier:
+            if self.measured < len(self.stretches):
+                raise SystemExit(f"all {self.measured} stretches of other texts were measured; move the result away")
+            return
         self.names = [*st.PRESETS, *(["reference"] if self.deeper else [])]
         self.figures = {name: Figures(earlier["state"].get(name)) for name in self.names}
         self.reference_rows = int(earlier["reference_rows"])
@@ -249,19 +254,21 @@ class Study:
         ).plan  # fmt: skip
 
     def result(self) -> dict[str, Any]:
-        """JSON: the figures, and what a later run goes on from."""
+        """JSON: the figures, and what a later run goes on from, until every stretch is measured."""
         of = self.figures["exact"].counts
         size = sum(len(document.data) - document.synthetic for document in self.documents)
-        return {
+        figures = {
             "documents": len(self.documents), "bytes": size, "stretches": len(self.stretches),
             "measured": self.measured, "positions": of["positions"], "tokens": of["canonical"],
             "reference_rows_per_token": round(self.reference_rows / of["canonical"], 3),
             "missed": self.missed.summary(of["positions"], of["windows"], of["squared_positions"])["mean"],
             "presets": {name: figures.summary() for name, figures in self.figures.items()},
-            "reference_rows": self.reference_rows,
-            "state": {name: figures.state() for name, figures in self.figures.items()},
-            "missed_state": self.missed.state(),
         }  # fmt: skip
+        state = {
+            "state": {name: figures.state() for name, figures in self.figures.items()},
+            "missed_state": self.missed.state(), "reference_rows": self.reference_rows,
+        }  # fmt: skip
+        return figures if self.everything and self.measured == len(self.stretches) else figures | state
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -54,3 +54,15 @@ def test_a_study_that_was_stopped_says_what_one_run_does(teacher):
     kl = {name: figures["kl"] for name, figures in found["presets"].items()}
     assert kl["fast"] > kl["balanced"] > max(kl["exact"], kl["reference"])
     assert found["presets"]["fast"]["rows_per_token"] < found["presets"]["exact"]["rows_per_token"]
+
+
+def test_a_whole_study_keeps_its_figures_alone(teacher):
+    documents = documents_of(teacher, text_of(teacher), 60)
+    whole = Study(teacher, documents, argparse.Namespace(**{**vars(OPTIONS), "share": 1.0}), None)
+    whole.step(len(whole.stretches) - 1)
+    assert "state" in whole.result()
+    whole.step()
+    found = whole.result()
+    assert "state" not in found and found["measured"] == found["stretches"]
+    again = Study(teacher, documents, OPTIONS, found)
+    assert again.measured >= len(again.stretches)

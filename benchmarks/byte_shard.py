@@ -17,7 +17,8 @@ from pydoc_data import topics
 import numpy as np
 
 from bytecache.schemas.arrays import F32, U8
-from bytecache.schemas.shard.reader import PRECISIONS, ShardBuilder, read_shard
+from bytecache.schemas.shard.builder import PRECISIONS, ShardBuilder
+from bytecache.schemas.shard.reader import read_shard
 
 ORDERS = {1: 0.005, 2: 0.015, 3: 0.08, 4: 0.2, 5: 0.7}
 PIECE = 1 << 15

@@ -22,7 +22,7 @@ from bytecache.schemas.dataset.index import ShardEntry, read_dataset, write_data
 from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.files import file_sha256
-from bytecache.schemas.shard.reader import ShardBuilder
+from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.tokens.vocab import load_vocabulary
 

@@ -45,7 +45,8 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.parquet import DumpWriter, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.shard import prior as priors
-from bytecache.schemas.shard.reader import PRECISIONS, ByteShard, read_shard
+from bytecache.schemas.shard.builder import PRECISIONS
+from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.lattice.lattice import Lattice
 
 MODELS = ("builtin:smollm2-135m-instruct",)

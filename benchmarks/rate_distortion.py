@@ -34,7 +34,8 @@ import numpy as np
 from benchmarks.texts import builtin_texts, multilingual_text
 from bytecache.schemas import settings as st
 from bytecache.schemas.shard import prior as priors
-from bytecache.schemas.shard.reader import PRECISIONS, ByteShard, Precision, ShardBuilder, read_shard
+from bytecache.schemas.shard.builder import PRECISIONS, Precision, ShardBuilder
+from bytecache.schemas.shard.reader import ByteShard, read_shard
 
 THRESHOLDS = (3e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2, 4e-2)
 SWEEP = {

@@ -25,7 +25,6 @@ from bytecache.schemas.arrays import END, F32, F64, I16, I64, SYMBOLS, U8
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard import prior as priors
 from bytecache.schemas.shard import reasons
-from bytecache.schemas.shard.builder import PRECISIONS, Precision, ShardBuilder
 from bytecache.schemas.shard.codes import COLUMNS, FORMAT, STEPS, TAIL, VERSION, check_bounds
 from bytecache.schemas.shard.expansion import INDEX_STRIDE, SPARE, Contexts, RowKeys, Stored, decode_rows, expand_rows
 from bytecache.schemas.shard.limits import excess
@@ -35,12 +34,9 @@ from bytecache.schemas.whole import is_number, is_whole, same
 
 __all__ = [
     "FORMAT",
-    "PRECISIONS",
     "TAIL_MASS",
     "VERSION",
     "ByteShard",
-    "Precision",
-    "ShardBuilder",
     "Triples",
     "read_shard",
 ]

@@ -17,7 +17,8 @@ from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.schemas.shard.reader import ShardBuilder, read_shard
+from bytecache.schemas.shard.builder import ShardBuilder
+from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
 from bytecache.stages.convert.precision import precision_of
 from bytecache.stages.fidelity.bound import Bound

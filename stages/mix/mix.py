@@ -20,7 +20,8 @@ import numpy as np
 
 from bytecache.schemas.arrays import END, F32, F64, SYMBOLS, U8
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
-from bytecache.schemas.shard.reader import ByteShard, Precision, ShardBuilder
+from bytecache.schemas.shard.builder import Precision, ShardBuilder
+from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.mix.documents import Documents, Name, Place
 from bytecache.stages.mix.pool import LEAST, POOLS, disagreement, pooled, weights_of
 from bytecache.stages.targets.source import load_shard

@@ -100,6 +100,17 @@ def test_only_the_command_line_imports_commands() -> None:
     assert outside == []
 
 
+def test_who_reads_targets_loads_no_writer() -> None:
+    """Of shards, nor any stage but `targets`: a stranger's training loop reads a zip."""
+    reached, ahead = set[str](), {"stages.targets.dataset", "stages.targets.mixed"}
+    while ahead:
+        reached |= ahead
+        ahead = {target for name in ahead for target in ARROWS[name]} - reached
+    assert "schemas.shard.reader" in reached
+    assert not {"schemas.shard.builder", "schemas.shard.quantise", "schemas.shard.gather"} & reached
+    assert {room(name, "stages") for name in reached} - {""} == {"targets"}
+
+
 def test_no_circle_between_files() -> None:
     assert in_circles(ARROWS) == {}
 

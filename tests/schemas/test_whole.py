@@ -16,7 +16,8 @@ from bytecache.schemas.dataset.index import describe_shard, read_dataset, seal, 
 from bytecache.schemas.dump.parquet import read_meta
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.schemas.shard.reader import ShardBuilder, read_shard
+from bytecache.schemas.shard.builder import ShardBuilder
+from bytecache.schemas.shard.reader import read_shard
 from bytecache.schemas.whole import is_number, is_whole, same
 from tests.support.other_numbers import cases, is_refused, others
 from tests.support.places import GOLDEN_FILES

@@ -88,7 +88,7 @@ def fake_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeTeacher]]
 @pytest.fixture
 def fake_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards with certain targets from dumps that are slices."""
-    from bytecache.schemas.shard.reader import ShardBuilder
+    from bytecache.schemas.shard.builder import ShardBuilder
     from bytecache.stages.convert import convert
 
     def convert_units(parts: list[Path], out: Path, settings: Any, attrs: dict, stop: Any, tick: Any) -> dict[str, Any]:

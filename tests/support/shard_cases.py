@@ -13,7 +13,8 @@ import numpy as np
 
 from bytecache.schemas.arrays import END, F32, U8
 from bytecache.schemas.shard import prior as priors
-from bytecache.schemas.shard.reader import ByteShard, ShardBuilder, read_shard
+from bytecache.schemas.shard.builder import ShardBuilder
+from bytecache.schemas.shard.reader import ByteShard, read_shard
 from tests.support.places import GOLDEN_FILES
 
 GOLDEN = GOLDEN_FILES / "golden-shard.zarr.zip"

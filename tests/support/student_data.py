@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bytecache.schemas.dataset.index import ShardEntry, write_dataset
-from bytecache.schemas.shard.reader import ShardBuilder
+from bytecache.schemas.shard.builder import ShardBuilder
 
 SUBJECTS = ("the cache", "a teacher", "the student", "every byte", "naïve façade", "日本語", "one shard", "the token")
 VERBS = ("reads", "keeps", "predicts", "forgets", "hashes", "cuts", "verifies", "writes")

@@ -11,7 +11,8 @@ import pytest
 
 from bytecache.schemas.arrays import END, SYMBOLS
 from bytecache.schemas.dataset.index import describe_shard, read_dataset, write_dataset
-from bytecache.schemas.shard.reader import ByteShard, ShardBuilder, read_shard
+from bytecache.schemas.shard.builder import ShardBuilder
+from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.mix import mix as mixing_stage
 from bytecache.stages.mix.pool import FLOOR
 from bytecache.stages.targets.dataset import ByteTargets

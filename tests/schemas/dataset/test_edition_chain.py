@@ -22,7 +22,7 @@ from bytecache.schemas.dataset.index import (
 )
 from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.errors import IntegrityError
-from bytecache.schemas.shard.reader import ShardBuilder
+from bytecache.schemas.shard.builder import ShardBuilder
 
 
 def shard(folder: Path, number: int) -> ShardEntry:

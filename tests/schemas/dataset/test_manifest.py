@@ -26,7 +26,7 @@ from bytecache.schemas.dataset.index import (
 from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.files import file_sha256
-from bytecache.schemas.shard.reader import ShardBuilder
+from bytecache.schemas.shard.builder import ShardBuilder
 
 INFO = {"teacher": {"name": "none"}, "tokenizer": {"fingerprint": "0"}, "license": "CC0-1.0", "attribution": "Zoë"}
 NAMES = {

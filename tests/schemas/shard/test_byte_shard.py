@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from bytecache.schemas.arrays import END, SYMBOLS
 from bytecache.schemas.errors import IntegrityError, StorageError
 from bytecache.schemas.shard import prior as priors
+from bytecache.schemas.shard.builder import PRECISIONS, Precision, ShardBuilder
 from bytecache.schemas.shard.codes import TAIL, VALUE
-from bytecache.schemas.shard.reader import PRECISIONS, Precision, ShardBuilder, read_shard
+from bytecache.schemas.shard.reader import read_shard
 from bytecache.schemas.shard.sorting import LANES
 from tests.support.places import ROOT
 from tests.support.shard_cases import (

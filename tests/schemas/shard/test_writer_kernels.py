@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bytecache.schemas.errors import IntegrityError
+from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.schemas.shard.logarithms import sum_logs
 from bytecache.schemas.shard.prior import MAX_CODE, Prior
-from bytecache.schemas.shard.reader import ShardBuilder
 from bytecache.schemas.shard.sorting import PADDING, sort_distinct
 from tests.support.shard_cases import natural_rows, random_rows
 

@@ -7,8 +7,11 @@ names its nearest neighbour.
 """
 
 import difflib
+import io
 import math
 import os
+import select
+import stat
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +38,8 @@ DEFAULT_FILE = "pipeline.toml"
 RESOLVED_FILE = "config.toml"
 MAX_FILE = 1 << 20
 """Bytes of a configuration, at most."""
+PIPE_S = 30
+"""Seconds to wait for a configuration that comes through a pipe."""
 MAX_DOTS = 100
 """Dots in a line of one."""
 
@@ -198,7 +203,12 @@ def flattened(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as stream:
+        with io.BufferedReader(io.FileIO(path, opener=_open_at_once)) as stream:
+            if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode) and not select.select([stream], [], [], PIPE_S)[0]:
+                raise ConfigError(
+                    f"configuration {path} is a pipe that nothing came through in {PIPE_S} s; name a file"
+                )
+            os.set_blocking(stream.fileno(), True)
             raw = stream.read(MAX_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(
@@ -207,6 +217,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read: {os.strerror(error.errno or 0)}") from None
     return _parse_toml(raw, str(path))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for the writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _parse_toml(raw: bytes, path: str) -> dict[str, Any]:

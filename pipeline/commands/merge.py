@@ -11,11 +11,12 @@ Price: each file is read once and written once; memory: one receipt per unit.
 
 import shutil
 from dataclasses import dataclass, field
+from typing import Any
 
 from bytecache.pipeline.config import changed_keys, flattened
 from bytecache.pipeline.fleet.ledger import STAGES
 from bytecache.pipeline.plan.editions import edition_key
-from bytecache.pipeline.plan.index import PLAN_KEY, Plan, read_plan
+from bytecache.pipeline.plan.index import PLAN_KEY, Plan, corpus_identity, read_plan
 from bytecache.pipeline.stores import Store, disk_errors
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import FileRecord, Receipt
@@ -96,7 +97,7 @@ def _common_plan(destination: Store, sources: list[Store]) -> tuple[Plan, Store 
         if plan is None:
             plan, owner, giver = other, source, source
         elif plan.hash != other.hash:
-            changes = list(changed_keys({**plan.corpus, **plan.settings}, {**other.corpus, **other.settings}))
+            changes = list(changed_keys(_decisive(plan), _decisive(other)))
             detail = f" ({'; '.join(changes[:4])})" if changes else ""
             raise ConfigError(
                 f"{source.name} has plan {other.hash[:12]}, {owner.name} has {plan.hash[:12]}{detail}; only runs of "
@@ -105,6 +106,11 @@ def _common_plan(destination: Store, sources: list[Store]) -> tuple[Plan, Store 
     if plan is None:
         raise InputError("nothing to merge: name at least one run folder")
     return plan, giver
+
+
+def _decisive(plan: Plan) -> dict[str, Any]:
+    """What of a plan makes it another one."""
+    return {**plan.settings, **corpus_identity(plan.corpus), "edition": plan.edition}
 
 
 def _receipts(store: Store, stage: str, result: Merged) -> dict[str, Receipt]:

@@ -6,17 +6,22 @@ the hooks of environments (conda, modules) read variables that are not set.
 """
 
 import math
+import re
 import shlex
 
 from bytecache.pipeline.launch.command import JobSpec, one_word
-from bytecache.schemas.errors import Interrupted
+from bytecache.schemas.errors import ConfigError, Interrupted
+
+TIME_LIMIT = re.compile(r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|UNLIMITED|INFINITE")
 
 
 def slurm_script(spec: JobSpec, *, time_limit: str, partition: str = "", setup: str = "") -> str:
     """The script for `sbatch`. `time_limit`: as Slurm writes it; `setup`: shell lines before the worker.
 
-    Raises ConfigError: a time limit or partition that is not one word.
+    Raises ConfigError: a time limit that Slurm does not know, a partition that is not one word.
     """
+    if not TIME_LIMIT.fullmatch(one_word("--time", time_limit)):
+        raise ConfigError(f"--time {time_limit!r}: expected minutes, H:M:S, D-H, D-H:M:S or UNLIMITED, as Slurm has it")
     notice = max(60, math.ceil(spec.settings.fleet.notice_s) + 5)  # Slurm may be a minute late
     options = [
         f"--job-name={spec.name}",
@@ -25,7 +30,7 @@ def slurm_script(spec: JobSpec, *, time_limit: str, partition: str = "", setup: 
         f"--cpus-per-task={spec.cpus}",
         *([f"--gpus-per-task={spec.gpus}"] if spec.gpus else []),
         *([f"--partition={one_word('--partition', partition)}"] if partition else []),
-        f"--time={one_word('--time', time_limit)}",
+        f"--time={time_limit}",
         "--requeue",
         "--open-mode=append",
         f"--signal=TERM@{notice}",

@@ -1,11 +1,14 @@
 """Configuration: the shipped file is complete, and every mistake is refused in one useful line."""
 
+import os
 import re
+import threading
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from bytecache.pipeline import config
 from bytecache.pipeline.config import load_settings
 from bytecache.pipeline.config_text import render_template, sections, toml_value
 from bytecache.pipeline.launch.command import overrides
@@ -23,6 +26,20 @@ def refusal(tmp_path: Path, toml: str, *overrides: str) -> str:
         load_settings(path, overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_a_configuration_may_come_through_a_pipe_but_is_not_awaited_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_text("[run]\nseed = 7\n"))
+    writer.start()
+    assert load_settings(path, []).run.seed == 7
+    writer.join()
+    monkeypatch.setattr(config, "PIPE_S", 0.01)
+    with pytest.raises(ConfigError, match="is a pipe that nothing came through in"):
+        load_settings(path, [])
 
 
 def test_shipped_file_is_the_rendered_defaults() -> None:

@@ -169,7 +169,14 @@ def test_merging_refuses_conflicts_before_it_writes() -> None:
     assert "1 skipped" in done.stdout and "differs from its receipt" in done.stdout
     # Another plan, another teacher, no plan.
     assert bytecache("plan", "--run-dir", "second", "--set", "run.seed=5").exit_code == 0
-    assert "only runs of one plan" in refusal(bytecache("merge", "second", "--run-dir", "whole"), 2)
+    said = refusal(bytecache("merge", "second", "--run-dir", "whole"), 2)
+    assert "only runs of one plan" in said and "(seed: 0 -> 5);" in said
+    # The same text under another name is the same text.
+    (place / "folder").mkdir()
+    shutil.copyfile(place / "corpus.jsonl", place / "folder" / "corpus.jsonl")
+    more = ("--source", "folder", "--set", "run.seed=5")
+    assert bytecache("plan", "--run-dir", "named-otherwise", *more).exit_code == 0
+    assert "(seed: 0 -> 5);" in refusal(bytecache("merge", "named-otherwise", "--run-dir", "whole"), 2)
     shutil.copytree(place / "run/plan", place / "third/plan")
     assert bytecache("teacher", "--run-dir", "third", "--set", "teacher.top_k=3").exit_code == 0
     assert "top_k: 16 -> 3" in refusal(bytecache("merge", "run", "third", "--run-dir", "new"), 2)

@@ -135,6 +135,16 @@ def test_an_option_that_could_begin_another_line_is_refused(launcher: str, optio
     assert option in result.stderr and "one word" in result.stderr
 
 
+@pytest.mark.parametrize(("value", "is_known"), [
+    ("90", True), ("90:30", True), ("4:00:00", True), ("1-12", True), ("1-12:30", True), ("1-12:30:00", True),
+    ("UNLIMITED", True), ("4h", False), ("1:2:3:4", False), ("1-", False), ("x", False), ("", False),
+])  # fmt: skip
+def test_a_time_limit_is_one_that_slurm_knows(value: str, is_known: bool) -> None:
+    result = CliRunner().invoke(app, ["jobs", "slurm", "--set", "run.dir=s3://b/c", "--time", value])
+    assert (result.exit_code == 0) is is_known, result.output
+    assert f"#SBATCH --time={value}\n" in result.stdout if is_known else "as Slurm has it" in result.stderr
+
+
 def test_a_file_name_cannot_leave_its_comment() -> None:
     spec = plan_job(load_settings(None, ["run.dir=s3://b/c"]), "convert", 1, None, 1)
     with pytest.raises(ConfigError, match="--out"):

@@ -1,11 +1,12 @@
-"""Tokenizer transfer on equal terms: each arm at rates of its own, paired seeds, n-grams, baselines, equal seconds.
+"""Tokenizer transfer on equal terms: rates of each arm's own, paired seeds, n-grams, baselines, equal seconds, curves.
 
-    python -m benchmarks.transfer_texts CORPORA TEXTS --train 14
+    python -m benchmarks.transfer_texts CORPORA TEXTS --train 104 --validation 8 --test 36 --raw 90 --read 4
     bytecache plan --run-dir RUN --set corpus.source=TEXTS/read.jsonl --set corpus.heldout_fraction=0.5
-        --set corpus.max_bytes=0 --set teacher.backend=hf --set teacher.top_k=64 --set convert.precision=precise
+        --set corpus.max_bytes=0 --set teacher.top_k=64 --set convert.precision=precise
     bytecache teacher --run-dir RUN; bytecache convert --run-dir RUN
     python -m benchmarks.transfer_study RUN --texts TEXTS --work WORK --out benchmarks/results/transfer_study.json
-        --table costs|sweep|defaults|test [--arms ce ours ...] [--seeds 0 1 2 3 4] [--seconds 600]
+        --tokenizer GPT2FOLDER --table costs|sweep|defaults|test [--arms ce ours ...] [--seeds 0 1 2 3 4]
+        [--steps 40] [--at 20 40 100] [--dtype bfloat16] [--seconds 600]
 
 The teacher reads the training text once, for every arm. Each command goes on where it stopped and stops between two
 runs once `--seconds` are over; `transfer_tables` makes the tables.
@@ -15,17 +16,14 @@ runs once `--seconds` are over; `transfer_tables` makes the tables.
     defaults  arms at the rate where the search begins, measured as the sweep's are
     test      what the sweep chose, measured on `test` passages; seeds are paired: equal text in equal order
 
-The rule, written before any test passage was looked at: of an arm that setting is taken whose bits/byte of the
-validation passages are lowest, of those that a search tries. For cross-entropy: the embeddings at the adapters' rate of
-1e-3 and at 0.15 of it; at the better of these the adapters' rate in powers of two, upwards first, until the next is
-worse. Ours takes the rates of cross-entropy, which may not be its own best, and the best of three weights of the
-divergence. Last, the other share of the embeddings at the best rate of cross-entropy. Other arms take the setting of
-ours, or with `ce-...` that of cross-entropy.
+Arms, and the rule by which the sweep chooses, are in `transfer_arms`. Arms read the same windows of training text.
+`ce-seconds` takes a twentieth more steps, of the text that follows, or as many as fit into the seconds of ours if they
+are more. `ce-raw` has the seconds of the teacher as well, who read as much text as ours learns from; what it reads
+beyond needs no teacher. `ce-text` never reads a text twice, for as many steps as arms that do (`--epochs`): fresh text
+in the teacher's place. `ce-double` reads twice the text a step: what half of the noise of the text would be worth.
 
-Arms read the same windows of training text. `ce-seconds` takes a twentieth more steps, which is more than a step of
-ours takes longer, of the text that follows. `ce-raw` reads further text of the same sources, which needs no teacher,
-for the time of ours and of the teacher's reading; `ce-double` reads twice the text in each step: what half of the noise
-of the text would be worth.
+With `--at` a run is measured at some of its steps too, on `--at-passages` of each kind. Its rate falls to the end
+(`train.schedule`), so a point before the end is no substitute for a shorter run.
 """
 
 import argparse
@@ -37,16 +35,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from benchmarks.count_targets import documents_of, write_counts, write_texts
-from benchmarks.student_gain import ARMS as OBJECTIVES
-from benchmarks.student_gain import MARGINAL
+from benchmarks.transfer_arms import ARMS, SWEEP_SEED, Found, Job, best, choices_left, timed, validation
 from benchmarks.transfer_cause import divergences
 from benchmarks.transfer_gain import refuse_mixed, wanted
 from bytecache.schemas import settings as st
@@ -56,53 +51,14 @@ from bytecache.schemas.files import write_text
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
 from bytecache.stages.teacher.identity import vocabulary_from
-from bytecache.stages.train.batches import stream
+from bytecache.stages.train.batches import packing, stream
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from bytecache.stages.train.batches.types import Step
 from bytecache.stages.train.objective.objective import Objective
 from bytecache.stages.train.run import Run, backward_step, learning_rate, set_rate, start_run
 from bytecache.stages.train.train import CLIP
 
-Found = dict[str, Any]
-ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ce": ("exact", "cross-entropy", OBJECTIVES["ce"][2]),
-    "ours": ("exact", "ours", MARGINAL),
-    "ngram": ("counts", "ours, taught by a byte 6-gram of the training text", MARGINAL),
-    "strict": ("exact", "strict one-to-one, top 16", OBJECTIVES["strict_topk"][2]),
-    "alm": ("exact", "ALM", OBJECTIVES["alm"][2]),
-    "bld": ("exact", "BLD as published", OBJECTIVES["bld"][2]),
-    "uld": ("exact", "ULD, weight 0.1", OBJECTIVES["uld-0.1"][2]),
-    "ours-alone": ("exact", "ours without the tokens' cross-entropy", {**MARGINAL, "lambda_token": 0.0}),
-    "ce-seconds": ("exact", "cross-entropy, a twentieth more steps", OBJECTIVES["ce"][2]),
-    "ce-raw": ("exact", "cross-entropy in the seconds of ours and of the teacher", OBJECTIVES["ce"][2]),
-    "ce-double": ("exact", "cross-entropy, twice the text a step", OBJECTIVES["ce"][2]),
-}
-"""Targets, title and settings of training."""
-START = 1e-3
-"""Rate at which the search begins: the default's before the search."""
-SHARES = (1.0, 0.15)
-"""Of the adapters' rate, for the embeddings."""
-WEIGHTS = (1.0, 2.0, 0.5)
-"""Of the divergence, that the sweep tries."""
-SWEEP_SEED = 100
-SWEEP_STEPS = 20
 DEVICE = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: an arm, its seed, the rate of the adapters, the embeddings' share of it, the divergence's weight."""
-
-    arm: str
-    seed: int
-    rate: float = START
-    share: float = 1.0
-    weight: float = 1.0
-    steps: int = 40
-
-    def key(self) -> Found:
-        """What a line of results says of its job."""
-        return {name: getattr(self, name) for name in ("arm", "seed", "rate", "share", "weight", "steps")}
 
 
 @dataclass
@@ -131,7 +87,9 @@ class Study:
             )
             held_out = {name: text for name, text in held_out.items() if name.split(" ", 3)[1] != "train"}
             write_texts({"train": raw, "heldout": held_out}, args.work / "plain")
-        return cls(args, student.load(prepared(args, args.tokenizer)), dump)
+        before = student.load(prepared(args, args.tokenizer))
+        packing.check(before)
+        return cls(args, before, dump)
 
     def fresh(self) -> student.Student:
         """The student before training, to be changed."""
@@ -170,13 +128,15 @@ def settings_of(args: argparse.Namespace, job: Job) -> st.Train:
 
 
 def begin(study: Study, job: Job) -> tuple[Run, st.Train, Iterator[Step]]:
-    """A run at its first step and the text of its steps; beyond one reading of the targets' text, raw text follows."""
+    """A run at its first step and the text of its steps; beyond `--epochs` of the targets' text, raw text follows."""
     settings = settings_of(study.args, job)
     opened = study.fresh()
     source = ARMS[job.arm][0]
     tokens = settings.head in st.BASELINES and settings.lambda_kl > 0
     reader = study.reader(source, "train", opened, tokens=tokens)
     run = start_run(opened, settings, job.seed, DEVICE, reader=reader)
+    if settings.dtype == "bfloat16":
+        keep_as_cast(opened.model)
     batching = stream.Batching(
         settings.batch, opened.max_tokens, with_targets=run.objective.needs_targets,
         byte_reduction=settings.byte_reduction, limit=run.objective.term.slots,
@@ -186,11 +146,19 @@ def begin(study: Study, job: Job) -> tuple[Run, st.Train, Iterator[Step]]:
     if reader.positions != study.reader("exact", "train", opened).positions:
         raise SystemExit(f"{source}: other shards than the targets have, so arms would read other text; use one shard")
     order = Order(content, reader.positions, settings.window_bytes, job.seed)
-    once = order.epoch_length(0) // settings.batch
+    epochs = 1 if job.arm == "ce-text" else study.args.epochs
+    read = sum(order.epoch_length(epoch) for epoch in range(epochs)) // settings.batch
     raw = study.reader("plain", "train", opened)
     further = Order(content, raw.positions, settings.window_bytes, job.seed)
-    texts = chain(islice(stream.steps(order, reader, batching), once), stream.steps(further, raw, batching))
-    return run, settings, islice(texts, job.steps)
+    texts = chain(islice(stream.steps(order, reader, batching), read), stream.steps(further, raw, batching))
+    return run, settings, packing.packed(islice(texts, job.steps))
+
+
+def keep_as_cast(model: nn.Module) -> None:
+    """Keep frozen matrices in bfloat16, which autocast would make of them anew in every pass: the same numbers."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def learn(run: Run, step: Step, number: int, settings: st.Train, seed: int) -> Found:
@@ -208,21 +176,28 @@ def learn(run: Run, step: Step, number: int, settings: st.Train, seed: int) -> F
 
 
 @torch.inference_mode()
-def bits_of(opened: student.Student, reader: stream.ShardReader, use: str, each: int) -> dict[str, dict[str, float]]:
-    """Bytes and bits of the `wanted` passages of a use; a passage's end, which is arbitrary, left out."""
+def bits_of(
+    opened: student.Student, reader: stream.ShardReader, use: str, most: int, dtype: str = "float32"
+) -> dict[str, dict[str, float]]:
+    """Bytes and bits of the `wanted` passages of a use; a passage's end, which is arbitrary, left out.
+
+    dtype: as `train.dtype`.
+    """
     opened.model.eval()
     found = {}
     for number in range(len(reader.positions)):
         source = reader[number]
         names = {}
         for row, name in enumerate(source.shard.doc_id):
-            if wanted(name, [use], each):
+            if wanted(name, [use], most):
                 first, last = (int(x) for x in source.row.searchsorted([row, row + 1]))
                 names[first] = (name, stream.Row(source, first, last - 1))
         for members in stream.group([row for _, row in names.values()]):
             micro = stream.collate(members, with_targets=False, byte_reduction="sum")
-            logits = opened.forward(micro.input_ids)[0]
-            nats = functional.cross_entropy(logits.float().transpose(1, 2), micro.labels, reduction="none").sum(1)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = opened.forward(micro.input_ids)[0]
+            each = functional.cross_entropy(logits.flatten(0, 1).float(), micro.labels.flatten(), reduction="none")
+            nats = each.view_as(micro.labels).sum(1)
             for member, value in zip(members, nats.tolist(), strict=True):
                 size = int(source.end[member.last - 1]) - int(source.start[member.first])
                 found[names[member.first][0]] = {"bytes": size, "bits": round(value / math.log(2), 3)}
@@ -231,17 +206,25 @@ def bits_of(opened: student.Student, reader: stream.ShardReader, use: str, each:
 
 def run_job(study: Study, job: Job, use: str) -> Found:
     """Train, and measure on the passages of a use; of one seed also by choices, where the teacher has read them."""
+    args = study.args
     run, settings, steps = begin(study, job)
-    curve = [learn(run, step, number, settings, job.seed) for number, step in enumerate(steps)]
     opened = run.student
-    documents = bits_of(opened, study.reader("plain", "heldout", opened), use, study.args.passages)
+    reader = study.reader("plain", "heldout", opened)
+    curve, on_the_way = [], {}
+    for number, step in enumerate(steps):
+        curve.append(learn(run, step, number, settings, job.seed))
+        if number + 1 in args.at and number + 1 < job.steps:
+            on_the_way[number + 1] = bits_of(opened, reader, use, args.at_passages, args.dtype)
+            opened.model.train()
+    documents = bits_of(opened, reader, use, args.passages, args.dtype)
     record: Found = {
         **job.key(), "use": use, "text_bytes": sum(x["bytes"] for x in curve),
         "seconds": round(sum(x["seconds"] for x in curve), 2), "documents": documents,
         "curve_bits": [round(x["bits"], 4) for x in curve], "curve_bytes": [x["bytes"] for x in curve],
         "curve_seconds": [round(x["seconds"], 3) for x in curve],
+        **({"on_the_way": on_the_way} if on_the_way else {}),
     }  # fmt: skip
-    if use == "test" and job.seed == study.args.seeds[0]:
+    if use == "test" and job.seed == args.seeds[0] and job.arm in ("ce", "ours"):
         record["choices"] = choices_of(study, opened)
     return record
 
@@ -262,64 +245,7 @@ def choices_of(study: Study, opened: student.Student) -> dict[str, dict[str, flo
         stream.collate(members, with_targets=True, byte_reduction="sum", limit=judge.term.slots)
         for members in stream.group(rows)
     ]
-    return divergences(opened, judge.term, [Step(0, micro, {})])
-
-
-def validation(record: Found) -> float:
-    """Bits/byte of a run's passages."""
-    each = record["documents"].values()
-    return float(sum(d["bits"] for d in each) / sum(d["bytes"] for d in each))
-
-
-def sweep_runs(found: Found) -> list[Found]:
-    """The runs that settings are chosen by."""
-    return [r for r in found["runs"] if r["use"] == "validation" and r["steps"] == SWEEP_STEPS]
-
-
-def best(found: Found, arm: str) -> Job:
-    """The job of the sweep with the lowest bits/byte; of an arm without any, that of ours."""
-    runs = [r for r in sweep_runs(found) if r["arm"] == arm]
-    if not runs:
-        chosen = best(found, "ce" if arm.startswith("ce-") else "ours")
-        return replace(chosen, arm=arm, weight=chosen.weight if arm.startswith(("ours", "ngram")) else 1.0)
-    lowest = min(runs, key=validation)
-    return Job(*(lowest[name] for name in ("arm", "seed", "rate", "share", "weight", "steps")))
-
-
-def choices_left(found: Found) -> Iterator[Job]:
-    """The next run that the rule of the sweep asks for, while there is one; the caller adds each to `found`."""
-
-    def levels(key: str, **fixed: Any) -> dict[float, float]:
-        runs = [r for r in sweep_runs(found) if fixed.items() <= r.items()]
-        return {r[key]: validation(r) for r in runs}
-
-    first = Job("ce", SWEEP_SEED, steps=SWEEP_STEPS)
-    for share in SHARES:
-        if share not in levels("share", arm="ce", rate=START):
-            yield replace(first, share=share)
-    by_share = levels("share", arm="ce", rate=START)
-    share = min(by_share, key=by_share.__getitem__)
-    while (rate := next_rate(levels("rate", arm="ce", share=share))) is not None:
-        yield replace(first, share=share, rate=rate)
-    rates = {"rate": best(found, "ce").rate, "share": share}
-    for weight in WEIGHTS:
-        if weight not in levels("weight", arm="ours", **rates):
-            yield replace(first, arm="ours", weight=weight, **rates)
-    for other in set(SHARES) - set(levels("share", arm="ce", rate=rates["rate"])):
-        yield replace(first, share=other, rate=rates["rate"])
-
-
-def next_rate(levels: dict[float, float]) -> float | None:
-    """The rate to try, given bits/byte by rate: from `START` in powers of two, first upwards, until one is worse."""
-    for step in (2.0, 0.5):
-        rate = START
-        while rate in levels and (rate == START or levels[rate] <= levels[rate / step]):
-            rate *= step
-        if rate not in levels:
-            return rate
-        if rate > 2 * START:
-            return None  # twice the first rate was better than it, so half of it is not asked for
-    return None
+    return divergences(opened, judge.term, [Step(0, micro, {})], getattr(torch, study.args.dtype))
 
 
 def measure_costs(study: Study, found: Found, arms: list[str], rounds: int) -> None:
@@ -335,19 +261,9 @@ def measure_costs(study: Study, found: Found, arms: list[str], rounds: int) -> N
     found["costs"] = {**found.get("costs", {}), study.args.dtype: costs}
 
 
-def timed(found: Found, arm: str, job: Job, dtype: str) -> Job:
-    """`ce-seconds` and `ce-raw` take as many steps as fit into their time."""
-    if arm == "ce-seconds":
-        return replace(job, steps=math.ceil(1.05 * job.steps))
-    if arm == "ce-raw":
-        ours, ce = (float(np.mean(found["costs"][dtype][name])) for name in ("ours", "ce"))
-        return replace(job, steps=round((job.steps * ours + found["teacher_seconds"]) / ce))
-    return job
-
-
 def results(out: Path) -> Found:
     """The file of results so far."""
-    empty: Found = {"machine": "2 cores, x86-64, one thread", "runs": []}
+    empty: Found = {"machine": "2 cores, x86-64 with AMX, one thread, other programs beside it", "runs": []}
     return json.loads(out.read_text()) if out.is_file() else empty
 
 
@@ -362,7 +278,7 @@ def add_ends(study: Study, found: Found) -> None:
         return
     for name, opened in (("before", study.before), ("original", student.load(prepared(study.args, "")))):
         reader = study.reader("plain", "heldout", opened)
-        found[name] = bits_of(opened, reader, "test", study.args.passages)
+        found[name] = bits_of(opened, reader, "test", study.args.passages, study.args.dtype)
     found["training_bytes"] = sum(len(text) for _, text in documents_of(study.args.run / "targets", "train"))
     found["settings"] = {k: getattr(study.args, k) for k in ("student", "dtype", "batch", "window", "warmup", "lora")}
     found["settings"]["tokenizer"] = Path(study.args.tokenizer).name
@@ -380,7 +296,7 @@ def jobs(found: Found, args: argparse.Namespace) -> Iterator[tuple[Job, str]]:
     for seed in args.seeds if args.table == "test" else []:
         for arm in args.arms:
             chosen = replace(best(found, arm), seed=seed, steps=args.steps)
-            job = timed(found, arm, chosen, args.dtype)
+            job = timed(found, arm, chosen, args.dtype, args.batch * args.window)
             if not any(r["use"] == "test" and job.key().items() <= r.items() for r in found["runs"]):
                 yield job, "test"
 
@@ -397,7 +313,10 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=0, help="that are measured of each kind; 0 = all")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further run begins")
     parser.add_argument("--teacher-seconds", type=float, default=0.0, help="that the teacher read the training text")
-    parser.add_argument("--steps", type=int, default=20, help="of the tables `defaults` and `test`")
+    parser.add_argument("--steps", type=int, default=40, help="of the tables `defaults` and `test`")
+    parser.add_argument("--at", type=int, nargs="*", default=[], help="steps at which a run is measured on its way")
+    parser.add_argument("--at-passages", type=int, default=8, help="of each kind that are measured there")
+    parser.add_argument("--epochs", type=int, default=1, help="readings of the teacher's text before raw text follows")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=4, help="steps of each arm that are timed")
     parser.add_argument("--batch", type=int, default=2, help="windows a step")

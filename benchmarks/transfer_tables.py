@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.transfer_arms import ARMS, Found, validation
 from benchmarks.transfer_gain import interval, paired
-from benchmarks.transfer_study import ARMS, validation
-
-Found = dict[str, Any]
 
 
 def costs(found: Found) -> str:
@@ -139,6 +137,22 @@ def curves(found: Found, steps: int, parts: int = 4) -> str:
     return "\n".join(lines)
 
 
+def way(found: Found, steps: int) -> str:
+    """Bits/byte of some test passages at steps of one run, and processor seconds of training until then."""
+    runs = [r for r in found["runs"] if r["use"] == "test" and r["steps"] == steps and "on_the_way" in r]
+    asked = [*runs[0]["on_the_way"], str(steps)] if runs else []
+    lines = [
+        "| arm | seed | " + " | ".join(f"step {step}" for step in asked) + " |",
+        "|---|---:|" + "---:|" * len(asked),
+    ]
+    for r in sorted(runs, key=lambda r: (r["seed"], list(ARMS).index(r["arm"]))):
+        some = next(iter(r["on_the_way"].values()))
+        points = {**r["on_the_way"], str(steps): {name: r["documents"][name] for name in some}}
+        cells = [f"{level(points[step]):.4f} ({sum(r['curve_seconds'][: int(step)]):.0f} s)" for step in asked]
+        lines.append(f"| {ARMS[r['arm']][1]} | {r['seed']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def part_of(run: Found, lo: int, hi: int) -> float:
     """Bits/byte of steps [lo, hi) of a run's curve."""
     bits, size = np.array(run["curve_bits"][lo:hi]), np.array(run["curve_bytes"][lo:hi])
@@ -152,6 +166,7 @@ def tables(found: Found) -> dict[str, str]:
         made[f"test-{steps}"] = tests(found, steps)
         made[f"curves-{steps}"] = curves(found, steps)
         made[f"choices-{steps}"] = choices(found, steps)
+        made[f"way-{steps}"] = way(found, steps)
     return made
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import transfer_study, transfer_tables
+from benchmarks import transfer_arms, transfer_study, transfer_tables
 from benchmarks.count_targets import write_counts, write_texts
-from benchmarks.transfer_study import Job
+from benchmarks.transfer_arms import START, Job
 from bytecache.stages.student import student
 from bytecache.stages.train.batches.teacher_tokens import TokenDump
 from tests.support.student_data import document, make_dataset
@@ -17,24 +17,24 @@ from tests.support.student_data import document, make_dataset
 @pytest.mark.parametrize(
     ("best", "asked"),
     [
-        (1e-3, [1e-3, 2e-3, 5e-4]),
-        (4e-3, [1e-3, 2e-3, 4e-3, 8e-3]),
-        (2.5e-4, [1e-3, 2e-3, 5e-4, 2.5e-4, 1.25e-4]),
+        (1, [1, 2, 0.5]),
+        (4, [1, 2, 4, 8]),
+        (0.25, [1, 2, 0.5, 0.25, 0.125]),
     ],
 )
 def test_a_rate_is_searched_until_its_neighbours_are_worse(best, asked):
     levels = {}
-    while (rate := transfer_study.next_rate(levels)) is not None:
-        levels[rate] = abs(torch.tensor(rate / best).log2().item())
-    assert list(levels) == pytest.approx(asked)
-    assert min(levels, key=levels.__getitem__) == pytest.approx(best)
+    while (rate := transfer_arms.next_rate(levels)) is not None:
+        levels[rate] = abs(torch.tensor(rate / START / best).log2().item())
+    assert [rate / START for rate in levels] == pytest.approx(asked)
+    assert min(levels, key=levels.__getitem__) == pytest.approx(START * best)
 
 
 def test_the_sweep_finds_each_arms_own_setting():
     """Bits that are a sum of what each choice costs: the rule's answer is the one that costs nothing."""
-    wanted = {"ce": (2e-3, 0.15, 1.0), "ours": (2e-3, 0.15, 2.0)}
+    wanted = {"ce": (4e-3, 0.5, 1.0), "ours": (4e-3, 0.5, 2.0)}
     found = {"runs": []}
-    for job in transfer_study.choices_left(found):
+    for job in transfer_arms.choices_left(found):
         assert len(found["runs"]) < 20
         bits = 100 + sum(
             abs(torch.tensor(a / b).log2().item())
@@ -42,20 +42,36 @@ def test_the_sweep_finds_each_arms_own_setting():
         )
         found["runs"].append({**job.key(), "use": "validation", "documents": {"x": {"bytes": 100, "bits": bits}}})
     for arm, setting in wanted.items():
-        chosen = transfer_study.best(found, arm)
+        chosen = transfer_arms.best(found, arm)
         assert (chosen.rate, chosen.share, chosen.weight) == pytest.approx(setting)
-    ours = transfer_study.best(found, "ours")
-    assert transfer_study.best(found, "alm") == replace(ours, arm="alm", weight=1.0)
-    assert transfer_study.best(found, "ngram") == replace(ours, arm="ngram")
-    assert transfer_study.best(found, "ce-double").rate == wanted["ce"][0]
-    assert not list(transfer_study.choices_left(found))
+    ours = transfer_arms.best(found, "ours")
+    assert transfer_arms.best(found, "alm") == replace(ours, arm="alm", weight=1.0)
+    assert transfer_arms.best(found, "ngram") == replace(ours, arm="ngram")
+    assert transfer_arms.best(found, "ce-double").rate == wanted["ce"][0]
+    assert not list(transfer_arms.choices_left(found))
+
+
+def test_without_a_sweep_arms_share_the_first_setting():
+    found = {"runs": [{**Job("ce", 0).key(), "use": "test", "documents": {}}]}
+    assert transfer_arms.best(found, "ce") == Job("ce", transfer_arms.SWEEP_SEED)
+    for arm, weight in {"ours": 2.0, "ngram": 2.0, "alm": 1.0}.items():
+        assert transfer_arms.best(found, arm) == Job(arm, transfer_arms.SWEEP_SEED, weight=weight)
 
 
 def test_equal_seconds_are_more_steps_of_cross_entropy():
-    found = {"costs": {"float32": {"ours": [3.0, 3.0], "ce": [2.0, 2.0]}}, "teacher_seconds": 100.0}
-    steps = {arm: transfer_study.timed(found, arm, Job(arm, 0), "float32").steps for arm in transfer_study.ARMS}
-    assert steps["ours"] == steps["ce"] == 40
-    assert (steps["ce-seconds"], steps["ce-raw"]) == (42, 110)
+    """Of the teacher's seconds those count that the text of so many steps took, and no more than all of them."""
+    costs = {"ours": [3.0, 3.0, 99.0], "ce": [2.0, 2.0, 1.0]}
+    found = {"costs": {"float32": costs}, "teacher_seconds": 100.0, "training_bytes": 80_000}
+
+    def steps(arm, step_bytes):
+        return transfer_arms.timed(found, arm, Job(arm, 0), "float32", step_bytes).steps
+
+    assert {arm: steps(arm, 1000) for arm in ("ours", "ce", "ce-seconds", "ce-raw")} == {
+        "ours": 40, "ce": 40, "ce-seconds": 60, "ce-raw": 85,
+    }  # fmt: skip
+    assert steps("ce-raw", 9000) == 110
+    found["costs"]["float32"]["ours"] = [2.0, 2.0, 2.0]
+    assert (steps("ce-seconds", 1000), steps("ce-raw", 1000)) == (42, 67)
 
 
 @pytest.fixture
@@ -70,7 +86,7 @@ def study(tmp_path):
     write_texts(texts, tmp_path / "work" / "plain")
     args = argparse.Namespace(
         run=tmp_path / "run", work=tmp_path / "work", student="", tokenizer="bpe:300", lora=2, batch=2, window=128,
-        warmup=1, dtype="float32", passages=0,
+        warmup=1, dtype="float32", passages=0, at=[], at_passages=1, seeds=[0], epochs=1,
     )  # fmt: skip
     return transfer_study.Study(
         args, student.load(transfer_study.prepared(args, args.tokenizer)), TokenDump(tmp_path / "run" / "teacher")
@@ -86,6 +102,31 @@ def test_arms_read_the_same_text_and_start_from_the_same_student(study):
         start = torch.cat([p.detach().flatten() for p in run.student.model.parameters()])
         assert torch.equal(start, texts.setdefault("start", start))
     assert texts["ce"] == texts["ours"] == texts["ngram"]
+
+
+def test_text_is_read_again_before_raw_text_follows(study):
+    """Two readings of the teacher's text, or one: the arms agree for one reading and no longer."""
+    study.args.epochs = 2
+    texts = {}
+    for arm in ("ours", "ce-text"):
+        _, _, steps = transfer_study.begin(study, Job(arm, 3, steps=100))
+        texts[arm] = [torch.cat([m.labels.flatten() for m in step.micro]).tolist() for step in steps]
+    once = sum(a == b for a, b in zip(*texts.values(), strict=True))
+    assert 0 < once < 50
+    assert texts["ours"][:once] == texts["ce-text"][:once]
+
+
+def test_a_run_is_measured_on_its_way(study):
+    """Of one run: after its last step as without, and at each asked step as a run of constant rate that ends there."""
+    study.args.at, study.args.at_passages = [1, 3], 0
+    study.args.seeds = [9]
+    found = transfer_study.run_job(study, Job("ce", 0, steps=3), "test")
+    assert list(found["on_the_way"]) == [1]
+    study.args.at = []
+    alone = transfer_study.run_job(study, Job("ce", 0, steps=3), "test")
+    assert alone["documents"] == found["documents"] and "on_the_way" not in alone
+    first = transfer_study.run_job(study, Job("ce", 0, steps=1), "test")  # the one step is of the warm-up in both
+    assert first["documents"] == found["on_the_way"][1]
 
 
 def test_a_run_changes_a_copy_and_reads_what_it_is_measured_by(study):
@@ -146,3 +187,6 @@ def test_tables_pair_seeds_and_measure_from_before_to_the_original():
     assert "+50%, +0%" in transfer_tables.costs(found)
     curves = transfer_tables.curves(found, 4, parts=2).splitlines()
     assert curves[-1].startswith("| ours | 2 | +0.0000 | -0.0550 |")
+    points = {"2": {"prose test 1 x": {"bytes": 100, "bits": 180.0}}}
+    found["runs"] = [{**run("ours", 0, 150), "on_the_way": points, "curve_seconds": [1.0, 2.0, 3.0, 4.0]}]
+    assert transfer_tables.way(found, 4).splitlines()[-1] == "| ours | 0 | 1.8000 (3 s) | 1.5100 (10 s) |"

@@ -41,13 +41,15 @@ from bytecache.stages.lattice.lattice import Lattice
 
 STAGES = {
     "read": ("parquet.py", ("read_windows", "read_meta")),
+    "decode": ("unpacking.py", ("window_of",)),
     "lattice": ("lattice.py", ("__init__",)),
     "gather": ("builder.py", ("_append",)),
     "flush": ("builder.py", ("_flush",)),
     "learn": ("builder.py", ("_learn",)),
     "write": ("zarr_zip.py", ("write_zarr_zip",)),
 }
-"""Functions whose time, with all that they call, is a stage's; _flush runs in _append and in write, _learn in it."""
+"""Functions whose time, with all that they call, is a stage's; _flush runs in _append and in write, _learn in it; what
+is read is decoded in it."""
 
 
 def spans(window: Window) -> Window:
@@ -147,6 +149,7 @@ def stages(part: Path, n_bytes: int, repeat: int, out: Path) -> dict[str, float]
         for name, (where, functions) in STAGES.items():
             if Path(file).name == where and function in functions:
                 spent[name] += whole
+    spent["read"] -= spent["decode"]
     flush = spent.pop("flush")
     spent["encode"] = flush - spent["learn"]
     spent["gather"] -= _called_by(profile, "_flush", "_append")

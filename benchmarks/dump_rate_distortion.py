@@ -4,13 +4,15 @@
 
 Teachers that packages bring (`--model`, repeatable) read texts that packages bring too (`benchmarks.texts`), `--bytes`
 of each, at the `--preset`s. A capture holds the windows as the engine gives them, next bytes down to 1e-9, float32,
-transformers backend, top 128; captures are kept in `--captures`, each written once. All layouts hold the same rows:
+transformers backend, top 128; captures are kept in `--captures`, each written once; what the result says of captures
+that this folder lacks stays in it. All layouts hold the same rows:
 
     version 3        written at several divergences, those of the presets among them; with the top 16 and without
     version 2        as the release before wrote it
     DistillKit       k log-probabilities of every canonical token as its documentation packs them: 16 exact (bfloat16),
                      the others by a polynomial of six terms (float32), ids of ceil(log2 vocabulary) bits, zstd
-    Megatron-LM      k ids as uint16 and a 17th bit, bfloat16 log-probabilities, zstd; all, or those of the top p = 0.95
+    Megatron-LM      k ids as uint16 and what is above, bfloat16 log-probabilities, zstd; all, or those of the top
+                     p = 0.95
 
 Size: bytes per byte of text, less the size of a part without windows. Divergence, nats per position (byte or END):
 
@@ -49,7 +51,7 @@ from bytecache.schemas.shard.builder import PRECISIONS
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.lattice.lattice import Lattice
 
-MODELS = ("builtin:smollm2-135m-instruct",)
+MODELS = ("builtin:smollm2-135m-instruct", "builtin:gemma-3-270m")
 SWEEP = (1e-3, 3e-4, 1e-4, 5e-5, 2e-5, 1e-6)
 ADDED = ("default", "precise")
 TOP_K, CAPTURED = 16, 128
@@ -318,7 +320,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         xscale="log", yscale="log", xlabel="KL added to the targets, nats per byte", ylabel="bytes per byte of text"
     )
     axes.grid(alpha=0.3)
-    axes.legend(title="solid: with top 16, dotted: without\\nsquares: version 2", fontsize="small")
+    axes.legend(title="solid: with top 16, dotted: without\nsquares: version 2", fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -339,10 +341,12 @@ def main() -> None:
         for model in args.model or MODELS:
             for preset in args.preset or ("balanced", "exact"):
                 capture(model, preset, texts, folder)
-        results = {
-            path.stem: measure(path, lambda line: print(line, flush=True)) for path in sorted(folder.glob("*.npz"))
-        }
-    args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        result_path = args.out.with_suffix(".json")
+        results = json.loads(result_path.read_text()) if result_path.exists() else {}
+        for path in sorted(folder.glob("*.npz")):
+            results[path.stem] = measure(path, lambda line: print(line, flush=True))
+    results = dict(sorted(results.items()))
+    result_path.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, args.out.with_suffix(".png"))
 
 

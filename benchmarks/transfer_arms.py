@@ -30,6 +30,7 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ours-alone": ("exact", "ours without the tokens' cross-entropy", {**MARGINAL, "lambda_token": 0.0}),
     "ce-seconds": ("exact", "cross-entropy, a twentieth more steps", OBJECTIVES["ce"][2]),
     "ce-raw": ("exact", "cross-entropy in the seconds of ours and of its teacher", OBJECTIVES["ce"][2]),
+    "ce-half": ("exact", "cross-entropy, half as many steps again", OBJECTIVES["ce"][2]),
     "ce-text": ("exact", "cross-entropy, fresh text in the place of repeated", OBJECTIVES["ce"][2]),
     "ce-double": ("exact", "cross-entropy, twice the text a step", OBJECTIVES["ce"][2]),
 }
@@ -120,10 +121,14 @@ def next_rate(levels: dict[float, float]) -> float | None:
 
 
 def timed(found: Found, arm: str, job: Job, dtype: str, step_bytes: int) -> Job:
-    """`ce-seconds` and `ce-raw` take as many steps as fit into their time; step_bytes: of text in a step of ours.
+    """`ce-seconds` and `ce-raw` take as many steps as fit into their time, `ce-half` half as many again as the others.
+
+    step_bytes: of text in a step of ours.
 
     A step of ours counts as a twentieth more than one of cross-entropy, or as what was measured where that is more.
     """
+    if arm == "ce-half":
+        return replace(job, steps=math.ceil(1.5 * job.steps))
     if arm not in ("ce-seconds", "ce-raw"):
         return job
     ours, ce = (float(np.median(found["costs"][dtype][name])) for name in ("ours", "ce"))

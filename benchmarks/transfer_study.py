@@ -19,8 +19,9 @@ runs once `--seconds` are over; `transfer_tables` makes the tables.
 Arms, and the rule by which the sweep chooses, are in `transfer_arms`. Arms read the same windows of training text.
 `ce-seconds` takes a twentieth more steps, of the text that follows, or as many as fit into the seconds of ours if they
 are more. `ce-raw` has the seconds of the teacher as well, who read as much text as ours learns from; what it reads
-beyond needs no teacher. `ce-text` never reads a text twice, for as many steps as arms that do (`--epochs`): fresh text
-in the teacher's place. `ce-double` reads twice the text a step: what half of the noise of the text would be worth.
+beyond needs no teacher; `ce-half` is a cheaper `ce-raw`. `ce-text` never reads a text twice, for as many steps as arms
+that do (`--epochs`): fresh text in the teacher's place. `ce-double` reads twice the text a step: what half of the noise
+of the text would be worth.
 
 With `--at` a run is measured at some of its steps too, on `--at-passages` of each kind. Its rate falls to the end
 (`train.schedule`), so a point before the end is no substitute for a shorter run.
@@ -261,6 +262,17 @@ def measure_costs(study: Study, found: Found, arms: list[str], rounds: int) -> N
     found["costs"] = {**found.get("costs", {}), study.args.dtype: costs}
 
 
+def twin(found: Found, job: Job, use: str) -> Found | None:
+    """The line of cross-entropy that is the same run under another name: the same steps of the same text."""
+    same = ("ce", "ce-seconds", "ce-raw")
+    if job.arm in same:
+        asked = {name: value for name, value in job.key().items() if name != "arm"}
+        for run in found["runs"]:
+            if run["arm"] in same and run["use"] == use and asked.items() <= run.items():
+                return {**run, "arm": job.arm}
+    return None
+
+
 def results(out: Path) -> Found:
     """The file of results so far."""
     empty: Found = {"machine": "2 cores, x86-64 with AMX, one thread, other programs beside it", "runs": []}
@@ -336,7 +348,7 @@ def main() -> None:
         if time.monotonic() > until:
             print("stopped by --seconds; the same command goes on", flush=True)
             return
-        record = run_job(study, job, use)
+        record = twin(found, job, use) or run_job(study, job, use)
         found["runs"].append(record)
         save(args.out, found)
         print(json.dumps({**job.key(), "seconds": record["seconds"], "bits": round(validation(record), 4)}), flush=True)

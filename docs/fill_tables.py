@@ -29,8 +29,6 @@ KINDS = {
 
 TEACHERS = ("smollm2", "gemma")
 """Of benchmarks/two_teachers.py."""
-ARMS = ("ce", "marginal", "marginal-only")
-"""Of the study of transfer, as README.md shows them."""
 
 
 def result(name: str) -> Any:
@@ -128,49 +126,42 @@ def genlm() -> str:
     return table("text | " + " | ".join(f">`{preset}`" for preset in PRESETS) + " | >genlm-bytes", rows)
 
 
-def transfer() -> str:
-    """The table of the test text that the benchmark writes."""
-    text = (RESULTS / "transfer_gain.md").read_text(encoding="utf-8")
-    return text.partition(", test\n\n")[2].partition("\n\n")[0].strip()
-
-
 def transfer_cause() -> str:
     """What is left to learn of the teacher, and how noisy both gradients are, as the benchmark writes it."""
     return (RESULTS / "transfer_cause.md").read_text(encoding="utf-8").strip()
 
 
-def study(name: str) -> Callable[[], str]:
-    """A table of the study with rates of each arm's own, as its benchmark writes it."""
+def study(name: str, file: str = "transfer_study.md") -> Callable[[], str]:
+    """A table of the study of transfer, as its benchmark writes it."""
 
     def section() -> str:
-        text = (RESULTS / "transfer_study.md").read_text(encoding="utf-8")
+        text = (RESULTS / file).read_text(encoding="utf-8")
         return text.partition(f"## {name}\n\n")[2].partition("\n\n")[0].strip()
 
     return section
 
 
 def transfer_short() -> str:
-    """Bits per byte of the test text, by kind, before training, with each arm of every seed, and of the original."""
-    gain = result("transfer_gain.json")
-    kinds = sorted({name.split()[0] for name in gain["original"]})
+    """Bits per byte of the test text, by kind: before training, of both arms over paired seeds, of the original."""
+    found = result("transfer_study.json")
+    runs = [r for r in found["runs"] if r["use"] == "test" and r["steps"] == 40]
+    by_arm = {arm: {r["seed"]: r["documents"] for r in runs if r["arm"] == arm} for arm in ("ce", "ours")}
+    seeds = sorted(set(by_arm["ce"]) & set(by_arm["ours"]))
+    of = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    rows = [
+        ("before training", [found["before"]]),
+        (f"cross-entropy alone, {of}", [by_arm["ce"][seed] for seed in seeds]),
+        (f"with the cache, {of}", [by_arm["ours"][seed] for seed in seeds]),
+        ("the original", [found["original"]]),
+    ]
+    kinds = sorted({name.split()[0] for name in found["original"]})
+    cells = [[title, *(_bits(measured, kind) for kind in kinds)] for title, measured in rows]
+    return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), cells)
 
-    def row(title: str, runs: list[dict[str, dict[str, float]]]) -> list[str]:
-        cells = []
-        for kind in kinds:
-            names = [name for name in runs[0] if name.startswith(f"{kind} test ")]
-            size = len(runs) * sum(runs[0][name]["bytes"] for name in names)
-            cells.append(f"{sum(run[name]['bits'] for run in runs for name in names) / size:.3f}")
-        return [title, *cells]
 
-    rows = [row("before training", list(gain["before"].values()))]
-    # With cross-entropy beside it where a seed has that, else alone: seeds pair with those of cross-entropy.
-    runs = {name: {r["seed"]: r["documents"] for r in gain["runs"] if r["arm"] == name} for name in ARMS}
-    control, cache = runs["ce"], {**runs["marginal-only"], **runs["marginal"]}
-    seeds = sorted(set(control) & set(cache))
-    for title, arm in (("cross-entropy alone", control), ("with the cache", cache)):
-        rows.append(row(f"{title}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", [arm[seed] for seed in seeds]))
-    rows.append(row("the original", [gain["original"]]))
-    return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), rows)
+def _bits(measured: list[dict[str, dict[str, float]]], kind: str) -> str:
+    chosen = [d for documents in measured for name, d in documents.items() if name.startswith(kind)]
+    return f"{sum(d['bits'] for d in chosen) / sum(d['bytes'] for d in chosen):.3f}"
 
 
 def teacher_presets() -> str:
@@ -396,14 +387,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "teacher-presets": teacher_presets,
     "teacher-host": teacher_host,
     "teacher-before": teacher_before,
-    "transfer": transfer,
     "transfer-short": transfer_short,
     "transfer-cause": transfer_cause,
     "study-costs": study("costs"),
-    "study-sweep": study("sweep"),
-    "study-test": study("test-20"),
-    "study-curves": study("curves-20"),
-    "study-choices": study("choices-20"),
+    "study-test": study("test-40"),
+    "study-choices": study("choices-40"),
+    "study-bpe": study("test-20", "transfer_study_bpe.md"),
+    "study-rates": study("sweep", "transfer_study_bpe.md"),
     "foreign-lists": foreign_lists,
     "two-teachers": two_teachers,
     "objective-cost": objective_cost,

@@ -70,8 +70,18 @@ def test_equal_seconds_are_more_steps_of_cross_entropy():
         "ours": 40, "ce": 40, "ce-seconds": 60, "ce-raw": 85,
     }  # fmt: skip
     assert steps("ce-raw", 9000) == 110
+    assert steps("ce-half", 1000) == 60
     found["costs"]["float32"]["ours"] = [2.0, 2.0, 2.0]
     assert (steps("ce-seconds", 1000), steps("ce-raw", 1000)) == (42, 67)
+
+
+def test_cross_entropy_of_equal_steps_is_one_run():
+    run = {**Job("ce", 0, steps=90).key(), "use": "test", "documents": {"x": 1}}
+    found = {"runs": [run]}
+    assert transfer_study.twin(found, Job("ce-raw", 0, steps=90), "test") == {**run, "arm": "ce-raw"}
+    for other in (Job("ours", 0, steps=90), Job("ce-raw", 1, steps=90), Job("ce-raw", 0, steps=91)):
+        assert transfer_study.twin(found, other, "test") is None
+    assert transfer_study.twin(found, Job("ce-raw", 0, steps=90), "validation") is None
 
 
 @pytest.fixture
@@ -185,6 +195,11 @@ def test_tables_pair_seeds_and_measure_from_before_to_the_original():
     assert "| 5 | 1 |" in lines["cross-entropy, a twentieth more steps"]
     assert "-0.0500 [" in lines["ours, to cross-entropy, a twentieth more steps"]
     assert "+50%, +0%" in transfer_tables.costs(found)
+    half = run("ce-half", 0, 140, steps=6)
+    half["documents"] = {name: each for name, each in half["documents"].items() if " 0 " in name}
+    some = transfer_tables.tests({**found, "runs": [*found["runs"], half]}, 4)
+    line = next(line for line in some.splitlines() if line.startswith("| cross-entropy, half"))
+    assert "| 6 | 1 |  | -0.2000 [" in line and line.endswith("|  | 8 |")
     curves = transfer_tables.curves(found, 4, parts=2).splitlines()
     assert curves[-1].startswith("| ours | 2 | +0.0000 | -0.0550 |")
     points = {"2": {"prose test 1 x": {"bytes": 100, "bits": 180.0}}}

@@ -37,9 +37,9 @@ from bytecache.stages.engines.engine import Branch, Engine, Prompt
 from bytecache.stages.engines.rows import RowMasses, concatenate, take
 from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.fidelity.bound import Bound
-from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
 from bytecache.stages.fidelity.measure import Measure
+from bytecache.stages.fidelity.measuring import true_symbols
 from bytecache.stages.lattice.effort import DROPPED, REFERENCE, RULE
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.models.locate import resolve_model

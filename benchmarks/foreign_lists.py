@@ -24,8 +24,8 @@ from benchmarks.exactness import Remembering, documents_of, kinds_of, windows_at
 from bytecache.schemas import settings as st
 from bytecache.schemas.dump.window import Window
 from bytecache.stages.engines.rows import RowMasses
-from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
+from bytecache.stages.fidelity.measuring import true_symbols
 from bytecache.stages.foreign.cache import Document, ForeignTeacher, Reading
 from bytecache.stages.foreign.records import Record
 from bytecache.stages.lattice.effort import DROPPED, REFERENCE

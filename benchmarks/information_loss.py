@@ -36,8 +36,8 @@ from benchmarks.texts import builtin_texts, folder_texts, prose_passages
 from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import END
 from bytecache.schemas.dump.window import Window
-from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence, even_weights, spread_tail
+from bytecache.stages.fidelity.measuring import true_symbols
 from bytecache.stages.lattice.effort import REFERENCE
 from bytecache.stages.lattice.lattice import Lattice, Targets
 from bytecache.stages.teacher.teacher import Teacher, open_teacher

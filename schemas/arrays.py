@@ -1,4 +1,6 @@
-"""Names of the arrays that the format's loops pass around, and the symbols that rows are over."""
+"""Names of the arrays that the format's loops pass around, and numbers that all who read rows agree on."""
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,3 +20,5 @@ SYMBOLS = 257
 """256 bytes and END."""
 PLACE = np.uint64
 """Type of an index in compiled loops: unsigned ones spare numba the question whether they are negative."""
+NEVER = -149 * math.log(2)
+"""Nats that sums of log-probabilities count for a probability of zero: the smallest float32 above it."""

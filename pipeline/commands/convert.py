@@ -43,9 +43,9 @@ def _shape(settings: Convert) -> dict[str, object]:
 
 
 def _format_and_code() -> dict[str, Any]:
-    from bytecache.schemas.shard import reader as byte_shard
+    from bytecache.schemas.shard.codes import FORMAT, VERSION
 
-    return {"format": [byte_shard.FORMAT, byte_shard.VERSION], "code": receipts.code_fingerprint(*CONVERTER)[:16]}
+    return {"format": [FORMAT, VERSION], "code": receipts.code_fingerprint(*CONVERTER)[:16]}
 
 
 def _inputs(shape: dict[str, object], common: dict[str, Any], split: str, parts: Sequence[Receipt]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def convert_job(
     `missing`: units of the plan to go without; shards that hold none of them are the same as with all units.
     Raises ConfigError if another data set was published here.
     """
-    from bytecache.stages.convert.coarser import coarser_effort
+    from bytecache.stages.convert.effort import coarser_effort
 
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing), planned.edition)
     settings = context.settings.convert

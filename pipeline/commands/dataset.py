@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 TARGETS = "targets"
 CONVERTER = tuple(f"bytecache.{module}" for module in (
-    "stages.convert.convert", "stages.convert.coarser", "stages.convert.precision", "schemas.dump.rows",
-    "stages.lattice.lattice", "stages.lattice.forward", "stages.lattice.tables",
+    "stages.convert.convert", "stages.convert.coarser", "stages.convert.effort", "stages.convert.precision",
+    "schemas.dump.rows", "stages.lattice.lattice", "stages.lattice.forward", "stages.lattice.tables",
     "stages.lattice.effort", "stages.fidelity.certificate",
-    "stages.fidelity.divergence", "stages.fidelity.bound", "stages.fidelity.measure",
+    "stages.fidelity.divergence", "stages.fidelity.bound", "stages.fidelity.measure", "stages.fidelity.measuring",
     "schemas.dump.parquet", "schemas.dump.window",
     "schemas.dump.packed", "schemas.dump.packing", "schemas.dump.unpacking", "schemas.dump.shares",
     "schemas.dump.planes", "schemas.dump.orders", "schemas.dump.pooling", "schemas.dump.spellings",
@@ -226,7 +226,6 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
             f"the teacher could read no training document because {words(aside)}; {remedy(aside, 'teacher')}"
         )
     measured = certificate(shards, info["teacher"])
-    documents = index_documents(entries, info, measured)
     try:
         published = read_index(store)
         if (
@@ -237,10 +236,11 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
         ):
             return mend_card(context)
     except IntegrityError as error:
-        if not _was_cut_off(store, documents[MANIFEST]):
+        if not _was_cut_off(store, index_documents(entries, info, measured)[MANIFEST]):
             keys = [key for name in (DATASET, MANIFEST) if store.exists(key := f"{TARGETS}/{name}")]
             moved = ", ".join(set_aside_file(store, key) for key in keys)
             context.say(f"convert: the published index is damaged ({error}); it is set aside as {moved}")
+    documents = index_documents(entries, info, measured)
     archive_edition(store, _published(store), info["edition"]["number"])
     disputed = contradictions(store, shards, measured)
     if disputed:

@@ -25,7 +25,7 @@ from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, comm
 from bytecache.schemas.dataset.card import FILE, is_ours
 from bytecache.schemas.dataset.index import DATASET, SUFFIX, Dataset, index_documents
 from bytecache.schemas.errors import ConfigError, IntegrityError
-from bytecache.schemas.shard import reader as byte_shard
+from bytecache.schemas.shard.codes import FORMAT, VERSION
 from bytecache.stages.convert.precision import precision_of
 from bytecache.stages.mix.documents import Documents, Name, common_to
 from bytecache.stages.mix.mix import Mixer, Mixing, Part, mix_shard, parts_by_shard
@@ -120,7 +120,7 @@ def _job(context: Context, sets: Sequence[Documents], mixing: Mixing, common: di
         inputs = {
             "split": first[number].split, "sources": _sources(sets, parts), "mixing": mixing.as_json(),
             "documents": receipts.unit_key("documents", {"names": [_place(part) for part in parts]}),
-            "convert": shape, "format": [byte_shard.FORMAT, byte_shard.VERSION], "code": code,
+            "convert": shape, "format": [FORMAT, VERSION], "code": code,
         }  # fmt: skip
         name = first[number].file.removesuffix(SUFFIX).rpartition("-")[0] or f"{first[number].split}-{number:05d}"
         out = f"{TARGETS}/{name}-{unit_key(STAGE, inputs)[:12]}{SUFFIX}"

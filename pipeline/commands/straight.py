@@ -77,10 +77,10 @@ class _Shared(NamedTuple):
 
     @classmethod
     def of(cls, settings: Settings, teacher: dict[str, Any], rendered: dict[str, str]) -> "_Shared":
-        from bytecache.schemas.shard import reader as byte_shard
+        from bytecache.schemas.shard.codes import FORMAT, VERSION
 
         shape = {name: value for name, value in settings.convert.shaping().items() if name != "shard_bytes"}
-        return cls(teacher, rendered, shape, [byte_shard.FORMAT, byte_shard.VERSION])
+        return cls(teacher, rendered, shape, [FORMAT, VERSION])
 
     def inputs(self, planned: Plan, group: ShardGroup) -> dict[str, Any]:
         """What determines a shard."""
@@ -96,7 +96,7 @@ class _Shared(NamedTuple):
 
 def straight_job(context: Context, planned: Plan) -> Job:
     """One unit of work per shard. Raises ConfigError for settings that this mode cannot honour."""
-    from bytecache.stages.convert.coarser import coarser_effort
+    from bytecache.stages.convert.effort import coarser_effort
 
     kind = str(planned.settings.get("kind", "text"))
     refuse_readers_of_dumps(context.settings)

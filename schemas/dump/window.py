@@ -1,17 +1,14 @@
 """A dump window: what a teacher said about a run of text, and whether it can be so."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
+from bytecache.schemas.arrays import NEVER
 from bytecache.schemas.dump.rows import PER_ROW, Rows, columns_of
 from bytecache.schemas.loops import inner_loop, row_loop
-
-NEVER = -149 * math.log(2)
-"""Nats that sums of log-probabilities count for a probability of zero: the smallest float32 above it."""
 
 
 @dataclass

@@ -19,10 +19,12 @@ from bytecache.schemas.errors import IntegrityError, Interrupted
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.shard.builder import ShardBuilder
 from bytecache.schemas.shard.reader import read_shard
-from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.convert.coarser import coarsen
+from bytecache.stages.convert.effort import Effort, coarser_effort
 from bytecache.stages.convert.precision import precision_of
 from bytecache.stages.fidelity.bound import Bound
 from bytecache.stages.fidelity.certificate import Fidelity
+from bytecache.stages.fidelity.measuring import measure_window
 from bytecache.stages.lattice.lattice import Lattice
 
 
@@ -129,7 +131,8 @@ class Conversion:
         shard = read_shard(out_path)
         for window in self._references:
             asked = keep_rows(window, window.row_sampled == 1)
-            fidelity.add_window(window, asked if self._effort is None else coarsen(asked, self._effort)[0], shard)
+            known = asked if self._effort is None else coarsen(asked, self._effort)[0]
+            measure_window(fidelity, window, known, shard)
         return fidelity
 
 

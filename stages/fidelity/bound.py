@@ -34,13 +34,15 @@ Price: one pass over the stops of a window; nothing is evaluated.
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bytecache.schemas.dump.window import NEVER
+from bytecache.schemas.arrays import NEVER
 from bytecache.stages.fidelity.measure import Measure, rounded
-from bytecache.stages.lattice.lattice import Lattice
+
+if TYPE_CHECKING:  # sums are merged without a compiled loop
+    from bytecache.stages.lattice.lattice import Lattice
 
 PARTS = ("joined", "static", "nowhere")
 MEASURES = ("nats", *PARTS, "tail")
@@ -61,7 +63,7 @@ class Bound:
             if state:
                 self.merge(state)
 
-    def add(self, lattice: Lattice) -> None:
+    def add(self, lattice: "Lattice") -> None:
         """The scored positions of an ordinary window."""
         handed, tail = lattice.handed(), lattice.sparse_targets().tail
         scored = slice(lattice.window.score_start, lattice.window.score_start + len(tail))

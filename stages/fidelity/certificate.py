@@ -15,6 +15,7 @@ shard is written it is read back, and for the very positions of the stretch
     missed                     share of the reference's mass that ends at the position in a history which it did not
                                evaluate either: large where a reference is none (one that let histories join did)
 
+Here are the sums and what is said of them, which asks for no compiled loop; stages.fidelity.measuring measures.
 Beside it `bound` says, for every position and without a reference, what the targets can be wrong by
 (stages.fidelity.bound). Sums, maxima and histograms merge across shards in any grouping (stages.fidelity.measure).
 Price: reading the shard back (docs/results.md) and two lattices per reference window.
@@ -27,16 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from bytecache.schemas.arrays import END
-from bytecache.schemas.dump.window import Window, keep_rows
-from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.schemas.shard.reader import ByteShard
 from bytecache.schemas.whole import is_number, same
-from bytecache.stages.fidelity.divergence import divergence, kl_spread
 from bytecache.stages.fidelity.measure import Measure, rounded
-from bytecache.stages.lattice.effort import DROPPED
-from bytecache.stages.lattice.lattice import Lattice
 
 VERSION = 2
 """Of the accumulator and the certificate; states of different versions do not merge."""
@@ -45,27 +39,6 @@ OF_PRODUCTION = ("branch_kl", "storing_kl")
 """Measures that need the rows which production had."""
 TAIL_PARTS = ("unevaluated", "pruned", "other")
 COUNTS = ("positions", "windows", "documents", "canonical_rows", "production_rows", "reference_rows")
-
-
-def true_symbols(window: Window) -> np.ndarray:
-    """int64 [m]; the symbol that follows at each scored position: bytes, and END after a document's last window."""
-    text = window.text[window.score_start :].astype(np.int64)
-    return np.append(text, END) if window.is_last else text
-
-
-def locate(window: Window, shard: ByteShard) -> int:
-    """Position in the shard of a reference window's first target. Raises IntegrityError where its text is not there."""
-    text = window.text[window.score_start :]
-    for document, name in enumerate(shard.doc_id):
-        lo = int(shard.doc_start[document]) + window.doc_position
-        hi = lo + len(text) + window.is_last
-        fits = name == window.doc_id and hi <= shard.doc_start[document + 1]
-        if fits and np.array_equal(shard.text[lo : lo + len(text)], text):
-            return lo
-    raise IntegrityError(
-        f"{shard.path}: document {window.doc_id!r} does not hold the reference window at {window.doc_position}; "
-        "delete the part and dump it again"
-    )
 
 
 class Fidelity:
@@ -81,55 +54,17 @@ class Fidelity:
             if state is not None:
                 self.merge(state)
 
-    def add_window(self, window: Window, asked: Window, shard: ByteShard) -> None:
-        """Measure a reference window against the shard that holds its document. Raises IntegrityError if none does.
+    def add(self, name: str, values: np.ndarray) -> None:
+        """Count in what one of MEASURES says of some positions, float [m]."""
+        self.measures[name].add(values)
 
-        `asked`: of its rows, what the shard was made from.
-        """
-        lo = locate(window, shard)
-        deep = keep_rows(window, window.row_static == 0)
-        reference = Lattice(deep, drop=DROPPED)
-        whole, known = reference.targets(), Lattice(asked).targets()
-        hi = lo + len(known.tail)
-        stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
-        self.add_positions(reference, shard, lo)
-        self._add("branch_kl", kl_spread(whole.probs, whole.tail, known.probs, known.tail))
-        self._add("storing_kl", kl_spread(known.probs, known.tail, stored, tail, weights))
-        pruned = np.where(stored > 0, 0.0, known.probs).sum(dtype=np.float64)
-        unevaluated = known.unaccounted.sum(dtype=np.float64)
-        self.tail_parts["unevaluated"] += float(unevaluated)
-        self.tail_parts["pruned"] += float(pruned)
-        self.tail_parts["other"] += max(0.0, float(known.tail.sum(dtype=np.float64) - unevaluated))
-        self.counts["canonical_rows"] += int((window.row_depth == 0).sum())
-        self.counts["production_rows"] += int((asked.row_static == 0).sum())
-        self.counts["reference_rows"] += len(deep.row_depth)
-
-    def add_positions(self, reference: Lattice, shard: ByteShard, lo: int) -> None:
-        """Measure one stretch: the shard's positions from `lo` on against `reference`; a document's stretches in a row.
-
-        Tails are spread as the shard's prior says.
-        """
-        window, targets = reference.window, reference.targets()
-        symbol = true_symbols(window)
-        hi = lo + len(symbol)
-        stored, tail, weights = shard.dense(lo, hi), shard.tail[lo:hi], shard.tail_weights(lo, hi)
-        divergences = divergence(targets.probs, targets.tail, stored, tail, symbol, weights)
-        # A history too light for the reference may be the one that foresaw a rare byte: for the leak it is not dropped.
-        joined = Lattice(window).targets()
-        leak = divergence(joined.probs, joined.tail, stored, tail, symbol, weights).leak
-        for name, values in divergences._replace(leak=leak)._asdict().items():
-            self._add(name, values)
-        self._add("tail", tail.astype(np.float64))
-        self._add("missed", reference.handed().total[window.score_start :][: len(symbol)])
-        self.counts["positions"] += len(symbol)
+    def add_stretch(self, document: tuple[str, str], positions: int) -> None:
+        """Count in a stretch of `document` (shard, name) of so many positions; a document's stretches in a row."""
+        self.counts["positions"] += positions
         self.counts["windows"] += 1
-        document = (shard.path, window.doc_id)
         self.counts["documents"] += document != self._last_document
         self._last_document = document
-        self.squared_positions += float(len(symbol)) ** 2
-
-    def _add(self, name: str, values: np.ndarray) -> None:
-        self.measures[name].add(values)
+        self.squared_positions += float(positions) ** 2
 
     def state(self) -> dict[str, Any] | None:
         """JSON for `merge`; None if nothing was measured."""

@@ -8,47 +8,13 @@ A `teacher.adapter` is merged into either model, so the weights to name are thos
 Price: a second model in memory, in float32, and the reference's stretch of every unit once more.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from bytecache.schemas import settings as st
-from bytecache.schemas.dump.window import Window
-from bytecache.schemas.errors import ConfigError, InputError
+from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.fidelity.measure import Measure
-from bytecache.stages.lattice.effort import DROPPED, REFERENCE
-from bytecache.stages.lattice.lattice import Lattice
-
-if TYPE_CHECKING:  # a data set's certificate is looked at without a tokenizer's library
-    from bytecache.stages.tokens.vocab import Vocabulary
-
-SAME = "self"
-"""Of `teacher.noise`: the same weights, in float32."""
-
-
-def exact_settings(settings: st.Teacher) -> st.Teacher:
-    """The settings of the float32 model that a teacher with these settings is compared with."""
-    other = {} if settings.noise == SAME else {"model": settings.noise, "revision": ""}
-    exact = {"backend": "hf", "dtype": "float32", "top_k": 0, "static": 0.0, "sample_tokens": 0, "noise": ""}
-    return settings.model_copy(update={**exact, **other, **REFERENCE})
-
-
-def refuse_other_vocabulary(teacher: "Vocabulary", exact: "Vocabulary", settings: st.Teacher) -> None:
-    """Raise InputError unless the two vocabularies are one: the noise is one model's at two precisions."""
-    if teacher.fingerprint == exact.fingerprint:
-        return
-    named = f"teacher.noise = {settings.noise!r}"
-    if teacher.token_bytes == exact.token_bytes:
-        raise InputError(
-            f"{named} has another start or end token than teacher.model = {settings.model!r} (start "
-            f"{exact.start_name!r} and {teacher.start_name!r}, {len(exact.end_ids)} and {len(teacher.end_ids)} end "
-            "tokens); set teacher.start and teacher.end, which count for both"
-        )
-    raise InputError(
-        f"{named} has another vocabulary than teacher.model = {settings.model!r}; name the weights that it was made of"
-    )
 
 
 class Noise:
@@ -63,10 +29,8 @@ class Noise:
             if state is not None:
                 self.merge(state)
 
-    def add(self, exact: Window, teacher: Window) -> None:
-        """One stretch as both see it."""
-        p, q = Lattice(exact, drop=DROPPED).targets(), Lattice(teacher, drop=DROPPED).targets()
-        values = kl_spread(p.probs, p.tail, q.probs, q.tail, np.full(p.probs.shape, 1 / p.probs.shape[1]))
+    def add(self, values: np.ndarray) -> None:
+        """Count in one stretch, as `stages.fidelity.measuring.noise_between` measures it; nats, float64 [m]."""
         self.kl.add(values)
         self.positions += len(values)
         self.windows += 1

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from bytecache.schemas.arrays import SYMBOLS
+from bytecache.schemas.arrays import NEVER, SYMBOLS
 from bytecache.schemas.dump.packed import Weights
-from bytecache.schemas.dump.window import NEVER, Window
+from bytecache.schemas.dump.window import Window
 from bytecache.stages.lattice.effort import (
     AHEAD,
     AHEAD_BYTES,

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
@@ -29,7 +29,6 @@ from bytecache.schemas.dataset.index import (
     parse_index,
     read_dataset,
 )
-from bytecache.schemas.dataset.verification import contradictions
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError, install
 from bytecache.schemas.files import (
     NotAFileError,
@@ -44,10 +43,12 @@ from bytecache.schemas.files import (
 )
 from bytecache.schemas.messages import masked
 from bytecache.schemas.patience import Patience
-from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.targets import http
 from bytecache.stages.targets.cache import FileCache, receive
 from bytecache.stages.targets.hub_files import hub_file, is_hub
+
+if TYPE_CHECKING:  # an index is looked at without what reads a shard
+    from bytecache.schemas.shard.reader import ByteShard
 
 CACHE_BYTES = 50 << 30
 PATIENCE = 30.0
@@ -279,11 +280,13 @@ def _fetch_index(url: str, place: str, folder: Path, access: Access) -> Dataset:
     return parse_index(folder, masked(f"{url}/{place}".rstrip("/")), document, table)
 
 
-def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:
+def load_shard(dataset: Dataset, entry: ShardEntry) -> "ByteShard":
     """Read one shard, its bytes hashed first.
 
     Raises IntegrityError naming the shard when it is missing, not the manifest's, or not a shard; StorageError.
     """
+    from bytecache.schemas.shard.reader import read_shard
+
     for attempt in range(2):
         with dataset.held(entry) as path:
             try:
@@ -305,8 +308,10 @@ def load_shard(dataset: Dataset, entry: ShardEntry) -> ByteShard:
     )
 
 
-def _as_listed(dataset: Dataset, entry: ShardEntry, shard: ByteShard) -> ByteShard:
+def _as_listed(dataset: Dataset, entry: ShardEntry, shard: "ByteShard") -> "ByteShard":
     """The shard, if it is what its manifest says of it: data order and totals are made from the manifest alone."""
+    from bytecache.schemas.dataset.verification import contradictions
+
     wrong = contradictions(shard, entry)
     if wrong:
         raise IntegrityError(

@@ -8,11 +8,11 @@ from pathlib import Path
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.stages.engines.server_client import refuse_address
-from bytecache.stages.fidelity.noise import SAME, exact_settings, refuse_other_vocabulary
 from bytecache.stages.models.device import device_kind
 from bytecache.stages.models.fitness import quantisation, refuse_quantised_teacher
 from bytecache.stages.models.kernels import refuse_without_kernels
 from bytecache.stages.models.locate import locate, resolve_model
+from bytecache.stages.teacher.float32 import SAME, exact_settings, refuse_other_vocabulary
 from bytecache.stages.teacher.identity import fit_context, vocabulary_of
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from bytecache.schemas.arrays import END
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.shard.reader import ByteShard
-from bytecache.stages.fidelity.certificate import Fidelity, true_symbols
+from bytecache.stages.fidelity.certificate import Fidelity
+from bytecache.stages.fidelity.measuring import measure_stretch, true_symbols
 from bytecache.stages.lattice.effort import DROPPED
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.teacher import Teacher
@@ -61,4 +62,4 @@ def measure_stored(
         symbol, text = true_symbols(window), shard.text[lo : lo + stretch.n_targets]
         if not np.array_equal(symbol[symbol != END], text[: len(symbol)][symbol != END]):
             raise IntegrityError(f"{where}: its text changed at byte {stretch.first}; fetch or make this shard again")
-        fidelity.add_positions(Lattice(window, drop=DROPPED), shard, lo)
+        measure_stretch(fidelity, Lattice(window, drop=DROPPED), shard, lo)

@@ -22,10 +22,12 @@ from bytecache.schemas.dump.window import Window, keep_rows
 from bytecache.schemas.files import cache_folder
 from bytecache.stages.engines.engine import GROUP_TOKENS, Engine
 from bytecache.stages.engines.paths import PathReducer
-from bytecache.stages.fidelity.noise import Noise, described, exact_settings, refuse_other_vocabulary
+from bytecache.stages.fidelity.measuring import noise_between
+from bytecache.stages.fidelity.noise import Noise, described
 from bytecache.stages.lattice.effort import REFERENCE
 from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.ahead import WriterBeside, spare_threads
+from bytecache.stages.teacher.float32 import exact_settings, refuse_other_vocabulary
 from bytecache.stages.teacher.identity import (
     AUTO_CONTEXT,
     fit_context,
@@ -155,7 +157,7 @@ class Teacher:
         self.branch([plan], windows, stop, **REFERENCE)
         (exact,) = self._exact.evaluate([plan], stop)
         noise = Noise()
-        noise.add(exact, windows[0])
+        noise.add(noise_between(exact, windows[0]))
         noise.against = described(self._exact.identity())
         return {"noise": noise.state()}
 

@@ -11,8 +11,9 @@ from bytecache.schemas import settings as st
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.shard.reader import read_shard
-from bytecache.stages.convert.coarser import Effort, coarsen, coarser_effort
+from bytecache.stages.convert.coarser import coarsen
 from bytecache.stages.convert.convert import convert_units
+from bytecache.stages.convert.effort import Effort, coarser_effort
 from bytecache.stages.fidelity.divergence import kl_spread
 from bytecache.stages.lattice.effort import least_share
 from bytecache.stages.lattice.lattice import Lattice

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 from bytecache.pipeline.cli import app
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import BytecacheError
+from bytecache.stages.fidelity.measuring import noise_between
 from bytecache.stages.fidelity.noise import Noise
 from bytecache.stages.teacher.teacher import open_teacher
 from tests.support.quantised_models import quantise
@@ -43,8 +44,8 @@ def test_integers_compute_what_they_stand_for(whole: Path, tmp_path: Path, kind:
     original, _ = windows(whole, backend="hf")
     rounding, arithmetic = Noise(), Noise()
     for one, other, exact in zip(found, wanted, original, strict=True):
-        arithmetic.add(other, one)
-        rounding.add(exact, one)
+        arithmetic.add(noise_between(other, one))
+        rounding.add(noise_between(exact, one))
     arithmetic.against = rounding.against = {"model": "whole"}
     told = [noise.summary() for noise in (arithmetic, rounding)]
     assert told[0] and told[1] and told[0]["kl"]["mean"] < 0.2 * told[1]["kl"]["mean"]

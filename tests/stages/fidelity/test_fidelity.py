@@ -17,8 +17,9 @@ from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.convert.convert import convert_units
 from bytecache.stages.fidelity.bound import Bound
-from bytecache.stages.fidelity.certificate import Fidelity, summary_line, true_symbols
+from bytecache.stages.fidelity.certificate import Fidelity, summary_line
 from bytecache.stages.fidelity.divergence import kl_spread
+from bytecache.stages.fidelity.measuring import true_symbols
 from bytecache.stages.lattice.effort import REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.teacher.stretches import measure_stored

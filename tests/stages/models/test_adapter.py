@@ -15,9 +15,10 @@ from bytecache.pipeline.commands.teacher import identity_changes
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError, InputError
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.stages.fidelity.noise import described, exact_settings
+from bytecache.stages.fidelity.noise import described
 from bytecache.stages.models import adapter as adapters
 from bytecache.stages.models.locate import resolve_model
+from bytecache.stages.teacher.float32 import exact_settings
 from bytecache.stages.teacher.identity import teacher_identity
 from tests.support.tiny_models import make_checkpoint
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
-from bytecache.stages.fidelity.certificate import true_symbols
 from bytecache.stages.fidelity.divergence import divergence
+from bytecache.stages.fidelity.measuring import true_symbols
 from bytecache.stages.lattice.effort import DROPPED, REFERENCE
 from bytecache.stages.lattice.lattice import Lattice
 from bytecache.stages.models.locate import resolve_model

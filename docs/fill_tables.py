@@ -108,6 +108,18 @@ def kinds(name: str = "exactness.json") -> list[tuple[str, dict[str, Any]]]:
     return list(result(name)["kinds"].items())
 
 
+def judge() -> str:
+    """The presets, and narrower beams, against the widest beam of genlm-bytes."""
+    measured = result("independent_judge.json")["table"]
+    rows = []
+    for judged, of_all in measured["all"].items():
+        each = [f"{of_kind[judged]['kl']:.5f}" for kind, of_kind in measured.items() if kind != "all"]
+        figures = [f"{of_all['kl']:.5f} ± {of_all['kl_stderr']:.5f}", f"{of_all['jsd']:.6f}", f"{of_all['leak']:+.4f}"]
+        rows.append([f"`{judged}`" if judged in PRESETS else judged, *figures, *each])
+    kinds = " | ".join(f">{KINDS[kind]}" for kind in measured if kind != "all")
+    return table(f"judged | >KL | >JSD | >leak, bits | {kinds}", rows)
+
+
 def genlm() -> str:
     """Speed and KL beside genlm-bytes: the better of its plain and tuned runs."""
     rows = []
@@ -383,6 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets-gemma": presets_of_gemma,
     "presets-short": presets_short,
     "dump-sizes": dump_sizes,
+    "judge": judge,
     "genlm": genlm,
     "teacher-presets": teacher_presets,
     "teacher-host": teacher_host,

@@ -16,6 +16,8 @@ Every held-out document that the student's tokenizer can align is read once in w
   objective (`objective/oracle.py`): what the objective itself costs, with the student's tokenizer, on this text.
 - calibration error (ECE, Guo et al. 2017): |accuracy - confidence| of the most likely byte, over fifteen equal bins of
   confidence, weighted by how many bytes fall into each. 0 is a student whose 80 % is right four times in five.
+- agreement: where a token of the student begins, how often its likeliest byte is the teacher's. (Within a token the
+  student has already chosen among the tokens that begin with the bytes read, which the teacher has not.)
 
 The head's price is measured in the same call: parameters, share of FLOPs, share of CPU time (forward and backward with
 and without the head, alternating, median of several; not of a student that was trained without it).
@@ -37,6 +39,7 @@ from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import InputError
 from bytecache.schemas.settings import Train as TrainSettings
+from bytecache.stages.evaluate.likeliest import Agreement, Calibration
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
 from bytecache.stages.targets.source import open_dataset
@@ -150,31 +153,6 @@ def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str,
     }
 
 
-class Calibration:
-    """Expected calibration error of byte predictions, fifteen equal bins of confidence."""
-
-    BINS = 15
-
-    def __init__(self) -> None:
-        self.sums = np.zeros((3, self.BINS))
-
-    def add(self, scores: torch.Tensor, true: torch.Tensor) -> None:
-        """scores float [S, symbols], log-probabilities up to a constant; true int64 [S]."""
-        if not true.numel():
-            return
-        confidence, guess = torch.softmax(scores.double(), dim=-1).max(dim=-1)
-        where = np.minimum((confidence.numpy() * self.BINS).astype(np.int64), self.BINS - 1)
-        right = (guess == true).double().numpy()
-        for row, weight in zip(self.sums, (None, confidence.numpy(), right), strict=True):
-            row += np.bincount(where, weights=weight, minlength=self.BINS)
-
-    @property
-    def error(self) -> float:
-        """Mean |accuracy - confidence|."""
-        n, confidence, right = self.sums
-        return float(np.abs(confidence - right).sum() / max(n.sum(), 1))
-
-
 def evaluate(
     settings: TrainSettings,
     student_dir: Path,
@@ -260,13 +238,16 @@ class _Sums:
     n_positions: int = 0
     n_unlisted: int = 0
     calibration: Calibration = field(default_factory=Calibration)
+    agreement: Agreement = field(default_factory=Agreement)
 
     def add_student(self, run: Run, micro: MicroBatch) -> None:
         """Add what the student says of a micro-batch."""
         with torch.inference_mode():
             logits, hidden = run.student.forward(micro.input_ids)
             parts = run.objective(logits, hidden, micro, measure=True)
-            self.calibration.add(*run.objective.byte_scores(logits, hidden, micro))
+            scores, true = run.objective.byte_scores(logits, hidden, micro)
+            self.calibration.add(scores, true)
+            self.agreement.add(scores, micro)
         self.token += float(parts.token)
         self.head += float(parts.byte)
         self.kl += float(parts.kl)
@@ -296,6 +277,7 @@ class _Sums:
             "head_bits_per_byte": self.head * bits / self.n_slots,
             "kl_nats_per_byte": self.kl / self.n_slots,
             "calibration_error": self.calibration.error,
+            "agreement": self.agreement.share,
             "teacher_bits_per_byte": self.teacher * bits / self.n_bytes,
             "teacher_bits_per_covered_byte": self.teacher_covered * bits / self.n_slots,
             "teacher_unlisted_share": self.n_unlisted / self.n_positions,
@@ -320,6 +302,7 @@ ROWS = (
     ("head_bits_per_byte", "byte head or choices, bits/covered byte", ".4f"),
     ("kl_nats_per_byte", "KL(teacher ‖ student), nats/covered byte", ".4f"),
     ("calibration_error", "calibration error of its bytes (ECE)", ".4f"),
+    ("agreement", "its likeliest byte is the teacher's, where its tokens begin", ".1%"),
     ("teacher_bits_per_byte", "teacher, bits/byte", ".4f"),
     ("teacher_bits_per_covered_byte", "teacher, bits/covered byte", ".4f"),
     ("oracle_excess_bits_per_byte", "oracle excess of the objective, bits/byte", "+.4f"),

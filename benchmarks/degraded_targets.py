@@ -1,10 +1,11 @@
 """Worse targets from the same dump, so that the value of exact ones can be shown; used by `student_gain.py`.
 
-    python -m benchmarks.degraded_targets runs/default OUT --kind fast [--teacher FOLDER]
+    python -m benchmarks.degraded_targets runs/default OUT --kind fast|topk [--k 20] [--teacher FOLDER]
 
 fast: the canonical history only, renormalised: at every byte the mass of the tokens that go on, those that end there
     dropped. Inside a token this leaks that the token goes on.
-topk: the same from the dumped top-k tokens of each row and its true token, as an engine returns them. Inside a token
+topk: the same from the dumped top-k tokens of each row, or the first `--k` of them, and its true token, as an engine
+    returns them. Inside a token
     often only the true token is left: the label leaks.
 Both are ordinary data sets of byte targets, tail 0 where anything is known, that any trainer reads. They are not part
 of the product.
@@ -47,12 +48,12 @@ def fast(window: Window) -> np.ndarray:
     return probs
 
 
-def topk(window: Window, token_bytes: list[bytes | None], ends: set[int]) -> np.ndarray:
-    """[n + 1, 257] of a window from its rows' most likely tokens and the true one."""
+def topk(window: Window, token_bytes: list[bytes | None], ends: set[int], most: int) -> np.ndarray:
+    """[n + 1, 257] of a window from its rows' `most` likeliest tokens (0 = all that are listed) and the true one."""
     probs = np.zeros((len(window.text) + 1, END + 1))
     rows = np.flatnonzero(window.row_depth == 0)
     k = len(window.topk_id) // len(window.row_start)
-    ids, logps = window.topk_id.reshape(-1, k), window.topk_logp.reshape(-1, k)
+    ids, logps = (each.reshape(-1, k)[:, : most or k] for each in (window.topk_id, window.topk_logp))
     stops = np.append(window.row_start[rows[1:]], len(window.text) + 1)
     for at, (row, stop) in enumerate(zip(rows, stops, strict=True)):
         listed = dict(zip(ids[row].tolist(), np.exp(logps[row]).tolist(), strict=True))
@@ -79,10 +80,11 @@ def write_shard(builder: ShardBuilder, out: Path, split: str, made_from: str) ->
     return ShardEntry(**{**known_counts, **identity, "key": "00" * 32})
 
 
-def degrade(run: Path, out: Path, kind: str, teacher: str = "") -> None:
+def degrade(run: Path, out: Path, kind: str, teacher: str = "", most: int = 0) -> None:
     """Write the data set `out` beside that of a run folder: the same documents and splits, other probabilities.
 
-    `teacher`: its checkpoint folder, where the dump's own name for it (a builtin, a hub id) does not lead there.
+    `teacher`: its checkpoint folder, where the dump's own name for it (a builtin, a hub id) does not lead
+    there. `most`: see `topk`.
     """
     out.mkdir(parents=True)
     info: dict[str, Any] = {"teacher": {"degraded": kind}}
@@ -94,7 +96,7 @@ def degrade(run: Path, out: Path, kind: str, teacher: str = "") -> None:
             for window in read_windows(part):
                 if window.reference:
                     continue
-                probs = fast(window) if kind == "fast" else topk(window, token_bytes, ends)
+                probs = fast(window) if kind == "fast" else topk(window, token_bytes, ends, most)
                 kept = probs[window.score_start : None if window.is_last else -1]
                 total = kept.sum(1, keepdims=True)
                 known = total[:, 0] > 0
@@ -118,9 +120,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kind", choices=KINDS, required=True)
+    parser.add_argument("--k", type=int, default=0, help="tokens of each row that `topk` keeps; 0 = all of the dump")
     parser.add_argument("--teacher", default="", help="the teacher's folder")
     args = parser.parse_args()
-    degrade(args.run, args.out, args.kind, args.teacher)
+    degrade(args.run, args.out, args.kind, args.teacher, args.k)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ ours, or with `ce-...` that of cross-entropy. Without a sweep the search's first
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from benchmarks.student_gain import ARMS as OBJECTIVES
 from benchmarks.student_gain import MARGINAL
 
 Found = dict[str, Any]
-ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+Arm = tuple[str, str, dict[str, Any]]
+ARMS: dict[str, Arm] = {
     "ce": ("exact", "cross-entropy", OBJECTIVES["ce"][2]),
     "ours": ("exact", "ours", MARGINAL),
     "ngram": ("counts", "ours, taught by a byte 6-gram of the training text", MARGINAL),
@@ -27,6 +29,9 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "alm": ("exact", "ALM", OBJECTIVES["alm"][2]),
     "bld": ("exact", "BLD as published", OBJECTIVES["bld"][2]),
     "uld": ("exact", "ULD, weight 0.1", OBJECTIVES["uld-0.1"][2]),
+    "strict-beside": ("exact", "ours, and strict one-to-one beside it", MARGINAL),
+    "shared-beside": ("exact", "ours, and the shared of the top 64 tokens beside it", MARGINAL),
+    "logits": ("exact", "all logits of the teacher", MARGINAL),
     "ours-alone": ("exact", "ours without the tokens' cross-entropy", {**MARGINAL, "lambda_token": 0.0}),
     "ce-seconds": ("exact", "cross-entropy, a twentieth more steps", OBJECTIVES["ce"][2]),
     "ce-raw": ("exact", "cross-entropy in the seconds of ours and of its teacher", OBJECTIVES["ce"][2]),
@@ -35,6 +40,8 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ce-double": ("exact", "cross-entropy, twice the text a step", OBJECTIVES["ce"][2]),
 }
 """Targets, title and settings of training."""
+BESIDE = {"strict-beside": "strict_topk", "shared-beside": "shared_topk"}
+"""Arms of ours with a baseline's divergence, at half the weight, beside it (`joint_terms`)."""
 START = 2e-3
 """Rate at which the search begins: the default."""
 SHARES = (0.15, 0.5)
@@ -72,14 +79,30 @@ def sweep_runs(found: Found) -> list[Found]:
     return [r for r in found["runs"] if r["use"] == "validation" and r["steps"] == SWEEP_STEPS]
 
 
+def is_ours(arm: str) -> bool:
+    """Whether an arm's divergence has the weight of ours."""
+    return ARMS[arm][2].get("head") == MARGINAL["head"]
+
+
+def arms_of(targets: list[str]) -> dict[str, Arm]:
+    """Arms that learn from other targets of the same text, from NAME=FOLDER: with and without the tokens' own term."""
+    arms: dict[str, Arm] = {}
+    for given in targets:
+        name, _, folder = given.partition("=")
+        source = str(Path(folder).resolve())
+        arms[name] = (source, f"ours, targets: {name}", MARGINAL)
+        arms[f"{name}-alone"] = (source, f"ours alone, targets: {name}", {**MARGINAL, "lambda_token": 0.0})
+    return arms
+
+
 def best(found: Found, arm: str) -> Job:
     """The job of the sweep with the lowest bits/byte; of an arm without any, that of ours."""
     runs = [r for r in sweep_runs(found) if r["arm"] == arm]
     if not sweep_runs(found):
-        return Job(arm, SWEEP_SEED, weight=WEIGHTS[-1] if arm.startswith(("ours", "ngram")) else 1.0)
+        return Job(arm, SWEEP_SEED, weight=WEIGHTS[-1] if is_ours(arm) else 1.0)
     if not runs:
         chosen = best(found, "ce" if arm.startswith("ce-") else "ours")
-        return replace(chosen, arm=arm, weight=chosen.weight if arm.startswith(("ours", "ngram")) else 1.0)
+        return replace(chosen, arm=arm, weight=chosen.weight if is_ours(arm) else 1.0)
     lowest = min(runs, key=validation)
     return Job(*(lowest[name] for name in ("arm", "seed", "rate", "share", "weight", "steps")))
 

@@ -42,8 +42,21 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.count_targets import documents_of, write_counts, write_texts
-from benchmarks.transfer_arms import ARMS, SWEEP_SEED, Found, Job, best, choices_left, timed, validation
+from benchmarks.joint_terms import JointTerm
+from benchmarks.transfer_arms import (
+    ARMS,
+    BESIDE,
+    SWEEP_SEED,
+    Found,
+    Job,
+    arms_of,
+    best,
+    choices_left,
+    timed,
+    validation,
+)
 from benchmarks.transfer_cause import divergences
+from benchmarks.transfer_ceiling import LogitTerm, forget
 from benchmarks.transfer_gain import refuse_mixed, wanted
 from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
@@ -70,6 +83,7 @@ class Study:
     before: student.Student
     dump: TokenDump
     readers: dict[str, stream.ShardReader] = field(default_factory=dict)
+    whole: list[student.Student] = field(default_factory=list)
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> "Study":
@@ -90,7 +104,18 @@ class Study:
             write_texts({"train": raw, "heldout": held_out}, args.work / "plain")
         before = student.load(prepared(args, args.tokenizer))
         packing.check(before)
+        if args.forget:
+            print(f"{forget(before, args.forget, seed=0)} tokens have the embeddings of their pieces", flush=True)
         return cls(args, before, dump)
+
+    def original(self) -> student.Student:
+        """The model before it got another tokenizer, not to be changed."""
+        if not self.whole:
+            self.whole.append(student.load(prepared(self.args, "")))
+            self.whole[0].model.eval().requires_grad_(False)
+            if self.args.dtype == "bfloat16":
+                keep_as_cast(self.whole[0].model)
+        return self.whole[0]
 
     def fresh(self) -> student.Student:
         """The student before training, to be changed."""
@@ -133,9 +158,13 @@ def begin(study: Study, job: Job) -> tuple[Run, st.Train, Iterator[Step]]:
     settings = settings_of(study.args, job)
     opened = study.fresh()
     source = ARMS[job.arm][0]
-    tokens = settings.head in st.BASELINES and settings.lambda_kl > 0
+    tokens = job.arm in BESIDE or (settings.head in st.BASELINES and settings.lambda_kl > 0)
     reader = study.reader(source, "train", opened, tokens=tokens)
     run = start_run(opened, settings, job.seed, DEVICE, reader=reader)
+    if job.arm in BESIDE:
+        run.objective.term = JointTerm(run.objective.term, BESIDE[job.arm], 0.5)
+    if job.arm == "logits":
+        run.objective.term = LogitTerm(study.original(), run.objective.term)
     if settings.dtype == "bfloat16":
         keep_as_cast(opened.model)
     batching = stream.Batching(
@@ -288,7 +317,7 @@ def add_ends(study: Study, found: Found) -> None:
     """Bits of the student before training and of the original, each of its own tokens."""
     if "before" in found or study.args.table != "test":
         return
-    for name, opened in (("before", study.before), ("original", student.load(prepared(study.args, "")))):
+    for name, opened in (("before", study.before), ("original", study.original())):
         reader = study.reader("plain", "heldout", opened)
         found[name] = bits_of(opened, reader, "test", study.args.passages, study.args.dtype)
     found["training_bytes"] = sum(len(text) for _, text in documents_of(study.args.run / "targets", "train"))
@@ -320,7 +349,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="scratch folder for students and other targets")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", choices=("costs", "sweep", "defaults", "test"), required=True)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ce", "ours", "ngram"])
+    parser.add_argument("--arms", nargs="+", default=["ce", "ours", "ngram"], help=", ".join(ARMS))
+    parser.add_argument(
+        "--targets", nargs="*", default=[], metavar="NAME=FOLDER", help="arms of ours with other targets"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--passages", type=int, default=0, help="that are measured of each kind; 0 = all")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further run begins")
@@ -336,10 +368,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--student", default="builtin:smollm2-135m-instruct")
     parser.add_argument("--tokenizer", default="bpe:2048", help="see student.tokenizer")
+    parser.add_argument(
+        "--forget", type=float, default=0.0, help="share of tokens that lose their embedding, with --tokenizer ''"
+    )
     parser.add_argument("--lora", type=int, default=16)
     args = parser.parse_args()
+    ARMS.update(arms_of(args.targets))
+    if unknown := sorted(set(args.arms) - set(ARMS)):
+        parser.error(f"--arms {' '.join(unknown)}: not one of {', '.join(ARMS)}")
     until = time.monotonic() + args.seconds
     study, found = Study.open(args), results(args.out)
+    found["targets"] = sorted({*found.get("targets", []), *(given.partition("=")[0] for given in args.targets)})
     add_ends(study, found)
     if args.table == "costs":
         measure_costs(study, found, args.arms, args.rounds)

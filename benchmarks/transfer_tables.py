@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.transfer_arms import ARMS, Found, validation
+from benchmarks.transfer_arms import ARMS, Found, arms_of, validation
 from benchmarks.transfer_gain import interval, paired
 
 
@@ -164,6 +164,7 @@ def part_of(run: Found, lo: int, hi: int) -> float:
 
 def tables(found: Found) -> dict[str, str]:
     """Every table that the results have runs for, by its name."""
+    ARMS.update(arms_of(found.get("targets", [])))
     made = {"costs": costs(found), "sweep": sweep(found)}
     for steps in sorted({r["steps"] for r in found["runs"] if r["use"] == "test" and r["arm"] == "ce"}):
         made[f"test-{steps}"] = tests(found, steps)

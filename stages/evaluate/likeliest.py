@@ -17,7 +17,9 @@ class Agreement:
         n = micro.slot_counts[0]
         assert micro.targets is not None
         first = micro.targets.slot < n
-        best = micro.targets.prob.new_zeros(n).scatter_reduce_(0, micro.targets.slot[first], micro.targets.prob[first], "amax")
+        best = micro.targets.prob.new_zeros(n).scatter_reduce_(
+            0, micro.targets.slot[first], micro.targets.prob[first], "amax"
+        )
         # Where less is listed than is not, the teacher's likeliest is not known.
         known = best > micro.targets.tail[:n]
         mine = scores[:n].argmax(dim=1)

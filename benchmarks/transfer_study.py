@@ -39,7 +39,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from benchmarks.count_targets import documents_of, write_counts, write_texts
 from benchmarks.joint_terms import JointTerm
@@ -58,6 +57,7 @@ from benchmarks.transfer_arms import (
 from benchmarks.transfer_cause import divergences
 from benchmarks.transfer_ceiling import LogitTerm, forget
 from benchmarks.transfer_gain import refuse_mixed, wanted
+from benchmarks.transfer_measures import bits_of, probed
 from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_meta
@@ -205,35 +205,6 @@ def learn(run: Run, step: Step, number: int, settings: st.Train, seed: int) -> F
     return {"bits": bits, "bytes": step.n_bytes, "seconds": time.process_time() - tick}
 
 
-@torch.inference_mode()
-def bits_of(
-    opened: student.Student, reader: stream.ShardReader, use: str, most: int, dtype: str = "float32"
-) -> dict[str, dict[str, float]]:
-    """Bytes and bits of the `wanted` passages of a use; a passage's end, which is arbitrary, left out.
-
-    dtype: as `train.dtype`.
-    """
-    opened.model.eval()
-    found = {}
-    for number in range(len(reader.positions)):
-        source = reader[number]
-        names = {}
-        for row, name in enumerate(source.shard.doc_id):
-            if wanted(name, [use], most):
-                first, last = (int(x) for x in source.row.searchsorted([row, row + 1]))
-                names[first] = (name, stream.Row(source, first, last - 1))
-        for members in stream.group([row for _, row in names.values()]):
-            micro = stream.collate(members, with_targets=False, byte_reduction="sum")
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-                logits = opened.forward(micro.input_ids)[0]
-            each = functional.cross_entropy(logits.flatten(0, 1).float(), micro.labels.flatten(), reduction="none")
-            nats = each.view_as(micro.labels).sum(1)
-            for member, value in zip(members, nats.tolist(), strict=True):
-                size = int(source.end[member.last - 1]) - int(source.start[member.first])
-                found[names[member.first][0]] = {"bytes": size, "bits": round(value / math.log(2), 3)}
-    return found
-
-
 def run_job(study: Study, job: Job, use: str) -> Found:
     """Train, and measure on the passages of a use; of one seed also by choices, where the teacher has read them."""
     args = study.args
@@ -256,6 +227,8 @@ def run_job(study: Study, job: Job, use: str) -> Found:
     }  # fmt: skip
     if use == "test" and job.seed == args.seeds[0] and job.arm in ("ce", "ours"):
         record["choices"] = choices_of(study, opened)
+    if use == "test" and args.probes:
+        record["probes"] = probed(args.texts, opened, args.dtype)
     return record
 
 
@@ -320,6 +293,8 @@ def add_ends(study: Study, found: Found) -> None:
     for name, opened in (("before", study.before), ("original", study.original())):
         reader = study.reader("plain", "heldout", opened)
         found[name] = bits_of(opened, reader, "test", study.args.passages, study.args.dtype)
+        if study.args.probes:
+            found[f"{name} probes"] = probed(study.args.texts, opened, study.args.dtype)
     found["training_bytes"] = sum(len(text) for _, text in documents_of(study.args.run / "targets", "train"))
     found["settings"] = {k: getattr(study.args, k) for k in ("student", "dtype", "batch", "window", "warmup", "lora")}
     found["settings"]["tokenizer"] = Path(study.args.tokenizer).name

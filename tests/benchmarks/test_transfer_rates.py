@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import transfer_arms, transfer_study, transfer_tables
+from benchmarks import transfer_arms, transfer_measures, transfer_study, transfer_tables
 from benchmarks.count_targets import write_counts, write_texts
 from benchmarks.transfer_arms import START, Job
 from bytecache.stages.student import student
@@ -96,7 +96,7 @@ def study(tmp_path):
     write_texts(texts, tmp_path / "work" / "plain")
     args = argparse.Namespace(
         run=tmp_path / "run", work=tmp_path / "work", student="", tokenizer="bpe:300", lora=2, batch=2, window=128,
-        warmup=1, dtype="float32", passages=0, at=[], at_passages=1, seeds=[0], epochs=1,
+        warmup=1, dtype="float32", passages=0, probes=False, at=[], at_passages=1, seeds=[0], epochs=1,
     )  # fmt: skip
     return transfer_study.Study(
         args, student.load(transfer_study.prepared(args, args.tokenizer)), TokenDump(tmp_path / "run" / "teacher")
@@ -151,7 +151,7 @@ def test_a_run_changes_a_copy_and_reads_what_it_is_measured_by(study):
     write_texts(renamed, study.args.work / "read")
     study.readers[f"exact heldout False {run.student.identity}"] = study.reader("read", "heldout", run.student)
     groups = transfer_study.choices_of(study, run.student)
-    bits = transfer_study.bits_of(run.student, study.reader("plain", "heldout", run.student), "test", 0)
+    bits = transfer_measures.bits_of(run.student, study.reader("plain", "heldout", run.student), "test", 0)
     two = [each for name, each in bits.items() if name.startswith("prose")]
     per_byte = sum(each["bits"] for each in two) / sum(each["bytes"] for each in two)
     assert sum(group["ce"] for group in groups.values()) == pytest.approx(per_byte, abs=1e-3)
@@ -159,7 +159,7 @@ def test_a_run_changes_a_copy_and_reads_what_it_is_measured_by(study):
 
 def test_bits_are_those_of_the_passages_one_by_one(study):
     opened = study.fresh()
-    found = transfer_study.bits_of(opened, study.reader("plain", "heldout", opened), "test", 0)
+    found = transfer_measures.bits_of(opened, study.reader("plain", "heldout", opened), "test", 0)
     assert len(found) == 4
     for name, measured in found.items():
         number = int(name.split()[2])

@@ -59,7 +59,7 @@ def constant(module: str, name: str) -> Any:
 
 def changed_presets(name: str = "exactness.json") -> str:
     """A note where presets, or the rule that spends them, are no longer what they were when they were measured."""
-    measured, today = result(name), constant("schemas/settings.py", "PRESETS")
+    measured, today = result(name), constant("schemas/settings/cache.py", "PRESETS")
     presets = measured["presets"]
     notes = ""
     if presets != {name: today[name] for name in presets}:

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from bytecache.schemas import settings as st
 from bytecache.schemas.errors import BytecacheError, InputError
-from bytecache.schemas.settings import Teacher as TeacherSettings
 from bytecache.stages.engines.paths import PathReducer
 from bytecache.stages.engines.static import CONTEXTS, StaticJob, context_tokens
 from bytecache.stages.engines.vllm_start import logit_rows
@@ -295,7 +295,7 @@ async def _opened(call: _Call, header: dict[str, Any]) -> dict[str, Any]:
     known: dict[str, dict[str, Any]] = call.held("bytecache_opened", dict)
     if asked not in known:
         model = call.config.model_config
-        settings = TeacherSettings(model=model.model, revision=model.revision or "")
+        settings = st.Teacher(model=model.model, revision=model.revision or "")
         folder = await asyncio.to_thread(resolve_model, settings)
         (told, *_) = map(json.loads, await call.workers("served_open", str(folder), asked))
         if "error" in told:

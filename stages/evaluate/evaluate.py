@@ -35,10 +35,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.evaluate.likeliest import Agreement, Calibration
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import sequential
@@ -99,7 +99,7 @@ def load_trained(student_dir: Path, checkpoint_path: Path) -> Run:
         )
     with torch.random.fork_rng(devices=[]):
         # Whatever it was trained in, it is measured and exported in float32.
-        settings = TrainSettings(**{**state["identity"]["settings"], "dtype": "float32"})
+        settings = st.Train(**{**state["identity"]["settings"], "dtype": "float32"})
         run = start_run(opened, settings, 0, torch.device("cpu"))
         run.restore(tensors)
     opened.model.eval()
@@ -154,7 +154,7 @@ def head_cost(run: Run, micros: list[MicroBatch], repeats: int = 5) -> dict[str,
 
 
 def evaluate(
-    settings: TrainSettings,
+    settings: st.Train,
     student_dir: Path,
     targets_dir: Path | Dataset,
     checkpoint_path: Path,
@@ -195,7 +195,7 @@ def read_split(opened: student.Student, dataset: Dataset, split: str) -> stream.
     )  # fmt: skip
 
 
-def measure(run: Run, settings: TrainSettings, dataset: Dataset, split: str) -> Measured:
+def measure(run: Run, settings: st.Train, dataset: Dataset, split: str) -> Measured:
     """Figures of a student on a split. Raises InputError: the split is empty, or no document of it can be aligned."""
     reader = read_split(run.student, dataset, split)
     sums, sample = _Sums(), list[MicroBatch]()
@@ -212,7 +212,7 @@ def measure(run: Run, settings: TrainSettings, dataset: Dataset, split: str) -> 
     return Measured({**sums.figures(), **counted}, reader, sample)
 
 
-def _groups(reader: stream.ShardReader, settings: TrainSettings, max_tokens: int) -> Iterator[list[stream.Row]]:
+def _groups(reader: stream.ShardReader, settings: st.Train, max_tokens: int) -> Iterator[list[stream.Row]]:
     """Rows of the whole split, those of one micro-batch together."""
     size = settings.heldout_bytes or settings.window_bytes
     for window in sequential(reader.positions, settings.batch * size):

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import Dataset
-from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.evaluate.evaluate import measure, read_split
 from bytecache.stages.student import student
 from bytecache.stages.targets.source import open_dataset
@@ -21,7 +21,7 @@ from bytecache.stages.train.run import start_run
 
 
 def evaluate_untrained(
-    settings: TrainSettings, folder: Path, targets: Path | Dataset, *, name: str, split: str = "heldout"
+    settings: st.Train, folder: Path, targets: Path | Dataset, *, name: str, split: str = "heldout"
 ) -> dict[str, Any]:
     """Figures of the model in a folder as it is there; its bytes are the choices of its own tokens.
 

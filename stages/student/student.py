@@ -28,11 +28,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bytecache.schemas import settings as st
 from bytecache.schemas import strict_json
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError
 from bytecache.schemas.files import flush_to_disk, read_regular, scratch_folder
-from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.stages.models.fitness import refuse_unfit_student
 from bytecache.stages.models.locate import locate
 from bytecache.stages.models.ordinary import make_ordinary
@@ -140,7 +140,7 @@ def split_texts(targets: Path | Dataset, split: str, limit: int) -> Iterator[str
             yield text[int(lo) : int(hi) - 1].tobytes().decode("utf-8", errors="ignore")
 
 
-def write_student_tokenizer(settings: StudentSettings, source: Path | None, targets: Path | Dataset, out: Path) -> None:
+def write_student_tokenizer(settings: st.Student, source: Path | None, targets: Path | Dataset, out: Path) -> None:
     """Write the tokenizer that the settings ask for into `out`; `source`: the folder of `student.model`, if any.
 
     Raises ConfigError (bpe:N with no number, no end token) or InputError (no tokenizer there, or none that is exact).
@@ -194,7 +194,7 @@ def _open_model(source: str, **options: Any) -> Any:
 
 
 def new_model(
-    settings: StudentSettings, vocabulary_size: int, start_id: int | None, end_id: int, seed: int
+    settings: st.Student, vocabulary_size: int, start_id: int | None, end_id: int, seed: int
 ) -> LlamaForCausalLM:
     """A small Llama with tied embeddings and fresh weights; the global random state is left as it was."""
     if settings.hidden_size % (2 * settings.heads):
@@ -234,7 +234,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def prepare(settings: StudentSettings, targets_dir: Path | Dataset, out_dir: Path, *, seed: int) -> dict[str, Any]:
+def prepare(settings: st.Student, targets_dir: Path | Dataset, out_dir: Path, *, seed: int) -> dict[str, Any]:
     """Write the student's starting folder; done already with the same inputs, only verify it.
 
     Args:

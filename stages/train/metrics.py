@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bytecache.schemas import settings as st
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import ConfigError
 from bytecache.schemas.files import put_in_place, scratch_folder
-from bytecache.schemas.settings import Train as TrainSettings
 
 UNPLOTTED = ("name", "step", "steps")
 
@@ -25,7 +25,7 @@ class Metrics:
         ConfigError: `train.wandb` names a project and wandb is not installed.
     """
 
-    def __init__(self, folder: Path, resume_step: int, settings: TrainSettings, name: str) -> None:
+    def __init__(self, folder: Path, resume_step: int, settings: st.Train, name: str) -> None:
         self.wandb = _wandb(folder, settings, name) if settings.wandb else None
         path = folder / "metrics.jsonl"
         lines = []
@@ -64,7 +64,7 @@ class Metrics:
             self.wandb.finish()
 
 
-def _wandb(folder: Path, settings: TrainSettings, name: str) -> Any:
+def _wandb(folder: Path, settings: st.Train, name: str) -> Any:
     try:
         import wandb
     except ImportError as error:

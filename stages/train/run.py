@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bytecache.schemas import settings as st
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.check import refuse_tied_targets
 from bytecache.stages.student.student import Student, split_model
 from bytecache.stages.train.batches import stream
@@ -104,7 +104,7 @@ class Run:
         torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little"))
 
 
-def learning_rate(step: int, settings: TrainSettings) -> float:
+def learning_rate(step: int, settings: st.Train) -> float:
     """Rate of step number `step` (from 0): linear warm-up, then `train.schedule` down to `train.final_rate`."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
@@ -114,18 +114,18 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (floor + (1 - floor) * left[settings.schedule])
 
 
-def kl_share(step: int, settings: TrainSettings) -> float:
+def kl_share(step: int, settings: st.Train) -> float:
     """Share of `train.lambda_kl` at step number `step` (from 0), by `train.kl_schedule`."""
     progress = step / max(settings.steps - 1, 1)
     return {"constant": 1.0, "decay": 1 - progress, "rise": progress}[settings.kl_schedule]
 
 
-def can_be_extended(settings: TrainSettings) -> bool:
+def can_be_extended(settings: st.Train) -> bool:
     """Whether the first steps of a run are the same however many follow: no schedule looks at `train.steps`."""
     return settings.schedule == settings.kl_schedule == "constant"
 
 
-def add_adapters(opened: Student, settings: TrainSettings) -> None:
+def add_adapters(opened: Student, settings: st.Train) -> None:
     """Freeze the student and put low-rank adapters beside its linear maps (all but the lm_head by default).
 
     Raises:
@@ -151,7 +151,7 @@ def add_adapters(opened: Student, settings: TrainSettings) -> None:
 
 def start_run(
     opened: Student,
-    settings: TrainSettings,
+    settings: st.Train,
     seed: int,
     device: torch.device,
     *,
@@ -183,7 +183,7 @@ def start_run(
     return Run(opened, objective, optimizer, scored, world)
 
 
-def _groups(opened: Student, objective: Objective, settings: TrainSettings) -> list[dict[str, Any]]:
+def _groups(opened: Student, objective: Objective, settings: st.Train) -> list[dict[str, Any]]:
     """Trained parameters by their weight decay and `share`, the part of the rate at hand that they learn at."""
     embeddings = opened.model.get_input_embeddings().weight
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import Dataset
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
 from bytecache.schemas.files import make_folder
 from bytecache.schemas.settings import BASELINES, NEUTRAL
-from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
 from bytecache.stages.targets.prefetch import prefetch
@@ -58,7 +58,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def train(
-    settings: TrainSettings,
+    settings: st.Train,
     student_dir: Path,
     targets_dir: Path | Dataset,
     out_dir: Path,
@@ -107,7 +107,7 @@ def train(
 class Request:
     """One student to train: the arguments of `train`."""
 
-    settings: TrainSettings
+    settings: st.Train
     student_dir: Path
     targets_dir: Path | Dataset
     out_dir: Path
@@ -324,7 +324,7 @@ class _SupervisedTokens:
         total: of the steps before this call. epoch: windows in one reading of the split.
     """
 
-    def __init__(self, name: str, settings: TrainSettings, total: int, epoch: int) -> None:
+    def __init__(self, name: str, settings: st.Train, total: int, epoch: int) -> None:
         self.name, self.settings, self.total, self.epoch = name, settings, total, epoch
         self._barren = 0
 
@@ -363,7 +363,7 @@ def _counts(step: Step, world: World) -> dict[str, int]:
     return {**counts, "n_micro": int(world.largest([len(step.micro)])[0])}
 
 
-def _is_shorter(old: dict[str, Any], new: dict[str, Any], settings: TrainSettings) -> bool:
+def _is_shorter(old: dict[str, Any], new: dict[str, Any], settings: st.Train) -> bool:
     """Whether a checkpoint is of a run of fewer steps that this one repeats to the bit, and goes on from."""
     steps = old.get("settings", {}).get("steps", 0)
     same = {**old, "settings": {**old.get("settings", {}), "steps": settings.steps}} == new

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import probe_items, probes
 from benchmarks.transfer_study import keep_as_cast
+from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import InputError
-from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.schemas.settings import Train
 from bytecache.stages.student import student
 from bytecache.stages.train.batches import stream
@@ -241,7 +241,7 @@ def test_the_command_measures_folders(tmp_path, monkeypatch, capsys):
 def test_a_student_in_training_is_measured_as_it_is(tmp_path):
     """With adapters, and with what is frozen kept in half precision, as the study of transfer trains it."""
     targets = make_dataset(tmp_path / "targets", sentences=3)
-    small = StudentSettings(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)
+    small = st.Student(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)
     student.prepare(small, targets, tmp_path / "student", seed=0)
     made = probes.make_probes(TEXTS, each=2, copies=1)
     opened = student.load(tmp_path / "student")

@@ -12,10 +12,10 @@ from benchmarks import transfer_cause, transfer_gain, transfer_texts
 from benchmarks.count_targets import Counts, write_counts, write_part, write_silent
 from bytecache.pipeline.plan.make import make_plan
 from bytecache.pipeline.stores import open_store
+from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import END
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.settings import Settings, Train
-from bytecache.schemas.settings import Student as StudentSettings
 from bytecache.stages.student import student
 from bytecache.stages.targets.order import Order
 from bytecache.stages.targets.source import load_shard
@@ -149,7 +149,7 @@ def test_signal_is_what_different_steps_agree_on():
 def test_choices_divide_the_loss_of_the_tokens_among_them(tmp_path):
     """The groups and what is left to the text are every choice once: their cross-entropies sum to the tokens'."""
     targets = make_dataset(tmp_path / "targets", sentences=3)
-    small = StudentSettings(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)
+    small = st.Student(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2)
     student.prepare(small, targets, tmp_path / "student", seed=0)
     opened = student.load(tmp_path / "student")
     dataset = read_dataset(targets)

@@ -24,8 +24,8 @@ from functools import reduce
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bytecache.schemas import settings as st
 from bytecache.schemas.settings import BASELINES
-from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.stages.student.student import Student
 from bytecache.stages.train.batches.stream import ShardReader
 from bytecache.stages.train.batches.types import MicroBatch, Step
@@ -44,7 +44,7 @@ def _same(z: Tensor) -> Tensor:
     return z
 
 
-def make_term(settings: TrainSettings, student: Student, seed: int) -> ByteTerm:
+def make_term(settings: st.Train, student: Student, seed: int) -> ByteTerm:
     """The term that `train.head` names."""
     divergence = Divergence(settings.divergence, settings.temperature, settings.max_tail)
     if settings.head in ("parallel", "autoregressive"):
@@ -67,7 +67,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, settings: TrainSettings, student: Student | ByteTerm, seed: int, *, lambda_kl: float | None = None
+        self, settings: st.Train, student: Student | ByteTerm, seed: int, *, lambda_kl: float | None = None
     ) -> None:
         super().__init__()
         self.lambda_kl = settings.lambda_kl if lambda_kl is None else lambda_kl

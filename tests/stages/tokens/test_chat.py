@@ -17,10 +17,10 @@ from bytecache.pipeline.commands.teacher import teacher
 from bytecache.pipeline.context import open_context
 from bytecache.pipeline.plan.make import make_plan
 from bytecache.schemas import errors
+from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.parquet import read_windows
 from bytecache.schemas.settings import Corpus, Settings
-from bytecache.schemas.settings import Train as TrainSettings
 from bytecache.schemas.shard.reader import read_shard
 from bytecache.stages.corpus import conversations
 from bytecache.stages.corpus.reader import CorpusReader, Document
@@ -376,7 +376,7 @@ def test_a_student_learns_the_answers_and_nothing_else(tmp_path, kind, own):
     assert all(r.first == 0 or source.row[r.first - 1] != source.row[r.first] for r in rows)
     # Every step sees all windows: the order follows from the targets' hash, which another CPU changes, and a step on
     # the refused conversation alone would have nothing to learn from.
-    train_settings = TrainSettings(steps=3, batch=8, window_bytes=200, warmup=1, lambda_kl=0.5, tensorboard=False)
+    train_settings = st.Train(steps=3, batch=8, window_bytes=200, warmup=1, lambda_kl=0.5, tensorboard=False)
     result = train(train_settings, tmp_path / "student", targets, tmp_path / "out", name="chat", device="cpu")
     assert result["terms"]["byte_kl"] > 0 and result["skipped_documents"].get("template: no system role here", 0) <= 1
     measured = evaluate.evaluate(train_settings, tmp_path / "student", targets, Path(result["checkpoint"]), name="chat")

@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bytecache.schemas import settings as st
 from bytecache.schemas.arrays import END
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.errors import ConfigError
-from bytecache.schemas.settings import Student as Small
 from bytecache.schemas.settings import Train
 from bytecache.stages.student import student
 from bytecache.stages.student.student import Student
@@ -158,7 +158,7 @@ def test_reduction_and_micro_batches(reduction):
 def test_chunks_of_positions_change_nothing(tmp_path, head):
     """Sums and gradients of a real micro-batch, logits whole and in pieces of 7 positions through the lm_head."""
     targets = make_dataset(tmp_path / "targets", documents=4, sentences=6)
-    student.prepare(Small(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2), targets, tmp_path / "s", seed=1)
+    student.prepare(st.Student(tokenizer="bpe:300", hidden_size=32, layers=1, heads=2), targets, tmp_path / "s", seed=1)
     opened = student.load(tmp_path / "s")
     reader = ShardReader(targets, read_dataset(targets), "train", opened.vocabulary, opened.end_id)
     micro = collate(cut(reader[0], 0, 400, 64)[:3], with_targets=True)

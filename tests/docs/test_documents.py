@@ -202,6 +202,18 @@ def test_python_programs_run(
         exec(compile(block, document.name, "exec"), names)
 
 
+def test_tables_are_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure drifts from the file that it comes from."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tables = script(ROOT / "docs" / "fill_tables.py")
+    seen = set()
+    for path in tables.DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        seen |= set(re.findall(r"<!-- table ([a-z-]+) -->", text))
+        assert tables.filled(text) == text, f"{path.name} is not what the results say: python docs/fill_tables.py"
+    assert seen == set(tables.TABLES)
+
+
 def test_reference_is_what_the_code_says() -> None:
     generate = script(ROOT / "docs" / "reference" / "generate.py")
     for path, page in generate.PAGES.items():

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,12 +27,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from bytecache.schemas import strict_json
 from bytecache.schemas.arrays import SYMBOLS
 from bytecache.schemas.dataset import card
+from bytecache.schemas.dataset.info import MAX_DEPTH, checked_info, completed, depth, misshapen
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 from bytecache.schemas.files import NotAFileError, file_sha256, read_member, replace_file
 from bytecache.schemas.messages import one_line
 from bytecache.schemas.parquet_pages import pages_of
 from bytecache.schemas.shard.limits import excess
-from bytecache.schemas.whole import Count, is_whole, same
+from bytecache.schemas.whole import Count, same
 
 FORMAT = "bytecache.dataset"
 VERSION = 1
@@ -75,21 +75,6 @@ _SCHEMA = pa.schema(
         for name in ShardEntry.model_fields
     ]
 )
-_OBJECTS = ("teacher", "tokenizer", "corpus", "settings", "software", "creation")
-_SHAPES: dict[tuple[str, str], type] = {
-    ("teacher", "model"): str, ("teacher", "name"): str, ("teacher", "revision"): str, ("teacher", "vocabulary"): str,
-    ("teacher", "settings"): dict, ("teacher", "weights"): dict, ("teacher", "windows"): list,
-    ("teacher", "versions"): dict, ("settings", "plan"): dict, ("settings", "convert"): dict,
-    ("creation", "set_aside"): dict, ("creation", "missing"): list,
-}  # fmt: skip
-"""What inside those objects somebody here reads, and its kind where it is there."""
-_MISSING = {"unit": int, "n_documents": int, "n_bytes": int, "reason": str}
-_KINDS: dict[type, str] = {
-    dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
-}  # fmt: skip
-MAX_DEPTH = 32
-"""Objects and lists of `info` in each other."""
-_FREE_TEXT = ("name", "license", "corpus_license", "teacher_license", "attribution")
 
 
 @dataclass(frozen=True)
@@ -158,19 +143,6 @@ def _totals(entries: Sequence[ShardEntry]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _checked_info(info: dict[str, Any]) -> dict[str, Any]:
-    try:
-        plain = json.loads(json.dumps(info, allow_nan=False, ensure_ascii=False).encode())
-    except (TypeError, ValueError) as error:
-        raise InputError(f"dataset info is not plain JSON: {error}; use text, numbers, lists and objects") from error
-    out: dict[str, Any] = {name: {} for name in _OBJECTS} | dict.fromkeys(_FREE_TEXT, "") | plain
-    for names, kind in ((_OBJECTS, dict), (_FREE_TEXT, str)):
-        for name in names:
-            if not isinstance(out[name], kind):
-                raise InputError(f"dataset info {name!r} is a {type(out[name]).__name__}, must be a {kind.__name__}")
-    return out
-
-
 def seal(document: dict[str, Any]) -> bytes:
     """The one spelling of an index document: sorted keys, its own sha256 (over the spelling without it) included."""
 
@@ -211,7 +183,7 @@ def index_documents(
         "version": VERSION,
         "manifest": {"file": MANIFEST, **hashes},
         "splits": _totals(listed),
-        "info": _checked_info(info),
+        "info": checked_info(info),
         "fidelity": fidelity,
     }
     sealed = seal(document)
@@ -240,7 +212,7 @@ def write_dataset(
     for name, raw in documents.items():
         if name != card.FILE or card.is_ours(folder / name):
             replace_file(folder / name, raw)
-    return Dataset(folder, listed, _checked_info(info), _content_sha256(listed), fidelity)
+    return Dataset(folder, listed, checked_info(info), _content_sha256(listed), fidelity)
 
 
 def _load(path: Path, limit: int) -> bytes:
@@ -318,52 +290,11 @@ def parse_index(folder: Path, where: str, document_bytes: bytes, load_manifest: 
     content_sha256 = _content_sha256(entries)
     if manifest.get("content_sha256") != content_sha256 or not same(document.get("splits"), _totals(entries)):
         raise IntegrityError(f"{path}: content hash or totals do not match {MANIFEST}; make the index again")
-    info = dict.fromkeys(_FREE_TEXT, "") | {name: {} for name in _OBJECTS} | info
-    why = _misshapen(info) or ("fidelity, beside it, is nested too deep" if _depth(fidelity) > MAX_DEPTH else "")
+    info = completed(info)
+    why = misshapen(info) or ("fidelity, beside it, is nested too deep" if depth(fidelity) > MAX_DEPTH else "")
     if why:
         raise IntegrityError(f"{path}: info: {why}; fetch or make the index again")
     return Dataset(folder, entries, info, content_sha256, fidelity)
-
-
-def _misshapen(info: dict[str, Any]) -> str:
-    """What in a stranger's `info` is not of the kind that its readers expect, in words; "" where all is."""
-    for names, kind in ((_OBJECTS, dict), (_FREE_TEXT, str)):
-        for name in names:
-            if not isinstance(info[name], kind):
-                return f"{name} is {_kind(info[name])}, must be {_KINDS[kind]}"
-    for (outer, inner), wanted in _SHAPES.items():
-        value = info[outer].get(inner)
-        if value is not None and type(value) is not wanted:
-            return f"{outer}.{inner} is {_kind(value)}, must be {_KINDS[wanted]}"
-    edition = info.get("edition", {"number": 1, "parent": ""})
-    if not isinstance(edition, dict) or not is_whole(edition.get("number"), 1) or edition["number"] >= 10**5:
-        return "edition.number is no number from 1 to 99999"
-    parent = edition.get("parent")
-    if not isinstance(parent, str) or not re.fullmatch(
-        "[0-9a-f]{64}" if edition["number"] > 1 and parent else "", parent
-    ):
-        return "edition.parent is no content hash of an edition before, or edition 1 has one"
-    for unit in info["creation"].get("missing") or []:
-        fits = isinstance(unit, dict) and all(
-            is_whole(unit.get(name), 0) for name in ("unit", "n_documents", "n_bytes")
-        )
-        if not fits or not isinstance(unit.get("reason"), str):
-            return "creation.missing holds what is no unit: unit, n_documents, n_bytes and reason"
-    return f"is nested deeper than {MAX_DEPTH}" if _depth(info) > MAX_DEPTH else ""
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), "null")
-
-
-def _depth(value: Any) -> int:
-    """How many objects and lists lie in each other; without recursion, for whoever walks them later recurses."""
-    depth, level = 0, [value]
-    while level:
-        inner = [one for one in level if isinstance(one, dict | list)]
-        level = [each for one in inner for each in (one.values() if isinstance(one, dict) else one)]
-        depth += bool(inner)
-    return depth
 
 
 def _checked(path: str, entry: ShardEntry) -> ShardEntry:

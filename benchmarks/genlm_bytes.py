@@ -36,6 +36,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,7 @@ def documents(text: str, count: int) -> list[str]:
     return found
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
     parser.add_argument("--bytes", type=int, default=400, help="of each text")
@@ -176,7 +178,79 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="a folder of further .txt files")
     parser.add_argument("--only", action="append", default=[], help="texts to run, by name; default: all")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def ends_of(teacher: Teacher, folder: Path) -> list[bytes]:
+    """The tokens that end a text, as the peer takes them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.bos_token_id != teacher.vocabulary.start_id:
+        raise SystemExit(
+            f"the two start a document differently: {tokenizer.bos_token_id}, {teacher.vocabulary.start_id}"
+        )
+    return [str(name).encode() for name in tokenizer.convert_ids_to_tokens(teacher.vocabulary.end_ids.tolist())]
+
+
+@dataclass
+class Comparison:
+    """What systems make of one set of pieces, each beside the same reference."""
+
+    text: str
+    streams: str
+    pieces: list[str]
+    reference: list[Rows]
+
+    def measure(
+        self, system: str, model: Any, run: Callable[[], tuple[list[Rows], int]], rounds: int = 1
+    ) -> dict[str, Any]:
+        """Speed, what the model computed for it and how far the rows are from the reference; printed as a row."""
+        size = sum(len(piece.encode()) for piece in self.pieces)
+        wall, cpu = [], []
+        for _ in range(rounds):
+            with counted(model) as tokens:
+                began = time.perf_counter(), time.process_time()
+                rows, histories = run()
+                wall.append(time.perf_counter() - began[0])
+                cpu.append(time.process_time() - began[1])
+        seconds, cpu_seconds = statistics.median(wall), statistics.median(cpu)
+        row = {
+            "text": self.text, "streams": self.streams, "documents": len(self.pieces), "system": system, "bytes": size,
+            "seconds": seconds, "cpu_seconds": cpu_seconds, "bytes_per_s": size / seconds,
+            "bytes_per_cpu_s": size / cpu_seconds, "tokens_per_byte": tokens[0] / size,
+            "histories_per_byte": histories / size, **distance(self.reference, rows, self.pieces),
+        }  # fmt: skip
+        print(
+            f"| {self.text} | {self.streams} | {system} | {row['bytes_per_s']:.1f} | {row['bytes_per_cpu_s']:.1f} | "
+            f"{row['tokens_per_byte']:.2f} | "
+            f"{row['histories_per_byte']:.2f} | {row['kl']:.5f} | {row['jsd']:.6f} | {row['leak_bits']:+.4f} |",
+            flush=True,
+        )
+        return row
+
+
+def compared(
+    teacher: Teacher, llm: Any, beams: Callable[[dict[str, Any]], Callable[[], Any]], text: str, streams: str,
+    pieces: list[str],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Our presets and the peer's beams on some pieces, a row of the results each."""
+    reference, _ = ours(teacher, pieces, {**REFERENCE, "static": 0.0})
+    for effort in st.PRESETS.values():  # static rows are made once per teacher, not per text
+        ours(teacher, pieces, effort)
+    comparison = Comparison(text, streams, pieces, reference)
+    for preset, effort in st.PRESETS.items():
+        model = teacher.engine.model  # type: ignore[attr-defined]
+        yield comparison.measure(f"bytecache {preset}", model, partial(ours, teacher, pieces, effort), ROUNDS)
+    for label, options, kv in THEIRS:
+        if streams != "long":
+            yield comparison.measure(
+                f"genlm-bytes {label}", llm.model, partial(theirs, llm, beams(options), pieces, kv)
+            )
+
+
+def main() -> None:
+    args = parsed()
     texts, more, source = (
         builtin_texts(limit) | (folder_texts(args.texts, limit) if args.texts else {})
         for limit in (args.bytes, args.long, 200 * args.documents + 4)
@@ -185,22 +259,14 @@ def main() -> None:
     teacher = open_teacher(settings)
     ours(teacher, ["warm up: compile every kernel"], st.PRESETS["balanced"])
     folder = resolve_model(settings)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ends = [str(name).encode() for name in tokenizer.convert_ids_to_tokens(teacher.vocabulary.end_ids.tolist())]
-    if tokenizer.bos_token_id != teacher.vocabulary.start_id:
-        raise SystemExit(
-            f"the two start a document differently: {tokenizer.bos_token_id}, {teacher.vocabulary.start_id}"
-        )
-    llm, beams = load_genlm(folder, ends, "warm up")
+    llm, beams = load_genlm(folder, ends_of(teacher, folder), "warm up")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     results: list[dict[str, Any]] = []
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())["results"]
     print("| text | streams | system | bytes/s | bytes/CPU s | tokens/byte | histories/byte | KL | JSD | leak, bits |")
     print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
-
+    same = ("text", "streams", "system")
     for name, text in texts.items():
         if args.only and name not in args.only:
             continue
@@ -208,50 +274,8 @@ def main() -> None:
         for streams, pieces in (("single", [text]), ("many", many), ("long", [more[name]])):
             if args.streams and streams not in args.streams:
                 continue
-            reference, _ = ours(teacher, pieces, {**REFERENCE, "static": 0.0})
-            for effort in st.PRESETS.values():  # static rows are made once per teacher, not per text
-                ours(teacher, pieces, effort)
-            size = sum(len(piece.encode()) for piece in pieces)
-
-            def report(
-                system: str, model: Any, run: Callable[[], tuple[list[Rows], int]], name: str = name,
-                streams: str = streams, pieces: list[str] = pieces, reference: list[Rows] = reference, size: int = size,
-                rounds: int = 1,
-            ) -> None:  # fmt: skip
-                wall, cpu = [], []
-                for _ in range(rounds):
-                    with counted(model) as tokens:
-                        began = time.perf_counter(), time.process_time()
-                        found, histories = run()
-                        wall.append(time.perf_counter() - began[0])
-                        cpu.append(time.process_time() - began[1])
-                seconds, cpu_seconds = statistics.median(wall), statistics.median(cpu)
-                row = {
-                    "text": name, "streams": streams, "documents": len(pieces), "system": system, "bytes": size,
-                    "seconds": seconds, "cpu_seconds": cpu_seconds, "bytes_per_s": size / seconds,
-                    "bytes_per_cpu_s": size / cpu_seconds, "tokens_per_byte": tokens[0] / size,
-                    "histories_per_byte": histories / size, **distance(reference, found, pieces),
-                }  # fmt: skip
-                same = ("text", "streams", "system")
-                results[:] = [r for r in results if [r[k] for k in same] != [row[k] for k in same]] + [row]
-                print(
-                    f"| {name} | {streams} | {system} | {row['bytes_per_s']:.1f} | {row['bytes_per_cpu_s']:.1f} | "
-                    f"{row['tokens_per_byte']:.2f} | "
-                    f"{row['histories_per_byte']:.2f} | {row['kl']:.5f} | {row['jsd']:.6f} | {row['leak_bits']:+.4f} |",
-                    flush=True,
-                )
-
-            for preset, effort in st.PRESETS.items():
-                report(
-                    f"bytecache {preset}", teacher.engine.model,  # type: ignore[attr-defined]
-                    lambda pieces=pieces, effort=effort: ours(teacher, pieces, effort), rounds=ROUNDS,
-                )  # fmt: skip
-            for label, options, kv in THEIRS:
-                if streams != "long":
-                    report(
-                        f"genlm-bytes {label}", llm.model,
-                        lambda pieces=pieces, options=options, kv=kv: theirs(llm, beams(options), pieces, kv),
-                    )  # fmt: skip
+            for row in compared(teacher, llm, beams, name, streams, pieces):
+                results = [r for r in results if [r[k] for k in same] != [row[k] for k in same]] + [row]
         if args.out:  # after every text: the peer is slow
             facts = {"machine": machine, "model": args.model, "reference": REFERENCE, "presets": st.PRESETS}
             args.out.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")

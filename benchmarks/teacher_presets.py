@@ -35,6 +35,7 @@ from bytecache.stages.corpus.reader import CorpusReader
 from bytecache.stages.models.locate import resolve_model
 from bytecache.stages.teacher.teacher import Teacher, open_teacher
 from bytecache.stages.teacher.windows import WindowPlan, plan_windows
+from bytecache.stages.tokens.vocab import Encoded
 
 
 @contextmanager
@@ -141,8 +142,8 @@ def _median(rounds: list[Any]) -> Any:
     return {part: statistics.median(one.get(part, 0.0) for one in rounds) for part in sorted(parts)}
 
 
-def main() -> None:
-    """Measure and print."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=2)
@@ -160,23 +161,65 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="for lattices, beside the engine's")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    model = args.model
-    if args.deepen:
-        model = deepened(args.model, int(args.deepen[0]), Path(args.deepen[1]))
+    return parser.parse_args()
+
+
+def window_plans(teacher: Teacher, texts: list[str]) -> list[WindowPlan]:
+    """The windows of some documents."""
+    settings, start_id = teacher.settings, teacher.vocabulary.start_id
+    return [
+        plan
+        for i, encoded in enumerate(teacher.vocabulary.encode_batch(texts))
+        if isinstance(encoded, Encoded)
+        for plan in plan_windows(
+            str(i), i, encoded, start_id=start_id, context=settings.context, overlap=settings.overlap
+        )
+    ]
+
+
+def passes(
+    teacher: Teacher, plans: list[WindowPlan], spans: Spans, presets: list[str], requests: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every pass once: its name, and what it spent. `requests`: a preset to measure with a request a branch too."""
+    for name in ("prefill", "all_rows"):
+        with measured(spans) as spent:
+            prefill(teacher, plans, all_rows=name == "all_rows")
+        yield name, spent
+    for preset in presets:
+        with measured(spans) as spent:
+            counts = whole(teacher, plans, preset)
+        yield preset, spent | counts
+    if requests:
+        teacher.engine.forget()
+        with branches_as_requests(teacher), measured(spans) as spent:
+            counts = whole(teacher, plans, requests)
+        yield f"{requests}, branches as requests", spent | counts
+
+
+def with_rates(one: dict[str, Any], speeds: tuple[float, float], tokens: int, text_bytes: int) -> dict[str, Any]:
+    """A pass and its speed, beside those of prefill with the last row and with all of them, tokens/s."""
+    speed, with_rows = speeds
+    rows, seconds = one.get("rows", tokens) + one.get("branches", 0), one["seconds"]
+    rates = {
+        "tokens_per_s": tokens / seconds, "of_prefill": tokens / seconds / speed,
+        "of_prefill_per_row": rows / seconds / speed, "of_all_rows_per_row": rows / seconds / with_rows,
+        "text_bytes_per_s": text_bytes / seconds, "host_us_per_row": one["host"] / rows * 1e6,
+    }  # fmt: skip
+    parts = one["host_parts"].items()
+    parts_per_row = {part: round(of_part / rows * 1e6, 2) for part, of_part in parts}
+    kept = {name: value for name, value in one.items() if name != "host_parts"}
+    return kept | rates | {"host_parts_us_per_row": parts_per_row}
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parsed()
+    model = deepened(args.model, int(args.deepen[0]), Path(args.deepen[1])) if args.deepen else args.model
     teacher = open_teacher(st.Teacher(model=model, preset="exact", backend=args.backend))
     teacher.pool = ThreadPoolExecutor(args.threads) if args.threads else None
     spans = Spans()
     attach(teacher, spans)
-    settings = teacher.settings
-    texts = some_text(args.bytes)
-    plans = [
-        plan
-        for i, encoded in enumerate(teacher.vocabulary.encode_batch(texts))
-        for plan in plan_windows(
-            str(i), i, encoded, start_id=teacher.vocabulary.start_id, context=settings.context, overlap=settings.overlap
-        )  # type: ignore[arg-type]
-    ]
+    plans = window_plans(teacher, some_text(args.bytes))
     tokens = sum(len(plan.prompt.tokens) for plan in plans)
     text_bytes = sum(len(plan.prompt.text) - plan.score_start for plan in plans)
     presets = args.presets.split(",")
@@ -185,40 +228,21 @@ def main() -> None:
         teacher.save_static()
     if args.states == "only":
         return
-    passes: dict[str, list[dict[str, Any]]] = {}
+    rounds_of: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
-        for name in ("prefill", "all_rows"):
-            with measured(spans) as spent:
-                prefill(teacher, plans, all_rows=name == "all_rows")
-            passes.setdefault(name, []).append(spent)
-        for preset in presets:
-            with measured(spans) as spent:
-                counts = whole(teacher, plans, preset)
-            passes.setdefault(preset, []).append(spent | counts)
-        if args.requests:
-            teacher.engine.forget()
-            with branches_as_requests(teacher), measured(spans) as spent:
-                counts = whole(teacher, plans, args.requests)
-            passes.setdefault(f"{args.requests}, branches as requests", []).append(spent | counts)
+        for name, spent in passes(teacher, plans, spans, presets, args.requests):
+            rounds_of.setdefault(name, []).append(spent)
     result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
         "model": args.model, "windows": len(plans), "tokens": tokens, "text_bytes": text_bytes,
         "threads_beside": args.threads, "layers_times": int(args.deepen[0]) if args.deepen else 1,
     }  # fmt: skip
-    for name, rounds in passes.items():
-        result[name] = {key: _median([spent[key] for spent in rounds]) for key in rounds[0]}
-    speed, with_rows = (tokens / result[name]["seconds"] for name in ("prefill", "all_rows"))
-    for name in passes:
-        one = result[name]
-        rows = one.get("rows", tokens) + one.get("branches", 0)
-        one["tokens_per_s"] = tokens / one["seconds"]
-        one["of_prefill"] = one["tokens_per_s"] / speed
-        one["of_prefill_per_row"] = rows / one["seconds"] / speed
-        one["of_all_rows_per_row"] = rows / one["seconds"] / with_rows
-        one["text_bytes_per_s"] = text_bytes / one["seconds"]
-        one["host_us_per_row"] = one["host"] / rows * 1e6
-        parts = one.pop("host_parts")
-        one["host_parts_us_per_row"] = {part: round(seconds / rows * 1e6, 2) for part, seconds in parts.items()}
+    medians = {
+        name: {key: _median([spent[key] for spent in rounds]) for key in rounds[0]}
+        for name, rounds in rounds_of.items()
+    }
+    speeds = tokens / medians["prefill"]["seconds"], tokens / medians["all_rows"]["seconds"]
+    result |= {name: with_rates(one, speeds, tokens, text_bytes) for name, one in medians.items()}
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -20,12 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.teacher_presets import window_plans
 from bytecache.schemas import settings as st
+from bytecache.schemas.dump.window import Window
 from bytecache.stages.corpus.reader import CorpusReader
 from bytecache.stages.engines.engine import Prompt
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Lattice
-from bytecache.stages.teacher.teacher import open_teacher
-from bytecache.stages.teacher.windows import new_window, plan_windows
+from bytecache.stages.teacher.teacher import Teacher, open_teacher
+from bytecache.stages.teacher.windows import WindowPlan, new_window
 
 
 def vllm_prompt_logprobs(engine: Any, prompts: list[Prompt], k: int) -> None:
@@ -57,6 +59,33 @@ def computed_tokens(engine: Any) -> Iterator[list[int]]:
         engine.step = step
 
 
+@contextmanager
+def timed(seconds: list[float]) -> Iterator[None]:
+    """Adds how long the block takes."""
+    began = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - began)
+
+
+def passes(teacher: Teacher, plans: list[WindowPlan], times: dict[str, list[float]]) -> tuple[list[Window], int]:
+    """Every pass once, its seconds to `times`; returns the windows, and the tokens computed for their branches."""
+    settings, engine = teacher.settings, teacher.engine
+    prompts = [plan.prompt for plan in plans]
+    with timed(times["prefill"]):
+        list(engine.score([p._replace(first_row=len(p.tokens) - 1, starts=p.starts[-1:]) for p in prompts]))
+    with timed(times["with_dump"]):
+        rows = list(engine.score(prompts))
+    with timed(times["prompt_logprobs"]):
+        vllm_prompt_logprobs(engine._engine, prompts, settings.top_k)  # type: ignore[attr-defined]
+    windows = [new_window(plan, r) for plan, r in zip(plans, rows, strict=True)]
+    with timed(times["branches"]), computed_tokens(engine._engine) as computed:  # type: ignore[attr-defined]
+        teacher.branch(plans, windows, lambda: False, tau=settings.tau, depth=settings.depth)
+    with timed(times["static"]):
+        for _ in range(STATIC_PASSES):
+            teacher.add_static(windows, lambda: False)
+    return windows, sum(computed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=int, default=100_000)
@@ -66,44 +95,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     teacher = open_teacher(st.Teacher(model=args.model, preset=args.preset))
-    settings = teacher.settings
-    texts = [d.text for d in CorpusReader(st.Corpus(max_bytes=args.bytes))]
-    plans = [
-        plan
-        for i, encoded in enumerate(teacher.vocabulary.encode_batch(texts))
-        for plan in plan_windows(
-            str(i), i, encoded, start_id=teacher.vocabulary.start_id, context=settings.context, overlap=settings.overlap
-        )
-    ]
-    prompts = [plan.prompt for plan in plans]
-    tokens = sum(len(p.tokens) for p in prompts)
+    plans = window_plans(teacher, [d.text for d in CorpusReader(st.Corpus(max_bytes=args.bytes))])
+    tokens = sum(len(plan.prompt.tokens) for plan in plans)
     times: dict[str, list[float]] = {
-        "prefill": [],
-        "with_dump": [],
-        "prompt_logprobs": [],
-        "branches": [],
-        "static": [],
+        name: [] for name in ("prefill", "with_dump", "prompt_logprobs", "branches", "static")
     }
     for _ in range(args.rounds):
-        began = time.perf_counter()
-        last = [p._replace(first_row=len(p.tokens) - 1, starts=p.starts[-1:]) for p in prompts]
-        list(teacher.engine.score(last))
-        times["prefill"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        rows = list(teacher.engine.score(prompts))
-        times["with_dump"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        vllm_prompt_logprobs(teacher.engine._engine, prompts, settings.top_k)
-        times["prompt_logprobs"].append(time.perf_counter() - began)
-        windows = [new_window(plan, r) for plan, r in zip(plans, rows, strict=True)]
-        began = time.perf_counter()
-        with computed_tokens(teacher.engine._engine) as computed:
-            teacher.branch(plans, windows, lambda: False, tau=settings.tau, depth=settings.depth)
-        times["branches"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        for _ in range(STATIC_PASSES):
-            teacher.add_static(windows, lambda: False)
-        times["static"].append(time.perf_counter() - began)
+        windows, computed = passes(teacher, plans, times)
     branches = sum(int(((w.row_depth > 0) & (w.row_static == 0)).sum()) for w in windows)
     static = sum(int(w.row_static.sum()) for w in windows)
     began = time.perf_counter()
@@ -121,7 +119,7 @@ def main() -> None:
         "preset": args.preset,
         "branches": branches,
         "branches_per_s": branches / median["branches"],
-        "tokens_computed_per_branch": sum(computed) / max(1, branches),
+        "tokens_computed_per_branch": computed / max(1, branches),
         "static_rows": static,
         "static_rows_per_s": static / median["static"],
         "teacher_bytes_per_s": n_bytes / (median["with_dump"] + median["branches"] + median["static"]),

@@ -23,7 +23,7 @@ from bytecache.pipeline.stores import Store, disk_errors, refuse_no_file
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
 from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
-from bytecache.pipeline.units.runner import Task, commit_receipt, finished, warn_user
+from bytecache.pipeline.units.runner import Task, Tick, commit_receipt, finished, warn_user
 from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from bytecache.schemas.files import put_in_place, scratch_folder
@@ -171,21 +171,8 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
     start = student_task(context, targets.content_sha256).out
     folder = store.folder(start, RECORD)
     out = store.folder(task.out)
-    steps = settings.train.steps
     silent = None if world.main else io.StringIO()
-    with Reporter(f"train {task.name}", 1, steps, measure="steps", stream=silent) as progress:
-        first = True
-
-        def report(record: dict[str, Any]) -> None:
-            nonlocal first
-            if first:
-                progress.done, first = int(record["step"]) - 1, False
-            progress.tick({"steps": 1, "tokens": record.get("tokens", 0)})
-            if (int(record["step"]) - 1) % settings.train.checkpoint_every == 0:
-                store.publish(task.out)  # the step before this one may have ended with a checkpoint
-            if record["step"] % settings.train.checkpoint_every == 0 or record["step"] == steps:
-                progress.line({"stage": "train", **record, **progress.rates()})
-
+    with Reporter(f"train {task.name}", 1, settings.train.steps, measure="steps", stream=silent) as progress:
         started = time.monotonic()
         try:
             with disk_errors(f"train {task.name}, writing {out}"):
@@ -198,33 +185,56 @@ def _train_one(context: Context, world: "World", task: Task, targets: "Dataset")
                     seed=settings.run.seed,
                     lambda_kl=task.inputs["train"]["lambda_kl"],
                     stop=context.stop,
-                    report=report,
+                    report=_reporting(context, task, progress),
                     dump=_token_dump(context) if task.inputs["train"]["lambda_kl"] else None,
                 )
         except Interrupted:
             if world.main:
                 store.publish(task.out)
             raise
-    if not world.main:
-        return
+    if world.main:
+        counts = {**result, "student": start, "edition": edition_of(targets.info)}
+        _commit_run(context, task, counts, time.monotonic() - started)
+
+
+def _reporting(context: Context, task: Task, progress: Reporter) -> Tick:
+    """What is told of every step: to the user, and to a store that a checkpoint may have to go to."""
+    store, settings = context.store, context.settings.train
+    first = True
+
+    def report(record: dict[str, Any]) -> None:
+        nonlocal first
+        if first:
+            progress.done, first = int(record["step"]) - 1, False
+        progress.tick({"steps": 1, "tokens": record.get("tokens", 0)})
+        if (int(record["step"]) - 1) % settings.checkpoint_every == 0:
+            store.publish(task.out)  # the step before this one may have ended with a checkpoint
+        if record["step"] % settings.checkpoint_every == 0 or record["step"] == settings.steps:
+            progress.line({"stage": "train", **record, **progress.rates()})
+
+    return report
+
+
+def _commit_run(context: Context, task: Task, counts: dict[str, Any], seconds: float) -> None:
+    """Publish a run that ended, then its receipt, and say what it did. `counts`: as training gave them, and more."""
+    store = context.store
     store.publish(task.out)
-    checkpoint = Path(result["checkpoint"])
+    checkpoint = Path(counts["checkpoint"])
     keys = [f"{task.out}/{name}" for name in (checkpoint.name, checkpoint.with_suffix(".json").name)]
     beside = [record_file(store, key) for key in store.list(task.out) if key not in keys and _is_record(key)]
-    edition = edition_of(targets.info)
-    counts = {**result, "checkpoint": keys[0], "student": start, "edition": edition}
     context.save_config(f"{task.out}/config.toml")
-    receipt = run_receipt(task, [record_file(store, key) for key in keys], counts, time.monotonic() - started)
+    files = [record_file(store, key) for key in keys]
+    receipt = run_receipt(task, files, {**counts, "checkpoint": keys[0]}, seconds)
     commit_receipt(store, receipt.model_copy(update={"beside": tuple(beside)}))
-    if skipped := result["skipped_documents"]:
+    if skipped := counts["skipped_documents"]:
         from bytecache.stages.tokens.misfits import words
 
         context.say(
             f"train {task.name}: {sum(skipped.values())} documents skipped because of the student: {words(skipped)}"
         )
-    seen = f" on edition {edition} of the data set" if edition > 1 else ""
-    loss = result["terms"].get("loss", float("nan"))
-    context.say(f"train {task.name}: {steps} steps{seen}, loss {loss:.4f} ({task.out})")
+    seen = f" on edition {counts['edition']} of the data set" if counts["edition"] > 1 else ""
+    loss = counts["terms"].get("loss", float("nan"))
+    context.say(f"train {task.name}: {context.settings.train.steps} steps{seen}, loss {loss:.4f} ({task.out})")
 
 
 def _is_record(key: str) -> bool:

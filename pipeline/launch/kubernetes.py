@@ -31,6 +31,33 @@ def kubernetes_job(
             f"settings hold secrets, which are written to no file: put {', '.join(spec.secrets)} into a secret of the "
             "cluster and name it with --secret"
         )
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": spec.name, **({"namespace": namespace} if namespace else {})},
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": spec.workers,
+            "parallelism": spec.workers,
+            "backoffLimitPerIndex": retries,
+            "podFailurePolicy": {"rules": _failure_rules()},
+            "template": {"metadata": {"labels": {"app": spec.name}}, "spec": _pod(spec, image, secret, memory)},
+        },
+    }
+
+
+def _failure_rules() -> list[dict[str, Any]]:
+    """What of a pod's end is no failure, and what ends the whole job."""
+    refusals = [ConfigError.exit_code, InputError.exit_code, IntegrityError.exit_code]
+    return [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [Interrupted.exit_code]}},
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": refusals}},
+    ]
+
+
+def _pod(spec: JobSpec, image: str, secret: str, memory: str) -> dict[str, Any]:
+    """One worker in its container, with a scratch volume of the node."""
     limits: dict[str, Any] = {"memory": memory}
     if spec.gpus:
         limits["nvidia.com/gpu"] = spec.gpus
@@ -49,32 +76,11 @@ def kubernetes_job(
     if spec.gpus > 1:  # tensor parallelism shares tensors through /dev/shm, 64 MiB by default
         container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
-    ignore = [
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [Interrupted.exit_code]}},
-    ]
-    refusals = [ConfigError.exit_code, InputError.exit_code, IntegrityError.exit_code]
-    refuse = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": refusals}}
     return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": spec.name, **({"namespace": namespace} if namespace else {})},
-        "spec": {
-            "completionMode": "Indexed",
-            "completions": spec.workers,
-            "parallelism": spec.workers,
-            "backoffLimitPerIndex": retries,
-            "podFailurePolicy": {"rules": [*ignore, refuse]},
-            "template": {
-                "metadata": {"labels": {"app": spec.name}},
-                "spec": {
-                    "restartPolicy": "Never",
-                    # The kubelet kills after this: the worker's own notice must fit in.
-                    "terminationGracePeriodSeconds": math.ceil(spec.settings.fleet.notice_s) + 5,
-                    "tolerations": [{"operator": "Exists", "effect": "NoSchedule"}],
-                    "containers": [container],
-                    "volumes": volumes,
-                },
-            },
-        },
+        "restartPolicy": "Never",
+        # The kubelet kills after this: the worker's own notice must fit in.
+        "terminationGracePeriodSeconds": math.ceil(spec.settings.fleet.notice_s) + 5,
+        "tolerations": [{"operator": "Exists", "effect": "NoSchedule"}],
+        "containers": [container],
+        "volumes": volumes,
     }

@@ -216,22 +216,25 @@ def _open_rows(
             implied = int(order[PLACE(row + r + (r >= rank[PLACE(row + implied)]))])
         base[lane] = row
         top_rank[lane] = rank[PLACE(row + implied)]
-        if m < NARROW:
-            begin, stride[lane] = n_narrow, LANES
-            n_narrow += 1
-        elif m < WIDE:
-            begin, stride[lane] = _NARROW_ENDS + n_wide, LANES
-            wide[:, n_wide] = 0xFFFF
-            n_wide += 1
-        else:
-            begin, stride[lane] = free, 1
-            free += m + 1
+        begin, stride[lane], n_narrow, n_wide, free = _room(m, n_narrow, n_wide, free)
+        if NARROW <= m < WIDE:
+            wide[:, n_wide - 1] = 0xFFFF
         slot[lane] = begin
         end_code[lane] = 0 if implied == END else -1
         flat[PLACE(begin)] = 0xFFFF if implied == END else implied << 8
         _mark(owner, at - first, m, lane)
         at += m
     return -1, OK, _Cursor(at, n_top, n_over, n_gap, document), n_narrow, n_wide
+
+
+@njit(cache=True, nogil=True)
+def _room(m: int, n_narrow: int, n_wide: int, free: int) -> tuple[int, int, int, int, int]:
+    """Where the keys of a row of m entries begin in `flat`, their stride there, and the counts behind that row."""
+    if m < NARROW:
+        return n_narrow, LANES, n_narrow + 1, n_wide, free
+    if m < WIDE:
+        return _NARROW_ENDS + n_wide, LANES, n_narrow, n_wide + 1, free
+    return free, 1, n_narrow, n_wide, free + m + 1
 
 
 @njit(cache=True, nogil=True)

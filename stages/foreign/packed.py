@@ -20,6 +20,8 @@ from bytecache.schemas.whole import Whole
 CONFIG = "compression_config.yaml"
 MAX_CONFIG = 1 << 16
 """Bytes of it, at most: DistillKit's own have some hundred."""
+MAX_DEPTH = 16
+"""Lists and mappings of it in each other, at most: DistillKit's own have three."""
 _NUMBERS = Literal["float16", "bfloat16", "float32", "float64"]
 _WIDTH = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -103,13 +105,18 @@ class Packing(BaseModel):
 def _plain_yaml(data: bytes) -> Any:
     """The value of a small YAML document without references.
 
-    A few lines of aliases to aliases stand for more values than any memory holds. Raises ValueError, YAMLError.
+    A few lines of aliases to aliases stand for more values than any memory holds, and what is nested takes time with
+    the square of its depth. Raises ValueError, YAMLError.
     """
     import yaml
 
     if len(data) > MAX_CONFIG:
         raise ValueError(f"more than {MAX_CONFIG} bytes")
+    depth = 0
     for event in yaml.parse(data, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
         if getattr(event, "anchor", None) is not None:
             raise ValueError(
                 f"line {event.start_mark.line + 1} has the anchor or alias {event.anchor[:40]!r}, which these settings "

@@ -21,7 +21,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.mark.parametrize(("text", "words"), [
     (BOMB, "line 1 has the anchor or alias 'a'.*spell the values out"), ("k: *k\n", "anchor or alias 'k'"),
     ("d: 1000\nk: &k 24\nexact_k: *k\n", "line 2 has the anchor or alias 'k'"), ("a: &a [*a]\n", "anchor or alias 'a'"),
-    ("x: " + "[" * 5000, "not DistillKit's compression settings"), ("#" * MAX_CONFIG + "#", "more than 65536 bytes"),
+    ("x: " + "[" * (MAX_CONFIG - 3), "not DistillKit's compression settings .nested deeper"),
+    ("#" * MAX_CONFIG + "#", "more than 65536 bytes"),
     ("x: !!python/object/apply:os.system ['true']", "not DistillKit's"), ("d: " + "9" * 9000, "not DistillKit's"),
 ])  # fmt: skip
 def test_settings_are_as_large_as_they_are_long(text: str, words: str, tmp_path: Path) -> None:

@@ -44,9 +44,10 @@ def _check_corpus(context: Context) -> str:
     corpus = context.settings.corpus
     if context.settings.dataset.source:
         return f"not used, targets come from {context.settings.dataset.source}"
-    first, n_ignored = next(iter(CorpusReader(corpus))), len(corpus_files(corpus)[1])
-    ignored = f", {n_ignored} files of other kinds" if n_ignored else ""
-    return f"{corpus.source} can be read (its first document is {first.doc_id!r}{ignored})"
+    files, ignored = corpus_files(corpus)
+    first = next(CorpusReader(corpus).documents(files))
+    others = f", {len(ignored)} files of other kinds" if ignored else ""
+    return f"{corpus.source} can be read (its first document is {first.doc_id!r}{others})"
 
 
 def _check_teacher(context: Context) -> str:

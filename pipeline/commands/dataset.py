@@ -126,7 +126,7 @@ def dataset_info(
         },
         "edition": {
             "number": planned.edition,
-            "parent": parent_of(context.store, _published(context.store), planned.edition),
+            "parent": parent_of(context.store, whole_index(context.store), planned.edition),
         },
         "name": context.settings.dataset.name,
         "license": context.settings.dataset.license,
@@ -150,8 +150,8 @@ def read_index(store: Store) -> "Dataset | None":
     return read_dataset(store.get_path(f"{TARGETS}/{DATASET}").parent)
 
 
-def _published(store: Store) -> "Dataset | None":
-    """The index, or None where there is none or a damaged one."""
+def whole_index(store: Store) -> "Dataset | None":
+    """The index, or None where there is none or a damaged one, of which others say what is wrong with it."""
     try:
         return read_index(store)
     except IntegrityError:
@@ -209,7 +209,7 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
     shards: one of both was altered, and what others may be reading is not rewritten on a guess.
     """
     from bytecache.schemas.dataset import card
-    from bytecache.schemas.dataset.index import DATASET, MANIFEST, index_documents
+    from bytecache.schemas.dataset.index import MANIFEST, index_documents
 
     store = context.store
     entries = [shard_entry(receipt) for receipt in shards]
@@ -226,23 +226,18 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
             f"the teacher could read no training document because {words(aside)}; {remedy(aside, 'teacher')}"
         )
     measured = certificate(shards, info["teacher"])
+    published, fault = None, ""
     try:
         published = read_index(store)
-        if (
-            published is not None
-            and published.fidelity == measured
-            and all(published.info.get(name) == info[name] for name in (*_RESTATED, "edition"))
-            and sorted(published.entries, key=_by_file) == sorted(entries, key=_by_file)
-        ):
-            return mend_card(context)
     except IntegrityError as error:
-        if not _was_cut_off(store, index_documents(entries, info, measured)[MANIFEST]):
-            keys = [key for name in (DATASET, MANIFEST) if store.exists(key := f"{TARGETS}/{name}")]
-            moved = ", ".join(set_aside_file(store, key) for key in keys)
-            context.say(f"convert: the published index is damaged ({error}); it is set aside as {moved}")
+        fault = str(error)
+    if published is not None and _says_the_same(published, entries, info, measured):
+        return mend_card(context)
     documents = index_documents(entries, info, measured)
-    archive_edition(store, _published(store), info["edition"]["number"])
-    disputed = contradictions(store, shards, measured)
+    if fault and not _was_cut_off(store, documents[MANIFEST]):
+        _set_index_aside(context, fault)
+    archive_edition(store, published, info["edition"]["number"])
+    disputed = contradictions(published, shards, measured)
     if disputed:
         raise IntegrityError(
             f"{store.name}/{TARGETS}: receipts and the published index disagree ({'; '.join(disputed[:3])}); the index "
@@ -260,6 +255,27 @@ def publish_index(context: Context, shards: list[Receipt], info: dict[str, Any])
                 continue  # somebody wrote their own
         store.replace(key, store.write_temp(name, raw))
     return True
+
+
+def _says_the_same(
+    published: "Dataset", entries: Sequence["ShardEntry"], info: dict[str, Any], measured: dict[str, Any] | None
+) -> bool:
+    """Whether what would be written is what is published already."""
+    return (
+        published.fidelity == measured
+        and all(published.info.get(name) == info[name] for name in (*_RESTATED, "edition"))
+        and sorted(published.entries, key=_by_file) == sorted(entries, key=_by_file)
+    )
+
+
+def _set_index_aside(context: Context, fault: str) -> None:
+    """Move both files of an index that is damaged, and say where they are."""
+    from bytecache.schemas.dataset.index import DATASET, MANIFEST
+
+    store = context.store
+    keys = [key for name in (DATASET, MANIFEST) if store.exists(key := f"{TARGETS}/{name}")]
+    moved = ", ".join(set_aside_file(store, key) for key in keys)
+    context.say(f"convert: the published index is damaged ({fault}); it is set aside as {moved}")
 
 
 def keep_settings(context: Context, *, changed: bool) -> None:
@@ -287,12 +303,13 @@ def _was_cut_off(store: Store, manifest: bytes) -> bool:
         return False
 
 
-def contradictions(store: Store, shards: Sequence[Receipt], measured: dict[str, Any] | None) -> list[str]:
-    """What the published index says of the very shards of these receipts that the receipts do not say."""
-    try:
-        published = read_index(store)
-    except IntegrityError:
-        return []  # no word of a damaged index counts
+def contradictions(
+    published: "Dataset | None", shards: Sequence[Receipt], measured: dict[str, Any] | None
+) -> list[str]:
+    """What the published index says of the very shards of these receipts that the receipts do not say.
+
+    No word of a damaged index counts: there `published` is None.
+    """
     if published is None:
         return []
     listed = {entry.sha256: entry for entry in published.entries}

@@ -1,7 +1,7 @@
 """`plan`: the corpus cut into slices, the units of all later work; and all that was left out of it, said."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bytecache.pipeline.commands.teacher import known_start, start_line
 from bytecache.pipeline.context import Context
@@ -12,7 +12,7 @@ from bytecache.pipeline.units.progress import human_bytes
 from bytecache.schemas.errors import IntegrityError
 from bytecache.schemas.settings import Corpus
 from bytecache.stages.corpus import reader
-from bytecache.stages.corpus.files import corpus_files, ending_of
+from bytecache.stages.corpus.files import File, corpus_files, ending_of
 from bytecache.stages.corpus.tally import listed
 
 MOST_NAMES = 5
@@ -52,9 +52,10 @@ def plan(context: Context, *, grow: bool = True) -> tuple[Plan, bool]:
                 f"plan: {len(requeued)} dump parts that were deleted after conversion are needed again beside what "
                 "changed; `bytecache teacher` makes them"
             )
-    if line := understood(context.settings.corpus):
+    files, ignored = corpus_files(context.settings.corpus)
+    if line := understood(context.settings.corpus, files):
         context.say(f"plan: {line}")
-    for line in left_out(planned, context.settings.corpus):
+    for line in left_out(planned, context.settings.corpus, files, ignored):
         context.say(f"plan: {line}")
     if record := known_start(context, str(planned.settings.get("kind", "text"))):
         context.say(f"plan: {start_line(record)}")
@@ -73,9 +74,8 @@ def _whole_plan(context: Context) -> Plan | None:
         return None  # planning says what is wrong with it
 
 
-def understood(settings: Corpus) -> str:
-    """What was taken for documents, by the files' kinds; "" for a built-in corpus."""
-    files = corpus_files(settings)[0]
+def understood(settings: Corpus, files: Sequence[File]) -> str:
+    """What was taken for documents, by the files' kinds; "" for a built-in corpus, which has none."""
     if not files:
         return ""
     endings = Counter(ending_of(file.name) for file in files)
@@ -87,16 +87,15 @@ def understood(settings: Corpus) -> str:
     return f"read as text, the field {settings.text_field!r} of each record: {kinds}"
 
 
-def left_out(planned: Plan, settings: Corpus) -> Iterator[str]:
-    """What of the corpus is not in the plan, or not in training, a line each."""
+def left_out(planned: Plan, settings: Corpus, files: Sequence[File], ignored: Sequence[str]) -> Iterator[str]:
+    """What of the corpus is not in the plan, or not in training, a line each; `files`, `ignored`: of `corpus_files`."""
     corpus = planned.corpus
     passed = corpus.get("passed_over", {})
     if corpus.get("is_cut"):
         yield f"the first {human_bytes(corpus['n_bytes'])} of more (corpus.max_bytes = {settings.max_bytes}; 0 = all)"
     if corpus.get("n_files_ignored"):
-        names = corpus_files(settings)[1]
-        more = ", ..." if len(names) > MOST_NAMES else ""
-        yield f"{corpus['n_files_ignored']} files of other kinds ignored: {', '.join(names[:MOST_NAMES])}{more}"
+        more = ", ..." if len(ignored) > MOST_NAMES else ""
+        yield f"{corpus['n_files_ignored']} files of other kinds ignored: {', '.join(ignored[:MOST_NAMES])}{more}"
     if unanswered := passed.get("unanswered"):
         yield (
             f"{sum(unanswered.values())} records left out, no message of role assistant; "
@@ -115,22 +114,22 @@ def left_out(planned: Plan, settings: Corpus) -> Iterator[str]:
         yield f"roles that a chat template may not know, by records: {listed(strange)}"
     if unread := passed.get("unread"):
         yield f"fields that are not read, by records: {listed(unread)}"
-    yield from _lopsided(planned, settings)
+    yield from _lopsided(planned, settings, files)
 
 
-def _lopsided(planned: Plan, settings: Corpus) -> Iterator[str]:
+def _lopsided(planned: Plan, settings: Corpus, files: Sequence[File]) -> Iterator[str]:
     heldout = sum(planned.sizes[index] for index in planned.index.heldout)
     if settings.heldout_fraction and not planned.n_heldout:
-        yield f"nothing is held out, all is for training: too few documents that differ{_split_hint(settings)}"
+        yield f"nothing is held out, all is for training: too few documents that differ{_split_hint(settings, files)}"
     elif heldout > MUCH_HELD_OUT * planned.n_bytes:
         yield (
             f"warning: {human_bytes(heldout)} of {human_bytes(planned.n_bytes)} are held out, since a few documents "
-            f"are most of the text{_split_hint(settings)}"
+            f"are most of the text{_split_hint(settings, files)}"
         )
 
 
-def _split_hint(settings: Corpus) -> str:
+def _split_hint(settings: Corpus, files: Sequence[File]) -> str:
     """What makes more documents, where that is possible."""
-    if settings.text_split == "file" and any(file.name.endswith(".txt") for file in corpus_files(settings)[0]):
+    if settings.text_split == "file" and any(file.name.endswith(".txt") for file in files):
         return '; corpus.text_split = "paragraphs" makes more documents of a .txt file'
     return ""

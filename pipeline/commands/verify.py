@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from bytecache.pipeline.commands.dataset import TARGETS, certificate, contradictions, read_index
+from bytecache.pipeline.commands.dataset import TARGETS, certificate, contradictions, whole_index
 from bytecache.pipeline.commands.editions import pending_shards
 from bytecache.pipeline.commands.inventory import Inventory, checkpoint_fault, stage_of, take_inventory, unfinished_runs
 from bytecache.pipeline.plan.index import Plan, current_edition, read_plan
@@ -18,7 +18,7 @@ from bytecache.pipeline.plan.make import slice_is_whole
 from bytecache.pipeline.stores import LocalStore, Store, open_store
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
-from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, Dataset, parse_index
+from bytecache.schemas.dataset.index import DATASET, MANIFEST, MAX_JSON, MAX_MANIFEST, parse_index
 from bytecache.schemas.errors import InputError, IntegrityError, StorageError
 
 _INDEX = (DATASET, MANIFEST)
@@ -139,7 +139,7 @@ def target_problems(folder: Path, awaited: Collection[str] = (), *, deep: bool =
 def pending(store: Store) -> set[str]:
     """Shards of an edition that is under way: sound, and in no index yet."""
     try:
-        return pending_shards(store, _published(store), current_edition(store))
+        return pending_shards(store, whole_index(store), current_edition(store))
     except IntegrityError:
         return set()
 
@@ -169,7 +169,7 @@ def without_receipt(planned: Plan, inventory: Inventory) -> list[str]:
 
 def disputes(store: Store, inventory: Inventory) -> list[str]:
     """Where the published index and the receipts of its very shards and their parts say different things."""
-    published = _published(store)
+    published = whole_index(store)
     if published is None:
         return []
     listed = {entry.file for entry in published.entries}
@@ -177,7 +177,7 @@ def disputes(store: Store, inventory: Inventory) -> list[str]:
     if not shards or len(shards) != len(listed):
         return []
     teacher = published.info.get("teacher", {})
-    disputed = contradictions(store, shards, certificate(shards, teacher))
+    disputed = contradictions(published, shards, certificate(shards, teacher))
     parts = {part for receipt in shards for part in receipt.inputs.get("parts", ())}
     said = [receipt for receipt in inventory.of("teacher") if receipt.files[0].sha256 in parts]
     said += [receipt for receipt in shards if "teacher" in receipt.inputs]  # made without a dump
@@ -189,7 +189,7 @@ def unrecorded_shards(store: Store, inventory: Inventory) -> list[str]:
     if not inventory.of("plan"):
         return []
     recorded = {Path(file.path).name for receipt in inventory.of("convert") for file in receipt.files}
-    published = _published(store)
+    published = whole_index(store)
     return sorted({entry.file for entry in published.entries} - recorded) if published else []
 
 
@@ -218,14 +218,6 @@ def _index_problems(store: Store, inventory: Inventory) -> Iterator[str]:
         yield f"targets: receipts and index disagree: {line}; run `bytecache verify --repair`"
     for name in unrecorded_shards(store, inventory):
         yield f"targets {name}: its receipt is missing; run `bytecache convert` to make it again"
-
-
-def _published(store: Store) -> Dataset | None:
-    """The index, if it is whole: what is wrong with it others say."""
-    try:
-        return read_index(store)
-    except IntegrityError:
-        return None
 
 
 def _orphan_lines(orphans: list[str]) -> Iterator[str]:

@@ -57,7 +57,11 @@ class CorpusReader:
         self._ignored = frozenset(corpus.ignore_fields.split())
 
     def __iter__(self) -> Iterator[Document]:
-        yield from (document for document, _ in self.encoded(corpus_files(self.corpus)[0]))
+        yield from self.documents(corpus_files(self.corpus)[0])
+
+    def documents(self, files: Sequence[File]) -> Iterator[Document]:
+        """The documents of the corpus, whose files are known already; raises as iterating does."""
+        yield from (document for document, _ in self.encoded(files))
         self.refuse_nothing()
 
     def encoded(self, files: Sequence[File]) -> Iterator[tuple[Document, bytes]]:

@@ -9,11 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bytecache.pipeline.commands.check import check
+from bytecache.pipeline.commands.plan import plan
 from bytecache.pipeline.commands.run import run
 from bytecache.pipeline.config import load_settings
 from bytecache.pipeline.context import Context, open_context
 from bytecache.schemas.errors import BytecacheError, ConfigError, InputError
 from bytecache.schemas.settings import Student, Train
+from bytecache.stages.corpus import files
 from bytecache.stages.student.check import check_student, refuse_tied_targets
 from tests.support.conversations import PLAIN
 from tests.support.tiny_models import byte_level_tokenizer, make_checkpoint
@@ -95,6 +97,24 @@ def context_of(tmp_path: Path, *overrides: str) -> tuple[Context, list[str]]:
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": f"text {i} " * 9}) + "\n" for i in range(9)))
     given = [f"run.dir={tmp_path / 'run'}", f"corpus.source={tmp_path / 'c.jsonl'}", "teacher.backend=hf"]
     return open_context(load_settings(None, [*given, *overrides]), said.append), said
+
+
+def test_the_folder_of_a_corpus_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold a million files: `check` and what `plan` says of it look at one list."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i} " * 9}) + "\n" for i in range(20)))
+    (folder / "notes.md").write_text("no text of the corpus")
+    listed: list[Path] = []
+    walk = files._walk
+    monkeypatch.setattr(files, "_walk", lambda root: (listed.append(root), walk(root))[1])
+    context, said = context_of(tmp_path, f"corpus.source={folder}", "teacher.model=none", "student.model=none")
+    with pytest.raises(BytecacheError):
+        check(context)
+    assert "1 files of other kinds" in said[0] and listed == [folder]
+    listed.clear()
+    plan(context)
+    assert any("notes.md" in line for line in said) and len(listed) == 2, "once to cut it, once to say what it was"
 
 
 def test_check_says_all_that_is_wrong_and_begins_nothing(tmp_path: Path) -> None:

@@ -32,11 +32,14 @@ vision: $(STAMP)
 hub: $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r lock/hub.txt
 
+# What tests start again and again is compiled once, also where the environment asks for no compiled files.
+test fast: export PYTHONDONTWRITEBYTECODE =
+
 test: $(STAMP) check gemma vision hub  ## everything CI runs: lint, types, fast and full tiers
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 fast: $(STAMP)  ## the tier to run at every save, under three minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 torture: $(STAMP)  ## a thousand workers killed at random moments; every hash must be the undisturbed run's
 	$(BIN)/python -m benchmarks.torture --kills 1000

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from bytecache.schemas import messages
 from tests.support import places
-from tests.support.command_line import fake_convert, fake_teacher, world  # noqa: F401 - fixtures for all tests
+from tests.support.command_line import fake_convert, fake_teacher, kept_runs, world  # noqa: F401 - fixtures for all tests
 
 WITHOUT_SHARED = "without ../shared"
 
@@ -40,6 +40,12 @@ def _secrets_of_this_test_alone():
     """What a test's settings hide is hidden in that test's messages alone."""
     yield
     messages._remembered.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel was given outlives a killed process, and no test cuts the power: nothing waits for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="session")

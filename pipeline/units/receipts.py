@@ -12,6 +12,7 @@ import importlib.util
 import json
 import platform
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -303,6 +304,12 @@ def code_fingerprint(*modules: str) -> str:
 
 def software_versions() -> dict[str, str]:
     """Versions of what determines a unit's bytes, for the receipt."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Looked up once: each is a search of the installed packages, and every unit has a receipt."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.places import ROOT
 
 MODULE = "from tests.support.places import FIXTURES\n\n\ndef test_something() -> None:\n    assert True\n"
@@ -19,6 +21,7 @@ def closing_line(folder: Path, *options: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_closing_line_counts_tests_without_shared(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     (checkout / "tests").mkdir(parents=True)

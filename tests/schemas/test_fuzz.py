@@ -317,6 +317,7 @@ def test_overlapping_and_hidden_members_are_refused(tmp_path: Path) -> None:
     refused(good[:at] + b"TEXT" + good[at + 4 :], "disagree")
 
 
+@pytest.mark.slow
 def test_a_manifest_that_would_decompress_to_much_is_refused(dataset: Path, tmp_path: Path) -> None:
     """SPEC 9.3."""
     rows = [read_dataset(dataset).entries[0].model_dump()]

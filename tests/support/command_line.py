@@ -1,6 +1,8 @@
 """The command line in this process, a small corpus to run it on, and stand-ins for engine and converter."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,25 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '[run]\ndir = "run"\n[corpus]\nsource = "corpus.jsonl"\nunit_bytes = 1000\nheldout_fraction = 0.1\n'
     )
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def kept_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `finished_run` keeps what it made."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def finished_run(world: Path, kept_runs: Path, *options: str) -> Path:
+    """`world/run`, planned, taught and converted; of the same inputs made once, then a copy, times of files and all."""
+    inputs = [(world / name).read_bytes() for name in ("corpus.jsonl", "pipeline.toml")]
+    kept = kept_runs / hashlib.sha256(repr((inputs, options)).encode()).hexdigest()[:16]
+    if kept.exists():
+        return Path(shutil.copytree(kept, world / "run"))
+    for command in ("plan", "teacher", "convert"):
+        done = bytecache(command, *options)
+        assert done.exit_code == 0, (done.output, done.exception)
+    shutil.copytree(world / "run", kept)
+    return world / "run"
 
 
 class FakeTeacher:

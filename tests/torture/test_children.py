@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.places import ROOT
 from tests.torture.children import ENVIRONMENT
 
@@ -57,6 +59,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_children_answer_or_say_why_not(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],

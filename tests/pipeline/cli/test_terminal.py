@@ -111,6 +111,7 @@ def test_a_ctrl_c_that_the_starter_ignores_stays_ignored(tmp_path: Path) -> None
 # ---- names
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8_or_command_the_terminal(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path)
     (tmp_path / "a").mkdir()
@@ -132,6 +133,7 @@ def test_a_page_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert code == 6 and len(err.splitlines()) == 1 and "none/such/page.html" in err
 
 
+@pytest.mark.slow
 def test_secrets_in_arguments_are_not_repeated(tmp_path: Path) -> None:
     place = "https://me:hunter22@127.0.0.1:9/d?token=t0ken-value"
     for arguments in (

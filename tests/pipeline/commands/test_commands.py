@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bytecache.schemas.settings import Settings
-from tests.support.command_line import TEXTS, FakeTeacher, bytecache, refusal
+from tests.support.command_line import TEXTS, FakeTeacher, bytecache, finished_run, refusal
 from tests.support.run_outputs import outputs
 
 
@@ -173,11 +173,9 @@ def test_status_and_verify_follow_the_work(world: Path, fake_teacher: type[FakeT
     ],
 )
 def test_verify_lists_every_flipped_byte(
-    world: Path, fake_teacher: type[FakeTeacher], fake_convert: None, pattern: str, expected: str
+    world: Path, fake_teacher: type[FakeTeacher], fake_convert: None, kept_runs: Path, pattern: str, expected: str
 ) -> None:
-    for command in ("plan", "teacher", "convert"):
-        assert bytecache(command).exit_code == 0
-    victim = sorted((world / "run").glob(pattern))[0]
+    victim = sorted(finished_run(world, kept_runs).glob(pattern))[0]
     raw = bytearray(victim.read_bytes())
     raw[len(raw) // 2] ^= 0x80
     victim.write_bytes(raw)

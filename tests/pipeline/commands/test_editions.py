@@ -18,7 +18,7 @@ from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dataset.verification import verify_dataset
 from bytecache.schemas.errors import InputError
 from bytecache.stages.targets.source import open_dataset
-from tests.support.command_line import FakeTeacher, bytecache, refusal
+from tests.support.command_line import FakeTeacher, bytecache, finished_run, refusal
 
 TEXTS = [f"{i}: " + "the student reads the notes as often as it likes, " * (1 + i % 3) for i in range(120)]
 CHANGED = [*TEXTS[:10], "changed: " + TEXTS[10], *TEXTS[11:30], *TEXTS[31:], *(f"new {text}" for text in TEXTS[:9])]
@@ -40,13 +40,13 @@ def finish(*names: str) -> str:
 
 
 @pytest.fixture
-def run(world: Path, fake_teacher: type[FakeTeacher], fake_convert: None) -> Path:
+def run(world: Path, fake_teacher: type[FakeTeacher], fake_convert: None, kept_runs: Path) -> Path:
     """The first edition, converted; the corpus has changed since."""
     (world / "pipeline.toml").write_text((world / "pipeline.toml").read_text() + "[convert]\nshard_bytes = 2500\n")
     write(world, TEXTS)
-    finish("plan", "teacher", "convert")
+    first = finished_run(world, kept_runs)
     write(world, CHANGED)
-    return world / "run"
+    return first
 
 
 def plan_of(run: Path) -> Plan:
@@ -320,6 +320,7 @@ def test_prune_keeps_what_is_published_and_what_is_coming(run: Path) -> None:
     assert "files match their hashes" in said("verify", "--deep")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 4, 9, 15])
 def test_a_prune_that_is_killed_goes_on(run: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     finish("plan", "teacher", "convert")

@@ -17,7 +17,7 @@ def corpus(path: Path, first: int, last: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("state", ["empty", "same", "other settings", "edition"])
+@pytest.mark.parametrize("state", ["empty", "same", "other settings", pytest.param("edition", marks=pytest.mark.slow)])
 def test_plan_stopped_after_any_write(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one, two = corpus(tmp_path / "one.jsonl", 0, 30), corpus(tmp_path / "two.jsonl", 0, 45)

@@ -11,19 +11,18 @@ import pytest
 from bytecache.pipeline.stores import LocalStore
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.receipts import Receipt
+from bytecache.schemas.dataset import index
 from bytecache.schemas.dataset.index import index_documents, read_dataset, seal
-from tests.support.command_line import FakeTeacher, bytecache, refusal
+from tests.support.command_line import FakeTeacher, bytecache, finished_run, refusal
 from tests.support.run_outputs import outputs
 
 SMALL = ("--set", "convert.shard_bytes=2500")
 
 
 @pytest.fixture
-def run(world: Path, fake_teacher: type[FakeTeacher], fake_convert: None) -> Path:
+def run(world: Path, fake_teacher: type[FakeTeacher], fake_convert: None, kept_runs: Path) -> Path:
     (world / "pipeline.toml").write_text((world / "pipeline.toml").read_text() + "[convert]\nshard_bytes = 2500\n")
-    for command in ("plan", "teacher", "convert"):
-        assert bytecache(command).exit_code == 0
-    return world / "run"
+    return finished_run(world, kept_runs)
 
 
 def index_of(run: Path) -> dict[str, bytes]:
@@ -68,6 +67,18 @@ def test_one_digit_of_a_receipt_is_found_and_never_published(run: Path, stage: s
         assert index_of(run) == index
     assert bytecache("verify", "--repair").exit_code == 0
     assert outputs(run) == before and bytecache("verify").exit_code == 0
+
+
+@pytest.mark.parametrize("damaged", ["dataset.json", "manifest.parquet", ""])
+def test_an_index_is_made_once_where_it_is_made_anew(run: Path, monkeypatch: pytest.MonkeyPatch, damaged: str) -> None:
+    """Of a data set of many shards it takes its time; where nothing has to be written it is not made at all."""
+    before, made = outputs(run), []
+    make = index.index_documents
+    monkeypatch.setattr(index, "index_documents", lambda *what: (made.append(1), make(*what))[1])
+    if damaged:
+        (run / "targets" / damaged).write_bytes(b"{}")
+    assert bytecache("convert").exit_code == 0
+    assert len(made) == bool(damaged) and outputs(run) == before
 
 
 def test_a_receipt_that_was_sealed_anew_does_not_change_what_is_published(run: Path) -> None:

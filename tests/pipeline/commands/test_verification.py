@@ -10,16 +10,14 @@ import pytest
 
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dataset.verification import verify_dataset
-from tests.support.command_line import FakeTeacher, bytecache, refusal
+from tests.support.command_line import FakeTeacher, bytecache, finished_run, refusal
 from tests.support.run_outputs import outputs
 from tests.support.student_data import make_dataset
 
 
 @pytest.fixture
-def run(world: Path, fake_teacher: type[FakeTeacher], fake_convert: None) -> Path:
-    for command in ("plan", "teacher", "convert"):
-        assert bytecache(command, "--set", "convert.shard_bytes=2500").exit_code == 0
-    return world / "run"
+def run(world: Path, fake_teacher: type[FakeTeacher], fake_convert: None, kept_runs: Path) -> Path:
+    return finished_run(world, kept_runs, "--set", "convert.shard_bytes=2500")
 
 
 def flip(path: Path, at: int = -1) -> None:

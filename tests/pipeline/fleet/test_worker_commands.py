@@ -50,6 +50,7 @@ def test_worker_commands_make_a_data_set_and_status_shows_it() -> None:
     assert "no stage of workers" in refusal(bytecache("retry", "train"), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("world", "fake_teacher", "fake_convert")
 @pytest.mark.parametrize("worker", [True, False])
 def test_the_rest_is_converted_without_units_set_aside_and_the_data_set_says_so(

@@ -95,7 +95,7 @@ def in_this_process(
         yield pickle.loads(pickle.dumps(function(pickle.loads(pickle.dumps(task)), stop)))
 
 
-@pytest.mark.parametrize("limit", [0, 7000, 30_000])
+@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.slow), 7000, 30_000])
 def test_parts_cut_apart_are_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Every size of part, with and without an end of a slice that its reader can be certain of."""
     source = corpus(tmp_path / "corpus", records(300), 3)
@@ -137,6 +137,7 @@ def test_documents_that_are_all_alike(tmp_path: Path, monkeypatch: pytest.Monkey
     assert plan.n_bytes == 900 * 90
 
 
+@pytest.mark.slow
 def test_processes_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit, behind which a file is damaged: that is nobody's business, whoever reads ahead."""
     monkeypatch.setattr(parts, "PART_BYTES", 3000)
@@ -243,6 +244,7 @@ def double(task: int, stop: Callable[[], bool]) -> int:
     return 2 * task
 
 
+@pytest.mark.slow
 def test_answers_come_in_order_and_failures_in_their_turn() -> None:
     assert list(in_order(double, range(5), 2, lambda: False)) == [0, 2, 4, 6, 8]
     answers = in_order(double, [4, 5, 6], 2, lambda: False)

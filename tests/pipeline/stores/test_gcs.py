@@ -67,7 +67,9 @@ def test_a_fault_while_creating_is_survived_and_the_winner_known(service: Servic
     assert service.server.refused[-1] == "PreconditionFailed"
 
 
-@pytest.mark.parametrize("fault", ["", "refuse", "torn_up", "lost"])
+@pytest.mark.parametrize(
+    "fault", ["lost", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("", "refuse", "torn_up"))]
+)
 def test_large_objects_go_up_in_parts_and_still_only_once(service: Service, fault: str) -> None:
     first, second = service.store(), service.store()
     for store in (first, second):
@@ -94,6 +96,7 @@ def test_objects_too_large_for_a_copy_go_up_in_parts(service: Service, monkeypat
     assert not store.put_if_absent("dump", store.write_temp("dump", bytes(7_000_000)))
 
 
+@pytest.mark.slow
 def test_an_object_takes_one_write_a_second(service: Service) -> None:
     """As heartbeats and reports are written: 429 is waited for."""
     service.server.rate = True

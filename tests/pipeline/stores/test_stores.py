@@ -180,6 +180,7 @@ def test_a_fault_while_reading_is_survived(proxied: Proxied, fault: str) -> None
         assert read(proxied.store()) == raw
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, 7_000_000])
 def test_what_goes_up_is_no_silence(proxied: Proxied, size: int) -> None:
     """The service answers when it has everything: on a slow link that is later than reading ever waits."""
@@ -208,6 +209,7 @@ def test_parts_become_smaller_and_fewer_where_they_take_too_long(
     assert asked == [(16, 12), (5, 9), (5, 2), (5, 1), (5, 1)]
 
 
+@pytest.mark.slow
 def test_large_objects_go_up_in_parts_and_still_only_once(proxied: Proxied) -> None:
     first, second = proxied.store(), proxied.store()
     for store in (first, second):
@@ -227,6 +229,7 @@ def test_large_objects_go_up_in_parts_and_still_only_once(proxied: Proxied) -> N
     assert first.sha256("dump") == first.sha256("dump", deep=True) == second.sha256("dump")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["refuse", "torn_up", "lost"])
 def test_objects_too_large_for_a_copy_go_up_in_parts(
     proxied: Proxied, fault: str, monkeypatch: pytest.MonkeyPatch

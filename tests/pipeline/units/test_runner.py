@@ -223,6 +223,7 @@ def start(root: Path, slow: float) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing(tmp_path: Path, reference: dict[str, str]) -> None:
     generator = random.Random(1)
     root = tmp_path / "run"
@@ -251,6 +252,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path: Path, reference: dict[
     assert list((root / TEMP_FOLDER).iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sigterm_drains_with_code_75_and_a_second_one_exits_at_once(tmp_path: Path, reference: dict[str, str]) -> None:
     process = start(tmp_path / "run", slow=0.05)
     assert process.stderr is not None

@@ -117,6 +117,7 @@ def test_rows_of_a_plan_may_share_a_row_of_logits(vocabulary):
     assert len(rows.log_norm) == len(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_kernels_of_a_gpu_give_the_same_under_an_interpreter(tmp_path):
     """Masses within 5e-6 of themselves, whatever Triton makes of the kernels; several tiles, a padded head."""

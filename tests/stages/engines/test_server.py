@@ -106,7 +106,9 @@ def opened_reference(folder: Path) -> Teacher:
     )
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "cut", "truncated"])
+@pytest.mark.parametrize(
+    "fault", ["429", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("500", "cut", "truncated"))]
+)
 def test_what_may_pass_is_asked_again(folder: Path, server: CompletionsServer, fault: str) -> None:
     expected = targets(opened(folder, server))
     teacher = opened(folder, server)

@@ -266,6 +266,7 @@ def test_targets_do_not_depend_on_the_batch_or_the_order(tiny_checkpoint):
     np.testing.assert_allclose(together["d1"], together["d6"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_certificate_of_a_data_set_made_by_the_old_rule_shows_the_fault(tmp_path, monkeypatch):
     """What ended where the canonical tokens break joined unasked; the dump's own reference and a later one tell."""
     vocabulary = load_vocabulary(write_tokenizer(tmp_path / "tokenizer", "llama3"))

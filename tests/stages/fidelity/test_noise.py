@@ -13,6 +13,7 @@ from tests.support.small_run import certified
 from tests.support.tiny_models import make_checkpoint
 
 
+@pytest.mark.slow
 def test_half_precision_has_noise_and_float32_has_none(tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
     (tmp_path / "whole").mkdir()

@@ -115,6 +115,7 @@ def test_and_so_with_real_tokenizers(name, preset):
     assert shift <= allowed
 
 
+@pytest.mark.slow
 def test_the_rule_that_is_no_more_moves_them_further(small, monkeypatch):
     """The tests above can fail, and the bound would say so."""
     vocabulary, effort = small("gpt2"), PRESETS["exact"]

@@ -189,6 +189,7 @@ print(json.dumps([ids.tolist(), logits[0, -1].tolist(), out.shape[1]]))
 """
 
 
+@pytest.mark.slow
 def test_export_loads_without_our_code(world, tmp_path):
     _, _, folder, path = world
     result = export.export(folder, path, tmp_path / "plain")

@@ -155,6 +155,7 @@ def test_a_tokenizer_that_nobody_would_open_as_it_stands_is_refused(
     assert not (tmp_path / "student").exists()
 
 
+@pytest.mark.slow
 def test_without_a_tokenizer_json_a_conversion_must_cut_alike(tmp_path: Path, targets: Path) -> None:
     """vocab.json and merges.txt convert exactly; a SentencePiece model does not."""
     source = checkpoint(tmp_path / "source", byte_level_tokenizer(320), {"tokenizer_class": "GPT2Tokenizer"})
@@ -253,6 +254,7 @@ def test_a_normaliser_that_blows_text_up_is_refused_before_anything_is_cut(tmp_p
         student.prepare(Student(model=str(source)), targets, tmp_path / "student", seed=0)
 
 
+@pytest.mark.slow
 def test_what_a_class_makes_of_a_folder_is_bounded(
     tmp_path: Path, targets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ def test_windows_become_tensors(folder: Path) -> None:
     assert window.row.dtype == torch.int32 and int(window.row.max()) == len(window.text) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remote", [False, True])
 def test_workers_that_are_spawned_read_the_same_sequence(folder: Path, tmp_path: Path, remote: bool) -> None:
     """A spawned worker gets its data set pickled; so does one handed over amid a reading, shards in memory or not."""

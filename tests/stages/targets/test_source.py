@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from bytecache.schemas import patience
 from bytecache.schemas.dataset.index import Dataset, read_dataset
 from bytecache.schemas.errors import BytecacheError, ConfigError, IntegrityError, StorageError
 from bytecache.stages.targets import source
@@ -104,6 +105,7 @@ def test_refusals_name_the_url_and_the_shard(folder: Path, memory: str, http_url
 
 
 def test_transfers_that_fail_are_tried_again(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.001)
     remote = open_dataset(memory, cache_dir=tmp_path)
     whole, starts = source._from, []
 
@@ -229,6 +231,7 @@ def test_files_are_fetched_before_they_are_asked_for(memory: str, tmp_path: Path
         shelf[second]
 
 
+@pytest.mark.slow
 def test_the_commands_train_from_a_url(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.support.command_line import bytecache, refusal
 

@@ -70,7 +70,7 @@ AWKWARD = [
 ]
 
 
-@pytest.mark.parametrize("family", ["bytelevel", "sentencepiece"])
+@pytest.mark.parametrize("family", ["bytelevel", pytest.param("sentencepiece", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("template", ["PLAIN", "TRIM", "THINK", "INST", "DIRECT", "DATED"])
 def test_an_answer_is_spelled_by_the_tokens_the_model_would_read(tmp_path, family, template):
     folder = checkpoint(tmp_path / "m", globals()[template], family)

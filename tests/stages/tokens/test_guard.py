@@ -49,7 +49,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "encoding_limits", lambda texts: Limits(2.0, 512 * MIB))
 
 
-@pytest.mark.parametrize("pattern", [GIVES_UP, GOES_ON])
+@pytest.mark.parametrize("pattern", [GIVES_UP, pytest.param(GOES_ON, marks=pytest.mark.slow)])
 def test_a_text_that_a_regular_expression_cannot_cope_with_is_set_aside_alone(
     pattern: str, tmp_path: Path, impatient: None
 ) -> None:
@@ -65,6 +65,7 @@ def test_a_text_that_a_regular_expression_cannot_cope_with_is_set_aside_alone(
             assert isinstance(result, Encoded) and result.data == text.encode()
 
 
+@pytest.mark.slow
 def test_the_child_and_this_process_cut_alike() -> None:
     spec = json.loads(tokenizer(r"\p{N}{1,3}").to_str())
     here = HfCutter(spec, "one")
@@ -92,6 +93,7 @@ def blown_up(steps: int) -> dict[str, Any]:
     return dict(spec)
 
 
+@pytest.mark.slow
 def test_a_normaliser_that_blows_text_up_works_in_the_child(impatient: None) -> None:
     """Thirty doublings of one letter are a thousand million: the library then ends the process it is in."""
     assert is_tame(blown_up(3)) and not is_tame(blown_up(4))
@@ -132,6 +134,7 @@ def test_a_child_that_somebody_ends_does_its_work_again() -> None:
         assert tokens_of(child, ["abc"]) == first
 
 
+@pytest.mark.slow
 def test_what_ends_every_child_is_refused_in_the_end(monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
     monkeypatch.setattr(guard, "MOST_DEATHS", 2)
     child = Guard("the tokenizer of x", {"kind": "tokenizer", "spec": tokenizer(GOES_ON).to_str(), "seal": True})

@@ -74,6 +74,7 @@ def tekken(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_texts_are_cut_as_mistral_common_cuts_them(tmp_path: Path) -> None:
     common = pytest.importorskip("mistral_common")
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer

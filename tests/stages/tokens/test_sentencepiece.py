@@ -113,6 +113,7 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
         load_vocabulary(folder)
 
 
+@pytest.mark.slow
 def test_a_text_that_takes_too_long_is_set_aside_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "encoding_limits", lambda texts: guard.Limits(0.5, 8192 * guard.MIB))
     vocabulary = load_vocabulary(folder_of(tmp_path, train(**FAITHFUL, model_type="unigram")))
@@ -141,6 +142,7 @@ def test_a_tokenizer_json_beside_it_wins(tmp_path: Path) -> None:
     assert load_vocabulary(folder).family == "byte-level"
 
 
+@pytest.mark.slow
 def test_the_models_that_a_package_carries() -> None:
     """Mistral's, all versions, against the library; transformers cuts each of them otherwise."""
     common = pytest.importorskip("mistral_common")

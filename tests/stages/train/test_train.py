@@ -103,7 +103,9 @@ train(Train(**{settings!r}), Path({folder!r}), Path({targets!r}), Path({out!r}),
     ("at", "early", "resumed"),
     [
         pytest.param(3, True, 2, marks=pytest.mark.slow),
-        (3, False, 2),  # the new weights are in place, their receipt is not: the likeliest torn state
+        pytest.param(
+            3, False, 2, marks=pytest.mark.slow
+        ),  # the new weights are in place, their receipt is not: the likeliest torn state
         pytest.param(4, False, 4, marks=pytest.mark.slow),
     ],
 )

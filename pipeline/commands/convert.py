@@ -34,12 +34,6 @@ from bytecache.pipeline.units.receipts import Receipt, unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.errors import InputError, IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
-from bytecache.schemas.settings import Convert
-
-
-def _shape(settings: Convert) -> dict[str, object]:
-    """The settings that decide a shard once its parts are known."""
-    return {name: value for name, value in settings.shaping().items() if name != "shard_bytes"}
 
 
 def _format_and_code() -> dict[str, Any]:
@@ -60,7 +54,7 @@ def requeue_parts(context: Context, planned: Plan) -> list[str]:
     A shard of an older edition was made of them; after a change beside them another one may have to be.
     """
     store, requeued = context.store, list[str]()
-    shape, common = _shape(context.settings.convert), _format_and_code()
+    shape, common = context.settings.convert.shaping_a_shard(), _format_and_code()
     for by_slice in dump_groups(store)[0].values():
         if not any(receipt.deleted for receipt in by_slice.values()):
             continue
@@ -90,7 +84,7 @@ def convert_job(
     refuse_other_dataset(context, dataset_identity(context, planned, identity, missing), planned.edition)
     settings = context.settings.convert
     coarser_effort(settings, TeacherIdentity.of(identity, context.store.name).settings)
-    shape, common = _shape(settings), _format_and_code()
+    shape, common = settings.shaping_a_shard(), _format_and_code()
     groups = numbered_groups(planned, settings.shard_bytes, frozenset(missing))
 
     def task(index: int) -> Task:

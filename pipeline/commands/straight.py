@@ -79,8 +79,7 @@ class _Shared(NamedTuple):
     def of(cls, settings: Settings, teacher: dict[str, Any], rendered: dict[str, str]) -> "_Shared":
         from bytecache.schemas.shard.codes import FORMAT, VERSION
 
-        shape = {name: value for name, value in settings.convert.shaping().items() if name != "shard_bytes"}
-        return cls(teacher, rendered, shape, [FORMAT, VERSION])
+        return cls(teacher, rendered, settings.convert.shaping_a_shard(), [FORMAT, VERSION])
 
     def inputs(self, planned: Plan, group: ShardGroup) -> dict[str, Any]:
         """What determines a shard."""
@@ -187,7 +186,7 @@ def find_shards(context: Context, planned: Plan) -> tuple[list[Receipt], list[En
     other settings are there, IntegrityError where a file is not as its receipt says.
     """
     store = context.store
-    shape = _Shared.of(context.settings, {}, {}).shape
+    shape = context.settings.convert.shaping_a_shard()
     groups = numbered_groups(planned, context.settings.convert.shard_bytes)
     by_slices, differences = _receipts_by_slices(context, shape)
     wanted = [(group.split, *(planned.units[member].sha256 for member in group.members)) for group in groups]

@@ -134,6 +134,10 @@ class Convert(Section):
         """The keys that decide what a data set holds, given its dump."""
         return self.model_dump(exclude={"delete_dump", "allow_quarantined"})
 
+    def shaping_a_shard(self) -> dict[str, object]:
+        """Those that decide a shard once it is known what goes into it."""
+        return {name: value for name, value in self.shaping().items() if name != "shard_bytes"}
+
 
 class Dataset(Section):
     """What is said of the byte targets, and where students read them."""

@@ -1,18 +1,15 @@
 """`export`: a trained student as a plain checkpoint."""
 
 import time
-from typing import TYPE_CHECKING
+from functools import partial
 
+from bytecache.pipeline.commands.train import DISTILLED, run_files, trained
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.stores import disk_errors
-from bytecache.pipeline.units.aside import set_damaged_folder_aside, set_folder_aside
+from bytecache.pipeline.units.aside import make_folder
 from bytecache.pipeline.units.receipts import Receipt, record_file, unit_key
-from bytecache.pipeline.units.runner import Task, commit_receipt, finished
+from bytecache.pipeline.units.runner import Task, commit_receipt, finished, receipt_of
 from bytecache.schemas.errors import ConfigError, Interrupted
-
-if TYPE_CHECKING:
-    pass
-from bytecache.pipeline.commands.train import DISTILLED, run_files, run_receipt, trained
 
 
 def export_task(run: Receipt) -> Task:
@@ -37,21 +34,15 @@ def export(context: Context, only: str = "") -> int:
         started = time.monotonic()
         folder = store.folder(task.out, "export.json")
         with disk_errors(f"export {run.name}, writing {folder}"):
-            moved = set_damaged_folder_aside(store, task.stage, task.key, task.out)
-            try:
-                result = export_stage(*run_files(store, run), folder)
-            except (ConfigError, ValueError):
-                moved = set_folder_aside(store, task.out)
-                if not moved:
-                    raise
-                result = export_stage(*run_files(store, run), folder)
+            make = partial(export_stage, *run_files(store, run), folder)
+            result, moved = make_folder(store, task, make, (ConfigError, ValueError))
             if moved:
                 context.say(f"export {run.name}: {task.out} was damaged: set aside ({moved[0]}, ...) and made again")
             store.publish(task.out)
         files = [record_file(store, key) for key in store.list(task.out)]
         # Beside the folder, not in it: the folder is a plain checkpoint and nothing else.
         context.save_config(f"{task.out}.config.toml")
-        commit_receipt(store, run_receipt(task, files, result, time.monotonic() - started))
+        commit_receipt(store, receipt_of(task, files, result, time.monotonic() - started))
         context.say(f"export {run.name}: {folder} loads with AutoModelForCausalLM")
         n_made += 1
     return n_made

@@ -5,15 +5,13 @@ after it; `evaluate` and `export` read it. The same recipe makes the same bytes.
 """
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.stores import disk_errors
-from bytecache.pipeline.units import receipts
-from bytecache.pipeline.units.aside import set_damaged_folder_aside, set_folder_aside
-from bytecache.pipeline.units.receipts import Receipt, record_file, unit_key
-from bytecache.pipeline.units.runner import Task, commit_receipt, finished, warn_user
-from bytecache.schemas.errors import ConfigError
+from bytecache.pipeline.units.aside import make_folder
+from bytecache.pipeline.units.receipts import record_file, unit_key
+from bytecache.pipeline.units.runner import Task, commit_receipt, finished, receipt_of, warn_user
 
 if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
@@ -39,32 +37,21 @@ def make_student(context: Context, targets: "Dataset") -> None:
         return
     if store.exists(f"{task.out}/{RECORD}"):
         context.say(f"train: {task.out} is there without a sound receipt; it is checked, or made again")
-    started = time.monotonic()
-    with disk_errors(f"preparing the student, writing {store.name}/{task.out}"):
-        moved = set_damaged_folder_aside(store, task.stage, task.key, task.out)
+
+    def prepare() -> dict[str, Any]:
         folder = store.folder(task.out, RECORD)
         if not folder.exists():
             check_student(settings.student, settings.train)
-        try:
-            info = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
-        except ConfigError:
-            moved = set_folder_aside(store, task.out)
-            if not moved:
-                raise
-            info = student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+        return student.prepare(settings.student, targets, folder, seed=settings.run.seed)
+
+    started = time.monotonic()
+    with disk_errors(f"preparing the student, writing {store.name}/{task.out}"):
+        info, moved = make_folder(store, task, prepare)
         if moved:
             context.say(f"train: the student in {task.out} was damaged: set aside ({moved[0]}, ...) and made again")
         store.publish(task.out)
     for note in info.get("notes", []):
         context.say(note)
-    receipt = Receipt(
-        stage=task.stage,
-        key=task.key,
-        name=task.name,
-        files=tuple(record_file(store, f"{task.out}/{name}") for name in (*sorted(info["files"]), RECORD)),
-        inputs=task.inputs,
-        counts={name: info[name] for name in ("parameters", "vocabulary", "transfer") if name in info},
-        timings={"seconds": round(time.monotonic() - started, 3)},
-        versions=receipts.software_versions(),
-    )
-    commit_receipt(store, receipt)
+    files = [record_file(store, f"{task.out}/{name}") for name in (*sorted(info["files"]), RECORD)]
+    counts: dict[str, Any] = {name: info[name] for name in ("parameters", "vocabulary", "transfer") if name in info}
+    commit_receipt(store, receipt_of(task, files, counts, time.monotonic() - started))

@@ -22,8 +22,8 @@ from bytecache.pipeline.context import Context
 from bytecache.pipeline.stores import Store, disk_errors, refuse_no_file
 from bytecache.pipeline.units import receipts
 from bytecache.pipeline.units.progress import Reporter
-from bytecache.pipeline.units.receipts import FileRecord, Receipt, record_file, unit_key
-from bytecache.pipeline.units.runner import Task, Tick, commit_receipt, finished, warn_user
+from bytecache.pipeline.units.receipts import Receipt, record_file, unit_key
+from bytecache.pipeline.units.runner import Task, Tick, commit_receipt, finished, receipt_of, warn_user
 from bytecache.schemas.dataset.editions import edition_of
 from bytecache.schemas.errors import ConfigError, InputError, IntegrityError, Interrupted
 from bytecache.schemas.files import put_in_place, scratch_folder
@@ -224,7 +224,7 @@ def _commit_run(context: Context, task: Task, counts: dict[str, Any], seconds: f
     beside = [record_file(store, key) for key in store.list(task.out) if key not in keys and _is_record(key)]
     context.save_config(f"{task.out}/config.toml")
     files = [record_file(store, key) for key in keys]
-    receipt = run_receipt(task, files, {**counts, "checkpoint": keys[0]}, seconds)
+    receipt = receipt_of(task, files, {**counts, "checkpoint": keys[0]}, seconds)
     commit_receipt(store, receipt.model_copy(update={"beside": tuple(beside)}))
     if skipped := counts["skipped_documents"]:
         from bytecache.stages.tokens.misfits import words
@@ -255,20 +255,6 @@ def _token_dump(context: Context) -> "TokenDump | None":
     if settings.train.head == "uld":
         return TokenDump(folder)
     return TokenDump(folder, vocabulary_from(settings.teacher))
-
-
-def run_receipt(task: Task, files: list[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:
-    """The receipt of a trained run."""
-    return Receipt(
-        stage=task.stage,
-        key=task.key,
-        name=task.name,
-        files=tuple(files),
-        inputs=task.inputs,
-        counts=counts,
-        timings={"seconds": round(seconds, 3)},
-        versions=receipts.software_versions(),
-    )
 
 
 def trained(context: Context, only: str = "", dataset: str = "") -> list[Receipt]:

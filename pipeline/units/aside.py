@@ -6,15 +6,19 @@ command reads it; whoever is sure deletes it. Price: a rename, or in an object s
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.stores.base import TEMP_FOLDER, disk_errors
 from bytecache.pipeline.stores.local import LocalStore
 from bytecache.pipeline.units import receipts
-from bytecache.schemas.errors import IntegrityError
+from bytecache.pipeline.units.runner import Task
+from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.files import kind_of
 
+Made = TypeVar("Made")
 ASIDE = "set-aside"
 _TARGETS = "targets/"
 _ENDINGS = (".json", ".jsonl", ".toml", ".parquet", ".md", ".html", ".zip", ".safetensors")
@@ -77,13 +81,31 @@ def set_folder_aside(store: Store, prefix: str) -> list[str]:
     return moved
 
 
-def set_damaged_folder_aside(store: Store, stage: str, key: str, prefix: str) -> list[str]:
+def make_folder(
+    store: Store, task: Task, make: Callable[[], Made], faults: tuple[type[Exception], ...] = (ConfigError,)
+) -> tuple[Made, list[str]]:
+    """What `make` gives, which makes the folder of a unit or finds it whole; and the new keys of what was set aside.
+
+    A folder is set aside that its receipt does not fit, and one for which `make` raises one of `faults`: then it is
+    called once more. Raises what it raises then, or where there was no folder.
+    """
+    moved = _set_damaged_folder_aside(store, task)
+    try:
+        return make(), moved
+    except faults:
+        moved = set_folder_aside(store, task.out)
+        if not moved:
+            raise
+        return make(), moved
+
+
+def _set_damaged_folder_aside(store: Store, task: Task) -> list[str]:
     """Set aside the folder of a unit whose receipt it does not fit; returns the new keys, none where it fits.
 
     A stage that finds its folder whole by a record inside it would otherwise vouch for what damaged that record.
     """
     try:
-        receipt = receipts.read_receipt(store, stage, key)
+        receipt = receipts.read_receipt(store, task.stage, task.key)
     except IntegrityError:
         return []
-    return set_folder_aside(store, prefix) if receipt and receipts.problems(store, receipt) else []
+    return set_folder_aside(store, task.out) if receipt and receipts.problems(store, receipt) else []

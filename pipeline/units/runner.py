@@ -226,18 +226,23 @@ def run_one(store: Store, task: Task, work: Work, tick: Tick) -> tuple[Receipt, 
         record = commit_file(store, task.out, temporary)
     finally:
         temporary.unlink(missing_ok=True)
-    receipt = Receipt(
+    receipt = receipt_of(task, [record], counts, time.monotonic() - started)
+    published = commit_receipt(store, receipt)
+    return published, published is receipt
+
+
+def receipt_of(task: Task, files: Sequence[FileRecord], counts: dict[str, Any], seconds: float) -> Receipt:
+    """The receipt of a unit that was made here, in so many seconds."""
+    return Receipt(
         stage=task.stage,
         key=task.key,
         name=task.name,
-        files=(record,),
+        files=tuple(files),
         inputs=task.inputs,
         counts=counts,
-        timings={"seconds": round(time.monotonic() - started, 3)},
+        timings={"seconds": round(seconds, 3)},
         versions=receipts.software_versions(),
     )
-    published = commit_receipt(store, receipt)
-    return published, published is receipt
 
 
 def commit_file(store: Store, key: str, temporary: Path) -> FileRecord:

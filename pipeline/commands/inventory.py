@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from bytecache.pipeline.config import RESOLVED_FILE
 from bytecache.pipeline.plan.editions import edition_key, known_plans
 from bytecache.pipeline.plan.index import PLAN_KEY
 from bytecache.pipeline.stores import Store, overlapped
@@ -20,7 +21,6 @@ from bytecache.pipeline.units.receipts import FileRecord, OtherVersion, Receipt
 from bytecache.schemas import strict_json
 from bytecache.schemas.errors import IntegrityError
 
-CONFIG = "config.toml"
 _STAGE_OF = {
     "plan": "plan", "teacher": "teacher", "targets": "convert", "train": "train", "report": "evaluate",
     "export": "export",
@@ -114,7 +114,7 @@ def _orphans(store: Store, inventory: Inventory) -> Iterator[str]:
     known |= _planned(store)
     folders = {path.rpartition("/")[0] for path in known}
     keys = [key for prefix in _STAGE_OF for key in store.list(prefix)]
-    for key in [*keys, *([CONFIG] if store.exists(CONFIG) else [])]:
+    for key in [*keys, *([RESOLVED_FILE] if store.exists(RESOLVED_FILE) else [])]:
         hidden = any(part.startswith(".") for part in key.split("/"))
         if hidden or key in known or not _OURS.fullmatch(key):
             continue

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from bytecache.pipeline.commands.dataset import TARGETS, mend_card
 from bytecache.pipeline.commands.inventory import (
-    CONFIG,
     checkpoint_fault,
     stage_of,
     take_inventory,
@@ -28,6 +27,7 @@ from bytecache.pipeline.commands.verify import (
     unrecorded_shards,
     without_receipt,
 )
+from bytecache.pipeline.config import RESOLVED_FILE
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.plan.index import PLAN_KEY, read_plan
 from bytecache.pipeline.stores import Store
@@ -157,7 +157,7 @@ class _Repair:
         """Note what makes a unit again. A document without its receipt is an orphan, which comes later."""
         if stage != documents.STAGE:
             self.left[_COMMAND.get(stage, stage)].append(name)
-        elif name.endswith(CONFIG):
+        elif name.endswith(RESOLVED_FILE):
             self.configurations.append(name)
         elif "/" in name:
             self.left[stage_of(name)].append(name)
@@ -240,7 +240,7 @@ class _Repair:
                     self.left[stage_of(key)].append(folder.partition("/")[2].partition("-")[0])
                 continue
             self.done.append(f"set aside: {key} as {set_aside(self.store, key)}, which no receipt names")
-            if key.endswith(CONFIG):
+            if key.endswith(RESOLVED_FILE):
                 self.configurations.append(key)
             elif stage_of(key) in _LEFT:
                 self.left[stage_of(key)].append(key)
@@ -284,25 +284,25 @@ def _settle_strangers(context: Context) -> list[str]:
             for key in _without_record(store)
             if key.endswith(SUFFIX)
         ]
-    for problem in verify_dataset(store.folder(TARGETS)):
-        if problem.kind == "older":  # what it alone lists is a stranger then
+    problems = verify_dataset(store.folder(TARGETS))
+    if older := [problem for problem in problems if problem.kind == "older"]:
+        for problem in older:
             done += [
                 f"set aside: {index} as {set_aside(store, index)} ({problem.detail})"
                 for index in list(store.list(f"{TARGETS}/{problem.file}".rpartition("/")[0]))
             ]
-    awaited = pending(store)
-    for problem in verify_dataset(store.folder(TARGETS)):
+        problems = verify_dataset(store.folder(TARGETS))  # what those alone listed is a stranger now
+    strangers = {problem.file for problem in problems if problem.kind == "foreign"} - pending(store)
+    recorded = {receipt.files[0].path: receipt for receipt in take_inventory(store).of("convert")} if strangers else {}
+    for problem in problems:
         key = f"{TARGETS}/{problem.file}"
-        if problem.kind == "foreign" and problem.file in awaited:
-            continue
         if problem.kind == "duplicated":
             store.delete(key)
             done.append(f"removed: {problem.file}, a second copy of a listed shard")
-        elif problem.kind == "foreign":
+        elif problem.file in strangers:
             done.append(f"moved: {problem.file}, which no index lists, to {set_aside(store, key)}")
-            for receipt in take_inventory(store).of("convert"):
-                if receipt.files[0].path == key:
-                    set_aside(store, receipts.receipt_path("convert", receipt.key))
+            if key in recorded:
+                set_aside(store, receipts.receipt_path("convert", recorded[key].key))
         elif problem.file == card.FILE and mend_card(context):
             done.append(f"made again: {problem.file} ({problem.detail})")
     return done

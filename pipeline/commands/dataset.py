@@ -165,11 +165,10 @@ def refuse_other_dataset(context: Context, info: dict[str, Any], edition: int) -
     """
     from bytecache.schemas.dataset.editions import edition_of
 
-    try:
-        dataset = read_index(context.store)
-        old = dataset.info if dataset else info
-    except IntegrityError:
-        return  # a damaged index is rebuilt
+    published = whole_index(context.store)
+    if published is None:  # a damaged one is made again
+        return
+    old = published.info
     changes: list[str] = []
     for name in ("teacher", "corpus", "settings"):
         before, now = flattened(old.get(name, {})), flattened(info[name])

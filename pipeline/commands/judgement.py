@@ -6,7 +6,7 @@ fidelity is not in the shards: where index and receipts differ about it alone, a
 
 from pathlib import Path
 
-from bytecache.pipeline.commands.dataset import TARGETS, read_index, shard_entry
+from bytecache.pipeline.commands.dataset import TARGETS, shard_entry, whole_index
 from bytecache.pipeline.commands.inventory import Inventory
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
@@ -14,7 +14,6 @@ from bytecache.pipeline.units.aside import set_aside
 from bytecache.pipeline.units.receipts import Receipt
 from bytecache.schemas.dataset.index import DATASET, Dataset, ShardEntry
 from bytecache.schemas.dataset.verification import check_shard
-from bytecache.schemas.errors import IntegrityError
 
 
 def judge(store: Store, inventory: Inventory) -> list[str]:
@@ -22,11 +21,8 @@ def judge(store: Store, inventory: Inventory) -> list[str]:
 
     Price: decodes every shard.
     """
-    try:
-        published = read_index(store)
-    except IntegrityError:
-        return []  # a damaged index is made again anyhow
-    if published is None:
+    published = whole_index(store)
+    if published is None:  # a damaged one is made again anyhow
         return []
     by_file = {Path(receipt.files[0].path).name: receipt for receipt in inventory.of("convert")}
     done, index_is_wrong = [], False

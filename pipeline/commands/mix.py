@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bytecache.pipeline.commands.dataset import TARGETS, keep_settings, read_index, shard_entry
+from bytecache.pipeline.commands.dataset import TARGETS, keep_settings, shard_entry, whole_index
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.stores import Store
 from bytecache.pipeline.units import receipts
@@ -267,11 +267,8 @@ def _summary(mixed: dict[str, Any], sets: Sequence[Dataset]) -> Iterator[str]:
 
 def _refuse_other(context: Context, info: dict[str, Any]) -> None:
     """Raise ConfigError where the run folder holds a data set that was not mixed so."""
-    try:
-        published = read_index(context.store)
-    except IntegrityError:
-        return  # rebuilt
-    if published is None:
+    published = whole_index(context.store)
+    if published is None:  # a damaged one is made again
         return
     old = published.info.get("mix")
     same = isinstance(old, dict) and all(old.get(name) == value for name, value in info["mix"].items())

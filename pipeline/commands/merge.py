@@ -65,15 +65,7 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
                     result.present[stage] += 1
         _refuse_two_teachers([(store, receipt) for store, receipt in claimed.values() if _slices_of(receipt)])
     if read_plan(destination) is None and giver is not None:
-        for unit in plan.units:
-            _copy(giver, destination, FileRecord(path=unit.slice, size=giver.size(unit.slice) or 0, sha256=unit.sha256))
-        edition_keys = [edition_key(plan.edition)] if plan.edition > 1 else []
-        for key in (*plan.page_keys, *edition_keys, PLAN_KEY):
-            _copy(giver, destination, receipts.record_file(giver, key))
-        for sha256 in (*plan.index.pages, plan.hash):
-            planned = receipts.read_receipt(giver, "plan", sha256)
-            if planned is not None:
-                receipts.write_receipt(destination, planned)
+        _copy_plan(plan, giver, destination)
     for source, receipt in wanted:
         try:
             for file in receipt.files:
@@ -84,6 +76,19 @@ def merge(destination: Store, sources: list[Store]) -> Merged:
         commit_receipt(destination, receipt)
         result.copied[receipt.stage] += 1
     return result
+
+
+def _copy_plan(plan: Plan, giver: Store, destination: Store) -> None:
+    """Slices, pages and index, then their receipts."""
+    for unit in plan.units:
+        _copy(giver, destination, FileRecord(path=unit.slice, size=giver.size(unit.slice) or 0, sha256=unit.sha256))
+    edition_keys = [edition_key(plan.edition)] if plan.edition > 1 else []
+    for key in (*plan.page_keys, *edition_keys, PLAN_KEY):
+        _copy(giver, destination, receipts.record_file(giver, key))
+    for sha256 in (*plan.index.pages, plan.hash):
+        planned = receipts.read_receipt(giver, "plan", sha256)
+        if planned is not None:
+            receipts.write_receipt(destination, planned)
 
 
 def _common_plan(destination: Store, sources: list[Store]) -> tuple[Plan, Store | None]:

@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bytecache.pipeline.commands.dataset import (
-    set_aside,
-)
+from bytecache.pipeline.commands.dataset import set_aside
 from bytecache.pipeline.config import changed_keys
 from bytecache.pipeline.context import Context
 from bytecache.pipeline.fleet.ledger import Layout, read_json

@@ -48,9 +48,9 @@ def convert_worker(context: Context) -> Share:
         identity = {"plan": planned.hash, "shards": [receipt.key for receipt in shards]}
         job, share = _index_job(context, planned, identity), Share("", 0, len(shards), 0)
     else:
-        made = _convert_job(context, planned)
-        share = _work(context, made)
-        job = _index_job(context, planned, made.identity)
+        shards_job = _convert_job(context, planned)
+        share = _work(context, shards_job)
+        job = _index_job(context, planned, shards_job.identity)
     if not _is_published(context.store, planned):
         _work(context, job)
         if not _is_published(context.store, planned):
@@ -102,7 +102,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
     # The teacher, and the chat template where there is one: what `teacher_job` puts into a unit's key.
     shared = {name: value for name, value in begun["identity"].items() if name != "plan"}
 
-    def made(index: int) -> Receipt | None:
+    def receipt_of(index: int) -> Receipt | None:
         key = receipts.unit_key("teacher", {"slice": planned.units[index].sha256, **shared})
         receipt = receipts.read_receipt(store, "teacher", key)
         if receipt is not None and (fault := receipts.key_fault(receipt)):
@@ -110,7 +110,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
         return receipt
 
     def dump(index: int) -> Receipt:
-        receipt = made(index)
+        receipt = receipt_of(index)
         if receipt is None:
             raise InputError(
                 f"{store.name}: unit {index} of {len(planned.sizes)} has no dump; run `bytecache teacher --worker` to "
@@ -118,7 +118,7 @@ def _convert_job(context: Context, planned: Plan) -> Job:
             )
         return receipt
 
-    aside = units_aside(context, planned, lambda index: made(index) is not None)
+    aside = units_aside(context, planned, lambda index: receipt_of(index) is not None)
     return convert_job(context, planned, identity, dump, [entry.unit for entry in aside])
 
 

@@ -27,7 +27,7 @@ def fleet_status(context: Context, edition: int = 1) -> list[dict[str, Any]]:
         if begun is None:
             continue
         n_units, n_bytes = begun.get("units"), begun.get("bytes")
-        if type(n_units) is not int or not _is_count(n_units) or not _is_count(n_bytes):
+        if type(n_units) is not int or not _is_amount(n_units) or not _is_amount(n_bytes):
             raise IntegrityError(
                 f"{store.name}/{layout.job} is no record of a job; run `bytecache retry {stage} --new-job`, and the "
                 "next worker begins one"
@@ -92,7 +92,7 @@ MOST = 1 << 48
 """Units, bytes, seconds that a record may state."""
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
+def _is_amount(value: Any) -> TypeGuard[int]:
     return type(value) in (int, float) and 0 <= value < MOST
 
 
@@ -100,7 +100,7 @@ def _is_heartbeat(record: dict[str, Any]) -> bool:
     """Whether a file among the heartbeats is one: who writes to a run's store is not always a worker of ours."""
     unit = record.get("unit")
     return (
-        all(_is_count(record.get(name)) for name in ("time", "seconds", "bytes", "made", "failed"))
+        all(_is_amount(record.get(name)) for name in ("time", "seconds", "bytes", "made", "failed"))
         and type(unit) is int
         and -1 <= unit < MOST
         and all(isinstance(record.get(name), str) for name in ("worker", "host"))

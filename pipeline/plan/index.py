@@ -40,10 +40,10 @@ MARK = 4
 KEPT = 4
 """Pages that a worker keeps."""
 Split = Literal["train", "heldout"]
-# Only these shape the slices; where the text came from does not, its content does.
+_SHAPING = ("seed", "unit_bytes", "heldout_fraction")
+"""Settings that shape the slices. Where the text came from does not, its content does."""
 _TEXT = "corpus text"
 _GROW = "; `bytecache plan` makes a new edition of a corpus that changed"
-_SHAPING = ("seed", "unit_bytes", "heldout_fraction")
 
 
 class Unit(BaseModel):
@@ -64,7 +64,7 @@ class Index(BaseModel):
     `corpus`: identity and counts of the text; `settings`: what shaped the slices; `hash` names the whole plan.
     `edition` counts the plans of this run from 1 on, `parent` is the hash of the one before ("" of the first).
     `threshold`: in hexadecimal; a document whose hash is under it is held out. `marks`: of every
-    unit the first `MARK` digits of the hash of its slice, by which shards are cut (`pipeline.commands.convert`).
+    unit the first `MARK` digits of the hash of its slice, by which shards are cut (`pipeline.commands.groups`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 class Reporter:
     """Progress of one stage over `total_units` units worth `total` of `measure` ("bytes", or "steps" in training).
 
-    `tick` takes increments ({"bytes": 4096, "tokens": 1000}); keys other than `measure` and "tokens" are summed
-    and shown in the JSON lines. Time left is estimated from `measure` over this session's own speed.
+    `tick` takes increments ({"bytes": 4096, "tokens": 1000}), of which `measure` and "tokens" are shown as speeds. Time
+    left is estimated from `measure` over this session's own speed.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Reporter:
         self.total_units, self.total = total_units, total
         self.done_units, self.done = done_units, done
         self.sums: Counter[str] = Counter()
-        self._unit_start_measure = 0
+        self._committed = 0
         self._started = time.monotonic()
         self._stream = stream if stream is not None else sys.stderr
         self._bar: Progress | None = None
@@ -65,16 +65,16 @@ class Reporter:
             self._bar.stop()
 
     def tick(self, increments: Mapping[str, Any]) -> None:
-        """Add to the sums; non-numeric values are ignored."""
+        """Add to the sums; what is no number is passed over."""
         for name, value in increments.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self.sums[name] += value  # type: ignore[assignment]
         self._show()
 
-    def unit_done(self, name: str, measure: int, seconds: float, facts: Mapping[str, Any] | None = None) -> None:
+    def unit_done(self, name: str, measure: int, seconds: float) -> None:
         """A unit of `measure` is committed; corrects the sum to it, so that ticks need not be exact."""
-        self._unit_start_measure += measure
-        self.sums[self.measure] = self._unit_start_measure
+        self._committed += measure
+        self.sums[self.measure] = self._committed
         self.done_units += 1
         self._show()
         if self._bar is None:
@@ -87,7 +87,6 @@ class Reporter:
                     self.measure: measure,
                     "seconds": round(seconds, 3),
                     **self.rates(),
-                    **(facts or {}),
                 }
             )
 

@@ -14,13 +14,6 @@ LN2 = math.log(2.0)
 _HELD_OUT = {BEFORE: "before training", ORIGINAL: "the original"}
 
 
-def summary_table(
-    text_bytes: int, dumps: list[Receipt], shards: list[Receipt], runs: list[Receipt], results: list[dict[str, Any]]
-) -> str:
-    """`summary_rows` as a Markdown table."""
-    return as_table(summary_rows(text_bytes, dumps, shards, runs, results))
-
-
 def as_table(rows: list[tuple[str, str]]) -> str:
     """Markdown of two columns."""
     return "\n".join(["| what | value |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]) + "\n"

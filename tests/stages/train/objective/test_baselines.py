@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from bytecache.pipeline.commands.convert import convert
 from bytecache.pipeline.commands.plan import plan
-from bytecache.pipeline.commands.report.table import summary_table
+from bytecache.pipeline.commands.report.table import as_table, summary_rows
 from bytecache.pipeline.commands.teacher import teacher
 from bytecache.pipeline.commands.train import _token_dump, open_targets
 from bytecache.pipeline.commands.train import train as train_command
@@ -215,7 +215,7 @@ def test_a_baseline_trains_resumes_and_is_measured_by_its_bytes(run, tmp_path):
     result = evaluate(shape, tmp_path / "s", dataset, Path(one["checkpoint"]), name="r")
     assert result["head_time_share"] is None and result["kl_nats_per_byte"] > 0
     assert "not measured" in report_table([result])
-    assert "| not measured |" in summary_table(1, [], [], [], [result])  # what `run` ends with
+    assert "| not measured |" in as_table(summary_rows(1, [], [], [], [result]))  # what `run` ends with
 
 
 def test_a_start_that_was_measured_is_the_dumps(tmp_path):

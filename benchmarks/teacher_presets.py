@@ -3,14 +3,14 @@
     OMP_NUM_THREADS=1 python -m benchmarks.teacher_presets --bytes 4000 --out benchmarks/results/teacher_presets.json
 
 Passes over the same windows: prefill alone (one row wanted of each window), prefill with all rows (the head and the
-sums, no branches), then every preset as the teacher stage runs it: canonical rows, branches, static rows (states known
-beforehand: they are kept per teacher), rounds alternating. Seconds are the process's CPU time, so that a busy machine
-does not change them much; the engine runs in this process, on one thread where OMP_NUM_THREADS=1. `per row` counts a
-preset's rows (windows, branches; static rows aside) as if each were one token of prefill; of a model whose head is a
-fifth of its work no preset can reach 1, and `of_all_rows_per_row` compares with prefill that gives every row. The
-host's part is what is left of the engine's thread when the model's layers, its head and the sums over the vocabulary
-are taken away: vLLM's scheduler, this project's own Python; and the lattice, where no thread beside takes it
-(`--threads 0`).
+sums, no branches), then every preset as the teacher stage runs it: canonical rows, branches, static rows, rounds
+alternating. Static states are kept per teacher: those that are not known are made while all clocks stand. Seconds are
+the process's CPU time, so that a busy machine does not change them much; the engine runs in this process, on one
+thread where OMP_NUM_THREADS=1. `per row` counts a preset's rows (windows, branches; static rows aside) as if each
+were one token of prefill; of a model whose head is a fifth of its work no preset can reach 1, and
+`of_all_rows_per_row` compares with prefill that gives every row. The host's part is what is left of the engine's
+thread when the model's layers, its head and the sums over the vocabulary are taken away: vLLM's scheduler, this
+project's own Python; and the lattice, where no thread beside takes it (`--threads 0`).
 """
 
 import argparse
@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -38,16 +39,43 @@ from bytecache.stages.teacher.windows import WindowPlan, plan_windows
 from bytecache.stages.tokens.vocab import Encoded
 
 
+class Clocks:
+    """Wall, process and engine thread, seconds; and what of them went aside."""
+
+    def __init__(self, teacher: Teacher, spans: Spans) -> None:
+        """Static states of `teacher` are made aside from now on."""
+        self.spans, self.aside = spans, np.zeros(3)
+        name = "_ask_states" if hasattr(teacher.engine, "_ask_states") else "_states"
+        original = getattr(teacher.engine, name)
+
+        def made_aside(*args: Any) -> Any:
+            began, seconds, calls = self._now(), dict(spans.seconds), dict(spans.calls)
+            states = original(*args)
+            self.aside += self._now() - began
+            spans.seconds, spans.calls = seconds, calls
+            return states
+
+        setattr(teacher.engine, name, made_aside)
+
+    def _now(self) -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time(), time.thread_time()])
+
+    def read(self) -> np.ndarray:
+        """What they show."""
+        return self._now() - self.aside
+
+
 @contextmanager
-def measured(spans: Spans) -> Iterator[dict[str, Any]]:
+def measured(clocks: Clocks) -> Iterator[dict[str, Any]]:
     """CPU seconds of a block, and how they divide."""
+    spans = clocks.spans
     spans.forget()
     spent: dict[str, Any] = {}
-    wall_began, began, engine_began = time.perf_counter(), time.process_time(), time.thread_time()
+    began, aside = clocks.read(), clocks.aside.copy()
     yield spent
-    spent["wall"] = time.perf_counter() - wall_began
-    spent["seconds"] = time.process_time() - began
-    spent["engine_thread"] = time.thread_time() - engine_began
+    took = (clocks.read() - began).tolist()
+    spent["wall"], spent["seconds"], spent["engine_thread"] = took
+    spent["static_states"] = float((clocks.aside - aside)[1])
     parts = {name: spans.seconds.get(name, 0.0) for name in DEVICE_PARTS}
     spent |= parts
     spent["head_products"] = spans.calls.get("head", 0)
@@ -68,7 +96,7 @@ def prefill(teacher: Teacher, plans: list[WindowPlan], *, all_rows: bool) -> Non
 def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, float]:
     """The windows as the stage makes them; returns what was evaluated."""
     engine: Any = teacher.engine
-    branched, computed = _branch_counts(engine)
+    computed = getattr(engine, "branch_tokens", 0)  # transformers' engine does not count them
     effort = dict.fromkeys(("tau", "depth", "static"), -1)
     settings = teacher.settings.model_copy(update={"preset": preset, **effort})
     teacher.settings = settings.resolved()
@@ -77,16 +105,9 @@ def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, f
     static = sum(int(window.row_static.sum()) for window in windows)
     canonical = sum(int((window.row_depth == 0).sum()) for window in windows)
     rows = sum(len(window.row_depth) for window in windows)
-    branches, tokens = _branch_counts(engine)
-    each = (tokens - computed) / max(1, branches - branched)
-    return {
-        "rows": canonical, "branches": rows - canonical - static, "static_rows": static, "tokens_per_branch": each,
-    }  # fmt: skip
-
-
-def _branch_counts(engine: Any) -> tuple[int, int]:
-    """Branches and the tokens computed for them since the engine started; transformers' does not count them."""
-    return getattr(engine, "branches", 0), getattr(engine, "branch_tokens", 0)
+    branches = rows - canonical - static
+    each = (getattr(engine, "branch_tokens", 0) - computed) / max(1, branches)
+    return {"rows": canonical, "branches": branches, "static_rows": static, "tokens_per_branch": each}
 
 
 def deepened(model: str, times: int, work: Path) -> str:
@@ -154,7 +175,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--presets", default=",".join(st.PRESETS))
     parser.add_argument(
-        "--states", choices=["only", "known"], help="only make the static states, or take those of a run before"
+        "--states", choices=["only", "known"], help="only make the static states; or no untimed pass before the others"
     )
     parser.add_argument(
         "--deepen", nargs=2, metavar=("TIMES", "FOLDER"), help="so many times the layers, which add nothing"
@@ -178,20 +199,20 @@ def window_plans(teacher: Teacher, texts: list[str]) -> list[WindowPlan]:
 
 
 def passes(
-    teacher: Teacher, plans: list[WindowPlan], spans: Spans, presets: list[str], requests: str | None
+    teacher: Teacher, plans: list[WindowPlan], clocks: Clocks, presets: list[str], requests: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every pass once: its name, and what it spent. `requests`: a preset to measure with a request a branch too."""
     for name in ("prefill", "all_rows"):
-        with measured(spans) as spent:
+        with measured(clocks) as spent:
             prefill(teacher, plans, all_rows=name == "all_rows")
         yield name, spent
     for preset in presets:
-        with measured(spans) as spent:
+        with measured(clocks) as spent:
             counts = whole(teacher, plans, preset)
         yield preset, spent | counts
     if requests:
         teacher.engine.forget()
-        with branches_as_requests(teacher), measured(spans) as spent:
+        with branches_as_requests(teacher), measured(clocks) as spent:
             counts = whole(teacher, plans, requests)
         yield f"{requests}, branches as requests", spent | counts
 
@@ -219,18 +240,19 @@ def main() -> None:
     teacher.pool = ThreadPoolExecutor(args.threads) if args.threads else None
     spans = Spans()
     attach(teacher, spans)
+    clocks = Clocks(teacher, spans)
     plans = window_plans(teacher, some_text(args.bytes))
     tokens = sum(len(plan.prompt.tokens) for plan in plans)
     text_bytes = sum(len(plan.prompt.text) - plan.score_start for plan in plans)
     presets = args.presets.split(",")
-    for preset in [] if args.states == "known" else presets:  # and everything compiled
-        whole(teacher, plans, preset)
+    for preset in presets[:1] if args.states == "known" else presets:
+        whole(teacher, plans[:1] if args.states == "known" else plans, preset)  # all loops are compiled
         teacher.save_static()
     if args.states == "only":
         return
     rounds_of: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
-        for name, spent in passes(teacher, plans, spans, presets, args.requests):
+        for name, spent in passes(teacher, plans, clocks, presets, args.requests):
             rounds_of.setdefault(name, []).append(spent)
     result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads",

@@ -62,13 +62,19 @@ class Engine(ABC):
     in_flight = 1
     """Calls of `score` whose prompts may be branched from in turns; with one, each call forgets those before."""
 
+    pass_room = 0
+    """Branches up to which a pass costs about as much as one with fewer, since all weights are read for it."""
+
     @abstractmethod
     def score(self, prompts: Sequence[Prompt]) -> Iterator[RowMasses]:
         """Rows of each prompt from its `first_row` on."""
 
     @abstractmethod
     def score_branches(self, jobs: Sequence[tuple[Prompt, Sequence[Branch]]]) -> Iterator[RowMasses]:
-        """One row per branch, grouped by job; every prompt has been scored before, and not released."""
+        """One row per branch, grouped by job; every prompt has been scored before, and not released.
+
+        A branch costs least after the one that it extends, of this call or one before.
+        """
 
     @abstractmethod
     def score_static(self, jobs: Sequence[StaticJob]) -> Iterator[RowMasses]:
@@ -81,6 +87,10 @@ class Engine(ABC):
     @abstractmethod
     def save_static(self, folder: Path) -> None:
         """Keep new static states for later runs of the same teacher, if they are worth a file."""
+
+    def foresees(self, prompt: Prompt) -> bool:
+        """Whether branches of this one may be asked for that nobody needs yet, which fill a pass up."""
+        return False
 
     def release(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 - most engines remember nothing
         """There will be no more branches of these."""

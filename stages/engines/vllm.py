@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from bytecache.stages.engines.vllm_branches import (
     cut,
     job_of,
     make_pass,
+    sequences,
     window_blocks,
 )
 from bytecache.stages.engines.vllm_start import CPU_BLOCK, logit_rows, reason, start_engine
@@ -38,6 +40,8 @@ from bytecache.stages.models.device import batched_tokens
 
 TOKENS_IN_FLIGHT = 16_384
 """Tokens that the scheduler has still to compute at most, cached prefixes aside."""
+PASS_ROOM = {"cpu": 48, "gpu": 256}
+"""Branches up to which a pass is bound by reading the weights rather than by them."""
 TRIAL_BRANCHES = 64
 """Branches after which the engine is judged by what it computed for them."""
 COSTLY_BRANCH = 64
@@ -74,6 +78,7 @@ class VllmEngine(Engine):
             )
         self._self_test(reducer)
         self._pass_tokens = batched_tokens(settings, on_cpu=on_cpu)
+        self.pass_room = PASS_ROOM["cpu" if on_cpu else "gpu"]
         if settings.depth or settings.sample_tokens:
             self._blocks = window_blocks(self._engine, longest)
             why = "its layers share no block table"
@@ -113,9 +118,9 @@ class VllmEngine(Engine):
         """Why branches over blocks do not give the rows of the same histories in their window; empty if they do."""
         prompt = _trial_prompt(reducer, min(block_size + block_size // 2, self.longest - 1))
         ends = range(len(prompt.tokens) - 2)
-        chains = [tuple(prompt.tokens[j + 1 : j + 3].tolist()) for j in ends]
-        shorter = [Branch(j, chain[:1], int(prompt.starts[j + 1])) for j, chain in zip(ends, chains, strict=True)]
-        branches = [Branch(j, chain, int(prompt.starts[j + 2])) for j, chain in zip(ends, chains, strict=True)]
+        two = [tuple(prompt.tokens[j + 1 : j + 3].tolist()) for j in ends]
+        shorter = [Branch(j, tokens[:1], int(prompt.starts[j + 1])) for j, tokens in zip(ends, two, strict=True)]
+        branches = [Branch(j, tokens, int(prompt.starts[j + 2])) for j, tokens in zip(ends, two, strict=True)]
         # Another history leaves each shorter one: from half of them first, so that both ways to go on are tried.
         forks = [branch._replace(chain=branch.chain[:1] * 2, start=len(prompt.text)) for branch in branches]
         half = len(branches) // 2
@@ -128,10 +133,12 @@ class VllmEngine(Engine):
             list(self.score_branches([(prompt, shorter)]))
             asked = [*branches[:half], *forks, *branches[half:]]
             (again,) = self.score_branches([(prompt, asked)])
+            (in_runs,) = self.score_branches([(prompt, [*chain.from_iterable(zip(shorter, branches, strict=True))])])
         except EngineError as error:
             return str(error)
         log_norm = np.delete(again.log_norm, np.s_[half : half + len(forks)])
-        worst = float(np.abs(rows.log_norm[2:] - log_norm).max())
+        both = np.stack([rows.log_norm[1:-1], rows.log_norm[2:]], axis=1).reshape(-1)
+        worst = float(max(np.abs(rows.log_norm[2:] - log_norm).max(), np.abs(both - in_runs.log_norm).max()))
         # Half precision rounds a batch of another shape otherwise; another history is another matter.
         return "" if worst < 0.1 else f"rows differ by {worst:.2g} nats"
 
@@ -164,11 +171,13 @@ class VllmEngine(Engine):
         blocks = self._blocks
         if blocks is None or not jobs:
             return
-        resumed = [blocks.tails.resume(prompt, branches) for prompt, branches in jobs]
+        runs = [sequences(branches) for _, branches in jobs]
+        resumed = [blocks.tails.resume(prompt, some) for (prompt, _), some in zip(jobs, runs, strict=True)]
         arrays = [
-            job_of(blocks.table(prompt), branches, ones, blocks.block_size)
-            for (prompt, branches), ones in zip(jobs, resumed, strict=True)
+            job_of(blocks.table(prompt), some, ones, blocks.block_size)
+            for (prompt, _), some, ones in zip(jobs, runs, resumed, strict=True)
         ]
+        ends = [np.append(0, np.cumsum(job.rows)) for job in arrays]
         yet = announced = 0
         for parts in cut(arrays, self._pass_tokens, blocks.room // 2):
             more = range(announced, parts[-1].job + 1)
@@ -178,22 +187,23 @@ class VllmEngine(Engine):
             borrowed = blocks.borrow(borrowed_blocks(arrays, parts))
             ids = np.array([block.block_id for block in borrowed], np.int32)
             step = make_pass(arrays, parts, ids, blocks.block_size)
-            named = [(f"branches {part.job}", part.lo, part.hi) for part in parts]
+            named = [(f"branches {part.job}", *ends[part.job][[part.lo, part.hi]].tolist()) for part in parts]
             self._call("scoring branches", "bytecache_branches", step, named)
             rest = iter(borrowed)
             for part in parts:
-                (prompt, branches), these = jobs[part.job], slice(part.lo, part.hi)
+                these = slice(part.lo, part.hi)
                 counts = arrays[part.job].borrowed[these].tolist()
-                blocks.tails.keep(prompt, branches[these], resumed[part.job][these], counts, rest)
+                blocks.tails.keep(jobs[part.job][0], runs[part.job][these], resumed[part.job][these], counts, rest)
             blocks.tails.trim()
-            self.branches += len(step.seq_lens)
+            self.branches += len(step.wanted)
             self.branch_tokens += len(step.tokens)
             self._prefix_tokens += int(step.seq_lens.sum())
             last = parts[-1]
             whole = last.job + (last.hi == len(arrays[last.job].length))
+            if whole == len(jobs):
+                blocks.tails.settle()  # who takes the last rows may never come back to this generator
             yield from self._collect({f"branches {n}": f"{jobs[n][0].name}, branches" for n in range(yet, whole)})
             yet = whole
-        blocks.tails.settle()
 
     def _ask_branches(self, prompt: Prompt, branches: Sequence[Branch]) -> Ask:
         prompts = [np.append(prompt.tokens[: b.anchor + 1], np.array(b.chain, np.int32)) for b in branches]
@@ -343,6 +353,9 @@ class VllmEngine(Engine):
             raise EngineError(
                 f"vLLM failed while {doing} ({type(error).__name__}: {reason(error)}); rerun the same command to go on"
             ) from error
+
+    def foresees(self, prompt: Prompt) -> bool:
+        return self._blocks is not None and self._blocks.holds(prompt)
 
     def release(self, prompts: Sequence[Prompt]) -> None:
         if self._blocks:

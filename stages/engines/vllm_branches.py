@@ -10,7 +10,7 @@ each a sequence of its chain's tokens alone:
     slots           of the chain's tokens, in the borrowed blocks
 
 What they borrowed is kept while there is room, and a branch that extends another computes its last token alone
-(stages.engines.vllm_tails).
+(stages.engines.vllm_tails). Branches of one call that extend one another are one sequence, with a row for each.
 
 All of a pass is computed here at once, in arrays; stages.engines.vllm_pass runs it in the workers. Blocks are taken
 from, and given back to, vLLM's own pool, whose counts of references keep requests away from them. Windows for which
@@ -20,6 +20,8 @@ Models whose layers cache different blocks (recurrent ones) have no such table; 
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,10 +50,12 @@ class BranchPass(NamedTuple):
     """int64 [N]; where each token's keys and values go."""
     copies: np.ndarray
     """int64 [C, 2]; blocks to copy before, from and to."""
+    wanted: np.ndarray
+    """int64 [R]; of the N tokens, those that branches end with, in the branches' order."""
 
 
 class Part(NamedTuple):
-    """Sequences of a pass that belong together: rows [lo, hi) of job number `job`."""
+    """Sequences of a pass that belong together: [lo, hi) of job number `job`."""
 
     job: int
     lo: int
@@ -59,10 +63,12 @@ class Part(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Branches of one window in arrays; B of them."""
+    """Branches of one window in arrays, as B sequences: such that extend one another are one."""
 
     blocks: np.ndarray
     """int32; of the window."""
+    rows: np.ndarray
+    """int64 [B]; branches of each: its last tokens are theirs."""
     own: np.ndarray
     """int64 [B]; number of the first block in each history that is no block of the window."""
     cached: np.ndarray
@@ -174,17 +180,35 @@ def window_blocks(engine: Any, longest: int) -> WindowBlocks | None:
     return WindowBlocks(scheduler, longest)
 
 
-def job_of(blocks: np.ndarray, branches: Sequence[Branch], resumed: Sequence[Resumed], block_size: int) -> Job:
-    """Branches of a window whose block ids are `blocks`, and how much of each is in the cache already."""
+def sequences(branches: Sequence[Branch]) -> list[Sequence[Branch]]:
+    """Runs of branches of which each is its predecessor and a token."""
     anchor = np.array([branch.anchor for branch in branches], np.int64)
+    length = _lengths(branches)
+    begins = np.ones(len(branches) + 1, bool)
+    for number in (np.flatnonzero((np.diff(anchor) == 0) & (np.diff(length) == 1)) + 1).tolist():
+        begins[number] = branches[number].chain[:-1] != branches[number - 1].chain
+    first = np.flatnonzero(begins).tolist()
+    return [branches[a:b] for a, b in pairwise(first)]
+
+
+def _lengths(branches: Sequence[Branch]) -> np.ndarray:
+    """Tokens of their chains, int64."""
+    return np.fromiter(map(len, map(attrgetter("chain"), branches)), np.int64, len(branches))
+
+
+def job_of(blocks: np.ndarray, runs: Sequence[Sequence[Branch]], resumed: Sequence[Resumed], block_size: int) -> Job:
+    """Branches of a window whose block ids are `blocks`, as `sequences`, and how much of each is in the cache."""
+    longest = [run[-1] for run in runs]
+    anchor = np.array([branch.anchor for branch in longest], np.int64)
     known = np.array([one.known for one in resumed], np.int64)
-    length = np.array([len(branch.chain) for branch in branches], np.int64) - known
+    length = _lengths(longest) - known
     in_place = np.array([one.in_place for one in resumed], bool)
     cached = anchor + 1 + known
-    chains = [branch.chain[one.known :] for branch, one in zip(branches, resumed, strict=True)]
+    chains = [branch.chain[one.known :] for branch, one in zip(longest, resumed, strict=True)]
     tails = [one.tail.blocks if one.tail else [] for one in resumed]
     return Job(
         blocks,
+        np.fromiter(map(len, runs), np.int64, len(runs)),
         (anchor + 1) // block_size,
         cached,
         length,
@@ -251,9 +275,12 @@ def make_pass(jobs: Sequence[Job], parts: list[Part], borrowed: np.ndarray, bloc
     positions = cached[sequence] + np.arange(len(sequence)) - query_start[sequence]
     slots = table[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
     chains = [_rows_of(jobs[p.job].chain, jobs[p.job].length, p) for p in parts]
+    rows = np.concatenate([jobs[p.job].rows[p.lo : p.hi] for p in parts])
+    end = np.cumsum(rows)
+    wanted = np.repeat(query_start[1:] - end, rows) + np.arange(end[-1])
     return BranchPass(
         np.concatenate(chains), positions, query_start.astype(np.int32), (cached + length).astype(np.int32), table,
-        slots, copies,
+        slots, copies, wanted,
     )  # fmt: skip
 
 

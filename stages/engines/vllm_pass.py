@@ -14,15 +14,13 @@ from bytecache.stages.engines.vllm_branches import BranchPass
 
 
 def run_pass(runner: Any, step: BranchPass) -> torch.Tensor:
-    """Hidden states [S, width] of the last token of each sequence."""
+    """Hidden states [R, width] of the tokens that branches end with."""
     from vllm.forward_context import set_forward_context
 
     device = runner.device
     _copy_blocks(runner, step.copies)
     metadata, slots = _attention(runner, step)
-    tokens, positions, last = (
-        _to(array, device) for array in (step.tokens, step.positions, step.query_start[1:].astype(np.int64) - 1)
-    )
+    tokens, positions, wanted = (_to(array, device) for array in (step.tokens, step.positions, step.wanted))
     if getattr(runner, "uses_mrope", False):
         positions = positions.expand(3, -1)
     forward = getattr(runner, "_model_forward", None) or runner.model
@@ -30,7 +28,7 @@ def run_pass(runner: Any, step: BranchPass) -> torch.Tensor:
         hidden: torch.Tensor = forward(
             input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
         )
-    return hidden[last]
+    return hidden[wanted]
 
 
 def _attention(runner: Any, step: BranchPass) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

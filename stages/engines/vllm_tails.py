@@ -7,7 +7,8 @@ tokens. The blocks that a branch borrowed are its *tail*. A branch that extends 
     or apart    behind a copy of its last block
 
 so a chain that nothing else leaves from takes a block for each `block_size` tokens. Tails share blocks, which vLLM's
-pool counts. The oldest go when the cache gets short; what extends them is computed from the longest that is left.
+pool counts. Those that nothing has gone on from for longest go when the cache gets short; what extends them is computed
+from the longest that is left.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,36 +53,39 @@ class Tails:
         self._written: dict[int, int] = {}  # of the last block of each tail, the end of what is in it
         self._pinned: list[Any] = []
 
-    def resume(self, prompt: Prompt, branches: Sequence[Branch]) -> list[Resumed]:
-        """Where each branch goes on; the tails stay until `settle`."""
+    def resume(self, prompt: Prompt, sequences: Sequence[Sequence[Branch]]) -> list[Resumed]:
+        """Where each sequence of branches that extend one another goes on; the tails stay until `settle`."""
         window = id(prompt)
-        return [FRESH if len(branch.chain) < 2 else self._resumed(window, branch) for branch in branches]
+        return [FRESH if len(run[0].chain) < 2 else self._resumed(window, run) for run in sequences]
 
-    def _resumed(self, window: int, branch: Branch) -> Resumed:
-        anchor, chain, _ = branch
+    def _resumed(self, window: int, run: Sequence[Branch]) -> Resumed:
+        anchor, chain, _ = run[0]
         length = len(chain)
+        end = anchor + length + (len(run) if run[0] is not run[-1] else 1)
         for known in range(length - 1, 0, -1):
-            tail = self._kept.get((window, anchor, chain[:known]))
+            tail = self._kept.pop(place := (window, anchor, chain[:known]), None)
             if tail is None:
                 continue
+            self._kept[place] = tail  # the youngest now
             last = tail.blocks[-1].block_id
             in_place = tail.end % self._block_size > 0 and self._written[last] == tail.end
             if in_place:
-                self._written[last] = anchor + 1 + length
+                self._written[last] = end
             self._pool.touch(tail.blocks)
             self._pinned += tail.blocks
             return Resumed(tail, known, in_place)
         return FRESH
 
     def keep(
-        self, prompt: Prompt, branches: Sequence[Branch], resumed: Sequence[Resumed], counts: Sequence[int],
+        self, prompt: Prompt, sequences: Sequence[Sequence[Branch]], resumed: Sequence[Resumed], counts: Sequence[int],
         borrowed: Iterator[Any],
     ) -> None:  # fmt: skip
-        """Take the blocks that branches borrowed, `counts` of them each; `trim` may let them go."""
+        """Take the blocks that sequences of branches borrowed, `counts` of them each; `trim` may let them go."""
         window = id(prompt)
-        for branch, (tail, _, in_place), count in zip(branches, resumed, counts, strict=True):
+        for branches, (tail, _, in_place), count in zip(sequences, resumed, counts, strict=True):
             blocks = [*islice(borrowed, count)]
-            place = (window, branch.anchor, branch.chain)
+            anchor, chain, _ = branches[-1]
+            place = (window, anchor, chain)
             if place in self._kept:  # asked for again
                 self._pool.free_blocks(blocks)
                 continue
@@ -90,9 +94,23 @@ class Tails:
                 shared = tail.blocks if is_read else tail.blocks[:-1]
                 self._pool.touch(shared)
                 blocks = shared + blocks
-            end = branch.anchor + 1 + len(branch.chain)
-            self._kept[place] = Tail(blocks, end)
+            end = anchor + 1 + len(chain)
             self._written[blocks[-1].block_id] = end
+            if branches[0] is not branches[-1]:
+                self._keep_shorter(window, branches, blocks)
+            self._kept[place] = Tail(blocks, end)
+
+    def _keep_shorter(self, window: int, branches: Sequence[Branch], blocks: list[Any]) -> None:
+        """The tails of all branches of a sequence but the last one, whose blocks hold them all."""
+        own = (branches[0].anchor + 1) // self._block_size
+        for number, block in enumerate(blocks[:-1]):
+            self._written[block.block_id] = (own + number + 1) * self._block_size
+        for anchor, chain, _ in branches[:-1]:
+            if (place := (window, anchor, chain)) not in self._kept:
+                end = anchor + 1 + len(chain)
+                mine = blocks[: (end - 1) // self._block_size - own + 1]
+                self._pool.touch(mine)
+                self._kept[place] = Tail(mine, end)
 
     def trim(self) -> None:
         """Let the oldest tails go until enough blocks are free."""

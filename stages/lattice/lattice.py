@@ -212,7 +212,7 @@ class Lattice:
         row, _ = self._stops
         peak = self.peaks()
         np.maximum.at(peak, row, self._sums.share)
-        heavy = (peak > least_share(tau, depth, self._off)) & (w.row_depth <= deepest(depth))
+        heavy = (peak > least_share(tau, depth, self.off)) & (w.row_depth <= deepest(depth))
         child = self._lies.child
         heavy[child[(child >= 0) & self._worth(tau, depth)]] = True
         grown = np.flatnonzero((w.row_static == 1) & heavy)
@@ -227,7 +227,7 @@ class Lattice:
         """Which stops are worth a row that they do not have, bool [S]: heavy ones, and light ones to be borne out."""
         w, share, child = self.window, self._sums.share, self._lies.child
         row, position = self._stops
-        least = least_share(tau, depth, self._off[row] + 1)
+        least = least_share(tau, depth, self.off[row] + 1)
         evaluated = (child >= 0) & (w.row_static[child] == 0)
         open_ = ~evaluated & (w.row_static[row] == 0) & (w.row_depth[row] < deepest(depth))
         wanted: np.ndarray = open_ & (share > least)
@@ -243,12 +243,24 @@ class Lattice:
         return wanted
 
     @cached_property
-    def _off(self) -> np.ndarray:
-        """Tokens that each row is off one that counts as canonical, int64 [R]."""
+    def ended(self) -> np.ndarray:
+        """Share of P(text so far) that each row's history carried where it ended, float64 [R]; 0 of the first."""
         child, ended = self._lies.child, np.zeros(len(self.window.row_start))
         ended[child[child >= 0]] = self._sums.share[child >= 0]
-        off: np.ndarray = tokens_off(self.window.row_depth, self.window.row_parent, ended)
+        return ended
+
+    @cached_property
+    def off(self) -> np.ndarray:
+        """Tokens that each row is off one that counts as canonical, int64 [R]."""
+        off: np.ndarray = tokens_off(self.window.row_depth, self.window.row_parent, self.ended)
         return off
+
+    @cached_property
+    def logp(self) -> np.ndarray:
+        """Log of the probability that is known for the text before each byte, nats, float64 [n + 1]."""
+        ratio = self._sums.ratio
+        logp: np.ndarray = np.cumsum(np.log(ratio, out=np.full(len(ratio), NEVER), where=ratio > 0.0))
+        return logp
 
     @cached_property
     def _breaks(self) -> np.ndarray:
@@ -262,9 +274,8 @@ class Lattice:
 
         Of `AHEAD` canonical tokens, and of the first of them that ends `AHEAD_BYTES` away or farther.
         """
-        ratio, n = self._sums.ratio, len(self.window.text)
-        known = np.cumsum(np.log(ratio, out=np.full(n + 1, NEVER), where=ratio > 0.0))
-        breaks, places = self._breaks, np.arange(n + 1)
+        known = self.logp
+        breaks, places = self._breaks, np.arange(len(self.window.text) + 1)
         after = np.maximum(
             np.searchsorted(breaks, places, side="right") + AHEAD - 1, np.searchsorted(breaks, places + AHEAD_BYTES)
         )

@@ -35,9 +35,13 @@ class Lattices(Generic[Choice]):
     def __init__(
         self, windows: list[Window], pool: ThreadPoolExecutor | None,
         choose: Callable[[int, Window, Lattice], Choice] | None = None,
+        go_on: Callable[[Window, Choice], bool] | None = None,
     ) -> None:  # fmt: skip
-        """`choose`: what is wanted of every lattice, made with it."""
-        self._windows, self._pool, self._choose = windows, pool, choose
+        """`choose`: what is wanted of every lattice, made with it.
+
+        `go_on`: gives a window what was chosen if it is at hand, in place, and says so; the lattice is walked again.
+        """
+        self._windows, self._pool, self._choose, self._go_on = windows, pool, choose, go_on
         self._known: dict[int, tuple[Window, int, Lattice, Choice | None]] = {}
         self._begun: dict[int, Future[tuple[Window, int, Lattice, Choice | None]]] = {}
 
@@ -50,9 +54,11 @@ class Lattices(Generic[Choice]):
 
     def _walk(self, number: int, make: Callable[[], Window]) -> tuple[Window, int, Lattice, Choice | None]:
         window = make()
-        lattice = Lattice(window, targets=False)
-        choice = None if self._choose is None else self._choose(number, window, lattice)
-        return window, len(window.row_start), lattice, choice
+        while True:
+            lattice = Lattice(window, targets=False)
+            choice = None if self._choose is None else self._choose(number, window, lattice)
+            if choice is None or self._go_on is None or not self._go_on(window, choice):
+                return window, len(window.row_start), lattice, choice
 
     def _put(self, number: int, window: Window) -> None:
         self._windows[number : number + 1] = [window]

@@ -9,6 +9,7 @@ at the same tau it took KL from 0.0078 to 0.0046 on Python's manual at `balanced
 at `exact` with Gemma-3-270m.)
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,6 +27,7 @@ from bytecache.stages.engines.static import StaticJob
 from bytecache.stages.lattice.effort import deepest
 from bytecache.stages.lattice.lattice import STATIC_PASSES, Deviations, Lattice
 from bytecache.stages.teacher.ahead import Lattices
+from bytecache.stages.teacher.foreseen import Foreseen, Histories, Order, Sight
 from bytecache.stages.teacher.windows import WindowPlan, chain_of, extend, new_window, replace_static
 
 OUTGROWN_PASSES = 2
@@ -43,6 +45,8 @@ class Choice(NamedTuple):
     deviations: Deviations
     branches: list[Branch]
     """Those of the deviations."""
+    order: Order
+    """What of them the engine is asked for."""
     homeless: Deviations | None
     """None: not looked for."""
 
@@ -60,7 +64,9 @@ class Group:
     ) -> None:  # fmt: skip
         self.engine, self.plans, self.windows, self.stop = engine, plans, windows, stop
         self._effort = (1.0, 0, 0.0)
-        self._lattices = Lattices(windows, pool, self._choose)
+        self._foreseen: defaultdict[int, Foreseen] = defaultdict(Foreseen)
+        self._room = 0
+        self._lattices = Lattices(windows, pool, self._choose, self._go_on)
 
     def evaluate(self, settings: st.Teacher) -> None:
         """All passes."""
@@ -110,15 +116,34 @@ class Group:
             if not growing:
                 break
             yield
+        self._lattices.settle()
+        self._foreseen.clear()
+        self._room = 0
 
     def _branch_once(self, growing: list[int], tau: float, depth: int) -> list[int]:
         """One pass of branch evaluation of the windows `growing`; returns which of them asked for anything."""
         asked = {number: self._chosen(number, tau, depth) for number in growing}
         asked = {number: choice for number, choice in asked.items() if choice.branches}
-        jobs = [(self.plans[number].prompt, choice.branches) for number, choice in asked.items()]
-        for (number, choice), rows in zip(asked.items(), self.engine.score_branches(jobs), strict=True):
-            self._extend(number, choice.deviations, rows)
+        # The next pass will be about as wide.
+        width = sum(int((choice.order.place >= 0).sum()) for choice in asked.values())
+        self._room = max(0, self.engine.pass_room - width) // max(1, len(asked))
+        jobs = [(self.plans[number].prompt, choice.order.asked) for number, choice in asked.items()]
+        for (number, choice), answer in zip(asked.items(), self.engine.score_branches(jobs), strict=True):
+            self._change(number, partial(self._grown, number, self.windows[number], choice, answer))
         return list(asked)
+
+    def _grown(self, number: int, window: Window, choice: Choice, answer: RowMasses) -> Window:
+        """A window with the branches of a choice; what of the answer nobody has asked for yet is remembered."""
+        extend(window, choice.deviations, choice.order.rows(answer))
+        self._foreseen[number].keep(choice.order, answer)
+        return window
+
+    def _go_on(self, window: Window, choice: Choice) -> bool:
+        """Give a window the branches that it lacks if all of them are known: no pass need wait for that."""
+        if not choice.branches or choice.order.asked:
+            return False
+        extend(window, choice.deviations, choice.order.rows(None))
+        return True
 
     def _chosen(self, number: int, tau: float, depth: int) -> Choice:
         lattice, choice = self._lattices.of(number)
@@ -135,8 +160,18 @@ class Group:
         fits = self._fits(branches)
         if not all(fits):
             deviations, branches = Deviations(*(column[fits] for column in deviations)), [*compress(branches, fits)]
-        look_further = share > 0.0 and not branches
-        return Choice(effort, deviations, branches, lattice.homeless(share=share) if look_further else None)
+        homeless = lattice.homeless(share=share) if share > 0.0 and not branches else None
+        order = self._order(number, window, lattice, deviations, branches)
+        return Choice(effort, deviations, branches, order, homeless)
+
+    def _order(
+        self, number: int, window: Window, lattice: Lattice, deviations: Deviations, branches: list[Branch]
+    ) -> Order:
+        """What the engine is asked for, with what will probably be asked for next."""
+        wanted = Histories(branches, deviations.share.astype(np.float64), lattice.off[deviations.row] + 1)
+        room = self._room if branches and self.engine.foresees(self.plans[number].prompt) else 0
+        sight = Sight(window, lattice, self._effort[:2], room=room, longest=self.engine.longest)
+        return self._foreseen[number].order(wanted, sight)
 
     def _fits(self, branches: Sequence[Branch]) -> list[bool]:
         """Which histories the engine has room for.

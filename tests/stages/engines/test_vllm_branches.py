@@ -6,14 +6,22 @@ import numpy as np
 import pytest
 
 from bytecache.stages.engines.engine import Branch
-from bytecache.stages.engines.vllm_branches import WindowBlocks, borrowed_blocks, cut, job_of, make_pass, window_blocks
+from bytecache.stages.engines.vllm_branches import (
+    WindowBlocks,
+    borrowed_blocks,
+    cut,
+    job_of,
+    make_pass,
+    sequences,
+    window_blocks,
+)
 from bytecache.stages.engines.vllm_tails import FRESH
 from tests.support.cache_blocks import BLOCK, Scheduler, prompt_of
 
 
 def plain(branches):
     """None of them goes on from another."""
-    return [FRESH] * len(branches)
+    return [[branch] for branch in branches], [FRESH] * len(branches)
 
 
 class World:
@@ -34,9 +42,12 @@ class World:
 
     def run(self, jobs, tokens: int, room: int) -> list[int]:
         """Passes over the blocks as the engine makes them; every history must be read; tokens of each pass."""
-        resumed = [self.blocks.tails.resume(*job) for job in jobs]
+        runs = [sequences(branches) for _, branches in jobs]
+        assert [[branch for run in some for branch in run] for some in runs] == [branches for _, branches in jobs]
+        resumed = [self.blocks.tails.resume(prompt, some) for (prompt, _), some in zip(jobs, runs, strict=True)]
         arrays = [
-            job_of(self.blocks.table(job[0]), job[1], ones, BLOCK) for job, ones in zip(jobs, resumed, strict=True)
+            job_of(self.blocks.table(prompt), some, ones, BLOCK)
+            for (prompt, _), some, ones in zip(jobs, runs, resumed, strict=True)
         ]
         seen, computed = [], []
         for parts in cut(arrays, tokens, room):
@@ -47,32 +58,37 @@ class World:
             blocks = self.cache.reshape(-1, BLOCK)
             blocks[step.copies[:, 1]] = blocks[step.copies[:, 0]]
             self.cache[step.slots] = step.tokens
-            asked = [(part.job, number) for part in parts for number in range(part.lo, part.hi)]
-            self.check(step, [(jobs[job][0], jobs[job][1][number]) for job, number in asked])
+            asked = [(part.job, run) for part in parts for run in runs[part.job][part.lo : part.hi]]
+            self.check(step, [(jobs[job][0], run) for job, run in asked])
             self.check_untouched(before, borrowed, step)
             rest = iter(borrowed)
             for part in parts:
-                (prompt, branches), these = jobs[part.job], slice(part.lo, part.hi)
+                these = slice(part.lo, part.hi)
                 counts = arrays[part.job].borrowed[these].tolist()
-                self.blocks.tails.keep(prompt, branches[these], resumed[part.job][these], counts, rest)
+                self.blocks.tails.keep(jobs[part.job][0], runs[part.job][these], resumed[part.job][these], counts, rest)
             assert next(rest, None) is None
             self.blocks.tails.trim()
             assert self.blocks.free >= self.blocks.room // 2
-            seen += asked
+            seen += [(job, branch) for job, run in asked for branch in run]
             computed.append(len(step.tokens))
         self.blocks.tails.settle()
-        assert seen == [(job, number) for job, (_, branches) in enumerate(jobs) for number in range(len(branches))]
+        assert seen == [(job, branch) for job, (_, branches) in enumerate(jobs) for branch in branches]
         return computed
 
     def check(self, step, asked):
-        for sequence, (prompt, branch) in enumerate(asked):
-            history = [*prompt.tokens[: branch.anchor + 1].tolist(), *branch.chain]
+        wanted = iter(step.wanted.tolist())
+        for sequence, (prompt, run) in enumerate(asked):
+            history = [*prompt.tokens[: run[-1].anchor + 1].tolist(), *run[-1].chain]
             at = np.arange(step.seq_lens[sequence])
             read = self.cache[step.table[sequence][at // BLOCK] * BLOCK + at % BLOCK]
             assert read.tolist() == history
             new = slice(step.query_start[sequence], step.query_start[sequence + 1])
             assert step.positions[new].tolist() == list(range(len(history)))[-(new.stop - new.start) :]
             assert step.tokens[new].tolist() == history[-(new.stop - new.start) :]
+            for branch in run:
+                row = next(wanted)
+                assert new.start <= row < new.stop and step.positions[row] == branch.n_tokens - 1
+        assert next(wanted, None) is None
 
     def check_untouched(self, before, borrowed, step):
         """Windows' own blocks are not written, nor anything but borrowed blocks and the ends of tails."""
@@ -125,6 +141,32 @@ def test_a_longer_branch_costs_its_last_token_whatever_else_leaves_from_the_shor
     assert world.blocks.free == len(world.scheduler.blocks) - 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_branches_that_extend_one_another_are_one_sequence_and_any_of_them_can_be_extended(seed):
+    """Chains of random lengths in one call; then others that leave them anywhere, each for what is new of it."""
+    world = World(seed)
+    grown = [
+        (number, Branch(int(world.rng.integers(0, len(prompt.tokens))), (int(world.rng.integers(0, 1000)),), 0))
+        for number, prompt in enumerate(world.prompts)
+        for _ in range(3)
+    ]
+    for _ in range(4):
+        runs = []
+        for number, branch in grown:
+            more = world.rng.integers(0, 1000, world.rng.integers(0, 9)).tolist()
+            chains = [(*branch.chain, *more[:count]) for count in range(len(more) + 1)]
+            runs.append([(number, branch._replace(chain=chain)) for chain in chains])
+        asked = [one for run in runs for one in run]
+        jobs = [(prompt, [b for at, b in asked if at == number]) for number, prompt in enumerate(world.prompts)]
+        computed = world.run([job for job in jobs if job[1]], tokens=24, room=12)
+        assert sum(computed) == len(asked)
+        ends = [run[world.rng.integers(0, len(run))] for run in runs for _ in range(2)]
+        left = world.rng.choice(len(ends), min(len(ends), 20), replace=False)
+        grown = list(dict.fromkeys((ends[i][0], ends[i][1]._replace(chain=(*ends[i][1].chain, 1001))) for i in left))
+    world.blocks.forget()
+    assert world.blocks.free == len(world.scheduler.blocks) - 1
+
+
 def test_the_oldest_tails_make_room_and_what_extends_them_is_computed_again():
     world = World(3, blocks=61)
     prompt = world.prompts[0]
@@ -149,7 +191,7 @@ def test_a_branch_that_is_asked_for_twice_keeps_one_tail():
 
 def test_a_branch_larger_than_a_pass_goes_alone():
     branches = [Branch(3, (7,) * 9, 0), Branch(0, (7,), 0)]
-    jobs = [job_of(np.array([1, 2], np.int32), branches, plain(branches), BLOCK)]
+    jobs = [job_of(np.array([1, 2], np.int32), *plain(branches), BLOCK)]
     passes = list(cut(jobs, tokens=2, blocks=1))
     assert [(part.lo, part.hi) for parts in passes for part in parts] == [(0, 1), (1, 2)]
 

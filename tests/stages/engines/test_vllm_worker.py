@@ -268,7 +268,7 @@ def jobs_of(prompts: list[Prompt], each: int, depth: int) -> list[tuple[Prompt, 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_branch_is_a_few_operations_on_the_engines_thread(reducer, monkeypatch, depth):
     """Everything from a list of branches to rows that threads list; deep ones go on from those before them."""
-    monkeypatch.setattr("bytecache.stages.engines.vllm_worker.run_pass", lambda _, step: states(1, len(step.seq_lens)))
+    monkeypatch.setattr("bytecache.stages.engines.vllm_worker.run_pass", lambda _, step: states(1, len(step.wanted)))
     counts = []
     for each in (64, 64, 320):  # the first compiles loops
         worker = extension(Runner("v1", head_of(reducer), torch.device("cpu")), reducer, process=os.getpid())
@@ -283,6 +283,25 @@ def test_a_branch_is_a_few_operations_on_the_engines_thread(reducer, monkeypatch
         assert engine.branch_tokens - tokens == 4 * each == sum(len(one.log_norm) for one in rows)
         counts.append(operations.count)
     assert 0 < (counts[2] - counts[1]) / (4 * (320 - 64)) < OPERATIONS_PER_BRANCH
+
+
+def test_chains_that_grow_for_long_keep_their_tails_in_a_small_cache(reducer, monkeypatch):
+    """Tails that were gone on from are let go after their call; a chain that is asked for costs its last token."""
+    monkeypatch.setattr("bytecache.stages.engines.vllm_worker.run_pass", lambda _, step: states(1, len(step.wanted)))
+    worker = extension(Runner("v1", head_of(reducer), torch.device("cpu")), reducer)
+    blocks, prompts = held_windows(2, 10, 160)
+    engine = engine_over(worker, blocks)
+    engine.longest = 1 << 10
+    held = blocks.free
+    for length in range(1, 120):
+        jobs = [(prompt, [Branch(i, (i, *range(length - 1)), 0) for i in (2, 5)]) for prompt in prompts]
+        before = engine.branch_tokens
+        rows = [row for row, _ in zip(engine.score_branches(jobs), jobs, strict=True)]
+        assert engine.branch_tokens - before == 4 == sum(len(one.log_norm) for one in rows)
+        wanted = 4 * -(-(length + 6) // 4)
+        assert held - blocks.free <= wanted + 4  # nothing of what they extend is held but the blocks that they share
+    blocks.release(prompts)
+    assert blocks.free == 159
 
 
 def test_a_row_of_a_window_is_hardly_an_operation_on_the_engines_thread(reducer):
@@ -306,7 +325,7 @@ def test_a_pass_of_branches_on_a_device_waits_for_nothing_and_costs_the_same_for
         with PretendDevice() as gpu:
             monkeypatch.setattr(
                 "bytecache.stages.engines.vllm_worker.run_pass",
-                lambda _, step, gpu=gpu: gpu.put(states(1, len(step.seq_lens))),
+                lambda _, step, gpu=gpu: gpu.put(states(1, len(step.wanted))),
             )
             worker = extension(Runner("v1", gpu.put(head_of(reducer)), DEVICE), reducer)
             blocks, prompts = held_windows(2, 10, 4000)

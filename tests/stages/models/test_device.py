@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from bytecache.schemas import settings as st
 from bytecache.schemas.errors import InputError
-from bytecache.stages.engines.vllm_start import engine_arguments
-from bytecache.stages.models.device import head_is_quantised, own_dtype, trunk_dtype
+from bytecache.stages.engines.vllm_start import _remedy, engine_arguments
+from bytecache.stages.models.device import device_kind, head_is_quantised, own_dtype, trunk_dtype
+from tests.support.places import ROOT
 
 WORD = torch.zeros(2, 4)
 
@@ -94,3 +95,39 @@ def test_a_gpu_computes_more_at_once_than_a_cpu(tmp_path):
 )
 def test_the_block_size_is_ours_for_plain_attention_only(tmp_path, config, chosen):
     assert arguments(checkpoint(tmp_path, {"a": WORD}, **config)).get("block_size") == chosen
+
+
+def test_what_a_branch_needs_of_the_cache_is_said(tmp_path):
+    """Blocks are kept wherever a branch may leave, in one table for all layers; no eye is loaded."""
+    folder = checkpoint(tmp_path, {"a": WORD}, layer_types=["full_attention", "sliding_attention"])
+    for on_cpu in (True, False):
+        said = arguments(folder, on_cpu=on_cpu, tensor_parallel=2)
+        assert said["enable_prefix_caching"] and said["prefix_cache_retention_interval"] is None
+        assert said["language_model_only"] and said["tensor_parallel_size"] == 2
+        assert not arguments(folder, on_cpu=on_cpu, depth=0, sample_tokens=0)["enable_prefix_caching"]
+    assert arguments(folder)["disable_hybrid_kv_cache_manager"]
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "words", "others"),
+    [(True, "kv_cache_gib", "gpu_memory"), (False, "gpu_memory_utilization = 0.85", "kv_cache_gib")],
+)
+def test_what_does_not_start_has_a_remedy_of_its_device(on_cpu, words, others):
+    said = _remedy(st.Teacher(context=64).resolved(), MemoryError("no room"), on_cpu=on_cpu)
+    assert words in said and others not in said and "backend" not in said
+
+
+def test_the_name_of_the_gpu_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert device_kind() == "NVIDIA H100"
+
+
+def test_the_torchvision_of_the_gpu_lock_belongs_to_its_torch():
+    """torch 2.n.p goes with torchvision 0.(n + 15).p."""
+    lines = (ROOT / "lock/gpu.txt").read_text().splitlines()
+    version = dict(
+        line.partition(" ")[0].split("==") for line in lines if line.startswith(("torch==", "torchvision=="))
+    )
+    _, minor, patch = map(int, version["torch"].partition("+")[0].split("."))
+    assert version["torchvision"] == f"0.{minor + 15}.{patch}"

@@ -3,6 +3,7 @@
     python -m benchmarks.transfer_texts CORPORA TEXTS
     OMP_NUM_THREADS=1 python -m benchmarks.many_students --texts TEXTS/corpus.jsonl --gpt2 GPT2FOLDER --work WORK
         --out benchmarks/results/many_students.json [--each 2] [--epochs 2]
+    python -m benchmarks.many_students_tables benchmarks/results/many_students.json
 
 SmolLM2-135M-Instruct gets GPT-2's tokenizer, a BPE of 2,048 and bytes, and is taught by its former self. A step is one
 whole training passage of `transfer_texts`, of about a kilobyte, read from its start in both ways; the first `--each` of
@@ -16,21 +17,20 @@ every kind are read `--epochs` times.
 Both copies take their steps in turns, so that what else the machine does slows both. The live way too writes and reads
 a shard, since the loader knows nothing else: these seconds (`codec`) are listed and not counted. The unit is captured
 before every student and once more at the end, and the median counts. A reading before all others compiles what is
-compiled and learns the teacher's static rows, which both ways then have. `distance` compares the targets of both ways.
+compiled and learns the teacher's static rows, which both ways then have. A run that is stopped goes on.
 
-Totals are sums of measured seconds. A live teacher that serves several students at once is a sum of the same parts that
-was not run: its students have to be known beforehand, and in memory together. A run that is stopped goes on.
+`distance` compares the targets of both ways as students read them. A shard of one passage lists other symbols than one
+of them all, so `coding` is the same distance between two shards of one dump, all passages in one and each in its own.
 """
 
 import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,12 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.count_targets import write_texts
+from benchmarks.many_students_tables import report
 from benchmarks.student_gain import MARGINAL
 from benchmarks.transfer_study import keep_as_cast, learn
 from bytecache.schemas import settings as st
 from bytecache.schemas.dataset.index import ShardEntry, read_dataset, write_dataset
+from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.files import file_sha256, write_text
 from bytecache.schemas.shard.reader import ByteShard, read_shard
 from bytecache.stages.convert.convert import Conversion, convert_units
@@ -158,6 +160,23 @@ def distance(live: ByteShard, cache: ByteShard, at: int) -> Found:
     return {"positions": size, "kl": float(nats), "largest": float(np.abs(one - other).max())}
 
 
+def coding_distance(folder: Path) -> float:
+    """KL per position between a captured unit's shard and shards of each passage alone, of the same dump."""
+    meta, windows = read_meta(folder / "part.parquet"), list(read_windows(folder / "part.parquet", top_k=False))
+    whole, path = read_shard(next(folder.glob("train-*.zarr.zip"))), folder / "live.zarr.zip"
+    nats = 0.0
+    for name, lo in zip(whole.doc_id, whole.doc_start[:-1], strict=True):
+        conversion = Conversion(CONVERT, go_on, lambda _: None)
+        conversion.begin_part("unit", meta)
+        for window in windows:
+            if window.doc_id == name:
+                conversion.add(window)
+        path.unlink(missing_ok=True)
+        conversion.write(path, {})
+        nats += distance(read_shard(path), whole, int(lo))["kl"]
+    return nats / len(whole)
+
+
 # --- the students ---
 
 
@@ -250,47 +269,6 @@ def measure_student(
     }  # fmt: skip
 
 
-# --- totals ---
-
-
-def of_steps(record: Found, way: str, parts: Sequence[str], steps: int) -> float:
-    """Seconds of some parts of a student's first steps."""
-    return float(sum(one[way].get(part, 0.0) for one in record["steps"][:steps] for part in parts))
-
-
-def once(found: Found) -> float:
-    """Seconds of the cache itself: medians of its captures."""
-    return float(sum(median(one[part] for one in found["captures"]) for part in ("teacher", "convert")))
-
-
-TEACHER, TRAINING = ("engine", "lattice"), ("read", "train")
-WAYS: dict[str, Callable[[Found, list[str], int], float]] = {
-    "cache": lambda found, names, steps: (
-        once(found)
-        + sum(found["students"][n]["load"] + of_steps(found["students"][n], "cache", TRAINING, steps) for n in names)
-    ),
-    "live": lambda found, names, steps: sum(
-        of_steps(found["students"][n], "live", (*TEACHER, *TRAINING), steps) for n in names
-    ),
-    "side by side": lambda found, names, steps: (
-        sum(of_steps(found["students"][n], "live", TRAINING, steps) for n in names)
-        + median(of_steps(found["students"][n], "live", TEACHER, steps) for n in names)
-    ),
-}
-"""Seconds of the first students in an order, for so many steps of each."""
-
-
-def totals(found: Found) -> list[Found]:
-    """Seconds of every way for one student and more, and for one reading of the text and more."""
-    names = list(found["students"])
-    return [
-        {"students": n, "epochs": epochs}
-        | {way: round(total(found, names[:n], epochs * found["passages"]), 1) for way, total in WAYS.items()}
-        for epochs in range(1, found["epochs"] + 1)
-        for n in range(1, len(names) + 1)
-    ]
-
-
 def results(args: argparse.Namespace, texts: Texts) -> Found:
     """The file of results so far. Raises SystemExit where it is of another study."""
     settings = {key: getattr(args, key) for key in ("student", "preset", "dtype", "epochs", "lora")}
@@ -338,8 +316,9 @@ def main() -> None:
         write_text(args.out, json.dumps(found) + "\n")
     found["captures"].append(capture(teacher, texts, args.work / "unit")[1])
     teacher.close()
+    found["coding"] = coding_distance(args.work / "unit")
     write_text(args.out, json.dumps(found) + "\n")
-    print(json.dumps(totals(found), indent=1))
+    print(report(args.out))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def tables(found: Found) -> dict[str, str]:
     once_lines = [f"| {text} | seconds, median | of {len(captures)} times |", "|---|---:|---:|"]
     for part, title in {"teacher": "the teacher, with its dump", "convert": "conversion"}.items():
         each = [one[part] for one in captures]
-        once_lines.append(f"| {title} | {median(each):.1f} | {min(each):.1f} to {max(each):.1f} |")
+        once_lines.append(f"| {title} | {median(each):.2f} | {min(each):.2f} to {max(each):.2f} |")
     once_lines.append(f"| KL of targets, all passages in one shard to each in its own | {found['coding']:.1e} | |")
     parts = [
         "| student's tokenizer | steps | a step from the cache, s | beside a live teacher, s | its teacher, s | "

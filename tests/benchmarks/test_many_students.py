@@ -42,8 +42,8 @@ def test_totals_are_sums_of_what_was_measured():
         one["distance"] = {"kl_per_byte": 0.001, "bits": 0.0001}
     made = many_students_tables.tables(found)
     assert made["once"].splitlines()[2:] == [
-        "| the teacher, with its dump | 12.0 | 10.0 to 30.0 |",
-        "| conversion | 2.0 | 1.0 to 3.0 |",
+        "| the teacher, with its dump | 12.00 | 10.00 to 30.00 |",
+        "| conversion | 2.00 | 1.00 to 3.00 |",
         "| KL of targets, all passages in one shard to each in its own | 2.0e-03 | |",
     ]
     assert made["parts"].splitlines()[-1] == "| `b` | 2 | 8.50 | 9.00 | 8.50 | 1.0e-03 | 0.00010 |"

@@ -87,9 +87,9 @@ def test_both_ways_are_the_same_training(options, tmp_path, monkeypatch):
     trained = found["students"]["bytes"]
     assert len(trained["steps"]) == 4
     assert [one["cache"]["bytes"] for one in trained["steps"]] == [one["live"]["bytes"] for one in trained["steps"]]
-    # Beside the dump's rounding, what a shard of one passage lists in the place of one of two is all that differs.
+    # The dump's rounding, and what a shard of one passage lists in the place of one of two, are all that differs.
     assert trained["distance"]["bits"] < 1e-3
-    assert 0 < trained["distance"]["kl_per_byte"] < 1.5 * found["coding"] < 0.02
+    assert 0 < found["coding"] < trained["distance"]["kl_per_byte"] < 0.02
     bits = [one["cache"]["bits"] for one in trained["steps"]]
     assert bits[2] < bits[0]  # the same passage a second time
     for one in trained["steps"]:

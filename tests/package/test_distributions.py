@@ -170,6 +170,7 @@ def test_without_extras_a_data_set_can_be_read_verified_and_inspected(
     assert readers.run("-m", "bytecache", "verify", "targets", cwd=tmp_path).returncode == 4
 
 
+@pytest.mark.slow
 def test_without_extras_what_needs_torch_says_what_to_install(readers: Environment, tmp_path: Path) -> None:
     done = readers.run("-c", "from bytecache import ByteTargets", cwd=tmp_path)
     assert done.returncode == 1 and "pip install '.[train]'" in done.stderr, done.stderr

@@ -33,7 +33,14 @@ def flip(path: Path, at: int = -1) -> None:
         "plan/units/*", "receipts/convert/*", "receipts/plan/*",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "folder", "pipe", "loop"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "flip",
+        "remove",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("truncate", "folder", "pipe", "loop")),
+    ],
+)
 def test_a_run_is_made_whole_without_its_teacher(run: Path, pattern: str, damage: str) -> None:
     before = outputs(run)
     victim = sorted(run.glob(pattern))[0]

@@ -173,6 +173,7 @@ def test_a_notice_gives_the_unit_back_and_the_next_worker_has_it_at_once(store: 
     assert (state.losses, state.failures) == (0, 0)
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_answer_by_the_deadline_is_left(store: LocalStore, tmp_path: Path) -> None:
     def deaf(unit: int, stop: Callable[[], bool]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -87,6 +87,7 @@ def test_two_versions_on_one_plan_are_refused_by_name(store: LocalStore, monkeyp
 # ---- what fails
 
 
+@pytest.mark.slow
 def test_a_poisoned_unit_is_set_aside_with_its_reasons_until_it_is_let_in(store: LocalStore) -> None:
     opened = []
 
@@ -200,6 +201,7 @@ def test_what_is_called_done_but_has_no_receipt_can_be_opened_again(store: Local
     assert requeue_lost(store, job(5)) == []
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_loses_its_unit_to_others(store: LocalStore) -> None:
     hung = threading.Event()
     over = threading.Event()

@@ -64,7 +64,7 @@ def contents(found: dict[str, str]) -> dict[str, str]:
     return {key: sha256 for key, sha256 in found.items() if key != "plan/plan.json"}
 
 
-@pytest.mark.parametrize("limit", [0, 30_000])
+@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.slow), 30_000])
 def test_files_and_parts_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     found = []
     for number, (files, part) in enumerate(((1, 10**6), (1, 2000), (7, 10**6), (7, 3000), (40, 1))):

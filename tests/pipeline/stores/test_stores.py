@@ -192,6 +192,7 @@ def test_what_goes_up_is_no_silence(proxied: Proxied, size: int) -> None:
     assert proxied.proxy.seen["slow"] == 1 and store.size("dump") == size
 
 
+@pytest.mark.slow
 def test_parts_become_smaller_and_fewer_where_they_take_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +310,7 @@ def test_a_folder_without_its_record_does_not_count(proxied: Proxied) -> None:
     (folder / "student.json").write_text("{}")
 
 
+@pytest.mark.slow
 def test_the_service_refuses_or_stays_away(proxied: Proxied, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="bucket"):
         list(ObjectStore("s3://nobody/x", tmp_path, patience=5).list(""))

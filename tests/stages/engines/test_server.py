@@ -64,7 +64,7 @@ def opened(folder: Path, server: CompletionsServer, patience: float = 5.0, **cha
     return teacher
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("depth", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_with_every_token_listed_the_rows_are_the_models(folder: Path, server: CompletionsServer, depth: int) -> None:
     teacher = opened(folder, server, depth=depth)
     local = {**BASE, "depth": depth, "model": str(folder), "backend": "hf", "top_k": 0}
@@ -154,6 +154,7 @@ def test_the_identity_names_what_is_served(folder: Path, server: CompletionsServ
     assert teacher_identity(asked) != identity
 
 
+@pytest.mark.slow
 def test_no_weights_are_needed(folder: Path, server: CompletionsServer, tmp_path: Path) -> None:
     for file in folder.iterdir():
         if not file.name.endswith(".safetensors"):

@@ -67,7 +67,7 @@ def test_ranks_and_workers_share_one_sequence(folder: Path, ranks: int, workers:
     assert [got[n % ranks][n // ranks] for n in range(36)] == want
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_a_stateful_loader_resumes_by_itself_and_in_any_other_layout(folder: Path, workers: int) -> None:
     want = alone(folder, 40)
     loader = StatefulDataLoader(targets(folder), batch_size=None, num_workers=workers)

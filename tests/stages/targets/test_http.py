@@ -109,6 +109,7 @@ def test_connections_that_bring_nothing_end_it_and_say_what_came(serve: Any) -> 
     assert 2 <= len(asked) < 100
 
 
+@pytest.mark.slow
 def test_time_is_bounded_by_silence_not_by_length(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "SILENCE", 0.5)
     monkeypatch.setattr(web, "TRICKLE_S", 0.3)

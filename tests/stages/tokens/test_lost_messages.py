@@ -64,6 +64,7 @@ CALLED = [
 ]
 
 
+@pytest.mark.slow
 def test_calls_of_tools_are_rendered_or_their_record_is_set_aside(tmp_path: Path) -> None:
     vocabulary, template = opened(tmp_path / "tools", TOOLS)
     context = json.dumps(CALLED)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from bytecache.schemas.dataset.index import Dataset
 
 _REPORT = ("report/report.json", "report/report.md")
-
-
 BEFORE, ORIGINAL = "before", "original"
 """Names of the references of a student that is an existing model under another tokenizer."""
 PASSAGE = "passage"

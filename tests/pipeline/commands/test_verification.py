@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bytecache.schemas.dataset import verification
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dataset.verification import verify_dataset
 from tests.support.command_line import FakeTeacher, bytecache, finished_run, refusal
@@ -126,6 +127,17 @@ def test_strangers_among_the_targets_are_moved_never_lost(run: Path) -> None:
     assert report["problems"] == [] and len(report["repaired"]) == 2
     assert (run / "set-aside/train-00078-bbbbbbbbbbbb.zarr.zip").read_bytes() == b"somebody's work"
     assert outputs(run) == before
+
+
+def test_repair_reads_a_sound_data_set_for_strangers_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for strangers, once for faults, and once more by the `verify` that follows: it may be terabytes."""
+    read: list[object] = []
+    verify = verification.verify_dataset
+    monkeypatch.setattr(
+        verification, "verify_dataset", lambda *what, **how: (read.append(what), verify(*what, **how))[1]
+    )
+    assert bytecache("verify", "--repair").exit_code == 0
+    assert len(read) == 3
 
 
 @pytest.fixture(scope="module")

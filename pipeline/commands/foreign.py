@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bytecache.pipeline.commands.teacher import opened_slice, unit_inputs, unit_name
 from bytecache.pipeline.context import Context
-from bytecache.pipeline.plan.index import Plan, Unit
+from bytecache.pipeline.plan.index import Plan
 from bytecache.pipeline.plan.make import make_plan
 from bytecache.pipeline.stores.local import LocalStore
 from bytecache.pipeline.units.receipts import unit_key
 from bytecache.pipeline.units.runner import Job, Outcome, Task, Tick, Work, outcome_line, run_job
 from bytecache.schemas.dump import parquet as token_dump
 from bytecache.schemas.errors import ConfigError, InputError, Interrupted
-from bytecache.schemas.files import arrow_path, file_sha256, make_folder
+from bytecache.schemas.files import arrow_path, file_sha256, flush_to_disk, make_folder, put_in_place
 from bytecache.schemas.identity import TeacherIdentity
 from bytecache.schemas.settings import Settings
 from bytecache.stages.foreign.cache import Aside, ForeignTeacher, read_off
@@ -130,7 +131,8 @@ def _write_corpus(teacher: ForeignTeacher, path: Path) -> Written:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    temporary.replace(path)
+    flush_to_disk(temporary)
+    put_in_place(temporary, path)
     return Written(aside, strays, unlisted)
 
 
@@ -162,17 +164,16 @@ def _job(context: Context, planned: Plan, teacher: ForeignTeacher, source: Sourc
 
     def task(index: int) -> Task:
         unit = planned.units[index]
-        inputs = {"slice": unit.sha256, "teacher": identity}
-        name = f"{unit.index:05d}-{unit.split}"
+        inputs = unit_inputs(unit, identity, {})
+        name = unit_name(unit)
         out = f"teacher/{name}-{unit_key('teacher', inputs)[:12]}.parquet"
         return Task("teacher", name, out, inputs, unit.n_bytes, unit)
 
     @contextmanager
     def open_work(stop: Callable[[], bool]) -> Iterator[Work]:
         def work(task: Task, out: Path, tick: Tick) -> dict[str, Any]:
-            unit: Unit = task.payload
-            piece = context.store.get_path(unit.slice)
-            return _dump_unit(teacher, piece, out, {"teacher": identity, "unit": task.key}, stop, tick)
+            with opened_slice(context.store, task.payload) as piece:
+                return _dump_unit(teacher, piece, out, {"teacher": identity, "unit": task.key}, stop, tick)
 
         yield work
 

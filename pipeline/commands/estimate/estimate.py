@@ -1,7 +1,6 @@
 """What a whole corpus will take, from a pilot of a few units: tokens, hours, bytes, money, each with an interval.
 
-The pilot takes units evenly spread over the plan; `prediction` beside this file has the
-statistics, `budget` chooses.
+The pilot takes units evenly spread over the plan; `prediction` beside this file has the statistics, `budget` chooses.
 A shard's fixed size is told apart by converting the units singly and together. Work of the configured settings stays in
 the run; that of other presets is done in a scratch folder. Price: the pilot's own teacher time.
 """

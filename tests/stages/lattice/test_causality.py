@@ -86,7 +86,9 @@ def shift_and_bound(vocabulary: Vocabulary, effort: dict[str, float], texts: int
     return float(np.mean(shifts)), float(np.mean(allowed))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", ["balanced", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fast", "exact"))]
+)
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen", "mistral"])
 def test_what_follows_moves_a_target_by_no_more_than_the_bound(small, name, preset):
     shift, allowed = shift_and_bound(small(name), PRESETS[preset], texts=6, tokens=6)

@@ -103,7 +103,10 @@ def _of_another(store: Store, place: str) -> Receipt | None:
     size = store.size(place)  # none of what is no file
     if size is None or size > receipts.MAX_RECEIPT:
         return None
-    return receipts.parse_receipt(store.read_bytes(place), place)
+    try:
+        return receipts.parse_receipt(store.read_bytes(place), place)
+    except IntegrityError:  # a bucket's bytes that are not those that were stored
+        return None
 
 
 def _orphans(store: Store, inventory: Inventory) -> Iterator[str]:

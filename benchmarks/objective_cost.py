@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     targets = args.run / "targets"
     dataset = read_dataset(targets)
-    report: dict[str, Any] = {"machine": "2 cores, x86-64, one thread", "students": []}
+    report: dict[str, Any] = {"machine": "2 cores, x86-64, one thread, other programs beside", "students": []}
     if args.out and args.out.is_file():
         report = json.loads(args.out.read_text())  # other sizes stay
     torch.set_num_threads(1)
@@ -130,7 +130,10 @@ def main() -> None:
         parameters = sum(p.numel() for p in opened.model.parameters())
         lines = measure(opened, reader, args.heads, args.rounds, args.bytes)
         others = [one for one in report["students"] if one["size"] != size]
-        mine = {"size": size, "parameters": parameters, "text_bytes": args.bytes, "objectives": lines}
+        mine = {
+            "size": size, "parameters": parameters, "vocabulary": len(opened.tokenizer), "text_bytes": args.bytes,
+            "objectives": lines,
+        }  # fmt: skip
         report["students"] = sorted([*others, mine], key=lambda one: int(one["parameters"]))
         if args.out:
             args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -29,8 +29,8 @@ ARMS: dict[str, Arm] = {
     "alm": ("exact", "ALM", OBJECTIVES["alm"][2]),
     "bld": ("exact", "BLD as published", OBJECTIVES["bld"][2]),
     "uld": ("exact", "ULD, weight 0.1", OBJECTIVES["uld-0.1"][2]),
-    "strict-beside": ("exact", "ours, and strict one-to-one beside it", MARGINAL),
     "shared-beside": ("exact", "ours, and the shared of the top 64 tokens beside it", MARGINAL),
+    "shared": ("exact", "the shared of the top 64 tokens, weight 2", {"head": "shared_topk", "lambda_kl": 2.0}),
     "logits": ("exact", "all logits of the teacher", MARGINAL),
     "ours-alone": ("exact", "ours without the tokens' cross-entropy", {**MARGINAL, "lambda_token": 0.0}),
     "ce-seconds": ("exact", "cross-entropy, a twentieth more steps", OBJECTIVES["ce"][2]),
@@ -40,7 +40,7 @@ ARMS: dict[str, Arm] = {
     "ce-double": ("exact", "cross-entropy, twice the text a step", OBJECTIVES["ce"][2]),
 }
 """Targets, title and settings of training."""
-BESIDE = {"strict-beside": "strict_topk", "shared-beside": "shared_topk"}
+BESIDE = {"shared-beside": "shared_topk"}
 """Arms of ours with a baseline's divergence, at half the weight, beside it (`joint_terms`)."""
 START = 2e-3
 """Rate at which the search begins: the default."""

@@ -23,6 +23,9 @@ beyond needs no teacher; `ce-half` is a cheaper `ce-raw`. `ce-text` never reads 
 that do (`--epochs`): fresh text in the teacher's place. `ce-double` reads twice the text a step: what half of the noise
 of the text would be worth.
 
+`shared-beside` and `logits` are of `joint_terms` and `transfer_ceiling`, which says what `--forget` is for. `--targets
+NAME=FOLDER` makes two arms of other targets of the same text, NAME and NAME-alone, without the tokens' cross-entropy.
+
 With `--at` a run is measured at some of its steps too, on `--at-passages` of each kind. Its rate falls to the end
 (`train.schedule`), so a point before the end is no substitute for a shorter run.
 """
@@ -346,6 +349,7 @@ def main() -> None:
     parser.add_argument(
         "--forget", type=float, default=0.0, help="share of tokens that lose their embedding, with --tokenizer ''"
     )
+    parser.add_argument("--probes", action="store_true", help="see `probes`; made of the test texts")
     parser.add_argument("--lora", type=int, default=16)
     args = parser.parse_args()
     ARMS.update(arms_of(args.targets))

@@ -156,6 +156,19 @@ def way(found: Found, steps: int) -> str:
     return "\n".join(lines)
 
 
+def probed(found: Found, steps: int) -> str:
+    """What the students of a number of steps, and both ends of the way, make of the probes; one seed's."""
+    from benchmarks.probes import table  # loads torch, which no other table needs
+
+    runs = [r for r in found["runs"] if r["use"] == "test" and r["steps"] == steps and "probes" in r]
+    first = min((r["seed"] for r in runs), default=0)
+    students = {ARMS[r["arm"]][1]: [r["probes"]] for r in runs if r["seed"] == first}
+    if not students:
+        return ""
+    ends = [found["before probes"]], [found["original probes"]]
+    return table({"before training": ends[0], **students, "the original": ends[1]})
+
+
 def part_of(run: Found, lo: int, hi: int) -> float:
     """Bits/byte of steps [lo, hi) of a run's curve."""
     bits, size = np.array(run["curve_bits"][lo:hi]), np.array(run["curve_bytes"][lo:hi])
@@ -171,7 +184,8 @@ def tables(found: Found) -> dict[str, str]:
         made[f"curves-{steps}"] = curves(found, steps)
         made[f"choices-{steps}"] = choices(found, steps)
         made[f"way-{steps}"] = way(found, steps)
-    return made
+        made[f"probes-{steps}"] = probed(found, steps)
+    return {name: table for name, table in made.items() if table}
 
 
 def main() -> None:

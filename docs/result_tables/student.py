@@ -20,6 +20,12 @@ def study(name: str, file: str = "transfer_study.md") -> Callable[[], str]:
     return section
 
 
+def probes() -> str:
+    """What students of 300 steps make of the probes, all kinds of text together."""
+    lines = study("probes-300", "transfer_long.md")().splitlines()
+    return "\n".join(line for line in lines if ": " not in line.split("|")[1])
+
+
 def transfer_short() -> str:
     """Bits per byte of the test text, by kind: before training, of both arms over paired seeds, of the original."""
     report = result("transfer_study.json")
@@ -44,17 +50,21 @@ def _bits(measured: list[dict[str, dict[str, float]]], kind: str) -> str:
 
 
 def objective_cost() -> str:
-    """What each objective adds to a step, by the student's size."""
+    """What each objective adds to a step, and the most memory that one takes, by the student's size."""
     students = result("objective_cost.json")["students"]
+    heads = [objective["head"] for objective in students[0]["objectives"]]
     rows = []
-    for head in [objective["head"] for objective in students[0]["objectives"]]:
-        cells = []
-        for student in students:
-            steps = [each for each in student["objectives"] if each["head"] == head]
-            cells.append(f"{100 * steps[0]['overhead']:+.1f} %" if steps else "")
-        rows.append([f"`{head}`", *cells])
-    sizes = [f">{student['parameters'] / 1e6:.1f} M parameters" for student in students]
-    return table("objective | " + " | ".join(sizes), rows)
+    for student in students:
+        steps = {each["head"]: each for each in student["objectives"]}
+        marginal = steps["marginal"]
+        memory = [max(marginal[key], 0) / 2**20 for key in ("ce_peak_bytes", "peak_bytes")]
+        rows.append([
+            f"{student['parameters'] / 1e6:.1f} M", f"{student['vocabulary']:,}", f"{marginal['ce_seconds']:.2f}",
+            *(f"{100 * steps[head]['overhead']:+.1f} %" for head in heads), f"{100 * marginal['loader']:+.1f} %",
+            " / ".join(f"{size:.0f}" for size in memory),
+        ])  # fmt: skip
+    titles = ["parameters", ">vocabulary", ">s, cross-entropy", *(f">`{head}`" for head in heads)]
+    return table(" | ".join([*titles, ">thread beside, `marginal`", ">MiB, cross-entropy / `marginal`"]), rows)
 
 
 def oracle_excess() -> str:

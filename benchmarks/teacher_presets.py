@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +84,17 @@ def measured(clocks: Clocks) -> Iterator[dict[str, Any]]:
     spent["host_parts"] = beside | {"else": spent["host"] - sum(beside.values())}
 
 
+class Effort(NamedTuple):
+    """See `[teacher]`; -1: the preset's."""
+
+    tau: float = -1
+    depth: int = -1
+    static: float = -1
+
+
+AS_PRESET = Effort()
+
+
 def prefill(teacher: Teacher, plans: list[WindowPlan], *, all_rows: bool) -> None:
     """All rows of each window, or the last one alone."""
     teacher.engine.forget()
@@ -93,12 +104,11 @@ def prefill(teacher: Teacher, plans: list[WindowPlan], *, all_rows: bool) -> Non
         pass
 
 
-def whole(teacher: Teacher, plans: list[WindowPlan], preset: str) -> dict[str, float]:
-    """The windows as the stage makes them; returns what was evaluated."""
+def whole(teacher: Teacher, plans: list[WindowPlan], preset: str, effort: Effort = AS_PRESET) -> dict[str, float]:
+    """The windows as the stage makes them; returns what was evaluated. `effort`: in the place of the preset's."""
     engine: Any = teacher.engine
     computed = getattr(engine, "branch_tokens", 0)  # transformers' engine does not count them
-    effort = dict.fromkeys(("tau", "depth", "static"), -1)
-    settings = teacher.settings.model_copy(update={"preset": preset, **effort})
+    settings = teacher.settings.model_copy(update={"preset": preset, **effort._asdict()})
     teacher.settings = settings.resolved()
     teacher.engine.forget()
     windows = teacher.evaluate(plans)
@@ -173,6 +183,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--requests", choices=list(st.PRESETS), help="measure a preset with a request for each branch too"
     )
+    parser.add_argument(
+        "--effort", nargs=3, type=float, metavar=("TAU", "DEPTH", "STATIC"), help="measure one more, of an older preset"
+    )
     parser.add_argument("--presets", default=",".join(st.PRESETS))
     parser.add_argument(
         "--states", choices=["only", "known"], help="only make the static states; or no untimed pass before the others"
@@ -199,22 +212,26 @@ def window_plans(teacher: Teacher, texts: list[str]) -> list[WindowPlan]:
 
 
 def passes(
-    teacher: Teacher, plans: list[WindowPlan], clocks: Clocks, presets: list[str], requests: str | None
+    teacher: Teacher, plans: list[WindowPlan], clocks: Clocks, args: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pass once: its name, and what it spent. `requests`: a preset to measure with a request a branch too."""
+    """Every pass once: its name, and what it spent."""
     for name in ("prefill", "all_rows"):
         with measured(clocks) as spent:
             prefill(teacher, plans, all_rows=name == "all_rows")
         yield name, spent
-    for preset in presets:
+    for preset in args.presets.split(","):
         with measured(clocks) as spent:
             counts = whole(teacher, plans, preset)
         yield preset, spent | counts
-    if requests:
+    if args.effort:
+        with measured(clocks) as spent:
+            counts = whole(teacher, plans, "balanced", Effort(args.effort[0], int(args.effort[1]), args.effort[2]))
+        yield "given effort", spent | counts
+    if args.requests:
         teacher.engine.forget()
         with branches_as_requests(teacher), measured(clocks) as spent:
-            counts = whole(teacher, plans, requests)
-        yield f"{requests}, branches as requests", spent | counts
+            counts = whole(teacher, plans, args.requests)
+        yield f"{args.requests}, branches as requests", spent | counts
 
 
 def with_rates(one: dict[str, Any], speeds: tuple[float, float], tokens: int, text_bytes: int) -> dict[str, Any]:
@@ -252,7 +269,7 @@ def main() -> None:
         return
     rounds_of: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
-        for name, spent in passes(teacher, plans, clocks, presets, args.requests):
+        for name, spent in passes(teacher, plans, clocks, args):
             rounds_of.setdefault(name, []).append(spent)
     result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}; {os.environ.get('OMP_NUM_THREADS', 'all')} threads",

@@ -18,6 +18,18 @@ import numpy as np
 from benchmarks.transfer_arms import ARMS, Found, arms_of, validation
 from benchmarks.transfer_gain import interval, paired
 
+TARGETS = {
+    "ours": "`exact`, shards `precise`",
+    "balanced": "`balanced`, `precise`",
+    "fast": "`fast`, `precise`",
+    "default": "`exact`, shards `default`",
+    "small": "`exact`, shards `small`",
+    "canonical": "canonical tokens alone",
+    "top64": "top 64 of the canonical tokens",
+    "top20": "top 20 of the canonical tokens, as an API gives",
+}
+"""Titles of targets that `target_fidelity` compares."""
+
 
 def costs(found: Found) -> str:
     """Processor seconds of a step, by arm, of arms that took turns on the same text."""
@@ -169,6 +181,29 @@ def probed(found: Found, steps: int) -> str:
     return table({"before training": ends[0], **students, "the original": ends[1]})
 
 
+def fidelity(found: Found, steps: int) -> str:
+    """What `target_fidelity` says of targets, and the students that learned from them alone, to those of the best."""
+    runs = [r for r in found["runs"] if r["use"] == "test" and r["steps"] == steps]
+    by_arm = {arm: [r for r in runs if r["arm"] == arm] for arm in ARMS}
+    if not by_arm.get("ours-alone") or "fidelity" not in found:
+        return ""
+    lines = [
+        "| targets | JSD, nats | labels leak | bytes a byte | seeds | bits/byte | to the first | to cross-entropy |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, of in found["fidelity"].items():
+        mine = by_arm.get(f"{name}-alone", [])
+        if not mine:
+            continue
+        first = "" if name == "ours" else interval(*paired(mine, by_arm["ours-alone"], "test", ""))
+        bits = float(np.mean([level(r["documents"]) for r in mine]))
+        lines.append(
+            f"| {TARGETS.get(name, name)} | {of['jsd']:.5f} | {of['leaks']:.1%} | {of['bytes_per_byte']:.2f} | "
+            f"{len(mine)} | {bits:.4f} | {first} | {interval(*paired(mine, by_arm['ce'], 'test', ''))} |"
+        )
+    return "\n".join(lines)
+
+
 def part_of(run: Found, lo: int, hi: int) -> float:
     """Bits/byte of steps [lo, hi) of a run's curve."""
     bits, size = np.array(run["curve_bits"][lo:hi]), np.array(run["curve_bytes"][lo:hi])
@@ -184,6 +219,7 @@ def tables(found: Found) -> dict[str, str]:
         made[f"curves-{steps}"] = curves(found, steps)
         made[f"choices-{steps}"] = choices(found, steps)
         made[f"way-{steps}"] = way(found, steps)
+        made[f"fidelity-{steps}"] = fidelity(found, steps)
         made[f"probes-{steps}"] = probed(found, steps)
     return {name: table for name, table in made.items() if table}
 

@@ -31,6 +31,7 @@ ARMS: dict[str, Arm] = {
     "uld": ("exact", "ULD, weight 0.1", OBJECTIVES["uld-0.1"][2]),
     "shared-beside": ("exact", "ours, and the shared of the top 64 tokens beside it", MARGINAL),
     "shared": ("exact", "the shared of the top 64 tokens, weight 2", {"head": "shared_topk", "lambda_kl": 2.0}),
+    "mapped": ("exact", "the teacher's top 64 tokens as the student's", {"head": "mapped_topk", "lambda_kl": 1.0}),
     "logits": ("exact", "all logits of the teacher", MARGINAL),
     "ours-alone": ("exact", "ours without the tokens' cross-entropy", {**MARGINAL, "lambda_token": 0.0}),
     "ce-seconds": ("exact", "cross-entropy, a twentieth more steps", OBJECTIVES["ce"][2]),

@@ -124,12 +124,12 @@ class Study:
         """The student before training, to be changed."""
         return replace(self.before, model=copy.deepcopy(self.before.model))
 
-    def reader(self, source: str, split: str, opened: student.Student, *, tokens: bool = False) -> stream.ShardReader:
-        """A split of the targets `source`; `tokens`: with the teacher's own."""
+    def reader(self, source: str, split: str, opened: student.Student, *, tokens: str = "") -> stream.ShardReader:
+        """A split of the targets `source`; `tokens`: with the teacher's, as that kind of `settings.BASELINES` reads."""
         folder = self.args.run / "targets" if source == "exact" else self.args.work / source
         name = f"{source} {split} {tokens} {opened.identity}"
         if name not in self.readers:
-            dump = self.dump if tokens else None
+            dump = self.dump.with_own_ids() if tokens == "mapped_topk" else self.dump if tokens else None
             self.readers[name] = stream.ShardReader(
                 folder, read_dataset(folder), split, opened.vocabulary, opened.end_id, dump=dump
             )
@@ -161,7 +161,7 @@ def begin(study: Study, job: Job) -> tuple[Run, st.Train, Iterator[Step]]:
     settings = settings_of(study.args, job)
     opened = study.fresh()
     source = ARMS[job.arm][0]
-    tokens = job.arm in BESIDE or (settings.head in st.BASELINES and settings.lambda_kl > 0)
+    tokens = BESIDE.get(job.arm, settings.head if settings.head in st.BASELINES and settings.lambda_kl > 0 else "")
     reader = study.reader(source, "train", opened, tokens=tokens)
     run = start_run(opened, settings, job.seed, DEVICE, reader=reader)
     if job.arm in BESIDE:

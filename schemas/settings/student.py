@@ -69,10 +69,13 @@ class Train(Section):
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW weight decay on matrices."""
-    head: Literal["marginal", "parallel", "autoregressive", "alm", "uld", "shared_topk", "strict_topk"] = "marginal"
+    head: Literal[
+        "marginal", "parallel", "autoregressive", "alm", "uld", "shared_topk", "strict_topk", "mapped_topk"
+    ] = "marginal"
     """What meets the teacher: the student's own token distribution as bytes, or a byte head (the paper: parallel).
     Baselines: `alm` (likelihoods of chunks of bytes); from the run's token dump `uld` (sorted probabilities),
-    `shared_topk` (tokens of equal bytes) and `strict_topk` (sixteen of them, where both have the same token)."""
+    `shared_topk` (tokens of equal bytes), `strict_topk` (sixteen of them, where both have the same token) and
+    `mapped_topk` (tokens of the student that the text has where the teacher has its own)."""
     head_width: int = Field(0, ge=0)
     """Hidden width of the autoregressive head; 0 = the student's own, 256 at most."""
     lambda_token: float = Field(1.0, ge=0)
@@ -119,7 +122,7 @@ NEUTRAL = frozenset(
 """Keys of `[train]` that leave the mathematics of a run as it is: a run may continue with others."""
 
 
-BASELINES = ("uld", "shared_topk", "strict_topk")
+BASELINES = ("uld", "shared_topk", "strict_topk", "mapped_topk")
 """Values of `train.head` that read the teacher's tokens, the top k of the run's dump."""
 
 

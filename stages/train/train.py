@@ -130,7 +130,7 @@ class Request:
                 f"train.head = {head!r} reads the teacher's tokens; pass the run's token dump, and for "
                 "other heads than uld the teacher's vocabulary with it"
             )
-        return self.dump
+        return self.dump.with_own_ids() if head == "mapped_topk" else self.dump
 
 
 def _train(request: Request, world: World) -> dict[str, Any]:

@@ -28,12 +28,14 @@ class TeacherTokens(NamedTuple):
     """R places of one shard where a token of the teacher begins.
 
     position int64 [R], ascending: in the shard. ids int32 [R, K]: student tokens of the same bytes, ABSENT where there
-    is none. prob float32 [R, K]: the teacher's, descending; a row sums to at most 1.
+    is none; or the teacher's own, see `TokenDump`. prob float32 [R, K]: the teacher's, descending; a row sums to at
+    most 1. token int32 [R]: the teacher's token of the text there, ABSENT at an END.
     """
 
     position: npt.NDArray[np.int64]
     ids: npt.NDArray[np.int32]
     prob: npt.NDArray[np.float32]
+    token: npt.NDArray[np.int32]
 
 
 class TokenDump:
@@ -41,17 +43,29 @@ class TokenDump:
 
     Args:
         folder: where the parts are. teacher: opens the teacher's vocabulary, given the start token that the dump
-            names, if tokens are to be compared by bytes; without it every id is ABSENT.
+            names, if tokens are to be compared by bytes; without it every id is ABSENT. own: ids are the teacher's
+            own (for a term that maps them itself), not the student's.
     """
 
-    def __init__(self, folder: Path, teacher: Callable[[str], Vocabulary] | None = None) -> None:
-        self.folder, self._open = folder, teacher
+    def __init__(self, folder: Path, teacher: Callable[[str], Vocabulary] | None = None, *, own: bool = False) -> None:
+        self.folder, self.own, self._open = folder, own, teacher
         self._shared: npt.NDArray[np.int32] | None = None
+        self._vocabulary: Vocabulary | None = None
 
     @property
     def spells(self) -> bool:
         """Whether the teacher's tokens can be compared by their bytes."""
         return self._open is not None
+
+    def with_own_ids(self) -> "TokenDump":
+        """The same parts, read with the teacher's own ids."""
+        return TokenDump(self.folder, self._open, own=True)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The teacher's, once a shard was read."""
+        assert self._vocabulary is not None, "no shard was read"
+        return self._vocabulary
 
     @property
     def fingerprint(self) -> str:
@@ -67,6 +81,7 @@ class TokenDump:
         """
         start = {doc: int(at) for doc, at in zip(shard.doc_id, shard.doc_start[:-1], strict=True)}
         places: list[npt.NDArray[np.int64]] = []
+        tokens: list[npt.NDArray[np.int32]] = []
         ids: list[npt.NDArray[np.int32]] = []
         probs: list[npt.NDArray[np.float32]] = []
         for name in shard.attrs.get("units", [""]):
@@ -83,7 +98,8 @@ class TokenDump:
                         f"{part}: document {window.doc_id!r} is not that of {shard.path}; convert again"
                     )
                 start[window.doc_id] = first + len(text)
-                row = _rows(window)
+                row, token = _rows(window)
+                tokens.append(token)
                 k = len(window.topk_id) // len(window.row_start)
                 if not k:
                     raise ConfigError(f"{part}: holds no top k; run `bytecache teacher` with teacher.top_k above 0")
@@ -93,7 +109,10 @@ class TokenDump:
                 probs.append(np.take_along_axis(p, by_size, 1))
                 top_ids = np.take_along_axis(window.topk_id.reshape(-1, k)[row], by_size, 1)
                 ids.append(np.full_like(top_ids, ABSENT) if shared is None else shared[top_ids])
-        return _merged(TeacherTokens(np.concatenate(places), np.concatenate(ids), np.concatenate(probs)))
+        found = TeacherTokens(
+            np.concatenate(places), np.concatenate(ids), np.concatenate(probs), np.concatenate(tokens)
+        )  # fmt: skip
+        return found if self.own else _merged(found)
 
     def _part(self, name: str, shard: ByteShard) -> Path:
         for path in sorted(self.folder.glob(f"*-{name}.parquet")) if name else []:
@@ -119,6 +138,10 @@ class TokenDump:
                 f"{teacher.fingerprint[:12]}; "
                 "name the teacher that made it"
             )
+        self._vocabulary = teacher
+        if self.own:
+            self._shared = np.arange(teacher.size, dtype=np.int32)
+            return self._shared
         spelled: dict[bytes, int] = {}
         for i, token in enumerate(student.token_bytes):
             if token is not None:
@@ -129,12 +152,11 @@ class TokenDump:
         return self._shared
 
 
-def _rows(window: Window) -> npt.NDArray[np.int64]:
-    """Canonical rows whose next token this window scores; the last one of a document says END."""
-    canonical = (window.row_depth == 0) & (window.row_static == 0) & (window.row_start >= window.score_start)
-    if not window.is_last:
-        canonical &= window.row_start < len(window.text)
-    return np.flatnonzero(canonical)
+def _rows(window: Window) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Canonical rows whose next token this window scores, and that token; the last one of a document says END."""
+    row = np.flatnonzero((window.row_depth == 0) & (window.row_static == 0) & (window.row_start >= window.score_start))
+    token = np.append(window.row_token[row[1:]], ABSENT).astype(np.int32)
+    return (row, token) if window.is_last else (row[:-1], token[:-1])
 
 
 def _merged(tokens: TeacherTokens) -> TeacherTokens:
@@ -150,4 +172,4 @@ def _merged(tokens: TeacherTokens) -> TeacherTokens:
                 extra[r, first[token]] += prob[r, i]
                 ids[r, i] = ABSENT
                 extra[r, i] -= prob[r, i]
-    return TeacherTokens(tokens.position, ids, prob + extra if twice.any() else prob)
+    return tokens._replace(ids=ids, prob=prob + extra if twice.any() else prob)

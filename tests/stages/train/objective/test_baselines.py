@@ -19,7 +19,7 @@ from bytecache.pipeline.context import Context, open_context
 from bytecache.schemas.dataset.index import read_dataset
 from bytecache.schemas.dump.likely import STEPS_PER_NAT
 from bytecache.schemas.errors import ConfigError, IntegrityError
-from bytecache.schemas.settings import Settings, Train
+from bytecache.schemas.settings import BASELINES, Settings, Train
 from bytecache.stages.evaluate.evaluate import evaluate, report_table
 from bytecache.stages.student import student
 from bytecache.stages.targets.source import load_shard
@@ -95,6 +95,7 @@ def test_teacher_tokens_of_equal_bytes_are_put_together():
         np.arange(2),
         np.array([[4, 7, 4, ABSENT, 4], [1, 2, 3, ABSENT, ABSENT]], np.int32),
         np.array([[0.4, 0.3, 0.1, 0.05, 0.02], [0.5, 0.2, 0.1, 0.1, 0.05]], np.float32),
+        np.array([4, 1], np.int32),
     )
     merged = _merged(tokens)
     assert merged.ids.tolist() == [[4, 7, ABSENT, ABSENT, ABSENT], [1, 2, 3, ABSENT, ABSENT]]
@@ -119,22 +120,25 @@ def teacher_as_student(run: tuple[Settings, Context], folder: Path) -> student.S
     return student.load(folder)
 
 
-def first_steps(run, opened: student.Student, dump: TokenDump, number: int = 1) -> list[stream.MicroBatch]:
+def reader_of(run, opened: student.Student, dump: TokenDump) -> stream.ShardReader:
     dataset = open_targets(run[1])
-    reader = stream.ShardReader(dataset.where, dataset, "train", opened.vocabulary, opened.end_id, dump=dump)
+    return stream.ShardReader(dataset.where, dataset, "train", opened.vocabulary, opened.end_id, dump=dump)
+
+
+def first_steps(reader: stream.ShardReader, opened: student.Student, number: int = 1) -> list[stream.MicroBatch]:
     rows = stream.cut(reader[0], 0, reader.positions[0], opened.max_tokens)
     return [stream.collate(members, with_targets=True) for members in stream.group(rows)][:number]
 
 
-def dump_of(run: tuple[Settings, Context]) -> TokenDump:
+def dump_of(run: tuple[Settings, Context], *, own: bool = False) -> TokenDump:
     teacher = run[0].teacher
-    return TokenDump(run[1].store.folder("teacher"), lambda _: vocabulary_of(teacher, Path(teacher.model)))
+    return TokenDump(run[1].store.folder("teacher"), lambda _: vocabulary_of(teacher, Path(teacher.model)), own=own)
 
 
 def test_a_student_that_is_the_teacher_is_at_no_distance(run, tmp_path):
     """Positions, ids and probabilities of the dump are those of the student's own forward pass."""
     opened = teacher_as_student(run, tmp_path / "student")
-    for micro in first_steps(run, opened, dump_of(run), 3):
+    for micro in first_steps(reader_of(run, opened, dump_of(run)), opened, 3):
         assert micro.teacher is not None
         # One tokenizer: every token that is learned begins where one of the teacher's does, the END included.
         assert sorted(micro.teacher.row.tolist()) == np.flatnonzero(micro.labels.flatten() >= 0).tolist()
@@ -151,15 +155,17 @@ def test_a_student_that_is_the_teacher_is_at_no_distance(run, tmp_path):
         assert shared_distance(moved, micro.teacher.ids, micro.teacher.prob).mean() > 0.5
 
 
-@pytest.mark.parametrize("head", ["uld", "shared_topk", "strict_topk"])
+@pytest.mark.parametrize("head", BASELINES)
 def test_pieces_and_packing_change_nothing(run, tmp_path, head):
     settings, context = run
     shape = settings.student.model_copy(update={"tokenizer": "bytes"})
     student.prepare(shape, open_targets(context), tmp_path / "s", seed=0)
     opened = student.load(tmp_path / "s")
-    micro = first_steps(run, opened, dump_of(run))[0]
+    reader = reader_of(run, opened, dump_of(run, own=head == "mapped_topk"))
+    micro = first_steps(reader, opened)[0]
     assert micro.teacher is not None and 0 < len(micro.teacher.row) < micro.n_tokens
     objective = Objective(Train(head=head), opened, 0)
+    objective.observe(reader)
     opened.model.requires_grad_(False)
     logits, hidden = opened.forward(micro.input_ids)
     whole = objective(logits, hidden, micro)
@@ -181,8 +187,7 @@ def test_strict_places_are_those_where_both_have_the_same_token(run, tmp_path):
     shape = settings.student.model_copy(update={"tokenizer": "bytes"})
     student.prepare(shape, open_targets(context), tmp_path / "s", seed=0)
     opened = student.load(tmp_path / "s")
-    dataset = open_targets(context)
-    reader = stream.ShardReader(dataset.where, dataset, "train", opened.vocabulary, opened.end_id, dump=dump_of(run))
+    reader = reader_of(run, opened, dump_of(run))
     source = reader[0]
     rows = stream.cut(source, 0, reader.positions[0], opened.max_tokens)[:1]
     micro = stream.collate(rows, with_targets=True)
@@ -258,7 +263,7 @@ def test_what_the_dump_must_be(run, tmp_path):
     shape = Train(head="uld", steps=1)
     student.prepare(settings.student, dataset, tmp_path / "s", seed=0)
     mute = TokenDump(context.store.folder("teacher"))
-    for head, given in (("uld", None), ("shared_topk", None), ("shared_topk", mute), ("strict_topk", mute)):
+    for head, given in (("uld", None), ("shared_topk", None), ("shared_topk", mute), ("mapped_topk", mute)):
         with pytest.raises(ConfigError, match="pass the run's token dump"):
             train(
                 shape.model_copy(update={"head": head}), tmp_path / "s", dataset, tmp_path / "out",
@@ -268,6 +273,6 @@ def test_what_the_dump_must_be(run, tmp_path):
 
 def test_the_command_line_reads_the_runs_own_dump(run):
     settings, context = run
-    for head in ("uld", "shared_topk"):
+    for head in ("uld", "shared_topk", "mapped_topk"):
         changed = settings.model_copy(update={"train": settings.train.model_copy(update={"head": head, "steps": 2})})
         assert train_command(replace(context, settings=changed)) == 1

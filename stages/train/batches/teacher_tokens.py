@@ -17,6 +17,7 @@ from bytecache.schemas.dump.parquet import read_meta, read_windows
 from bytecache.schemas.dump.window import Window
 from bytecache.schemas.errors import ConfigError, IntegrityError
 from bytecache.schemas.identity import TeacherIdentity
+from bytecache.schemas.settings import BASELINES
 from bytecache.schemas.shard.reader import ByteShard
 from bytecache.stages.tokens.vocab import Vocabulary
 
@@ -119,10 +120,9 @@ class TokenDump:
             if read_meta(path)["teacher"] == shard.attrs.get("teacher"):
                 return path
         raise ConfigError(
-            f"{shard.path}: its dump part {name or '(unnamed)'} is not in {self.folder}; train.head = uld, "
-            "shared_topk and strict_topk read the teacher's tokens, which byte targets do not hold: run "
-            "`bytecache teacher` again with "
-            "convert.delete_dump = false, or choose another head"
+            f"{shard.path}: its dump part {name or '(unnamed)'} is not in {self.folder}; train.head = "
+            f"{', '.join(BASELINES)} read the teacher's tokens, which byte targets do not hold: run "
+            "`bytecache teacher` again with convert.delete_dump = false, or choose another head"
         )
 
     def _student_ids(self, part: Path, student: Vocabulary, end_id: int) -> npt.NDArray[np.int32]:

@@ -280,7 +280,7 @@ def twin(found: Found, job: Job, use: str) -> Found | None:
 
 def results(out: Path) -> Found:
     """The file of results so far."""
-    empty: Found = {"machine": "2 cores, x86-64 with AMX, one thread, other programs beside it", "runs": []}
+    empty: Found = {"machine": "2 cores, x86-64, one thread, other programs beside it", "runs": []}
     return json.loads(out.read_text()) if out.is_file() else empty
 
 

@@ -98,10 +98,11 @@ def row(arm: str, mine: list[Found], control: list[Found], ends: tuple[float, fl
         gaps = [interval(*paired(mine, control, "test", kind)) for kind in ["", *kinds]]
     # A level is of all passages; a run that was measured on some of them has differences alone.
     whole = all(len(r["documents"]) == len(control[0]["documents"]) for r in mine) if control else True
+    # A student that keeps its tokenizer begins as its original and has lost nothing that it could retain.
+    retained = f"{(bits - start) / (goal - start):.2f}" if whole and abs(goal - start) > 0.01 else ""
     cells = [
         ARMS[arm][1], "/".join(sorted({str(r["steps"]) for r in mine})), str(len(mine)),
-        f"{bits:.4f}" if whole else "", *gaps, f"{(bits - start) / (goal - start):.2f}" if whole else "",
-        f"{np.mean([r['seconds'] for r in mine]):.0f}",
+        f"{bits:.4f}" if whole else "", *gaps, retained, f"{np.mean([r['seconds'] for r in mine]):.0f}",
     ]  # fmt: skip
     return ["| " + " | ".join(cells) + " |"]
 

@@ -44,6 +44,17 @@ def transfer_short() -> str:
     return table(" | ".join(["bits/byte", *(f">{kind}" for kind in kinds)]), cells)
 
 
+def two_teachers_levels() -> str:
+    """Bits per byte of the test text, by kind: of the student's former self, and of the other teacher."""
+    levels = {
+        "SmolLM2-135M-Instruct": result("transfer_cross.json")["original"],
+        "Gemma-3-270m": result("transfer_gemma.json")["original"],
+    }
+    kinds = ["", *sorted({name.split()[0] for name in levels["Gemma-3-270m"]})]
+    rows = [[name, *(_bits([documents], kind) for kind in kinds)] for name, documents in levels.items()]
+    return table(" | ".join(["bits/byte", ">all", *(f">{kind}" for kind in kinds[1:])]), rows)
+
+
 def _bits(measured: list[dict[str, dict[str, float]]], kind: str) -> str:
     chosen = [d for documents in measured for name, d in documents.items() if name.startswith(kind)]
     return f"{sum(d['bits'] for d in chosen) / sum(d['bytes'] for d in chosen):.3f}"

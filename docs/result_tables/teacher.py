@@ -132,6 +132,24 @@ def teacher_before() -> str:
     return table("pass | >before, bytes/s | >now | >ratio", rows)
 
 
+def teacher_first() -> str:
+    """The teacher's speed beside that of its first form, which evaluated fewer branches."""
+    found = result("teacher_first.json")
+    titles = {
+        "prefill": ("prefill", "prefill"), "fast": ("`fast`", "`fast`"), "balanced": ("`balanced`", "`balanced`"),
+        "given effort": ("`balanced`", "tau 0.09, depth 1"),
+    }  # fmt: skip
+    rows = []
+    for name, (then, today) in titles.items():
+        old, new = found["before"]["balanced" if name == "given effort" else name], found["now"][name]
+        rows.append([
+            then, f"{old.get('branches', 0):,.0f}", f"{old['text_bytes_per_s']:.0f}", f"{old['of_prefill_per_row']:.2f}",
+            today, f"{new.get('branches', 0):,.0f}", f"{new['text_bytes_per_s']:.0f}", f"{new['of_prefill_per_row']:.2f}",
+        ])  # fmt: skip
+    side = ">branches | >bytes/s | >of prefill, per row"
+    return table(f"first form | {side} | now | {side}", rows)
+
+
 def foreign_lists() -> str:
     """What a cache of the k likeliest tokens costs, beside path masses."""
     rows = []

@@ -39,7 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study-bytes": student.study("test-40", "transfer_bytes.md"),
     "study-gemma": student.two_teachers_levels,
     "study-cross": student.study("test-40", "transfer_cross.md"),
-    "study-cross-gpt2": student.study("test-40", "transfer_cross_gpt2.md"),
+    "study-cross-gpt": student.study("test-40", "transfer_cross_gpt2.md"),
     "study-fidelity": student.study("fidelity-20", "transfer_fidelity.md"),
     "study-choices": student.study("choices-40"),
     "study-bpe": student.study("test-20", "transfer_study_bpe.md"),

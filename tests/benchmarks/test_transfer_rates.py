@@ -149,7 +149,7 @@ def test_a_run_changes_a_copy_and_reads_what_it_is_measured_by(study):
     # The test passages that the teacher has read: every choice of their tokens is in one group.
     renamed = {"train": {}, "heldout": {f"prose test {i} x": document(900 + i, 4).encode() for i in (0, 1)}}
     write_texts(renamed, study.args.work / "read")
-    study.readers[f"exact heldout False {run.student.identity}"] = study.reader("read", "heldout", run.student)
+    study.readers[f"exact heldout  {run.student.identity}"] = study.reader("read", "heldout", run.student)
     groups = transfer_study.choices_of(study, run.student)
     bits = transfer_measures.bits_of(run.student, study.reader("plain", "heldout", run.student), "test", 0)
     two = [each for name, each in bits.items() if name.startswith("prose")]

@@ -142,10 +142,11 @@ def teacher_first() -> str:
     rows = []
     for name, (then, today) in titles.items():
         old, new = found["before"]["balanced" if name == "given effort" else name], found["now"][name]
-        rows.append([
-            then, f"{old.get('branches', 0):,.0f}", f"{old['text_bytes_per_s']:.0f}", f"{old['of_prefill_per_row']:.2f}",
-            today, f"{new.get('branches', 0):,.0f}", f"{new['text_bytes_per_s']:.0f}", f"{new['of_prefill_per_row']:.2f}",
-        ])  # fmt: skip
+        cells = [
+            [f"{f.get('branches', 0):,.0f}", f"{f['text_bytes_per_s']:.0f}", f"{f['of_prefill_per_row']:.2f}"]
+            for f in (old, new)
+        ]
+        rows.append([then, *cells[0], today, *cells[1]])
     side = ">branches | >bytes/s | >of prefill, per row"
     return table(f"first form | {side} | now | {side}", rows)
 

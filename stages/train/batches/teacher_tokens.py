@@ -156,7 +156,8 @@ def _rows(window: Window) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
     """Canonical rows whose next token this window scores, and that token; the last one of a document says END."""
     row = np.flatnonzero((window.row_depth == 0) & (window.row_static == 0) & (window.row_start >= window.score_start))
     token = np.append(window.row_token[row[1:]], ABSENT).astype(np.int32)
-    return (row, token) if window.is_last else (row[:-1], token[:-1])
+    scored = window.is_last | (window.row_start[row] < len(window.text))
+    return row[scored], token[scored]
 
 
 def _merged(tokens: TeacherTokens) -> TeacherTokens:
